@@ -1,0 +1,1 @@
+//! Fast differentiable operations for candle.
