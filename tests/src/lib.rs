@@ -1,1 +1,78 @@
-//! candlepower-tests
+//! Reference numbers from PyTorch for the tests: `golden("seed_convlstm")` opens a fixture.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use candle_core::{DType, Device, Tensor};
+
+/// The folder of the fixtures: `$CANDLEPOWER_GOLDEN` where set, else the ones kept beside the tests.
+pub fn golden_dir() -> PathBuf {
+    match std::env::var_os("CANDLEPOWER_GOLDEN") {
+        Some(dir) => dir.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("golden"),
+    }
+}
+
+/// A fixture: tensors by name, and the hyper-parameters they were made with.
+pub struct Golden {
+    /// Every tensor of the file.
+    pub tensors: HashMap<String, Tensor>,
+    /// The file's `hparams`.
+    pub hparams: serde_json::Value,
+}
+
+impl Golden {
+    /// Opens `<folder>/<name>.safetensors`.
+    pub fn open(folder: &Path, name: &str) -> Self {
+        let path = folder.join(name).with_extension("safetensors");
+        let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        let hparams = header.metadata().as_ref().and_then(|m| m.get("hparams")).map(String::as_str);
+        Self {
+            tensors: candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap(),
+            hparams: serde_json::from_str(hparams.unwrap_or("{}")).unwrap(),
+        }
+    }
+
+    /// A tensor of the fixture.
+    pub fn get(&self, name: &str) -> &Tensor {
+        self.tensors.get(name).unwrap_or_else(|| panic!("the fixture has no tensor `{name}`"))
+    }
+
+    /// A whole number among the hyper-parameters.
+    pub fn size(&self, name: &str) -> usize {
+        self.hparams[name].as_u64().unwrap_or_else(|| panic!("the fixture has no size `{name}`")) as usize
+    }
+
+    /// The tensors under `prefix`, without it.
+    pub fn under(&self, prefix: &str) -> HashMap<String, Tensor> {
+        let strip = |(name, tensor): (&String, &Tensor)| {
+            Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
+        };
+        self.tensors.iter().filter_map(strip).collect()
+    }
+}
+
+/// A fixture of the folder of fixtures.
+pub fn golden(name: &str) -> Golden {
+    Golden::open(&golden_dir(), name)
+}
+
+/// The largest difference, relative to the largest value that is expected.
+pub fn relative_error(actual: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(actual.dims(), expected.dims(), "shapes differ");
+    let largest = |t: &Tensor| -> f64 {
+        let flat = t.abs().unwrap().flatten_all().unwrap();
+        flat.to_vec1::<f64>().unwrap().into_iter().fold(0., f64::max)
+    };
+    let (actual, expected) = (actual.to_dtype(DType::F64).unwrap(), expected.to_dtype(DType::F64).unwrap());
+    largest(&(actual - &expected).unwrap()) / largest(&expected).max(f64::MIN_POSITIVE)
+}
+
+/// Fails where `actual` is further than `tolerance` from `expected`, relative to the largest value expected.
+#[track_caller]
+pub fn assert_close(what: &str, actual: &Tensor, expected: &Tensor, tolerance: f64) {
+    let error = relative_error(actual, expected);
+    assert!(error <= tolerance, "{what}: relative error {error:.2e} is over {tolerance:.0e}");
+}

@@ -1,0 +1,6 @@
+//! A parsed configuration file with its overrides.
+
+/// placeholder
+pub struct Document;
+/// placeholder
+pub struct Named;

@@ -1,0 +1,123 @@
+//! Data: samples by index ([`Dataset`]), their order in an epoch ([`Order`]), and reading them ahead ([`Loader`]).
+
+mod loader;
+mod order;
+
+use std::sync::Arc;
+
+pub use loader::Loader;
+pub use order::{Order, samples_in_turn};
+use schemars::JsonSchema;
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::seed;
+
+/// Which part of the data: what is learned from, what is watched during training, what is reported at the end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Split {
+    /// Learned from.
+    Train,
+    /// Watched during training.
+    Val,
+    /// Reported at the end.
+    Test,
+}
+
+impl Split {
+    /// `train`, `val` or `test`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Split::Train => "train",
+            Split::Val => "val",
+            Split::Test => "test",
+        }
+    }
+}
+
+/// One sample to be read: where it is, and its own source of randomness.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sample {
+    /// Position in the dataset, below its length.
+    pub index: usize,
+    /// The split that the sample belongs to.
+    pub split: Split,
+    /// The epoch it is read for; 0 in evaluation, so that every evaluation sees the same samples.
+    pub epoch: u64,
+    /// The run's seed.
+    pub seed: u64,
+}
+
+impl Sample {
+    /// The sample's own generator, a function of (seed, split, epoch, index): which thread draws from it, and when,
+    /// changes nothing. Generated data and augmentations draw from it.
+    pub fn rng(&self) -> seed::ChaCha8Rng {
+        seed::generator(self.seed, [self.split as u64, self.epoch, self.index as u64])
+    }
+}
+
+/// Samples that can be read by index, several at once, from any thread.
+pub trait Dataset: Send + Sync {
+    /// What the samples are collated into; it must be the batch of the module that they train.
+    type Batch: Batch;
+
+    /// How many samples an epoch has.
+    fn len(&self) -> usize;
+
+    /// What every batch of this dataset looks like: sizes that a module needs to be built.
+    fn spec(&self) -> <Self::Batch as Batch>::Spec;
+
+    /// The batch made of these samples, in this order, on the CPU.
+    fn batch(&self, samples: &[Sample]) -> Result<Self::Batch>;
+
+    /// Whether there is nothing to read.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A dataset that is opened from its own section of the configuration file, one split at a time.
+pub trait Open: Dataset + Sized + 'static {
+    /// The fields of its `[data]` section.
+    type Config: Settings;
+
+    /// Opens one split. Everything that can be wrong with the files should be found here, not in mid-training.
+    fn open(config: &Self::Config, split: Split) -> Result<Self>;
+}
+
+/// What the fields of a section can do: be read from TOML, be printed with their defaults, describe themselves.
+///
+/// Implemented by every type that derives `Serialize`, `Deserialize` and `JsonSchema`.
+pub trait Settings: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {}
+impl<T: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static> Settings for T {}
+
+/// The data of one run: what is learned from, and what it is watched on.
+pub struct Data<B: Batch> {
+    /// The training split.
+    pub train: Arc<dyn Dataset<Batch = B>>,
+    /// The validation split, where there is one.
+    pub val: Option<Arc<dyn Dataset<Batch = B>>>,
+    /// Threads that make batches ahead; 0 makes them in the training thread. The batches do not depend on it.
+    pub workers: usize,
+}
+
+impl<B: Batch> Data<B> {
+    /// Training data alone, made by two workers.
+    pub fn new(train: impl Dataset<Batch = B> + 'static) -> Self {
+        Self { train: Arc::new(train), val: None, workers: 2 }
+    }
+
+    /// Adds data to validate on.
+    pub fn val(mut self, val: impl Dataset<Batch = B> + 'static) -> Self {
+        self.val = Some(Arc::new(val));
+        self
+    }
+
+    /// Sets how many threads make batches ahead.
+    pub fn workers(mut self, workers: usize) -> Self {
+        self.workers = workers;
+        self
+    }
+}

@@ -1,0 +1,3 @@
+//! Numbers that say how good a module is.
+
+pub mod video;

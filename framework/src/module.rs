@@ -1,0 +1,142 @@
+//! What a user writes: [`Module`] and [`Build`]. What they are handed: [`Step`]. What the trainer trains: [`Model`].
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+
+use crate::batch::Batch;
+use crate::data::Settings;
+use crate::error::{Error, Result};
+use crate::params::Params;
+use crate::seed;
+
+/// Something that turns a batch into a loss.
+pub trait Module: Send + Sync {
+    /// What it learns from.
+    type Batch: Batch;
+
+    /// The scalar to minimise: the mean over the batch's samples.
+    fn training_step(&self, batch: &Self::Batch, step: &mut Step) -> Result<Tensor>;
+
+    /// The loss on held-out data; other metrics are logged on `step`.
+    fn validation_step(&self, batch: &Self::Batch, step: &mut Step) -> Result<Tensor> {
+        self.training_step(batch, step)
+    }
+
+    /// What the module says about this batch, (B, ...).
+    fn predict_step(&self, _batch: &Self::Batch, _step: &mut Step) -> Result<Tensor> {
+        Err(Error::msg("this module does not implement `predict_step`, which `predict` needs"))
+    }
+}
+
+/// Something made from its own section of the configuration file.
+pub trait Build: Module + Sized + 'static {
+    /// The fields of its `[module]` section.
+    type Config: Settings;
+
+    /// Makes the module for batches of this `spec`; `vb` hands out its parameters by name.
+    fn build(config: &Self::Config, spec: &<Self::Batch as Batch>::Spec, vb: VarBuilder) -> Result<Self>;
+}
+
+/// One call of a module: what it may know about the run, and what it wants to tell.
+pub struct Step {
+    training: bool,
+    index: u64,
+    micro_batch: u64,
+    seed: u64,
+    images_due: bool,
+    metrics: Vec<(String, Tensor)>,
+    images: Vec<(String, Tensor)>,
+}
+
+impl Step {
+    pub(crate) fn training(index: u64, micro_batch: u64, seed: u64, images_due: bool) -> Self {
+        Self { training: true, index, micro_batch, seed, images_due, metrics: Vec::new(), images: Vec::new() }
+    }
+
+    /// A call outside training, after `index` steps of it.
+    pub fn evaluation(index: u64, micro_batch: u64, seed: u64, images_due: bool) -> Self {
+        Self { training: false, ..Self::training(index, micro_batch, seed, images_due) }
+    }
+
+    /// Whether this call is for training: dropout and the like act only then.
+    pub fn is_training(&self) -> bool {
+        self.training
+    }
+
+    /// Optimizer steps done so far in this run.
+    pub fn index(&self) -> u64 {
+        self.index
+    }
+
+    /// A generator for what `name` says (dropout of a layer, noise): a function of (seed, step, micro-batch, name).
+    pub fn rng(&self, name: &str) -> seed::ChaCha8Rng {
+        seed::generator(self.seed, [seed::name(name), self.index, self.micro_batch])
+    }
+
+    /// Logs a metric: a scalar that is the mean over the batch's samples. It stays on its device until it is read.
+    pub fn log(&mut self, name: &str, value: &Tensor) {
+        self.metrics.push((name.to_string(), value.detach()));
+    }
+
+    /// Whether pictures are due in this step; making them only then costs nothing in all others.
+    pub fn images_due(&self) -> bool {
+        self.images_due
+    }
+
+    /// Logs a picture: (C, H, W), C = 1 or 3, values in `[0, 1]`.
+    pub fn log_image(&mut self, name: &str, picture: &Tensor) {
+        self.images.push((name.to_string(), picture.detach()));
+    }
+
+    /// The metrics and the pictures that were logged.
+    pub(crate) fn into_logged(self) -> (Vec<(String, Tensor)>, Vec<(String, Tensor)>) {
+        (self.metrics, self.images)
+    }
+}
+
+/// A module with its parameters, ready to be trained.
+///
+/// The module exists twice over the same parameters: once on variables that record gradients, once on plain tensors
+/// that share their memory. Evaluating the second keeps no graph, so it needs little memory and no `no_grad`.
+pub struct Model<B: Batch> {
+    params: Params,
+    training: Box<dyn Module<Batch = B>>,
+    evaluation: Box<dyn Module<Batch = B>>,
+}
+
+impl<B: Batch> Model<B> {
+    /// Builds `M` with initial values that depend on `seed` and each parameter's name alone.
+    pub fn build<M>(config: &M::Config, spec: &B::Spec, seed: u64, device: &Device) -> Result<Self>
+    where
+        M: Build + Module<Batch = B>,
+    {
+        Self::new(|vb| Ok(Box::new(M::build(config, spec, vb)?)), seed, device)
+    }
+
+    /// Builds a model from a closure, for modules that are not made from a configuration.
+    pub fn new(
+        build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>>,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let params = Params::new(seed, DType::F32, device);
+        let training = build(params.var_builder())?;
+        let evaluation = build(params.detached_var_builder())?;
+        Ok(Self { params, training, evaluation })
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The module that records gradients.
+    pub fn training(&self) -> &dyn Module<Batch = B> {
+        &*self.training
+    }
+
+    /// The module that keeps no graph.
+    pub fn evaluation(&self) -> &dyn Module<Batch = B> {
+        &*self.evaluation
+    }
+}
