@@ -11,7 +11,7 @@ use crate::metrics::video::{self, Baseline};
 use crate::video_file;
 
 /// A kind of batch: samples collated into tensors.
-pub trait Batch: Send + Sized + 'static {
+pub trait Batch: Send + Sync + Sized + 'static {
     /// What every batch of a dataset has in common: the sizes that a module is built from.
     type Spec: Clone + std::fmt::Debug + Send + Sync;
 

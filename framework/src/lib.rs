@@ -1,12 +1,52 @@
-//! Lightning-style training for candle: you write a model and a dataset; this crate owns the loop, the checkpoints
-//! and the logs.
+//! Lightning-style training for candle: you write a model and a dataset; this crate owns the loop, the precision, the
+//! checkpoints and the logs.
+//!
+//! | you write | here |
+//! |---|---|
+//! | something that turns a batch into a loss | [`Module`](module::Module) |
+//! | something that reads samples by index | [`Dataset`](data::Dataset) |
+//! | something that watches a run | [`Callback`](callback::Callback) |
+//!
+//! [`Trainer`](trainer::Trainer) trains a module on a dataset; [`Experiment`](experiment::Experiment) does the same
+//! from a TOML file, with a [`Registry`](config::Registry) that gives the names in it a meaning.
 
 pub mod batch;
+pub mod callback;
+pub mod callbacks;
+pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod error;
+pub mod experiment;
+mod grads;
+pub mod logger;
 pub mod metrics;
 pub mod module;
+pub mod nn;
+pub mod optim;
 pub mod params;
+pub mod picture;
+pub mod run_dir;
 pub mod seed;
+pub mod trainer;
 pub mod video_file;
+
+pub use error::{Error, Result};
+
+/// What nearly every program that trains needs.
+pub mod prelude {
+    pub use candle_core::{DType, Device, Tensor};
+    // Brings `.forward()` of candle's layers into scope and leaves the name `Module` to ours.
+    pub use candle_nn::{Module as _, VarBuilder};
+
+    pub use crate::batch::{Batch, Labelled, LabelledSpec, Tensors, Video, VideoSpec};
+    pub use crate::callback::{Callback, Flow, Plan, Progress, Record};
+    pub use crate::callbacks::ProgressBar;
+    pub use crate::config::Registry;
+    pub use crate::data::{Data, Dataset, Open, Sample, Split};
+    pub use crate::experiment::{Experiment, Resume};
+    pub use crate::module::{Build, Model, Module, Step};
+    pub use crate::optim::OptimizerConfig;
+    pub use crate::trainer::{Trainer, TrainerConfig};
+    pub use crate::{Error, Result, nn};
+}

@@ -1,1 +1,48 @@
-//! candlepower-launcher
+//! The command line of Candlepower, for our models and datasets and, with [`run`], for anybody's.
+//!
+//! ```no_run
+//! # use candlepower::prelude::*;
+//! # fn example<MyModule: Build, MyData: Open>() -> std::process::ExitCode {
+//! let registry = candlepower_launcher::registry().module::<MyModule>("my_module").dataset::<MyData>("my_data");
+//! candlepower_launcher::run(registry)
+//! # }
+//! ```
+
+mod command_line;
+mod commands;
+mod signals;
+
+use std::process::ExitCode;
+
+use candlepower::Error;
+use candlepower::config::Registry;
+use clap::Parser;
+
+/// Every module and dataset that comes with Candlepower. One line a name: this is where a new one is added.
+pub fn registry() -> Registry {
+    Registry::default()
+        .module::<candlepower_models::ConvLstm>("conv_lstm")
+        .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
+}
+
+/// Does what the command line of this process says, with these modules and datasets.
+pub fn run(registry: Registry) -> ExitCode {
+    let arguments = command_line::Arguments::parse();
+    log_to_stderr();
+    match commands::run(&registry, arguments.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::from(if matches!(error, Error::Config(_)) { 2 } else { 1 })
+        }
+    }
+}
+
+/// Messages of the library as plain lines; `RUST_LOG` asks for more.
+fn log_to_stderr() {
+    use tracing_subscriber::{EnvFilter, fmt};
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let plain = fmt().without_time().with_target(false).with_level(false).with_writer(std::io::stderr);
+    // A program that has set up its own subscriber keeps it.
+    let _ = plain.with_env_filter(filter).try_init();
+}

@@ -1,1 +1,5 @@
-//! candlepower-models
+//! The model zoo of Candlepower, one file a model.
+
+pub mod conv_lstm;
+
+pub use conv_lstm::ConvLstm;

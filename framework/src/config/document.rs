@@ -1,6 +1,262 @@
-//! A parsed configuration file with its overrides.
+//! A parsed configuration file with its `--set` overrides, every value still knowing its place.
 
-/// placeholder
-pub struct Document;
-/// placeholder
-pub struct Named;
+use std::ops::Range;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use toml::Spanned;
+use toml::de::{DeTable, DeValue, ValueDeserializer};
+
+use super::error::ConfigError;
+use crate::error::{Error, Result};
+
+/// A TOML document and the overrides laid over it.
+///
+/// Overrides are parsed as if they stood behind the file's end, so one range of bytes says for every value whether
+/// it came from the file or from which `--set`. The parsed tables borrow from the text, so they are made anew for
+/// each section that is read; a configuration is small.
+pub struct Document {
+    origin: String,
+    text: String,
+    /// As they were given, and as they are parsed.
+    sets: Vec<(String, String)>,
+}
+
+/// A section that names a type (`name = "conv_lstm"`) and holds that type's own fields.
+#[derive(Debug, Clone)]
+pub struct Named {
+    /// The type's name.
+    pub name: String,
+    /// Where the name stands.
+    pub span: Option<Range<usize>>,
+    /// The section, in the document.
+    section: &'static str,
+    /// The keys of the section that are not the type's own.
+    taken: Vec<&'static str>,
+}
+
+impl Document {
+    /// Reads a file and lays `--set section.key=value` overrides over it.
+    pub fn read(path: &Path, sets: &[String]) -> Result<Self> {
+        let origin = path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            let message = format!("cannot read this configuration file: {error}");
+            ConfigError::missing(&origin, message).hint(neighbours(path))
+        })?;
+        Self::parse(&origin, text, sets)
+    }
+
+    /// Parses `text`; `origin` names it in errors.
+    pub fn parse(origin: &str, text: String, sets: &[String]) -> Result<Self> {
+        let mut document = Self { origin: origin.to_string(), text, sets: Vec::new() };
+        document.root()?;
+        for set in sets {
+            let padded = document.pad(set)?;
+            document.sets.push((set.clone(), padded));
+        }
+        document.root()?;
+        Ok(document)
+    }
+
+    /// The file with all overrides.
+    fn root(&self) -> Result<DeTable<'_>, ConfigError> {
+        let mut root = self.table_of(&self.text)?;
+        for (_, padded) in &self.sets {
+            merge(&mut root, self.table_of(padded)?);
+        }
+        Ok(root)
+    }
+
+    fn table_of<'t>(&self, text: &'t str) -> Result<DeTable<'t>, ConfigError> {
+        let table = DeTable::parse(text).map_err(|error| {
+            self.error_at(Some(error.span().unwrap_or(0..0)), error.message().replace('\n', "; "))
+        });
+        Ok(table?.into_inner())
+    }
+
+    /// An override with spaces in front, so that its places lie behind everything before it.
+    fn pad(&self, set: &str) -> Result<String, ConfigError> {
+        let wrong = |message: &str| {
+            ConfigError::at("--set", set, 0..set.len(), message.to_string()).hint(Some(
+                "write it as --set section.key=value, for example --set trainer.max_steps=100".into(),
+            ))
+        };
+        let (key, value) = set.split_once('=').ok_or_else(|| wrong("an override needs a `=`"))?;
+        if !key.contains('.') {
+            return Err(wrong("an override names a section and a key"));
+        }
+        // What is not a TOML value is a string: shells eat quotes, and paths are common.
+        let quoted = || format!("{key}={}", toml::Value::String(value.trim().to_string()));
+        let text = if DeTable::parse(set).is_ok() { set.to_string() } else { quoted() };
+        DeTable::parse(&text).map_err(|error| wrong(error.message()))?;
+        Ok(" ".repeat(self.end()) + &text)
+    }
+
+    /// Where the next override's places start.
+    fn end(&self) -> usize {
+        self.sets.iter().fold(self.text.len() + 1, |end, (set, _)| end + set.len() + 1)
+    }
+
+    /// The fields of a section; an absent section is an empty one.
+    pub fn section<T: DeserializeOwned>(&self, name: &'static str) -> Result<T> {
+        self.deserialize(name, &[])
+    }
+
+    /// A section that names a type. `default` is the type where the section has no `name`.
+    pub fn named(&self, section: &'static str, default: Option<&str>) -> Result<Named> {
+        let mut root = self.root()?;
+        let (mut fields, _) = self.table(&mut root, section)?;
+        let (name, span) = match (fields.remove("name").map(|name| (name.span(), name.into_inner())), default)
+        {
+            (Some((span, DeValue::String(name))), _) => (name.into_owned(), Some(span)),
+            (Some((span, _)), _) => {
+                return Err(self.error_at(Some(span), format!("`{section}.name` is a string")).into());
+            }
+            (None, Some(default)) => (default.to_string(), None),
+            (None, None) => {
+                let message = format!("section [{section}] needs a `name`");
+                return Err(self.error_at(self.locate(section, ""), message).into());
+            }
+        };
+        Ok(Named { name, span, section, taken: vec!["name"] })
+    }
+
+    /// Takes one field out of a named section, for a reader other than the named type.
+    pub fn take_field<T: DeserializeOwned>(&self, named: &mut Named, key: &'static str) -> Result<Option<T>> {
+        named.taken.push(key);
+        let mut root = self.root()?;
+        let Some(value) = self.table(&mut root, named.section)?.0.remove(key) else { return Ok(None) };
+        let span = value.span();
+        let field = T::deserialize(ValueDeserializer::from(value));
+        field.map(Some).map_err(|error| self.error_at(Some(span), error.message().to_string()).into())
+    }
+
+    /// The type's own fields of a named section.
+    pub fn fields<T: DeserializeOwned>(&self, named: &Named) -> Result<T> {
+        self.deserialize(named.section, &named.taken)
+    }
+
+    /// A section's table, taken out of the document, and its place.
+    fn table<'t>(&self, root: &mut DeTable<'t>, name: &str) -> Result<(DeTable<'t>, Option<Range<usize>>)> {
+        let Some(value) = root.remove(name) else { return Ok((DeTable::new(), None)) };
+        let span = value.span();
+        match value.into_inner() {
+            DeValue::Table(table) => Ok((table, Some(span))),
+            _ => Err(self.error_at(Some(span), format!("`{name}` is a section: write [{name}]")).into()),
+        }
+    }
+
+    fn deserialize<T: DeserializeOwned>(&self, section: &str, without: &[&str]) -> Result<T> {
+        let mut root = self.root()?;
+        let (mut fields, span) = self.table(&mut root, section)?;
+        without.iter().for_each(|key| drop(fields.remove(*key)));
+        let value = Spanned::new(span.clone().unwrap_or_default(), DeValue::Table(fields));
+        T::deserialize(ValueDeserializer::from(value)).map_err(|error| {
+            let place = span.and_then(|span| error.span().or(Some(span)));
+            let message = match place {
+                Some(_) => error.message().to_string(),
+                None => format!("section [{section}]: {}", error.message()),
+            };
+            let hint = did_you_mean_in(&message);
+            self.error_at(place, message).hint(hint).into()
+        })
+    }
+
+    /// Refuses sections that nobody reads.
+    pub fn check_sections(&self, known: &[&str]) -> Result<()> {
+        let root = self.root()?;
+        match root.keys().find(|key| !known.contains(&key.get_ref().as_ref())) {
+            None => Ok(()),
+            Some(key) => {
+                let message =
+                    format!("unknown section `{}`, expected one of {}", key.get_ref(), quoted_list(known));
+                let hint = did_you_mean(key.get_ref(), known);
+                Err(self.error_at(Some(key.span()), message).hint(hint).into())
+            }
+        }
+    }
+
+    /// Gives an [`Error::Setting`] of a section its place in the file; other errors pass.
+    pub fn place(&self, section: &str, error: Error) -> Error {
+        match error {
+            Error::Setting { key, message } => {
+                let message = format!("`{section}.{key}`: {message}");
+                self.error_at(self.locate(section, &key), message).into()
+            }
+            other => other,
+        }
+    }
+
+    /// Where a key of a section stands; the section itself where the key is not written.
+    fn locate(&self, section: &str, key: &str) -> Option<Range<usize>> {
+        let root = self.root().ok()?;
+        let table = root.get(section)?;
+        let value = match table.get_ref() {
+            DeValue::Table(fields) => fields.get(key),
+            _ => None,
+        };
+        Some(value.map_or_else(|| table.span(), Spanned::span))
+    }
+
+    /// An error at a place of this document.
+    pub fn error_at(&self, span: Option<Range<usize>>, message: String) -> ConfigError {
+        let Some(span) = span else { return ConfigError::missing(&self.origin, message) };
+        let mut start = self.text.len() + 1;
+        if span.start < start {
+            return ConfigError::at(&self.origin, &self.text, span, message);
+        }
+        for (set, _) in &self.sets {
+            let end = start + set.len() + 1;
+            if span.start < end {
+                let local = span.start - start..span.end.saturating_sub(start).min(set.len());
+                return ConfigError::at("--set", set, local, message);
+            }
+            start = end;
+        }
+        ConfigError::missing(&self.origin, message)
+    }
+}
+
+/// Lays `over` on `base`: tables key by key, everything else whole.
+fn merge<'t>(base: &mut DeTable<'t>, over: DeTable<'t>) {
+    for (key, value) in over {
+        match (base.get_mut(key.get_ref().as_ref()).map(Spanned::get_mut), value.get_ref()) {
+            (Some(DeValue::Table(old)), DeValue::Table(new)) => merge(old, new.clone()),
+            // Removed first, so that the key too gets its new place.
+            _ => {
+                base.remove(key.get_ref().as_ref());
+                base.insert(key, value);
+            }
+        }
+    }
+}
+
+/// `a`, `b` and `c` for a list of names.
+pub(crate) fn quoted_list<S: AsRef<str>>(names: &[S]) -> String {
+    let quoted: Vec<String> = names.iter().map(|name| format!("`{}`", name.as_ref())).collect();
+    quoted.join(", ")
+}
+
+/// The known name that was probably meant.
+pub(crate) fn did_you_mean<S: AsRef<str>>(name: &str, known: &[S]) -> Option<String> {
+    let likeness = |known: &S| strsim::jaro_winkler(name, known.as_ref());
+    let best = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(best) > 0.8).then(|| format!("did you mean `{}`?", best.as_ref()))
+}
+
+/// The same for serde's "unknown field `a`, expected one of `b`, `c`".
+fn did_you_mean_in(message: &str) -> Option<String> {
+    let (unknown, expected) = message.strip_prefix("unknown ")?.split_once(", expected ")?;
+    let names =
+        |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(str::to_string).collect() };
+    did_you_mean(names(unknown).first()?, &names(expected))
+}
+
+/// The configuration files beside a path that does not exist.
+fn neighbours(path: &Path) -> Option<String> {
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let entries =
+        std::fs::read_dir(folder).ok()?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let names: Vec<String> = entries.filter(|name| name.ends_with(".toml")).collect();
+    did_you_mean(path.file_name()?.to_str()?, &names)
+}

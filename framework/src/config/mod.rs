@@ -1,7 +1,11 @@
-//! Configuration files: TOML with the place of every value kept, so that an error can show it.
+//! Configuration files: TOML with the place of every value kept, so that an error can show it; and the registry that
+//! gives the names in it a meaning.
 
 mod document;
 mod error;
+mod registry;
 
 pub use document::{Document, Named};
 pub use error::ConfigError;
+pub use registry::Registry;
+pub(crate) use registry::{DataRecipe, ModuleRecipe, unknown_name};

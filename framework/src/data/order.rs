@@ -22,6 +22,11 @@ impl Order {
         self.len.div_ceil(self.batch_size)
     }
 
+    /// Samples in batch number `index` of an epoch.
+    pub fn batch_len(&self, index: u64) -> usize {
+        self.batch_size.min(self.len - index as usize * self.batch_size)
+    }
+
     /// The batches of one epoch, in order.
     pub fn epoch(&self, epoch: u64) -> impl Iterator<Item = Vec<Sample>> + Send + use<> {
         let Order { seed, len, batch_size } = *self;

@@ -1,0 +1,133 @@
+//! The progress of a run on the terminal.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanDuration, ProgressBar as Bar, ProgressDrawTarget, ProgressStyle};
+use std::io::IsTerminal;
+
+use crate::callback::{Callback, Flow, Plan, Progress, Record};
+use crate::error::Result;
+
+/// Time between two lines where standard error is a file and no bar can move.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Shows steps, loss, samples a second and the time left: a bar on a terminal, a line now and then in a log file.
+#[derive(Default)]
+pub struct ProgressBar {
+    run: Option<Run>,
+}
+
+struct Run {
+    bar: Bar,
+    plan: Plan,
+    started: Instant,
+    last_line: Instant,
+    progress: Progress,
+    loss: Option<f64>,
+    /// Time spent in validation: not training's speed.
+    paused: Duration,
+    pause: Option<Instant>,
+}
+
+impl Run {
+    fn training_time(&self) -> Duration {
+        let pause = self.pause.map_or(Duration::ZERO, |since| since.elapsed());
+        self.started.elapsed().saturating_sub(self.paused + pause)
+    }
+
+    fn status(&self) -> String {
+        let seconds = self.training_time().as_secs_f64().max(1e-9);
+        let samples = (self.progress.samples - self.plan.start.samples) as f64;
+        let steps = self.progress.step - self.plan.start.step;
+        let left = self.plan.last_step.saturating_sub(self.progress.step) as f64;
+        let loss = self.loss.map(|loss| format!("loss {loss:.5}  ")).unwrap_or_default();
+        let eta = match steps {
+            0 => "?".to_string(),
+            _ => HumanDuration(Duration::from_secs_f64((seconds * left / steps as f64).min(1e9))).to_string(),
+        };
+        format!("{loss}{:.1} samples/s  {eta} left", samples / seconds)
+    }
+
+    fn say(&self, line: &str) {
+        // `println` of a hidden bar says nothing, and a library does not print by itself.
+        if self.bar.is_hidden() { eprintln!("{line}") } else { self.bar.println(line) }
+    }
+}
+
+impl Callback for ProgressBar {
+    fn on_fit_start(&mut self, plan: &Plan) -> Result<()> {
+        let terminal = std::io::stderr().is_terminal();
+        let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
+        let bar = Bar::with_draw_target(Some(plan.last_step), target);
+        let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}");
+        bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_position(plan.start.step);
+        let now = Instant::now();
+        self.run = Some(Run {
+            bar,
+            plan: *plan,
+            started: now,
+            last_line: now,
+            progress: plan.start,
+            loss: None,
+            paused: Duration::ZERO,
+            pause: None,
+        });
+        Ok(())
+    }
+
+    fn on_step_end(&mut self, progress: &Progress) -> Result<Flow> {
+        let Some(run) = &mut self.run else { return Ok(Flow::Continue) };
+        if let Some(pause) = run.pause.take() {
+            run.paused += pause.elapsed();
+        }
+        run.progress = *progress;
+        run.bar.set_position(progress.step);
+        run.bar.set_message(run.status());
+        if run.bar.is_hidden() && run.last_line.elapsed() >= LINE_EVERY {
+            run.last_line = Instant::now();
+            run.say(&format!("step {}/{}  {}", progress.step, run.plan.last_step, run.status()));
+        }
+        Ok(Flow::Continue)
+    }
+
+    fn on_train_metrics(&mut self, record: &Record) -> Result<Flow> {
+        if let Some(run) = &mut self.run {
+            run.loss = record.metrics.get("loss").copied();
+        }
+        Ok(Flow::Continue)
+    }
+
+    fn on_validation_batch(&mut self, done: usize, total: usize) -> Result<()> {
+        if let Some(run) = &mut self.run {
+            run.pause.get_or_insert_with(Instant::now);
+            run.bar.set_message(format!("validating {done}/{total}"));
+        }
+        Ok(())
+    }
+
+    fn on_validation_end(&mut self, record: &Record) -> Result<Flow> {
+        if let Some(run) = &self.run {
+            let metrics: Vec<String> =
+                record.metrics.iter().map(|(name, value)| format!("{name} {value:.5}")).collect();
+            run.say(&format!("step {}: validation {}", record.step, metrics.join("  ")));
+        }
+        Ok(Flow::Continue)
+    }
+
+    fn on_checkpoint(&mut self, checkpoint: &Path) -> Result<()> {
+        tracing::debug!(checkpoint = %checkpoint.display(), "saved");
+        Ok(())
+    }
+
+    fn on_fit_end(&mut self, progress: &Progress) -> Result<()> {
+        if let Some(run) = self.run.take() {
+            run.bar.finish_and_clear();
+            let steps = progress.step - run.plan.start.step;
+            let time = HumanDuration(run.started.elapsed());
+            eprintln!("{steps} steps in {time}: {}", run.status().split("  ").nth(1).unwrap_or_default());
+        }
+        Ok(())
+    }
+}

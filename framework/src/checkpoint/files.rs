@@ -1,0 +1,130 @@
+//! The files of a checkpoint: written whole or not at all, and checked before they are read.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use indexmap::IndexMap;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+
+const MANIFEST: &str = "manifest.json";
+
+/// What the manifest says of one file.
+#[derive(Debug, Serialize, Deserialize)]
+struct Entry {
+    bytes: u64,
+    sha256: String,
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Writes the folder `target` with these files and their manifest: beside it first, then renamed.
+pub(super) fn write(target: &Path, contents: &[(&str, Vec<u8>)]) -> Result<()> {
+    let parent = target.parent().unwrap_or(Path::new("."));
+    let name = target.file_name().unwrap_or_default().to_string_lossy();
+    let beside = parent.join(format!(".{name}.tmp"));
+    remove(&beside)?;
+    fs::create_dir_all(&beside).map_err(Error::file(&beside))?;
+    let entry = |(name, bytes): &(&str, Vec<u8>)| {
+        (name.to_string(), Entry { bytes: bytes.len() as u64, sha256: sha256(bytes) })
+    };
+    let manifest: IndexMap<String, Entry> = contents.iter().map(entry).collect();
+    let manifest = serde_json::to_vec_pretty(&manifest).map_err(Error::content(target))?;
+    for (name, bytes) in contents.iter().map(|(name, bytes)| (*name, bytes)).chain([(MANIFEST, &manifest)]) {
+        let path = beside.join(name);
+        let write = || -> std::io::Result<()> {
+            let mut file = File::create(&path)?;
+            file.write_all(bytes)?;
+            file.sync_all()
+        };
+        write().map_err(Error::file(&path))?;
+    }
+    sync(&beside)?;
+    remove(target)?;
+    fs::rename(&beside, target).map_err(Error::file(target))?;
+    sync(parent)
+}
+
+/// Whether every file of a checkpoint is there with the size and the hash that its manifest says.
+pub(super) fn verify(path: &Path) -> Result<()> {
+    let manifest = path.join(MANIFEST);
+    let bytes = fs::read(&manifest).map_err(Error::file(&manifest))?;
+    let manifest: IndexMap<String, Entry> =
+        serde_json::from_slice(&bytes).map_err(Error::content(&manifest))?;
+    for (name, entry) in manifest {
+        let file = path.join(name);
+        let bytes = fs::read(&file).map_err(Error::file(&file))?;
+        let damage = match () {
+            () if bytes.len() as u64 != entry.bytes => {
+                format!("it has {} bytes, the manifest says {}", bytes.len(), entry.bytes)
+            }
+            () if sha256(&bytes) != entry.sha256 => "its hash is not the manifest's".to_string(),
+            () => continue,
+        };
+        return Err(Error::msg(format!("{}: the file is damaged: {damage}", file.display())));
+    }
+    Ok(())
+}
+
+/// The steps that have a folder in `dir`, oldest first.
+fn steps(dir: &Path) -> Vec<u64> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut steps: Vec<u64> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    steps.sort_unstable();
+    steps
+}
+
+/// The newest good checkpoint in the folder `dir`.
+pub fn latest(dir: &Path) -> Option<PathBuf> {
+    let newest_first = steps(dir).into_iter().rev();
+    newest_first.map(|step| dir.join(step.to_string())).find(|path| verify(path).is_ok())
+}
+
+/// Points the link `best` in `dir` to the checkpoint of `step`.
+pub fn mark_best(dir: &Path, step: u64) -> Result<()> {
+    link(dir, "best", step)
+}
+
+/// Points a link in `dir` to the checkpoint of `step`, replacing the old link in one move.
+pub(super) fn link(dir: &Path, name: &str, step: u64) -> Result<()> {
+    let (link, beside) = (dir.join(name), dir.join(format!(".{name}.tmp")));
+    remove(&beside)?;
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(step.to_string(), &beside).map_err(Error::file(&beside))?;
+    #[cfg(windows)]
+    std::os::windows::fs::symlink_dir(step.to_string(), &beside).map_err(Error::file(&beside))?;
+    fs::rename(&beside, &link).map_err(Error::file(&link))?;
+    sync(dir)
+}
+
+/// Removes all but the newest `keep` checkpoints; the one that `best` points to stays.
+pub(super) fn prune(dir: &Path, keep: usize) -> Result<()> {
+    let best = fs::read_link(dir.join("best")).ok();
+    let steps = steps(dir);
+    let old = &steps[..steps.len().saturating_sub(keep)];
+    for step in old.iter().map(u64::to_string).filter(|step| best.as_deref() != Some(Path::new(step))) {
+        remove(&dir.join(step))?;
+    }
+    Ok(())
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let gone = match fs::symlink_metadata(path) {
+        Ok(meta) if meta.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(_) => Ok(()),
+    };
+    gone.map_err(Error::file(path))
+}
+
+/// Makes the names in a folder durable.
+fn sync(dir: &Path) -> Result<()> {
+    #[cfg(unix)]
+    File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::file(dir))?;
+    Ok(())
+}

@@ -1,0 +1,226 @@
+//! The registry: which module and which dataset a name in a configuration stands for.
+
+use std::any::Any;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use candle_nn::VarBuilder;
+use indexmap::IndexMap;
+use schemars::schema_for;
+use serde_json::json;
+
+use super::document::{Document, Named, did_you_mean, quoted_list};
+use crate::batch::Batch;
+use crate::data::{Dataset, Open, Split};
+use crate::error::{Error, Result};
+use crate::experiment::{Job, Pair};
+use crate::module::{Build, Module};
+
+/// The modules and datasets that configurations can name.
+///
+/// ```
+/// # use candlepower::prelude::*;
+/// # fn register<MyModule: Build, MyData: Open>() -> Registry {
+/// Registry::default().module::<MyModule>("my_module").dataset::<MyData>("my_data")
+/// # }
+/// ```
+#[derive(Default)]
+pub struct Registry {
+    families: Vec<Box<dyn AnyFamily>>,
+}
+
+impl Registry {
+    /// Adds a module under this name.
+    pub fn module<M: Build>(mut self, name: &'static str) -> Self {
+        let parse = |document: &Document, named: &Named| -> Result<Box<dyn ModuleRecipe<M::Batch>>> {
+            Ok(Box::new(FromConfig::<M, M::Config> { config: document.fields(named)?, makes: PhantomData }))
+        };
+        let entry = ModuleEntry { parse, schema: schema_of::<M::Config> };
+        self.family::<M::Batch>().modules.insert(name, entry);
+        self
+    }
+
+    /// Adds a dataset under this name.
+    pub fn dataset<D: Open>(mut self, name: &'static str) -> Self {
+        let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<D::Batch>>> {
+            Ok(Box::new(FromConfig::<D, D::Config> { config: document.fields(named)?, makes: PhantomData }))
+        };
+        let entry = DataEntry { parse, schema: schema_of::<D::Config> };
+        self.family::<D::Batch>().datasets.insert(name, entry);
+        self
+    }
+
+    /// The modules and datasets that meet in the batch `B`.
+    fn family<B: Batch>(&mut self) -> &mut Family<B> {
+        let of_b = |family: &Box<dyn AnyFamily>| (**family).as_any().is::<Family<B>>();
+        let index = self.families.iter().position(of_b).unwrap_or_else(|| {
+            self.families.push(Box::new(Family::<B> { modules: IndexMap::new(), datasets: IndexMap::new() }));
+            self.families.len() - 1
+        });
+        match (*self.families[index]).as_any_mut().downcast_mut() {
+            Some(family) => family,
+            None => unreachable!("the family at this index was found, or made, with this very batch"),
+        }
+    }
+
+    /// What the sections `[module]` and `[data]` ask for, checked as far as it can be without reading data.
+    pub(crate) fn job(
+        &self,
+        document: &Document,
+        module: &Named,
+        data: &Named,
+        workers: usize,
+    ) -> Result<Box<dyn Job>> {
+        let names = |of: fn(&dyn AnyFamily) -> Vec<&'static str>| -> Vec<&'static str> {
+            self.families.iter().flat_map(|family| of(&**family)).collect()
+        };
+        let modules = names(|family| family.modules());
+        let datasets = names(|family| family.datasets());
+        if !datasets.contains(&data.name.as_str()) {
+            return Err(unknown_name(document, data, "data", &datasets));
+        }
+        let family = self.families.iter().find(|family| family.modules().contains(&module.name.as_str()));
+        let Some(family) = family else { return Err(unknown_name(document, module, "module", &modules)) };
+        if !family.datasets().contains(&data.name.as_str()) {
+            let message = format!(
+                "data `{}` makes other batches than module `{}` learns from, expected one of {}",
+                data.name,
+                module.name,
+                quoted_list(&family.datasets())
+            );
+            return Err(document.error_at(data.span.clone(), message).into());
+        }
+        family.job(document, module, data, workers)
+    }
+
+    /// JSON Schemas of the sections `[module]` and `[data]`.
+    pub(crate) fn schemas(&self) -> [serde_json::Value; 2] {
+        let any_of = |of: fn(&dyn AnyFamily) -> Vec<serde_json::Value>| {
+            json!({"type": "object", "required": ["name"],
+                   "anyOf": self.families.iter().flat_map(|family| of(&**family)).collect::<Vec<_>>()})
+        };
+        [any_of(|family| family.module_schemas()), any_of(|family| family.dataset_schemas())]
+    }
+}
+
+/// "unknown module `a`, expected one of `b`, `c`", at the place of the name.
+pub(crate) fn unknown_name(document: &Document, named: &Named, what: &str, known: &[&str]) -> Error {
+    let message = format!("unknown {what} `{}`, expected one of {}", named.name, quoted_list(known));
+    document.error_at(named.span.clone(), message).hint(did_you_mean(&named.name, known)).into()
+}
+
+/// Makes modules from settings that have been read.
+pub(crate) trait ModuleRecipe<B: Batch>: Send + Sync {
+    fn build(&self, spec: &B::Spec, vb: VarBuilder) -> Result<Box<dyn Module<Batch = B>>>;
+    fn settings(&self) -> Result<toml::Table>;
+}
+
+/// Opens datasets from settings that have been read.
+pub(crate) trait DataRecipe<B: Batch>: Send + Sync {
+    fn open(&self, split: Split) -> Result<Arc<dyn Dataset<Batch = B>>>;
+    fn settings(&self) -> Result<toml::Table>;
+}
+
+struct FromConfig<T, C> {
+    config: C,
+    makes: PhantomData<fn() -> T>,
+}
+
+impl<T, C: serde::Serialize> FromConfig<T, C> {
+    fn table(&self) -> Result<toml::Table> {
+        toml::Table::try_from(&self.config).map_err(|error| Error::msg(error.to_string()))
+    }
+}
+
+impl<M: Build> ModuleRecipe<M::Batch> for FromConfig<M, M::Config> {
+    fn build(
+        &self,
+        spec: &<M::Batch as Batch>::Spec,
+        vb: VarBuilder,
+    ) -> Result<Box<dyn Module<Batch = M::Batch>>> {
+        Ok(Box::new(M::build(&self.config, spec, vb)?))
+    }
+
+    fn settings(&self) -> Result<toml::Table> {
+        self.table()
+    }
+}
+
+impl<D: Open> DataRecipe<D::Batch> for FromConfig<D, D::Config> {
+    fn open(&self, split: Split) -> Result<Arc<dyn Dataset<Batch = D::Batch>>> {
+        Ok(Arc::new(D::open(&self.config, split)?))
+    }
+
+    fn settings(&self) -> Result<toml::Table> {
+        self.table()
+    }
+}
+
+fn schema_of<C: schemars::JsonSchema>() -> serde_json::Value {
+    schema_for!(C).to_value()
+}
+
+struct ModuleEntry<B: Batch> {
+    parse: fn(&Document, &Named) -> Result<Box<dyn ModuleRecipe<B>>>,
+    schema: fn() -> serde_json::Value,
+}
+
+struct DataEntry<B: Batch> {
+    parse: fn(&Document, &Named) -> Result<Box<dyn DataRecipe<B>>>,
+    schema: fn() -> serde_json::Value,
+}
+
+/// The modules and datasets of one kind of batch: any of these modules learns from any of these datasets.
+struct Family<B: Batch> {
+    modules: IndexMap<&'static str, ModuleEntry<B>>,
+    datasets: IndexMap<&'static str, DataEntry<B>>,
+}
+
+/// A family whose batch is not known where it is used.
+trait AnyFamily: Send + Sync {
+    fn as_any(&self) -> &dyn Any;
+    fn as_any_mut(&mut self) -> &mut dyn Any;
+    fn modules(&self) -> Vec<&'static str>;
+    fn datasets(&self) -> Vec<&'static str>;
+    fn module_schemas(&self) -> Vec<serde_json::Value>;
+    fn dataset_schemas(&self) -> Vec<serde_json::Value>;
+    fn job(&self, document: &Document, module: &Named, data: &Named, workers: usize) -> Result<Box<dyn Job>>;
+}
+
+impl<B: Batch> AnyFamily for Family<B> {
+    fn as_any(&self) -> &dyn Any {
+        self
+    }
+
+    fn as_any_mut(&mut self) -> &mut dyn Any {
+        self
+    }
+
+    fn modules(&self) -> Vec<&'static str> {
+        self.modules.keys().copied().collect()
+    }
+
+    fn datasets(&self) -> Vec<&'static str> {
+        self.datasets.keys().copied().collect()
+    }
+
+    fn module_schemas(&self) -> Vec<serde_json::Value> {
+        self.modules.iter().map(|(name, entry)| with_name(name, (entry.schema)())).collect()
+    }
+
+    fn dataset_schemas(&self) -> Vec<serde_json::Value> {
+        self.datasets.iter().map(|(name, entry)| with_name(name, (entry.schema)())).collect()
+    }
+
+    fn job(&self, document: &Document, module: &Named, data: &Named, workers: usize) -> Result<Box<dyn Job>> {
+        let module = (self.modules[module.name.as_str()].parse)(document, module)?;
+        let data = (self.datasets[data.name.as_str()].parse)(document, data)?;
+        Ok(Box::new(Pair { module, data, workers }))
+    }
+}
+
+/// A type's schema with the `name` that selects it.
+fn with_name(name: &str, mut schema: serde_json::Value) -> serde_json::Value {
+    schema["properties"]["name"] = json!({"const": name});
+    schema
+}

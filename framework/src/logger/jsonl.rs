@@ -1,0 +1,39 @@
+//! `metrics.jsonl`: one JSON object a line.
+
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use super::{Logger, replace};
+use crate::callback::Record;
+use crate::error::{Error, Result};
+
+/// Appends each record as one line of JSON, written at once, so that `tail -f` follows the run.
+pub struct Jsonl {
+    path: PathBuf,
+    file: File,
+}
+
+impl Jsonl {
+    /// Opens the file and drops the records after `step`.
+    pub fn open(path: &Path, step: u64) -> Result<Self> {
+        if let Ok(text) = std::fs::read_to_string(path) {
+            let before = |line: &&str| {
+                let record: Option<serde_json::Value> = serde_json::from_str(line).ok();
+                record.and_then(|record| record["step"].as_u64()).is_some_and(|at| at <= step)
+            };
+            let kept: String = text.lines().filter(before).flat_map(|line| [line, "\n"]).collect();
+            replace(path, kept.as_bytes())?;
+        }
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::file(path))?;
+        Ok(Self { path: path.to_path_buf(), file })
+    }
+}
+
+impl Logger for Jsonl {
+    fn log(&mut self, record: &Record) -> Result<()> {
+        let mut line = serde_json::to_vec(record).map_err(Error::content(&self.path))?;
+        line.push(b'\n');
+        self.file.write_all(&line).map_err(Error::file(&self.path))
+    }
+}

@@ -1,0 +1,32 @@
+//! `images/`: every picture as a PNG file.
+
+use std::path::{Path, PathBuf};
+
+use super::Logger;
+use crate::callback::{Picture, Record};
+use crate::error::{Error, Result};
+use crate::picture::save_png;
+
+/// Writes `<split>_<name>_<step>.png` into a folder.
+pub struct Pictures {
+    dir: PathBuf,
+}
+
+impl Pictures {
+    /// Pictures go into `dir`, which is made when the first one comes.
+    pub fn new(dir: &Path) -> Self {
+        Self { dir: dir.to_path_buf() }
+    }
+}
+
+impl Logger for Pictures {
+    fn log(&mut self, _: &Record) -> Result<()> {
+        Ok(())
+    }
+
+    fn picture(&mut self, picture: &Picture) -> Result<()> {
+        std::fs::create_dir_all(&self.dir).map_err(Error::file(&self.dir))?;
+        let Picture { step, split, name, pixels } = picture;
+        save_png(pixels, &self.dir.join(format!("{}_{name}_{step:06}.png", split.name())))
+    }
+}

@@ -1,0 +1,61 @@
+//! Means over samples that stay on the device until someone reads them.
+
+use candle_core::{DType, Tensor};
+use indexmap::IndexMap;
+
+use crate::error::{Error, Result};
+
+/// Weighted means of scalars by name, in the order in which the names first came.
+#[derive(Default)]
+pub struct Means {
+    sums: IndexMap<String, (Tensor, f64)>,
+}
+
+impl Means {
+    /// Adds a scalar that is itself the mean over `samples` samples.
+    pub fn add(&mut self, name: &str, value: &Tensor, samples: usize) -> Result<()> {
+        if value.elem_count() != 1 {
+            let shape = value.dims();
+            return Err(Error::msg(format!(
+                "metric `{name}` is logged with shape {shape:?}: expected a scalar"
+            )));
+        }
+        let weighted = (value.detach().flatten_all()?.to_dtype(DType::F64)? * samples as f64)?;
+        match self.sums.get_mut(name) {
+            Some((sum, weight)) => {
+                *sum = (&*sum + weighted)?;
+                *weight += samples as f64;
+            }
+            None => {
+                self.sums.insert(name.to_string(), (weighted, samples as f64));
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads every mean: the one place that waits for the device.
+    pub fn read(&self) -> Result<IndexMap<String, f64>> {
+        let mean = |(name, (sum, weight)): (&String, &(Tensor, f64))| {
+            Ok((name.clone(), sum.squeeze(0)?.to_scalar::<f64>()? / weight))
+        };
+        self.sums.iter().map(mean).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn means_are_weighted_by_samples() {
+        let mut means = Means::default();
+        let scalar = |x: f32| Tensor::new(x, &Device::Cpu).unwrap();
+        means.add("loss", &scalar(1.), 3).unwrap();
+        means.add("loss", &scalar(5.), 1).unwrap();
+        assert_eq!(means.read().unwrap()["loss"], 2.);
+        let error = means.add("mse", &scalar(1.).broadcast_as(3).unwrap(), 1).unwrap_err();
+        assert_eq!(error.to_string(), "metric `mse` is logged with shape [3]: expected a scalar");
+    }
+}

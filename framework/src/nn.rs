@@ -1,0 +1,178 @@
+//! Layer functions that modules call: our kernels where they apply, plain candle operations everywhere else.
+//!
+//! Tensors are (B, C, H, W), or (B, T, C, H, W) for frames.
+
+use std::cell::Cell;
+
+use candle_core::Tensor;
+use candle_nn::{Init, VarBuilder};
+
+use crate::error::{Error, Result};
+use crate::trainer::Kernels;
+
+thread_local! {
+    static KERNELS: Cell<Kernels> = const { Cell::new(Kernels::Fast) };
+}
+
+/// Runs `work` with this choice of kernels on the current thread.
+pub fn with_kernels<T>(choice: Kernels, work: impl FnOnce() -> T) -> T {
+    let before = KERNELS.replace(choice);
+    let result = work();
+    KERNELS.set(before);
+    result
+}
+
+/// A convolution's weight (Cout, Cin, ..) and bias (Cout), with PyTorch's initial values.
+#[derive(Debug, Clone)]
+pub struct Conv {
+    /// (Cout, Cin, kh, kw).
+    pub weight: Tensor,
+    /// (Cout).
+    pub bias: Tensor,
+}
+
+impl Conv {
+    /// Parameters `weight` of this shape and `bias`, both uniform within 1/sqrt(fan-in) at first (the default of
+    /// PyTorch's `nn.Conv2d`). The third of five axes, a Conv3d's depth of 1 over single frames, is kept in the
+    /// parameter and left out of `self.weight`.
+    pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        let bias = Self::uniform(shape);
+        Self::with_init(shape, bias, vb)
+    }
+
+    /// The same with a bias that starts at one value.
+    pub fn with_bias(shape: &[usize], bias: f64, vb: VarBuilder) -> Result<Self> {
+        Self::with_init(shape, Init::Const(bias), vb)
+    }
+
+    fn uniform(shape: &[usize]) -> Init {
+        let bound = 1. / (shape[1..].iter().product::<usize>() as f64).sqrt();
+        Init::Uniform { lo: -bound, up: bound }
+    }
+
+    fn with_init(shape: &[usize], bias: Init, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(shape, "weight", Self::uniform(shape))?;
+        let weight = if shape.len() == 5 { weight.squeeze(2)? } else { weight };
+        Ok(Self { weight, bias: vb.get_with_hints(shape[0], "bias", bias)? })
+    }
+
+    /// 'Same' convolution of (.., Cin, H, W) to (.., Cout, H, W), stride 1; the kernel's sides are odd.
+    pub fn same(&self, x: &Tensor) -> Result<Tensor> {
+        let padding = self.weight.dims()[2] / 2;
+        let folded = x.flatten_to(x.rank() - 4)?;
+        let y = folded.conv2d(&self.weight, padding, 1, 1, 1)?;
+        let y = y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
+        let mut dims = x.dims().to_vec();
+        dims[x.rank() - 3] = self.bias.dims()[0];
+        Ok(y.reshape(dims)?)
+    }
+}
+
+/// What a stack of ConvLSTM layers is fed with.
+pub enum Feed<'a> {
+    /// (B, T, C, H, W): one frame a step.
+    Frames(&'a Tensor),
+    /// (B, C, H, W) as the first step's input, and the top layer's last output as each later one's.
+    Feedback {
+        /// The first step's input.
+        first: &'a Tensor,
+        /// How many steps.
+        steps: usize,
+    },
+}
+
+/// Which of the top layer's outputs a roll-out returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Every step's: (B, T, N, H, W).
+    All,
+    /// The last step's: (B, N, H, W).
+    Last,
+}
+
+/// Rolls a stack of ConvLSTM layers over time, all states starting at zero; returns the top layer's outputs.
+///
+/// A layer's weight is (4N, C + N, k, k) over its input and its own last output; gates i, f, o, g:
+/// `c' = σ(f) c + σ(i) tanh(g)`, `h' = σ(o) tanh(c')` (Shi et al. 2015, equation 3, without peepholes).
+pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
+    let (steps, mut input) = match feed {
+        Feed::Frames(frames) => (frames.dim(1)?, frames.narrow(1, 0, 1)?.squeeze(1)?),
+        Feed::Feedback { first, steps } => (steps, first.clone()),
+    };
+    let mut states: Vec<Option<(Tensor, Tensor)>> = vec![None; layers.len()];
+    let mut outputs = Vec::with_capacity(steps);
+    for t in 0..steps {
+        if let Feed::Frames(frames) = feed {
+            input = frames.narrow(1, t, 1)?.squeeze(1)?;
+        }
+        for (layer, state) in layers.iter().zip(&mut states) {
+            let (h, c) = conv_lstm_cell(layer, &input, state.take())?;
+            input = h.clone();
+            *state = Some((h, c));
+        }
+        outputs.push(input.clone());
+    }
+    Ok(if keep == Keep::Last { input } else { Tensor::stack(&outputs, 1)? })
+}
+
+/// One step of one layer: the new output and cell, each (B, N, H, W).
+fn conv_lstm_cell(conv: &Conv, x: &Tensor, state: Option<(Tensor, Tensor)>) -> Result<(Tensor, Tensor)> {
+    let width = conv.bias.dims()[0] / 4;
+    let (h, c) = match state {
+        Some(state) => state,
+        None => {
+            let (batch, _, height, columns) = x.dims4()?;
+            let zeros = Tensor::zeros((batch, width, height, columns), x.dtype(), x.device())?;
+            (zeros.clone(), zeros)
+        }
+    };
+    let gates = conv.same(&Tensor::cat(&[x, &h], 1)?)?;
+    let gate = |i: usize| gates.narrow(1, i * width, width);
+    let sigmoid = candle_nn::ops::sigmoid;
+    let (i, f, o, g) = (sigmoid(&gate(0)?)?, sigmoid(&gate(1)?)?, sigmoid(&gate(2)?)?, gate(3)?.tanh()?);
+    let c = ((f * c)? + (i * g)?)?;
+    Ok(((o * c.tanh()?)?, c))
+}
+
+/// Folds patches of p x p pixels into channels: (.., C, H, W) to (.., p*p*C, H/p, W/p), channel `(y*p + x)*C + c`.
+pub fn space_to_depth(x: &Tensor, patch: usize) -> Result<Tensor> {
+    if patch == 1 {
+        return Ok(x.clone());
+    }
+    let (leading, [channels, height, width]) = split_dims(x)?;
+    if height % patch != 0 || width % patch != 0 {
+        return Err(Error::msg(format!("patches of {patch} pixels do not tile frames of {height}x{width}")));
+    }
+    let (rows, columns) = (height / patch, width / patch);
+    let folded = x.reshape((leading.iter().product::<usize>(), channels, rows, patch, columns, patch))?;
+    let folded = folded.permute([0, 3, 5, 1, 2, 4])?;
+    Ok(folded.reshape([&leading[..], &[patch * patch * channels, rows, columns]].concat())?)
+}
+
+/// Undoes [`space_to_depth`].
+pub fn depth_to_space(x: &Tensor, patch: usize) -> Result<Tensor> {
+    if patch == 1 {
+        return Ok(x.clone());
+    }
+    let (leading, [depth, rows, columns]) = split_dims(x)?;
+    if depth % (patch * patch) != 0 {
+        return Err(Error::msg(format!("{depth} channels do not hold patches of {patch} pixels")));
+    }
+    let channels = depth / (patch * patch);
+    let unfolded = x.reshape((leading.iter().product::<usize>(), patch, patch, channels, rows, columns))?;
+    let unfolded = unfolded.permute([0, 3, 4, 1, 5, 2])?;
+    Ok(unfolded.reshape([&leading[..], &[channels, rows * patch, columns * patch]].concat())?)
+}
+
+/// The leading axes of a tensor, and its last three.
+fn split_dims(x: &Tensor) -> Result<(Vec<usize>, [usize; 3])> {
+    match x.dims() {
+        [leading @ .., c, h, w] => Ok((leading.to_vec(), [*c, *h, *w])),
+        dims => Err(Error::msg(format!("expected a tensor (.., C, H, W), found shape {dims:?}"))),
+    }
+}
+
+/// The mean of squared differences, in f32 at least.
+pub fn mse(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
+    Ok((prediction - target)?.sqr()?.mean_all()?)
+}

@@ -1,0 +1,155 @@
+//! Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes them.
+
+use super::elementwise::{zip2, zip3};
+use candle_core::{Tensor, Var};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Optimizer, named_state, zeros_like};
+use crate::error::Result;
+
+/// Fields of `[optimizer]` for `adam`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamConfig {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first and the second moment.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Times the parameter, added to its gradient.
+    pub weight_decay: f64,
+    /// Divide by the largest second moment so far (Reddi et al. 2018).
+    pub amsgrad: bool,
+}
+
+/// Fields of `[optimizer]` for `adamw`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct AdamWConfig {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first and the second moment.
+    pub betas: [f64; 2],
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Times the learning rate: the share of every parameter that is taken away at each step.
+    pub weight_decay: f64,
+    /// Divide by the largest second moment so far (Reddi et al. 2018).
+    pub amsgrad: bool,
+}
+
+impl Default for AdamConfig {
+    fn default() -> Self {
+        Self { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0., amsgrad: false }
+    }
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 1e-2, amsgrad: false }
+    }
+}
+
+/// How much of a parameter is taken away, and where.
+enum Decay {
+    /// As a part of the gradient, so it passes through the moments.
+    Gradient(f32),
+    /// From the parameter itself, times the learning rate.
+    Parameter(f64),
+}
+
+/// Adam with the moments of every parameter.
+pub struct Adam {
+    params: Vec<(String, Var)>,
+    first: Vec<Var>,
+    second: Vec<Var>,
+    /// The largest second moment so far; empty without amsgrad.
+    largest: Vec<Var>,
+    betas: [f64; 2],
+    eps: f64,
+    decay: Decay,
+}
+
+impl Adam {
+    /// The optimizer of these parameters.
+    pub fn new(params: &[(String, Var)], config: &AdamConfig) -> Result<Self> {
+        let AdamConfig { betas, eps, weight_decay, amsgrad, .. } = *config;
+        Self::with_decay(params, betas, eps, amsgrad, Decay::Gradient(weight_decay as f32))
+    }
+
+    fn with_decay(
+        params: &[(String, Var)],
+        betas: [f64; 2],
+        eps: f64,
+        amsgrad: bool,
+        decay: Decay,
+    ) -> Result<Self> {
+        let largest = if amsgrad { zeros_like(params)? } else { Vec::new() };
+        let (first, second) = (zeros_like(params)?, zeros_like(params)?);
+        Ok(Self { params: params.to_vec(), first, second, largest, betas, eps, decay })
+    }
+}
+
+impl Optimizer for Adam {
+    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()> {
+        let [beta1, beta2] = self.betas;
+        let correction = |beta: f64| 1. - beta.powf(t as f64);
+        let step_size = (lr / correction(beta1)) as f32;
+        let root_correction = correction(beta2).sqrt() as f32;
+        let (one_minus_beta1, one_minus_beta2) = ((1. - beta1) as f32, (1. - beta2) as f32);
+        let (beta2, eps) = (beta2 as f32, self.eps as f32);
+        let (l2, keep) = match self.decay {
+            Decay::Gradient(decay) => (decay, 1.),
+            Decay::Parameter(decay) => (0., (1. - lr * decay) as f32),
+        };
+        for (i, gradient) in gradients.iter().enumerate() {
+            let (param, first, second) = (&self.params[i].1, &self.first[i], &self.second[i]);
+            zip3(first, gradient, param, move |m, g, w| *m += (g + l2 * w - *m) * one_minus_beta1)?;
+            zip3(second, gradient, param, move |v, g, w| {
+                let g = g + l2 * w;
+                *v = *v * beta2 + one_minus_beta2 * g * g;
+            })?;
+            let second = match self.largest.get(i) {
+                None => second,
+                Some(largest) => {
+                    zip2(largest, second, |max, v| *max = max.max(v))?;
+                    largest
+                }
+            };
+            zip3(param, first, second, move |w, m, v| {
+                *w = *w * keep - step_size * (m / (v.sqrt() / root_correction + eps));
+            })?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        let mut state = named_state("exp_avg", &self.params, &self.first);
+        state.extend(named_state("exp_avg_sq", &self.params, &self.second));
+        state.extend(named_state("max_exp_avg_sq", &self.params, &self.largest));
+        state
+    }
+}
+
+/// Adam whose weight decay does not pass through the moments.
+pub struct AdamW(Adam);
+
+impl AdamW {
+    /// The optimizer of these parameters.
+    pub fn new(params: &[(String, Var)], config: &AdamWConfig) -> Result<Self> {
+        let AdamWConfig { betas, eps, weight_decay, amsgrad, .. } = *config;
+        Ok(Self(Adam::with_decay(params, betas, eps, amsgrad, Decay::Parameter(weight_decay))?))
+    }
+}
+
+impl Optimizer for AdamW {
+    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()> {
+        self.0.step(gradients, t, lr)
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        self.0.state()
+    }
+}

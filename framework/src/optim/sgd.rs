@@ -1,0 +1,74 @@
+//! Stochastic gradient descent with momentum (Sutskever et al. 2013), as PyTorch computes it.
+
+use super::elementwise::{zip2, zip3};
+use candle_core::{Tensor, Var};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::{Optimizer, named_state, zeros_like};
+use crate::error::Result;
+
+/// Fields of `[optimizer]` for `sgd`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SgdConfig {
+    /// Learning rate.
+    pub lr: f64,
+    /// Share of the last update that goes on.
+    pub momentum: f64,
+    /// Share of the gradient that does not enter the momentum.
+    pub dampening: f64,
+    /// Times the parameter, added to its gradient.
+    pub weight_decay: f64,
+    /// Look ahead along the momentum (Nesterov).
+    pub nesterov: bool,
+}
+
+impl Default for SgdConfig {
+    fn default() -> Self {
+        Self { lr: 1e-3, momentum: 0., dampening: 0., weight_decay: 0., nesterov: false }
+    }
+}
+
+/// SGD with the momentum of every parameter.
+pub struct Sgd {
+    params: Vec<(String, Var)>,
+    /// Empty without momentum.
+    momentum_buffers: Vec<Var>,
+    config: SgdConfig,
+}
+
+impl Sgd {
+    /// The optimizer of these parameters.
+    pub fn new(params: &[(String, Var)], config: &SgdConfig) -> Result<Self> {
+        let momentum_buffers = if config.momentum == 0. { Vec::new() } else { zeros_like(params)? };
+        Ok(Self { params: params.to_vec(), momentum_buffers, config: config.clone() })
+    }
+}
+
+impl Optimizer for Sgd {
+    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()> {
+        let SgdConfig { momentum, dampening, weight_decay, nesterov, .. } = self.config;
+        let (lr, momentum, decay) = (lr as f32, momentum as f32, weight_decay as f32);
+        // The first gradient enters whole: there is no update yet that it could dampen.
+        let entering = if t == 1 { 1. } else { (1. - dampening) as f32 };
+        for (i, gradient) in gradients.iter().enumerate() {
+            let param = &self.params[i].1;
+            let Some(buffer) = self.momentum_buffers.get(i) else {
+                zip2(param, gradient, move |w, g| *w -= lr * (g + decay * *w))?;
+                continue;
+            };
+            zip3(buffer, gradient, param, move |b, g, w| *b = momentum * *b + entering * (g + decay * w))?;
+            if nesterov {
+                zip3(param, gradient, buffer, move |w, g, b| *w -= lr * (g + decay * *w + momentum * b))?;
+            } else {
+                zip2(param, buffer, move |w, b| *w -= lr * b)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        named_state("momentum_buffer", &self.params, &self.momentum_buffers)
+    }
+}

@@ -1,0 +1,125 @@
+//! The folder of a run: `<run.dir>/<run.name>/version_N/`.
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint;
+use crate::error::{Error, Result};
+
+/// Fields of `[run]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RunConfig {
+    /// The run's name: a folder below `dir`.
+    pub name: String,
+    /// Where the folders of runs are.
+    pub dir: PathBuf,
+    /// Everything random depends on it: initial values, order, augmentation, noise.
+    pub seed: u64,
+}
+
+impl Default for RunConfig {
+    fn default() -> Self {
+        Self { name: "run".into(), dir: "runs".into(), seed: 0 }
+    }
+}
+
+impl RunConfig {
+    /// Refuses names that are not one folder.
+    pub fn check(&self) -> Result<()> {
+        if self.name.is_empty() || self.name.contains(['/', '\\']) || self.name.starts_with('.') {
+            return Err(Error::setting(
+                "name",
+                "expected the name of a folder: no slash, no dot in front, not empty",
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// One version of a run on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RunDir(PathBuf);
+
+impl RunDir {
+    /// Makes the folder of the next version.
+    pub fn create(config: &RunConfig) -> Result<Self> {
+        let parent = config.dir.join(&config.name);
+        std::fs::create_dir_all(&parent).map_err(Error::file(&parent))?;
+        let mut next = versions(&parent).last().map_or(0, |newest| newest + 1);
+        loop {
+            let dir = parent.join(format!("version_{next}"));
+            match std::fs::create_dir(&dir) {
+                Ok(()) => return Ok(Self(dir)),
+                // Another run of this name took the number at this very moment.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => next += 1,
+                Err(error) => return Err(Error::file(&dir)(error)),
+            }
+        }
+    }
+
+    /// The newest version of a run, where there is one.
+    pub fn newest(config: &RunConfig) -> Option<Self> {
+        let parent = config.dir.join(&config.name);
+        versions(&parent).last().map(|version| Self(parent.join(format!("version_{version}"))))
+    }
+
+    /// The run that a path belongs to, and the checkpoint that it means: the path is a checkpoint, the folder of
+    /// checkpoints, or a run's folder (whose last good checkpoint is meant).
+    pub fn containing(path: &Path) -> Result<(Self, PathBuf)> {
+        let path = path.canonicalize().map_err(Error::file(path))?;
+        let nothing = || Error::msg(format!("{}: there is no good checkpoint here", path.display()));
+        let is_checkpoint = path.join("manifest.json").exists();
+        let checkpoints = match path.file_name() {
+            Some(name) if !is_checkpoint && name != "checkpoints" => path.join("checkpoints"),
+            _ if is_checkpoint => path.parent().unwrap_or(&path).to_path_buf(),
+            _ => path.clone(),
+        };
+        let checkpoint = if is_checkpoint {
+            path.clone()
+        } else {
+            checkpoint::latest(&checkpoints).ok_or_else(nothing)?
+        };
+        let run = checkpoints.parent().unwrap_or(&checkpoints).to_path_buf();
+        Ok((Self(run), checkpoint))
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// The folder of its checkpoints.
+    pub fn checkpoints(&self) -> PathBuf {
+        self.0.join("checkpoints")
+    }
+}
+
+/// The version numbers in a run's folder, oldest first.
+fn versions(parent: &Path) -> Vec<u64> {
+    let entries = std::fs::read_dir(parent).into_iter().flatten().flatten();
+    let number =
+        |entry: std::fs::DirEntry| entry.file_name().to_str()?.strip_prefix("version_")?.parse().ok();
+    let mut versions: Vec<u64> = entries.filter_map(number).collect();
+    versions.sort_unstable();
+    versions
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_count_up_numerically() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = RunConfig { name: "a".into(), dir: dir.path().into(), seed: 0 };
+        assert_eq!(RunDir::newest(&config), None);
+        for version in 0..12 {
+            let run = RunDir::create(&config).unwrap();
+            assert!(run.path().ends_with(format!("a/version_{version}")));
+            assert_eq!(RunDir::newest(&config), Some(run));
+        }
+    }
+}

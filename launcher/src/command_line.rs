@@ -1,0 +1,125 @@
+//! What the command line understands.
+
+use std::path::PathBuf;
+
+use candlepower::experiment::Resume;
+use clap::{Args, Parser, Subcommand};
+
+/// Trains models from TOML files: Lightning-style training for Rust.
+///
+/// A first run, without any download:  candlepower train configs/quickstart.toml
+#[derive(Parser)]
+#[command(name = "candlepower", version)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Train what a configuration describes.
+    ///
+    /// Writes <run.dir>/<run.name>/version_N/ with checkpoints, metrics, TensorBoard events and pictures. Ctrl-C
+    /// finishes the step, saves, and exits.
+    Train {
+        #[command(flatten)]
+        config: Config,
+        /// Go on with an earlier run: `auto` takes the newest run of this name (and starts afresh where there is
+        /// none); a folder is a run or one of its checkpoints.
+        #[arg(long, value_name = "auto|DIR")]
+        resume: Option<String>,
+    },
+    /// Measure a checkpoint on the validation data.
+    Validate {
+        #[command(flatten)]
+        config: Config,
+        /// A checkpoint, or a run's folder: then its last good checkpoint.
+        #[arg(long, value_name = "DIR")]
+        checkpoint: PathBuf,
+        /// Print one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Predict from a file with a checkpoint's weights.
+    Predict {
+        #[command(flatten)]
+        config: Config,
+        /// A checkpoint, or a run's folder: then its last good checkpoint.
+        #[arg(long, value_name = "DIR")]
+        checkpoint: PathBuf,
+        /// Frames to predict from: .npy (T,H,W), (N,T,H,W) or (N,T,C,H,W), or an animated .gif.
+        #[arg(long, value_name = "PATH")]
+        input: PathBuf,
+        /// Where the prediction goes; the ending says what it becomes: .gif moves, .png is a grid, .npy numbers.
+        #[arg(long, value_name = "PATH")]
+        output: PathBuf,
+    },
+    /// Print a configuration with every default written out.
+    Config {
+        #[command(flatten)]
+        config: OptionalConfig,
+        /// Print a JSON Schema of all configurations instead, for an editor's completion.
+        #[arg(long)]
+        schema: bool,
+    },
+}
+
+/// A configuration and what is changed in it.
+#[derive(Args)]
+pub(crate) struct Config {
+    /// The TOML file.
+    #[arg(value_name = "CONFIG")]
+    pub(crate) path: PathBuf,
+    #[command(flatten)]
+    pub(crate) changes: Changes,
+}
+
+#[derive(Args)]
+pub(crate) struct OptionalConfig {
+    /// The TOML file.
+    #[arg(value_name = "CONFIG", required_unless_present = "schema")]
+    pub(crate) path: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) changes: Changes,
+}
+
+#[derive(Args)]
+pub(crate) struct Changes {
+    /// Change one value, for example --set module.hidden=32; may be repeated.
+    #[arg(long = "set", value_name = "SECTION.KEY=VALUE")]
+    sets: Vec<String>,
+    /// Short for --set trainer.devices=N.
+    #[arg(long, value_name = "N")]
+    devices: Option<String>,
+    /// Short for --set trainer.precision=P.
+    #[arg(long, value_name = "P")]
+    precision: Option<String>,
+    /// Short for --set trainer.batch_size=N.
+    #[arg(long, value_name = "N")]
+    batch_size: Option<String>,
+    /// Short for --set logging.tensorboard=true.
+    #[arg(long)]
+    tensorboard: bool,
+}
+
+impl Changes {
+    /// All changes as overrides, in the order in which they win.
+    pub(crate) fn sets(&self) -> Vec<String> {
+        let mut sets = self.sets.clone();
+        let quoted = self.precision.as_ref().map(|precision| format!("{precision:?}"));
+        for (key, value) in [("devices", &self.devices), ("precision", &quoted), ("batch_size", &self.batch_size)] {
+            sets.extend(value.as_ref().map(|value| format!("trainer.{key}={value}")));
+        }
+        sets.extend(self.tensorboard.then(|| "logging.tensorboard=true".to_string()));
+        sets
+    }
+}
+
+/// What `--resume` says.
+pub(crate) fn resume(argument: Option<&str>) -> Resume {
+    match argument {
+        None => Resume::No,
+        Some("auto") => Resume::Auto,
+        Some(path) => Resume::From(path.into()),
+    }
+}

@@ -1,0 +1,77 @@
+//! What each command does.
+#![allow(clippy::print_stdout, reason = "results of commands go to standard output")]
+
+use std::process::ExitCode;
+
+use candlepower::Result;
+use candlepower::callback::StopReason;
+use candlepower::config::Registry;
+use candlepower::experiment::{self, Experiment, Report};
+
+use crate::command_line::{Changes, Command, Config, resume};
+use crate::signals;
+
+pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
+    let read = |config: &Config| Experiment::read(registry, &config.path, &config.changes.sets());
+    match command {
+        Command::Train { config, resume: from } => {
+            let experiment = read(&config)?;
+            let report = experiment.train(&resume(from.as_deref()), vec![Box::new(signals::stop_on_signal()?)])?;
+            print_report(&report);
+            return Ok(match report.outcome.reason {
+                StopReason::Signal(signal) => ExitCode::from(128 + signal as u8),
+                _ => ExitCode::SUCCESS,
+            });
+        }
+        Command::Validate { config, checkpoint, json } => {
+            let metrics = read(&config)?.validate(&checkpoint)?;
+            if json {
+                println!("{}", serde_json::json!(metrics));
+            } else {
+                metrics.iter().for_each(|(name, value)| println!("{name:12} {value:.6}"));
+            }
+        }
+        Command::Predict { config, checkpoint, input, output } => {
+            read(&config)?.predict(&checkpoint, &input, &output)?;
+            println!("wrote {}", output.display());
+        }
+        Command::Config { schema: true, .. } => println!("{:#}", experiment::schema(registry)),
+        Command::Config { config, .. } => {
+            let path = config.path.unwrap_or_default();
+            println!("{}", read_path(registry, path, config.changes)?.resolved()?);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read_path(registry: &Registry, path: std::path::PathBuf, changes: Changes) -> Result<Experiment> {
+    Experiment::read(registry, &path, &changes.sets())
+}
+
+/// What a training came to, with the predictors that learn nothing beside it.
+fn print_report(report: &Report) {
+    let outcome = &report.outcome;
+    match &outcome.reason {
+        StopReason::Finished => println!("finished at step {}", outcome.progress.step),
+        StopReason::Callback(why) => println!("stopped at step {}: {why}", outcome.progress.step),
+        StopReason::Signal(_) => {
+            println!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
+        }
+    }
+    if let Some(metrics) = &outcome.validation {
+        let all: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.5}")).collect();
+        println!("validation: {}", all.join("  "));
+        let best = report.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
+        if let (Some(mse), Some(best)) = (metrics.get("mse"), best) {
+            println!("mean squared error on the validation data, beside predictors that learn nothing:");
+            println!("  {:18} {mse:.5}", "this model");
+            for baseline in &report.baselines {
+                println!("  {:18} {:.5}", baseline.name, baseline.mse);
+            }
+            let change = 100. * (1. - mse / best.mse);
+            let (amount, side) = (change.abs(), if change >= 0. { "below" } else { "above" });
+            println!("{amount:.1} % {side} the best of them, \"{}\"", best.name);
+        }
+    }
+    println!("everything is in {}", report.dir.display());
+}
