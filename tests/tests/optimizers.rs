@@ -1,0 +1,52 @@
+//! Optimizers agree with PyTorch's on fixed gradients, step by step.
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{Tensor, Var};
+use candlepower::optim::{self, OptimizerConfig};
+use candlepower_tests::golden;
+use serde_json::Value;
+
+/// The optimizer that PyTorch calls by this name; `None` where we do not have it.
+fn parse(name: &str, fields: Value) -> Option<OptimizerConfig> {
+    Some(match name {
+        "Adam" => OptimizerConfig::Adam(serde_json::from_value(fields).unwrap()),
+        "AdamW" => OptimizerConfig::AdamW(serde_json::from_value(fields).unwrap()),
+        "SGD" => OptimizerConfig::Sgd(serde_json::from_value(fields).unwrap()),
+        _ => return None,
+    })
+}
+
+#[test]
+fn every_configuration_of_the_fixture_that_we_have() {
+    let golden = golden("optimizers");
+    let mut tested = Vec::new();
+    for (name, fields) in golden.hparams["configs"].as_object().unwrap() {
+        let mut fields = fields.as_object().unwrap().clone();
+        let optimizer = fields.remove("optimizer").unwrap();
+        let Some(config) = parse(optimizer.as_str().unwrap(), Value::Object(fields)) else { continue };
+        let names = ["w", "b"];
+        let start = |name: &str| Var::from_tensor(golden.get(&format!("param0.{name}"))).unwrap();
+        let vars = names.map(|name| (name.to_string(), start(name)));
+        let mut optimizer = config.build(&vars).unwrap();
+        for step in 0..golden.size("steps") {
+            let row = |kind: &str, name: &str| golden.get(&format!("{kind}.{name}")).get(step).unwrap();
+            let mut gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();
+            if name.ends_with("clip_norm") {
+                let norm = optim::clip_norm(&mut gradients, golden.hparams["clip_norm"].as_f64().unwrap()).unwrap();
+                let expected = golden.get(&format!("{name}.norms")).to_vec1::<f64>().unwrap()[step];
+                assert!((norm / expected - 1.).abs() < 1e-6, "{name}, step {step}: norm {norm}, not {expected}");
+            }
+            if name.ends_with("clip_value") {
+                optim::clip_value(&mut gradients, golden.hparams["clip_value"].as_f64().unwrap()).unwrap();
+            }
+            optimizer.step(&gradients, step as u64 + 1, config.lr()).unwrap();
+            for (param, var) in &vars {
+                let error = (var.as_tensor() - row(name, param)).unwrap().abs().unwrap().max_all().unwrap();
+                let error = error.to_scalar::<f32>().unwrap();
+                assert!(error <= 1e-6, "{name}, {param}, step {step}: off by {error:e}");
+            }
+        }
+        tested.push(name.clone());
+    }
+    assert!(tested.len() >= 3, "only {tested:?} were tested");
+}
