@@ -27,35 +27,59 @@ pub(crate) fn packed_order(hidden: usize) -> Vec<Option<usize>> {
         .collect()
 }
 
-/// Where the gates of a pixel stand: floats from pixel to pixel, from 16 channels to the next, and from gate to gate.
+/// Where the values that only cells use, gates and cell state, of 16 channels of a pixel stand.
 #[derive(Clone, Copy)]
-pub(crate) struct GateLayout {
-    pub(crate) pixel: usize,
-    pub(crate) group: usize,
+pub(crate) struct Place {
+    pub(crate) c: usize,
+    pub(crate) gates: usize,
+    /// Floats from gate to gate.
     pub(crate) gate: usize,
-    /// Whether channels are filled up to whole vectors.
-    pub(crate) padded: bool,
+    pub(crate) lanes: usize,
 }
 
-impl GateLayout {
-    pub(crate) fn packed(hidden: usize) -> GateLayout {
-        GateLayout { pixel: hidden.div_ceil(LANES) * GROUP, group: GROUP, gate: LANES, padded: true }
-    }
-    /// (.., 4 N), as PyTorch's `chunk` splits it.
-    pub(crate) fn plain(hidden: usize) -> GateLayout {
-        GateLayout { pixel: GATES * hidden, group: LANES, gate: hidden, padded: false }
-    }
+impl Place {
+    /// Packed: the four gates of a unit (16 channels of a pixel) lie together, and units follow each other.
     #[inline(always)]
-    fn at(&self, pixel: usize, group: usize, gate: usize) -> usize {
-        pixel * self.pixel + group * self.group + gate * self.gate
+    fn unit(index: usize) -> Place {
+        Place { c: index * LANES, gates: index * GROUP, gate: LANES, lanes: LANES }
     }
+    /// Units by pixel, then by channels.
     #[inline(always)]
-    fn lanes(&self, lanes: usize) -> usize {
-        if self.padded { LANES } else { lanes }
+    fn packed(pixel: usize, group: usize, hidden: usize) -> Place {
+        Place::unit(pixel * hidden.div_ceil(LANES) + group)
+    }
+    /// Units by tile, then by channels, then by pixel: what a tile needs lies together.
+    #[inline(always)]
+    fn tiled(tile: &Tile, group: usize, hidden: usize, row: usize, column: usize) -> Place {
+        Place::unit((tile.index * hidden.div_ceil(LANES) + group) * OUT * OUT + row * OUT + column)
+    }
+    /// Tensors (.., N) and (.., 4 N), gates as PyTorch's `chunk` splits them.
+    #[inline(always)]
+    fn plain(pixel: usize, group: usize, hidden: usize) -> Place {
+        let channel = group * LANES;
+        let lanes = LANES.min(hidden - channel);
+        Place { c: pixel * hidden + channel, gates: pixel * GATES * hidden + channel, gate: hidden, lanes }
     }
 }
 
-/// States of all pixels at one time step: (batch, pixels, channels), images `image` floats apart.
+/// The order of cells for which the values come from memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    Packed,
+    Plain,
+}
+
+impl Order {
+    #[inline(always)]
+    fn place(self, pixel: usize, group: usize, hidden: usize) -> Place {
+        match self {
+            Order::Packed => Place::packed(pixel, group, hidden),
+            Order::Plain => Place::plain(pixel, group, hidden),
+        }
+    }
+}
+
+/// Hidden states of all pixels at one time step: (batch, pixels, channels), images `image` floats apart.
 #[derive(Clone, Copy)]
 pub(crate) struct States {
     pub(crate) data: Shared,
@@ -76,12 +100,11 @@ pub(crate) struct Forward<'a> {
     /// Added to the pre-activations; in the packed order.
     pub(crate) bias: &'a [f32],
     /// Zero where there is none.
-    pub(crate) c_before: Option<States>,
-    pub(crate) c: States,
+    pub(crate) c_before: Option<Shared>,
+    pub(crate) c: Shared,
     pub(crate) h: States,
     /// Where the activations are kept for backward.
     pub(crate) kept: Option<Shared>,
-    pub(crate) layout: GateLayout,
     pub(crate) hidden: usize,
     /// Pixels of an image, and of a row.
     pub(crate) pixels: usize,
@@ -93,7 +116,7 @@ impl Forward<'_> {
     /// # Safety
     /// The pixel exists; no other task has it and the group.
     #[inline(always)]
-    unsafe fn pixel<S: Simd>(&self, image: usize, pixel: usize, group: usize, gates: [S; GATES]) {
+    unsafe fn pixel<S: Simd>(&self, image: usize, pixel: usize, group: usize, at: Place, gates: [S; GATES]) {
         let channel = group * LANES;
         let lanes = LANES.min(self.hidden - channel);
         let offset = pixel * self.hidden + channel;
@@ -103,14 +126,13 @@ impl Forward<'_> {
             let (i, f, o, g) = (sigmoid(i), sigmoid(f), sigmoid(o), tanh(g));
             let mut c = i.mul(g);
             if let Some(before) = self.c_before {
-                c = f.mul_add(S::load_lanes(before.at(image, offset), lanes), c);
+                c = f.mul_add(S::load_lanes(before.at(at.c), at.lanes), c);
             }
-            c.store_lanes(self.c.at(image, offset), lanes);
+            c.store_lanes(self.c.at(at.c), at.lanes);
             o.mul(tanh(c)).store_lanes(self.h.at(image, offset), lanes);
             if let Some(kept) = self.kept {
                 for (gate, x) in [i, f, o, g].into_iter().enumerate() {
-                    let to = kept.at(self.layout.at(image * self.pixels + pixel, group, gate));
-                    x.store_lanes(to, self.layout.lanes(lanes));
+                    x.store_lanes(kept.at(at.gates + gate * at.gate), at.lanes);
                 }
             }
         }
@@ -138,7 +160,8 @@ impl Epilogue for Forward<'_> {
                     for gate in 0..GATES {
                         x[gate] = x[gate].add(gates[gate][r][c]);
                     }
-                    self.pixel(tile.image, (tile.y + r) * self.width + tile.x + c, group, x);
+                    let at = Place::tiled(tile, group, self.hidden, r, c);
+                    self.pixel(tile.image, (tile.y + r) * self.width + tile.x + c, group, at, x);
                 }
             }
         }
@@ -150,15 +173,14 @@ impl Epilogue for Forward<'_> {
 pub(crate) struct Backward {
     /// The activations that forward kept.
     pub(crate) kept: Shared,
-    pub(crate) layout: GateLayout,
-    pub(crate) c_before: Option<States>,
-    pub(crate) c: States,
+    pub(crate) c_before: Option<Shared>,
+    pub(crate) c: Shared,
     /// The gradient of h; taken: zeros are left, for the sum of the step before.
     pub(crate) dh: Option<States>,
     /// More of it, only read.
     pub(crate) dh_output: Option<States>,
     /// The gradient of c' from later steps; becomes that of c.
-    pub(crate) dc: States,
+    pub(crate) dc: Shared,
     pub(crate) hidden: usize,
     pub(crate) pixels: usize,
     pub(crate) width: usize,
@@ -169,7 +191,7 @@ impl Backward {
     /// # Safety
     /// The pixel exists; no other task has it and the group.
     #[inline(always)]
-    unsafe fn pixel<S: Simd>(&self, image: usize, pixel: usize, group: usize) -> [S; GATES] {
+    unsafe fn pixel<S: Simd>(&self, image: usize, pixel: usize, group: usize, at: Place) -> [S; GATES] {
         let channel = group * LANES;
         let lanes = LANES.min(self.hidden - channel);
         let offset = pixel * self.hidden + channel;
@@ -177,26 +199,25 @@ impl Backward {
         unsafe {
             let mut gates = [S::zero(); GATES];
             for gate in 0..GATES {
-                let from = self.kept.at(self.layout.at(image * self.pixels + pixel, group, gate));
-                gates[gate] = S::load_lanes(from, self.layout.lanes(lanes));
+                gates[gate] = S::load_lanes(self.kept.at(at.gates + gate * at.gate), at.lanes);
             }
             let [i, f, o, g] = gates;
             let one = S::splat(1.);
-            let tanh_c = tanh(S::load_lanes(self.c.at(image, offset), lanes));
+            let tanh_c = tanh(S::load_lanes(self.c.at(at.c), at.lanes));
             let mut dh = S::zero();
             if let Some(states) = self.dh {
-                let at = states.at(image, offset);
-                dh = S::load_lanes(at, lanes);
-                S::zero().store_lanes(at, lanes);
+                let taken = states.at(image, offset);
+                dh = S::load_lanes(taken, lanes);
+                S::zero().store_lanes(taken, lanes);
             }
             if let Some(states) = self.dh_output {
                 dh = dh.add(S::load_lanes(states.at(image, offset), lanes));
             }
-            let at = self.dc.at(image, offset);
-            let dc = dh.mul(o).mul_add(tanh_c.neg_mul_add(tanh_c, one), S::load_lanes(at, lanes));
-            dc.mul(f).store_lanes(at, lanes);
+            let later = self.dc.at(at.c);
+            let dc = dh.mul(o).mul_add(tanh_c.neg_mul_add(tanh_c, one), S::load_lanes(later, at.lanes));
+            dc.mul(f).store_lanes(later, at.lanes);
             let before = match self.c_before {
-                Some(before) => S::load_lanes(before.at(image, offset), lanes),
+                Some(before) => S::load_lanes(before.at(at.c), at.lanes),
                 None => S::zero(),
             };
             // The derivative of the sigmoid is s - s s, that of tanh 1 - t t.
@@ -220,7 +241,8 @@ impl Gradient for Backward {
             let mut gates = [[[S::zero(); OUT]; OUT]; GATES];
             for r in 0..tile.rows {
                 for c in 0..tile.columns {
-                    let x = self.pixel::<S>(tile.image, (tile.y + r) * self.width + tile.x + c, group);
+                    let at = Place::tiled(tile, group, self.hidden, r, c);
+                    let x = self.pixel::<S>(tile.image, (tile.y + r) * self.width + tile.x + c, group, at);
                     for gate in 0..GATES {
                         gates[gate][r][c] = x[gate];
                     }
@@ -237,34 +259,33 @@ impl Gradient for Backward {
 const PIXELS: usize = 256;
 
 /// One step forwards from pre-activations in memory.
-pub(crate) fn forward(level: Level, images: usize, gates: &[f32], step: Forward) {
+pub(crate) fn forward(level: Level, images: usize, gates: &[f32], order: Order, step: Forward) {
     parallel::for_each((images * step.pixels).div_ceil(PIXELS), |task| {
         let pixels = task * PIXELS..(images * step.pixels).min((task + 1) * PIXELS);
-        level.run(ForwardPixels { step, gates, pixels });
+        level.run(ForwardPixels { step, gates, order, pixels });
     });
 }
 
 struct ForwardPixels<'a> {
     step: Forward<'a>,
     gates: &'a [f32],
+    order: Order,
     pixels: std::ops::Range<usize>,
 }
 
 impl Kernel for ForwardPixels<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let layout = self.step.layout;
         for pixel in self.pixels {
-            let (image, pixel_in_image) = (pixel / self.step.pixels, pixel % self.step.pixels);
             for group in 0..self.step.hidden.div_ceil(LANES) {
-                let lanes = layout.lanes(LANES.min(self.step.hidden - group * LANES));
+                let at = self.order.place(pixel, group, self.step.hidden);
                 // SAFETY: the pixel exists, and belongs to this task.
                 unsafe {
                     let mut x = [S::zero(); GATES];
                     for gate in 0..GATES {
-                        x[gate] = S::load_lanes(self.gates.as_ptr().add(layout.at(pixel, group, gate)), lanes);
+                        x[gate] = S::load_lanes(self.gates.as_ptr().add(at.gates + gate * at.gate), at.lanes);
                     }
-                    self.step.pixel(image, pixel_in_image, group, x);
+                    self.step.pixel(pixel / self.step.pixels, pixel % self.step.pixels, group, at, x);
                 }
             }
         }
@@ -272,31 +293,31 @@ impl Kernel for ForwardPixels<'_> {
 }
 
 /// One step backwards: writes the gradients of the pre-activations, which may take the activations' place.
-pub(crate) fn backward(level: Level, images: usize, gradients: Shared, step: Backward) {
+pub(crate) fn backward(level: Level, images: usize, gradients: Shared, order: Order, step: Backward) {
     parallel::for_each((images * step.pixels).div_ceil(PIXELS), |task| {
         let pixels = task * PIXELS..(images * step.pixels).min((task + 1) * PIXELS);
-        level.run(BackwardPixels { step, gradients, pixels });
+        level.run(BackwardPixels { step, gradients, order, pixels });
     });
 }
 
 struct BackwardPixels {
     step: Backward,
     gradients: Shared,
+    order: Order,
     pixels: std::ops::Range<usize>,
 }
 
 impl Kernel for BackwardPixels {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let layout = self.step.layout;
         for pixel in self.pixels {
             for group in 0..self.step.hidden.div_ceil(LANES) {
-                let lanes = layout.lanes(LANES.min(self.step.hidden - group * LANES));
+                let at = self.order.place(pixel, group, self.step.hidden);
                 // SAFETY: the pixel exists, and belongs to this task.
                 unsafe {
-                    let x = self.step.pixel::<S>(pixel / self.step.pixels, pixel % self.step.pixels, group);
+                    let x = self.step.pixel::<S>(pixel / self.step.pixels, pixel % self.step.pixels, group, at);
                     for gate in 0..GATES {
-                        x[gate].store_lanes(self.gradients.at(layout.at(pixel, group, gate)), lanes);
+                        x[gate].store_lanes(self.gradients.at(at.gates + gate * at.gate), at.lanes);
                     }
                 }
             }

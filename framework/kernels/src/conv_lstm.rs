@@ -1,12 +1,12 @@
 //! ConvLSTM as candle ops: a roll-out of a stack of layers over time, and the pointwise half of a cell alone.
 
 use crate::buffer::Buffer;
-use crate::cell::{self, GROUP, GateLayout, States, packed_order};
+use crate::cell::{self, GROUP, Order, States, packed_order};
 use crate::direct::{self, Geometry, OutputImages};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
 use crate::tensors::{check_supported, packed, tracked, with_values};
-use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
+use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, OUT, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Mutex, PoisonError};
 
@@ -186,6 +186,11 @@ impl RollOut {
     /// Floats of a step's states of a layer.
     fn state(&self, layer: usize) -> usize {
         self.batch * self.pixels() * self.layers[layer].hidden
+    }
+    /// Places of a step's cells of a layer: 16 channels of a pixel each.
+    fn cells(&self, layer: &Layer) -> usize {
+        let pixels = if layer.winograd() { self.tiling().tiles() * OUT * OUT } else { self.batch * self.pixels() };
+        pixels * layer.hidden.div_ceil(LANES)
     }
     /// The top layer's states, where all are returned.
     fn output_at(&self, step: usize) -> (usize, usize) {
@@ -376,16 +381,13 @@ fn forward(
     // All steps where backward needs them, otherwise the two (h) or one (c) in use.
     let (h_depth, c_depth) = if gradients { (r.steps, r.steps) } else { (2, 1) };
     let mut output = vec![0f32; r.state(r.top()) * if r.keep == Keep::All { r.steps } else { 1 }];
-    let states = |depth: usize| -> Vec<Buffer> {
-        (0..r.layers.len()).map(|layer| Buffer::new(depth * r.state(layer))).collect()
-    };
-    let mut c = states(c_depth);
-    let mut h = states(h_depth);
+    let mut c: Vec<Buffer> = r.layers.iter().map(|l| Buffer::new(c_depth * r.cells(l) * LANES)).collect();
+    let mut h: Vec<Buffer> = (0..r.layers.len()).map(|layer| Buffer::new(h_depth * r.state(layer))).collect();
     if r.keep == Keep::All {
         h[r.top()] = Buffer::new(0);
     }
     let mut activations: Vec<Buffer> = match gradients {
-        true => r.layers.iter().map(|l| Buffer::new(r.steps * r.batch * r.pixels() * l.gates())).collect(),
+        true => r.layers.iter().map(|l| Buffer::new(r.steps * r.cells(l) * GROUP)).collect(),
         false => Vec::new(),
     };
     let hidden = Hidden {
@@ -398,19 +400,15 @@ fn forward(
 
     for step in 0..r.steps {
         for (index, layer) in r.layers.iter().enumerate() {
-            let c_at = |step: usize| States {
-                // SAFETY: the step lies inside the buffer.
-                data: unsafe { cells[index].offset(step % c_depth * r.state(index)) },
-                image: r.pixels() * layer.hidden,
-            };
+            // SAFETY: the step lies inside the buffer.
+            let c_at = |step: usize| unsafe { cells[index].offset(step % c_depth * r.cells(layer) * LANES) };
             let cell = cell::Forward {
                 bias: &biases[index],
                 c_before: (step > 0).then(|| c_at(step - 1)),
                 c: c_at(step),
                 h: hidden.states(r, index, step),
                 // SAFETY: the step lies inside the buffer.
-                kept: kept.get(index).map(|k| unsafe { k.offset(step * r.batch * r.pixels() * layer.gates()) }),
-                layout: GateLayout::packed(layer.hidden),
+                kept: kept.get(index).map(|k| unsafe { k.offset(step * r.cells(layer) * GROUP) }),
                 hidden: layer.hidden,
                 pixels: r.pixels(),
                 width: r.width,
@@ -431,7 +429,7 @@ fn forward(
                     if let Some(before) = before {
                         direct::forward(level, &r.geometry(layer, layer.hidden), before, of_h, None, to);
                     }
-                    cell::forward(level, r.batch, &gates, cell);
+                    cell::forward(level, r.batch, &gates, Order::Packed, cell);
                 }
             }
         }
@@ -547,7 +545,8 @@ fn backward(
     // The gradients of the hidden states of this step and of the one before (cell::Backward leaves zeros behind, so the two
     // buffers change places), and of the cell states.
     let states = || -> Vec<Buffer> { (0..r.layers.len()).map(|l| Buffer::zeroed(r.state(l))).collect() };
-    let (mut dh_now, mut dh_before, mut dc) = (states(), states(), states());
+    let (mut dh_now, mut dh_before) = (states(), states());
+    let mut dc: Vec<Buffer> = r.layers.iter().map(|l| Buffer::zeroed(r.cells(l) * LANES)).collect();
     let hidden = Hidden {
         layers: kept.h.iter_mut().map(|h| Shared::new(h)).collect(),
         depth: r.steps,
@@ -561,8 +560,8 @@ fn backward(
             let image = r.pixels() * layer.hidden;
             let c = Shared::new(&mut kept.c[index]);
             // SAFETY: the step lies inside the buffer.
-            let c_at = |step: usize| States { data: unsafe { c.offset(step * r.state(index)) }, image };
-            let gates_len = r.batch * r.pixels() * layer.gates();
+            let c_at = |step: usize| unsafe { c.offset(step * r.cells(layer) * LANES) };
+            let gates_len = r.cells(layer) * GROUP;
             // SAFETY: as above.
             let activations = unsafe { Shared::new(&mut kept.activations[index]).offset(step * gates_len) };
             let returned = index == r.top() && (r.keep == Keep::All || step + 1 == r.steps);
@@ -573,12 +572,11 @@ fn backward(
             });
             let cell = cell::Backward {
                 kept: activations,
-                layout: GateLayout::packed(layer.hidden),
                 c_before: (step > 0).then(|| c_at(step - 1)),
                 c: c_at(step),
                 dh: Some(States { data: Shared::new(&mut dh_now[index]), image }),
                 dh_output,
-                dc: States { data: Shared::new(&mut dc[index]), image },
+                dc: Shared::new(&mut dc[index]),
                 hidden: layer.hidden,
                 pixels: r.pixels(),
                 width: r.width,
@@ -609,7 +607,7 @@ fn backward(
                 winograd::backward(level, &r.tiling(), vectors, cell, &mut sources, biases[index].as_deref_mut());
             } else {
                 // The gradients of the gates take the activations' place.
-                cell::backward(level, r.batch, activations, cell);
+                cell::backward(level, r.batch, activations, Order::Packed, cell);
                 let gates = &kept.activations[index][step * gates_len..][..gates_len];
                 let images = Images { data: gates.as_ptr(), image: r.pixels() * layer.gates(), channels: layer.gates() };
                 side_x.direct(level, &r.geometry(layer, layer.inputs), x, images, to_x);
@@ -713,16 +711,15 @@ fn cell_forward(
     let pixels = c.len() / hidden;
     let step = cell::Forward {
         bias: &[],
-        c_before: Some(States { data: Shared::read(c), image: 0 }),
-        c: States { data: Shared::new(c_after), image: 0 },
+        c_before: Some(Shared::read(c)),
+        c: Shared::new(c_after),
         h: States { data: Shared::new(h), image: 0 },
         kept,
-        layout: GateLayout::plain(hidden),
         hidden,
         pixels,
         width: 1,
     };
-    cell::forward(level, 1, gates, step);
+    cell::forward(level, 1, gates, Order::Plain, step);
 }
 
 #[expect(clippy::too_many_arguments, reason = "the tensors of the op's backward")]
@@ -744,15 +741,14 @@ fn cell_backward(
     dc.copy_from_slice(&d[len..]);
     let step = cell::Backward {
         kept: activations,
-        layout: GateLayout::plain(hidden),
-        c_before: Some(States { data: Shared::read(c), image: 0 }),
-        c: States { data: Shared::read(&states[len..]), image: 0 },
+        c_before: Some(Shared::read(c)),
+        c: Shared::read(&states[len..]),
         dh: None,
         dh_output: Some(States { data: Shared::read(&d[..len]), image: 0 }),
-        dc: States { data: Shared::new(dc), image: 0 },
+        dc: Shared::new(dc),
         hidden,
         pixels: len / hidden,
         width: 1,
     };
-    cell::backward(level, 1, activations, step);
+    cell::backward(level, 1, activations, Order::Plain, step);
 }

@@ -12,6 +12,9 @@ pub(crate) struct Run {
     pub(crate) len: usize,
 }
 
+/// How far ahead, in floats, the panel is asked for: it is read in order, from the third-level cache.
+const AHEAD: usize = 1 << 10;
+
 /// What a product starts from.
 #[derive(Clone, Copy)]
 pub(crate) enum Start {
@@ -130,6 +133,7 @@ unsafe fn product_block<S: Simd, const R: usize, const C: usize>(
                 let mut bv = [S::zero(); C];
                 for j in 0..C {
                     bv[j] = S::load(b.add(j * LANES));
+                    S::prefetch(b.wrapping_add(AHEAD + j * LANES));
                 }
                 for r in 0..R {
                     let x = S::splat(*a.add(r * a_row));
@@ -271,6 +275,12 @@ unsafe fn transposed_block<S: Simd, const R: usize, const C: usize, const PART: 
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[S::zero(); C]; R];
+        // C is far away when it is a gradient of weights: it comes while the sums are taken.
+        for r in 0..R {
+            for j in 0..C {
+                S::prefetch(c.add(r * c_row + j * LANES));
+            }
+        }
         for _ in 0..len {
             let mut bv = [S::zero(); C];
             for j in 0..C {

@@ -110,6 +110,9 @@ pub(crate) trait Simd: Copy {
     /// `n <= 16` floats are writable at `p`.
     unsafe fn store_first(self, p: *mut f32, n: usize);
 
+    /// Asks for the cache line of an address, which need not exist.
+    fn prefetch(p: *const f32);
+
     fn add(self, b: Self) -> Self;
     fn sub(self, b: Self) -> Self;
     fn mul(self, b: Self) -> Self;
@@ -210,6 +213,8 @@ impl Simd for Portable {
         // SAFETY: n writable floats, n <= 16, by the caller's promise.
         unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), p, n) }
     }
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
     #[inline(always)]
     fn add(self, b: Self) -> Self {
         self.zip(b, |x, y| x + y)
@@ -315,6 +320,10 @@ mod x86 {
             op!(_mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as u16, self.0))
         }
         #[inline(always)]
+        fn prefetch(p: *const f32) {
+            op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        }
+        #[inline(always)]
         fn add(self, b: Self) -> Self {
             Avx512(op!(_mm512_add_ps(self.0, b.0)))
         }
@@ -405,6 +414,10 @@ mod x86 {
                 _mm256_maskstore_ps(p, low, self.0);
                 _mm256_maskstore_ps(p.wrapping_add(LANES / 2), high, self.1);
             })
+        }
+        #[inline(always)]
+        fn prefetch(p: *const f32) {
+            op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
         }
         #[inline(always)]
         fn add(self, b: Self) -> Self {

@@ -47,9 +47,10 @@ pub(crate) struct Tiling {
     pub(crate) padding: usize,
 }
 
-/// A tile: its image, its first output pixel, and how many of its 4x4 outputs exist.
+/// A tile: its place in the count, its image, its first output pixel, and how many of its 4x4 outputs exist.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
+    pub(crate) index: usize,
     pub(crate) image: usize,
     pub(crate) y: usize,
     pub(crate) x: usize,
@@ -72,7 +73,7 @@ impl Tiling {
     fn down(&self) -> usize {
         self.out_height().div_ceil(OUT)
     }
-    fn tiles(&self) -> usize {
+    pub(crate) fn tiles(&self) -> usize {
         self.batch * self.down() * self.across()
     }
     #[inline(always)]
@@ -80,7 +81,7 @@ impl Tiling {
         let (row, x) = (index / self.across(), index % self.across() * OUT);
         let (image, y) = (row / self.down(), row % self.down() * OUT);
         let (rows, columns) = (OUT.min(self.out_height() - y), OUT.min(self.out_width() - x));
-        Tile { image, y, x, rows, columns }
+        Tile { index, image, y, x, rows, columns }
     }
     /// Which rows and columns of the tile's 6x6 inputs lie inside the image: (rows, columns), as ranges.
     #[inline(always)]

@@ -166,7 +166,7 @@ const TASK_TILES: usize = 8;
 
 /// About how many tiles a chunk has: for one position, D and V fill half of the second-level cache.
 fn chunk_tiles(outputs: usize, inputs: usize) -> usize {
-    const FLOATS: usize = 104 << 10;
+    const FLOATS: usize = 144 << 10;
     (FLOATS / (outputs + inputs)).clamp(16, 1024)
 }
 
