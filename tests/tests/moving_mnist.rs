@@ -152,7 +152,7 @@ fn real_handwriting_moves_and_has_labels() {
     assert_eq!(batch.label.to_vec1::<u32>().unwrap(), [7, 2, 1, 0, 4, 1]);
 
     // The all-zero predictor's mean squared error over 400 sequences of two of these digits was measured apart from
-    // this code: 0.0493 and 0.0414, which is the mean square of a pixel. Another 400 sequences come close to it.
+    // this code: 0.0493 and 0.0414, the mean square of a pixel. One such figure is good to about 1.5 %; so is ours.
     for (protocol, mean_square) in [(Protocol::Svg, 0.0493), (Protocol::Openstl, 0.0414)] {
         let config = Config { digits: folder.clone(), protocol, ..Config::default() };
         let moving = MovingMnist::open(&config, Split::Val).unwrap();
@@ -171,7 +171,7 @@ fn real_handwriting_moves_and_has_labels() {
         };
         let found = samples.chunks(50).map(square).sum::<f64>() / 8.;
         assert!(
-            (found - mean_square).abs() < 0.02 * mean_square,
+            (found - mean_square).abs() < 0.06 * mean_square,
             "{protocol:?}: {found}, expected {mean_square}"
         );
     }

@@ -295,10 +295,8 @@ pub(crate) mod tests {
         assert_eq!(refusal(&images_file(0)), "too few images for the val split");
 
         let (_folder, digits) = folder([(&*format!("{name}.gz"), gz(&whole)[..30].to_vec())]);
-        assert_eq!(
-            error(images(&digits, Split::Val)),
-            format!("{digits}/{name}.gz: a broken gzip file: unexpected end of file")
-        );
+        let message = error(images(&digits, Split::Val));
+        assert!(message.starts_with(&format!("{digits}/{name}.gz: a broken gzip file: ")), "{message}");
     }
 
     #[test]

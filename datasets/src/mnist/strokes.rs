@@ -162,7 +162,7 @@ fn write(digit: u8, mut rng: impl Rng, image: &mut [u8]) {
         let [x, y] = [width * x + rng(), y + rng()];
         [x - slant * y, y + tilt * x]
     };
-    let mut shake = || rng.random_range(-0.28..0.28_f32);
+    let mut shake = || rng.random_range(-0.4..0.4_f32);
     let mut lines: Vec<[Point; 2]> = Vec::new();
     for stroke in glyph {
         let mut corner = None;

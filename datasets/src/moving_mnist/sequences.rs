@@ -256,7 +256,7 @@ mod tests {
         let expected = "expected an .npy array of unsigned bytes, (time, sequence, row, column)";
         let whole = npy(&array());
         for (content, reason) in [
-            (whole[..5000].to_vec(), "reading the array data failed"),
+            (whole[..5000].to_vec(), "missing 125808 bytes"),
             (b"PK\x03\x04 not an array".to_vec(), "start does not match magic string"),
             (npy(&Array4::<f32>::zeros((6, 20, 3, 3))), "incorrect descriptor"),
             (npy(&Array::<u8, _>::zeros((6, 20, 3))), "ndim"),
@@ -272,6 +272,6 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config = config(&folder, "seq.npy.gz", &gz(&whole)[..60]);
         let message = MovingMnist::open(&config, Split::Val).err().unwrap().to_string();
-        assert_eq!(message, format!("{}: a broken gzip file: unexpected end of file", config.digits));
+        assert!(message.starts_with(&format!("{}: a broken gzip file: ", config.digits)), "{message}");
     }
 }
