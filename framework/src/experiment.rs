@@ -132,7 +132,7 @@ impl Experiment {
     }
 
     fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
-        let model = Model::new(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu);
+        let model = Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu);
         model.map_err(|error| self.document.place("module", error))
     }
 

@@ -105,16 +105,25 @@ pub struct Model<B: Batch> {
 }
 
 impl<B: Batch> Model<B> {
-    /// Builds `M` with initial values that depend on `seed` and each parameter's name alone.
+    /// Builds `M` from its configuration.
     pub fn build<M>(config: &M::Config, spec: &B::Spec, seed: u64, device: &Device) -> Result<Self>
     where
         M: Build + Module<Batch = B>,
     {
-        Self::new(|vb| Ok(Box::new(M::build(config, spec, vb)?)), seed, device)
+        Self::new(|vb| M::build(config, spec, vb), seed, device)
     }
 
-    /// Builds a model from a closure, for modules that are not made from a configuration.
-    pub fn new(
+    /// Builds a module with a closure, which is called twice. Initial values depend on `seed` and each parameter's name
+    /// alone.
+    pub fn new<M>(build: impl Fn(VarBuilder) -> Result<M>, seed: u64, device: &Device) -> Result<Self>
+    where
+        M: Module<Batch = B> + 'static,
+    {
+        Self::boxed(|vb| Ok(Box::new(build(vb)?)), seed, device)
+    }
+
+    /// The same for a module whose type is not known.
+    pub fn boxed(
         build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>>,
         seed: u64,
         device: &Device,

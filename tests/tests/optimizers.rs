@@ -41,9 +41,12 @@ fn every_configuration_of_the_fixture_that_we_have() {
             }
             optimizer.step(&gradients, step as u64 + 1, config.lr()).unwrap();
             for (param, var) in &vars {
-                let error = (var.as_tensor() - row(name, param)).unwrap().abs().unwrap().max_all().unwrap();
-                let error = error.to_scalar::<f32>().unwrap();
-                assert!(error <= 1e-6, "{name}, {param}, step {step}: off by {error:e}");
+                let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                let expected = row(name, param);
+                let error = largest(&(var.as_tensor() - &expected).unwrap());
+                // PyTorch fuses some products and sums: one rounding less. Parameters grow to about 10 here.
+                let tolerance = 1e-6 * largest(&expected).max(1.);
+                assert!(error <= tolerance, "{name}, {param}, step {step}: off by {error:e}");
             }
         }
         tested.push(name.clone());
