@@ -89,6 +89,9 @@ mod tests {
         let batch = digits.batch(&[sample(13), sample(0), sample(999)]).unwrap();
         assert_eq!((batch.input.dims(), batch.input.dtype()), (&[3, 1, 28, 28][..], DType::F32));
         assert_eq!(batch.label.to_vec1::<u32>().unwrap(), [3, 0, 9]);
+        let first: Vec<f32> = batch.input.get(0).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let pixels = digits.images.get(13).iter().map(|&pixel| f32::from(pixel) / 255.);
+        assert_eq!(first, pixels.collect::<Vec<_>>());
         let (least, most) = (batch.input.min_all().unwrap(), batch.input.max_all().unwrap());
         assert_eq!((least.to_scalar::<f32>().unwrap(), most.to_scalar::<f32>().unwrap()), (0., 1.));
         assert_eq!(Digits::open(&Config::default(), Split::Val).unwrap().len(), 100);

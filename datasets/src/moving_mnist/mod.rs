@@ -25,8 +25,8 @@ use crate::mnist;
 
 /// The fields of `[data]` for `name = "moving_mnist"`.
 ///
-/// The four that say how sequences are generated (`protocol`, `stochastic`, `digits_per_frame`, `train_samples`) have
-/// no meaning where `digits` is a file of finished sequences, except that `train_samples` limits how many are used.
+/// `protocol`, `stochastic` and `digits_per_frame` say how sequences are generated: they have no meaning where
+/// `digits` is a file of finished sequences.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
