@@ -1,1 +1,21 @@
-//! Fast differentiable operations for candle.
+//! Fast differentiable operations for [candle](https://docs.rs/candle-core) on the CPU: convolutions and ConvLSTM roll-outs.
+#![expect(clippy::needless_range_loop, reason = "in kernels, an index names a row, a tap or a lane")]
+
+mod activations;
+mod buffer;
+mod cell;
+mod conv2d;
+mod conv_lstm;
+mod direct;
+mod gemm;
+mod parallel;
+mod simd;
+mod tensors;
+mod winograd;
+
+pub use buffer::release_scratch;
+pub use conv2d::{Conv2dOptions, conv2d};
+pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
+#[doc(hidden)]
+pub use simd::Level;
+pub use tensors::{no_grad, supported};

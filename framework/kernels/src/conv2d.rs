@@ -1,0 +1,301 @@
+//! Two-dimensional convolution as a candle op.
+
+use crate::direct::{self, Geometry, OutputImages};
+use crate::parallel::{Shared, on_pool};
+use crate::simd::{LANES, Level};
+use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+
+/// How a convolution moves over its input; as PyTorch's arguments of these names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Conv2dOptions {
+    /// Pixels between neighbouring outputs.
+    pub stride: usize,
+    /// Zeros added at each side.
+    pub padding: usize,
+    /// Pixels between neighbouring taps.
+    pub dilation: usize,
+    /// Channels are cut into this many groups that do not see each other.
+    pub groups: usize,
+}
+
+impl Default for Conv2dOptions {
+    fn default() -> Self {
+        Conv2dOptions { stride: 1, padding: 0, dilation: 1, groups: 1 }
+    }
+}
+
+/// Two-dimensional convolution, channels last.
+///
+/// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in PyTorch; `bias` is
+/// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All f32 on the
+/// CPU, of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
+///
+/// 3x3 kernels of stride 1 run as Winograd F(4x4, 3x3) (Lavin and Gray, "Fast algorithms for convolutional neural networks",
+/// 2015) where there are enough channels, everything else by definition.
+///
+/// # Errors
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
+    let geometry = geometry(x, weight, bias, options)?;
+    let op = Conv2d { geometry, leading: x.dims()[..x.rank() - 3].to_vec() };
+    let gradients = tracked(x) || tracked(weight) || bias.is_some_and(tracked);
+    match (bias, gradients) {
+        (None, true) => x.apply_op2(weight, op),
+        (None, false) => x.apply_op2_no_bwd(weight, &op),
+        (Some(bias), true) => x.apply_op3(weight, bias, op),
+        (Some(bias), false) => x.apply_op3_no_bwd(weight, bias, &op),
+    }
+}
+
+fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
+    let op = "conv2d";
+    check_supported(op, "x", x)?;
+    check_supported(op, "weight", weight)?;
+    let &[ref leading @ .., height, width, inputs] = x.dims() else {
+        bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
+    };
+    let &[outputs, group_inputs, kernel_height, kernel_width] = weight.dims() else {
+        bail!("{op}: weight must be (outputs, inputs / groups, height, width), got {:?}", weight.dims());
+    };
+    let Conv2dOptions { stride, padding, dilation, groups } = options;
+    if stride == 0 || dilation == 0 || groups == 0 {
+        bail!("{op}: stride, dilation and groups must be at least 1, got {options:?}");
+    }
+    if inputs != group_inputs * groups || outputs % groups != 0 {
+        bail!(
+            "{op}: channels do not fit: x is {:?}, weight is {:?}, groups {groups}",
+            x.dims(),
+            weight.dims()
+        );
+    }
+    check_bias(op, bias, outputs)?;
+    let size = |size: usize, kernel: usize| (size + 2 * padding).checked_sub(dilation * (kernel - 1) + 1);
+    let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width)) else {
+        bail!(
+            "{op}: the kernel is larger than the padded image: x is {:?}, weight is {:?}, {options:?}",
+            x.dims(),
+            weight.dims()
+        );
+    };
+    Ok(Geometry {
+        batch: leading.iter().product(),
+        height,
+        width,
+        inputs,
+        outputs,
+        kernel_height,
+        kernel_width,
+        stride,
+        padding,
+        dilation,
+        groups,
+        out_height: free_height / stride + 1,
+        out_width: free_width / stride + 1,
+    })
+}
+
+pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize) -> Result<()> {
+    let Some(bias) = bias else { return Ok(()) };
+    check_supported(op, "bias", bias)?;
+    if bias.dims() != [outputs] {
+        bail!("{op}: bias must be ({outputs}) for {outputs} output channels, got {:?}", bias.dims());
+    }
+    Ok(())
+}
+
+/// Whether Winograd pays: the transforms of both sides must be repaid by the products between them.
+fn winograd_pays(g: &Geometry) -> bool {
+    (g.kernel_height, g.kernel_width, g.stride, g.dilation, g.groups) == (3, 3, 1, 1, 1)
+        && g.padding <= 2
+        && g.inputs >= 16
+        && g.outputs >= 16
+}
+
+fn tiling(g: &Geometry) -> Tiling {
+    Tiling { batch: g.batch, height: g.height, width: g.width, padding: g.padding }
+}
+
+fn images(data: &[f32], pixels: usize, channels: usize) -> Images {
+    Images { data: data.as_ptr(), image: pixels * channels, channels }
+}
+
+/// y = x * w + bias into `y`, which is empty or of the right size.
+pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    let level = Level::current();
+    let mut y = vec![0f32; g.batch * g.out_height * g.out_width * g.outputs];
+    on_pool(|| {
+        let x = images(x, g.height * g.width, g.inputs);
+        if winograd_pays(g) {
+            let order = order(g.outputs);
+            let filters = Filters { data: weight, inputs: g.inputs }.transform(level, &order);
+            let mut row = vec![0f32; order.len()];
+            if let Some(bias) = bias {
+                row[..g.outputs].copy_from_slice(bias);
+            }
+            let epilogue = winograd::Store {
+                output: Shared::new(&mut y),
+                bias: &row,
+                height: g.out_height,
+                width: g.out_width,
+                channels: g.outputs,
+            };
+            winograd::forward(level, &tiling(g), &[x], &filters, epilogue);
+        } else {
+            let y = OutputImages::contiguous(&mut y, g.out_height * g.out_width * g.outputs);
+            direct::forward(level, g, x, weight, bias, y);
+        }
+    });
+    y
+}
+
+/// The output channels as they are, in whole vectors.
+fn order(outputs: usize) -> ColumnOrder {
+    (0..outputs.next_multiple_of(LANES)).map(|o| (o < outputs).then_some(o)).collect()
+}
+
+/// Which gradients are wanted, or those gradients.
+pub(crate) struct Wanted {
+    pub(crate) x: bool,
+    pub(crate) weight: bool,
+    pub(crate) bias: bool,
+}
+
+pub(crate) struct Gradients {
+    pub(crate) x: Option<Vec<f32>>,
+    pub(crate) weight: Option<Vec<f32>>,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// The gradients of x, weight and bias.
+pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], wanted: &Wanted) -> Gradients {
+    let level = Level::current();
+    let mut dx = wanted.x.then(|| vec![0f32; x.len()]);
+    let mut dw = wanted.weight.then(|| vec![0f32; weight.len()]);
+    let mut db = wanted.bias.then(|| vec![0f32; g.outputs]);
+    on_pool(|| {
+        let x = images(x, g.height * g.width, g.inputs);
+        if winograd_pays(g) && (wanted.x || wanted.weight) {
+            winograd_backward(level, g, x, weight, dy, &mut dx, &mut dw, &mut db);
+            return;
+        }
+        let dy_images = images(dy, g.out_height * g.out_width, g.outputs);
+        if let Some(dx) = &mut dx {
+            let dx = OutputImages::contiguous(dx, g.height * g.width * g.inputs);
+            direct::backward_input(level, g, dy_images, weight, None, dx);
+        }
+        if let Some(dw) = &mut dw {
+            direct::backward_weight(level, g, x, dy_images, dw);
+        }
+        if let Some(db) = &mut db {
+            direct::backward_bias(level, dy, db);
+        }
+    });
+    Gradients { x: dx, weight: dw, bias: db }
+}
+
+#[expect(clippy::too_many_arguments, reason = "the Winograd half of `backward`")]
+fn winograd_backward(
+    level: Level,
+    g: &Geometry,
+    x: Images,
+    weight: &[f32],
+    dy: &[f32],
+    dx: &mut Option<Vec<f32>>,
+    dw: &mut Option<Vec<f32>>,
+    db: &mut Option<Vec<f32>>,
+) {
+    let order = order(g.outputs);
+    let filters = Filters { data: weight, inputs: g.inputs };
+    let transposed = dx.as_ref().map(|_| filters.transform_transposed(level, &order, 0, g.inputs));
+    let mut filter_sums = dw.as_ref().map(|_| Panels::zeroed(g.inputs, order.len()));
+    let mut bias_sums = db.as_ref().map(|_| vec![0f32; order.len()]);
+    let input = match (&transposed, dx) {
+        (Some(filters), Some(dx)) => Some(InputGradient { filters, data: Shared::new(dx), image: x.image }),
+        _ => None,
+    };
+    let gradient = winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
+    let mut sources = [Source { images: x, filters: filter_sums.as_mut(), input }];
+    winograd::backward(level, &tiling(g), order.len() / LANES, gradient, &mut sources, bias_sums.as_deref_mut());
+    if let (Some(dw), Some(sums)) = (dw, &filter_sums) {
+        winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs);
+    }
+    if let (Some(db), Some(sums)) = (db, bias_sums) {
+        db.copy_from_slice(&sums[..g.outputs]);
+    }
+}
+
+struct Conv2d {
+    geometry: Geometry,
+    leading: Vec<usize>,
+}
+
+impl Conv2d {
+    fn run(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
+        let g = &self.geometry;
+        let shape = [&self.leading[..], &[g.out_height, g.out_width, g.outputs]].concat();
+        (CpuStorage::F32(forward(g, x, weight, bias)), shape.into())
+    }
+
+    fn gradients(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
+        let wanted =
+            Wanted { x: x.track_op(), weight: weight.track_op(), bias: bias.is_some_and(|bias| bias.track_op()) };
+        let gradients = with_values(x, |xs| {
+            with_values(weight, |ws| with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, &wanted))))
+        })?;
+        let tensor = |values: Option<Vec<f32>>, shape: &Shape| {
+            values.map(|values| Tensor::from_vec(values, shape, &Device::Cpu)).transpose()
+        };
+        Ok([
+            tensor(gradients.x, x.shape())?,
+            tensor(gradients.weight, weight.shape())?,
+            tensor(gradients.bias, &Shape::from(self.geometry.outputs))?,
+        ])
+    }
+}
+
+impl CustomOp2 for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(self.run(&packed(x, lx)?, &packed(w, lw)?, None))
+    }
+
+    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [dx, dw, _] = self.gradients(x, w, None, dy)?;
+        Ok((dx, dw))
+    }
+}
+
+impl CustomOp3 for Conv2d {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Ok(self.run(&packed(x, lx)?, &packed(w, lw)?, Some(&packed(b, lb)?)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [dx, dw, db] = self.gradients(x, w, Some(b), dy)?;
+        Ok((dx, dw, db))
+    }
+}

@@ -1,0 +1,742 @@
+//! ConvLSTM as candle ops: a roll-out of a stack of layers over time, and the pointwise half of a cell alone.
+
+use crate::buffer::Buffer;
+use crate::cell::{self, GROUP, GateLayout, States, packed_order};
+use crate::direct::{self, Geometry, OutputImages};
+use crate::parallel::{Shared, on_pool};
+use crate::simd::{LANES, Level};
+use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use std::sync::{Mutex, PoisonError};
+
+/// The weights of a ConvLSTM layer with N hidden channels.
+#[derive(Clone, Copy, Debug)]
+pub struct ConvLstmLayer<'a> {
+    /// (4 N, Cin + N, k, k), k odd: gates in the order i, f, o, g; input channels first, then hidden.
+    pub weight: &'a Tensor,
+    /// (4 N)
+    pub bias: &'a Tensor,
+}
+
+/// What the first layer of a roll-out reads.
+#[derive(Clone, Copy, Debug)]
+pub enum ConvLstmInput<'a> {
+    /// (B, T, H, W, Cin): a frame at each step.
+    Frames(&'a Tensor),
+    /// At the first step `first`, (B, H, W, Cin); later what the top layer's hidden state was at the step before, so that the
+    /// top layer must have Cin hidden channels.
+    Feedback {
+        /// The input of the first step.
+        first: &'a Tensor,
+        /// How many steps to take.
+        steps: usize,
+    },
+}
+
+/// Which of the top layer's hidden states a roll-out returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// All, as (B, T, H, W, N).
+    All,
+    /// Only the last, as (B, H, W, N).
+    Last,
+}
+
+/// Rolls a stack of ConvLSTM layers over time, all states zero at first, and returns the top layer's hidden states.
+///
+/// Each layer computes from its input x and its own last state: (i, f, o, g) = weight * \[x, h\] + bias, same-padded;
+/// c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(c') (Shi et al., "Convolutional LSTM network", 2015, equation
+/// 3, without peepholes). The input of a layer above the first is the h' of the layer below.
+///
+/// The whole roll-out is one op of the graph. Its backward sums the weights' gradient over the steps before transforming it
+/// back once. Where something is tracked, about 6 floats a pixel, hidden channel, layer and step are kept until backward has
+/// run, or the result is dropped; otherwise, and inside [`no_grad`](crate::no_grad), only the current states.
+///
+/// # Errors
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU; and on a second backward through one result,
+/// because the first has used up what was kept.
+pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<Tensor> {
+    let roll_out = RollOut::new(input, layers, keep)?;
+    let (ConvLstmInput::Frames(x) | ConvLstmInput::Feedback { first: x, .. }) = input;
+    let mut parameters = Vec::with_capacity(2 * layers.len());
+    for layer in layers {
+        parameters.push(layer.weight.flatten_all()?);
+        parameters.push(layer.bias.clone());
+    }
+    let parameters = Tensor::cat(&parameters, 0)?;
+    let gradients = tracked(x) || tracked(&parameters);
+    let op = ConvLstm { roll_out, gradients, kept: Mutex::new(None) };
+    if gradients { x.apply_op2(&parameters, op) } else { x.apply_op2_no_bwd(&parameters, &op) }
+}
+
+/// The sizes of a layer, and where its weights begin among the parameters (the bias follows them).
+#[derive(Clone, Copy, Debug)]
+struct Layer {
+    inputs: usize,
+    hidden: usize,
+    kernel: usize,
+    weight: usize,
+}
+
+impl Layer {
+    fn weight_len(&self) -> usize {
+        4 * self.hidden * (self.inputs + self.hidden) * self.kernel * self.kernel
+    }
+    fn weights<'a>(&self, parameters: &'a [f32]) -> &'a [f32] {
+        &parameters[self.weight..self.weight + self.weight_len()]
+    }
+    fn bias_at(&self) -> usize {
+        self.weight + self.weight_len()
+    }
+    /// The bias in the packed order.
+    fn bias(&self, parameters: &[f32]) -> Vec<f32> {
+        let at = self.bias_at();
+        packed_order(self.hidden).iter().map(|o| o.map_or(0., |o| parameters[at + o])).collect()
+    }
+    fn winograd(&self) -> bool {
+        self.kernel == 3
+    }
+    /// Floats of the packed gates of a pixel.
+    fn gates(&self) -> usize {
+        self.hidden.div_ceil(LANES) * GROUP
+    }
+}
+
+/// The sizes of a roll-out.
+#[derive(Clone, Debug)]
+struct RollOut {
+    batch: usize,
+    height: usize,
+    width: usize,
+    steps: usize,
+    feedback: bool,
+    keep: Keep,
+    layers: Vec<Layer>,
+    /// Of all layers.
+    parameters: usize,
+}
+
+impl RollOut {
+    fn new(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<RollOut> {
+        let op = "conv_lstm";
+        let (x, feedback) = match input {
+            ConvLstmInput::Frames(x) => (x, false),
+            ConvLstmInput::Feedback { first, .. } => (first, true),
+        };
+        check_supported(op, "the input", x)?;
+        let (batch, steps, height, width, channels) = match (input, x.dims()) {
+            (ConvLstmInput::Frames(_), &[b, t, h, w, c]) => (b, t, h, w, c),
+            (ConvLstmInput::Frames(_), dims) => bail!("{op}: frames must be (batch, time, height, width, channels), got {dims:?}"),
+            (ConvLstmInput::Feedback { steps, .. }, &[b, h, w, c]) => (b, steps, h, w, c),
+            (ConvLstmInput::Feedback { .. }, dims) => {
+                bail!("{op}: the first input must be (batch, height, width, channels), got {dims:?}")
+            }
+        };
+        if layers.is_empty() || steps == 0 {
+            bail!("{op}: needs at least one layer and one step, got {} layers and {steps} steps", layers.len());
+        }
+        let mut roll_out =
+            RollOut { batch, height, width, steps, feedback, keep, layers: Vec::new(), parameters: 0 };
+        let mut inputs = channels;
+        for (index, layer) in layers.iter().enumerate() {
+            check_supported(op, "weight", layer.weight)?;
+            check_supported(op, "bias", layer.bias)?;
+            let (weight, bias) = (layer.weight.dims(), layer.bias.dims());
+            let &[outputs, channels, kernel, kernel_width] = weight else {
+                bail!("{op}: weight of layer {index} must be (4 N, inputs + N, k, k), got {weight:?}");
+            };
+            let hidden = outputs / 4;
+            if outputs % 4 != 0 || channels != inputs + hidden {
+                bail!(
+                    "{op}: weight of layer {index} must be (4 N, {inputs} + N, k, k) for {inputs} input channels, got {weight:?}"
+                );
+            }
+            if kernel != kernel_width || kernel % 2 == 0 {
+                bail!("{op}: weight of layer {index} must have a square kernel of odd size, got {weight:?}");
+            }
+            if bias != [outputs] {
+                bail!("{op}: bias of layer {index} must be ({outputs}) for a weight of {weight:?}, got {bias:?}");
+            }
+            let layer = Layer { inputs, hidden, kernel, weight: roll_out.parameters };
+            roll_out.parameters += layer.weight_len() + outputs;
+            roll_out.layers.push(layer);
+            inputs = hidden;
+        }
+        if feedback && inputs != channels {
+            bail!(
+                "{op}: the top layer's hidden state is fed back, so it must have as many channels as the first input: {inputs}, \
+                 got an input of {:?}",
+                x.dims()
+            );
+        }
+        Ok(roll_out)
+    }
+
+    fn top(&self) -> usize {
+        self.layers.len() - 1
+    }
+    /// Pixels of an image.
+    fn pixels(&self) -> usize {
+        self.height * self.width
+    }
+    fn tiling(&self) -> Tiling {
+        Tiling { batch: self.batch, height: self.height, width: self.width, padding: 1 }
+    }
+    /// Floats of a step's states of a layer.
+    fn state(&self, layer: usize) -> usize {
+        self.batch * self.pixels() * self.layers[layer].hidden
+    }
+    /// The top layer's states, where all are returned.
+    fn output_at(&self, step: usize) -> (usize, usize) {
+        let image = self.pixels() * self.layers[self.top()].hidden;
+        match self.keep {
+            Keep::All => (step * image, self.steps * image),
+            Keep::Last => (0, image),
+        }
+    }
+    /// The convolution of `inputs` channels to the packed gates, for layers whose kernel is not 3x3.
+    fn geometry(&self, layer: &Layer, inputs: usize) -> Geometry {
+        Geometry {
+            batch: self.batch,
+            height: self.height,
+            width: self.width,
+            inputs,
+            outputs: layer.gates(),
+            kernel_height: layer.kernel,
+            kernel_width: layer.kernel,
+            stride: 1,
+            padding: layer.kernel / 2,
+            dilation: 1,
+            groups: 1,
+            out_height: self.height,
+            out_width: self.width,
+        }
+    }
+    /// The input of a layer at a step.
+    fn input(&self, layer: usize, step: usize, input: &[f32], hidden: &Hidden) -> Images {
+        if layer > 0 {
+            return hidden.images(self, layer - 1, step);
+        }
+        if self.feedback && step > 0 {
+            return hidden.images(self, self.top(), step - 1);
+        }
+        let channels = self.layers[0].inputs;
+        let (offset, image) = self.frame(step);
+        Images { data: input[offset..].as_ptr(), image, channels }
+    }
+    /// Where the input of a step begins, and floats from an image to the next.
+    fn frame(&self, step: usize) -> (usize, usize) {
+        let frame = self.pixels() * self.layers[0].inputs;
+        if self.feedback { (0, frame) } else { (step * frame, self.steps * frame) }
+    }
+}
+
+/// Hidden states: of each layer the last `depth` steps; those of the top layer may lie in the output itself.
+struct Hidden {
+    layers: Vec<Shared>,
+    depth: usize,
+    output: Option<Shared>,
+}
+
+impl Hidden {
+    fn states(&self, r: &RollOut, layer: usize, step: usize) -> States {
+        let image = r.pixels() * r.layers[layer].hidden;
+        let (data, offset, image) = match self.output {
+            Some(output) if layer == r.top() => {
+                let (offset, image) = r.output_at(step);
+                (output, offset, image)
+            }
+            _ => (self.layers[layer], step % self.depth * r.state(layer), image),
+        };
+        // SAFETY: the step lies inside the buffer.
+        States { data: unsafe { data.offset(offset) }, image }
+    }
+    fn images(&self, r: &RollOut, layer: usize, step: usize) -> Images {
+        let states = self.states(r, layer, step);
+        // SAFETY: only the address is taken.
+        Images { data: unsafe { states.data.at(0) }, image: states.image, channels: r.layers[layer].hidden }
+    }
+}
+
+/// What backward needs of the forward pass: for each layer, all steps.
+struct Kept {
+    activations: Vec<Buffer>,
+    c: Vec<Buffer>,
+    /// Empty for a top layer whose states are all in the output.
+    h: Vec<Buffer>,
+}
+
+/// A layer's weights, as the forward pass reads them.
+enum Weights {
+    Winograd(Panels),
+    /// For the inputs and for the hidden channels, (packed gates, channels, k, k).
+    Direct(Vec<f32>, Vec<f32>),
+}
+
+/// Some of a layer's input channels, with the gates in the packed order: for kernels that are not 3x3.
+fn select(layer: &Layer, weights: &[f32], first: usize, count: usize) -> Vec<f32> {
+    let taps = layer.kernel * layer.kernel;
+    let order = packed_order(layer.hidden);
+    let mut selected = vec![0f32; order.len() * count * taps];
+    for (to, output) in selected.chunks_exact_mut(count * taps).zip(&order) {
+        if let Some(output) = output {
+            let from = (output * (layer.inputs + layer.hidden) + first) * taps;
+            to.copy_from_slice(&weights[from..from + count * taps]);
+        }
+    }
+    selected
+}
+
+/// The way back for gradients: adds `selected` to a layer's weights.
+fn add_selected(layer: &Layer, selected: &[f32], first: usize, count: usize, weights: &mut [f32]) {
+    let taps = layer.kernel * layer.kernel;
+    for (from, output) in selected.chunks_exact(count * taps).zip(packed_order(layer.hidden)) {
+        if let Some(output) = output {
+            let to = (output * (layer.inputs + layer.hidden) + first) * taps;
+            for (sum, x) in weights[to..to + count * taps].iter_mut().zip(from) {
+                *sum += x;
+            }
+        }
+    }
+}
+
+/// The op: input and all parameters, flat, to the top layer's hidden states.
+struct ConvLstm {
+    roll_out: RollOut,
+    gradients: bool,
+    kept: Mutex<Option<Kept>>,
+}
+
+impl CustomOp2 for ConvLstm {
+    fn name(&self) -> &'static str {
+        "conv_lstm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, p: &CpuStorage, lp: &Layout) -> Result<(CpuStorage, Shape)> {
+        let r = &self.roll_out;
+        let (x, parameters) = (packed(x, lx)?, packed(p, lp)?);
+        let (output, kept) = on_pool(|| forward(r, self.gradients, &x, &parameters));
+        *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
+        let channels = r.layers[r.top()].hidden;
+        let shape = match r.keep {
+            Keep::All => Shape::from((r.batch, r.steps, r.height, r.width, channels)),
+            Keep::Last => Shape::from((r.batch, r.height, r.width, channels)),
+        };
+        Ok((CpuStorage::F32(output), shape))
+    }
+
+    fn bwd(&self, x: &Tensor, p: &Tensor, y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(kept) = kept else {
+            bail!("conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again");
+        };
+        let (wants_input, wants_parameters) = (x.track_op(), p.track_op());
+        let (dx, dp) = with_values(x, |x| {
+            with_values(p, |p| {
+                with_values(y, |y| {
+                    with_values(dy, |dy| {
+                        let run = || backward(&self.roll_out, kept, x, p, y, dy, wants_input, wants_parameters);
+                        Ok(on_pool(run))
+                    })
+                })
+            })
+        })?;
+        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), &Device::Cpu)).transpose()?;
+        let dp = dp.map(|dp| Tensor::from_vec(dp, p.shape(), &Device::Cpu)).transpose()?;
+        Ok((dx, dp))
+    }
+}
+
+fn forward(r: &RollOut, gradients: bool, input: &[f32], parameters: &[f32]) -> (Vec<f32>, Option<Kept>) {
+    let level = Level::current();
+    let orders: Vec<ColumnOrder> = r.layers.iter().map(|l| packed_order(l.hidden)).collect();
+    let weights: Vec<Weights> = r
+        .layers
+        .iter()
+        .zip(&orders)
+        .map(|(layer, order)| {
+            let data = layer.weights(parameters);
+            if layer.winograd() {
+                Weights::Winograd(Filters { data, inputs: layer.inputs + layer.hidden }.transform(level, order))
+            } else {
+                let x = select(layer, data, 0, layer.inputs);
+                Weights::Direct(x, select(layer, data, layer.inputs, layer.hidden))
+            }
+        })
+        .collect();
+    let biases: Vec<Vec<f32>> = r.layers.iter().map(|l| l.bias(parameters)).collect();
+
+    // All steps where backward needs them, otherwise the two (h) or one (c) in use.
+    let (h_depth, c_depth) = if gradients { (r.steps, r.steps) } else { (2, 1) };
+    let mut output = vec![0f32; r.state(r.top()) * if r.keep == Keep::All { r.steps } else { 1 }];
+    let states = |depth: usize| -> Vec<Buffer> {
+        (0..r.layers.len()).map(|layer| Buffer::new(depth * r.state(layer))).collect()
+    };
+    let mut c = states(c_depth);
+    let mut h = states(h_depth);
+    if r.keep == Keep::All {
+        h[r.top()] = Buffer::new(0);
+    }
+    let mut activations: Vec<Buffer> = match gradients {
+        true => r.layers.iter().map(|l| Buffer::new(r.steps * r.batch * r.pixels() * l.gates())).collect(),
+        false => Vec::new(),
+    };
+    let hidden = Hidden {
+        layers: h.iter_mut().map(|h| Shared::new(h)).collect(),
+        depth: h_depth,
+        output: (r.keep == Keep::All).then(|| Shared::new(&mut output)),
+    };
+    let cells: Vec<Shared> = c.iter_mut().map(|c| Shared::new(c)).collect();
+    let kept: Vec<Shared> = activations.iter_mut().map(|a| Shared::new(a)).collect();
+
+    for step in 0..r.steps {
+        for (index, layer) in r.layers.iter().enumerate() {
+            let c_at = |step: usize| States {
+                // SAFETY: the step lies inside the buffer.
+                data: unsafe { cells[index].offset(step % c_depth * r.state(index)) },
+                image: r.pixels() * layer.hidden,
+            };
+            let cell = cell::Forward {
+                bias: &biases[index],
+                c_before: (step > 0).then(|| c_at(step - 1)),
+                c: c_at(step),
+                h: hidden.states(r, index, step),
+                // SAFETY: the step lies inside the buffer.
+                kept: kept.get(index).map(|k| unsafe { k.offset(step * r.batch * r.pixels() * layer.gates()) }),
+                layout: GateLayout::packed(layer.hidden),
+                hidden: layer.hidden,
+                pixels: r.pixels(),
+                width: r.width,
+            };
+            let x = r.input(index, step, input, &hidden);
+            // The first state is zero: its half of the convolution is left out.
+            let before = (step > 0).then(|| hidden.images(r, index, step - 1));
+            match &weights[index] {
+                Weights::Winograd(panels) => match before {
+                    Some(before) => winograd::forward(level, &r.tiling(), &[x, before], panels, cell),
+                    None => winograd::forward(level, &r.tiling(), &[x], panels, cell),
+                },
+                Weights::Direct(of_x, of_h) => {
+                    let mut gates = Buffer::new(r.batch * r.pixels() * layer.gates());
+                    let mut to = OutputImages::contiguous(&mut gates, r.pixels() * layer.gates());
+                    direct::forward(level, &r.geometry(layer, layer.inputs), x, of_x, Some(&biases[index]), to);
+                    to.add = true;
+                    if let Some(before) = before {
+                        direct::forward(level, &r.geometry(layer, layer.hidden), before, of_h, None, to);
+                    }
+                    cell::forward(level, r.batch, &gates, cell);
+                }
+            }
+        }
+    }
+    if r.keep == Keep::Last {
+        let len = output.len();
+        output.copy_from_slice(&h[r.top()][(r.steps - 1) % h_depth * len..][..len]);
+    }
+    (output, gradients.then_some(Kept { activations, c, h }))
+}
+
+/// The weights and their gradients of one of a layer's two inputs: x or its own hidden state.
+struct Side {
+    first: usize,
+    channels: usize,
+    /// For the gradient of this input, where it is wanted: transposed panels, or plain weights.
+    panels: Option<Panels>,
+    weights: Option<Vec<f32>>,
+    /// The gradient of the weights, where it is wanted, in the same two forms.
+    panel_sums: Option<Panels>,
+    weight_sums: Option<Vec<f32>>,
+}
+
+impl Side {
+    fn new(
+        level: Level,
+        layer: &Layer,
+        data: &[f32],
+        [first, channels]: [usize; 2],
+        wants_input: bool,
+        wants_weights: bool,
+    ) -> Side {
+        let order = packed_order(layer.hidden);
+        let filters = Filters { data, inputs: layer.inputs + layer.hidden };
+        let winograd = layer.winograd();
+        let taps = layer.kernel * layer.kernel;
+        Side {
+            first,
+            channels,
+            panels: (winograd && wants_input).then(|| filters.transform_transposed(level, &order, first, channels)),
+            weights: (!winograd && wants_input).then(|| select(layer, data, first, channels)),
+            panel_sums: (winograd && wants_weights).then(|| Panels::zeroed(channels, order.len())),
+            weight_sums: (!winograd && wants_weights).then(|| vec![0f32; order.len() * channels * taps]),
+        }
+    }
+
+    /// As a source of the Winograd backward pass: its values, and where the gradient of them is added, if anywhere.
+    fn source(&mut self, images: Images, to: Option<States>) -> Source<'_> {
+        let input = match (&self.panels, to) {
+            (Some(filters), Some(to)) => Some(InputGradient { filters, data: to.data, image: to.image }),
+            _ => None,
+        };
+        Source { images, filters: self.panel_sums.as_mut(), input }
+    }
+
+    /// The same by definition, from the gradient of the gates.
+    fn direct(&mut self, level: Level, g: &Geometry, images: Images, gates: Images, to: Option<States>) {
+        if let (Some(weights), Some(to)) = (&self.weights, to) {
+            let to = OutputImages { data: to.data, image: to.image, add: true };
+            direct::backward_input(level, g, gates, weights, None, to);
+        }
+        if let Some(sums) = &mut self.weight_sums {
+            direct::backward_weight(level, g, images, gates, sums);
+        }
+    }
+
+    /// Adds the sums to the gradient of the layer's weights.
+    fn finish(self, level: Level, layer: &Layer, gradient: &mut [f32]) {
+        if let Some(sums) = &self.panel_sums {
+            let order = packed_order(layer.hidden);
+            winograd::add_filter_gradient(level, sums, &order, self.first, gradient, layer.inputs + layer.hidden);
+        }
+        if let Some(sums) = &self.weight_sums {
+            add_selected(layer, sums, self.first, self.channels, gradient);
+        }
+    }
+}
+
+type MaybeGradients = (Option<Vec<f32>>, Option<Vec<f32>>);
+
+/// The gradients of the input and of the parameters.
+#[expect(clippy::too_many_arguments, reason = "the arguments of the op's backward")]
+fn backward(
+    r: &RollOut,
+    mut kept: Kept,
+    input: &[f32],
+    parameters: &[f32],
+    output: &[f32],
+    d_output: &[f32],
+    wants_input: bool,
+    wants_parameters: bool,
+) -> MaybeGradients {
+    let level = Level::current();
+    let mut d_input = wants_input.then(|| vec![0f32; input.len()]);
+    let mut d_parameters = wants_parameters.then(|| vec![0f32; parameters.len()]);
+    let d_input_shared = d_input.as_mut().map(|d| Shared::new(d));
+
+    let mut sides: Vec<[Side; 2]> = r
+        .layers
+        .iter()
+        .enumerate()
+        .map(|(index, layer)| {
+            let data = layer.weights(parameters);
+            let wants_x = index > 0 || r.feedback || wants_input;
+            [
+                Side::new(level, layer, data, [0, layer.inputs], wants_x, wants_parameters),
+                Side::new(level, layer, data, [layer.inputs, layer.hidden], true, wants_parameters),
+            ]
+        })
+        .collect();
+    let mut biases: Vec<Option<Vec<f32>>> =
+        r.layers.iter().map(|l| wants_parameters.then(|| vec![0f32; l.gates()])).collect();
+
+    // The gradients of the hidden states of this step and of the one before (cell::Backward leaves zeros behind, so the two
+    // buffers change places), and of the cell states.
+    let states = || -> Vec<Buffer> { (0..r.layers.len()).map(|l| Buffer::zeroed(r.state(l))).collect() };
+    let (mut dh_now, mut dh_before, mut dc) = (states(), states(), states());
+    let hidden = Hidden {
+        layers: kept.h.iter_mut().map(|h| Shared::new(h)).collect(),
+        depth: r.steps,
+        output: (r.keep == Keep::All).then(|| Shared::read(output)),
+    };
+    let d_output = Shared::read(d_output);
+
+    for step in (0..r.steps).rev() {
+        for index in (0..r.layers.len()).rev() {
+            let layer = &r.layers[index];
+            let image = r.pixels() * layer.hidden;
+            let c = Shared::new(&mut kept.c[index]);
+            // SAFETY: the step lies inside the buffer.
+            let c_at = |step: usize| States { data: unsafe { c.offset(step * r.state(index)) }, image };
+            let gates_len = r.batch * r.pixels() * layer.gates();
+            // SAFETY: as above.
+            let activations = unsafe { Shared::new(&mut kept.activations[index]).offset(step * gates_len) };
+            let returned = index == r.top() && (r.keep == Keep::All || step + 1 == r.steps);
+            let dh_output = returned.then(|| {
+                let (offset, image) = r.output_at(step);
+                // SAFETY: the step lies inside the gradient of the output.
+                States { data: unsafe { d_output.offset(offset) }, image }
+            });
+            let cell = cell::Backward {
+                kept: activations,
+                layout: GateLayout::packed(layer.hidden),
+                c_before: (step > 0).then(|| c_at(step - 1)),
+                c: c_at(step),
+                dh: Some(States { data: Shared::new(&mut dh_now[index]), image }),
+                dh_output,
+                dc: States { data: Shared::new(&mut dc[index]), image },
+                hidden: layer.hidden,
+                pixels: r.pixels(),
+                width: r.width,
+            };
+            // Where the gradients of x and of the last hidden state go.
+            let to_x = if index > 0 {
+                let image = r.pixels() * layer.inputs;
+                Some(States { data: Shared::new(&mut dh_now[index - 1]), image })
+            } else if r.feedback && step > 0 {
+                let image = r.pixels() * layer.inputs;
+                Some(States { data: Shared::new(&mut dh_before[r.top()]), image })
+            } else {
+                d_input_shared.map(|d| {
+                    let (offset, image) = r.frame(step);
+                    // SAFETY: the step lies inside the gradient of the input.
+                    States { data: unsafe { d.offset(offset) }, image }
+                })
+            };
+            let to_h = States { data: Shared::new(&mut dh_before[index]), image };
+
+            let x = r.input(index, step, input, &hidden);
+            let before = (step > 0).then(|| hidden.images(r, index, step - 1));
+            let [side_x, side_h] = &mut sides[index];
+            if layer.winograd() {
+                let mut sources = vec![side_x.source(x, to_x)];
+                sources.extend(before.map(|before| side_h.source(before, Some(to_h))));
+                let vectors = layer.gates() / LANES;
+                winograd::backward(level, &r.tiling(), vectors, cell, &mut sources, biases[index].as_deref_mut());
+            } else {
+                // The gradients of the gates take the activations' place.
+                cell::backward(level, r.batch, activations, cell);
+                let gates = &kept.activations[index][step * gates_len..][..gates_len];
+                let images = Images { data: gates.as_ptr(), image: r.pixels() * layer.gates(), channels: layer.gates() };
+                side_x.direct(level, &r.geometry(layer, layer.inputs), x, images, to_x);
+                if let Some(before) = before {
+                    side_h.direct(level, &r.geometry(layer, layer.hidden), before, images, Some(to_h));
+                }
+                if let Some(bias) = &mut biases[index] {
+                    direct::backward_bias(level, gates, bias);
+                }
+            }
+        }
+        std::mem::swap(&mut dh_now, &mut dh_before);
+    }
+
+    if let Some(gradient) = &mut d_parameters {
+        for ((layer, [side_x, side_h]), bias) in r.layers.iter().zip(sides).zip(biases) {
+            let weights = &mut gradient[layer.weight..layer.weight + layer.weight_len()];
+            side_x.finish(level, layer, weights);
+            side_h.finish(level, layer, weights);
+            for (sum, o) in bias.into_iter().flatten().zip(packed_order(layer.hidden)) {
+                if let Some(o) = o {
+                    gradient[layer.bias_at() + o] = sum;
+                }
+            }
+        }
+    }
+    (d_input, d_parameters)
+}
+
+/// The pointwise half of an LSTM cell, fused: for models that make their gates in another way.
+///
+/// `gates` (.., 4 N) are the pre-activations in the order i, f, o, g, and `c` (.., N) is the cell state; returns (h', c'),
+/// both (.., N): c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c'). f32 on the CPU, of any strides.
+///
+/// # Errors
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+pub fn conv_lstm_cell(gates: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
+    let op = "conv_lstm_cell";
+    check_supported(op, "gates", gates)?;
+    check_supported(op, "c", c)?;
+    let fits = match (gates.dims(), c.dims()) {
+        ([leading @ .., gates], [leading_c @ .., c]) => leading == leading_c && *gates == 4 * c,
+        _ => false,
+    };
+    if !fits {
+        bail!("{op}: gates must be (.., 4 N) and c (.., N), got {:?} and {:?}", gates.dims(), c.dims());
+    }
+    let states = if tracked(gates) || tracked(c) {
+        gates.apply_op2(c, ConvLstmCell)?
+    } else {
+        gates.apply_op2_no_bwd(c, &ConvLstmCell)?
+    };
+    Ok((states.get(0)?, states.get(1)?))
+}
+
+/// The op: gates and c to h' and c', stacked as (2, .., N).
+struct ConvLstmCell;
+
+impl CustomOp2 for ConvLstmCell {
+    fn name(&self) -> &'static str {
+        "conv_lstm_cell"
+    }
+
+    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, c: &CpuStorage, lc: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (gates, c) = (packed(a, la)?, packed(c, lc)?);
+        let hidden = lc.dims().last().copied().unwrap_or(1);
+        let mut states = vec![0f32; 2 * c.len()];
+        let (h, c_after) = states.split_at_mut(c.len());
+        on_pool(|| cell_forward(&gates, &c, hidden, h, c_after, None));
+        Ok((CpuStorage::F32(states), [&[2], lc.dims()].concat().into()))
+    }
+
+    fn bwd(&self, gates: &Tensor, c: &Tensor, states: &Tensor, d: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let hidden = c.dims().last().copied().unwrap_or(1);
+        let (mut d_gates, mut dc) = (vec![0f32; gates.elem_count()], vec![0f32; c.elem_count()]);
+        with_values(gates, |a| {
+            with_values(c, |before| {
+                with_values(states, |states| {
+                    with_values(d, |d| {
+                        on_pool(|| cell_backward(a, before, states, d, hidden, &mut d_gates, &mut dc));
+                        Ok(())
+                    })
+                })
+            })
+        })?;
+        let d_gates = Tensor::from_vec(d_gates, gates.shape(), &Device::Cpu)?;
+        Ok((Some(d_gates), Some(Tensor::from_vec(dc, c.shape(), &Device::Cpu)?)))
+    }
+}
+
+fn cell_forward(gates: &[f32], c: &[f32], hidden: usize, h: &mut [f32], c_after: &mut [f32], kept: Option<Shared>) {
+    let pixels = c.len() / hidden;
+    let step = cell::Forward {
+        bias: &[],
+        c_before: Some(States { data: Shared::read(c), image: 0 }),
+        c: States { data: Shared::new(c_after), image: 0 },
+        h: States { data: Shared::new(h), image: 0 },
+        kept,
+        layout: GateLayout::plain(hidden),
+        hidden,
+        pixels,
+        width: 1,
+    };
+    cell::forward(Level::current(), 1, gates, step);
+}
+
+fn cell_backward(
+    gates: &[f32],
+    c: &[f32],
+    states: &[f32],
+    d: &[f32],
+    hidden: usize,
+    d_gates: &mut [f32],
+    dc: &mut [f32],
+) {
+    let len = c.len();
+    // The activations again: cheaper than keeping them.
+    let (mut h, mut c_after) = (Buffer::new(len), Buffer::new(len));
+    let activations = Shared::new(d_gates);
+    cell_forward(gates, c, hidden, &mut h, &mut c_after, Some(activations));
+    dc.copy_from_slice(&d[len..]);
+    let step = cell::Backward {
+        kept: activations,
+        layout: GateLayout::plain(hidden),
+        c_before: Some(States { data: Shared::read(c), image: 0 }),
+        c: States { data: Shared::read(&states[len..]), image: 0 },
+        dh: None,
+        dh_output: Some(States { data: Shared::read(&d[..len]), image: 0 }),
+        dc: States { data: Shared::new(dc), image: 0 },
+        hidden,
+        pixels: len / hidden,
+        width: 1,
+    };
+    cell::backward(Level::current(), 1, activations, step);
+}

@@ -1,0 +1,75 @@
+//! Work on rayon's current pool, so that a caller's `ThreadPool::install` decides the threads.
+//!
+//! Every result is a function of the inputs alone: work is cut by output, or into parts whose sums are added in a fixed
+//! order; never by thread.
+
+use rayon::prelude::*;
+
+/// Floats that one task of a memory-bound pass handles; smaller arrays do not pay for a thread.
+pub(crate) const GRAIN: usize = 1 << 14;
+
+/// Runs `f` on a thread of the pool, so that the parallel passes inside start at once.
+pub(crate) fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| f())
+}
+
+/// f(0), f(1), .. f(n - 1), in any order, on any thread.
+pub(crate) fn for_each(n: usize, f: impl Fn(usize) + Sync + Send) {
+    match n {
+        0 => {}
+        1 => f(0),
+        _ => (0..n).into_par_iter().with_max_len(1).for_each(f),
+    }
+}
+
+/// As `for_each`, where each task also gets a scratch that it may leave dirty for the next.
+pub(crate) fn for_each_with<T>(n: usize, scratch: impl Fn() -> T + Sync + Send, f: impl Fn(usize, &mut T) + Sync + Send) {
+    match n {
+        0 => {}
+        1 => f(0, &mut scratch()),
+        _ => (0..n).into_par_iter().with_max_len(1).for_each_init(scratch, |s, i| f(i, s)),
+    }
+}
+
+/// Sets all of `x`.
+pub(crate) fn fill(x: &mut [f32], value: f32) {
+    if x.len() <= GRAIN {
+        x.fill(value);
+    } else {
+        x.par_chunks_mut(GRAIN).for_each(|part| part.fill(value));
+    }
+}
+
+/// A pointer that tasks share; what each writes must not overlap what others touch.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared(*mut f32);
+
+// SAFETY: whoever dereferences the pointer promises that tasks do not overlap.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    pub(crate) fn new(x: &mut [f32]) -> Shared {
+        Shared(x.as_mut_ptr())
+    }
+    /// Of memory that is only read.
+    pub(crate) fn read(x: &[f32]) -> Shared {
+        Shared(x.as_ptr().cast_mut())
+    }
+    /// The rest of the slice.
+    /// # Safety
+    /// As for `at`.
+    pub(crate) unsafe fn offset(self, offset: usize) -> Shared {
+        // SAFETY: the caller's promise.
+        Shared(unsafe { self.0.add(offset) })
+    }
+    /// The address `offset` floats further.
+    /// # Safety
+    /// Within the slice that this was made from.
+    #[inline(always)]
+    pub(crate) unsafe fn at(self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
+    }
+}

@@ -1,0 +1,458 @@
+//! A vector of 16 `f32` on any processor, and the choice of instruction set at run time.
+//!
+//! Kernels are written once, generic over [`Simd`], as a [`Kernel`]: a struct that holds its arguments. [`Level::run`]
+//! compiles a kernel for each instruction set and calls the one that this processor has, so that a plain
+//! `cargo build --release` is as fast as one with `-C target-cpu=native`.
+//!
+//! Everything below `Level::run` must be `#[inline(always)]`: a function that is not inlined is compiled without the wide
+//! instructions.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// Lanes of a vector: the channel block of every layout in this crate.
+pub(crate) const LANES: usize = 16;
+
+/// An instruction set that this processor has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[doc(hidden)]
+pub enum Level {
+    /// No assumption on the processor.
+    Portable,
+    /// AVX2 with fused multiply-add: a vector is two registers.
+    Avx2,
+    /// AVX-512F: a vector is one register.
+    Avx512,
+}
+
+/// 0: not forced; otherwise 1 + level.
+static FORCED: AtomicU8 = AtomicU8::new(0);
+
+impl Level {
+    /// The best level of this processor, or the forced one.
+    pub(crate) fn current() -> Level {
+        match FORCED.load(Ordering::Relaxed) {
+            1 => Level::Portable,
+            2 => Level::Avx2,
+            3 => Level::Avx512,
+            _ => Level::best(),
+        }
+    }
+
+    fn best() -> Level {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+                return Level::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Level::Avx2;
+            }
+        }
+        Level::Portable
+    }
+
+    /// Makes all kernels use `level` from now on (`None`: the best again). False, and no change, where the processor
+    /// lacks it. For tests.
+    #[doc(hidden)]
+    pub fn force(level: Option<Level>) -> bool {
+        let code = match level {
+            None => 0,
+            Some(l) if l as u8 <= Level::best() as u8 => 1 + l as u8,
+            Some(_) => return false,
+        };
+        FORCED.store(code, Ordering::Relaxed);
+        true
+    }
+
+    /// Runs `kernel` with this level's instructions.
+    #[inline]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        match self {
+            // SAFETY: a `Level` above `Portable` comes from `best` or `force`, which have asked the processor.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => unsafe { x86::run_avx512(kernel) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { x86::run_avx2(kernel) },
+            // SAFETY: the portable vector needs nothing.
+            _ => unsafe { kernel.run::<Portable>() },
+        }
+    }
+}
+
+/// A function generic over the vector type, with its arguments as fields.
+pub(crate) trait Kernel {
+    /// The body; must be `#[inline(always)]`.
+    ///
+    /// # Safety
+    /// Called by `Level::run` alone: the processor has the instructions of `S`. The fields' pointers must be valid for
+    /// what the kernel says it reads and writes.
+    unsafe fn run<S: Simd>(self);
+}
+
+/// 16 `f32`. A value can only come from one of the unsafe constructors, whose caller vouches for the processor; the
+/// arithmetic on values is therefore safe.
+pub(crate) trait Simd: Copy {
+    /// Rows of the register block of a matrix product.
+    const ROWS: usize;
+    /// Columns of that block, in vectors.
+    const COLUMNS: usize;
+
+    /// # Safety
+    /// The processor has this type's instructions.
+    unsafe fn splat(x: f32) -> Self;
+    /// # Safety
+    /// As for `splat`; 16 floats are readable at `p`.
+    unsafe fn load(p: *const f32) -> Self;
+    /// The first `n` lanes from memory, zero in the others.
+    /// # Safety
+    /// As for `splat`; `n <= 16` floats are readable at `p`.
+    unsafe fn load_first(p: *const f32, n: usize) -> Self;
+    /// # Safety
+    /// 16 floats are writable at `p`.
+    unsafe fn store(self, p: *mut f32);
+    /// Stores the first `n` lanes.
+    /// # Safety
+    /// `n <= 16` floats are writable at `p`.
+    unsafe fn store_first(self, p: *mut f32, n: usize);
+
+    fn add(self, b: Self) -> Self;
+    fn sub(self, b: Self) -> Self;
+    fn mul(self, b: Self) -> Self;
+    /// self * b + c, rounded once where the processor can.
+    fn mul_add(self, b: Self, c: Self) -> Self;
+    /// c - self * b
+    fn neg_mul_add(self, b: Self, c: Self) -> Self;
+    fn min(self, b: Self) -> Self;
+    fn max(self, b: Self) -> Self;
+    /// 1 / self, to about one unit in the last place, for normal values.
+    fn reciprocal(self) -> Self;
+    /// The bits shifted left by 23: turns an integer in the low bits into the exponent of a float.
+    fn bits_to_exponent(self) -> Self;
+
+    /// # Safety
+    /// As for `splat`.
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { Self::splat(0.) }
+    }
+    /// `load`, or `load_first` for fewer than 16 lanes.
+    /// # Safety
+    /// As for `load_first`.
+    #[inline(always)]
+    unsafe fn load_lanes(p: *const f32, n: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { if n == LANES { Self::load(p) } else { Self::load_first(p, n) } }
+    }
+    /// `store`, or `store_first` for fewer than 16 lanes.
+    /// # Safety
+    /// As for `store_first`.
+    #[inline(always)]
+    unsafe fn store_lanes(self, p: *mut f32, n: usize) {
+        // SAFETY: the caller's promise.
+        unsafe { if n == LANES { self.store(p) } else { self.store_first(p, n) } }
+    }
+    /// The sum of the lanes, in a fixed order.
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        let mut lanes = [0f32; LANES];
+        // SAFETY: `lanes` holds 16 floats.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        let mut half = LANES / 2;
+        while half > 0 {
+            for i in 0..half {
+                lanes[i] += lanes[i + half];
+            }
+            half /= 2;
+        }
+        lanes[0]
+    }
+}
+
+/// 16 floats for the compiler to vectorise as it can.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(crate) struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, b: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        let mut r = self;
+        for i in 0..LANES {
+            r.0[i] = f(self.0[i], b.0[i]);
+        }
+        r
+    }
+}
+
+impl Simd for Portable {
+    const ROWS: usize = if cfg!(target_arch = "aarch64") { 6 } else { 2 };
+    const COLUMNS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Portable([x; LANES])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: 16 readable floats, by the caller's promise; an array of f32 needs no more than their alignment.
+        Portable(unsafe { p.cast::<[f32; LANES]>().read() })
+    }
+    #[inline(always)]
+    unsafe fn load_first(p: *const f32, n: usize) -> Self {
+        let mut r = Portable([0.; LANES]);
+        // SAFETY: n readable floats, n <= 16, by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(p, r.0.as_mut_ptr(), n) };
+        r
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: 16 writable floats, by the caller's promise.
+        unsafe { p.cast::<[f32; LANES]>().write(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_first(self, p: *mut f32, n: usize) {
+        // SAFETY: n writable floats, n <= 16, by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), p, n) }
+    }
+    #[inline(always)]
+    fn add(self, b: Self) -> Self {
+        self.zip(b, |x, y| x + y)
+    }
+    #[inline(always)]
+    fn sub(self, b: Self) -> Self {
+        self.zip(b, |x, y| x - y)
+    }
+    #[inline(always)]
+    fn mul(self, b: Self) -> Self {
+        self.zip(b, |x, y| x * y)
+    }
+    #[inline(always)]
+    fn mul_add(self, b: Self, c: Self) -> Self {
+        // Without the instruction, f32::mul_add is a slow call into the C library.
+        let mut r = self;
+        for i in 0..LANES {
+            r.0[i] = if cfg!(target_arch = "aarch64") {
+                self.0[i].mul_add(b.0[i], c.0[i])
+            } else {
+                self.0[i] * b.0[i] + c.0[i]
+            };
+        }
+        r
+    }
+    #[inline(always)]
+    fn neg_mul_add(self, b: Self, c: Self) -> Self {
+        let mut minus = self;
+        for x in &mut minus.0 {
+            *x = -*x;
+        }
+        minus.mul_add(b, c)
+    }
+    #[inline(always)]
+    fn min(self, b: Self) -> Self {
+        self.zip(b, |x, y| if x < y { x } else { y })
+    }
+    #[inline(always)]
+    fn max(self, b: Self) -> Self {
+        self.zip(b, |x, y| if x > y { x } else { y })
+    }
+    #[inline(always)]
+    fn reciprocal(self) -> Self {
+        self.zip(self, |x, _| 1. / x)
+    }
+    #[inline(always)]
+    fn bits_to_exponent(self) -> Self {
+        self.zip(self, |x, _| f32::from_bits(x.to_bits() << 23))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Kernel, LANES, Simd};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx512f,avx2,fma")]
+    pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) {
+        // SAFETY: the instructions are there: the caller's promise.
+        unsafe { kernel.run::<Avx512>() }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) {
+        // SAFETY: the instructions are there: the caller's promise.
+        unsafe { kernel.run::<Avx2>() }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512(__m512);
+
+    /// An expression of intrinsics on existing vectors.
+    macro_rules! op {
+        ($e:expr) => {
+            // SAFETY: a vector exists, so the processor has the instructions (see `Simd`); loads and stores are within
+            // what the caller promised.
+            unsafe { $e }
+        };
+    }
+
+    impl Simd for Avx512 {
+        const ROWS: usize = 12;
+        const COLUMNS: usize = 2;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            Avx512(op!(_mm512_set1_ps(x)))
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            Avx512(op!(_mm512_loadu_ps(p)))
+        }
+        #[inline(always)]
+        unsafe fn load_first(p: *const f32, n: usize) -> Self {
+            Avx512(op!(_mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, p)))
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            op!(_mm512_storeu_ps(p, self.0))
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, p: *mut f32, n: usize) {
+            op!(_mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as u16, self.0))
+        }
+        #[inline(always)]
+        fn add(self, b: Self) -> Self {
+            Avx512(op!(_mm512_add_ps(self.0, b.0)))
+        }
+        #[inline(always)]
+        fn sub(self, b: Self) -> Self {
+            Avx512(op!(_mm512_sub_ps(self.0, b.0)))
+        }
+        #[inline(always)]
+        fn mul(self, b: Self) -> Self {
+            Avx512(op!(_mm512_mul_ps(self.0, b.0)))
+        }
+        #[inline(always)]
+        fn mul_add(self, b: Self, c: Self) -> Self {
+            Avx512(op!(_mm512_fmadd_ps(self.0, b.0, c.0)))
+        }
+        #[inline(always)]
+        fn neg_mul_add(self, b: Self, c: Self) -> Self {
+            Avx512(op!(_mm512_fnmadd_ps(self.0, b.0, c.0)))
+        }
+        #[inline(always)]
+        fn min(self, b: Self) -> Self {
+            Avx512(op!(_mm512_min_ps(self.0, b.0)))
+        }
+        #[inline(always)]
+        fn max(self, b: Self) -> Self {
+            Avx512(op!(_mm512_max_ps(self.0, b.0)))
+        }
+        #[inline(always)]
+        fn reciprocal(self) -> Self {
+            // 14 bits, then one Newton step: r (2 - x r) = r + r (1 - x r)
+            op!({
+                let r = _mm512_rcp14_ps(self.0);
+                let e = _mm512_fnmadd_ps(self.0, r, _mm512_set1_ps(1.));
+                Avx512(_mm512_fmadd_ps(r, e, r))
+            })
+        }
+        #[inline(always)]
+        fn bits_to_exponent(self) -> Self {
+            Avx512(op!(_mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(self.0)))))
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(__m256, __m256);
+
+    impl Avx2 {
+        /// Lane masks for the first `n` of 16 lanes.
+        #[inline(always)]
+        fn masks(n: usize) -> (__m256i, __m256i) {
+            op!({
+                let n = _mm256_set1_epi32(n as i32);
+                let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+                let high = _mm256_add_epi32(lanes, _mm256_set1_epi32(8));
+                (_mm256_cmpgt_epi32(n, lanes), _mm256_cmpgt_epi32(n, high))
+            })
+        }
+    }
+
+    impl Simd for Avx2 {
+        const ROWS: usize = 6;
+        const COLUMNS: usize = 1;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            let v = op!(_mm256_set1_ps(x));
+            Avx2(v, v)
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            op!(Avx2(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(LANES / 2))))
+        }
+        #[inline(always)]
+        unsafe fn load_first(p: *const f32, n: usize) -> Self {
+            let (low, high) = Self::masks(n);
+            op!(Avx2(_mm256_maskload_ps(p, low), _mm256_maskload_ps(p.wrapping_add(LANES / 2), high)))
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            op!({
+                _mm256_storeu_ps(p, self.0);
+                _mm256_storeu_ps(p.add(LANES / 2), self.1);
+            })
+        }
+        #[inline(always)]
+        unsafe fn store_first(self, p: *mut f32, n: usize) {
+            let (low, high) = Self::masks(n);
+            op!({
+                _mm256_maskstore_ps(p, low, self.0);
+                _mm256_maskstore_ps(p.wrapping_add(LANES / 2), high, self.1);
+            })
+        }
+        #[inline(always)]
+        fn add(self, b: Self) -> Self {
+            op!(Avx2(_mm256_add_ps(self.0, b.0), _mm256_add_ps(self.1, b.1)))
+        }
+        #[inline(always)]
+        fn sub(self, b: Self) -> Self {
+            op!(Avx2(_mm256_sub_ps(self.0, b.0), _mm256_sub_ps(self.1, b.1)))
+        }
+        #[inline(always)]
+        fn mul(self, b: Self) -> Self {
+            op!(Avx2(_mm256_mul_ps(self.0, b.0), _mm256_mul_ps(self.1, b.1)))
+        }
+        #[inline(always)]
+        fn mul_add(self, b: Self, c: Self) -> Self {
+            op!(Avx2(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)))
+        }
+        #[inline(always)]
+        fn neg_mul_add(self, b: Self, c: Self) -> Self {
+            op!(Avx2(_mm256_fnmadd_ps(self.0, b.0, c.0), _mm256_fnmadd_ps(self.1, b.1, c.1)))
+        }
+        #[inline(always)]
+        fn min(self, b: Self) -> Self {
+            op!(Avx2(_mm256_min_ps(self.0, b.0), _mm256_min_ps(self.1, b.1)))
+        }
+        #[inline(always)]
+        fn max(self, b: Self) -> Self {
+            op!(Avx2(_mm256_max_ps(self.0, b.0), _mm256_max_ps(self.1, b.1)))
+        }
+        #[inline(always)]
+        fn reciprocal(self) -> Self {
+            op!({
+                let one = _mm256_set1_ps(1.);
+                Avx2(_mm256_div_ps(one, self.0), _mm256_div_ps(one, self.1))
+            })
+        }
+        #[inline(always)]
+        fn bits_to_exponent(self) -> Self {
+            op!(Avx2(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.0))),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(self.1))),
+            ))
+        }
+    }
+}

@@ -1,0 +1,93 @@
+//! 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3), forwards and backwards, on channels-last images.
+//!
+//! An image is cut into tiles of 4x4 outputs, which read 6x6 inputs. In the transformed domain a tile is 36 positions, and
+//! the convolution is one matrix product a position: M\[p\] (tiles, outputs) = V\[p\] (tiles, inputs) U\[p\] (inputs, outputs),
+//! with 36 / 16 = 2.25 multiplications an output where the direct sum needs 9.
+//!
+//! - [`transform`]: the small matrices.
+//! - [`Filters`] to [`Panels`] and back: the weights, laid out for the products.
+//! - [`forward()`]: a block of tiles at a time, from V to the output, inside the second-level cache.
+//! - [`backward()`]: both gradients from one transform of the output's gradient.
+
+mod backward;
+mod filters;
+mod forward;
+mod transform;
+
+pub(crate) use backward::{Gradient, InputGradient, Load, Source, backward};
+pub(crate) use filters::{ColumnOrder, Filters, Panels, add_filter_gradient};
+pub(crate) use forward::{Epilogue, Store, forward};
+pub(crate) use transform::{OUT, load_positions, output_tile, output_tile_adjoint, store_positions};
+
+use crate::simd::LANES;
+use transform::IN;
+
+/// Added to strides that are powers of two otherwise, so that what is read together spreads over the cache's sets.
+const SPREAD: usize = LANES;
+
+/// Channels-last images to read: (batch, height, width, channels), pixels packed, images `image` floats apart.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Images {
+    pub(crate) data: *const f32,
+    pub(crate) image: usize,
+    pub(crate) channels: usize,
+}
+
+// SAFETY: read only, from every thread.
+unsafe impl Send for Images {}
+// SAFETY: as above.
+unsafe impl Sync for Images {}
+
+/// The sizes of a convolution, and its tiles, counted image after image, row after row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tiling {
+    pub(crate) batch: usize,
+    pub(crate) height: usize,
+    pub(crate) width: usize,
+    pub(crate) padding: usize,
+}
+
+/// A tile: its image, its first output pixel, and how many of its 4x4 outputs exist.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tile {
+    pub(crate) image: usize,
+    pub(crate) y: usize,
+    pub(crate) x: usize,
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+}
+
+impl Tiling {
+    pub(crate) fn out_height(&self) -> usize {
+        self.height + 2 * self.padding - 2
+    }
+    pub(crate) fn out_width(&self) -> usize {
+        self.width + 2 * self.padding - 2
+    }
+    /// Tiles in a row.
+    fn across(&self) -> usize {
+        self.out_width().div_ceil(OUT)
+    }
+    /// Rows of tiles in an image.
+    fn down(&self) -> usize {
+        self.out_height().div_ceil(OUT)
+    }
+    fn tiles(&self) -> usize {
+        self.batch * self.down() * self.across()
+    }
+    #[inline(always)]
+    fn tile(&self, index: usize) -> Tile {
+        let (row, x) = (index / self.across(), index % self.across() * OUT);
+        let (image, y) = (row / self.down(), row % self.down() * OUT);
+        let (rows, columns) = (OUT.min(self.out_height() - y), OUT.min(self.out_width() - x));
+        Tile { image, y, x, rows, columns }
+    }
+    /// Which rows and columns of the tile's 6x6 inputs lie inside the image: (rows, columns), as ranges.
+    #[inline(always)]
+    fn inside(&self, tile: &Tile) -> ([usize; 2], [usize; 2]) {
+        let range = |start: usize, len: usize| {
+            [self.padding.saturating_sub(start).min(IN), (len + self.padding).saturating_sub(start).min(IN)]
+        };
+        (range(tile.y, self.height), range(tile.x, self.width))
+    }
+}

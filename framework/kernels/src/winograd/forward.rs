@@ -1,0 +1,205 @@
+//! The forward pass, a block of tiles at a time:
+//!
+//! - V, `[position][channel / 16][tile][16]`: the block's inputs, transformed. Every operand of the product lies at a
+//!   constant distance from the one before, so nothing is packed again.
+//! - for each group of output channels (one or two panels): M\[p\] = V\[p\] U\[p\], `[position][tile][column]`, reading the
+//!   panels of U strictly in order; then the [`Epilogue`] takes each tile's M out of the transformed domain at once.
+//!
+//! V and M stay in the second-level cache.
+
+use super::filters::Panels;
+use super::transform::{IN, POSITIONS, input_tile, output_tile, store_positions};
+use super::{Images, SPREAD, Tile, Tiling};
+use crate::buffer::Buffer;
+use crate::gemm::{Product, Run, Start, product};
+use crate::parallel::{self, Shared};
+use crate::simd::{Kernel, LANES, Level, Simd};
+
+/// What becomes of the transformed output of a tile.
+pub(crate) trait Epilogue: Copy + Send + Sync {
+    /// Panels of the weights that are handed over together.
+    const PANELS: usize;
+    /// Takes `width` vectors of channels of a tile: `m` points to position 0, the others follow `stride` floats apart.
+    /// # Safety
+    /// `m` is readable; no other task has the same tile and group. Must be `#[inline(always)]`.
+    unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, width: usize, m: *const f32, stride: usize);
+}
+
+/// The output, (batch, height, width, channels), is stored; `bias` has as many floats as there are whole vectors.
+#[derive(Clone, Copy)]
+pub(crate) struct Store<'a> {
+    pub(crate) output: Shared,
+    pub(crate) bias: &'a [f32],
+    pub(crate) height: usize,
+    pub(crate) width: usize,
+    pub(crate) channels: usize,
+}
+
+impl Epilogue for Store<'_> {
+    const PANELS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, width: usize, m: *const f32, stride: usize) {
+        for vector in 0..width {
+            let channel = (2 * group + vector) * LANES;
+            let lanes = LANES.min(self.channels - channel);
+            // SAFETY: M is readable; the tile's pixels exist, and belong to this task.
+            unsafe {
+                let bias = S::load(self.bias.as_ptr().add(channel));
+                let y = output_tile(super::transform::load_positions::<S>(m.add(vector * LANES), stride));
+                for r in 0..tile.rows {
+                    for c in 0..tile.columns {
+                        let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
+                        let to = self.output.at(pixel * self.channels + channel);
+                        y[r][c].add(bias).store_lanes(to, lanes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Convolves the channels of `sources`, one after the other, with the first rows of `filters`.
+pub(crate) fn forward<E: Epilogue>(level: Level, tiling: &Tiling, sources: &[Images], filters: &Panels, epilogue: E) {
+    let channel_blocks: usize = sources.iter().map(|s| s.channels.div_ceil(LANES)).sum();
+    let block = block_tiles(channel_blocks * LANES, 2 * E::PANELS * LANES);
+    let mut runs = Vec::with_capacity(channel_blocks);
+    for source in sources {
+        for first in (0..source.channels).step_by(LANES) {
+            runs.push(Run { offset: runs.len() * block * LANES, len: LANES.min(source.channels - first) });
+        }
+    }
+    let v_stride = channel_blocks * block * LANES + SPREAD;
+    let m_row = 2 * E::PANELS.min(filters.count()) * LANES;
+    let m_stride = block * m_row + SPREAD;
+    let tiles = tiling.tiles();
+    parallel::for_each_with(
+        tiles.div_ceil(block),
+        || (Buffer::new(POSITIONS * v_stride), Buffer::new(POSITIONS * m_stride)),
+        |task, (v, m)| {
+            let first = task * block;
+            level.run(Block {
+                tiling,
+                sources,
+                filters,
+                epilogue,
+                runs: &runs,
+                tiles: first..tiles.min(first + block),
+                v: v.as_mut_ptr(),
+                v_stride,
+                v_block: block * LANES,
+                m: m.as_mut_ptr(),
+                m_stride,
+                m_row,
+            });
+        },
+    );
+}
+
+/// Tiles in a block, such that V and M fill most of the second-level cache (1 MiB here, less on others).
+fn block_tiles(inputs: usize, group: usize) -> usize {
+    const FLOATS: usize = 200 << 10;
+    (FLOATS / (POSITIONS * (inputs + group)) / 12 * 12).clamp(12, 48)
+}
+
+struct Block<'a, E> {
+    tiling: &'a Tiling,
+    sources: &'a [Images],
+    filters: &'a Panels,
+    epilogue: E,
+    runs: &'a [Run],
+    tiles: std::ops::Range<usize>,
+    v: *mut f32,
+    v_stride: usize,
+    v_block: usize,
+    m: *mut f32,
+    m_stride: usize,
+    m_row: usize,
+}
+
+impl<E: Epilogue> Kernel for Block<'_, E> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let count = self.tiles.len();
+        // SAFETY: V and M are this task's and large enough; the sources cover their images, the panels their rows.
+        unsafe {
+            for (i, index) in self.tiles.clone().enumerate() {
+                let tile = self.tiling.tile(index);
+                let mut to = self.v.add(i * LANES);
+                for source in self.sources {
+                    for channel in (0..source.channels).step_by(LANES) {
+                        transform_input::<S>(self.tiling, &tile, source, channel, to, self.v_stride);
+                        to = to.add(self.v_block);
+                    }
+                }
+            }
+            let groups = self.filters.count().div_ceil(E::PANELS);
+            for group in 0..groups {
+                let mut width = 0;
+                for panel in group * E::PANELS..self.filters.count().min((group + 1) * E::PANELS) {
+                    let panel_width = self.filters.width(panel);
+                    for position in 0..POSITIONS {
+                        product::<S>(
+                            count,
+                            Product {
+                                runs: self.runs,
+                                a: self.v.add(position * self.v_stride),
+                                a_row: LANES,
+                                b: self.filters.data.as_ptr().add(self.filters.offset(panel, position)),
+                                c: self.m.add(position * self.m_stride + width * LANES),
+                                c_row: self.m_row,
+                                width: panel_width,
+                                lanes: LANES,
+                                start: Start::Zero,
+                            },
+                        );
+                    }
+                    width += panel_width;
+                }
+                for (i, index) in self.tiles.clone().enumerate() {
+                    let tile = self.tiling.tile(index);
+                    self.epilogue.tile::<S>(&tile, group, width, self.m.add(i * self.m_row), self.m_stride);
+                }
+            }
+        }
+    }
+}
+
+/// Transforms 16 channels (or the last few) of a tile's inputs; positions go `stride` floats apart.
+/// # Safety
+/// The images cover `tiling`; `to` is writable.
+#[inline(always)]
+pub(super) unsafe fn transform_input<S: Simd>(
+    tiling: &Tiling,
+    tile: &Tile,
+    images: &Images,
+    channel: usize,
+    to: *mut f32,
+    stride: usize,
+) {
+    let lanes = LANES.min(images.channels - channel);
+    let (rows, columns) = tiling.inside(tile);
+    // SAFETY: only pixels inside the image are read.
+    unsafe {
+        let mut d = [[S::zero(); IN]; IN];
+        let image = images.data.add(tile.image * images.image + channel);
+        let pixel = |r: usize, c: usize| {
+            let (y, x) = (tile.y + r - tiling.padding, tile.x + c - tiling.padding);
+            image.add((y * tiling.width + x) * images.channels)
+        };
+        if rows == [0, IN] && columns == [0, IN] && lanes == LANES {
+            for r in 0..IN {
+                for c in 0..IN {
+                    d[r][c] = S::load(pixel(r, c));
+                }
+            }
+        } else {
+            for r in rows[0]..rows[1] {
+                for c in columns[0]..columns[1] {
+                    d[r][c] = S::load_lanes(pixel(r, c), lanes);
+                }
+            }
+        }
+        store_positions(input_tile(d), to, stride);
+    }
+}

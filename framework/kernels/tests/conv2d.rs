@@ -1,0 +1,177 @@
+//! `conv2d` against f64, forwards and backwards.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use candle_core::Tensor;
+use candlepower_kernels::{Conv2dOptions, conv2d};
+use common::*;
+use proptest::prelude::*;
+
+/// Output and all gradients against the reference.
+fn check(x: &[usize; 4], outputs: usize, kernel: (usize, usize), o: Conv2dOptions, bias: bool, seed: u64) {
+    let what = format!("x {x:?}, {outputs} outputs, kernel {kernel:?}, {o:?}, bias {bias}");
+    let x = var(&random(x, seed));
+    let w = var(&random(&[outputs, x.dims()[3] / o.groups, kernel.0, kernel.1], seed + 1));
+    let b = var(&random(&[outputs], seed + 2));
+    let (x64, w64, b64) = (double(&x), double(&w), double(&b));
+    let wanted = common::conv2d(&x64, &w64, bias.then_some(b64.as_tensor()), o).unwrap();
+    let got = conv2d(&x, &w, bias.then_some(b.as_tensor()), o).unwrap();
+    assert_close(&format!("output, {what}"), &got, &wanted);
+    let wanted = loss(&wanted, seed + 3).backward().unwrap();
+    let got = loss(&got, seed + 3).backward().unwrap();
+    assert_close(&format!("dx, {what}"), &grad(&got, &x), &grad(&wanted, &x64));
+    assert_close(&format!("dw, {what}"), &grad(&got, &w), &grad(&wanted, &w64));
+    if bias {
+        assert_close(&format!("db, {what}"), &grad(&got, &b), &grad(&wanted, &b64));
+    }
+}
+
+const SAME: Conv2dOptions = Conv2dOptions { stride: 1, padding: 1, dilation: 1, groups: 1 };
+
+#[test]
+fn all_sizes_at_each_level() {
+    at_each_level(|_| {
+        for (h, w) in [(1, 1), (4, 4), (5, 9), (13, 6)] {
+            for (inputs, outputs) in [(16, 16), (17, 33), (48, 20), (1, 16), (64, 1), (3, 5)] {
+                check(&[2, h, w, inputs], outputs, (3, 3), SAME, true, 1);
+            }
+        }
+        check(&[1, 5, 7, 40], 70, (1, 1), Conv2dOptions::default(), true, 2);
+        check(&[2, 6, 7, 3], 20, (5, 5), Conv2dOptions { padding: 2, ..SAME }, false, 3);
+        check(&[1, 9, 8, 6], 6, (3, 3), Conv2dOptions { groups: 6, stride: 2, ..SAME }, true, 4);
+        check(&[1, 9, 8, 32], 32, (5, 3), Conv2dOptions { groups: 32, dilation: 2, ..SAME }, true, 5);
+    });
+}
+
+#[test]
+fn larger_images_take_several_chunks() {
+    check(&[3, 40, 36, 32], 48, (3, 3), SAME, true, 6);
+    check(&[2, 30, 50, 130], 40, (3, 3), Conv2dOptions { padding: 0, ..SAME }, true, 7);
+    check(&[2, 40, 300, 8], 12, (1, 1), Conv2dOptions::default(), true, 8);
+    check(&[1, 20, 300, 4], 2, (3, 3), SAME, true, 9);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+    #[test]
+    fn any_options(
+        batch in 1..3usize, h in 1..14usize, w in 1..14usize, gi in 1..20usize, go in 1..20usize, groups in 1..4usize,
+        kh in 1..6usize, kw in 1..6usize, stride in 1..4usize, padding in 0..3usize, dilation in 1..3usize,
+        bias: bool, seed: u64,
+    ) {
+        let o = Conv2dOptions { stride, padding, dilation, groups };
+        prop_assume!(h + 2 * padding > dilation * (kh - 1) && w + 2 * padding > dilation * (kw - 1));
+        check(&[batch, h, w, gi * groups], go * groups, (kh, kw), o, bias, seed >> 8);
+    }
+
+    #[test]
+    fn winograd_shapes(
+        batch in 1..4usize, h in 1..20usize, w in 1..20usize, inputs in 10..70usize, outputs in 10..70usize,
+        padding in 0..3usize, seed: u64,
+    ) {
+        prop_assume!(h + 2 * padding >= 3 && w + 2 * padding >= 3);
+        check(&[batch, h, w, inputs], outputs, (3, 3), Conv2dOptions { padding, ..SAME }, true, seed >> 8);
+    }
+}
+
+#[test]
+fn views_give_the_same_as_copies() {
+    let base = random(&[2, 20, 6, 9], 1);
+    let x = base.permute((0, 2, 3, 1)).unwrap();
+    let w = random(&[3, 3, 20, 40], 2).permute((3, 2, 0, 1)).unwrap();
+    let b = random(&[40, 2], 3).narrow(1, 1, 1).unwrap().squeeze(1).unwrap();
+    let got = conv2d(&x, &w, Some(&b), SAME).unwrap();
+    let copies = [&x, &w, &b].map(|t| t.force_contiguous().unwrap());
+    let wanted = conv2d(&copies[0], &copies[1], Some(&copies[2]), SAME).unwrap();
+    assert_eq!(bits(&got), bits(&wanted));
+    // The gradient arrives as a view, too.
+    let v = var(&base);
+    let y = conv2d(&v.permute((0, 2, 3, 1)).unwrap(), &w, Some(&b), SAME).unwrap().permute((0, 3, 1, 2)).unwrap();
+    let got = grad(&loss(&y, 4).backward().unwrap(), &v);
+    let v = var(&copies[0]);
+    let y = conv2d(&v, &w, Some(&b), SAME).unwrap();
+    let weights = random(&[2, 40, 6, 9], 4).permute((0, 2, 3, 1)).unwrap();
+    let wanted = grad(&(y * weights).unwrap().sum_all().unwrap().backward().unwrap(), &v);
+    assert_eq!(bits(&got.permute((0, 2, 3, 1)).unwrap()), bits(&wanted));
+}
+
+#[test]
+fn leading_axes_are_one_batch() {
+    let (x, w) = (random(&[2, 3, 5, 6, 16], 1), random(&[17, 16, 3, 3], 2));
+    let got = conv2d(&x, &w, None, SAME).unwrap();
+    assert_eq!(got.dims(), [2, 3, 5, 6, 17]);
+    let flat = conv2d(&x.reshape((6, 5, 6, 16)).unwrap(), &w, None, SAME).unwrap();
+    assert_eq!(bits(&got), bits(&flat));
+    let single = conv2d(&x.narrow(0, 0, 1).unwrap().narrow(1, 0, 1).unwrap().reshape((5, 6, 16)).unwrap(), &w, None, SAME);
+    assert_eq!(single.unwrap().dims(), [5, 6, 17]);
+}
+
+#[test]
+fn the_same_bits_on_any_threads() {
+    for (channels, outputs, kernel, options) in [
+        (33, 48, 3, SAME),
+        (8, 12, 5, Conv2dOptions { padding: 2, ..SAME }),
+        (32, 48, 1, Conv2dOptions::default()),
+        (24, 24, 3, Conv2dOptions { groups: 24, ..SAME }),
+        (64, 1, 3, SAME),
+    ] {
+        let (x, w) = (random(&[2, 37, 30, channels], 1), random(&[outputs, channels / options.groups, kernel, kernel], 2));
+        let b = random(&[outputs], 3);
+        same_bits_on_any_threads(|| {
+            let (x, w, b) = (var(&x), var(&w), var(&b));
+            let y = conv2d(&x, &w, Some(&b), options).unwrap();
+            let grads = loss(&y, 4).backward().unwrap();
+            vec![y, grad(&grads, &x), grad(&grads, &w), grad(&grads, &b)]
+        });
+    }
+}
+
+#[test]
+fn untracked_arguments_get_no_gradient_and_no_graph() {
+    let (x, w) = (random(&[1, 5, 5, 16], 1), var(&random(&[16, 16, 3, 3], 2)));
+    let y = conv2d(&x, &w, None, SAME).unwrap();
+    let grads = y.sum_all().unwrap().backward().unwrap();
+    assert!(grads.get(&x).is_none());
+    assert!(grads.get(&w).is_some());
+    let y = candlepower_kernels::no_grad(|| conv2d(&x, &w, None, SAME).unwrap());
+    assert!(!y.track_op());
+    assert!(conv2d(&x, &w, None, SAME).unwrap().track_op());
+}
+
+#[test]
+fn nan_and_infinity_are_not_hidden() {
+    for channels in [4, 16] {
+        let mut x = vec![0f32; 8 * 8 * channels];
+        x[3 * 8 * channels + 5] = f32::NAN;
+        let x = Tensor::from_vec(x, (1, 8, 8, channels), &candle_core::Device::Cpu).unwrap();
+        let y = conv2d(&x, &random(&[16, channels, 3, 3], 1), None, SAME).unwrap();
+        assert!(y.sum_all().unwrap().to_scalar::<f32>().unwrap().is_nan());
+    }
+}
+
+#[test]
+fn errors_name_what_does_not_fit() {
+    let x = random(&[1, 5, 5, 4], 1);
+    let message = |x: &Tensor, w: &Tensor, b: Option<&Tensor>, o| {
+        let text = conv2d(x, w, b, o).unwrap_err().to_string();
+        text.lines().next().unwrap_or_default().to_string()
+    };
+    let w = random(&[6, 3, 3, 3], 2);
+    assert_eq!(
+        message(&x, &w, None, SAME),
+        "conv2d: channels do not fit: x is [1, 5, 5, 4], weight is [6, 3, 3, 3], groups 1"
+    );
+    let w = random(&[6, 4, 3, 3], 2);
+    assert_eq!(
+        message(&x, &w, Some(&random(&[5], 3)), SAME),
+        "conv2d: bias must be (6) for 6 output channels, got [5]"
+    );
+    assert!(message(&x, &random(&[6, 4, 9, 3], 2), None, SAME).contains("larger than the padded image"));
+    assert!(message(&x, &w.flatten_all().unwrap(), None, SAME).contains("weight must be"));
+    assert!(message(&random(&[5, 4], 1), &w, None, SAME).contains("x must be (.., height, width, channels), got [5, 4]"));
+    assert!(message(&x, &w, None, Conv2dOptions { stride: 0, ..SAME }).contains("at least 1"));
+    let double = x.to_dtype(candle_core::DType::F64).unwrap();
+    assert!(message(&double, &w, None, SAME).contains("x must be f32 on the CPU, got F64"));
+    assert!(message(&random(&[0, 5, 5, 4], 1), &w, None, SAME).contains("no elements"));
+}
