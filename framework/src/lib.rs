@@ -8,5 +8,6 @@ pub mod error;
 pub mod metrics;
 pub mod module;
 pub mod params;
+pub mod picture;
 pub mod seed;
 pub mod video_file;
