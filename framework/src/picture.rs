@@ -37,11 +37,13 @@ pub fn video_grid(
     }
     let samples = input.samples.min(max_samples.max(1));
     let mut grid = Grid::new(&input, &prediction, samples, 3);
+    let blank = vec![0.; input.frame(0, 0).len()];
     for sample in 0..samples {
         let row = 3 * sample;
         for time in 0..input.times {
             grid.draw(row, time, input.frame(sample, time));
             grid.draw(row + 1, time, input.frame(sample, time));
+            grid.draw(row + 2, time, &blank);
         }
         for time in 0..prediction.times {
             let (predicted, came) = (prediction.frame(sample, time), target.frame(sample, time));
@@ -315,7 +317,7 @@ mod tests {
         assert_eq!(grid.dims(), [1, 6 * 64 + 4 * 2 + 6, 5 * 64 + 3 * 2 + 6]);
         let (rows, columns) = ([0, 66, 132, 202, 268, 334], [0, 66, 136, 202, 268]);
         let error = 0.2 * 0.2;
-        let blank = GAP_SHADE;
+        let blank = 0.;
         let expected: [[f32; 5]; 6] = [
             [0.10, 0.11, 0.30, 0.31, 0.32],
             [0.10, 0.11, 0.50, 0.51, 0.52],

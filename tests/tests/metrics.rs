@@ -15,11 +15,11 @@ fn cases(golden: &Golden) -> Vec<&str> {
     cases
 }
 
-/// Compares with `<case>.<name>`, where the fixture has it.
+/// Compares with `<case>.<name>` of the fixture, number by number.
 fn check(golden: &Golden, case: &str, name: &str, actual: &[f64]) {
     let name = format!("{case}.{name}");
-    let Some(expected) = golden.tensors.get(&name) else { return };
-    let expected = expected.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let expected =
+        golden.get(&name).to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     assert_eq!(actual.len(), expected.len(), "{name}");
     for (actual, expected) in actual.iter().zip(&expected) {
         let close = (actual - expected).abs() <= TOLERANCE * expected.abs();

@@ -7,9 +7,9 @@ use crate::error::{Error, Result};
 
 /// The structural similarity of each frame: a uniform 7x7 window, sample covariance, windows that lie inside the frame.
 ///
-/// `data_range` is the distance between the smallest and the largest value there can be. For frames in `[0, 1]` that is
-/// 1. The tables of OpenSTL and its relatives were made with 2, which gives larger numbers: say which one you print.
-/// It is scikit-image's default `structural_similarity`, per channel, averaged.
+/// `data_range` is the distance between the smallest and the largest value there can be: 1 for frames in `[0, 1]`.
+/// The tables of OpenSTL and its relatives were made with 2, which gives larger numbers: say which one you print.
+/// It is scikit-image's default `structural_similarity`, per channel, averaged. Fails on frames smaller than a window.
 pub fn ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> Result<PerFrame> {
     const SIDE: usize = 7;
     let samples = (SIDE * SIDE) as f64;
