@@ -37,6 +37,9 @@ pub trait Build: Module + Sized + 'static {
     fn build(config: &Self::Config, spec: &<Self::Batch as Batch>::Spec, vb: VarBuilder) -> Result<Self>;
 }
 
+/// Tensors that a module logged, by name.
+type Logged = Vec<(String, Tensor)>;
+
 /// One call of a module: what it may know about the run, and what it wants to tell.
 pub struct Step {
     training: bool,
@@ -44,8 +47,8 @@ pub struct Step {
     micro_batch: u64,
     seed: u64,
     images_due: bool,
-    metrics: Vec<(String, Tensor)>,
-    images: Vec<(String, Tensor)>,
+    metrics: Logged,
+    images: Logged,
 }
 
 impl Step {
@@ -89,7 +92,7 @@ impl Step {
     }
 
     /// The metrics and the pictures that were logged.
-    pub(crate) fn into_logged(self) -> (Vec<(String, Tensor)>, Vec<(String, Tensor)>) {
+    pub(crate) fn into_logged(self) -> (Logged, Logged) {
         (self.metrics, self.images)
     }
 }
