@@ -1,11 +1,11 @@
 //! Scratch memory: aligned, and kept between calls.
 //!
 //! Touching fresh pages costs as much as the arithmetic of a small op, and training asks for the same sizes at every
-//! step. A dropped [`Buffer`] therefore stays in a pool until a buffer of the same size is asked for. Before the pool
-//! allocates, it frees as many idle bytes (while there are any) as it is about to take, so that it never holds more than
-//! was once in use at the same time. [`release_scratch`] frees what is idle.
+//! step. A dropped [`Buffer`] therefore stays in a pool until a buffer of the same size is asked for. Lent and idle memory
+//! together stay below what was once lent at the same time, and a quarter more: before a fresh allocation would pass that,
+//! the blocks that were idle for longest are freed. [`release_scratch`] frees all that is idle.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::collections::VecDeque;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
@@ -40,8 +40,16 @@ impl Block {
     fn allocate(bytes: usize) -> Block {
         let layout = Self::layout(bytes);
         // SAFETY: `bytes` is not zero.
-        let p = unsafe { alloc_zeroed(layout) };
+        let p = unsafe { alloc(layout) };
         let Some(start) = NonNull::new(p.cast::<f32>()) else { handle_alloc_error(layout) };
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE {
+            // SAFETY: the memory is ours; this is a hint, whose failure changes nothing.
+            unsafe { libc::madvise(p.cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
+        // After the hint, since this touches the pages.
+        // SAFETY: `bytes` bytes were allocated.
+        unsafe { p.write_bytes(0, bytes) };
         Block { start, bytes }
     }
 
@@ -51,18 +59,56 @@ impl Block {
     }
 }
 
-/// Idle blocks, least recently used first.
-static IDLE: Mutex<VecDeque<Block>> = Mutex::new(VecDeque::new());
+/// The idle blocks, least recently used first, and the accounts.
+struct Pool {
+    idle: VecDeque<Block>,
+    idle_bytes: usize,
+    lent_bytes: usize,
+    /// The most that was lent at once.
+    peak_bytes: usize,
+}
 
-fn idle() -> MutexGuard<'static, VecDeque<Block>> {
-    // A panic cannot leave the list half changed.
-    IDLE.lock().unwrap_or_else(PoisonError::into_inner)
+static POOL: Mutex<Pool> =
+    Mutex::new(Pool { idle: VecDeque::new(), idle_bytes: 0, lent_bytes: 0, peak_bytes: 0 });
+
+fn pool() -> MutexGuard<'static, Pool> {
+    // Nothing in here panics half-way.
+    POOL.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Pool {
+    /// Takes an idle block of this size, or makes room for a fresh one.
+    fn lend(&mut self, bytes: usize) -> Option<Block> {
+        self.lent_bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.lent_bytes);
+        // The most recent one: it may still be in a cache.
+        let found = self.idle.iter().rposition(|b| b.bytes == bytes).and_then(|i| self.idle.remove(i));
+        if found.is_some() {
+            self.idle_bytes -= bytes;
+            return found;
+        }
+        while self.lent_bytes + self.idle_bytes > self.peak_bytes + self.peak_bytes / 4
+            && let Some(old) = self.idle.pop_front()
+        {
+            self.idle_bytes -= old.bytes;
+            old.free();
+        }
+        None
+    }
+
+    fn take_back(&mut self, block: Block) {
+        self.lent_bytes -= block.bytes;
+        self.idle_bytes += block.bytes;
+        self.idle.push_back(block);
+    }
 }
 
 /// Gives the scratch memory that no op uses now back to the system.
 pub fn release_scratch() {
-    let blocks = std::mem::take(&mut *idle());
-    blocks.into_iter().for_each(Block::free);
+    let mut pool = pool();
+    pool.idle_bytes = 0;
+    pool.peak_bytes = pool.lent_bytes;
+    pool.idle.drain(..).for_each(Block::free);
 }
 
 /// `len` floats, aligned for vectors, from the pool.
@@ -76,19 +122,8 @@ impl Buffer {
     pub(crate) fn new(len: usize) -> Buffer {
         let bytes = (len * size_of::<f32>()).max(1);
         let bytes = bytes.next_multiple_of(if bytes >= LARGE { LARGE } else { PAGE });
-        let mut blocks = idle();
-        let found = blocks.iter().rposition(|b| b.bytes == bytes).and_then(|i| blocks.remove(i));
-        let block = found.unwrap_or_else(|| {
-            let mut freed = 0;
-            while freed < bytes
-                && let Some(old) = blocks.pop_front()
-            {
-                freed += old.bytes;
-                old.free();
-            }
-            drop(blocks);
-            Block::allocate(bytes)
-        });
+        let lent = pool().lend(bytes);
+        let block = lent.unwrap_or_else(|| Block::allocate(bytes));
         Buffer { block: Some(block), len }
     }
 
@@ -110,7 +145,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
-            idle().push_back(block);
+            pool().take_back(block);
         }
     }
 }
@@ -133,5 +168,28 @@ impl DerefMut for Buffer {
 impl std::fmt::Debug for Buffer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Buffer({} floats)", self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Other tests of this process use the pool, too: the sizes here are theirs alone.
+    #[test]
+    fn reuses_memory_and_forgets_the_oldest() {
+        let megabyte = (1 << 20) / size_of::<f32>();
+        let first = Buffer::new(301 * megabyte);
+        let address = first.as_ptr();
+        drop(first);
+        let again = Buffer::new(301 * megabyte - 1);
+        assert_eq!(again.as_ptr(), address);
+        assert_eq!(again.as_ptr() as usize % HUGE, 0);
+        drop(again);
+        // Another 300 MB: the first must go, at no time were 600 MB lent.
+        let _other = Buffer::new(302 * megabyte);
+        assert!(!pool().idle.iter().any(|b| b.bytes == 301 << 20));
+        assert!(Buffer::zeroed(100_000).iter().all(|&x| x == 0.));
+        drop(Buffer::new(0));
     }
 }

@@ -316,7 +316,8 @@ impl CustomOp2 for ConvLstm {
     fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, p: &CpuStorage, lp: &Layout) -> Result<(CpuStorage, Shape)> {
         let r = &self.roll_out;
         let (x, parameters) = (packed(x, lx)?, packed(p, lp)?);
-        let (output, kept) = on_pool(|| forward(r, self.gradients, &x, &parameters));
+        let level = Level::current();
+        let (output, kept) = on_pool(|| forward(level, r, self.gradients, &x, &parameters));
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
         let channels = r.layers[r.top()].hidden;
         let shape = match r.keep {
@@ -331,13 +332,13 @@ impl CustomOp2 for ConvLstm {
         let Some(kept) = kept else {
             bail!("conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again");
         };
-        let (wants_input, wants_parameters) = (x.track_op(), p.track_op());
+        let wants = (x.track_op(), p.track_op());
+        let level = Level::current();
         let (dx, dp) = with_values(x, |x| {
             with_values(p, |p| {
                 with_values(y, |y| {
                     with_values(dy, |dy| {
-                        let run = || backward(&self.roll_out, kept, x, p, y, dy, wants_input, wants_parameters);
-                        Ok(on_pool(run))
+                        Ok(on_pool(|| backward(level, &self.roll_out, kept, x, p, y, dy, wants)))
                     })
                 })
             })
@@ -348,8 +349,13 @@ impl CustomOp2 for ConvLstm {
     }
 }
 
-fn forward(r: &RollOut, gradients: bool, input: &[f32], parameters: &[f32]) -> (Vec<f32>, Option<Kept>) {
-    let level = Level::current();
+fn forward(
+    level: Level,
+    r: &RollOut,
+    gradients: bool,
+    input: &[f32],
+    parameters: &[f32],
+) -> (Vec<f32>, Option<Kept>) {
     let orders: Vec<ColumnOrder> = r.layers.iter().map(|l| packed_order(l.hidden)).collect();
     let weights: Vec<Weights> = r
         .layers
@@ -509,16 +515,15 @@ type MaybeGradients = (Option<Vec<f32>>, Option<Vec<f32>>);
 /// The gradients of the input and of the parameters.
 #[expect(clippy::too_many_arguments, reason = "the arguments of the op's backward")]
 fn backward(
+    level: Level,
     r: &RollOut,
     mut kept: Kept,
     input: &[f32],
     parameters: &[f32],
     output: &[f32],
     d_output: &[f32],
-    wants_input: bool,
-    wants_parameters: bool,
+    (wants_input, wants_parameters): (bool, bool),
 ) -> MaybeGradients {
-    let level = Level::current();
     let mut d_input = wants_input.then(|| vec![0f32; input.len()]);
     let mut d_parameters = wants_parameters.then(|| vec![0f32; parameters.len()]);
     let d_input_shared = d_input.as_mut().map(|d| Shared::new(d));
@@ -673,18 +678,19 @@ impl CustomOp2 for ConvLstmCell {
         let hidden = lc.dims().last().copied().unwrap_or(1);
         let mut states = vec![0f32; 2 * c.len()];
         let (h, c_after) = states.split_at_mut(c.len());
-        on_pool(|| cell_forward(&gates, &c, hidden, h, c_after, None));
+        let level = Level::current();
+        on_pool(|| cell_forward(level, &gates, &c, hidden, h, c_after, None));
         Ok((CpuStorage::F32(states), [&[2], lc.dims()].concat().into()))
     }
 
     fn bwd(&self, gates: &Tensor, c: &Tensor, states: &Tensor, d: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let hidden = c.dims().last().copied().unwrap_or(1);
+        let (level, hidden) = (Level::current(), c.dims().last().copied().unwrap_or(1));
         let (mut d_gates, mut dc) = (vec![0f32; gates.elem_count()], vec![0f32; c.elem_count()]);
         with_values(gates, |a| {
             with_values(c, |before| {
                 with_values(states, |states| {
                     with_values(d, |d| {
-                        on_pool(|| cell_backward(a, before, states, d, hidden, &mut d_gates, &mut dc));
+                        on_pool(|| cell_backward(level, a, before, states, d, hidden, &mut d_gates, &mut dc));
                         Ok(())
                     })
                 })
@@ -695,7 +701,15 @@ impl CustomOp2 for ConvLstmCell {
     }
 }
 
-fn cell_forward(gates: &[f32], c: &[f32], hidden: usize, h: &mut [f32], c_after: &mut [f32], kept: Option<Shared>) {
+fn cell_forward(
+    level: Level,
+    gates: &[f32],
+    c: &[f32],
+    hidden: usize,
+    h: &mut [f32],
+    c_after: &mut [f32],
+    kept: Option<Shared>,
+) {
     let pixels = c.len() / hidden;
     let step = cell::Forward {
         bias: &[],
@@ -708,10 +722,12 @@ fn cell_forward(gates: &[f32], c: &[f32], hidden: usize, h: &mut [f32], c_after:
         pixels,
         width: 1,
     };
-    cell::forward(Level::current(), 1, gates, step);
+    cell::forward(level, 1, gates, step);
 }
 
+#[expect(clippy::too_many_arguments, reason = "the tensors of the op's backward")]
 fn cell_backward(
+    level: Level,
     gates: &[f32],
     c: &[f32],
     states: &[f32],
@@ -724,7 +740,7 @@ fn cell_backward(
     // The activations again: cheaper than keeping them.
     let (mut h, mut c_after) = (Buffer::new(len), Buffer::new(len));
     let activations = Shared::new(d_gates);
-    cell_forward(gates, c, hidden, &mut h, &mut c_after, Some(activations));
+    cell_forward(level, gates, c, hidden, &mut h, &mut c_after, Some(activations));
     dc.copy_from_slice(&d[len..]);
     let step = cell::Backward {
         kept: activations,
@@ -738,5 +754,5 @@ fn cell_backward(
         pixels: len / hidden,
         width: 1,
     };
-    cell::backward(Level::current(), 1, activations, step);
+    cell::backward(level, 1, activations, step);
 }

@@ -7,7 +7,7 @@
 //! Everything below `Level::run` must be `#[inline(always)]`: a function that is not inlined is compiled without the wide
 //! instructions.
 
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::cell::Cell;
 
 /// Lanes of a vector: the channel block of every layout in this crate.
 pub(crate) const LANES: usize = 16;
@@ -24,18 +24,14 @@ pub enum Level {
     Avx512,
 }
 
-/// 0: not forced; otherwise 1 + level.
-static FORCED: AtomicU8 = AtomicU8::new(0);
+thread_local! {
+    static FORCED: Cell<Option<Level>> = const { Cell::new(None) };
+}
 
 impl Level {
-    /// The best level of this processor, or the forced one.
+    /// The best level of this processor, or the one that the calling thread forces.
     pub(crate) fn current() -> Level {
-        match FORCED.load(Ordering::Relaxed) {
-            1 => Level::Portable,
-            2 => Level::Avx2,
-            3 => Level::Avx512,
-            _ => Level::best(),
-        }
+        FORCED.get().unwrap_or_else(Level::best)
     }
 
     fn best() -> Level {
@@ -51,17 +47,15 @@ impl Level {
         Level::Portable
     }
 
-    /// Makes all kernels use `level` from now on (`None`: the best again). False, and no change, where the processor
-    /// lacks it. For tests.
+    /// Makes the ops that this thread calls use `level` from now on (`None`: the best again). False, and no change, where
+    /// the processor lacks it. For tests.
     #[doc(hidden)]
     pub fn force(level: Option<Level>) -> bool {
-        let code = match level {
-            None => 0,
-            Some(l) if l as u8 <= Level::best() as u8 => 1 + l as u8,
-            Some(_) => return false,
-        };
-        FORCED.store(code, Ordering::Relaxed);
-        true
+        let possible = level.is_none_or(|l| l as u8 <= Level::best() as u8);
+        if possible {
+            FORCED.set(level);
+        }
+        possible
     }
 
     /// Runs `kernel` with this level's instructions.

@@ -94,7 +94,7 @@ fn images_of_several_chunks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
     #[test]
     fn any_sizes(
         batch in 1..3usize, steps in 1..5usize, h in 1..10usize, w in 1..10usize, inputs in 1..19usize,

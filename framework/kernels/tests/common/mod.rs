@@ -1,10 +1,9 @@
 //! References in f64, composed of candle's basic ops, and comparisons with them.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::{Conv2dOptions, Level};
 use rand::{Rng, SeedableRng};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Values in -1 .. 1, a function of the shape and the seed.
 pub fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -71,7 +70,8 @@ pub fn conv2d(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, o: Conv2dOptions) -
         let wg = w.narrow(0, g * go, go)?;
         for ky in 0..kh {
             for kx in 0..kw {
-                let tap = xg.index_select(&indices(oh, ky)?, 1)?.index_select(&indices(ow, kx)?, 2)?;
+                let rows = xg.contiguous()?.index_select(&indices(oh, ky)?, 1)?;
+                let tap = rows.contiguous()?.index_select(&indices(ow, kx)?, 2)?;
                 let tap = tap.contiguous()?.reshape((b * oh * ow, gi))?;
                 let weight = wg.narrow(2, ky, 1)?.narrow(3, kx, 1)?.reshape((go, gi))?.t()?;
                 sum = (sum + tap.matmul(&weight.contiguous()?)?)?;
@@ -125,25 +125,14 @@ pub fn conv_lstm(x: &Tensor, steps: usize, layers: &[(Tensor, Tensor)]) -> Resul
     Tensor::stack(&outputs, 1)
 }
 
-/// One test at a time may force an instruction set.
-static FORCING: Mutex<()> = Mutex::new(());
-
-pub struct Forced(#[allow(unused)] MutexGuard<'static, ()>);
-
-impl Drop for Forced {
-    fn drop(&mut self) {
-        Level::force(None);
-    }
-}
-
 /// Runs `f` with each instruction set that this processor has.
 pub fn at_each_level(f: impl Fn(Level)) {
-    let _forced = Forced(FORCING.lock().unwrap_or_else(PoisonError::into_inner));
     for level in [Level::Portable, Level::Avx2, Level::Avx512] {
         if Level::force(Some(level)) {
             f(level);
         }
     }
+    Level::force(None);
 }
 
 /// Values to the last bit.
