@@ -1,7 +1,7 @@
 //! Learns to tell the two arms of a spiral apart: a dataset, a model and a main, in full.
-use std::f32::consts::{PI, TAU};
 use candlepower::candle_nn::{Linear, linear, loss::cross_entropy};
 use candlepower::{prelude::*, rand::Rng};
+use std::f32::consts::{PI, TAU};
 
 struct Spiral;
 

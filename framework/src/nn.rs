@@ -32,7 +32,7 @@ fn fast(x: &Tensor) -> bool {
 
 /// (.., C, H, W) seen as (.., H, W, C).
 fn channels_last(x: &Tensor) -> candle_core::Result<Tensor> {
-    x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)?.transpose(D::Minus2, D::Minus(3))
+    x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)
 }
 
 /// (.., H, W, C) seen as (.., C, H, W).

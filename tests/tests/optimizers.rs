@@ -32,9 +32,13 @@ fn every_configuration_of_the_fixture_that_we_have() {
             let row = |kind: &str, name: &str| golden.get(&format!("{kind}.{name}")).get(step).unwrap();
             let mut gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();
             if name.ends_with("clip_norm") {
-                let norm = optim::clip_norm(&mut gradients, golden.hparams["clip_norm"].as_f64().unwrap()).unwrap();
+                let norm =
+                    optim::clip_norm(&mut gradients, golden.hparams["clip_norm"].as_f64().unwrap()).unwrap();
                 let expected = golden.get(&format!("{name}.norms")).to_vec1::<f64>().unwrap()[step];
-                assert!((norm / expected - 1.).abs() < 1e-6, "{name}, step {step}: norm {norm}, not {expected}");
+                assert!(
+                    (norm / expected - 1.).abs() < 1e-6,
+                    "{name}, step {step}: norm {norm}, not {expected}"
+                );
             }
             if name.ends_with("clip_value") {
                 optim::clip_value(&mut gradients, golden.hparams["clip_value"].as_f64().unwrap()).unwrap();
