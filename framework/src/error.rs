@@ -12,7 +12,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     /// The configuration file, or a `--set`, asks for something that cannot be.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(Box<ConfigError>),
     /// A setting has a value that does not fit. The configuration layer finds the place in the file and turns this
     /// into [`Error::Config`]; code without a file shows it as it is.
     #[error("`{key}`: {message}")]
@@ -36,6 +36,13 @@ pub enum Error {
     /// Anything else, said in plain words.
     #[error("{0}")]
     Message(String),
+}
+
+impl From<ConfigError> for Error {
+    fn from(error: ConfigError) -> Self {
+        // Boxed: it is rare and large, and every `Result` of the library has its size.
+        Error::Config(Box::new(error))
+    }
 }
 
 impl Error {

@@ -82,7 +82,7 @@ impl Experiment {
         let optimizer = optimizer.map_err(place("optimizer"))?;
         let (module, mut data) = (document.named("module", None)?, document.named("data", None)?);
         let workers = document.take_field(&mut data, "workers")?.unwrap_or(2);
-        let job = registry.job(&document, &module, &data, workers)?;
+        let job = registry.job(&document, &module, &data)?;
         let names = [module.name, data.name];
         Ok(Self { document, run, trainer, optimizer, checkpoint, logging, names, workers, job })
     }
@@ -132,7 +132,7 @@ impl Experiment {
     }
 
     fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
-        let model = Model::new(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu);
+        let model = Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -200,7 +200,6 @@ pub(crate) trait Job: Send + Sync {
 pub(crate) struct Pair<B: Batch> {
     pub(crate) module: Box<dyn ModuleRecipe<B>>,
     pub(crate) data: Box<dyn DataRecipe<B>>,
-    pub(crate) workers: usize,
 }
 
 impl<B: Batch> Pair<B> {

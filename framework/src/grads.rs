@@ -6,19 +6,19 @@ use candle_core::{Tensor, Var};
 use crate::error::{Error, Result};
 
 /// One slot for each parameter, in the parameters' order.
-pub struct Grads {
+pub(crate) struct Grads {
     sums: Vec<Option<Tensor>>,
 }
 
 impl Grads {
     /// No gradient yet for any of these parameters.
-    pub fn new(params: &[(String, Var)]) -> Self {
+    pub(crate) fn new(params: &[(String, Var)]) -> Self {
         Self { sums: vec![None; params.len()] }
     }
 
     /// Adds what one backward pass found. A micro-batch's loss carries its share of the step's samples as a factor,
     /// so the plain sum is the gradient of the mean over all samples.
-    pub fn add(&mut self, params: &[(String, Var)], mut found: GradStore) -> Result<()> {
+    pub(crate) fn add(&mut self, params: &[(String, Var)], mut found: GradStore) -> Result<()> {
         for (sum, (_, var)) in self.sums.iter_mut().zip(params) {
             let Some(gradient) = found.remove(var) else { continue };
             *sum = Some(match sum.take() {
@@ -31,7 +31,7 @@ impl Grads {
 
     /// All gradients; an error names the parameters that got none. Candle has operations that cut the graph without
     /// a word, and a parameter that is never trained is a bug that no loss curve shows.
-    pub fn complete(self, params: &[(String, Var)]) -> Result<Vec<Tensor>> {
+    pub(crate) fn complete(self, params: &[(String, Var)]) -> Result<Vec<Tensor>> {
         let pairs = self.sums.iter().zip(params);
         let missing: Vec<&str> =
             pairs.filter(|(sum, _)| sum.is_none()).map(|(_, (name, _))| name.as_str()).collect();

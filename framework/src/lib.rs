@@ -31,7 +31,9 @@ pub mod seed;
 pub mod trainer;
 pub mod video_file;
 
+// The crates whose types stand in our interfaces, in the versions that fit.
 pub use error::{Error, Result};
+pub use {candle_core, candle_nn, rand, schemars, serde};
 
 /// What nearly every program that trains needs.
 pub mod prelude {
@@ -46,7 +48,7 @@ pub mod prelude {
     pub use crate::data::{Data, Dataset, Open, Sample, Split};
     pub use crate::experiment::{Experiment, Resume};
     pub use crate::module::{Build, Model, Module, Step};
-    pub use crate::optim::OptimizerConfig;
+    pub use crate::optim::{AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig};
     pub use crate::trainer::{Trainer, TrainerConfig};
     pub use crate::{Error, Result, nn};
 }

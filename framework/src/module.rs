@@ -37,6 +37,9 @@ pub trait Build: Module + Sized + 'static {
     fn build(config: &Self::Config, spec: &<Self::Batch as Batch>::Spec, vb: VarBuilder) -> Result<Self>;
 }
 
+/// Tensors that a module logged, by name.
+type Logged = Vec<(String, Tensor)>;
+
 /// One call of a module: what it may know about the run, and what it wants to tell.
 pub struct Step {
     training: bool,
@@ -44,8 +47,8 @@ pub struct Step {
     micro_batch: u64,
     seed: u64,
     images_due: bool,
-    metrics: Vec<(String, Tensor)>,
-    images: Vec<(String, Tensor)>,
+    metrics: Logged,
+    images: Logged,
 }
 
 impl Step {
@@ -89,7 +92,7 @@ impl Step {
     }
 
     /// The metrics and the pictures that were logged.
-    pub(crate) fn into_logged(self) -> (Vec<(String, Tensor)>, Vec<(String, Tensor)>) {
+    pub(crate) fn into_logged(self) -> (Logged, Logged) {
         (self.metrics, self.images)
     }
 }
@@ -105,16 +108,25 @@ pub struct Model<B: Batch> {
 }
 
 impl<B: Batch> Model<B> {
-    /// Builds `M` with initial values that depend on `seed` and each parameter's name alone.
+    /// Builds `M` from its configuration.
     pub fn build<M>(config: &M::Config, spec: &B::Spec, seed: u64, device: &Device) -> Result<Self>
     where
         M: Build + Module<Batch = B>,
     {
-        Self::new(|vb| Ok(Box::new(M::build(config, spec, vb)?)), seed, device)
+        Self::new(|vb| M::build(config, spec, vb), seed, device)
     }
 
-    /// Builds a model from a closure, for modules that are not made from a configuration.
-    pub fn new(
+    /// Builds a module with a closure, which is called twice. Initial values depend on `seed` and each parameter's name
+    /// alone.
+    pub fn new<M>(build: impl Fn(VarBuilder) -> Result<M>, seed: u64, device: &Device) -> Result<Self>
+    where
+        M: Module<Batch = B> + 'static,
+    {
+        Self::boxed(|vb| Ok(Box::new(build(vb)?)), seed, device)
+    }
+
+    /// The same for a module whose type is not known.
+    pub fn boxed(
         build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>>,
         seed: u64,
         device: &Device,

@@ -1,11 +1,14 @@
 //! Layer functions that modules call: our kernels where they apply, plain candle operations everywhere else.
 //!
-//! Tensors are (B, C, H, W), or (B, T, C, H, W) for frames.
+//! Tensors are (B, C, H, W), or (B, T, C, H, W) for frames. Where our kernels ran, results are views whose memory is
+//! channels-last, which is what the kernels run on: handing such a view on costs no copy.
 
 use std::cell::Cell;
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 use candle_nn::{Init, VarBuilder};
+pub use candlepower_kernels::Keep;
+use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLstmLayer};
 
 use crate::error::{Error, Result};
 use crate::trainer::Kernels;
@@ -20,6 +23,21 @@ pub fn with_kernels<T>(choice: Kernels, work: impl FnOnce() -> T) -> T {
     let result = work();
     KERNELS.set(before);
     result
+}
+
+/// Whether our kernels are wanted, and take this tensor.
+fn fast(x: &Tensor) -> bool {
+    KERNELS.get() == Kernels::Fast && kernels::supported(x)
+}
+
+/// (.., C, H, W) seen as (.., H, W, C).
+fn channels_last(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)
+}
+
+/// (.., H, W, C) seen as (.., C, H, W).
+fn channels_first(x: &Tensor) -> candle_core::Result<Tensor> {
+    x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus2)
 }
 
 /// A convolution's weight (Cout, Cin, ..) and bias (Cout), with PyTorch's initial values.
@@ -59,6 +77,11 @@ impl Conv {
     /// 'Same' convolution of (.., Cin, H, W) to (.., Cout, H, W), stride 1; the kernel's sides are odd.
     pub fn same(&self, x: &Tensor) -> Result<Tensor> {
         let padding = self.weight.dims()[2] / 2;
+        if fast(x) {
+            let options = Conv2dOptions { padding, ..Default::default() };
+            let y = kernels::conv2d(&channels_last(x)?, &self.weight, Some(&self.bias), options)?;
+            return Ok(channels_first(&y)?);
+        }
         let folded = x.flatten_to(x.rank() - 4)?;
         let y = folded.conv2d(&self.weight, padding, 1, 1, 1)?;
         let y = y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
@@ -81,20 +104,31 @@ pub enum Feed<'a> {
     },
 }
 
-/// Which of the top layer's outputs a roll-out returns.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Keep {
-    /// Every step's: (B, T, N, H, W).
-    All,
-    /// The last step's: (B, N, H, W).
-    Last,
-}
-
-/// Rolls a stack of ConvLSTM layers over time, all states starting at zero; returns the top layer's outputs.
+/// Rolls a stack of ConvLSTM layers over time, all states starting at zero; returns the top layer's outputs: (B, T, N, H, W)
+/// where all are kept, (B, N, H, W) where only the last is.
 ///
 /// A layer's weight is (4N, C + N, k, k) over its input and its own last output; gates i, f, o, g:
 /// `c' = σ(f) c + σ(i) tanh(g)`, `h' = σ(o) tanh(c')` (Shi et al. 2015, equation 3, without peepholes).
 pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
+    let x = match feed {
+        Feed::Frames(frames) => frames,
+        Feed::Feedback { first, .. } => first,
+    };
+    if !fast(x) {
+        return conv_lstm_reference(feed, layers, keep);
+    }
+    let x = channels_last(x)?;
+    let input = match feed {
+        Feed::Frames(_) => ConvLstmInput::Frames(&x),
+        Feed::Feedback { steps, .. } => ConvLstmInput::Feedback { first: &x, steps },
+    };
+    let layers: Vec<ConvLstmLayer> =
+        layers.iter().map(|conv| ConvLstmLayer { weight: &conv.weight, bias: &conv.bias }).collect();
+    Ok(channels_first(&kernels::conv_lstm(input, &layers, keep)?)?)
+}
+
+/// The same, one candle operation after the other.
+fn conv_lstm_reference(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
     let (steps, mut input) = match feed {
         Feed::Frames(frames) => (frames.dim(1)?, frames.narrow(1, 0, 1)?.squeeze(1)?),
         Feed::Feedback { first, steps } => (steps, first.clone()),

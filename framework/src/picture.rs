@@ -37,11 +37,13 @@ pub fn video_grid(
     }
     let samples = input.samples.min(max_samples.max(1));
     let mut grid = Grid::new(&input, &prediction, samples, 3);
+    let blank = vec![0.; input.frame(0, 0).len()];
     for sample in 0..samples {
         let row = 3 * sample;
         for time in 0..input.times {
             grid.draw(row, time, input.frame(sample, time));
             grid.draw(row + 1, time, input.frame(sample, time));
+            grid.draw(row + 2, time, &blank);
         }
         for time in 0..prediction.times {
             let (predicted, came) = (prediction.frame(sample, time), target.frame(sample, time));
@@ -190,48 +192,54 @@ pub(crate) fn magnification(side: usize, least: usize) -> usize {
 /// between one block of rows and the next.
 struct Grid {
     canvas: Canvas,
+    layout: Layout,
     /// (height, width) of a frame as it is in the video.
     frame: (usize, usize),
     factor: usize,
-    inputs: usize,
-    block: usize,
 }
 
 impl Grid {
     /// `blocks` of `block` rows each, with a column for every frame of `input` and then of `prediction`.
     fn new(input: &Frames, prediction: &Frames, blocks: usize, block: usize) -> Self {
-        let factor = magnification(input.height.max(input.width), LEAST_SIDE);
-        let (height, width) = (factor * input.height, factor * input.width);
-        let mut grid = Self {
-            canvas: Canvas::new(input.channels, 0, 0, 0.),
-            frame: (input.height, input.width),
-            factor,
-            inputs: input.times,
-            block,
-        };
+        let frame = (input.height, input.width);
+        let factor = magnification(frame.0.max(frame.1), LEAST_SIDE);
+        let layout = Layout { cell: (factor * frame.0, factor * frame.1), inputs: input.times, block };
         let (rows, columns) = (blocks * block, input.times + prediction.times);
-        let (bottom, right) = (grid.y(rows - 1) + height, grid.x(columns - 1) + width);
-        grid.canvas = Canvas::new(input.channels, bottom, right, GAP_SHADE);
-        let line = |end: usize| end - 2 * RULE / 3..end - RULE / 3;
-        grid.canvas.fill(0..bottom, line(grid.x(input.times)), &[1.]);
+        let bottom = layout.y(rows - 1) + layout.cell.0;
+        let right = layout.x(columns - 1) + layout.cell.1;
+        let mut canvas = Canvas::new(input.channels, bottom, right, GAP_SHADE);
+        let line_before = |cell: usize| cell - 2 * RULE / 3..cell - RULE / 3;
+        canvas.fill(0..bottom, line_before(layout.x(input.times)), &[1.]);
         for row in (block..rows).step_by(block) {
-            grid.canvas.fill(line(grid.y(row)), 0..right, &[1.]);
+            canvas.fill(line_before(layout.y(row)), 0..right, &[1.]);
         }
-        grid
+        Self { canvas, layout, frame, factor }
     }
 
+    fn draw(&mut self, row: usize, column: usize, frame: &[f32]) {
+        let (y, x) = (self.layout.y(row), self.layout.x(column));
+        self.canvas.draw(y, x, frame, self.frame, self.factor);
+    }
+}
+
+/// Where the cells of a [`Grid`] begin.
+struct Layout {
+    /// (height, width) of a cell.
+    cell: (usize, usize),
+    /// Columns before the white line.
+    inputs: usize,
+    /// Rows between two white lines.
+    block: usize,
+}
+
+impl Layout {
     fn y(&self, row: usize) -> usize {
-        row * (self.factor * self.frame.0 + GAP) + row / self.block * (RULE - GAP)
+        row * (self.cell.0 + GAP) + row / self.block * (RULE - GAP)
     }
 
     fn x(&self, column: usize) -> usize {
         let past_the_line = if column < self.inputs { 0 } else { RULE - GAP };
-        column * (self.factor * self.frame.1 + GAP) + past_the_line
-    }
-
-    fn draw(&mut self, row: usize, column: usize, frame: &[f32]) {
-        let (y, x) = (self.y(row), self.x(column));
-        self.canvas.draw(y, x, frame, self.frame, self.factor);
+        column * (self.cell.1 + GAP) + past_the_line
     }
 }
 
@@ -309,7 +317,7 @@ mod tests {
         assert_eq!(grid.dims(), [1, 6 * 64 + 4 * 2 + 6, 5 * 64 + 3 * 2 + 6]);
         let (rows, columns) = ([0, 66, 132, 202, 268, 334], [0, 66, 136, 202, 268]);
         let error = 0.2 * 0.2;
-        let blank = GAP_SHADE;
+        let blank = 0.;
         let expected: [[f32; 5]; 6] = [
             [0.10, 0.11, 0.30, 0.31, 0.32],
             [0.10, 0.11, 0.50, 0.51, 0.52],

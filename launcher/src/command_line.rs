@@ -107,7 +107,9 @@ impl Changes {
     pub(crate) fn sets(&self) -> Vec<String> {
         let mut sets = self.sets.clone();
         let quoted = self.precision.as_ref().map(|precision| format!("{precision:?}"));
-        for (key, value) in [("devices", &self.devices), ("precision", &quoted), ("batch_size", &self.batch_size)] {
+        for (key, value) in
+            [("devices", &self.devices), ("precision", &quoted), ("batch_size", &self.batch_size)]
+        {
             sets.extend(value.as_ref().map(|value| format!("trainer.{key}={value}")));
         }
         sets.extend(self.tensorboard.then(|| "logging.tensorboard=true".to_string()));

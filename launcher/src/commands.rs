@@ -16,7 +16,8 @@ pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, resume: from } => {
             let experiment = read(&config)?;
-            let report = experiment.train(&resume(from.as_deref()), vec![Box::new(signals::stop_on_signal()?)])?;
+            let report =
+                experiment.train(&resume(from.as_deref()), vec![Box::new(signals::stop_on_signal()?)])?;
             print_report(&report);
             return Ok(match report.outcome.reason {
                 StopReason::Signal(signal) => ExitCode::from(128 + signal as u8),

@@ -23,6 +23,7 @@ pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
+        .dataset::<candlepower_datasets::Digits>("digits")
 }
 
 /// Does what the command line of this process says, with these modules and datasets.

@@ -12,7 +12,8 @@ use signal_hook::iterator::Signals;
 pub(crate) fn stop_on_signal() -> Result<StopOnSignal> {
     let came = Arc::new(AtomicI32::new(0));
     let flag = came.clone();
-    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(|error| Error::msg(format!("signals: {error}")))?;
+    let mut signals =
+        Signals::new([SIGINT, SIGTERM]).map_err(|error| Error::msg(format!("signals: {error}")))?;
     std::thread::spawn(move || {
         for signal in &mut signals {
             if flag.swap(signal, Ordering::Relaxed) != 0 {

@@ -1,6 +1,8 @@
 //! Reference numbers from PyTorch for the tests: `golden("seed_convlstm")` opens a fixture.
 #![allow(clippy::unwrap_used)]
 
+pub mod blobs;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 

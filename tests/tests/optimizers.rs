@@ -32,18 +32,25 @@ fn every_configuration_of_the_fixture_that_we_have() {
             let row = |kind: &str, name: &str| golden.get(&format!("{kind}.{name}")).get(step).unwrap();
             let mut gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();
             if name.ends_with("clip_norm") {
-                let norm = optim::clip_norm(&mut gradients, golden.hparams["clip_norm"].as_f64().unwrap()).unwrap();
+                let norm =
+                    optim::clip_norm(&mut gradients, golden.hparams["clip_norm"].as_f64().unwrap()).unwrap();
                 let expected = golden.get(&format!("{name}.norms")).to_vec1::<f64>().unwrap()[step];
-                assert!((norm / expected - 1.).abs() < 1e-6, "{name}, step {step}: norm {norm}, not {expected}");
+                assert!(
+                    (norm / expected - 1.).abs() < 1e-6,
+                    "{name}, step {step}: norm {norm}, not {expected}"
+                );
             }
             if name.ends_with("clip_value") {
                 optim::clip_value(&mut gradients, golden.hparams["clip_value"].as_f64().unwrap()).unwrap();
             }
             optimizer.step(&gradients, step as u64 + 1, config.lr()).unwrap();
             for (param, var) in &vars {
-                let error = (var.as_tensor() - row(name, param)).unwrap().abs().unwrap().max_all().unwrap();
-                let error = error.to_scalar::<f32>().unwrap();
-                assert!(error <= 1e-6, "{name}, {param}, step {step}: off by {error:e}");
+                let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
+                let expected = row(name, param);
+                let error = largest(&(var.as_tensor() - &expected).unwrap());
+                // PyTorch fuses some products and sums: one rounding less. Parameters grow to about 10 here.
+                let tolerance = 1e-6 * largest(&expected).max(1.);
+                assert!(error <= tolerance, "{name}, {param}, step {step}: off by {error:e}");
             }
         }
         tested.push(name.clone());

@@ -90,7 +90,8 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
         let expected = expected_losses[t as usize - 1];
         assert!((value / expected - 1.).abs() < 2e-6, "{run}, loss before step {t}: {value}, not {expected}");
         let grads = (loss * scale).unwrap().backward().unwrap();
-        let mut gradients: Vec<Tensor> = vars.iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
+        let mut gradients: Vec<Tensor> =
+            vars.iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
         if let Some(max) = clip {
             let norm = optim::clip_norm(&mut gradients, max).unwrap();
             let norms = golden.get(&format!("{run}.grad_norms")).to_vec1::<f64>().unwrap();
@@ -107,7 +108,8 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
     }
     for (name, expected) in golden.under(&format!("{run}.state{steps}.")) {
         let state = optimizer.state();
-        let (_, var) = state.iter().find(|(own, _)| *own == name).unwrap_or_else(|| panic!("no state `{name}`"));
+        let (_, var) =
+            state.iter().find(|(own, _)| *own == name).unwrap_or_else(|| panic!("no state `{name}`"));
         assert_close(&format!("{run}, state {name}"), var, &expected, 1e-4);
     }
     let value = f64::from(loss().to_scalar::<f32>().unwrap());

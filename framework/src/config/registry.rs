@@ -64,13 +64,7 @@ impl Registry {
     }
 
     /// What the sections `[module]` and `[data]` ask for, checked as far as it can be without reading data.
-    pub(crate) fn job(
-        &self,
-        document: &Document,
-        module: &Named,
-        data: &Named,
-        workers: usize,
-    ) -> Result<Box<dyn Job>> {
+    pub(crate) fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>> {
         let names = |of: fn(&dyn AnyFamily) -> Vec<&'static str>| -> Vec<&'static str> {
             self.families.iter().flat_map(|family| of(&**family)).collect()
         };
@@ -90,7 +84,7 @@ impl Registry {
             );
             return Err(document.error_at(data.span.clone(), message).into());
         }
-        family.job(document, module, data, workers)
+        family.job(document, module, data)
     }
 
     /// JSON Schemas of the sections `[module]` and `[data]`.
@@ -184,7 +178,7 @@ trait AnyFamily: Send + Sync {
     fn datasets(&self) -> Vec<&'static str>;
     fn module_schemas(&self) -> Vec<serde_json::Value>;
     fn dataset_schemas(&self) -> Vec<serde_json::Value>;
-    fn job(&self, document: &Document, module: &Named, data: &Named, workers: usize) -> Result<Box<dyn Job>>;
+    fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>>;
 }
 
 impl<B: Batch> AnyFamily for Family<B> {
@@ -212,10 +206,10 @@ impl<B: Batch> AnyFamily for Family<B> {
         self.datasets.iter().map(|(name, entry)| with_name(name, (entry.schema)())).collect()
     }
 
-    fn job(&self, document: &Document, module: &Named, data: &Named, workers: usize) -> Result<Box<dyn Job>> {
+    fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>> {
         let module = (self.modules[module.name.as_str()].parse)(document, module)?;
         let data = (self.datasets[data.name.as_str()].parse)(document, data)?;
-        Ok(Box::new(Pair { module, data, workers }))
+        Ok(Box::new(Pair { module, data }))
     }
 }
 

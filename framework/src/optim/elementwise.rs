@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, InplaceOp2, InplaceOp3, Layout, Result, Tensor};
 struct Zip<F>(F);
 
 /// `f(x, a)` for every element x of `dst`.
-pub fn zip2(dst: &Tensor, a: &Tensor, f: impl Fn(&mut f32, f32) + Sync) -> Result<()> {
+pub(super) fn zip2(dst: &Tensor, a: &Tensor, f: impl Fn(&mut f32, f32) + Sync) -> Result<()> {
     impl<F: Fn(&mut f32, f32)> InplaceOp2 for Zip<F> {
         fn name(&self) -> &'static str {
             "zip2"
@@ -22,7 +22,12 @@ pub fn zip2(dst: &Tensor, a: &Tensor, f: impl Fn(&mut f32, f32) + Sync) -> Resul
 }
 
 /// `f(x, a, b)` for every element x of `dst`.
-pub fn zip3(dst: &Tensor, a: &Tensor, b: &Tensor, f: impl Fn(&mut f32, f32, f32) + Sync) -> Result<()> {
+pub(super) fn zip3(
+    dst: &Tensor,
+    a: &Tensor,
+    b: &Tensor,
+    f: impl Fn(&mut f32, f32, f32) + Sync,
+) -> Result<()> {
     impl<F: Fn(&mut f32, f32, f32)> InplaceOp3 for Zip<F> {
         fn name(&self) -> &'static str {
             "zip3"

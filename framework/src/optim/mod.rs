@@ -129,6 +129,24 @@ impl Default for OptimizerConfig {
     }
 }
 
+impl From<AdamConfig> for OptimizerConfig {
+    fn from(config: AdamConfig) -> Self {
+        Self::Adam(config)
+    }
+}
+
+impl From<AdamWConfig> for OptimizerConfig {
+    fn from(config: AdamWConfig) -> Self {
+        Self::AdamW(config)
+    }
+}
+
+impl From<SgdConfig> for OptimizerConfig {
+    fn from(config: SgdConfig) -> Self {
+        Self::Sgd(config)
+    }
+}
+
 /// A zeroed f32 tensor for each parameter: what moments start as.
 fn zeros_like(params: &[(String, Var)]) -> Result<Vec<Var>> {
     let zeros = |(_, var): &(String, Var)| Ok(Var::zeros(var.shape(), DType::F32, var.device())?);

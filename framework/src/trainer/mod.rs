@@ -68,8 +68,8 @@ impl Trainer {
     }
 
     /// Sets the optimizer.
-    pub fn optimizer(mut self, config: OptimizerConfig) -> Self {
-        self.optimizer = config;
+    pub fn optimizer(mut self, config: impl Into<OptimizerConfig>) -> Self {
+        self.optimizer = config.into();
         self
     }
 

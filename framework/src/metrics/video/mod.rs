@@ -1,0 +1,182 @@
+//! Metrics of predicted frames: how far a prediction (B, T, C, H, W) is from the frames that came.
+//!
+//! Every metric takes the prediction, then the target, of the same shape, any float dtype, on any device, values in
+//! `[0, 1]`. It computes in f64 on the CPU and gives one number a frame; [`PerFrame::mean`] is the number that papers
+//! print. [`psnr`], [`snr`] and the SSIMs clip the prediction to `[0, 1]` first; the errors take it as it is. These are
+//! the conventions of OpenSTL.
+
+mod baselines;
+mod ssim;
+
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+pub use baselines::{Baseline, baselines};
+pub use ssim::{gaussian_ssim, ssim};
+
+use crate::error::{Error, Result};
+
+/// A metric of each predicted frame.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PerFrame {
+    /// The B * T values, in the order of the tensor's first two axes: all frames of a sample, then the next sample.
+    pub values: Vec<f64>,
+}
+
+impl PerFrame {
+    /// The mean over all frames of all samples.
+    pub fn mean(&self) -> f64 {
+        self.values.iter().sum::<f64>() / self.values.len() as f64
+    }
+}
+
+/// What an error does with the C * H * W values of a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pixels {
+    /// Adds them up, as the published Moving MNIST tables do: a 64x64 frame's error is 4096 times the mean.
+    Sum,
+    /// Averages them, as a loss does.
+    Mean,
+}
+
+/// The squared error of each frame. The prediction is not clipped.
+pub fn mse(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<PerFrame> {
+    error(prediction, target, pixels, |difference| difference * difference)
+}
+
+/// The absolute error of each frame. The prediction is not clipped.
+pub fn mae(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<PerFrame> {
+    error(prediction, target, pixels, f64::abs)
+}
+
+/// The root of the mean [`mse`], which is not the mean of each frame's root.
+pub fn rmse(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<f64> {
+    Ok(mse(prediction, target, pixels)?.mean().sqrt())
+}
+
+/// The peak signal-to-noise ratio of each frame, in dB for a peak of 1; infinite where nothing differs.
+pub fn psnr(prediction: &Tensor, target: &Tensor) -> Result<PerFrame> {
+    let frames = Pair::new(prediction, target)?.clipped();
+    Ok(frames.per_frame(|prediction, target| -10. * mean_square(differences(prediction, target)).log10()))
+}
+
+/// The signal-to-noise ratio of each frame, in dB: the target's mean square over the error's.
+pub fn snr(prediction: &Tensor, target: &Tensor) -> Result<PerFrame> {
+    let frames = Pair::new(prediction, target)?.clipped();
+    Ok(frames.per_frame(|prediction, target| {
+        let noise = mean_square(differences(prediction, target));
+        10. * (mean_square(target.iter().copied()) / noise).log10()
+    }))
+}
+
+fn error(prediction: &Tensor, target: &Tensor, pixels: Pixels, of: fn(f64) -> f64) -> Result<PerFrame> {
+    let frames = Pair::new(prediction, target)?;
+    Ok(frames.per_frame(|prediction, target| {
+        let sum: f64 = differences(prediction, target).map(of).sum();
+        match pixels {
+            Pixels::Sum => sum,
+            Pixels::Mean => sum / target.len() as f64,
+        }
+    }))
+}
+
+fn differences(prediction: &[f64], target: &[f64]) -> impl ExactSizeIterator<Item = f64> {
+    prediction.iter().zip(target).map(|(prediction, target)| prediction - target)
+}
+
+fn mean_square(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+    let count = values.len() as f64;
+    values.map(|value| value * value).sum::<f64>() / count
+}
+
+/// Two videos of one shape, at hand as numbers.
+struct Pair {
+    prediction: Vec<f64>,
+    target: Vec<f64>,
+    channels: usize,
+    height: usize,
+    width: usize,
+}
+
+impl Pair {
+    fn new(prediction: &Tensor, target: &Tensor) -> Result<Self> {
+        let same = prediction.dims() == target.dims();
+        let &[_, _, channels, height, width] = prediction.dims() else {
+            return Err(misfit(prediction, target));
+        };
+        if !same || prediction.elem_count() == 0 {
+            return Err(misfit(prediction, target));
+        }
+        let values = |tensor: &Tensor| {
+            tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()
+        };
+        Ok(Self { prediction: values(prediction)?, target: values(target)?, channels, height, width })
+    }
+
+    fn clipped(mut self) -> Self {
+        self.prediction.iter_mut().for_each(|value| *value = value.clamp(0., 1.));
+        self
+    }
+
+    /// Calls `metric` with the predicted and the true values of each frame, (C, H, W) row after row.
+    fn per_frame(&self, metric: impl Fn(&[f64], &[f64]) -> f64 + Sync) -> PerFrame {
+        let frame = self.channels * self.height * self.width;
+        let pairs = self.prediction.par_chunks_exact(frame).zip(self.target.par_chunks_exact(frame));
+        PerFrame { values: pairs.map(|(prediction, target)| metric(prediction, target)).collect() }
+    }
+}
+
+fn misfit(prediction: &Tensor, target: &Tensor) -> Error {
+    Error::msg(format!(
+        "metrics compare two videos of one shape (B, T, C, H, W) that hold at least one pixel; \
+         the prediction is {:?} and the target {:?}",
+        prediction.dims(),
+        target.dims()
+    ))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    /// Two frames of one row: one sample, (1, 2, 1, 1, 2).
+    fn video(values: [f32; 4]) -> Tensor {
+        Tensor::new(&values, &Device::Cpu).unwrap().reshape((1, 2, 1, 1, 2)).unwrap()
+    }
+
+    #[test]
+    fn errors_take_the_prediction_as_it_is() {
+        let (prediction, target) = (video([2., 0., 0.5, 0.5]), video([0., 0., 0., 1.]));
+        assert_eq!(mse(&prediction, &target, Pixels::Sum).unwrap().values, [4., 0.5]);
+        assert_eq!(mse(&prediction, &target, Pixels::Mean).unwrap().values, [2., 0.25]);
+        assert_eq!(mae(&prediction, &target, Pixels::Sum).unwrap().values, [2., 1.]);
+        assert_eq!(mae(&prediction, &target, Pixels::Mean).unwrap().mean(), 0.75);
+        assert_eq!(rmse(&prediction, &target, Pixels::Sum).unwrap(), 1.5);
+    }
+
+    #[test]
+    fn ratios_clip_the_prediction() {
+        // Clipped, the first frame is off by 1 in one of two pixels, and the second one is right.
+        let (prediction, target) = (video([2., 1., 5., 1.]), video([0., 1., 1., 1.]));
+        let psnr = psnr(&prediction, &target).unwrap().values;
+        assert!((psnr[0] - 10. * 2f64.log10()).abs() < 1e-12, "{psnr:?}");
+        assert_eq!(psnr[1], f64::INFINITY);
+        let snr = snr(&prediction, &target).unwrap().values;
+        assert_eq!(snr, [0., f64::INFINITY]);
+    }
+
+    #[test]
+    fn shapes_that_do_not_fit_are_named() {
+        let flat = Tensor::zeros((2, 3), DType::F32, &Device::Cpu).unwrap();
+        let message = mse(&video([0.; 4]), &flat, Pixels::Mean).unwrap_err().to_string();
+        assert_eq!(
+            message,
+            "metrics compare two videos of one shape (B, T, C, H, W) that hold at least one pixel; \
+             the prediction is [1, 2, 1, 1, 2] and the target [2, 3]"
+        );
+        assert!(mse(&flat, &flat, Pixels::Mean).is_err());
+        let none = Tensor::zeros((0, 2, 1, 4, 4), DType::F32, &Device::Cpu).unwrap();
+        assert!(mse(&none, &none, Pixels::Mean).is_err());
+    }
+}

@@ -1,0 +1,125 @@
+//! Structural similarity (Wang, Bovik, Sheikh and Simoncelli, 2004), with the two windows that video papers use.
+
+use candle_core::Tensor;
+
+use super::{Pair, PerFrame};
+use crate::error::{Error, Result};
+
+/// The structural similarity of each frame: a uniform 7x7 window, sample covariance, windows that lie inside the frame.
+///
+/// `data_range` is the distance between the smallest and the largest value there can be: 1 for frames in `[0, 1]`.
+/// The tables of OpenSTL and its relatives were made with 2, which gives larger numbers: say which one you print.
+/// It is scikit-image's default `structural_similarity`, per channel, averaged. Fails on frames smaller than a window.
+pub fn ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> Result<PerFrame> {
+    const SIDE: usize = 7;
+    let samples = (SIDE * SIDE) as f64;
+    similarity(prediction, target, &[1. / SIDE as f64; SIDE], samples / (samples - 1.), data_range)
+}
+
+/// The structural similarity of each frame under a Gaussian 11x11 window of sigma 1.5, the one of the original paper
+/// and of SVG: population covariance, windows that lie inside the frame. `data_range` as for [`ssim()`].
+pub fn gaussian_ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> Result<PerFrame> {
+    const SIDE: usize = 11;
+    const SIGMA: f64 = 1.5;
+    let bell = |at: usize| (-0.5 * ((at as f64 - (SIDE / 2) as f64) / SIGMA).powi(2)).exp();
+    let sum: f64 = (0..SIDE).map(bell).sum();
+    let window: [f64; SIDE] = std::array::from_fn(|at| bell(at) / sum);
+    similarity(prediction, target, &window, 1., data_range)
+}
+
+/// `window` holds the weights along one axis; a window over the frame is their product along both.
+fn similarity(
+    prediction: &Tensor,
+    target: &Tensor,
+    window: &[f64],
+    covariance_scale: f64,
+    data_range: f64,
+) -> Result<PerFrame> {
+    let frames = Pair::new(prediction, target)?.clipped();
+    let (height, width, side) = (frames.height, frames.width, window.len());
+    if height.min(width) < side {
+        return Err(Error::msg(format!(
+            "this SSIM looks through windows of {side}x{side} pixels, and the frames have {height}x{width}"
+        )));
+    }
+    if !(data_range > 0. && data_range.is_finite()) {
+        return Err(Error::msg(format!(
+            "the data range of an SSIM is above 0, for example 1; it is {data_range}"
+        )));
+    }
+    let (luminance, contrast) = ((0.01 * data_range).powi(2), (0.03 * data_range).powi(2));
+    let plane = |x: &[f64], y: &[f64]| {
+        let blur = |values: Vec<f64>| windowed_means(&values, width, window);
+        let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).collect();
+        let (mean_x, mean_y) = (blur(x.to_vec()), blur(y.to_vec()));
+        let (xx, yy, xy) = (blur(product(x, x)), blur(product(y, y)), blur(product(x, y)));
+        let index = |i: usize| {
+            let (mx, my) = (mean_x[i], mean_y[i]);
+            let variances = covariance_scale * (xx[i] - mx * mx + yy[i] - my * my);
+            let covariance = covariance_scale * (xy[i] - mx * my);
+            (2. * mx * my + luminance) / (mx * mx + my * my + luminance) * (2. * covariance + contrast)
+                / (variances + contrast)
+        };
+        (0..mean_x.len()).map(index).sum::<f64>() / mean_x.len() as f64
+    };
+    Ok(frames.per_frame(|x, y| {
+        let planes = x.chunks_exact(height * width).zip(y.chunks_exact(height * width));
+        planes.map(|(x, y)| plane(x, y)).sum::<f64>() / frames.channels as f64
+    }))
+}
+
+/// The weighted mean in every window that lies inside the plane: one pass along the rows, one along the columns.
+fn windowed_means(plane: &[f64], width: usize, window: &[f64]) -> Vec<f64> {
+    let columns = width + 1 - window.len();
+    let mut along_rows = vec![0.; plane.len() / width * columns];
+    for (out, row) in along_rows.chunks_exact_mut(columns).zip(plane.chunks_exact(width)) {
+        for (offset, weight) in window.iter().enumerate() {
+            out.iter_mut().zip(&row[offset..]).for_each(|(out, value)| *out += weight * value);
+        }
+    }
+    let mut means = vec![0.; along_rows.len() - (window.len() - 1) * columns];
+    for (offset, weight) in window.iter().enumerate() {
+        means.iter_mut().zip(&along_rows[offset * columns..]).for_each(|(out, value)| *out += weight * value);
+    }
+    means
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn windows_are_averaged_along_both_axes() {
+        // 3 rows of 4; windows of 2x2 with weights (1/4, 3/4) along each axis.
+        let plane: Vec<f64> = (0..12).map(|i| f64::from(i * i)).collect();
+        let window = [0.25, 0.75];
+        let mut expected = Vec::new();
+        for (y, x) in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)] {
+            let at = |dy: usize, dx: usize| window[dy] * window[dx] * plane[(y + dy) * 4 + x + dx];
+            expected.push(at(0, 0) + at(0, 1) + at(1, 0) + at(1, 1));
+        }
+        assert_eq!(windowed_means(&plane, 4, &window), expected);
+    }
+
+    #[test]
+    fn equal_frames_are_fully_similar_and_small_ones_are_refused() {
+        let frames = Tensor::rand(0f32, 1., (2, 3, 1, 7, 9), &Device::Cpu).unwrap();
+        let similar = ssim(&frames, &frames, 1.).unwrap().values;
+        assert!(similar.len() == 6 && similar.iter().all(|value| (value - 1.).abs() < 1e-12), "{similar:?}");
+
+        let message = gaussian_ssim(&frames, &frames, 1.).unwrap_err().to_string();
+        assert_eq!(message, "this SSIM looks through windows of 11x11 pixels, and the frames have 7x9");
+        let message = ssim(&frames, &frames, 0.).unwrap_err().to_string();
+        assert_eq!(message, "the data range of an SSIM is above 0, for example 1; it is 0");
+    }
+
+    #[test]
+    fn constant_frames_differ_in_luminance_alone() {
+        let zeros = Tensor::zeros((1, 1, 1, 8, 8), DType::F32, &Device::Cpu).unwrap();
+        let similar = ssim(&zeros, &zeros.ones_like().unwrap(), 1.).unwrap().mean();
+        assert!((similar - 1e-4 / (1. + 1e-4)).abs() < 1e-9, "{similar}");
+    }
+}

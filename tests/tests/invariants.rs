@@ -1,0 +1,167 @@
+//! What must hold for every training: reproducible, independent of workers and micro-batches, resumable to the bit.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use candlepower::candle_nn::{Linear, linear};
+use candlepower::checkpoint::{self, Checkpoint, CheckpointConfig};
+use candlepower::prelude::*;
+use candlepower_models::ConvLstm;
+use candlepower_models::conv_lstm::ConvLstmConfig;
+use candlepower_tests::blobs::Blobs;
+use candlepower_tests::relative_error;
+
+const SAMPLES: usize = 20;
+
+fn model(seed: u64) -> Model<Video> {
+    let config = ConvLstmConfig { hidden: 4, ..Default::default() };
+    Model::build::<ConvLstm>(&config, &Blobs { samples: 1 }.spec(), seed, &Device::Cpu).unwrap()
+}
+
+fn config(batch_size: usize, max_steps: u64) -> TrainerConfig {
+    TrainerConfig { batch_size, max_steps: Some(max_steps), ..Default::default() }
+}
+
+fn data(workers: usize) -> Data<Video> {
+    Data::new(Blobs { samples: SAMPLES }).val(Blobs { samples: 7 }).workers(workers)
+}
+
+/// Every file of a checkpoint, byte for byte.
+fn files(checkpoint: &Path) -> HashMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(checkpoint).unwrap().map(Result::unwrap);
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+/// Trains into a new folder and returns the files of the last checkpoint.
+fn train(trainer: Trainer, workers: usize) -> HashMap<String, Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    let mut trainer = trainer.checkpoints(dir.path(), CheckpointConfig::default());
+    trainer.fit(&model(1), &data(workers)).unwrap();
+    files(&dir.path().join("last"))
+}
+
+#[test]
+fn two_runs_with_one_seed_are_bit_identical_for_any_number_of_workers() {
+    let run = |workers, seed| train(Trainer::new(config(6, 7)).seed(seed), workers);
+    let first = run(2, 5);
+    assert!(first.len() == 4 && first["model.safetensors"].len() > 1000);
+    assert_eq!(first, run(2, 5));
+    assert_eq!(first, run(0, 5));
+    assert_eq!(first, run(4, 5));
+    assert_ne!(first["model.safetensors"], run(2, 6)["model.safetensors"]);
+}
+
+/// The gradients of one step: what the momentum of SGD holds after it.
+fn gradients(batch_size: usize, micro_batch_size: Option<usize>) -> HashMap<String, Tensor> {
+    let dir = tempfile::tempdir().unwrap();
+    let sgd = SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() };
+    Trainer::new(TrainerConfig { micro_batch_size, ..config(batch_size, 1) })
+        .optimizer(sgd)
+        .checkpoints(dir.path(), CheckpointConfig::default())
+        .fit(&model(1), &data(2))
+        .unwrap();
+    candle_core::safetensors::load(dir.path().join("last/optimizer.safetensors"), &Device::Cpu).unwrap()
+}
+
+#[test]
+fn one_batch_equals_its_micro_batches() {
+    let whole = gradients(8, None);
+    assert_eq!(whole.len(), model(1).params().vars().len());
+    // 3 does not divide 8: the last micro-batch is smaller and must count less.
+    for micro in [2, 3] {
+        for (name, expected) in &whole {
+            let error = relative_error(&gradients(8, Some(micro))[name], expected);
+            assert!(error < 1e-6, "micro-batches of {micro}, {name}: relative error {error:e}");
+        }
+    }
+}
+
+#[test]
+fn a_resumed_run_ends_with_the_same_bits() {
+    // 20 samples in batches of 6: step 5 is the first of the second epoch, whose batches end with one of 2.
+    let trainer = |steps| Trainer::new(config(6, steps)).seed(5);
+    let whole = train(trainer(9), 2);
+    for stop in [1, 4, 5, 8] {
+        let dir = tempfile::tempdir().unwrap();
+        let keep = CheckpointConfig { keep_last: 9, ..Default::default() };
+        trainer(stop).checkpoints(dir.path(), keep.clone()).fit(&model(1), &data(2)).unwrap();
+        let checkpoint = Checkpoint::load(&checkpoint::latest(dir.path()).unwrap()).unwrap();
+        // Another process would start from other initial values and have other workers.
+        let outcome = trainer(9).checkpoints(dir.path(), keep).resume(checkpoint).fit(&model(77), &data(1));
+        assert_eq!(outcome.unwrap().progress.samples, 2 * 20 + 6);
+        let resumed = files(&dir.path().join("9"));
+        for file in ["model.safetensors", "optimizer.safetensors"] {
+            assert!(whole[file] == resumed[file], "resumed at step {stop}: {file} differs");
+        }
+    }
+}
+
+/// Two layers; the loss sees only the first.
+struct CutOff(Linear, Linear);
+
+impl Module for CutOff {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
+        let features = self.0.forward(&batch.0[0])?;
+        let lost = self.1.forward(&features)?.detach();
+        Ok((features.mean_all()? + lost.mean_all()?)?)
+    }
+}
+
+struct Ones;
+
+impl Dataset for Ones {
+    type Batch = Tensors;
+
+    fn len(&self) -> usize {
+        4
+    }
+
+    fn spec(&self) {}
+
+    fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+        Ok(Tensors(vec![Tensor::ones((samples.len(), 3), DType::F32, &Device::Cpu)?]))
+    }
+}
+
+#[test]
+fn a_parameter_that_the_loss_does_not_reach_is_refused_by_name() {
+    let build = |vb: VarBuilder| Ok(CutOff(linear(3, 3, vb.pp("used"))?, linear(3, 3, vb.pp("cut"))?));
+    let model = Model::new(build, 0, &Device::Cpu).unwrap();
+    let error = Trainer::new(config(2, 1)).fit(&model, &Data::new(Ones)).unwrap_err().to_string();
+    assert!(error.starts_with("no gradient reaches 2 of 4 parameters: cut.weight, cut.bias\n"), "{error}");
+}
+
+/// Says in validation how bright its input is.
+struct Brightness(Tensor);
+
+impl Module for Brightness {
+    type Batch = Video;
+
+    fn training_step(&self, _: &Video, _: &mut Step) -> Result<Tensor> {
+        Ok(self.0.sqr()?.sum_all()?)
+    }
+
+    fn validation_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        // The mean of something that differs between samples shows whether each counts once.
+        let brightness = batch.input.mean_all()?;
+        step.log("brightness", &brightness);
+        Ok(brightness)
+    }
+}
+
+#[test]
+fn evaluation_counts_every_sample_once_whatever_the_batch_size() {
+    let brightness = |batch_size| {
+        let build = |vb: VarBuilder| Ok(Brightness(vb.get(1, "w")?));
+        let model = Model::new(build, 0, &Device::Cpu).unwrap();
+        Trainer::new(config(batch_size, 1)).validate(&model, &data(2), Split::Val).unwrap()["brightness"]
+    };
+    let one_by_one = brightness(1);
+    for batch_size in [2, 3, 7, 16] {
+        let difference = (brightness(batch_size) / one_by_one - 1.).abs();
+        assert!(difference < 1e-6, "batches of {batch_size}: off by {difference:e}");
+    }
+}
