@@ -20,7 +20,7 @@ impl Dataset for Spiral {
             let angle = TAU * r + PI * arm(s) as f32;
             [r * angle.cos(), r * angle.sin()]
         };
-        let input = Tensor::new(samples.iter().map(point).collect::<Vec<_>>(), &Device::Cpu)?;
+        let input = Tensor::from_iter(samples.iter().flat_map(point), &Device::Cpu)?.reshape(((), 2))?;
         Ok(Labelled { input, label: Tensor::from_iter(samples.iter().map(arm), &Device::Cpu)? })
     }
 }

@@ -7,6 +7,7 @@
 //!
 //! Both start without a download: their default, `digits = "builtin"`, draws the digits itself. [`mnist`] is where
 //! both get them.
+#![warn(clippy::print_stdout)]
 
 pub mod digits;
 pub mod mnist;

@@ -9,6 +9,7 @@
 //!
 //! [`Trainer`](trainer::Trainer) trains a module on a dataset; [`Experiment`](experiment::Experiment) does the same
 //! from a TOML file, with a [`Registry`](config::Registry) that gives the names in it a meaning.
+#![warn(clippy::print_stdout)]
 
 pub mod batch;
 pub mod callback;

@@ -174,7 +174,7 @@ pub fn space_to_depth(x: &Tensor, patch: usize) -> Result<Tensor> {
         return Ok(x.clone());
     }
     let (leading, [channels, height, width]) = split_dims(x)?;
-    if height % patch != 0 || width % patch != 0 {
+    if !height.is_multiple_of(patch) || !width.is_multiple_of(patch) {
         return Err(Error::msg(format!("patches of {patch} pixels do not tile frames of {height}x{width}")));
     }
     let (rows, columns) = (height / patch, width / patch);
@@ -189,7 +189,7 @@ pub fn depth_to_space(x: &Tensor, patch: usize) -> Result<Tensor> {
         return Ok(x.clone());
     }
     let (leading, [depth, rows, columns]) = split_dims(x)?;
-    if depth % (patch * patch) != 0 {
+    if !depth.is_multiple_of(patch * patch) {
         return Err(Error::msg(format!("{depth} channels do not hold patches of {patch} pixels")));
     }
     let channels = depth / (patch * patch);

@@ -1,5 +1,4 @@
 //! What each command does.
-#![allow(clippy::print_stdout, reason = "results of commands go to standard output")]
 
 use std::process::ExitCode;
 

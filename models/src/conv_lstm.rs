@@ -46,10 +46,10 @@ impl ConvLstmConfig {
                 return Err(Error::setting(key, "expected at least 1, found 0"));
             }
         }
-        if self.kernel % 2 == 0 {
+        if self.kernel.is_multiple_of(2) {
             return Err(Error::setting("kernel", format!("expected an odd number, found {}", self.kernel)));
         }
-        if height % self.patch != 0 || width % self.patch != 0 {
+        if !height.is_multiple_of(self.patch) || !width.is_multiple_of(self.patch) {
             let message = format!("patches of {0}x{0} do not tile frames of {height}x{width}", self.patch);
             return Err(Error::setting("patch", message));
         }

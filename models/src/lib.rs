@@ -1,4 +1,5 @@
 //! The model zoo of Candlepower, one file a model.
+#![warn(clippy::print_stdout)]
 
 pub mod conv_lstm;
 

@@ -269,18 +269,4 @@ mod tests {
         let different: std::collections::HashSet<_> = both.collect();
         assert_eq!(different.len(), TRAIN + HELD_OUT);
     }
-
-    /// `cargo test -p candlepower-datasets -- --ignored contact_sheet` writes a picture of them to look at.
-    #[test]
-    #[ignore = "for a person to look at"]
-    fn contact_sheet() {
-        let (images, _) = draw(Split::Train);
-        let mut sheet = image::GrayImage::new(30 * SIDE as u32, 20 * SIDE as u32);
-        for (x, y, pixel) in sheet.enumerate_pixels_mut() {
-            let (x, y) = (x as usize, y as usize);
-            let index = y / SIDE / 2 + 10 * (x / SIDE + y / SIDE % 2 * 30);
-            pixel.0 = [images.get(index)[y % SIDE * SIDE + x % SIDE]];
-        }
-        sheet.save(std::env::temp_dir().join("candlepower-digits.png")).unwrap();
-    }
 }

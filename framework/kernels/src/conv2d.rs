@@ -72,7 +72,8 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
     }
     check_bias(op, bias, outputs)?;
     let size = |size: usize, kernel: usize| (size + 2 * padding).checked_sub(dilation * (kernel - 1) + 1);
-    let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width)) else {
+    let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width))
+    else {
         bail!(
             "{op}: the kernel is larger than the padded image: x is {:?}, weight is {:?}, {options:?}",
             x.dims(),
@@ -215,9 +216,17 @@ fn winograd_backward(
         (Some(filters), Some(dx)) => Some(InputGradient { filters, data: Shared::new(dx), image: x.image }),
         _ => None,
     };
-    let gradient = winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
+    let gradient =
+        winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
     let mut sources = [Source { images: x, filters: filter_sums.as_mut(), input }];
-    winograd::backward(level, &tiling(g), order.len() / LANES, gradient, &mut sources, bias_sums.as_deref_mut());
+    winograd::backward(
+        level,
+        &tiling(g),
+        order.len() / LANES,
+        gradient,
+        &mut sources,
+        bias_sums.as_deref_mut(),
+    );
     if let (Some(dw), Some(sums)) = (dw, &filter_sums) {
         winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs);
     }
@@ -238,11 +247,22 @@ impl Conv2d {
         (CpuStorage::F32(forward(g, x, weight, bias)), shape.into())
     }
 
-    fn gradients(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
-        let wanted =
-            Wanted { x: x.track_op(), weight: weight.track_op(), bias: bias.is_some_and(|bias| bias.track_op()) };
+    fn gradients(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        dy: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let wanted = Wanted {
+            x: x.track_op(),
+            weight: weight.track_op(),
+            bias: bias.is_some_and(|bias| bias.track_op()),
+        };
         let gradients = with_values(x, |xs| {
-            with_values(weight, |ws| with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, &wanted))))
+            with_values(weight, |ws| {
+                with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, &wanted)))
+            })
         })?;
         let tensor = |values: Option<Vec<f32>>, shape: &Shape| {
             values.map(|values| Tensor::from_vec(values, shape, &Device::Cpu)).transpose()
@@ -260,11 +280,23 @@ impl CustomOp2 for Conv2d {
         "conv2d"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         Ok(self.run(&packed(x, lx)?, &packed(w, lw)?, None))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let [dx, dw, _] = self.gradients(x, w, None, dy)?;
         Ok((dx, dw))
     }

@@ -14,8 +14,8 @@ mod tensors;
 mod winograd;
 
 pub use buffer::release_scratch;
-pub use conv2d::{Conv2dOptions, conv2d};
 pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
+pub use conv2d::{Conv2dOptions, conv2d};
 #[doc(hidden)]
 pub use simd::Level;
 pub use tensors::{no_grad, supported};

@@ -59,7 +59,7 @@ impl Document {
     }
 
     /// The file with all overrides.
-    fn root(&self) -> Result<DeTable<'_>, ConfigError> {
+    fn root(&self) -> Result<DeTable<'_>> {
         let mut root = self.table_of(&self.text)?;
         for (_, padded) in &self.sets {
             merge(&mut root, self.table_of(padded)?);
@@ -67,7 +67,7 @@ impl Document {
         Ok(root)
     }
 
-    fn table_of<'t>(&self, text: &'t str) -> Result<DeTable<'t>, ConfigError> {
+    fn table_of<'t>(&self, text: &'t str) -> Result<DeTable<'t>> {
         let table = DeTable::parse(text).map_err(|error| {
             self.error_at(Some(error.span().unwrap_or(0..0)), error.message().replace('\n', "; "))
         });
@@ -75,7 +75,7 @@ impl Document {
     }
 
     /// An override with spaces in front, so that its places lie behind everything before it.
-    fn pad(&self, set: &str) -> Result<String, ConfigError> {
+    fn pad(&self, set: &str) -> Result<String> {
         let wrong = |message: &str| {
             ConfigError::at("--set", set, 0..set.len(), message.to_string()).hint(Some(
                 "write it as --set section.key=value, for example --set trainer.max_steps=100".into(),
@@ -83,7 +83,7 @@ impl Document {
         };
         let (key, value) = set.split_once('=').ok_or_else(|| wrong("an override needs a `=`"))?;
         if !key.contains('.') {
-            return Err(wrong("an override names a section and a key"));
+            return Err(wrong("an override names a section and a key").into());
         }
         // What is not a TOML value is a string: shells eat quotes, and paths are common.
         let quoted = || format!("{key}={}", toml::Value::String(value.trim().to_string()));

@@ -35,7 +35,7 @@ impl Registry {
         let parse = |document: &Document, named: &Named| -> Result<Box<dyn ModuleRecipe<M::Batch>>> {
             Ok(Box::new(FromConfig::<M, M::Config> { config: document.fields(named)?, makes: PhantomData }))
         };
-        let entry = ModuleEntry { parse, schema: schema_of::<M::Config> };
+        let entry = Entry { parse, schema: schema_of::<M::Config> };
         self.family::<M::Batch>().modules.insert(name, entry);
         self
     }
@@ -45,15 +45,15 @@ impl Registry {
         let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<D::Batch>>> {
             Ok(Box::new(FromConfig::<D, D::Config> { config: document.fields(named)?, makes: PhantomData }))
         };
-        let entry = DataEntry { parse, schema: schema_of::<D::Config> };
+        let entry = Entry { parse, schema: schema_of::<D::Config> };
         self.family::<D::Batch>().datasets.insert(name, entry);
         self
     }
 
     /// The modules and datasets that meet in the batch `B`.
     fn family<B: Batch>(&mut self) -> &mut Family<B> {
-        let of_b = |family: &Box<dyn AnyFamily>| (**family).as_any().is::<Family<B>>();
-        let index = self.families.iter().position(of_b).unwrap_or_else(|| {
+        let known = self.families.iter().position(|family| (**family).as_any().is::<Family<B>>());
+        let index = known.unwrap_or_else(|| {
             self.families.push(Box::new(Family::<B> { modules: IndexMap::new(), datasets: IndexMap::new() }));
             self.families.len() - 1
         });
@@ -154,20 +154,16 @@ fn schema_of<C: schemars::JsonSchema>() -> serde_json::Value {
     schema_for!(C).to_value()
 }
 
-struct ModuleEntry<B: Batch> {
-    parse: fn(&Document, &Named) -> Result<Box<dyn ModuleRecipe<B>>>,
-    schema: fn() -> serde_json::Value,
-}
-
-struct DataEntry<B: Batch> {
-    parse: fn(&Document, &Named) -> Result<Box<dyn DataRecipe<B>>>,
+/// A name's meaning: how its section is read, and what it may hold. `R` is a recipe.
+struct Entry<R: ?Sized> {
+    parse: fn(&Document, &Named) -> Result<Box<R>>,
     schema: fn() -> serde_json::Value,
 }
 
 /// The modules and datasets of one kind of batch: any of these modules learns from any of these datasets.
 struct Family<B: Batch> {
-    modules: IndexMap<&'static str, ModuleEntry<B>>,
-    datasets: IndexMap<&'static str, DataEntry<B>>,
+    modules: IndexMap<&'static str, Entry<dyn ModuleRecipe<B>>>,
+    datasets: IndexMap<&'static str, Entry<dyn DataRecipe<B>>>,
 }
 
 /// A family whose batch is not known where it is used.

@@ -1,0 +1,446 @@
+//! The command line as a person uses it: exit codes, folders, and the exact text of every configuration error.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+/// A small run: a ConvLSTM of 4 channels on one digit, 2 -> 2 frames.
+const TINY: &str = r#"
+[run]
+name = "tiny"
+
+[trainer]
+batch_size = 4
+max_steps = 4
+log_every = 1
+
+[module]
+name = "conv_lstm"
+hidden = 4
+patch = 8
+
+[data]
+name = "moving_mnist"
+digits_per_frame = 1
+frames_in = 2
+frames_out = 2
+train_samples = 10
+val_samples = 5
+
+[checkpoint]
+every_steps = 2
+"#;
+
+/// A folder with `tiny.toml`; commands run in it.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Self {
+        Self::with(TINY)
+    }
+
+    fn with(config: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tiny.toml"), config.trim_start()).unwrap();
+        Self(dir)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_candlepower"));
+        command.current_dir(self.0.path()).args(arguments).output().unwrap()
+    }
+
+    /// Runs a command that must succeed; returns its standard output.
+    #[track_caller]
+    fn succeed(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Runs a command that must fail with this code; returns what it says.
+    #[track_caller]
+    fn fail(&self, code: i32, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert_eq!(output.status.code(), Some(code), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    fn path(&self, path: &str) -> PathBuf {
+        self.0.path().join(path)
+    }
+
+    fn read(&self, path: &str) -> String {
+        std::fs::read_to_string(self.path(path)).unwrap()
+    }
+}
+
+/// The configuration error that `tiny.toml` with this replacement gives, and nothing is left on disk by it.
+#[track_caller]
+fn error_with(old: &str, new: &str) -> String {
+    assert!(TINY.contains(old));
+    let place = Place::with(&TINY.replace(old, new));
+    let error = place.fail(2, &["train", "tiny.toml"]);
+    assert!(!place.path("runs").exists(), "a refused configuration made a folder");
+    error
+}
+
+#[track_caller]
+fn assert_text(actual: &str, expected: &str) {
+    assert_eq!(actual.trim_end(), expected.trim_matches('\n'));
+}
+
+#[test]
+fn an_unknown_key() {
+    assert_text(
+        &error_with("hidden = 4", "hiden = 4"),
+        r"
+error: tiny.toml:11:1: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`
+   |
+11 | hiden = 4
+   | ^^^^^
+did you mean `hidden`?",
+    );
+}
+
+#[test]
+fn an_unknown_section() {
+    assert_text(
+        &error_with("[checkpoint]", "[checkpoints]"),
+        r"
+error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `checkpoint`, `logging`
+   |
+22 | [checkpoints]
+   |  ^^^^^^^^^^^
+did you mean `checkpoint`?",
+    );
+}
+
+#[test]
+fn a_wrong_type() {
+    assert_text(
+        &error_with("batch_size = 4", "batch_size = \"four\""),
+        r#"
+error: tiny.toml:5:14: invalid type: string "four", expected usize
+  |
+5 | batch_size = "four"
+  |              ^^^^^^"#,
+    );
+}
+
+#[test]
+fn a_value_out_of_range() {
+    assert_text(
+        &error_with("hidden = 4", "hidden = 0"),
+        r"
+error: tiny.toml:11:10: `module.hidden`: expected at least 1, found 0
+   |
+11 | hidden = 0
+   |          ^",
+    );
+    assert_text(
+        &error_with("max_steps = 4", "max_steps = 0"),
+        r"
+error: tiny.toml:6:13: `trainer.max_steps`: expected at least 1, found 0
+  |
+6 | max_steps = 0
+  |             ^",
+    );
+}
+
+#[test]
+fn an_unknown_module_or_data() {
+    assert_text(
+        &error_with("conv_lstm", "conv_ltsm"),
+        r#"
+error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`
+   |
+10 | name = "conv_ltsm"
+   |        ^^^^^^^^^^^
+did you mean `conv_lstm`?"#,
+    );
+    assert_text(
+        &error_with("moving_mnist", "moving_minst"),
+        r#"
+error: tiny.toml:15:8: unknown data `moving_minst`, expected one of `moving_mnist`, `digits`
+   |
+15 | name = "moving_minst"
+   |        ^^^^^^^^^^^^^^
+did you mean `moving_mnist`?"#,
+    );
+}
+
+#[test]
+fn data_of_another_kind() {
+    assert_text(
+        &error_with("moving_mnist", "digits"),
+        r#"
+error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` learns from, expected one of `moving_mnist`
+   |
+15 | name = "digits"
+   |        ^^^^^^^^"#,
+    );
+}
+
+#[test]
+fn sizes_that_do_not_fit() {
+    assert_text(
+        &error_with("patch = 8", "patch = 5"),
+        r"
+error: tiny.toml:12:9: `module.patch`: patches of 5x5 do not tile frames of 64x64
+   |
+12 | patch = 5
+   |         ^",
+    );
+    assert_text(
+        &error_with("patch = 8", "patch = 8\nframes_out = 3"),
+        r"
+error: tiny.toml:13:14: `module.frames_out`: the data gives 2 frames; set `data.frames_out` to the same, or leave this out
+   |
+13 | frames_out = 3
+   |              ^",
+    );
+}
+
+#[test]
+fn a_missing_file() {
+    let place = Place::new();
+    assert_text(
+        &place.fail(2, &["train", "tinny.toml"]),
+        "
+error: tinny.toml: cannot read this configuration file: No such file or directory (os error 2)
+did you mean `tiny.toml`?",
+    );
+    assert_text(
+        &place.fail(2, &["train", "tiny.toml", "--set", "data.digits=no/such/folder"]),
+        "
+error: --set:1:13: `data.digits`: no/such/folder: no such folder; use \"builtin\" for the digits that need no download, \
+or a folder that holds `train-images-idx3-ubyte` or `t10k-images-idx3-ubyte`, plain or .gz
+  |
+1 | data.digits=no/such/folder
+  |             ^^^^^^^^^^^^^^",
+    );
+}
+
+#[test]
+fn what_is_not_there_yet_names_what_works() {
+    let place = Place::new();
+    let train = |arguments: &[&str]| place.fail(2, &[&["train", "tiny.toml"], arguments].concat());
+    assert_text(
+        &train(&["--precision", "16-mixed"]),
+        r#"
+error: --set:1:19: `trainer.precision`: mixed precision is not there yet; what works: "32"
+  |
+1 | trainer.precision="16-mixed"
+  |                   ^^^^^^^^^^"#,
+    );
+    assert_text(
+        &train(&["--devices", "2"]),
+        r"
+error: --set:1:17: `trainer.devices`: several devices are not there yet; what works: 1
+  |
+1 | trainer.devices=2
+  |                 ^",
+    );
+}
+
+#[test]
+fn a_wrong_override() {
+    let place = Place::new();
+    let train = |set| place.fail(2, &["train", "tiny.toml", "--set", set]);
+    assert_text(
+        &train("module.hiden=3"),
+        r"
+error: --set:1:8: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`
+  |
+1 | module.hiden=3
+  |        ^^^^^
+did you mean `hidden`?",
+    );
+    assert_text(
+        &train("hidden"),
+        r"
+error: --set:1:1: an override needs a `=`
+  |
+1 | hidden
+  | ^^^^^^
+write it as --set section.key=value, for example --set trainer.max_steps=100",
+    );
+}
+
+#[test]
+fn broken_toml() {
+    let error = error_with("[trainer]", "[trainer");
+    assert!(error.starts_with("error: tiny.toml:4:9: "), "{error}");
+    assert!(error.contains("4 | [trainer\n"), "{error}");
+}
+
+#[test]
+fn a_checkpoint_of_another_model() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    let dir = "runs/tiny/version_0";
+    let error = place.fail(1, &["validate", "tiny.toml", "--set", "module.hidden=5", "--checkpoint", dir]);
+    assert!(
+        error.contains("checkpoints/4: this checkpoint is of another model; its parameters differ:"),
+        "{error}"
+    );
+    assert!(
+        error.contains("`decoder_CNN.weight` has shape [64, 4, 1, 3, 3], the model needs [64, 5, 1, 3, 3]"),
+        "{error}"
+    );
+    let error = place.fail(1, &["validate", "tiny.toml", "--checkpoint", "no/such"]);
+    assert_text(&error, "error: no/such: No such file or directory (os error 2)");
+}
+
+/// The metrics of every line of `metrics.jsonl` of one split.
+fn records(place: &Place, run: &str, split: &str) -> Vec<serde_json::Value> {
+    let lines = place.read(&format!("{run}/metrics.jsonl"));
+    let records = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    records.filter(|record| record["split"] == split).collect()
+}
+
+#[test]
+fn a_run_writes_its_folder_and_is_validated_and_predicts() {
+    let place = Place::new();
+    let said = place.succeed(&["train", "tiny.toml", "--batch-size", "3", "--set", "logging.image_every=2"]);
+    assert!(said.contains("finished at step 4") && said.contains("per-pixel mean"), "{said}");
+    let run = "runs/tiny/version_0";
+    let steps: Vec<_> = records(&place, run, "train").iter().map(|r| r["step"].as_u64().unwrap()).collect();
+    assert_eq!(steps, [1, 2, 3, 4]);
+    let last = records(&place, run, "val").pop().unwrap();
+    assert_eq!(last["step"], 4);
+    for file in
+        ["config.toml", "metrics.csv", "checkpoints/4/manifest.json", "checkpoints/last", "checkpoints/best"]
+    {
+        assert!(place.path(run).join(file).exists(), "{file} is missing");
+    }
+    for picture in ["train_prediction_000002.png", "val_prediction_000004.png"] {
+        let bytes = std::fs::read(place.path(run).join("images").join(picture)).unwrap();
+        assert!(bytes.starts_with(b"\x89PNG"));
+    }
+    let events =
+        std::fs::read_dir(place.path(run)).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap());
+    assert!(events.into_iter().any(|name| name.starts_with("events.out.tfevents")));
+    assert!(place.read(&format!("{run}/config.toml")).contains("batch_size = 3"));
+
+    let validate = ["validate", "tiny.toml", "--checkpoint", run, "--json"];
+    let metrics: serde_json::Value = serde_json::from_str(&place.succeed(&validate)).unwrap();
+    let (found, logged) = (metrics["mse"].as_f64().unwrap(), last["mse"].as_f64().unwrap());
+    assert!((found / logged - 1.).abs() < 1e-6, "validate says {found}, the run said {logged}");
+
+    let clip = ndarray_npy_of_zeros();
+    std::fs::write(place.path("clip.npy"), clip).unwrap();
+    for output in ["out.gif", "out.png", "out.npy"] {
+        place.succeed(&[
+            "predict",
+            "tiny.toml",
+            "--checkpoint",
+            run,
+            "--input",
+            "clip.npy",
+            "--output",
+            output,
+        ]);
+        assert!(std::fs::metadata(place.path(output)).unwrap().len() > 100, "{output} is empty");
+    }
+}
+
+/// Two black frames of 64x64 bytes as a .npy file.
+fn ndarray_npy_of_zeros() -> Vec<u8> {
+    let header = "{'descr': '|u1', 'fortran_order': False, 'shape': (2, 64, 64), }";
+    let padded = format!("{header:<117}\n");
+    let mut file = b"\x93NUMPY\x01\x00\x76\x00".to_vec();
+    file.extend(padded.as_bytes());
+    file.extend(vec![0; 2 * 64 * 64]);
+    file
+}
+
+#[test]
+fn the_resolved_configuration_is_one() {
+    let place = Place::new();
+    let resolved = place.succeed(&["config", "tiny.toml", "--set", "module.hidden=6"]);
+    assert!(resolved.contains("hidden = 6") && resolved.contains("[optimizer]"), "{resolved}");
+    std::fs::write(place.path("again.toml"), &resolved).unwrap();
+    assert_eq!(place.succeed(&["config", "again.toml"]), resolved);
+    let schema: serde_json::Value = serde_json::from_str(&place.succeed(&["config", "--schema"])).unwrap();
+    assert_eq!(schema["properties"]["module"]["anyOf"][0]["properties"]["name"]["const"], "conv_lstm");
+}
+
+/// The weights and the optimizer of a checkpoint, byte for byte.
+fn weights(checkpoint: &Path) -> [Vec<u8>; 2] {
+    ["model.safetensors", "optimizer.safetensors"].map(|file| std::fs::read(checkpoint.join(file)).unwrap())
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_same_bits() {
+    let long = ["--set", "trainer.max_steps=60", "--set", "logging.progress=false"];
+    let straight = Place::new();
+    straight.succeed(&[&["train", "tiny.toml"], &long[..]].concat());
+    let killed = Place::new();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_candlepower"))
+        .current_dir(killed.0.path())
+        .args([&["train", "tiny.toml"], &long[..]].concat())
+        .spawn()
+        .unwrap();
+    let started = std::time::Instant::now();
+    while !killed.path("runs/tiny/version_0/checkpoints/last").exists() {
+        assert!(started.elapsed().as_secs() < 120, "no checkpoint came");
+        std::thread::yield_now();
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    killed.succeed(&[&["train", "tiny.toml", "--resume", "auto"], &long[..]].concat());
+    assert!(!killed.path("runs/tiny/version_1").exists(), "the run did not go on in its own folder");
+    let last = "runs/tiny/version_0/checkpoints/60";
+    assert!(
+        weights(&straight.path(last)) == weights(&killed.path(last)),
+        "the resumed run ends with other bits"
+    );
+    let steps = |place: &Place| -> Vec<u64> {
+        let records = records(place, "runs/tiny/version_0", "train");
+        records.iter().map(|record| record["step"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(steps(&killed), (1..=60).collect::<Vec<_>>(), "a step is logged twice, or not at all");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_signal_saves_and_says_so_in_the_exit_code() {
+    let place = Place::new();
+    let child = Command::new(env!("CARGO_BIN_EXE_candlepower"))
+        .current_dir(place.0.path())
+        .args(["train", "tiny.toml", "--set", "trainer.max_steps=100000"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let started = std::time::Instant::now();
+    while !place.path("runs/tiny/version_0/checkpoints/last").exists() {
+        assert!(started.elapsed().as_secs() < 120, "no checkpoint came");
+        std::thread::yield_now();
+    }
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(143));
+    let last = std::fs::read_link(place.path("runs/tiny/version_0/checkpoints/last")).unwrap();
+    let state = place.read(&format!("runs/tiny/version_0/checkpoints/{}/state.json", last.display()));
+    let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+    assert_eq!(state["progress"]["step"].to_string(), last.to_str().unwrap());
+}
+
+#[test]
+fn every_configuration_of_the_project_is_read_and_its_module_built() {
+    use candlepower::experiment::Experiment;
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let registry = candlepower_launcher::registry();
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(configs).unwrap() {
+        let path = entry.unwrap().path();
+        let parameters = Experiment::read(&registry, &path, &[]).unwrap().build().unwrap();
+        names.push((path.file_stem().unwrap().to_str().unwrap().to_string(), parameters));
+    }
+    assert!(
+        names.contains(&("moving_mnist".into(), 1_036_097)),
+        "the tutorial's model has other sizes: {names:?}"
+    );
+}
