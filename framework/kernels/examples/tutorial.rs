@@ -4,9 +4,7 @@
 #![allow(clippy::print_stdout)]
 
 use candle_core::{Device, Result, Tensor, Var};
-use candlepower_kernels::{
-    Conv2dOptions, ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv2d, no_grad,
-};
+use candlepower_kernels::{Conv2dOptions, ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv2d, no_grad};
 use std::time::Instant;
 
 const STEPS: usize = 10;
@@ -37,7 +35,8 @@ impl Model {
             self.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
         let v = conv_lstm(ConvLstmInput::Frames(x), &layers[..2], Keep::Last)?;
         let h = conv_lstm(ConvLstmInput::Feedback { first: &v, steps: STEPS }, &layers[2..], Keep::All)?;
-        let y = conv2d(&h, &self.out.0, Some(&self.out.1), Conv2dOptions { padding: 1, ..Default::default() })?;
+        let y =
+            conv2d(&h, &self.out.0, Some(&self.out.1), Conv2dOptions { padding: 1, ..Default::default() })?;
         (y.neg()?.exp()? + 1.)?.recip()
     }
 }

@@ -91,7 +91,10 @@ mod tests {
             level.run(Both { x: &x, y: &mut y });
             for (&x, &(s, t)) in x.iter().zip(&y) {
                 let (x64, wanted) = (f64::from(x), 1. / (1. + f64::exp(-f64::from(x))));
-                assert!((f64::from(s) - wanted).abs() <= 3e-7 * wanted + 1e-37, "{level:?} sigmoid({x}) = {s}");
+                assert!(
+                    (f64::from(s) - wanted).abs() <= 3e-7 * wanted + 1e-37,
+                    "{level:?} sigmoid({x}) = {s}"
+                );
                 let wanted = x64.tanh();
                 assert!((f64::from(t) - wanted).abs() <= 3e-7 * wanted.abs(), "{level:?} tanh({x}) = {t}");
             }

@@ -319,7 +319,8 @@ impl Kernel for BackwardPixels {
                 let at = self.order.place(pixel, group, self.step.hidden);
                 // SAFETY: the pixel exists, and belongs to this task.
                 unsafe {
-                    let x = self.step.pixel::<S>(pixel / self.step.pixels, pixel % self.step.pixels, group, at);
+                    let x =
+                        self.step.pixel::<S>(pixel / self.step.pixels, pixel % self.step.pixels, group, at);
                     for gate in 0..GATES {
                         x[gate].store_lanes(self.gradients.at(at.gates + gate * at.gate), at.lanes);
                     }

@@ -72,7 +72,8 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
     }
     check_bias(op, bias, outputs)?;
     let size = |size: usize, kernel: usize| (size + 2 * padding).checked_sub(dilation * (kernel - 1) + 1);
-    let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width)) else {
+    let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width))
+    else {
         bail!(
             "{op}: the kernel is larger than the padded image: x is {:?}, weight is {:?}, {options:?}",
             x.dims(),
@@ -121,7 +122,7 @@ fn images(data: &[f32], pixels: usize, channels: usize) -> Images {
     Images { data: data.as_ptr(), image: pixels * channels, channels }
 }
 
-/// y = x * w + bias into `y`, which is empty or of the right size.
+/// y = x * w + bias
 pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let level = Level::current();
     let mut y = vec![0f32; g.batch * g.out_height * g.out_width * g.outputs];
@@ -171,12 +172,13 @@ pub(crate) struct Gradients {
 /// The gradients of x, weight and bias.
 pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], wanted: &Wanted) -> Gradients {
     let level = Level::current();
-    let mut dx = wanted.x.then(|| vec![0f32; x.len()]);
+    let mut dx = wanted.x.then(|| vec![0f32; g.batch * g.height * g.width * g.inputs]);
     let mut dw = wanted.weight.then(|| vec![0f32; weight.len()]);
     let mut db = wanted.bias.then(|| vec![0f32; g.outputs]);
     on_pool(|| {
         let x = images(x, g.height * g.width, g.inputs);
         if winograd_pays(g) && (wanted.x || wanted.weight) {
+            let (mut dx, mut dw, mut db) = (dx.as_deref_mut(), dw.as_deref_mut(), db.as_deref_mut());
             winograd_backward(level, g, x, weight, dy, &mut dx, &mut dw, &mut db);
             return;
         }
@@ -195,6 +197,44 @@ pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], want
     Gradients { x: dx, weight: dw, bias: db }
 }
 
+/// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
+pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    let level = Level::current();
+    let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
+    on_pool(|| {
+        if winograd_pays(g) {
+            // The gradient is added to what is there.
+            if let Some(bias) = bias {
+                dx.chunks_exact_mut(g.inputs).for_each(|pixel| pixel.copy_from_slice(bias));
+            }
+            let mut dx = Some(dx.as_mut_slice());
+            winograd_backward(
+                level,
+                g,
+                images(&[], g.height * g.width, g.inputs),
+                weight,
+                dy,
+                &mut dx,
+                &mut None,
+                &mut None,
+            );
+        } else {
+            let dy = images(dy, g.out_height * g.out_width, g.outputs);
+            let dx = OutputImages::contiguous(&mut dx, g.height * g.width * g.inputs);
+            direct::backward_input(level, g, dy, weight, bias, dx);
+        }
+    });
+    dx
+}
+
+/// The sum over all pixels of `dy`.
+pub(crate) fn backward_bias(channels: usize, dy: &[f32]) -> Vec<f32> {
+    let level = Level::current();
+    let mut db = vec![0f32; channels];
+    on_pool(|| direct::backward_bias(level, dy, &mut db));
+    db
+}
+
 #[expect(clippy::too_many_arguments, reason = "the Winograd half of `backward`")]
 fn winograd_backward(
     level: Level,
@@ -202,9 +242,9 @@ fn winograd_backward(
     x: Images,
     weight: &[f32],
     dy: &[f32],
-    dx: &mut Option<Vec<f32>>,
-    dw: &mut Option<Vec<f32>>,
-    db: &mut Option<Vec<f32>>,
+    dx: &mut Option<&mut [f32]>,
+    dw: &mut Option<&mut [f32]>,
+    db: &mut Option<&mut [f32]>,
 ) {
     let order = order(g.outputs);
     let filters = Filters { data: weight, inputs: g.inputs };
@@ -215,9 +255,17 @@ fn winograd_backward(
         (Some(filters), Some(dx)) => Some(InputGradient { filters, data: Shared::new(dx), image: x.image }),
         _ => None,
     };
-    let gradient = winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
+    let gradient =
+        winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
     let mut sources = [Source { images: x, filters: filter_sums.as_mut(), input }];
-    winograd::backward(level, &tiling(g), order.len() / LANES, gradient, &mut sources, bias_sums.as_deref_mut());
+    winograd::backward(
+        level,
+        &tiling(g),
+        order.len() / LANES,
+        gradient,
+        &mut sources,
+        bias_sums.as_deref_mut(),
+    );
     if let (Some(dw), Some(sums)) = (dw, &filter_sums) {
         winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs);
     }
@@ -238,11 +286,22 @@ impl Conv2d {
         (CpuStorage::F32(forward(g, x, weight, bias)), shape.into())
     }
 
-    fn gradients(&self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, dy: &Tensor) -> Result<[Option<Tensor>; 3]> {
-        let wanted =
-            Wanted { x: x.track_op(), weight: weight.track_op(), bias: bias.is_some_and(|bias| bias.track_op()) };
+    fn gradients(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        dy: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let wanted = Wanted {
+            x: x.track_op(),
+            weight: weight.track_op(),
+            bias: bias.is_some_and(|bias| bias.track_op()),
+        };
         let gradients = with_values(x, |xs| {
-            with_values(weight, |ws| with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, &wanted))))
+            with_values(weight, |ws| {
+                with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, &wanted)))
+            })
         })?;
         let tensor = |values: Option<Vec<f32>>, shape: &Shape| {
             values.map(|values| Tensor::from_vec(values, shape, &Device::Cpu)).transpose()
@@ -260,11 +319,23 @@ impl CustomOp2 for Conv2d {
         "conv2d"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        w: &CpuStorage,
+        lw: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         Ok(self.run(&packed(x, lx)?, &packed(w, lw)?, None))
     }
 
-    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let [dx, dw, _] = self.gradients(x, w, None, dy)?;
         Ok((dx, dw))
     }

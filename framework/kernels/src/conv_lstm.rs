@@ -127,14 +127,19 @@ impl RollOut {
         check_supported(op, "the input", x)?;
         let (batch, steps, height, width, channels) = match (input, x.dims()) {
             (ConvLstmInput::Frames(_), &[b, t, h, w, c]) => (b, t, h, w, c),
-            (ConvLstmInput::Frames(_), dims) => bail!("{op}: frames must be (batch, time, height, width, channels), got {dims:?}"),
+            (ConvLstmInput::Frames(_), dims) => {
+                bail!("{op}: frames must be (batch, time, height, width, channels), got {dims:?}")
+            }
             (ConvLstmInput::Feedback { steps, .. }, &[b, h, w, c]) => (b, steps, h, w, c),
             (ConvLstmInput::Feedback { .. }, dims) => {
                 bail!("{op}: the first input must be (batch, height, width, channels), got {dims:?}")
             }
         };
         if layers.is_empty() || steps == 0 {
-            bail!("{op}: needs at least one layer and one step, got {} layers and {steps} steps", layers.len());
+            bail!(
+                "{op}: needs at least one layer and one step, got {} layers and {steps} steps",
+                layers.len()
+            );
         }
         let mut roll_out =
             RollOut { batch, height, width, steps, feedback, keep, layers: Vec::new(), parameters: 0 };
@@ -156,7 +161,9 @@ impl RollOut {
                 bail!("{op}: weight of layer {index} must have a square kernel of odd size, got {weight:?}");
             }
             if bias != [outputs] {
-                bail!("{op}: bias of layer {index} must be ({outputs}) for a weight of {weight:?}, got {bias:?}");
+                bail!(
+                    "{op}: bias of layer {index} must be ({outputs}) for a weight of {weight:?}, got {bias:?}"
+                );
             }
             let layer = Layer { inputs, hidden, kernel, weight: roll_out.parameters };
             roll_out.parameters += layer.weight_len() + outputs;
@@ -189,7 +196,8 @@ impl RollOut {
     }
     /// Places of a step's cells of a layer: 16 channels of a pixel each.
     fn cells(&self, layer: &Layer) -> usize {
-        let pixels = if layer.winograd() { self.tiling().tiles() * OUT * OUT } else { self.batch * self.pixels() };
+        let pixels =
+            if layer.winograd() { self.tiling().tiles() * OUT * OUT } else { self.batch * self.pixels() };
         pixels * layer.hidden.div_ceil(LANES)
     }
     /// The top layer's states, where all are returned.
@@ -318,7 +326,13 @@ impl CustomOp2 for ConvLstm {
         "conv_lstm"
     }
 
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, p: &CpuStorage, lp: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        p: &CpuStorage,
+        lp: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let r = &self.roll_out;
         let (x, parameters) = (packed(x, lx)?, packed(p, lp)?);
         let level = Level::current();
@@ -332,10 +346,18 @@ impl CustomOp2 for ConvLstm {
         Ok((CpuStorage::F32(output), shape))
     }
 
-    fn bwd(&self, x: &Tensor, p: &Tensor, y: &Tensor, dy: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        x: &Tensor,
+        p: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(kept) = kept else {
-            bail!("conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again");
+            bail!(
+                "conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again"
+            );
         };
         let wants = (x.track_op(), p.track_op());
         let level = Level::current();
@@ -369,7 +391,9 @@ fn forward(
         .map(|(layer, order)| {
             let data = layer.weights(parameters);
             if layer.winograd() {
-                Weights::Winograd(Filters { data, inputs: layer.inputs + layer.hidden }.transform(level, order))
+                Weights::Winograd(
+                    Filters { data, inputs: layer.inputs + layer.hidden }.transform(level, order),
+                )
             } else {
                 let x = select(layer, data, 0, layer.inputs);
                 Weights::Direct(x, select(layer, data, layer.inputs, layer.hidden))
@@ -424,7 +448,14 @@ fn forward(
                 Weights::Direct(of_x, of_h) => {
                     let mut gates = Buffer::new(r.batch * r.pixels() * layer.gates());
                     let mut to = OutputImages::contiguous(&mut gates, r.pixels() * layer.gates());
-                    direct::forward(level, &r.geometry(layer, layer.inputs), x, of_x, Some(&biases[index]), to);
+                    direct::forward(
+                        level,
+                        &r.geometry(layer, layer.inputs),
+                        x,
+                        of_x,
+                        Some(&biases[index]),
+                        to,
+                    );
                     to.add = true;
                     if let Some(before) = before {
                         direct::forward(level, &r.geometry(layer, layer.hidden), before, of_h, None, to);
@@ -469,7 +500,8 @@ impl Side {
         Side {
             first,
             channels,
-            panels: (winograd && wants_input).then(|| filters.transform_transposed(level, &order, first, channels)),
+            panels: (winograd && wants_input)
+                .then(|| filters.transform_transposed(level, &order, first, channels)),
             weights: (!winograd && wants_input).then(|| select(layer, data, first, channels)),
             panel_sums: (winograd && wants_weights).then(|| Panels::zeroed(channels, order.len())),
             weight_sums: (!winograd && wants_weights).then(|| vec![0f32; order.len() * channels * taps]),
@@ -500,7 +532,14 @@ impl Side {
     fn finish(self, level: Level, layer: &Layer, gradient: &mut [f32]) {
         if let Some(sums) = &self.panel_sums {
             let order = packed_order(layer.hidden);
-            winograd::add_filter_gradient(level, sums, &order, self.first, gradient, layer.inputs + layer.hidden);
+            winograd::add_filter_gradient(
+                level,
+                sums,
+                &order,
+                self.first,
+                gradient,
+                layer.inputs + layer.hidden,
+            );
         }
         if let Some(sums) = &self.weight_sums {
             add_selected(layer, sums, self.first, self.channels, gradient);
@@ -604,12 +643,23 @@ fn backward(
                 let mut sources = vec![side_x.source(x, to_x)];
                 sources.extend(before.map(|before| side_h.source(before, Some(to_h))));
                 let vectors = layer.gates() / LANES;
-                winograd::backward(level, &r.tiling(), vectors, cell, &mut sources, biases[index].as_deref_mut());
+                winograd::backward(
+                    level,
+                    &r.tiling(),
+                    vectors,
+                    cell,
+                    &mut sources,
+                    biases[index].as_deref_mut(),
+                );
             } else {
                 // The gradients of the gates take the activations' place.
                 cell::backward(level, r.batch, activations, Order::Packed, cell);
                 let gates = &kept.activations[index][step * gates_len..][..gates_len];
-                let images = Images { data: gates.as_ptr(), image: r.pixels() * layer.gates(), channels: layer.gates() };
+                let images = Images {
+                    data: gates.as_ptr(),
+                    image: r.pixels() * layer.gates(),
+                    channels: layer.gates(),
+                };
                 side_x.direct(level, &r.geometry(layer, layer.inputs), x, images, to_x);
                 if let Some(before) = before {
                     side_h.direct(level, &r.geometry(layer, layer.hidden), before, images, Some(to_h));
@@ -671,7 +721,13 @@ impl CustomOp2 for ConvLstmCell {
         "conv_lstm_cell"
     }
 
-    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout, c: &CpuStorage, lc: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        la: &Layout,
+        c: &CpuStorage,
+        lc: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let (gates, c) = (packed(a, la)?, packed(c, lc)?);
         let hidden = lc.dims().last().copied().unwrap_or(1);
         let mut states = vec![0f32; 2 * c.len()];
@@ -681,7 +737,13 @@ impl CustomOp2 for ConvLstmCell {
         Ok((CpuStorage::F32(states), [&[2], lc.dims()].concat().into()))
     }
 
-    fn bwd(&self, gates: &Tensor, c: &Tensor, states: &Tensor, d: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        gates: &Tensor,
+        c: &Tensor,
+        states: &Tensor,
+        d: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (level, hidden) = (Level::current(), c.dims().last().copied().unwrap_or(1));
         let (mut d_gates, mut dc) = (vec![0f32; gates.elem_count()], vec![0f32; c.elem_count()]);
         with_values(gates, |a| {

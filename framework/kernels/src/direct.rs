@@ -151,7 +151,10 @@ impl Framed {
             let (image, row) = (task / full_height, task % full_height);
             // SAFETY: each task writes its own row; the row that is copied lies inside the image.
             unsafe {
-                let out = std::slice::from_raw_parts_mut(to.at(task * full_width * channels), full_width * channels);
+                let out = std::slice::from_raw_parts_mut(
+                    to.at(task * full_width * channels),
+                    full_width * channels,
+                );
                 if row < before[0] || row >= before[0] + height {
                     out.fill(0.);
                     return;
@@ -186,7 +189,9 @@ impl Framed {
     #[inline(always)]
     unsafe fn at(&self, image: usize, in_step: usize, j: usize, i: usize) -> *const f32 {
         // SAFETY: the caller stays inside the frame.
-        unsafe { self.data.add(image * self.image + (j * in_step * self.width + i * in_step) * self.channels) }
+        unsafe {
+            self.data.add(image * self.image + (j * in_step * self.width + i * in_step) * self.channels)
+        }
     }
 }
 
@@ -317,7 +322,11 @@ fn run_passes(
         let packed = pack(weights, pass, shape);
         // The bias too, in whole panels.
         let panel_floats = to.div_ceil(LANES) * LANES;
-        let mut row = Buffer::new(if shape == Shape::Depthwise { packed_channels(g.groups) } else { g.groups * panel_floats });
+        let mut row = Buffer::new(if shape == Shape::Depthwise {
+            packed_channels(g.groups)
+        } else {
+            g.groups * panel_floats
+        });
         row.fill(0.);
         if let Some(bias) = bias {
             if shape == Shape::Depthwise {
@@ -388,7 +397,8 @@ fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
                 for o in 0..to {
                     for (k, tap) in pass.taps.iter().enumerate() {
                         for i in 0..from {
-                            packed[((group * to + o) * pass.taps.len() + k) * from + i] = weights.at(group, i, o, tap.index);
+                            packed[((group * to + o) * pass.taps.len() + k) * from + i] =
+                                weights.at(group, i, o, tap.index);
                         }
                     }
                 }
@@ -405,8 +415,12 @@ fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
                 let first = panel * 2 * LANES;
                 let width = (row - first).min(2 * LANES);
                 // SAFETY: each task has its own panel.
-                let panel =
-                    unsafe { std::slice::from_raw_parts_mut(data.at(group * depth * row + first * depth), depth * width) };
+                let panel = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        data.at(group * depth * row + first * depth),
+                        depth * width,
+                    )
+                };
                 for (k, line) in panel.chunks_exact_mut(width).enumerate() {
                     let (tap, i) = (pass.taps[k / from].index, k % from);
                     for (column, x) in line.iter_mut().enumerate() {
@@ -458,7 +472,13 @@ impl Lines<'_> {
         let (image, j) = (row / self.pass.count[0], row % self.pass.count[0]);
         let len = SEGMENT.min(self.pass.count[1] - first);
         // SAFETY: the line exists.
-        unsafe { (self.framed.at(image, self.pass.in_step, j, first), self.output.at(self.pass, image, j, first), len) }
+        unsafe {
+            (
+                self.framed.at(image, self.pass.in_step, j, first),
+                self.output.at(self.pass, image, j, first),
+                len,
+            )
+        }
     }
 
     #[inline(always)]
@@ -485,7 +505,11 @@ impl Lines<'_> {
                                 c_row: self.pass.step * self.output.channels,
                                 width,
                                 lanes,
-                                start: if self.output.images.add { Start::Add } else { Start::Row(self.bias.as_ptr().add(row)) },
+                                start: if self.output.images.add {
+                                    Start::Add
+                                } else {
+                                    Start::Row(self.bias.as_ptr().add(row))
+                                },
                             },
                         );
                     }
@@ -532,7 +556,8 @@ impl Lines<'_> {
 
     #[inline(always)]
     unsafe fn depthwise<S: Simd>(&self) {
-        let (a_row, c_row) = (self.pass.in_step * self.framed.channels, self.pass.step * self.output.channels);
+        let (a_row, c_row) =
+            (self.pass.in_step * self.framed.channels, self.pass.step * self.output.channels);
         let row = packed_channels(self.groups);
         for line in self.lines.clone() {
             // SAFETY: as for `run`.
@@ -566,7 +591,12 @@ impl Lines<'_> {
 
 /// The dot product of the weights with the runs of `N` pixels.
 #[inline(always)]
-unsafe fn dot<S: Simd, const N: usize>(runs: &[Run], x: *const f32, row: usize, mut w: *const f32) -> [f32; N] {
+unsafe fn dot<S: Simd, const N: usize>(
+    runs: &[Run],
+    x: *const f32,
+    row: usize,
+    mut w: *const f32,
+) -> [f32; N] {
     // SAFETY: the caller's promise: the runs of N pixels are readable.
     unsafe {
         let mut acc = [S::zero(); N];
@@ -622,12 +652,18 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
     }
     if shape == Shape::Depthwise {
         // All taps of 16 channels.
-        pieces = (0..g.groups).step_by(LANES).map(|c| Piece { offset: c, k: c, len: LANES.min(g.groups - c) }).collect();
+        pieces = (0..g.groups)
+            .step_by(LANES)
+            .map(|c| Piece { offset: c, k: c, len: LANES.min(g.groups - c) })
+            .collect();
     }
     // The lines of pixels to sum over: rows, or segments of one long row.
     let flat = g.taps() == 1 && g.stride == 1 && framed._copy.is_none() && g.padding == 0;
-    let flat = flat && x.image == g.height * g.width * g.inputs && dy.image == g.out_height * g.out_width * g.outputs;
-    let (rows, line) = if flat { (1, g.batch * g.height * g.width) } else { (g.batch * g.out_height, g.out_width) };
+    let flat = flat
+        && x.image == g.height * g.width * g.inputs
+        && dy.image == g.out_height * g.out_width * g.outputs;
+    let (rows, line) =
+        if flat { (1, g.batch * g.height * g.width) } else { (g.batch * g.out_height, g.out_width) };
     let segments = line.div_ceil(LINE);
     let lines = rows * segments;
 
@@ -752,7 +788,10 @@ impl Kernel for WeightSums<'_> {
                     (self.framed.data.add(first * self.g.inputs), self.dy.data.add(first * self.g.outputs))
                 } else {
                     let (image, j) = (row / self.g.out_height, row % self.g.out_height);
-                    let dy = self.dy.data.add(image * self.dy.image + (j * self.g.out_width + first) * self.g.outputs);
+                    let dy = self
+                        .dy
+                        .data
+                        .add(image * self.dy.image + (j * self.g.out_width + first) * self.g.outputs);
                     (self.framed.at(image, self.pass.in_step, j, first), dy)
                 };
                 match self.shape {
@@ -859,7 +898,8 @@ impl Kernel for PixelSums<'_> {
             unsafe {
                 let mut sum = S::zero();
                 for pixel in self.pixels.clone() {
-                    sum = sum.add(S::load_lanes(self.dy.as_ptr().add(pixel * self.channels + channel), lanes));
+                    sum =
+                        sum.add(S::load_lanes(self.dy.as_ptr().add(pixel * self.channels + channel), lanes));
                 }
                 sum.store(self.data.at(self.at + channel));
             }

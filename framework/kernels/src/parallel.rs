@@ -23,7 +23,11 @@ pub(crate) fn for_each(n: usize, f: impl Fn(usize) + Sync + Send) {
 }
 
 /// As `for_each`, where each task also gets a scratch that it may leave dirty for the next.
-pub(crate) fn for_each_with<T>(n: usize, scratch: impl Fn() -> T + Sync + Send, f: impl Fn(usize, &mut T) + Sync + Send) {
+pub(crate) fn for_each_with<T>(
+    n: usize,
+    scratch: impl Fn() -> T + Sync + Send,
+    f: impl Fn(usize, &mut T) + Sync + Send,
+) {
     match n {
         0 => {}
         1 => f(0, &mut scratch()),

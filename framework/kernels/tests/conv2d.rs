@@ -87,7 +87,8 @@ fn views_give_the_same_as_copies() {
     assert_eq!(bits(&got), bits(&wanted));
     // The gradient arrives as a view, too.
     let v = var(&base);
-    let y = conv2d(&v.permute((0, 2, 3, 1)).unwrap(), &w, Some(&b), SAME).unwrap().permute((0, 3, 1, 2)).unwrap();
+    let y =
+        conv2d(&v.permute((0, 2, 3, 1)).unwrap(), &w, Some(&b), SAME).unwrap().permute((0, 3, 1, 2)).unwrap();
     let got = grad(&loss(&y, 4).backward().unwrap(), &v);
     let v = var(&copies[0]);
     let y = conv2d(&v, &w, Some(&b), SAME).unwrap();
@@ -103,7 +104,12 @@ fn leading_axes_are_one_batch() {
     assert_eq!(got.dims(), [2, 3, 5, 6, 17]);
     let flat = conv2d(&x.reshape((6, 5, 6, 16)).unwrap(), &w, None, SAME).unwrap();
     assert_eq!(bits(&got), bits(&flat));
-    let single = conv2d(&x.narrow(0, 0, 1).unwrap().narrow(1, 0, 1).unwrap().reshape((5, 6, 16)).unwrap(), &w, None, SAME);
+    let single = conv2d(
+        &x.narrow(0, 0, 1).unwrap().narrow(1, 0, 1).unwrap().reshape((5, 6, 16)).unwrap(),
+        &w,
+        None,
+        SAME,
+    );
     assert_eq!(single.unwrap().dims(), [5, 6, 17]);
 }
 
@@ -116,7 +122,10 @@ fn the_same_bits_on_any_threads() {
         (24, 24, 3, Conv2dOptions { groups: 24, ..SAME }),
         (64, 1, 3, SAME),
     ] {
-        let (x, w) = (random(&[2, 37, 30, channels], 1), random(&[outputs, channels / options.groups, kernel, kernel], 2));
+        let (x, w) = (
+            random(&[2, 37, 30, channels], 1),
+            random(&[outputs, channels / options.groups, kernel, kernel], 2),
+        );
         let b = random(&[outputs], 3);
         same_bits_on_any_threads(|| {
             let (x, w, b) = (var(&x), var(&w), var(&b));
@@ -169,7 +178,10 @@ fn errors_name_what_does_not_fit() {
     );
     assert!(message(&x, &random(&[6, 4, 9, 3], 2), None, SAME).contains("larger than the padded image"));
     assert!(message(&x, &w.flatten_all().unwrap(), None, SAME).contains("weight must be"));
-    assert!(message(&random(&[5, 4], 1), &w, None, SAME).contains("x must be (.., height, width, channels), got [5, 4]"));
+    assert!(
+        message(&random(&[5, 4], 1), &w, None, SAME)
+            .contains("x must be (.., height, width, channels), got [5, 4]")
+    );
     assert!(message(&x, &w, None, Conv2dOptions { stride: 0, ..SAME }).contains("at least 1"));
     let double = x.to_dtype(candle_core::DType::F64).unwrap();
     assert!(message(&double, &w, None, SAME).contains("x must be f32 on the CPU, got F64"));

@@ -20,8 +20,16 @@ struct Case<'a> {
     keep: Keep,
 }
 
-const CASE: Case =
-    Case { batch: 2, steps: 3, size: (6, 7), inputs: 2, hidden: &[16, 16], kernel: 3, feedback: false, keep: Keep::All };
+const CASE: Case = Case {
+    batch: 2,
+    steps: 3,
+    size: (6, 7),
+    inputs: 2,
+    hidden: &[16, 16],
+    kernel: 3,
+    feedback: false,
+    keep: Keep::All,
+};
 
 struct Model {
     x: Var,
@@ -48,7 +56,8 @@ impl Case<'_> {
     }
 
     fn run(&self, m: &Model) -> candle_core::Result<Tensor> {
-        let layers: Vec<ConvLstmLayer> = m.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
+        let layers: Vec<ConvLstmLayer> =
+            m.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
         let input = match self.feedback {
             true => ConvLstmInput::Feedback { first: &m.x, steps: self.steps },
             false => ConvLstmInput::Frames(&m.x),
@@ -59,7 +68,8 @@ impl Case<'_> {
     /// Output and all gradients against the reference.
     fn check(&self, seed: u64) {
         let m = self.model(seed);
-        let m64 = Model { x: double(&m.x), layers: m.layers.iter().map(|(w, b)| (double(w), double(b))).collect() };
+        let m64 =
+            Model { x: double(&m.x), layers: m.layers.iter().map(|(w, b)| (double(w), double(b))).collect() };
         let layers: Vec<(Tensor, Tensor)> =
             m64.layers.iter().map(|(w, b)| (w.as_tensor().clone(), b.as_tensor().clone())).collect();
         let all = common::conv_lstm(&m64.x, self.steps, &layers).unwrap();
@@ -141,9 +151,11 @@ fn views_give_the_same_as_copies() {
     let m = CASE.model(1);
     let copied = CASE.run(&m).unwrap();
     // (B, T, C, H, W) in memory, as datasets have it.
-    let x = m.x.permute((0, 1, 4, 2, 3)).unwrap().force_contiguous().unwrap().permute((0, 1, 3, 4, 2)).unwrap();
+    let x =
+        m.x.permute((0, 1, 4, 2, 3)).unwrap().force_contiguous().unwrap().permute((0, 1, 3, 4, 2)).unwrap();
     let viewed = Model { x: var(&x), layers: m.layers };
-    let layers: Vec<ConvLstmLayer> = viewed.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
+    let layers: Vec<ConvLstmLayer> =
+        viewed.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
     let got = conv_lstm(ConvLstmInput::Frames(&x), &layers, CASE.keep).unwrap();
     assert_eq!(bits(&got), bits(&copied));
 }
@@ -182,14 +194,16 @@ fn inference_gives_the_same_bits_and_no_graph() {
 fn gradients_only_where_tracked() {
     let m = CASE.model(1);
     let layers: Vec<(Tensor, Tensor)> = m.layers.iter().map(|(w, b)| (w.detach(), b.detach())).collect();
-    let layers: Vec<ConvLstmLayer> = layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
+    let layers: Vec<ConvLstmLayer> =
+        layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
     let y = conv_lstm(ConvLstmInput::Frames(&m.x), &layers, Keep::All).unwrap();
     let grads = loss(&y, 1).backward().unwrap();
     let all = loss(&CASE.run(&m).unwrap(), 1).backward().unwrap();
     assert_eq!(bits(&grad(&grads, &m.x)), bits(&grad(&all, &m.x)));
     let x = m.x.detach();
     let m = Model { x: var(&x), layers: m.layers };
-    let layers: Vec<ConvLstmLayer> = m.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
+    let layers: Vec<ConvLstmLayer> =
+        m.layers.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
     let y = conv_lstm(ConvLstmInput::Frames(&x), &layers, Keep::All).unwrap();
     let grads = loss(&y, 1).backward().unwrap();
     assert_eq!(bits(&grad(&grads, &m.layers[0].0)), bits(&grad(&all, &m.layers[0].0)));
@@ -209,7 +223,9 @@ fn a_second_backward_is_an_error_that_says_so() {
 fn errors_name_what_does_not_fit() {
     let message = |input: ConvLstmInput, w: &[usize], b: &[usize]| {
         let (weight, bias) = (random(w, 1), random(b, 2));
-        let text = conv_lstm(input, &[ConvLstmLayer { weight: &weight, bias: &bias }], Keep::All).unwrap_err().to_string();
+        let text = conv_lstm(input, &[ConvLstmLayer { weight: &weight, bias: &bias }], Keep::All)
+            .unwrap_err()
+            .to_string();
         text.lines().next().unwrap_or_default().to_string()
     };
     let frames = random(&[1, 2, 5, 5, 3], 3);
@@ -223,7 +239,10 @@ fn errors_name_what_does_not_fit() {
     let first = random(&[1, 5, 5, 3], 3);
     let input = ConvLstmInput::Feedback { first: &first, steps: 2 };
     assert!(message(input, &[32, 11, 3, 3], &[32]).contains("fed back"));
-    assert!(message(ConvLstmInput::Feedback { first: &first, steps: 0 }, &[12, 6, 3, 3], &[12]).contains("one step"));
+    assert!(
+        message(ConvLstmInput::Feedback { first: &first, steps: 0 }, &[12, 6, 3, 3], &[12])
+            .contains("one step")
+    );
     assert!(message(ConvLstmInput::Frames(&first), &[12, 6, 3, 3], &[12]).contains("frames must be"));
     let (gates, c) = (random(&[2, 8], 1), random(&[2, 3], 1));
     let text = conv_lstm_cell(&gates, &c).unwrap_err().to_string();

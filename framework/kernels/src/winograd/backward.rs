@@ -11,8 +11,8 @@
 use super::filters::Panels;
 use super::forward::transform_input;
 use super::transform::{
-    IN, OUT, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint, prefetch_positions,
-    store_positions,
+    IN, OUT, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint,
+    prefetch_positions, store_positions,
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
@@ -53,7 +53,8 @@ impl Gradient for Load<'_> {
             for r in 0..tile.rows {
                 for c in 0..tile.columns {
                     let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
-                    y[r][c] = S::load_lanes(self.gradient.as_ptr().add(pixel * self.channels + channel), lanes);
+                    y[r][c] =
+                        S::load_lanes(self.gradient.as_ptr().add(pixel * self.channels + channel), lanes);
                 }
             }
             store_positions(output_tile_adjoint(y), d, stride);
@@ -96,7 +97,8 @@ pub(crate) fn backward<G: Gradient>(
     let d_stride = vectors * d_block + SPREAD;
     let mut d = Buffer::new(POSITIONS * d_stride);
     let runs: Vec<Run> = (0..vectors).map(|i| Run { offset: i * d_block, len: LANES }).collect();
-    let mut scratch: Vec<Transformed> = sources.iter().map(|s| Transformed::new(s.images.channels, max_tiles)).collect();
+    let mut scratch: Vec<Transformed> =
+        sources.iter().map(|s| Transformed::new(s.images.channels, max_tiles)).collect();
 
     for first_row in (0..rows).step_by(chunk_rows) {
         let chunk_rows = chunk_rows.min(rows - first_row);
@@ -114,7 +116,17 @@ pub(crate) fn backward<G: Gradient>(
         parallel::for_each(tiles.div_ceil(TASK_TILES), |task| {
             let from = task * TASK_TILES;
             let tiles = from..tiles.min(from + TASK_TILES);
-            level.run(Transforms { tiling, gradient, first, tiles, d: d_shared, d_stride, d_block, vectors, v: &v });
+            level.run(Transforms {
+                tiling,
+                gradient,
+                first,
+                tiles,
+                d: d_shared,
+                d_stride,
+                d_block,
+                vectors,
+                v: &v,
+            });
         });
 
         // 2. Products, by positions.
@@ -142,10 +154,12 @@ pub(crate) fn backward<G: Gradient>(
         for (source, t) in sources.iter().zip(&scratch) {
             let Some(input) = &source.input else { continue };
             let blocks = source.images.channels.div_ceil(LANES);
-            let (first_image, last_image) = (first_row / tiling.down(), (first_row + chunk_rows - 1) / tiling.down());
+            let (first_image, last_image) =
+                (first_row / tiling.down(), (first_row + chunk_rows - 1) / tiling.down());
             parallel::for_each((last_image - first_image + 1) * blocks, |task| {
                 let image = first_image + task / blocks;
-                let rows = first_row.max(image * tiling.down())..(first_row + chunk_rows).min((image + 1) * tiling.down());
+                let rows = first_row.max(image * tiling.down())
+                    ..(first_row + chunk_rows).min((image + 1) * tiling.down());
                 let tiles = rows.start * tiling.across()..rows.end * tiling.across();
                 level.run(Scatter {
                     tiling,

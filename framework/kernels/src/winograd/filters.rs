@@ -80,7 +80,13 @@ impl Filters<'_> {
     }
 
     /// The transpose of U\[p\] for the `count` inputs from `first` on: (outputs, inputs).
-    pub(crate) fn transform_transposed(&self, level: Level, order: &ColumnOrder, first: usize, count: usize) -> Panels {
+    pub(crate) fn transform_transposed(
+        &self,
+        level: Level,
+        order: &ColumnOrder,
+        first: usize,
+        count: usize,
+    ) -> Panels {
         let vectors = count.div_ceil(LANES);
         let rows = order.len();
         let mut panels = Panels { data: Buffer::new(POSITIONS * rows * vectors * LANES), rows, vectors };
@@ -195,7 +201,8 @@ impl Kernel for Untransform<'_> {
                         for (tap, lanes) in g.iter().enumerate() {
                             // SAFETY: inside the gradient; each filter belongs to one task.
                             unsafe {
-                                *self.gradient.at((output * self.inputs + self.first + row) * TAPS + tap) += lanes[lane];
+                                *self.gradient.at((output * self.inputs + self.first + row) * TAPS + tap) +=
+                                    lanes[lane];
                             }
                         }
                     }

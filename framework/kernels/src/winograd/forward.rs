@@ -60,7 +60,13 @@ impl Epilogue for Store<'_> {
 }
 
 /// Convolves the channels of `sources`, one after the other, with the first rows of `filters`.
-pub(crate) fn forward<E: Epilogue>(level: Level, tiling: &Tiling, sources: &[Images], filters: &Panels, epilogue: E) {
+pub(crate) fn forward<E: Epilogue>(
+    level: Level,
+    tiling: &Tiling,
+    sources: &[Images],
+    filters: &Panels,
+    epilogue: E,
+) {
     let channel_blocks: usize = sources.iter().map(|s| s.channels.div_ceil(LANES)).sum();
     let block = block_tiles(channel_blocks * LANES, 2 * E::PANELS * LANES);
     let mut runs = Vec::with_capacity(channel_blocks);

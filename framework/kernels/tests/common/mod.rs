@@ -23,7 +23,8 @@ pub fn double(x: &Tensor) -> Var {
 /// Largest difference as a part of the wanted tensor's largest value.
 pub fn error(got: &Tensor, wanted: &Tensor) -> f64 {
     assert_eq!(got.dims(), wanted.dims());
-    let values = |x: &Tensor| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
+    let values =
+        |x: &Tensor| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap();
     let (got, wanted) = (values(got), values(wanted));
     let largest = wanted.iter().fold(0f64, |m, x| m.max(x.abs()));
     let difference = got.iter().zip(&wanted).fold(0f64, |m, (a, b)| {
