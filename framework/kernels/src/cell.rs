@@ -8,7 +8,8 @@ use crate::activations::{sigmoid, tanh};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::winograd::{
-    Epilogue, Gradient, OUT, Tile, load_positions, output_tile, output_tile_adjoint, store_positions,
+    Epilogue, Gradient, OUT, Tile, load_positions, output_tile, output_tile_adjoint, prefetch_positions,
+    store_positions,
 };
 
 /// Gates of a cell: i, f, o, g.
@@ -236,6 +237,9 @@ impl Gradient for Backward {
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, block: usize) {
+        for gate in 0..GATES {
+            prefetch_positions::<S>(d.wrapping_add(gate * block), stride);
+        }
         // SAFETY: D is writable; the tile's pixels exist, and belong to this task.
         unsafe {
             let mut gates = [[[S::zero(); OUT]; OUT]; GATES];

@@ -122,7 +122,7 @@ fn images(data: &[f32], pixels: usize, channels: usize) -> Images {
     Images { data: data.as_ptr(), image: pixels * channels, channels }
 }
 
-/// y = x * w + bias into `y`, which is empty or of the right size.
+/// y = x * w + bias
 pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     let level = Level::current();
     let mut y = vec![0f32; g.batch * g.out_height * g.out_width * g.outputs];
@@ -172,12 +172,13 @@ pub(crate) struct Gradients {
 /// The gradients of x, weight and bias.
 pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], wanted: &Wanted) -> Gradients {
     let level = Level::current();
-    let mut dx = wanted.x.then(|| vec![0f32; x.len()]);
+    let mut dx = wanted.x.then(|| vec![0f32; g.batch * g.height * g.width * g.inputs]);
     let mut dw = wanted.weight.then(|| vec![0f32; weight.len()]);
     let mut db = wanted.bias.then(|| vec![0f32; g.outputs]);
     on_pool(|| {
         let x = images(x, g.height * g.width, g.inputs);
         if winograd_pays(g) && (wanted.x || wanted.weight) {
+            let (mut dx, mut dw, mut db) = (dx.as_deref_mut(), dw.as_deref_mut(), db.as_deref_mut());
             winograd_backward(level, g, x, weight, dy, &mut dx, &mut dw, &mut db);
             return;
         }
@@ -196,6 +197,44 @@ pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], want
     Gradients { x: dx, weight: dw, bias: db }
 }
 
+/// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
+pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    let level = Level::current();
+    let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
+    on_pool(|| {
+        if winograd_pays(g) {
+            // The gradient is added to what is there.
+            if let Some(bias) = bias {
+                dx.chunks_exact_mut(g.inputs).for_each(|pixel| pixel.copy_from_slice(bias));
+            }
+            let mut dx = Some(dx.as_mut_slice());
+            winograd_backward(
+                level,
+                g,
+                images(&[], g.height * g.width, g.inputs),
+                weight,
+                dy,
+                &mut dx,
+                &mut None,
+                &mut None,
+            );
+        } else {
+            let dy = images(dy, g.out_height * g.out_width, g.outputs);
+            let dx = OutputImages::contiguous(&mut dx, g.height * g.width * g.inputs);
+            direct::backward_input(level, g, dy, weight, bias, dx);
+        }
+    });
+    dx
+}
+
+/// The sum over all pixels of `dy`.
+pub(crate) fn backward_bias(channels: usize, dy: &[f32]) -> Vec<f32> {
+    let level = Level::current();
+    let mut db = vec![0f32; channels];
+    on_pool(|| direct::backward_bias(level, dy, &mut db));
+    db
+}
+
 #[expect(clippy::too_many_arguments, reason = "the Winograd half of `backward`")]
 fn winograd_backward(
     level: Level,
@@ -203,9 +242,9 @@ fn winograd_backward(
     x: Images,
     weight: &[f32],
     dy: &[f32],
-    dx: &mut Option<Vec<f32>>,
-    dw: &mut Option<Vec<f32>>,
-    db: &mut Option<Vec<f32>>,
+    dx: &mut Option<&mut [f32]>,
+    dw: &mut Option<&mut [f32]>,
+    db: &mut Option<&mut [f32]>,
 ) {
     let order = order(g.outputs);
     let filters = Filters { data: weight, inputs: g.inputs };

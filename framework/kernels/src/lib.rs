@@ -6,7 +6,9 @@ mod buffer;
 mod cell;
 mod conv2d;
 mod conv_lstm;
+mod conv_transpose2d;
 mod direct;
+pub mod elementwise;
 mod gemm;
 mod parallel;
 mod simd;
@@ -15,6 +17,7 @@ mod winograd;
 
 pub use buffer::release_scratch;
 pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
+pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d};
 #[doc(hidden)]
 pub use simd::Level;

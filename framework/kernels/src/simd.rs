@@ -112,6 +112,8 @@ pub(crate) trait Simd: Copy {
 
     /// Asks for the cache line of an address, which need not exist.
     fn prefetch(p: *const f32);
+    /// The same, in order to write it.
+    fn prefetch_write(p: *const f32);
 
     fn add(self, b: Self) -> Self;
     fn sub(self, b: Self) -> Self;
@@ -215,6 +217,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn prefetch(_: *const f32) {}
+    #[inline(always)]
+    fn prefetch_write(_: *const f32) {}
     #[inline(always)]
     fn add(self, b: Self) -> Self {
         self.zip(b, |x, y| x + y)
@@ -324,6 +328,10 @@ mod x86 {
             op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
         }
         #[inline(always)]
+        fn prefetch_write(p: *const f32) {
+            op!(_mm_prefetch::<_MM_HINT_ET0>(p.cast()))
+        }
+        #[inline(always)]
         fn add(self, b: Self) -> Self {
             Avx512(op!(_mm512_add_ps(self.0, b.0)))
         }
@@ -418,6 +426,10 @@ mod x86 {
         #[inline(always)]
         fn prefetch(p: *const f32) {
             op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
+        }
+        #[inline(always)]
+        fn prefetch_write(p: *const f32) {
+            op!(_mm_prefetch::<_MM_HINT_ET0>(p.cast()))
         }
         #[inline(always)]
         fn add(self, b: Self) -> Self {

@@ -17,7 +17,9 @@ mod transform;
 pub(crate) use backward::{Gradient, InputGradient, Load, Source, backward};
 pub(crate) use filters::{ColumnOrder, Filters, Panels, add_filter_gradient};
 pub(crate) use forward::{Epilogue, Store, forward};
-pub(crate) use transform::{OUT, load_positions, output_tile, output_tile_adjoint, store_positions};
+pub(crate) use transform::{
+    OUT, load_positions, output_tile, output_tile_adjoint, prefetch_positions, store_positions,
+};
 
 use crate::simd::LANES;
 use transform::IN;

@@ -12,7 +12,7 @@ use super::filters::Panels;
 use super::forward::transform_input;
 use super::transform::{
     IN, OUT, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint,
-    store_positions,
+    prefetch_positions, store_positions,
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
@@ -46,6 +46,7 @@ impl Gradient for Load<'_> {
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, _block: usize) {
         let channel = group * LANES;
         let lanes = LANES.min(self.channels - channel);
+        prefetch_positions::<S>(d, stride);
         // SAFETY: only pixels that exist are read.
         unsafe {
             let mut y = [[S::zero(); OUT]; OUT];

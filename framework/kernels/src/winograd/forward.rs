@@ -8,7 +8,7 @@
 //! V and M stay in the second-level cache.
 
 use super::filters::Panels;
-use super::transform::{IN, POSITIONS, input_tile, output_tile, store_positions};
+use super::transform::{IN, POSITIONS, input_tile, output_tile, prefetch_positions, store_positions};
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
 use crate::gemm::{Product, Run, Start, product};
@@ -185,6 +185,7 @@ pub(super) unsafe fn transform_input<S: Simd>(
 ) {
     let lanes = LANES.min(images.channels - channel);
     let (rows, columns) = tiling.inside(tile);
+    prefetch_positions::<S>(to, stride);
     // SAFETY: only pixels inside the image are read.
     unsafe {
         let mut d = [[S::zero(); IN]; IN];

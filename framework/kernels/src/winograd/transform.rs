@@ -188,6 +188,14 @@ pub(crate) unsafe fn load_positions<S: Simd>(from: *const f32, stride: usize) ->
     }
 }
 
+/// Announces `store_positions`: far-away lines arrive while the transform is computed.
+#[inline(always)]
+pub(crate) fn prefetch_positions<S: Simd>(to: *const f32, stride: usize) {
+    for position in 0..POSITIONS {
+        S::prefetch_write(to.wrapping_add(position * stride));
+    }
+}
+
 /// Stores the 36 positions of a tile, `stride` floats apart.
 /// # Safety
 /// 16 floats are writable at each.

@@ -1,0 +1,240 @@
+//! In-place passes over tensors on the CPU, for optimizers: no allocation, all threads, no graph.
+//!
+//! One step of Adam, for example, is three passes over each parameter:
+//!
+//! ```
+//! # use candle_core::{Device, Tensor, Var};
+//! # use candlepower_kernels::elementwise::{zip2, zip3};
+//! # let [w, g, m, v] = [1f32, 2., 3., 4.].map(|x| Tensor::full(x, 8, &Device::Cpu).unwrap());
+//! # let [w, m, v] = [w, m, v].map(|x| Var::from_tensor(&x).unwrap());
+//! zip2(&m, &g, |m: &mut f32, g| *m = 0.9 * *m + 0.1 * g)?;
+//! zip2(&v, &g, |v: &mut f32, g| *v = 0.98 * *v + 0.02 * g * g)?;
+//! zip3(&w, &m, &v, |w: &mut f32, m, v| *w -= 1e-3 * m / (v.sqrt() + 1e-8))?;
+//! # Ok::<(), candle_core::Error>(())
+//! ```
+//!
+//! A pass writes the storage that a tensor shares with its views, and with a `Var` made from it.
+
+use crate::parallel::GRAIN;
+use crate::simd::{Kernel, Level, Simd};
+use candle_core::{
+    CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, WithDType, bail,
+};
+use rayon::prelude::*;
+
+/// The element types of these passes: f32 and f64.
+pub trait Element: WithDType {
+    /// The values of a storage of this type, to be changed.
+    ///
+    /// # Errors
+    /// Where the storage is of another type.
+    fn values_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
+}
+
+impl Element for f32 {
+    fn values_mut(storage: &mut CpuStorage) -> Result<&mut [f32]> {
+        match storage {
+            CpuStorage::F32(values) => Ok(values),
+            _ => bail!("elementwise: expected f32 to write to, got another type"),
+        }
+    }
+}
+
+impl Element for f64 {
+    fn values_mut(storage: &mut CpuStorage) -> Result<&mut [f64]> {
+        match storage {
+            CpuStorage::F64(values) => Ok(values),
+            _ => bail!("elementwise: expected f64 to write to, got another type"),
+        }
+    }
+}
+
+/// f(x) for each x of `dst`, a contiguous tensor of `T` on the CPU.
+///
+/// # Errors
+/// Where the tensor is of another type, elsewhere, or not contiguous.
+pub fn for_each<T: Element>(dst: &Tensor, f: impl Fn(&mut T) + Sync) -> Result<()> {
+    dst.inplace_op1(&Pass(Zip1(f), std::marker::PhantomData::<T>))
+}
+
+/// f(x, a) for each x of `dst` and the value of `a` at its place; both contiguous tensors of `T`, of one shape, on the CPU.
+///
+/// # Errors
+/// Where a tensor is of another type, elsewhere, not contiguous, or of another shape, or where both share their storage.
+pub fn zip2<T: Element>(dst: &Tensor, a: &Tensor, f: impl Fn(&mut T, T) + Sync) -> Result<()> {
+    same_shape(dst, a)?;
+    dst.inplace_op2(a, &Pass(Zip2(f), std::marker::PhantomData::<T>))
+}
+
+/// f(x, a, b) for each x of `dst` and the values of `a` and `b` at its place; all contiguous tensors of `T`, of one shape, on
+/// the CPU.
+///
+/// # Errors
+/// As for [`zip2`].
+pub fn zip3<T: Element>(dst: &Tensor, a: &Tensor, b: &Tensor, f: impl Fn(&mut T, T, T) + Sync) -> Result<()> {
+    same_shape(dst, a)?;
+    same_shape(dst, b)?;
+    dst.inplace_op3(a, b, &Pass(Zip3(f), std::marker::PhantomData::<T>))
+}
+
+/// The sum of the squares of a tensor's values, f32 or f64, in f64. The same bits on any number of threads.
+///
+/// # Errors
+/// Where the tensor is of another type, not on the CPU, or not contiguous.
+pub fn sum_squares(x: &Tensor) -> Result<f64> {
+    fn sum<T: Copy + Sync>(values: &[T], to_f64: impl Fn(T) -> f64 + Sync) -> f64 {
+        let part = |values: &[T]| {
+            // Independent sums, for vectors.
+            let mut sums = [0f64; 16];
+            let chunks = values.chunks_exact(16);
+            for (sum, &x) in sums.iter_mut().zip(chunks.remainder()) {
+                *sum += to_f64(x) * to_f64(x);
+            }
+            for chunk in chunks {
+                for (sum, &x) in sums.iter_mut().zip(chunk) {
+                    *sum += to_f64(x) * to_f64(x);
+                }
+            }
+            sums.iter().sum::<f64>()
+        };
+        if values.len() <= GRAIN {
+            return part(values);
+        }
+        let parts: Vec<f64> = values.par_chunks(GRAIN).map(part).collect();
+        parts.iter().sum()
+    }
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) => Ok(sum(contiguous(values, layout)?, f64::from)),
+        Storage::Cpu(CpuStorage::F64(values)) => Ok(sum(contiguous(values, layout)?, |x| x)),
+        _ => bail!(
+            "sum_squares: expected f32 or f64 on the CPU, got {:?} on {:?}",
+            x.dtype(),
+            x.device().location()
+        ),
+    }
+}
+
+fn same_shape(dst: &Tensor, a: &Tensor) -> Result<()> {
+    if dst.dims() != a.dims() {
+        bail!("elementwise: shapes differ: {:?} and {:?}", dst.dims(), a.dims());
+    }
+    Ok(())
+}
+
+fn contiguous<'a, T>(values: &'a [T], layout: &Layout) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&values[start..end]),
+        None => bail!("elementwise: needs contiguous tensors, got {layout:?}"),
+    }
+}
+
+fn contiguous_mut<'a, T: Element>(storage: &'a mut CpuStorage, layout: &Layout) -> Result<&'a mut [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&mut T::values_mut(storage)?[start..end]),
+        None => bail!("elementwise: needs contiguous tensors, got {layout:?}"),
+    }
+}
+
+/// Runs a function of values that lie side by side; compiled for each instruction set.
+struct Loop<F: FnOnce()>(F);
+
+impl<F: FnOnce()> Kernel for Loop<F> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        (self.0)();
+    }
+}
+
+struct Zip1<F>(F);
+struct Zip2<F>(F);
+struct Zip3<F>(F);
+struct Pass<Z, T>(Z, std::marker::PhantomData<T>);
+
+impl<T: Element, F: Fn(&mut T) + Sync> InplaceOp1 for Pass<Zip1<F>, T> {
+    fn name(&self) -> &'static str {
+        "elementwise::for_each"
+    }
+    fn cpu_fwd(&self, dst: &mut CpuStorage, ld: &Layout) -> Result<()> {
+        let f = &self.0.0;
+        let level = Level::current();
+        let dst = contiguous_mut::<T>(dst, ld)?;
+        let part = |dst: &mut [T]| {
+            level.run(Loop(
+                #[inline(always)]
+                || dst.iter_mut().for_each(f),
+            ))
+        };
+        if dst.len() <= GRAIN {
+            part(dst)
+        } else {
+            dst.par_chunks_mut(GRAIN).for_each(part)
+        }
+        Ok(())
+    }
+}
+
+impl<T: Element, F: Fn(&mut T, T) + Sync> InplaceOp2 for Pass<Zip2<F>, T> {
+    fn name(&self) -> &'static str {
+        "elementwise::zip2"
+    }
+    fn cpu_fwd(&self, dst: &mut CpuStorage, ld: &Layout, a: &CpuStorage, la: &Layout) -> Result<()> {
+        let f = &self.0.0;
+        let level = Level::current();
+        let dst = contiguous_mut::<T>(dst, ld)?;
+        let a = contiguous(a.as_slice::<T>()?, la)?;
+        let part = |(dst, a): (&mut [T], &[T])| {
+            level.run(Loop(
+                #[inline(always)]
+                || {
+                    for (x, &a) in dst.iter_mut().zip(a) {
+                        f(x, a);
+                    }
+                },
+            ));
+        };
+        if dst.len() <= GRAIN {
+            part((dst, a));
+        } else {
+            dst.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN)).for_each(part);
+        }
+        Ok(())
+    }
+}
+
+impl<T: Element, F: Fn(&mut T, T, T) + Sync> InplaceOp3 for Pass<Zip3<F>, T> {
+    fn name(&self) -> &'static str {
+        "elementwise::zip3"
+    }
+    fn cpu_fwd(
+        &self,
+        dst: &mut CpuStorage,
+        ld: &Layout,
+        a: &CpuStorage,
+        la: &Layout,
+        b: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<()> {
+        let f = &self.0.0;
+        let level = Level::current();
+        let dst = contiguous_mut::<T>(dst, ld)?;
+        let a = contiguous(a.as_slice::<T>()?, la)?;
+        let b = contiguous(b.as_slice::<T>()?, lb)?;
+        let part = |((dst, a), b): ((&mut [T], &[T]), &[T])| {
+            level.run(Loop(
+                #[inline(always)]
+                || {
+                    for ((x, &a), &b) in dst.iter_mut().zip(a).zip(b) {
+                        f(x, a, b);
+                    }
+                },
+            ));
+        };
+        if dst.len() <= GRAIN {
+            part(((dst, a), b));
+        } else {
+            dst.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN)).zip(b.par_chunks(GRAIN)).for_each(part);
+        }
+        Ok(())
+    }
+}
