@@ -1,7 +1,7 @@
 //! Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes them.
 
-use super::elementwise::{zip2, zip3};
 use candle_core::{Tensor, Var};
+use candlepower_kernels::elementwise::{zip2, zip3};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -106,19 +106,19 @@ impl Optimizer for Adam {
         };
         for (i, gradient) in gradients.iter().enumerate() {
             let (param, first, second) = (&self.params[i].1, &self.first[i], &self.second[i]);
-            zip3(first, gradient, param, move |m, g, w| *m += (g + l2 * w - *m) * one_minus_beta1)?;
-            zip3(second, gradient, param, move |v, g, w| {
+            zip3(first, gradient, param, move |m: &mut f32, g, w| *m += (g + l2 * w - *m) * one_minus_beta1)?;
+            zip3(second, gradient, param, move |v: &mut f32, g, w| {
                 let g = g + l2 * w;
                 *v = *v * beta2 + one_minus_beta2 * g * g;
             })?;
             let second = match self.largest.get(i) {
                 None => second,
                 Some(largest) => {
-                    zip2(largest, second, |max, v| *max = max.max(v))?;
+                    zip2(largest, second, |max: &mut f32, v| *max = max.max(v))?;
                     largest
                 }
             };
-            zip3(param, first, second, move |w, m, v| {
+            zip3(param, first, second, move |w: &mut f32, m, v| {
                 *w = *w * keep - step_size * (m / (v.sqrt() / root_correction + eps));
             })?;
         }

@@ -1,11 +1,11 @@
 //! Optimizers: PyTorch's update rules, in place, over all parameters in one pass.
 
 mod adam;
-mod elementwise;
 mod sgd;
 
 pub use adam::{Adam, AdamConfig, AdamW, AdamWConfig};
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
+use candlepower_kernels::elementwise;
 use schemars::schema_for;
 pub use sgd::{Sgd, SgdConfig};
 
@@ -181,10 +181,17 @@ pub fn clip_value(gradients: &mut [Tensor], max: f64) -> Result<()> {
 
 /// The L2 norm of all gradients together.
 pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
-    let mut sum = Tensor::zeros((), DType::F64, &Device::Cpu)?;
+    let mut sum = 0.;
     for gradient in gradients {
-        let squares = gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?;
-        sum = (sum + squares.to_device(&Device::Cpu)?)?;
+        sum += sum_squares(gradient)?;
     }
-    Ok(sum.to_scalar::<f64>()?.sqrt())
+    Ok(sum.sqrt())
+}
+
+/// The sum of a gradient's squares, in f64.
+fn sum_squares(gradient: &Tensor) -> Result<f64> {
+    if gradient.device().is_cpu() && matches!(gradient.dtype(), DType::F32 | DType::F64) {
+        return Ok(elementwise::sum_squares(gradient)?);
+    }
+    Ok(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?)
 }

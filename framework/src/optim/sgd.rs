@@ -1,7 +1,7 @@
 //! Stochastic gradient descent with momentum (Sutskever et al. 2013), as PyTorch computes it.
 
-use super::elementwise::{zip2, zip3};
 use candle_core::{Tensor, Var};
+use candlepower_kernels::elementwise::{zip2, zip3};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -55,14 +55,18 @@ impl Optimizer for Sgd {
         for (i, gradient) in gradients.iter().enumerate() {
             let param = &self.params[i].1;
             let Some(buffer) = self.momentum_buffers.get(i) else {
-                zip2(param, gradient, move |w, g| *w -= lr * (g + decay * *w))?;
+                zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (g + decay * *w))?;
                 continue;
             };
-            zip3(buffer, gradient, param, move |b, g, w| *b = momentum * *b + entering * (g + decay * w))?;
+            zip3(buffer, gradient, param, move |b: &mut f32, g, w| {
+                *b = momentum * *b + entering * (g + decay * w)
+            })?;
             if nesterov {
-                zip3(param, gradient, buffer, move |w, g, b| *w -= lr * (g + decay * *w + momentum * b))?;
+                zip3(param, gradient, buffer, move |w: &mut f32, g, b| {
+                    *w -= lr * (g + decay * *w + momentum * b)
+                })?;
             } else {
-                zip2(param, buffer, move |w, b| *w -= lr * b)?;
+                zip2(param, buffer, move |w: &mut f32, b| *w -= lr * b)?;
             }
         }
         Ok(())
