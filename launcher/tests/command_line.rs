@@ -429,6 +429,22 @@ fn a_signal_saves_and_says_so_in_the_exit_code() {
 }
 
 #[test]
+fn real_handwriting_trains_where_it_is_at_hand() {
+    let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
+    let data = std::env::var_os("CANDLEPOWER_DATA").map_or(beside, PathBuf::from).join("mnist");
+    let Ok(digits) = data.canonicalize() else {
+        eprintln!("skipped: no MNIST files in {}; set CANDLEPOWER_DATA to a folder that holds mnist/", data.display());
+        return;
+    };
+    let place = Place::new();
+    let digits = format!("data.digits={}", digits.display());
+    place.succeed(&["train", "tiny.toml", "--set", &digits, "--set", "trainer.max_steps=8"]);
+    let records = records(&place, "runs/tiny/version_0", "train");
+    let loss = |record: &serde_json::Value| record["loss"].as_f64().unwrap();
+    assert!(loss(&records[7]) < loss(&records[0]), "nothing was learned: {records:?}");
+}
+
+#[test]
 fn every_configuration_of_the_project_is_read_and_its_module_built() {
     use candlepower::experiment::Experiment;
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
