@@ -74,20 +74,17 @@ pub struct Snapshot<'a> {
 
 impl Snapshot<'_> {
     /// Writes the checkpoint of this step into the folder `dir`, points the link `last` to it and removes old ones.
-    /// Returns its path, or nothing where this step has been saved before.
-    pub fn save(&self, dir: &Path, config: &CheckpointConfig) -> Result<Option<PathBuf>> {
+    /// Returns its path.
+    pub fn save(&self, dir: &Path, config: &CheckpointConfig) -> Result<PathBuf> {
         let step = self.state.progress.step;
         let target = dir.join(step.to_string());
-        if files::verify(&target).is_ok() {
-            return Ok(None);
-        }
         let state = serde_json::to_vec_pretty(self.state).map_err(Error::content(&target))?;
         let contents =
             [(MODEL, serialize(self.params)?), (OPTIMIZER, serialize(self.optimizer)?), (STATE, state)];
         files::write(&target, &contents)?;
         files::link(dir, "last", step)?;
         files::prune(dir, config.keep_last)?;
-        Ok(Some(target))
+        Ok(target)
     }
 }
 
@@ -202,7 +199,7 @@ mod tests {
         let state =
             State { progress: Progress { step, ..Default::default() }, seed: 3, best_loss: Some(0.5) };
         let snapshot = Snapshot { params, optimizer: &[var("m.w", &[9.])], state: &state };
-        snapshot.save(dir, &CheckpointConfig { every_steps: None, keep_last: 2 }).unwrap().unwrap()
+        snapshot.save(dir, &CheckpointConfig { every_steps: None, keep_last: 2 }).unwrap()
     }
 
     #[test]

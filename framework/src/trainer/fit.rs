@@ -32,13 +32,16 @@ pub(super) struct Fit<'a, B: Batch> {
     /// The last validation: the step it was at, and its metrics.
     validation: Option<(u64, IndexMap<String, f64>)>,
     best_loss: Option<f64>,
+    /// The step whose checkpoint is on disk.
+    saved: Option<u64>,
 }
 
 impl<'a, B: Batch> Fit<'a, B> {
     pub(super) fn new(trainer: &'a mut Trainer, model: &'a Model<B>, data: &'a Data<B>) -> Result<Self> {
         let params = model.params().vars();
         let optimizer = trainer.optimizer.build(&params)?;
-        let state = match trainer.resume.take() {
+        let resumed = trainer.resume.take();
+        let state = match &resumed {
             Some(checkpoint) => checkpoint.restore(&params, &optimizer.state())?,
             None => State { seed: trainer.seed, ..State::default() },
         };
@@ -48,6 +51,9 @@ impl<'a, B: Batch> Fit<'a, B> {
             return Err(Error::msg("the training data is empty"));
         }
         let progress = state.progress;
+        if let Some(checkpoint) = &resumed {
+            check_same_order(checkpoint.state(), &order)?;
+        }
         let micro = trainer.config.micro_batch_size.unwrap_or(batch_size);
         let batches = order.from(progress.epoch, progress.step_in_epoch as usize);
         let samples: Box<dyn Iterator<Item = Vec<Sample>> + Send> = Box::new(
@@ -68,6 +74,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             progress,
             validation: None,
             best_loss,
+            saved: resumed.map(|checkpoint| checkpoint.state().progress.step),
         })
     }
 
@@ -194,12 +201,13 @@ impl<'a, B: Batch> Fit<'a, B> {
     /// Saves this very step, unless that has been done or nobody wants it.
     fn save(&mut self) -> Result<()> {
         let Some(dir) = self.trainer.checkpoint_dir.clone() else { return Ok(()) };
+        if self.saved.replace(self.progress.step) == Some(self.progress.step) {
+            return Ok(());
+        }
         let state = State { progress: self.progress, seed: self.trainer.seed, best_loss: self.best_loss };
         let snapshot = Snapshot { params: &self.params, optimizer: &self.optimizer.state(), state: &state };
-        if let Some(path) = snapshot.save(&dir, &self.trainer.checkpoint)? {
-            self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))?;
-        }
-        Ok(())
+        let path = snapshot.save(&dir, &self.trainer.checkpoint)?;
+        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))
     }
 
     /// Asks every callback; one that wants to stop is enough.
@@ -217,4 +225,21 @@ impl Trainer {
     pub(super) fn show(&mut self, picture: &Picture) -> Result<()> {
         self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
     }
+}
+
+/// Refuses to go on with a checkpoint whose steps went over other batches: the order would silently be another.
+fn check_same_order(state: &State, order: &Order) -> Result<()> {
+    let Progress { epoch, step_in_epoch, samples, .. } = state.progress;
+    let in_epoch = (step_in_epoch as usize * order.batch_size).min(order.len) as u64;
+    if samples != epoch * order.len as u64 + in_epoch {
+        return Err(Error::msg(format!(
+            "the checkpoint saw {samples} samples in {epoch} epochs and {step_in_epoch} steps; {} samples in batches of {} \
+             do not add up to that: go on with the batch size and the training data that it was made with",
+            order.len, order.batch_size
+        )));
+    }
+    if state.seed != order.seed {
+        tracing::warn!("the checkpoint's seed is {}, today's is {}: the order changes", state.seed, order.seed);
+    }
+    Ok(())
 }
