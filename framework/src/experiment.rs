@@ -11,7 +11,7 @@ use crate::batch::Batch;
 use crate::callback::{Callback, StopReason};
 use crate::callbacks::ProgressBar;
 use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
-use crate::config::{DataRecipe, Document, ModuleRecipe, Registry};
+use crate::config::{DataRecipe, Document, ModuleRecipe, Registry, untag};
 use crate::data::{Data, Split};
 use crate::error::{Error, Result};
 use crate::logger::{Loggers, LoggingConfig};
@@ -19,9 +19,11 @@ use crate::metrics::video::Baseline;
 use crate::module::Model;
 use crate::optim::OptimizerConfig;
 use crate::run_dir::{RunConfig, RunDir};
+use crate::schedule::{Plateau, Schedule};
 use crate::trainer::{Outcome, Trainer, TrainerConfig};
 
-const SECTIONS: [&str; 7] = ["run", "trainer", "module", "data", "optimizer", "checkpoint", "logging"];
+const SECTIONS: [&str; 8] =
+    ["run", "trainer", "module", "data", "optimizer", "schedule", "checkpoint", "logging"];
 
 /// A configuration file whose every section has been read and checked; no data has been read yet.
 pub struct Experiment {
@@ -29,6 +31,8 @@ pub struct Experiment {
     run: RunConfig,
     trainer: TrainerConfig,
     optimizer: OptimizerConfig,
+    schedule: Schedule,
+    plateau: Option<Plateau>,
     checkpoint: CheckpointConfig,
     logging: LoggingConfig,
     names: [String; 2],
@@ -78,13 +82,30 @@ impl Experiment {
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;
         checkpoint.check().map_err(place("checkpoint"))?;
         let logging = document.section("logging")?;
-        let optimizer = OptimizerConfig::parse(&document, &document.named("optimizer", Some("adam"))?);
-        let optimizer = optimizer.map_err(place("optimizer"))?;
+        let optimizer: OptimizerConfig =
+            document.variant(&document.named("optimizer", Some("adam"))?, "optimizer")?;
+        optimizer.check().map_err(place("optimizer"))?;
+        let mut schedule = document.named("schedule", Some("constant"))?;
+        let plateau = document.take_field(&mut schedule, "plateau")?;
+        let schedule: Schedule = document.variant(&schedule, "schedule")?;
+        schedule.check().map_err(place("schedule"))?;
         let (module, mut data) = (document.named("module", None)?, document.named("data", None)?);
         let workers = document.take_field(&mut data, "workers")?.unwrap_or(2);
         let job = registry.job(&document, &module, &data)?;
         let names = [module.name, data.name];
-        Ok(Self { document, run, trainer, optimizer, checkpoint, logging, names, workers, job })
+        Ok(Self {
+            document,
+            run,
+            trainer,
+            optimizer,
+            schedule,
+            plateau,
+            checkpoint,
+            logging,
+            names,
+            workers,
+            job,
+        })
     }
 
     /// The configuration with every default written out.
@@ -99,7 +120,12 @@ impl Experiment {
         all.insert("trainer".into(), toml::Value::try_from(&self.trainer).map_err(table)?);
         all.insert("module".into(), module.into());
         all.insert("data".into(), data.into());
-        all.insert("optimizer".into(), self.optimizer.resolved()?.into());
+        all.insert("optimizer".into(), untag(&self.optimizer)?.into());
+        let mut schedule = untag(&self.schedule)?;
+        if let Some(plateau) = &self.plateau {
+            schedule.insert("plateau".into(), toml::Value::try_from(plateau).map_err(table)?);
+        }
+        all.insert("schedule".into(), schedule.into());
         all.insert("checkpoint".into(), toml::Value::try_from(&self.checkpoint).map_err(table)?);
         all.insert("logging".into(), toml::Value::try_from(&self.logging).map_err(table)?);
         toml::to_string_pretty(&all).map_err(table)
@@ -139,6 +165,8 @@ impl Experiment {
     fn trainer(&self) -> Trainer {
         Trainer::new(self.trainer.clone())
             .optimizer(self.optimizer.clone())
+            .schedule(self.schedule.clone())
+            .plateau(self.plateau.clone())
             .seed(self.run.seed)
             .image_every(self.logging.image_every)
     }
@@ -175,11 +203,27 @@ pub fn schema(registry: &Registry) -> serde_json::Value {
             "trainer": schema_for!(TrainerConfig),
             "module": module,
             "data": data,
-            "optimizer": OptimizerConfig::schema(),
+            "optimizer": named_variants(schema_for!(OptimizerConfig)),
+            "schedule": named_variants(schema_for!(Schedule)),
             "checkpoint": schema_for!(CheckpointConfig),
             "logging": schema_for!(LoggingConfig),
         },
     })
+}
+
+/// The schema of an enum whose variants are chosen by `name`, their fields beside it.
+fn named_variants(schema: schemars::Schema) -> serde_json::Value {
+    let mut schema = schema.to_value();
+    let definitions = schema["$defs"].take();
+    let variants = schema["oneOf"].take().as_array().cloned().unwrap_or_default();
+    let variant = |tagged: serde_json::Value| {
+        let (name, fields) = tagged["properties"].as_object()?.iter().next()?;
+        let definition = fields["$ref"].as_str().and_then(|path| definitions.get(path.rsplit('/').next()?));
+        let mut fields = definition.unwrap_or(fields).clone();
+        fields["properties"]["name"] = json!({"const": name});
+        Some(fields)
+    };
+    json!({"type": "object", "anyOf": variants.into_iter().filter_map(variant).collect::<Vec<_>>()})
 }
 
 /// What an experiment does once the batch that its module and its data meet in is known.

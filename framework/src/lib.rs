@@ -28,6 +28,7 @@ pub mod optim;
 pub mod params;
 pub mod picture;
 pub mod run_dir;
+pub mod schedule;
 pub mod seed;
 pub mod trainer;
 pub mod video_file;

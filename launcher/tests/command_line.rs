@@ -108,7 +108,7 @@ fn an_unknown_section() {
     assert_text(
         &error_with("[checkpoint]", "[checkpoints]"),
         r"
-error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `checkpoint`, `logging`
+error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `schedule`, `checkpoint`, `logging`
    |
 22 | [checkpoints]
    |  ^^^^^^^^^^^
@@ -167,6 +167,31 @@ error: tiny.toml:15:8: unknown data `moving_minst`, expected one of `moving_mnis
 15 | name = "moving_minst"
    |        ^^^^^^^^^^^^^^
 did you mean `moving_mnist`?"#,
+    );
+}
+
+#[test]
+fn an_unknown_optimizer_or_schedule() {
+    let place = Place::new();
+    let train = |set| place.fail(2, &["train", "tiny.toml", "--set", set]);
+    let error = train("optimizer.name=adamm");
+    assert!(
+        error.starts_with("error: --set:1:16: unknown optimizer `adamm`, expected one of `adam`, `adamw`"),
+        "{error}"
+    );
+    assert!(error.ends_with("did you mean `adam`?\n"), "{error}");
+    let error = train("schedule.name=cosin");
+    assert!(
+        error.starts_with("error: --set:1:15: unknown schedule `cosin`, expected one of `constant`"),
+        "{error}"
+    );
+    assert_text(
+        &place.fail(2, &["train", "tiny.toml", "--set", "schedule.name=cosine", "--set", "schedule.steps=0"]),
+        r"
+error: --set:1:16: `schedule.steps`: expected at least 1, found 0
+  |
+1 | schedule.steps=0
+  |                ^",
     );
 }
 
@@ -359,8 +384,19 @@ fn ndarray_npy_of_zeros() -> Vec<u8> {
 #[test]
 fn the_resolved_configuration_is_one() {
     let place = Place::new();
-    let resolved = place.succeed(&["config", "tiny.toml", "--set", "module.hidden=6"]);
-    assert!(resolved.contains("hidden = 6") && resolved.contains("[optimizer]"), "{resolved}");
+    let changes = [
+        "module.hidden=6",
+        "optimizer.name=radam",
+        "schedule.name=one_cycle",
+        "schedule.max_lr=1e-3",
+        "schedule.steps=9",
+        "schedule.plateau.patience=2",
+    ];
+    let changes: Vec<&str> = changes.iter().flat_map(|change| ["--set", change]).collect();
+    let resolved = place.succeed(&[&["config", "tiny.toml"], &changes[..]].concat());
+    for line in ["hidden = 6", "name = \"radam\"", "name = \"one_cycle\"", "rising = 0.3", "patience = 2"] {
+        assert!(resolved.contains(line), "`{line}` is not in:\n{resolved}");
+    }
     std::fs::write(place.path("again.toml"), &resolved).unwrap();
     assert_eq!(place.succeed(&["config", "again.toml"]), resolved);
     let schema: serde_json::Value = serde_json::from_str(&place.succeed(&["config", "--schema"])).unwrap();
@@ -433,7 +469,10 @@ fn real_handwriting_trains_where_it_is_at_hand() {
     let beside = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data");
     let data = std::env::var_os("CANDLEPOWER_DATA").map_or(beside, PathBuf::from).join("mnist");
     let Ok(digits) = data.canonicalize() else {
-        eprintln!("skipped: no MNIST files in {}; set CANDLEPOWER_DATA to a folder that holds mnist/", data.display());
+        eprintln!(
+            "skipped: no MNIST files in {}; set CANDLEPOWER_DATA to a folder that holds mnist/",
+            data.display()
+        );
         return;
     };
     let place = Place::new();

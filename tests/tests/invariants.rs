@@ -104,7 +104,8 @@ fn a_checkpoint_of_other_batches_is_refused_and_an_old_one_is_replaced() {
     trainer(6).fit(&model(1), &data(1)).unwrap();
     let load = || Checkpoint::load(&dir.path().join("3")).unwrap();
     let error = trainer(5).resume(load()).fit(&model(1), &data(1)).unwrap_err().to_string();
-    let expected = "the checkpoint saw 18 samples in 0 epochs and 3 steps; 20 samples in batches of 5 do not add up";
+    let expected =
+        "the checkpoint saw 18 samples in 0 epochs and 3 steps; 20 samples in batches of 5 do not add up";
     assert!(error.starts_with(expected), "{error}");
     // A new training into the same folder must not leave the old weights under its own step.
     let before = files(&dir.path().join("3"));

@@ -98,7 +98,7 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
             let expected = norms[t as usize - 1];
             assert!((norm / expected - 1.).abs() < 1e-5, "{run}, norm of step {t}: {norm}, not {expected}");
         }
-        optimizer.step(&gradients, t, config.lr()).unwrap();
+        optimizer.step(&gradients, t, config.lr().into()).unwrap();
         let after = golden.under(&format!("{run}.step{t}."));
         for (name, var) in vars.iter().filter(|_| !after.is_empty()) {
             let error = (var.as_tensor() - &after[name]).unwrap().abs().unwrap().max_all().unwrap();

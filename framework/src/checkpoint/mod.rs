@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::callback::Progress;
 use crate::error::{Error, Result};
+use crate::schedule::PlateauState;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -60,6 +61,10 @@ pub struct State {
     pub seed: u64,
     /// The lowest validation loss so far.
     pub best_loss: Option<f64>,
+    /// The learning rate before the schedule, where a plateau may have lowered it.
+    pub lr: Option<f64>,
+    /// What the plateau remembers.
+    pub plateau: PlateauState,
 }
 
 /// What a checkpoint is made of, borrowed from a running training.
@@ -196,8 +201,12 @@ mod tests {
     }
 
     fn save(dir: &Path, step: u64, params: &[(String, Var)]) -> PathBuf {
-        let state =
-            State { progress: Progress { step, ..Default::default() }, seed: 3, best_loss: Some(0.5) };
+        let state = State {
+            progress: Progress { step, ..Default::default() },
+            seed: 3,
+            best_loss: Some(0.5),
+            ..State::default()
+        };
         let snapshot = Snapshot { params, optimizer: &[var("m.w", &[9.])], state: &state };
         snapshot.save(dir, &CheckpointConfig { every_steps: None, keep_last: 2 }).unwrap()
     }

@@ -136,6 +136,25 @@ impl Document {
         self.deserialize(named.section, &named.taken)
     }
 
+    /// A section whose name chooses a variant of the enum `T`, and whose fields are that variant's. `what` the variants
+    /// are is for errors.
+    pub fn variant<T: DeserializeOwned>(&self, named: &Named, what: &str) -> Result<T> {
+        let mut root = self.root()?;
+        let (mut fields, place) = self.table(&mut root, named.section)?;
+        named.taken.iter().for_each(|key| drop(fields.remove(*key)));
+        let span = place.clone().unwrap_or_default();
+        let key = Spanned::new(named.span.clone().unwrap_or(span.clone()), named.name.clone().into());
+        let tagged = DeTable::from_iter([(key, Spanned::new(span.clone(), DeValue::Table(fields)))]);
+        let value = ValueDeserializer::from(Spanned::new(span, DeValue::Table(tagged)));
+        T::deserialize(value).map_err(|error| {
+            let unknown = error.message().starts_with("unknown variant");
+            let span = if unknown { named.span.clone() } else { error.span() };
+            let message = error.message().replacen("unknown variant", &format!("unknown {what}"), 1);
+            let hint = did_you_mean_in(&message);
+            self.error_at(span.or(place), message).hint(hint).into()
+        })
+    }
+
     /// A section's table, taken out of the document, and its place.
     fn table<'t>(&self, root: &mut DeTable<'t>, name: &str) -> Result<(DeTable<'t>, Option<Range<usize>>)> {
         let Some(value) = root.remove(name) else { return Ok((DeTable::new(), None)) };
@@ -215,6 +234,16 @@ impl Document {
         }
         ConfigError::missing(&self.origin, message)
     }
+}
+
+/// The table of a section that was read with [`Document::variant`]: the variant's fields, and its name.
+pub(crate) fn untag<T: serde::Serialize>(variant: &T) -> Result<toml::Table> {
+    let tagged = toml::Value::try_from(variant).map_err(|error| Error::msg(error.to_string()))?;
+    let entry = tagged.try_into::<toml::Table>().ok().and_then(|table| table.into_iter().next());
+    let Some((name, fields)) = entry else { return Ok(toml::Table::new()) };
+    let mut fields = fields.try_into::<toml::Table>().unwrap_or_default();
+    fields.insert("name".into(), name.into());
+    Ok(fields)
 }
 
 /// Lays `over` on `base`: tables key by key, everything else whole.

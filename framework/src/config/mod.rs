@@ -5,7 +5,8 @@ mod document;
 mod error;
 mod registry;
 
+pub(crate) use document::untag;
 pub use document::{Document, Named};
 pub use error::ConfigError;
 pub use registry::Registry;
-pub(crate) use registry::{DataRecipe, ModuleRecipe, unknown_name};
+pub(crate) use registry::{DataRecipe, ModuleRecipe};

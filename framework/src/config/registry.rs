@@ -98,7 +98,7 @@ impl Registry {
 }
 
 /// "unknown module `a`, expected one of `b`, `c`", at the place of the name.
-pub(crate) fn unknown_name(document: &Document, named: &Named, what: &str, known: &[&str]) -> Error {
+fn unknown_name(document: &Document, named: &Named, what: &str, known: &[&str]) -> Error {
     let message = format!("unknown {what} `{}`, expected one of {}", named.name, quoted_list(known));
     document.error_at(named.span.clone(), message).hint(did_you_mean(&named.name, known)).into()
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Optimizer, named_state, zeros_like};
 use crate::error::Result;
+use crate::schedule::Rates;
 
 /// Fields of `[optimizer]` for `adam`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -93,8 +94,9 @@ impl Adam {
 }
 
 impl Optimizer for Adam {
-    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()> {
-        let [beta1, beta2] = self.betas;
+    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+        let Rates { lr, momentum } = rates;
+        let (beta1, beta2) = (momentum.unwrap_or(self.betas[0]), self.betas[1]);
         let correction = |beta: f64| 1. - beta.powf(t as f64);
         let step_size = (lr / correction(beta1)) as f32;
         let root_correction = correction(beta2).sqrt() as f32;
@@ -145,8 +147,8 @@ impl AdamW {
 }
 
 impl Optimizer for AdamW {
-    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()> {
-        self.0.step(gradients, t, lr)
+    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+        self.0.step(gradients, t, rates)
     }
 
     fn state(&self) -> Vec<(String, Var)> {

@@ -1,22 +1,27 @@
 //! Optimizers: PyTorch's update rules, in place, over all parameters in one pass.
 
 mod adam;
+mod adaptive;
+mod rmsprop;
 mod sgd;
 
 pub use adam::{Adam, AdamConfig, AdamW, AdamWConfig};
+pub use adaptive::{Adadelta, AdadeltaConfig, Adagrad, AdagradConfig, Moments, MomentsConfig, Rule};
 use candle_core::{DType, Tensor, Var};
 use candlepower_kernels::elementwise;
-use schemars::schema_for;
+pub use rmsprop::{Rmsprop, RmspropConfig};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 pub use sgd::{Sgd, SgdConfig};
 
-use crate::config::{Document, Named, unknown_name};
 use crate::error::{Error, Result};
+use crate::schedule::Rates;
 
 /// A rule that moves parameters against their gradients.
 pub trait Optimizer: Send {
     /// Moves every parameter. `gradients` are in the order of the parameters; `t` counts this optimizer's steps
-    /// from 1; `lr` is the learning rate of this step.
-    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()>;
+    /// from 1; `rates` are this step's, from the schedule.
+    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()>;
 
     /// What it remembers between steps, by name. The tensors share memory with the optimizer: writing to them
     /// restores it.
@@ -24,7 +29,8 @@ pub trait Optimizer: Send {
 }
 
 /// The `[optimizer]` section: which optimizer, and its own fields.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
 pub enum OptimizerConfig {
     /// Adam (Kingma and Ba, 2015), weight decay as an L2 term.
     Adam(AdamConfig),
@@ -32,30 +38,31 @@ pub enum OptimizerConfig {
     AdamW(AdamWConfig),
     /// Stochastic gradient descent, optionally with momentum.
     Sgd(SgdConfig),
+    /// RMSprop (Hinton's lecture).
+    Rmsprop(RmspropConfig),
+    /// Adagrad (Duchi, Hazan and Singer 2011).
+    Adagrad(AdagradConfig),
+    /// Adadelta (Zeiler 2012).
+    Adadelta(AdadeltaConfig),
+    /// Adamax (Kingma and Ba, 2015).
+    Adamax(MomentsConfig),
+    /// NAdam (Dozat 2016).
+    Nadam(MomentsConfig),
+    /// RAdam (Liu et al. 2020).
+    Radam(MomentsConfig),
 }
 
 impl OptimizerConfig {
-    /// The names that `[optimizer] name` can have.
-    pub const NAMES: [&str; 3] = ["adam", "adamw", "sgd"];
-
-    /// Reads the section's fields for the optimizer that it names.
-    pub fn parse(document: &Document, named: &Named) -> Result<Self> {
-        let config = match named.name.as_str() {
-            "adam" => Self::Adam(document.fields(named)?),
-            "adamw" => Self::AdamW(document.fields(named)?),
-            "sgd" => Self::Sgd(document.fields(named)?),
-            _ => return Err(unknown_name(document, named, "optimizer", &Self::NAMES)),
-        };
-        config.check()?;
-        Ok(config)
-    }
-
     /// The learning rate that the schedule scales.
     pub fn lr(&self) -> f64 {
         match self {
             Self::Adam(config) => config.lr,
             Self::AdamW(config) => config.lr,
             Self::Sgd(config) => config.lr,
+            Self::Rmsprop(config) => config.lr,
+            Self::Adagrad(config) => config.lr,
+            Self::Adadelta(config) => config.lr,
+            Self::Adamax(config) | Self::Nadam(config) | Self::Radam(config) => config.lr,
         }
     }
 
@@ -65,20 +72,36 @@ impl OptimizerConfig {
         if !(lr.is_finite() && lr >= 0.) {
             return Err(Error::setting("lr", format!("a learning rate is a number from 0 up, not {lr}")));
         }
+        let share = |key, value: f64| match (0. ..1.).contains(&value) {
+            true => Ok(()),
+            false => Err(Error::setting(
+                key,
+                format!("expected a number from 0 up to, not including, 1; found {value}"),
+            )),
+        };
+        let from_zero = |key, value: f64| match value.is_finite() && value >= 0. {
+            true => Ok(()),
+            false => Err(Error::setting(key, format!("expected a number from 0 up, found {value}"))),
+        };
+        let moments = |betas: &[f64; 2], eps| {
+            betas.iter().try_for_each(|beta| share("betas", *beta)).and(from_zero("eps", eps))
+        };
         match self {
-            Self::Adam(AdamConfig { betas, eps, .. }) | Self::AdamW(AdamWConfig { betas, eps, .. }) => {
-                if betas.iter().any(|beta| !(0. ..1.).contains(beta)) {
-                    let message = format!("both are from 0 up to, not including, 1; not {betas:?}");
-                    return Err(Error::setting("betas", message));
-                }
-                if !(eps.is_finite() && *eps >= 0.) {
-                    return Err(Error::setting("eps", format!("a number from 0 up, not {eps}")));
-                }
+            Self::Adam(config) => moments(&config.betas, config.eps)?,
+            Self::AdamW(config) => moments(&config.betas, config.eps)?,
+            Self::Adamax(config) | Self::Nadam(config) | Self::Radam(config) => {
+                moments(&config.betas, config.eps)?;
             }
+            Self::Rmsprop(config) => {
+                share("alpha", config.alpha).and(share("momentum", config.momentum))?;
+                from_zero("eps", config.eps)?;
+            }
+            Self::Adagrad(config) => {
+                from_zero("eps", config.eps).and(from_zero("lr_decay", config.lr_decay))?
+            }
+            Self::Adadelta(config) => share("rho", config.rho).and(from_zero("eps", config.eps))?,
             Self::Sgd(SgdConfig { momentum, nesterov, dampening, .. }) => {
-                if !(momentum.is_finite() && *momentum >= 0.) {
-                    return Err(Error::setting("momentum", format!("a number from 0 up, not {momentum}")));
-                }
+                from_zero("momentum", *momentum)?;
                 if *nesterov && (*momentum == 0. || *dampening != 0.) {
                     return Err(Error::setting("nesterov", "needs a momentum above 0 and no dampening"));
                 }
@@ -87,38 +110,18 @@ impl OptimizerConfig {
         Ok(())
     }
 
-    /// The fields with their defaults, and the name, as TOML.
-    pub fn resolved(&self) -> Result<toml::Table> {
-        let (name, fields) = match self {
-            Self::Adam(config) => ("adam", toml::Table::try_from(config)),
-            Self::AdamW(config) => ("adamw", toml::Table::try_from(config)),
-            Self::Sgd(config) => ("sgd", toml::Table::try_from(config)),
-        };
-        let mut fields = fields.map_err(|error| Error::msg(error.to_string()))?;
-        fields.insert("name".into(), name.into());
-        Ok(fields)
-    }
-
-    /// A JSON Schema of the section.
-    pub fn schema() -> serde_json::Value {
-        let named = |name: &str, schema: schemars::Schema| {
-            let mut schema = schema.to_value();
-            schema["properties"]["name"] = serde_json::json!({"const": name});
-            schema
-        };
-        serde_json::json!({"type": "object", "anyOf": [
-            named("adam", schema_for!(AdamConfig)),
-            named("adamw", schema_for!(AdamWConfig)),
-            named("sgd", schema_for!(SgdConfig)),
-        ]})
-    }
-
     /// The optimizer of these parameters.
     pub fn build(&self, params: &[(String, Var)]) -> Result<Box<dyn Optimizer>> {
         Ok(match self {
             Self::Adam(config) => Box::new(Adam::new(params, config)?),
             Self::AdamW(config) => Box::new(AdamW::new(params, config)?),
             Self::Sgd(config) => Box::new(Sgd::new(params, config)?),
+            Self::Rmsprop(config) => Box::new(Rmsprop::new(params, config)?),
+            Self::Adagrad(config) => Box::new(Adagrad::new(params, config)?),
+            Self::Adadelta(config) => Box::new(Adadelta::new(params, config)?),
+            Self::Adamax(config) => Box::new(Moments::new(params, Rule::Adamax, config)?),
+            Self::Nadam(config) => Box::new(Moments::new(params, Rule::Nadam, config)?),
+            Self::Radam(config) => Box::new(Moments::new(params, Rule::Radam, config)?),
         })
     }
 }
@@ -151,6 +154,14 @@ impl From<SgdConfig> for OptimizerConfig {
 fn zeros_like(params: &[(String, Var)]) -> Result<Vec<Var>> {
     let zeros = |(_, var): &(String, Var)| Ok(Var::zeros(var.shape(), DType::F32, var.device())?);
     params.iter().map(zeros).collect()
+}
+
+/// The gradient of the loss plus half the decay times the squared parameter.
+fn with_decay(gradient: &Tensor, param: &Var, decay: f64) -> Result<Tensor> {
+    if decay == 0. {
+        return Ok(gradient.clone());
+    }
+    Ok((gradient + (param.as_tensor() * decay)?)?)
 }
 
 /// Names of one kind of state, `<kind>.<parameter>`, beside its tensors.

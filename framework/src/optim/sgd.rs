@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Optimizer, named_state, zeros_like};
 use crate::error::Result;
+use crate::schedule::Rates;
 
 /// Fields of `[optimizer]` for `sgd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -47,9 +48,10 @@ impl Sgd {
 }
 
 impl Optimizer for Sgd {
-    fn step(&mut self, gradients: &[Tensor], t: u64, lr: f64) -> Result<()> {
+    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
         let SgdConfig { momentum, dampening, weight_decay, nesterov, .. } = self.config;
-        let (lr, momentum, decay) = (lr as f32, momentum as f32, weight_decay as f32);
+        let momentum = rates.momentum.unwrap_or(momentum) as f32;
+        let (lr, decay) = (rates.lr as f32, weight_decay as f32);
         // The first gradient enters whole: there is no update yet that it could dampen.
         let entering = if t == 1 { 1. } else { (1. - dampening) as f32 };
         for (i, gradient) in gradients.iter().enumerate() {

@@ -14,6 +14,7 @@ use crate::grads::Grads;
 use crate::metrics::Means;
 use crate::module::{Model, Step};
 use crate::optim::{self, Optimizer};
+use crate::schedule::PlateauState;
 
 /// The samples of one micro-batch after the other.
 type MicroBatches<B> = Loader<B, Box<dyn Iterator<Item = Vec<Sample>> + Send>>;
@@ -32,6 +33,9 @@ pub(super) struct Fit<'a, B: Batch> {
     /// The last validation: the step it was at, and its metrics.
     validation: Option<(u64, IndexMap<String, f64>)>,
     best_loss: Option<f64>,
+    /// The learning rate that the schedule shapes; a plateau lowers it.
+    lr: f64,
+    plateau: PlateauState,
     /// The step whose checkpoint is on disk.
     saved: Option<u64>,
 }
@@ -61,7 +65,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         );
         let micro_batches = Loader::new(data.train.clone(), samples, data.workers);
         let last_step = trainer.config.last_step(order.batches() as u64);
-        let best_loss = state.best_loss;
+        let lr = state.lr.unwrap_or(trainer.optimizer.lr());
         Ok(Self {
             trainer,
             model,
@@ -73,7 +77,9 @@ impl<'a, B: Batch> Fit<'a, B> {
             last_step,
             progress,
             validation: None,
-            best_loss,
+            best_loss: state.best_loss,
+            lr,
+            plateau: state.plateau,
             saved: resumed.map(|checkpoint| checkpoint.state().progress.step),
         })
     }
@@ -132,7 +138,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let batch_size = self.order.batch_len(self.progress.step_in_epoch);
         let images_due =
             self.trainer.image_every > 0 && (self.progress.step + 1).is_multiple_of(self.trainer.image_every);
-        let lr = self.trainer.optimizer.lr();
+        let rates = self.trainer.schedule.at(self.progress.step, self.lr);
         let mut grads = Grads::new(&self.params);
         let mut means = Means::default();
         let (mut samples, mut micro_batch) = (0, 0);
@@ -156,8 +162,8 @@ impl<'a, B: Batch> Fit<'a, B> {
         if let Some(max) = self.trainer.config.clip_value {
             optim::clip_value(&mut gradients, max)?;
         }
-        means.add("lr", &Tensor::new(lr, &Device::Cpu)?, batch_size)?;
-        self.optimizer.step(&gradients, self.progress.step + 1, lr)?;
+        means.add("lr", &Tensor::new(rates.lr, &Device::Cpu)?, batch_size)?;
+        self.optimizer.step(&gradients, self.progress.step + 1, rates)?;
         self.progress.advance(batch_size, self.order.batches());
         Ok(means)
     }
@@ -193,6 +199,9 @@ impl<'a, B: Batch> Fit<'a, B> {
                 checkpoint::mark_best(dir, step)?;
             }
         }
+        if let (Some(plateau), Some(loss)) = (&self.trainer.plateau, loss) {
+            self.lr = plateau.next(&mut self.plateau, loss, self.lr);
+        }
         let flow = self.ask(|callback, _| callback.on_validation_end(&record))?;
         self.validation = Some((step, record.metrics));
         Ok(flow)
@@ -204,7 +213,14 @@ impl<'a, B: Batch> Fit<'a, B> {
         if self.saved.replace(self.progress.step) == Some(self.progress.step) {
             return Ok(());
         }
-        let state = State { progress: self.progress, seed: self.trainer.seed, best_loss: self.best_loss };
+        let state = State {
+            progress: self.progress,
+            seed: self.trainer.seed,
+            best_loss: self.best_loss,
+            // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
+            lr: self.trainer.plateau.is_some().then_some(self.lr),
+            plateau: self.plateau,
+        };
         let snapshot = Snapshot { params: &self.params, optimizer: &self.optimizer.state(), state: &state };
         let path = snapshot.save(&dir, &self.trainer.checkpoint)?;
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))
@@ -239,7 +255,11 @@ fn check_same_order(state: &State, order: &Order) -> Result<()> {
         )));
     }
     if state.seed != order.seed {
-        tracing::warn!("the checkpoint's seed is {}, today's is {}: the order changes", state.seed, order.seed);
+        tracing::warn!(
+            "the checkpoint's seed is {}, today's is {}: the order changes",
+            state.seed,
+            order.seed
+        );
     }
     Ok(())
 }

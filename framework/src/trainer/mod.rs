@@ -19,6 +19,7 @@ use crate::error::Result;
 use crate::module::{Model, Step};
 use crate::nn;
 use crate::optim::OptimizerConfig;
+use crate::schedule::{Plateau, Schedule};
 
 /// Trains any [`Model`] on any [`Data`] of the same batch.
 ///
@@ -33,6 +34,8 @@ use crate::optim::OptimizerConfig;
 pub struct Trainer {
     config: TrainerConfig,
     optimizer: OptimizerConfig,
+    schedule: Schedule,
+    plateau: Option<Plateau>,
     checkpoint: CheckpointConfig,
     checkpoint_dir: Option<PathBuf>,
     seed: u64,
@@ -58,6 +61,8 @@ impl Trainer {
         Self {
             config,
             optimizer: OptimizerConfig::default(),
+            schedule: Schedule::default(),
+            plateau: None,
             checkpoint: CheckpointConfig::default(),
             checkpoint_dir: None,
             seed: 0,
@@ -70,6 +75,18 @@ impl Trainer {
     /// Sets the optimizer.
     pub fn optimizer(mut self, config: impl Into<OptimizerConfig>) -> Self {
         self.optimizer = config.into();
+        self
+    }
+
+    /// Sets how the learning rate moves from step to step.
+    pub fn schedule(mut self, schedule: Schedule) -> Self {
+        self.schedule = schedule;
+        self
+    }
+
+    /// Lowers the learning rate, besides what the schedule does, when the validation loss stops falling.
+    pub fn plateau(mut self, plateau: Option<Plateau>) -> Self {
+        self.plateau = plateau;
         self
     }
 
@@ -113,6 +130,7 @@ impl Trainer {
     pub fn fit<B: Batch>(&mut self, model: &Model<B>, data: &Data<B>) -> Result<Outcome> {
         self.config.check()?;
         self.optimizer.check()?;
+        self.schedule.check()?;
         self.in_pool(|trainer| fit::Fit::new(trainer, model, data)?.run())
     }
 

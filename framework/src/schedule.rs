@@ -1,0 +1,354 @@
+//! Learning-rate schedules: functions of the step, equal to PyTorch's, with nothing to save and nothing to forget.
+
+use std::f64::consts::PI;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// What a schedule sets for one optimizer step.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Rates {
+    /// Learning rate.
+    pub lr: f64,
+    /// Adam's first beta, or SGD's momentum, where the schedule drives it.
+    pub momentum: Option<f64>,
+}
+
+/// The `[schedule]` section: how the learning rate moves over the run. `t` is the step, from 0; `lr` the optimizer's
+/// learning rate.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Schedule {
+    /// `factor * lr` for the first `steps` steps, then `lr` (torch: `ConstantLR`). The default, with factor 1, is no
+    /// schedule at all.
+    Constant {
+        /// What `lr` is multiplied with.
+        #[serde(default = "one")]
+        factor: f64,
+        /// For how many steps.
+        #[serde(default)]
+        steps: u64,
+    },
+    /// From `start * lr` to `end * lr` in a straight line over `steps` (torch: `LinearLR`).
+    Linear {
+        /// The factor at the first step.
+        start: f64,
+        /// The factor after `steps` steps.
+        #[serde(default = "one")]
+        end: f64,
+        /// The line's length.
+        steps: u64,
+    },
+    /// Times `gamma` after every `every` steps (torch: `StepLR`).
+    Step {
+        /// Steps between two falls.
+        every: u64,
+        /// The factor of each fall.
+        gamma: f64,
+    },
+    /// Times `gamma` at each milestone (torch: `MultiStepLR`).
+    MultiStep {
+        /// The steps at which it falls.
+        milestones: Vec<u64>,
+        /// The factor of each fall.
+        gamma: f64,
+    },
+    /// Times `gamma` at every step (torch: `ExponentialLR`).
+    Exponential {
+        /// The factor of each step.
+        gamma: f64,
+    },
+    /// Half a cosine from `lr` to `min_lr` over `steps`, and back up after it (torch: `CosineAnnealingLR`; Loshchilov
+    /// and Hutter 2017, equation 5).
+    Cosine {
+        /// The half wave's length.
+        steps: u64,
+        /// The lowest learning rate.
+        #[serde(default)]
+        min_lr: f64,
+    },
+    /// Half cosines one after the other, each `growth` times as long as the one before (torch:
+    /// `CosineAnnealingWarmRestarts`).
+    CosineRestarts {
+        /// The first half wave's length.
+        steps: u64,
+        /// How much longer each next one is.
+        #[serde(default = "one_times")]
+        growth: u64,
+        /// The lowest learning rate.
+        #[serde(default)]
+        min_lr: f64,
+    },
+    /// `lr * (1 - t / steps)^power` (torch: `PolynomialLR`).
+    Polynomial {
+        /// After how many steps it is zero.
+        steps: u64,
+        /// 1 is a straight line.
+        #[serde(default = "one")]
+        power: f64,
+    },
+    /// Up to `max_lr` and down to nearly nothing, the momentum the other way round (torch: `OneCycleLR`; Smith and Topin
+    /// 2018). The optimizer's own `lr` plays no part.
+    OneCycle(OneCycle),
+    /// `lr * min((t + 1)^-0.5, (t + 1) * warmup^-1.5)` (Vaswani et al. 2017, section 5.3; the width belongs into `lr`).
+    Noam {
+        /// Steps until the top.
+        warmup: u64,
+    },
+    /// One schedule after the other; each starts at its own step 0 (torch: `SequentialLR`).
+    Sequence {
+        /// The schedules.
+        parts: Vec<Schedule>,
+        /// The steps at which the second and each later one begins.
+        milestones: Vec<u64>,
+    },
+}
+
+/// The shape of one cycle.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct OneCycle {
+    /// The highest learning rate.
+    pub max_lr: f64,
+    /// The whole cycle's length.
+    pub steps: u64,
+    /// The share of the steps that go up.
+    #[serde(default = "OneCycle::rising")]
+    pub rising: f64,
+    /// It starts at `max_lr / start_divisor`.
+    #[serde(default = "OneCycle::start_divisor")]
+    pub start_divisor: f64,
+    /// It ends at the start's learning rate divided by this.
+    #[serde(default = "OneCycle::end_divisor")]
+    pub end_divisor: f64,
+    /// Straight lines instead of half cosines.
+    #[serde(default)]
+    pub linear: bool,
+    /// Comes back to the start's learning rate first, as quickly as it rose.
+    #[serde(default)]
+    pub three_phases: bool,
+    /// The momentum at the highest learning rate and at both ends; absent: it is left alone.
+    #[serde(default = "OneCycle::momentum")]
+    pub momentum: Option<[f64; 2]>,
+}
+
+fn one() -> f64 {
+    1.
+}
+
+fn one_times() -> u64 {
+    1
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self::Constant { factor: 1., steps: 0 }
+    }
+}
+
+impl Schedule {
+    /// The rates of step `t`, from 0.
+    pub fn at(&self, t: u64, lr: f64) -> Rates {
+        let time = t as f64;
+        let factor = match self {
+            Self::Constant { factor, steps } => {
+                if t < *steps {
+                    *factor
+                } else {
+                    1.
+                }
+            }
+            Self::Linear { start, end, steps } => start + (end - start) * (time / *steps as f64).min(1.),
+            Self::Step { every, gamma } => gamma.powf((t / every) as f64),
+            Self::MultiStep { milestones, gamma } => {
+                gamma.powf(milestones.iter().filter(|milestone| **milestone <= t).count() as f64)
+            }
+            Self::Exponential { gamma } => gamma.powf(time),
+            Self::Cosine { steps, min_lr } => return half_cosine(lr, *min_lr, time / *steps as f64).into(),
+            Self::CosineRestarts { steps, growth, min_lr } => {
+                let (mut start, mut length) = (0, *steps);
+                while t >= start + length {
+                    start += length;
+                    length *= growth;
+                }
+                return half_cosine(lr, *min_lr, (t - start) as f64 / length as f64).into();
+            }
+            Self::Polynomial { steps, power } => (1. - (time / *steps as f64).min(1.)).powf(*power),
+            Self::OneCycle(cycle) => return cycle.at(t),
+            Self::Noam { warmup } => (time + 1.).powf(-0.5).min((time + 1.) * (*warmup as f64).powf(-1.5)),
+            Self::Sequence { parts, milestones } => {
+                let begun = milestones.iter().take_while(|milestone| **milestone <= t).count();
+                let start = if begun == 0 { 0 } else { milestones[begun - 1] };
+                return parts[begun].at(t - start, lr);
+            }
+        };
+        (lr * factor).into()
+    }
+
+    /// Refuses lengths and factors that no schedule can have.
+    pub fn check(&self) -> Result<()> {
+        let steps = |key: &str, steps: u64| match steps {
+            0 => Err(Error::setting(key, "expected at least 1, found 0")),
+            _ => Ok(()),
+        };
+        match self {
+            Self::Constant { .. } | Self::Exponential { .. } => Ok(()),
+            Self::Linear { steps: n, .. }
+            | Self::Cosine { steps: n, .. }
+            | Self::Polynomial { steps: n, .. } => steps("steps", *n),
+            Self::CosineRestarts { steps: n, growth, .. } => steps("steps", *n).and(steps("growth", *growth)),
+            Self::Step { every, .. } => steps("every", *every),
+            Self::Noam { warmup } => steps("warmup", *warmup),
+            Self::MultiStep { milestones, .. } => rising(milestones),
+            Self::OneCycle(cycle) if !(cycle.rising > 0. && cycle.rising < 1.) => Err(Error::setting(
+                "rising",
+                format!("expected a share between 0 and 1, found {}", cycle.rising),
+            )),
+            Self::OneCycle(cycle) => steps("steps", cycle.steps),
+            Self::Sequence { parts, milestones } if parts.len() != milestones.len() + 1 => {
+                let message =
+                    format!("{} parts need {} milestones", parts.len(), parts.len().saturating_sub(1));
+                Err(Error::setting("milestones", message))
+            }
+            Self::Sequence { parts, milestones } => {
+                rising(milestones)?;
+                parts.iter().try_for_each(Self::check)
+            }
+        }
+    }
+}
+
+impl From<f64> for Rates {
+    fn from(lr: f64) -> Self {
+        Rates { lr, momentum: None }
+    }
+}
+
+impl OneCycle {
+    fn rising() -> f64 {
+        0.3
+    }
+
+    fn start_divisor() -> f64 {
+        25.
+    }
+
+    fn end_divisor() -> f64 {
+        1e4
+    }
+
+    fn momentum() -> Option<[f64; 2]> {
+        Some([0.85, 0.95])
+    }
+
+    fn at(&self, t: u64) -> Rates {
+        let first = self.max_lr / self.start_divisor;
+        let last = first / self.end_divisor;
+        let [low, high] = self.momentum.unwrap_or_default();
+        let (end, top) = (self.steps as f64 - 1., self.rising * self.steps as f64 - 1.);
+        // Each phase: its last step, and learning rate and momentum from where to where.
+        let up = (top, [first, self.max_lr], [high, low]);
+        let phases = if self.three_phases {
+            vec![up, (2. * top, [self.max_lr, first], [low, high]), (end, [first, last], [high, high])]
+        } else {
+            vec![up, (end, [self.max_lr, last], [low, high])]
+        };
+        let time = t as f64;
+        let current = phases.iter().position(|(end, ..)| time <= *end).unwrap_or(phases.len() - 1);
+        let start = if current == 0 { 0. } else { phases[current - 1].0 };
+        let (end, lr, momentum) = phases[current];
+        let share = ((time - start) / (end - start)).min(1.);
+        let between = |[from, to]: [f64; 2]| match self.linear {
+            true => from + (to - from) * share,
+            false => half_cosine(from, to, share),
+        };
+        Rates { lr: between(lr), momentum: self.momentum.map(|_| between(momentum)) }
+    }
+}
+
+/// From `high` to `low` along half a cosine, `share` of the way.
+fn half_cosine(high: f64, low: f64, share: f64) -> f64 {
+    low + (high - low) * (1. + (PI * share).cos()) / 2.
+}
+
+fn rising(milestones: &[u64]) -> Result<()> {
+    if milestones.is_sorted_by(|a, b| a < b) {
+        return Ok(());
+    }
+    Err(Error::setting("milestones", "expected steps in rising order"))
+}
+
+/// Lowers the learning rate when a metric stops getting better (torch: `ReduceLROnPlateau`).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Plateau {
+    /// What the learning rate is multiplied with.
+    pub factor: f64,
+    /// Validations without progress that are borne.
+    pub patience: u64,
+    /// How much better counts as better.
+    pub threshold: f64,
+    /// Whether `threshold` is a difference; else it is a share of the best value.
+    pub absolute: bool,
+    /// Whether larger is better.
+    pub maximize: bool,
+    /// Validations after a fall that are not counted.
+    pub cooldown: u64,
+    /// The lowest learning rate.
+    pub min_lr: f64,
+}
+
+impl Default for Plateau {
+    fn default() -> Self {
+        Self {
+            factor: 0.1,
+            patience: 10,
+            threshold: 1e-4,
+            absolute: false,
+            maximize: false,
+            cooldown: 0,
+            min_lr: 0.,
+        }
+    }
+}
+
+/// What a [`Plateau`] remembers between validations; it belongs into the checkpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct PlateauState {
+    /// The best value so far.
+    pub best: Option<f64>,
+    /// Validations since the last progress.
+    pub waited: u64,
+    /// Validations that are still not counted.
+    pub cooling: u64,
+}
+
+impl Plateau {
+    /// The learning rate after a validation that found `metric`.
+    pub fn next(&self, state: &mut PlateauState, metric: f64, lr: f64) -> f64 {
+        /// Smaller changes of the learning rate are not worth making (torch: `eps`).
+        const SMALLEST_CHANGE: f64 = 1e-8;
+        let sign = if self.maximize { 1. } else { -1. };
+        let margin = |best: f64| if self.absolute { self.threshold } else { self.threshold * best.abs() };
+        // NaN is no progress.
+        if state.best.is_none_or(|best| sign * metric > sign * best + margin(best)) && !metric.is_nan() {
+            state.best = Some(metric);
+            state.waited = 0;
+        } else {
+            state.waited += 1;
+        }
+        if state.cooling > 0 {
+            state.cooling -= 1;
+            state.waited = 0;
+        }
+        if state.waited <= self.patience {
+            return lr;
+        }
+        state.cooling = self.cooldown;
+        state.waited = 0;
+        let lower = (lr * self.factor).max(self.min_lr);
+        if lr - lower > SMALLEST_CHANGE { lower } else { lr }
+    }
+}

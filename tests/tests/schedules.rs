@@ -1,0 +1,106 @@
+//! Schedules agree with PyTorch's, step by step.
+#![allow(clippy::unwrap_used)]
+
+use candlepower::schedule::{OneCycle, Plateau, PlateauState, Schedule};
+use candlepower_tests::golden_dir;
+use serde_json::Value;
+
+/// The schedule that PyTorch calls by this name, with PyTorch's names of arguments.
+fn schedule(name: &str, args: &Value, base_lr: f64) -> Option<Schedule> {
+    let number = |key: &str| args[key].as_f64().unwrap_or_else(|| panic!("{name} has no `{key}`: {args}"));
+    let or = |key: &str, default: f64| args[key].as_f64().unwrap_or(default);
+    let count = |key: &str| number(key) as u64;
+    let steps = |key: &str| args[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap()).collect();
+    let linear = |args: &Value| Schedule::Linear {
+        start: args["start_factor"].as_f64().unwrap(),
+        end: args["end_factor"].as_f64().unwrap_or(1.),
+        steps: args["total_iters"].as_u64().unwrap(),
+    };
+    Some(match name {
+        "StepLR" => Schedule::Step { every: count("step_size"), gamma: number("gamma") },
+        "MultiStepLR" => Schedule::MultiStep { milestones: steps("milestones"), gamma: number("gamma") },
+        "ExponentialLR" => Schedule::Exponential { gamma: number("gamma") },
+        "CosineAnnealingLR" => Schedule::Cosine { steps: count("T_max"), min_lr: or("eta_min", 0.) },
+        "CosineAnnealingWarmRestarts" => Schedule::CosineRestarts {
+            steps: count("T_0"),
+            growth: or("T_mult", 1.) as u64,
+            min_lr: or("eta_min", 0.),
+        },
+        "OneCycleLR" => Schedule::OneCycle(OneCycle {
+            max_lr: number("max_lr"),
+            steps: count("total_steps"),
+            rising: or("pct_start", 0.3),
+            start_divisor: or("div_factor", 25.),
+            end_divisor: or("final_div_factor", 1e4),
+            linear: args["anneal_strategy"] == "linear",
+            three_phases: args["three_phase"] == true,
+            momentum: (args["cycle_momentum"] != false).then_some([0.85, 0.95]),
+        }),
+        "LinearLR" => linear(args),
+        "ConstantLR" => Schedule::Constant { factor: number("factor"), steps: count("total_iters") },
+        "PolynomialLR" => Schedule::Polynomial { steps: count("total_iters"), power: number("power") },
+        "SequentialLR[LinearLR,CosineAnnealingLR]" => Schedule::Sequence {
+            parts: vec![
+                linear(&args["linear"]),
+                Schedule::Cosine { steps: args["cosine"]["T_max"].as_u64().unwrap(), min_lr: 0. },
+            ],
+            milestones: steps("milestones"),
+        },
+        "LambdaLR" => Schedule::Noam { warmup: 10 },
+        "ReduceLROnPlateau" => return None,
+        _ => panic!("the fixture has a schedule `{name}` that is not known here; base {base_lr}"),
+    })
+}
+
+fn plateau(args: &Value) -> Plateau {
+    Plateau {
+        factor: args["factor"].as_f64().unwrap(),
+        patience: args["patience"].as_u64().unwrap(),
+        threshold: args["threshold"].as_f64().unwrap(),
+        absolute: args["threshold_mode"] == "abs",
+        maximize: args["mode"] == "max",
+        cooldown: args["cooldown"].as_u64().unwrap(),
+        min_lr: args["min_lr"].as_f64().unwrap(),
+    }
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    value.as_array().into_iter().flatten().map(|x| x.as_f64().unwrap()).collect()
+}
+
+#[test]
+fn every_schedule_of_the_fixture() {
+    let text = std::fs::read_to_string(golden_dir().join("lr_schedulers.json")).unwrap();
+    let golden: Value = serde_json::from_str(&text).unwrap();
+    let cases = golden["schedulers"].as_object().unwrap();
+    assert!(!cases.is_empty());
+    for (case, expected) in cases {
+        let (args, base_lr) = (&expected["args"], expected["base_lr"].as_f64().unwrap());
+        let (lrs, momenta) = (numbers(&expected["lr"]), numbers(&expected["momentum_or_beta1"]));
+        let metrics = numbers(&expected["metrics"]);
+        let schedule = schedule(expected["scheduler"].as_str().unwrap(), args, base_lr);
+        let (mut state, mut lowered) = (PlateauState::default(), base_lr);
+        for (t, lr) in lrs.iter().enumerate() {
+            let found = schedule.as_ref().map_or(lowered.into(), |schedule| schedule.at(t as u64, base_lr));
+            let error = (found.lr - lr).abs() / base_lr;
+            assert!(error < 1e-12, "{case}, step {t}: {}, not {lr}", found.lr);
+            if let (Some(expected), Some(momentum)) = (momenta.get(t), found.momentum) {
+                assert!(
+                    (momentum - expected).abs() < 1e-12,
+                    "{case}, step {t}: momentum {momentum}, not {expected}"
+                );
+            }
+            if schedule.is_none() {
+                lowered = plateau(args).next(&mut state, metrics[t], lowered);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_metric_that_is_not_a_number_is_no_progress() {
+    let plateau = Plateau { patience: 1, factor: 0.5, ..Default::default() };
+    let mut state = PlateauState::default();
+    let lrs: Vec<f64> = [1., f64::NAN, f64::NAN].map(|metric| plateau.next(&mut state, metric, 1.)).to_vec();
+    assert_eq!(lrs, [1., 1., 0.5]);
+}
