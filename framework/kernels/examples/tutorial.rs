@@ -42,6 +42,7 @@ impl Model {
 }
 
 fn main() -> Result<()> {
+    candlepower_kernels::keep_freed_memory();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |i: usize, default: usize| args.get(i).and_then(|a| a.parse().ok()).unwrap_or(default);
     let (batch, n, runs) = (number(0, 2), number(1, 64), number(3, 7));

@@ -556,34 +556,60 @@ impl Lines<'_> {
 
     #[inline(always)]
     unsafe fn depthwise<S: Simd>(&self) {
-        let (a_row, c_row) =
-            (self.pass.in_step * self.framed.channels, self.pass.step * self.output.channels);
-        let row = packed_channels(self.groups);
         for line in self.lines.clone() {
-            // SAFETY: as for `run`.
-            unsafe {
-                let (x, y, len) = self.line(line);
-                for channel in (0..self.groups).step_by(LANES) {
-                    let lanes = LANES.min(self.groups - channel);
-                    for i in 0..len {
-                        let to = y.add(i * c_row + channel);
-                        let mut sum = if self.output.images.add {
-                            S::load_lanes(to, lanes)
+            for channel in (0..self.groups).step_by(LANES) {
+                // SAFETY: as for `run`.
+                unsafe {
+                    let (x, y, len) = self.line(line);
+                    let mut i = 0;
+                    while i < len {
+                        let n = if len - i >= 8 { 8 } else { 1 };
+                        let x = x.add(i * self.pass.in_step * self.framed.channels + channel);
+                        let y = y.add(i * self.pass.step * self.output.channels + channel);
+                        if n == 8 {
+                            self.depthwise_block::<S, 8>(channel, x, y)
                         } else {
-                            S::load(self.bias.as_ptr().add(channel))
-                        };
-                        let from = x.add(i * a_row + channel);
-                        let mut w = self.weights.as_ptr().add(channel);
-                        for run in self.runs {
-                            // Neighbouring taps are joined only where there is a single channel.
-                            for k in 0..run.len {
-                                sum = S::load_lanes(from.add(run.offset + k), lanes).mul_add(S::load(w), sum);
-                                w = w.add(row);
-                            }
+                            self.depthwise_block::<S, 1>(channel, x, y)
                         }
-                        sum.store_lanes(to, lanes);
+                        i += n;
                     }
                 }
+            }
+        }
+    }
+
+    /// 16 channels of `N` pixels.
+    #[inline(always)]
+    unsafe fn depthwise_block<S: Simd, const N: usize>(&self, channel: usize, x: *const f32, y: *mut f32) {
+        let (x_row, y_row) =
+            (self.pass.in_step * self.framed.channels, self.pass.step * self.output.channels);
+        let lanes = LANES.min(self.groups - channel);
+        // SAFETY: as for `run`.
+        unsafe {
+            let mut sums = [S::load(self.bias.as_ptr().add(channel)); N];
+            if self.output.images.add {
+                for i in 0..N {
+                    sums[i] = S::load_lanes(y.add(i * y_row), lanes);
+                }
+            }
+            let mut w = self.weights.as_ptr().add(channel);
+            // Each run is one tap: there are more channels than one, so neighbours are not joined.
+            for run in self.runs {
+                let weight = S::load(w);
+                let x = x.add(run.offset);
+                if lanes == LANES {
+                    for i in 0..N {
+                        sums[i] = S::load(x.add(i * x_row)).mul_add(weight, sums[i]);
+                    }
+                } else {
+                    for i in 0..N {
+                        sums[i] = S::load_first(x.add(i * x_row), lanes).mul_add(weight, sums[i]);
+                    }
+                }
+                w = w.add(packed_channels(self.groups));
+            }
+            for i in 0..N {
+                sums[i].store_lanes(y.add(i * y_row), lanes);
             }
         }
     }
@@ -842,17 +868,18 @@ impl Kernel for WeightSums<'_> {
                     }
                     Shape::Depthwise => {
                         let lanes = self.piece.len;
-                        for i in 0..len {
-                            let d = S::load_lanes(dy.add(i * self.g.outputs + self.piece.offset), lanes);
-                            let x = x.add(i * x_row + self.piece.offset);
-                            let mut to = self.data.at(self.at + self.piece.k);
-                            for run in self.runs {
-                                for k in 0..run.len {
-                                    let v = S::load_lanes(x.add(run.offset + k), lanes);
-                                    v.mul_add(d, S::load(to)).store(to);
-                                    to = to.add(self.row_of_c);
-                                }
+                        let dy = dy.add(self.piece.offset);
+                        for (tap, run) in self.runs.iter().enumerate() {
+                            // Four sums hide the latency of the additions.
+                            let x = x.add(run.offset + self.piece.offset);
+                            let mut sums = [S::zero(); 4];
+                            for i in 0..len {
+                                let d = S::load_lanes(dy.add(i * self.g.outputs), lanes);
+                                sums[i % 4] = S::load_lanes(x.add(i * x_row), lanes).mul_add(d, sums[i % 4]);
                             }
+                            let to = self.data.at(self.at + self.piece.k + tap * self.row_of_c);
+                            let sum = sums[0].add(sums[1]).add(sums[2].add(sums[3]));
+                            S::load(to).add(sum).store(to);
                         }
                     }
                 }

@@ -126,7 +126,33 @@ unsafe fn product_block<S: Simd, const R: usize, const C: usize>(
 ) {
     // SAFETY: the caller's promise.
     unsafe {
+        // Only loops without branches are unrolled, and only unrolled ones leave the sums in registers.
         let mut acc = [[S::zero(); C]; R];
+        match start {
+            Start::Zero => {}
+            Start::Row(row) => {
+                for r in 0..R {
+                    for j in 0..C {
+                        acc[r][j] = S::load(row.add(j * LANES));
+                    }
+                }
+            }
+            Start::Add if lanes == LANES => {
+                for r in 0..R {
+                    for j in 0..C {
+                        acc[r][j] = S::load(c.add(r * c_row + j * LANES));
+                    }
+                }
+            }
+            Start::Add => {
+                for r in 0..R {
+                    for j in 0..C - 1 {
+                        acc[r][j] = S::load(c.add(r * c_row + j * LANES));
+                    }
+                    acc[r][C - 1] = S::load_first(c.add(r * c_row + (C - 1) * LANES), lanes);
+                }
+            }
+        }
         for run in runs {
             let mut a = a.add(run.offset);
             for _ in 0..run.len {
@@ -145,22 +171,18 @@ unsafe fn product_block<S: Simd, const R: usize, const C: usize>(
                 b = b.add(b_row);
             }
         }
-        for r in 0..R {
-            for j in 0..C {
-                let to = c.add(r * c_row + j * LANES);
-                let n = if j + 1 == C { lanes } else { LANES };
-                let mut x = acc[r][j];
-                match start {
-                    Start::Zero => {}
-                    Start::Row(row) => x = x.add(S::load(row.add(j * LANES))),
-                    Start::Add if n == LANES => x = x.add(S::load(to)),
-                    Start::Add => x = x.add(S::load_first(to, n)),
+        if lanes == LANES {
+            for r in 0..R {
+                for j in 0..C {
+                    acc[r][j].store(c.add(r * c_row + j * LANES));
                 }
-                if n == LANES {
-                    x.store(to);
-                } else {
-                    x.store_first(to, n);
+            }
+        } else {
+            for r in 0..R {
+                for j in 0..C - 1 {
+                    acc[r][j].store(c.add(r * c_row + j * LANES));
                 }
+                acc[r][C - 1].store_first(c.add(r * c_row + (C - 1) * LANES), lanes);
             }
         }
     }
