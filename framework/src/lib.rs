@@ -11,6 +11,7 @@
 //! from a TOML file, with a [`Registry`](config::Registry) that gives the names in it a meaning.
 
 pub mod batch;
+pub mod bench;
 pub mod callback;
 pub mod callbacks;
 pub mod checkpoint;
