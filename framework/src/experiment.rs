@@ -8,6 +8,7 @@ use schemars::schema_for;
 use serde_json::json;
 
 use crate::batch::Batch;
+use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, StopReason};
 use crate::callbacks::ProgressBar;
 use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
@@ -152,6 +153,12 @@ impl Experiment {
         self.job.predict(self, checkpoint, input, output)
     }
 
+    /// Times `steps` steps after a warm-up; writes nothing. What it leaves out of training is what is not a step:
+    /// validation, checkpoints, pictures, logs.
+    pub fn bench(&self, steps: u64, pass: Pass) -> Result<Benchmark> {
+        self.job.bench(self, steps, pass)
+    }
+
     fn data<B: Batch>(&self, recipe: &dyn DataRecipe<B>) -> Result<Data<B>> {
         let open = |split| recipe.open(split).map_err(|error| self.document.place("data", error));
         Ok(Data { train: open(Split::Train)?, val: Some(open(Split::Val)?), workers: self.workers })
@@ -238,6 +245,7 @@ pub(crate) trait Job: Send + Sync {
     ) -> Result<Report>;
     fn validate(&self, experiment: &Experiment, checkpoint: &Path) -> Result<IndexMap<String, f64>>;
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()>;
+    fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark>;
 }
 
 /// A module and a dataset of one batch.
@@ -313,6 +321,11 @@ impl<B: Batch> Job for Pair<B> {
         let batch = B::read(input, &data.train.spec())?;
         let prediction = experiment.trainer().predict(&model, &batch)?;
         batch.write(&prediction, output)
+    }
+
+    fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark> {
+        let (model, data) = self.model_and_data(experiment)?;
+        bench::measure(experiment.trainer(), &model, data, steps, pass)
     }
 }
 

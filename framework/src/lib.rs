@@ -12,6 +12,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod batch;
+pub mod bench;
 pub mod callback;
 pub mod callbacks;
 pub mod checkpoint;

@@ -26,6 +26,12 @@ pub trait Module: Send + Sync {
     fn predict_step(&self, _batch: &Self::Batch, _step: &mut Step) -> Result<Tensor> {
         Err(Error::msg("this module does not implement `predict_step`, which `predict` needs"))
     }
+
+    /// Floating-point operations of one sample's forward pass, a multiply-add counted as two; none where nobody has
+    /// counted them. A training step counts as three forward passes.
+    fn flops(&self) -> Option<f64> {
+        None
+    }
 }
 
 /// Something made from its own section of the configuration file.

@@ -54,6 +54,25 @@ pub(crate) enum Command {
         #[arg(long, value_name = "PATH")]
         output: PathBuf,
     },
+    /// Time a configuration's training steps; writes nothing.
+    ///
+    /// Steps are those of `train`, without validation, checkpoints, pictures and logs; the first two are not counted.
+    /// With --json, one object goes to standard output: `ms_per_step` (the median), `samples_per_second`, `peak_rss_mb`
+    /// (10^6 bytes, of the whole process; null where the system does not tell), `flops_per_sample` (three forward
+    /// passes; null where the module does not say), `tflops`, `device`, `threads`, `precision`.
+    Bench {
+        #[command(flatten)]
+        config: Config,
+        /// How many steps are timed.
+        #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u64).range(1..))]
+        steps: u64,
+        /// Time the forward pass of validation instead; a sample then counts one forward pass.
+        #[arg(long)]
+        forward: bool,
+        /// Print one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print a configuration with every default written out.
     Config {
         #[command(flatten)]

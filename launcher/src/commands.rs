@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use candlepower::Result;
+use candlepower::bench::{Benchmark, Pass};
 use candlepower::callback::StopReason;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
@@ -34,6 +35,15 @@ pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
         Command::Predict { config, checkpoint, input, output } => {
             read(&config)?.predict(&checkpoint, &input, &output)?;
             println!("wrote {}", output.display());
+        }
+        Command::Bench { config, steps, forward, json } => {
+            let pass = if forward { Pass::Forward } else { Pass::Training };
+            let benchmark = read(&config)?.bench(steps, pass)?;
+            if json {
+                println!("{}", serde_json::json!(benchmark));
+            } else {
+                print_benchmark(&benchmark, steps);
+            }
         }
         Command::Config { schema: true, .. } => println!("{:#}", experiment::schema(registry)),
         Command::Config { config, .. } => {
@@ -74,4 +84,18 @@ fn print_report(report: &Report) {
         }
     }
     println!("everything is in {}", report.dir.display());
+}
+
+/// A quantity a line; what is not known is left out.
+fn print_benchmark(benchmark: &Benchmark, steps: u64) {
+    let Benchmark { ms_per_step, samples_per_second, peak_rss_mb, .. } = benchmark;
+    println!("time        {ms_per_step:.1} ms a step (median of {steps})");
+    println!("speed       {samples_per_second:.2} samples a second");
+    if let (Some(flops), Some(tflops)) = (benchmark.flops_per_sample, benchmark.tflops) {
+        println!("arithmetic  {tflops:.3} TFLOP/s at {:.1} GFLOP a sample", flops / 1e9);
+    }
+    if let Some(megabytes) = peak_rss_mb {
+        println!("memory      {megabytes:.0} MB at most");
+    }
+    println!("on          {}, {} threads", benchmark.device, benchmark.threads);
 }

@@ -78,7 +78,7 @@ pub struct ConvLstm {
     decoder: [Conv; 2],
     to_frame: Conv,
     patch: usize,
-    frames_out: usize,
+    spec: VideoSpec,
 }
 
 impl ConvLstm {
@@ -86,7 +86,7 @@ impl ConvLstm {
     pub fn forward(&self, frames: &Tensor) -> Result<Tensor> {
         let frames = nn::space_to_depth(frames, self.patch)?;
         let summary = nn::conv_lstm(Feed::Frames(&frames), &self.encoder, Keep::Last)?;
-        let feed = Feed::Feedback { first: &summary, steps: self.frames_out };
+        let feed = Feed::Feedback { first: &summary, steps: self.spec.frames_out };
         let states = nn::conv_lstm(feed, &self.decoder, Keep::All)?;
         let logits = self.to_frame.same(&states)?;
         nn::depth_to_space(&candle_nn::ops::sigmoid(&logits)?, self.patch)
@@ -125,7 +125,7 @@ impl Build for ConvLstm {
             decoder: [cell("decoder_1_convlstm", hidden)?, cell("decoder_2_convlstm", hidden)?],
             to_frame,
             patch: config.patch,
-            frames_out: spec.frames_out,
+            spec: *spec,
         })
     }
 }
@@ -145,5 +145,39 @@ impl Module for ConvLstm {
 
     fn predict_step(&self, batch: &Video, _: &mut Step) -> Result<Tensor> {
         self.forward(&batch.input)
+    }
+
+    /// Of the convolutions: every weight is used once a frame at every pixel, beyond the edges too. What happens
+    /// between them is below one in a hundred.
+    fn flops(&self) -> Option<f64> {
+        let VideoSpec { frames_in, frames_out, height, width, .. } = self.spec;
+        let weights = |convs: &[Conv]| convs.iter().map(|conv| conv.weight.elem_count()).sum::<usize>();
+        let decoding = weights(&self.decoder) + self.to_frame.weight.elem_count();
+        let a_pixel = frames_in * weights(&self.encoder) + frames_out * decoding;
+        let pixels = (height / self.patch) * (width / self.patch);
+        Some(2. * (pixels * a_pixel) as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gflops(config: ConvLstmConfig) -> f64 {
+        let spec = VideoSpec { frames_in: 10, frames_out: 10, channels: 1, height: 64, width: 64 };
+        let model = Model::build::<ConvLstm>(&config, &spec, 1, &Device::Cpu).unwrap();
+        model.evaluation().flops().unwrap() / 1e9
+    }
+
+    #[test]
+    fn operations_of_the_tutorials_model() {
+        // Ten frames of 64 x 64 pixels, 3 x 3 kernels, two operations a multiply-add: three cells of 64 + 64 channels
+        // to 4 x 64, one of 1 + 64, and a convolution of 64 channels to one.
+        let by_hand = 10. * 4096. * 9. * 2. * (3. * 128. * 256. + 65. * 256. + 64.) / 1e9;
+        let tutorial = gflops(ConvLstmConfig::default());
+        assert!((tutorial - by_hand).abs() < 1e-9 && (tutorial - 84.8).abs() < 0.05, "{tutorial} GFLOP");
+        // Patches of 4 x 4: a sixteenth of the pixels, a little more channels.
+        let patched = gflops(ConvLstmConfig { patch: 4, ..Default::default() });
+        assert!(patched > tutorial / 16. && patched < tutorial / 15., "{patched} GFLOP");
     }
 }

@@ -32,7 +32,7 @@ use crate::schedule::{Plateau, Schedule};
 /// # Ok(()) }
 /// ```
 pub struct Trainer {
-    config: TrainerConfig,
+    pub(crate) config: TrainerConfig,
     optimizer: OptimizerConfig,
     schedule: Schedule,
     plateau: Option<Plateau>,
@@ -160,7 +160,10 @@ impl Trainer {
 
     /// Runs in a thread pool of the configured size. Its threads have large stacks: candle's backward pass walks the
     /// graph recursively, and an unrolled recurrence is deeper than the usual stack.
-    fn in_pool<T: Send>(&mut self, work: impl FnOnce(&mut Trainer) -> Result<T> + Send) -> Result<T> {
+    pub(crate) fn in_pool<T: Send>(
+        &mut self,
+        work: impl FnOnce(&mut Trainer) -> Result<T> + Send,
+    ) -> Result<T> {
         const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
         let (threads, kernels) = (self.config.threads.unwrap_or(0), self.config.kernels);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);

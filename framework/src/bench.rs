@@ -1,0 +1,251 @@
+//! How fast a configuration runs: the trainer's own steps, timed.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::time::Instant;
+
+use candle_core::Device;
+use serde::Serialize;
+
+use crate::batch::Batch;
+use crate::callback::{Callback, Flow, Progress};
+use crate::data::{Data, Dataset, Sample, Split};
+use crate::error::{Error, Result};
+use crate::module::Model;
+use crate::trainer::{Precision, Trainer};
+
+/// Steps before the first that is timed: they fill caches and allocate what later steps use again.
+pub const WARM_UP: u64 = 2;
+
+/// What is timed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// Training steps: forward, backward, optimizer.
+    Training,
+    /// Forward passes alone, as in validation.
+    Forward,
+}
+
+/// What a benchmark found. One step is one batch.
+#[derive(Debug, Clone, Serialize)]
+pub struct Benchmark {
+    /// Median time from the end of one step to the end of the next, in milliseconds.
+    pub ms_per_step: f64,
+    /// At that median.
+    pub samples_per_second: f64,
+    /// The most memory that this process has held so far, in 10^6 bytes; known on Linux.
+    pub peak_rss_mb: Option<f64>,
+    /// Floating-point operations of one sample's step by [`Module::flops`](crate::module::Module::flops): one forward
+    /// pass, or three times that where steps train. Faster algorithms do fewer; the number stays, so that speeds compare.
+    pub flops_per_sample: Option<f64>,
+    /// 10^12 such operations a second.
+    pub tflops: Option<f64>,
+    /// `cpu`, `cuda` or `metal`.
+    pub device: &'static str,
+    /// CPU threads of the computation.
+    pub threads: usize,
+    /// Number format of the computation.
+    pub precision: Precision,
+}
+
+/// Times `steps` steps of `trainer`, which has neither callbacks nor a folder.
+pub(crate) fn measure<B: Batch>(
+    mut trainer: Trainer,
+    model: &Model<B>,
+    mut data: Data<B>,
+    steps: u64,
+    pass: Pass,
+) -> Result<Benchmark> {
+    if steps == 0 {
+        return Err(Error::msg("a benchmark needs at least one step"));
+    }
+    if data.train.is_empty() {
+        return Err(Error::msg("the training data is empty"));
+    }
+    let device = model.params().device().clone();
+    let (ends, receiver) = channel();
+    trainer = trainer.image_every(0).callback(Stopwatch { device: device.clone(), ends });
+    let total = WARM_UP + steps;
+    let samples = match pass {
+        Pass::Training => {
+            data.val = None;
+            trainer.config.max_epochs = None;
+            trainer.config.max_steps = Some(total);
+            trainer.fit(model, &data)?;
+            trainer.config.batch_size.min(data.train.len())
+        }
+        Pass::Forward => {
+            let batch = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
+            let len = total as usize * batch;
+            data.train = Arc::new(Cycle { dataset: data.train, len });
+            trainer.validate(model, &data, Split::Train)?;
+            batch
+        }
+    };
+    let ends: Vec<Instant> = receiver.try_iter().collect();
+    let timed = ends.get(WARM_UP as usize - 1..).unwrap_or_default();
+    let seconds = median(timed.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64()).collect());
+    let samples_per_second = samples as f64 / seconds;
+    let passes = if pass == Pass::Training { 3. } else { 1. };
+    let flops_per_sample = model.evaluation().flops().map(|forward| passes * forward);
+    Ok(Benchmark {
+        ms_per_step: 1e3 * seconds,
+        samples_per_second,
+        peak_rss_mb: peak_rss_mb(),
+        flops_per_sample,
+        tflops: flops_per_sample.map(|flops| flops * samples_per_second / 1e12),
+        device: match device {
+            Device::Cpu => "cpu",
+            Device::Cuda(_) => "cuda",
+            Device::Metal(_) => "metal",
+        },
+        threads: trainer.in_pool(|_| Ok(rayon::current_num_threads()))?,
+        precision: trainer.config.precision,
+    })
+}
+
+/// Notes when each step ends. The time between two ends is all that a step costs, waiting for data included.
+struct Stopwatch {
+    device: Device,
+    ends: Sender<Instant>,
+}
+
+impl Stopwatch {
+    fn note(&self) -> Result<()> {
+        // A step has ended when its device is idle, not when its last operation has been asked for.
+        self.device.synchronize()?;
+        // Nobody listens only after the benchmark has failed.
+        let _ = self.ends.send(Instant::now());
+        Ok(())
+    }
+}
+
+impl Callback for Stopwatch {
+    fn on_step_end(&mut self, _: &Progress) -> Result<Flow> {
+        self.note()?;
+        Ok(Flow::Continue)
+    }
+
+    fn on_validation_batch(&mut self, _: usize, _: usize) -> Result<()> {
+        self.note()
+    }
+}
+
+/// A dataset cut, or repeated, to a length: validation passes over the whole of what it is given.
+struct Cycle<B> {
+    dataset: Arc<dyn Dataset<Batch = B>>,
+    len: usize,
+}
+
+impl<B: Batch> Dataset for Cycle<B> {
+    type Batch = B;
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn spec(&self) -> B::Spec {
+        self.dataset.spec()
+    }
+
+    fn batch(&self, samples: &[Sample]) -> Result<B> {
+        let inside = |sample: &Sample| Sample { index: sample.index % self.dataset.len(), ..*sample };
+        self.dataset.batch(&samples.iter().map(inside).collect::<Vec<_>>())
+    }
+}
+
+/// The middle value; the mean of the middle two of an even number. Not a number where there is none.
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let (low, high) = (values.len().saturating_sub(1) / 2, values.len() / 2);
+    match (values.get(low), values.get(high)) {
+        (Some(low), Some(high)) => (low + high) / 2.,
+        _ => f64::NAN,
+    }
+}
+
+/// Linux counts the high-water mark of a process's resident memory, in KiB.
+fn peak_rss_mb() -> Option<f64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib * 1024. / 1e6)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Tensor;
+
+    use super::*;
+    use crate::batch::Tensors;
+    use crate::module::{Module, Step};
+    use crate::params::Params;
+    use crate::trainer::TrainerConfig;
+
+    struct Ones {
+        samples: usize,
+    }
+
+    impl Dataset for Ones {
+        type Batch = Tensors;
+
+        fn len(&self) -> usize {
+            self.samples
+        }
+
+        fn spec(&self) {}
+
+        fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+            assert!(samples.iter().all(|sample| sample.index < self.samples));
+            Ok(Tensors(vec![Tensor::ones(samples.len(), candle_core::DType::F32, &Device::Cpu)?]))
+        }
+    }
+
+    struct Scale(Tensor);
+
+    impl Module for Scale {
+        type Batch = Tensors;
+
+        fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
+            Ok(batch.0[0].broadcast_mul(&self.0)?.mean_all()?)
+        }
+
+        fn flops(&self) -> Option<f64> {
+            Some(10.)
+        }
+    }
+
+    fn bench(samples: usize, steps: u64, pass: Pass) -> Result<Benchmark> {
+        let model = Model::new(|vb| Ok(Scale(vb.get(1, "scale")?)), 0, &Device::Cpu).unwrap();
+        let config =
+            TrainerConfig { batch_size: 4, max_epochs: Some(1), threads: Some(1), ..Default::default() };
+        measure(Trainer::new(config), &model, Data::new(Ones { samples }), steps, pass)
+    }
+
+    #[test]
+    fn a_training_step_counts_three_forward_passes() {
+        for (pass, flops) in [(Pass::Training, 30.), (Pass::Forward, 10.)] {
+            // The steps of several epochs of a small dataset.
+            let result = bench(6, 9, pass).unwrap();
+            assert_eq!(result.flops_per_sample, Some(flops));
+            assert_eq!((result.device, result.threads), ("cpu", 1));
+            assert!(result.ms_per_step > 0. && result.tflops.is_some_and(|tflops| tflops > 0.));
+            let rate = 1e3 * 4. / result.ms_per_step;
+            assert!((result.samples_per_second / rate - 1.).abs() < 1e-9);
+        }
+    }
+
+    #[test]
+    fn nothing_to_time_is_an_error() {
+        assert!(bench(6, 0, Pass::Training).is_err());
+        assert!(bench(0, 2, Pass::Training).is_err());
+        assert!(bench(0, 2, Pass::Forward).is_err());
+    }
+
+    #[test]
+    fn the_median_is_the_middle() {
+        assert_eq!(median(vec![5., 1., 2.]), 2.);
+        assert_eq!(median(vec![4., 1., 2., 90.]), 3.);
+        assert!(median(Vec::new()).is_nan());
+    }
+}
