@@ -179,7 +179,6 @@ mod tests {
     use super::*;
     use crate::batch::Tensors;
     use crate::module::{Module, Step};
-    use crate::params::Params;
     use crate::trainer::TrainerConfig;
 
     struct Ones {
