@@ -2,7 +2,7 @@
 # Candlepower beside PyTorch on this machine's CPU: the step of the tutorial's model, as a Markdown table.
 #
 #   bench/cpu.sh                    all sizes, forward only, threads, plain candle (about half an hour on two cores)
-#   bench/cpu.sh --quick            one size, two rounds (about two minutes)
+#   bench/cpu.sh --quick            2x64 alone (about two minutes)
 #   bench/cpu.sh 4x64 1x32          training steps of these sizes alone: BATCHxHIDDEN
 #
 #   --rounds N    how often each is measured (3)      --steps N    timed steps of a measurement, after two more (5)
@@ -20,7 +20,7 @@ threads=$(nproc 2>/dev/null || sysctl -n hw.physicalcpu)
 usage() { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//'; }
 while (($#)); do
     case $1 in
-        --quick) sizes=(2x64) rounds=2 extras=0 ;;
+        --quick) sizes=(2x64) rounds=3 extras=0 ;;
         --rounds | --steps | --threads)
             [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || { echo "$1: expected a number from 1" >&2; exit 2; }
             printf -v "${1#--}" %s "$2"

@@ -9,20 +9,32 @@ import statistics
 import sys
 
 
+# Rounds that differ by more than this factor were disturbed.
+QUIET = 1.2
+
+
 def read(path):
-    """What was measured -> field -> median over the rounds."""
+    """What was measured -> the objects that its rounds printed."""
     rounds = {}
     with open(path) as lines:
         for line in lines:
             what, result = line.rstrip("\n").split("\t")
             rounds.setdefault(what, []).append(json.loads(result))
+    return rounds
+
+
+def medians(results):
+    """Field -> median over the rounds; of an even number the lower, since disturbances only ever add."""
     return {
-        what: {
-            key: statistics.median(r[key] for r in results) if isinstance(value, (int, float)) else value
-            for key, value in results[0].items()
-        }
-        for what, results in rounds.items()
-    }, max(map(len, rounds.values()), default=0)
+        key: statistics.median_low([r[key] for r in results]) if isinstance(value, (int, float)) else value
+        for key, value in results[0].items()
+    }
+
+
+def spread(results):
+    """The slowest round over the fastest."""
+    times = [result["ms_per_step"] for result in results]
+    return max(times) / min(times)
 
 
 def number(value, digits=0):
@@ -46,10 +58,10 @@ def cpu():
 
 
 def main():
-    measured, rounds = read(sys.argv[1])
-    threads = sys.argv[2]
-    if not measured:
+    rounds, threads = read(sys.argv[1]), sys.argv[2]
+    if not rounds:
         return
+    measured = {what: medians(results) for what, results in rounds.items()}
 
     def get(what, key="ms_per_step"):
         return measured.get(what, {}).get(key)
@@ -82,8 +94,11 @@ def main():
     if library:
         print(f"- Of PyTorch's memory, {number(library)} MB are the library itself, before there is a model.")
     torch = next((result["torch"] for result in measured.values() if "torch" in result), "none")
-    print(f"\nA ratio above 1: Candlepower needs less. Medians over {rounds} rounds of each one's median step; "
-          f"{threads} threads.")
+    disturbed = [f"{what} {spread(results):.1f}x" for what, results in rounds.items() if spread(results) > QUIET]
+    if disturbed:
+        print(f"- **Not a quiet machine**: slowest round over fastest: {', '.join(disturbed)}.")
+    print(f"\nA ratio above 1: Candlepower needs less. Medians over {max(map(len, rounds.values()))} round(s) of each "
+          f"one's median step; {threads} thread(s).")
     print(f"{cpu()}, {os.cpu_count()} cores; torch {torch}; {datetime.date.today()}")
 
 
