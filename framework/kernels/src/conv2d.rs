@@ -122,8 +122,16 @@ fn images(data: &[f32], pixels: usize, channels: usize) -> Images {
     Images { data: data.as_ptr(), image: pixels * channels, channels }
 }
 
+/// What the unsafe code below relies on.
+fn check_lengths(g: &Geometry, x: Option<&[f32]>, weight: &[f32], dy: Option<&[f32]>) {
+    assert!(x.is_none_or(|x| x.len() == g.batch * g.height * g.width * g.inputs));
+    assert_eq!(weight.len(), g.outputs * g.inputs / g.groups * g.kernel_height * g.kernel_width);
+    assert!(dy.is_none_or(|dy| dy.len() == g.batch * g.out_height * g.out_width * g.outputs));
+}
+
 /// y = x * w + bias
 pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    check_lengths(g, Some(x), weight, None);
     let level = Level::current();
     let mut y = vec![0f32; g.batch * g.out_height * g.out_width * g.outputs];
     on_pool(|| {
@@ -171,6 +179,7 @@ pub(crate) struct Gradients {
 
 /// The gradients of x, weight and bias.
 pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], wanted: &Wanted) -> Gradients {
+    check_lengths(g, Some(x), weight, Some(dy));
     let level = Level::current();
     let mut dx = wanted.x.then(|| vec![0f32; g.batch * g.height * g.width * g.inputs]);
     let mut dw = wanted.weight.then(|| vec![0f32; weight.len()]);
@@ -199,6 +208,7 @@ pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], want
 
 /// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
 pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+    check_lengths(g, None, weight, Some(dy));
     let level = Level::current();
     let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
     on_pool(|| {

@@ -183,6 +183,14 @@ impl RollOut {
     fn top(&self) -> usize {
         self.layers.len() - 1
     }
+    /// Floats of the input and of the output.
+    fn input_len(&self) -> usize {
+        let frames = self.batch * if self.feedback { 1 } else { self.steps };
+        frames * self.pixels() * self.layers[0].inputs
+    }
+    fn output_len(&self) -> usize {
+        self.state(self.top()) * if self.keep == Keep::All { self.steps } else { 1 }
+    }
     /// Pixels of an image.
     fn pixels(&self) -> usize {
         self.height * self.width
@@ -383,6 +391,8 @@ fn forward(
     input: &[f32],
     parameters: &[f32],
 ) -> (Vec<f32>, Option<Kept>) {
+    // What the unsafe code below relies on.
+    assert_eq!((input.len(), parameters.len()), (r.input_len(), r.parameters));
     let orders: Vec<ColumnOrder> = r.layers.iter().map(|l| packed_order(l.hidden)).collect();
     let weights: Vec<Weights> = r
         .layers
@@ -404,7 +414,7 @@ fn forward(
 
     // All steps where backward needs them, otherwise the two (h) or one (c) in use.
     let (h_depth, c_depth) = if gradients { (r.steps, r.steps) } else { (2, 1) };
-    let mut output = vec![0f32; r.state(r.top()) * if r.keep == Keep::All { r.steps } else { 1 }];
+    let mut output = vec![0f32; r.output_len()];
     let mut c: Vec<Buffer> = r.layers.iter().map(|l| Buffer::new(c_depth * r.cells(l) * LANES)).collect();
     let mut h: Vec<Buffer> = (0..r.layers.len()).map(|layer| Buffer::new(h_depth * r.state(layer))).collect();
     if r.keep == Keep::All {
@@ -561,6 +571,9 @@ fn backward(
     d_output: &[f32],
     (wants_input, wants_parameters): (bool, bool),
 ) -> MaybeGradients {
+    // What the unsafe code below relies on.
+    assert_eq!((input.len(), parameters.len()), (r.input_len(), r.parameters));
+    assert_eq!((output.len(), d_output.len()), (r.output_len(), r.output_len()));
     let mut d_input = wants_input.then(|| vec![0f32; input.len()]);
     let mut d_parameters = wants_parameters.then(|| vec![0f32; parameters.len()]);
     let d_input_shared = d_input.as_mut().map(|d| Shared::new(d));

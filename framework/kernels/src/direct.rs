@@ -684,8 +684,10 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
             .collect();
     }
     // The lines of pixels to sum over: rows, or segments of one long row.
-    let flat = g.taps() == 1 && g.stride == 1 && framed._copy.is_none() && g.padding == 0;
-    let flat = flat
+    let flat = g.taps() == 1
+        && g.stride == 1
+        && (g.height, g.width) == (g.out_height, g.out_width)
+        && framed._copy.is_none()
         && x.image == g.height * g.width * g.inputs
         && dy.image == g.out_height * g.out_width * g.outputs;
     let (rows, line) =

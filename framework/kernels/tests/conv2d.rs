@@ -53,7 +53,7 @@ fn larger_images_take_several_chunks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(150) })]
+    #![proptest_config(ProptestConfig { cases: 200, max_global_rejects: 100_000, failure_persistence: None, ..Default::default() })]
     #[test]
     fn any_options(
         batch in 1..3usize, h in 1..14usize, w in 1..14usize, gi in 1..20usize, go in 1..20usize, groups in 1..4usize,

@@ -104,7 +104,7 @@ fn images_of_several_chunks() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(60) })]
+    #![proptest_config(ProptestConfig { cases: 80, max_global_rejects: 100_000, failure_persistence: None, ..Default::default() })]
     #[test]
     fn any_sizes(
         batch in 1..3usize, steps in 1..5usize, h in 1..10usize, w in 1..10usize, inputs in 1..19usize,

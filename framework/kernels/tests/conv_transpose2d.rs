@@ -60,6 +60,10 @@ fn usual_upsampling_at_each_level() {
         let two = ConvTranspose2dOptions { stride: 2, padding: 1, ..Default::default() };
         check([2, 5, 7, 20], 17, (4, 4), two, true, 1);
         check([1, 8, 9, 32], 3, (3, 3), ConvTranspose2dOptions { output_padding: 1, ..two }, true, 2);
+        // The last row and column of the output are beyond what any input writes.
+        let beyond =
+            ConvTranspose2dOptions { output_padding: 1, dilation: 2, groups: 2, ..Default::default() };
+        check([1, 1, 2, 4], 6, (1, 1), beyond, true, 4);
         check(
             [2, 9, 10, 40],
             24,
@@ -72,7 +76,7 @@ fn usual_upsampling_at_each_level() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(120) })]
+    #![proptest_config(ProptestConfig { cases: 200, max_global_rejects: 100_000, failure_persistence: None, ..Default::default() })]
     #[test]
     fn any_options(
         batch in 1..3usize, h in 1..9usize, w in 1..9usize, gi in 1..20usize, go in 1..20usize, groups in 1..4usize,
