@@ -10,6 +10,7 @@
 #
 # The competitors take turns, so that whatever else the machine does hits all of them, and each measurement is a process
 # of its own, so that its peak memory is its own. A cell is the median over the rounds of each measurement's median.
+# PyTorch's bf16 is left out on a processor without bf16 products, where it takes minutes a step.
 # Interrupted, it prints what it has. CANDLEPOWER_BENCH_PYTHON names a python that has torch; without it, a virtual
 # environment with torch is made once, in the target folder.
 set -euo pipefail
@@ -78,12 +79,18 @@ pytorch() { # WHAT SIZE MODE
         --threads "$threads"
 }
 
+bf16=1
+if [[ -r /proc/cpuinfo ]] && ! grep -qE 'avx512_bf16|amx_bf16|\bbf16\b' /proc/cpuinfo; then
+    bf16=0
+    echo "this processor has no bf16 products: PyTorch's bf16 is left out" >&2
+fi
+
 for ((round = 1; round <= rounds; round++)); do
     echo "round $round of $rounds" >&2
     for size in "${sizes[@]}"; do
         ours "train $size ours" "$size"
         pytorch "train $size f32" "$size" f32
-        pytorch "train $size bf16" "$size" bf16
+        ((!bf16)) || pytorch "train $size bf16" "$size" bf16
     done
     if ((extras)); then
         ours "forward 2x64 ours" 2x64 --forward
