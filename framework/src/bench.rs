@@ -8,8 +8,8 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Progress};
-use crate::data::{Data, Dataset, Sample, Split};
+use crate::callback::{Callback, Flow, StepEnd};
+use crate::data::{Data, Dataset, Sample, Source, Split};
 use crate::error::{Error, Result};
 use crate::module::Model;
 use crate::trainer::{Precision, Trainer};
@@ -66,18 +66,23 @@ pub(crate) fn measure<B: Batch>(
     let (ends, receiver) = channel();
     trainer = trainer.image_every(0).callback(Stopwatch { device: device.clone(), ends });
     let total = WARM_UP + steps;
+    trainer.config.fast_dev_run = 0;
+    trainer.config.limit_train_batches = None;
+    trainer.config.max_time = None;
     let samples = match pass {
         Pass::Training => {
             data.val = None;
             trainer.config.max_epochs = None;
             trainer.config.max_steps = Some(total);
             trainer.fit(model, &data)?;
-            trainer.config.batch_size.min(data.train.len())
+            trainer.config.batch_size.min(data.train.len().unwrap_or(usize::MAX))
         }
         Pass::Forward => {
             let batch = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
             let len = total as usize * batch;
-            data.train = Arc::new(Cycle { dataset: data.train, len });
+            if let Source::Indexed(dataset) = data.train {
+                data.train = Source::Indexed(Arc::new(Cycle { dataset, len }));
+            }
             trainer.validate(model, &data, Split::Train)?;
             batch
         }
@@ -121,12 +126,12 @@ impl Stopwatch {
 }
 
 impl Callback for Stopwatch {
-    fn on_step_end(&mut self, _: &Progress) -> Result<Flow> {
+    fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
         self.note()?;
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: usize) -> Result<()> {
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
         self.note()
     }
 }

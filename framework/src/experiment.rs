@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device};
-use indexmap::IndexMap;
+use indexmap::{IndexMap, IndexSet};
 use schemars::schema_for;
 use serde_json::json;
 
@@ -12,32 +12,46 @@ use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, StopReason};
 use crate::callbacks::ProgressBar;
 use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
-use crate::config::{DataRecipe, Document, ModuleRecipe, Registry, untag};
-use crate::data::{Data, Split};
+use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
+use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
 use crate::logger::{Loggers, LoggingConfig};
 use crate::metrics::video::Baseline;
 use crate::module::Model;
-use crate::optim::OptimizerConfig;
+use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 use crate::run_dir::{RunConfig, RunDir};
 use crate::schedule::{Plateau, Schedule};
 use crate::trainer::{Outcome, Trainer, TrainerConfig};
 
-const SECTIONS: [&str; 8] =
-    ["run", "trainer", "module", "data", "optimizer", "schedule", "checkpoint", "logging"];
+const SECTIONS: [&str; 11] = [
+    "run",
+    "trainer",
+    "module",
+    "data",
+    "optimizer",
+    "optimizers",
+    "schedule",
+    "average",
+    "checkpoint",
+    "logging",
+    "callbacks",
+];
 
 /// A configuration file whose every section has been read and checked; no data has been read yet.
 pub struct Experiment {
     document: Document,
     run: RunConfig,
     trainer: TrainerConfig,
-    optimizer: OptimizerConfig,
+    turns: Vec<TurnConfig>,
     schedule: Schedule,
     plateau: Option<Plateau>,
+    average: Option<AverageConfig>,
     checkpoint: CheckpointConfig,
     logging: LoggingConfig,
+    callbacks: Vec<(String, Box<dyn CallbackRecipe>)>,
     names: [String; 2],
     workers: usize,
+    prefetch: usize,
     job: Box<dyn Job>,
 }
 
@@ -55,8 +69,8 @@ pub enum Resume {
 /// What a training came to.
 #[derive(Debug)]
 pub struct Report {
-    /// The run's folder.
-    pub dir: PathBuf,
+    /// The run's folder; a try-out (`trainer.fast_dev_run`) has none.
+    pub dir: Option<PathBuf>,
     /// How training ended.
     pub outcome: Outcome,
     /// What predictors that learn nothing reach on the validation data.
@@ -83,53 +97,81 @@ impl Experiment {
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;
         checkpoint.check().map_err(place("checkpoint"))?;
         let logging = document.section("logging")?;
-        let optimizer: OptimizerConfig =
-            document.variant(&document.named("optimizer", Some("adam"))?, "optimizer")?;
-        optimizer.check().map_err(place("optimizer"))?;
-        let mut schedule = document.named("schedule", Some("constant"))?;
-        let plateau = document.take_field(&mut schedule, "plateau")?;
-        let schedule: Schedule = document.variant(&schedule, "schedule")?;
-        schedule.check().map_err(place("schedule"))?;
+        let turns = turns(&document)?;
+        let (schedule, plateau) = schedule(&document, "schedule")?;
+        let average = average(&document)?;
+        let callbacks = registry.callbacks(&document)?;
+        for (name, callback) in &callbacks {
+            callback.make().map_err(|error| document.place(&format!("callbacks.{name}"), error))?;
+        }
         let (module, mut data) = (document.named("module", None)?, document.named("data", None)?);
         let workers = document.take_field(&mut data, "workers")?.unwrap_or(2);
+        let prefetch = document.take_field(&mut data, "prefetch")?.unwrap_or(2);
         let job = registry.job(&document, &module, &data)?;
         let names = [module.name, data.name];
         Ok(Self {
             document,
             run,
             trainer,
-            optimizer,
+            turns,
             schedule,
             plateau,
+            average,
             checkpoint,
             logging,
+            callbacks,
             names,
             workers,
+            prefetch,
             job,
         })
     }
 
     /// The configuration with every default written out.
     pub fn resolved(&self) -> Result<String> {
-        let table = |error: toml::ser::Error| Error::msg(error.to_string());
         let [mut module, mut data] = self.job.settings()?;
         module.insert("name".into(), self.names[0].clone().into());
         data.insert("name".into(), self.names[1].clone().into());
         data.insert("workers".into(), toml::Value::Integer(self.workers as i64));
+        data.insert("prefetch".into(), toml::Value::Integer(self.prefetch as i64));
         let mut all = toml::Table::new();
-        all.insert("run".into(), toml::Value::try_from(&self.run).map_err(table)?);
-        all.insert("trainer".into(), toml::Value::try_from(&self.trainer).map_err(table)?);
+        all.insert("run".into(), table(&self.run)?.into());
+        all.insert("trainer".into(), table(&self.trainer)?.into());
         all.insert("module".into(), module.into());
         all.insert("data".into(), data.into());
-        all.insert("optimizer".into(), untag(&self.optimizer)?.into());
+        match &self.turns[..] {
+            [only] if only.name == ONLY => {
+                all.insert("optimizer".into(), optimizer_table(only)?.into());
+            }
+            turns => {
+                let mut optimizers = toml::Table::new();
+                for turn in turns {
+                    let mut fields = optimizer_table(turn)?;
+                    fields.insert("params".into(), turn.params.clone().into());
+                    if let Some(schedule) = &turn.schedule {
+                        fields.insert("schedule".into(), untag(schedule)?.into());
+                    }
+                    optimizers.insert(turn.name.clone(), fields.into());
+                }
+                all.insert("optimizers".into(), optimizers.into());
+            }
+        }
         let mut schedule = untag(&self.schedule)?;
         if let Some(plateau) = &self.plateau {
-            schedule.insert("plateau".into(), toml::Value::try_from(plateau).map_err(table)?);
+            schedule.insert("plateau".into(), table(plateau)?.into());
         }
         all.insert("schedule".into(), schedule.into());
-        all.insert("checkpoint".into(), toml::Value::try_from(&self.checkpoint).map_err(table)?);
-        all.insert("logging".into(), toml::Value::try_from(&self.logging).map_err(table)?);
-        toml::to_string_pretty(&all).map_err(table)
+        if let Some(average) = &self.average {
+            all.insert("average".into(), untag(average)?.into());
+        }
+        all.insert("checkpoint".into(), table(&self.checkpoint)?.into());
+        all.insert("logging".into(), table(&self.logging)?.into());
+        if !self.callbacks.is_empty() {
+            let callbacks = self.callbacks.iter();
+            let callbacks = callbacks.map(|(name, c)| Ok((name.clone(), c.settings()?.into())));
+            all.insert("callbacks".into(), callbacks.collect::<Result<toml::Table>>()?.into());
+        }
+        toml::to_string_pretty(&all).map_err(|error| Error::msg(error.to_string()))
     }
 
     /// Makes the module without reading a sample, so that a configuration can be tried cheaply; returns how many
@@ -143,14 +185,25 @@ impl Experiment {
         self.job.train(self, resume, callbacks)
     }
 
-    /// The metrics of a checkpoint on the validation data.
-    pub fn validate(&self, checkpoint: &Path) -> Result<IndexMap<String, f64>> {
-        self.job.validate(self, checkpoint)
+    /// The metrics of a checkpoint on a split of the data.
+    pub fn validate(&self, checkpoint: &Path, split: Split) -> Result<IndexMap<String, f64>> {
+        self.job.validate(self, checkpoint, split)
     }
 
     /// Predicts from the file `input` with a checkpoint's weights, and writes the prediction to `output`.
     pub fn predict(&self, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
         self.job.predict(self, checkpoint, input, output)
+    }
+
+    /// Predicts from every sample of a split with a checkpoint's weights, and hands the predictions to the callbacks;
+    /// returns how many batches there were.
+    pub fn predict_split(
+        &self,
+        checkpoint: &Path,
+        split: Split,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<usize> {
+        self.job.predict_split(self, checkpoint, split, callbacks)
     }
 
     /// Times `steps` steps after a warm-up; writes nothing. What it leaves out of training is what is not a step:
@@ -160,8 +213,14 @@ impl Experiment {
     }
 
     fn data<B: Batch>(&self, recipe: &dyn DataRecipe<B>) -> Result<Data<B>> {
-        let open = |split| recipe.open(split).map_err(|error| self.document.place("data", error));
-        Ok(Data { train: open(Split::Train)?, val: Some(open(Split::Val)?), workers: self.workers })
+        let mut data = Data::from_source(self.open(recipe, Split::Train)?);
+        data.val = Some(self.open(recipe, Split::Val)?);
+        (data.workers, data.prefetch) = (self.workers, self.prefetch);
+        Ok(data)
+    }
+
+    fn open<B: Batch>(&self, recipe: &dyn DataRecipe<B>, split: Split) -> Result<Source<B>> {
+        recipe.open(split).map_err(|error| self.document.place("data", error))
     }
 
     fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
@@ -171,11 +230,35 @@ impl Experiment {
 
     fn trainer(&self) -> Trainer {
         Trainer::new(self.trainer.clone())
-            .optimizer(self.optimizer.clone())
+            .optimizers(self.turns.clone())
+            .average(self.average.clone())
             .schedule(self.schedule.clone())
             .plateau(self.plateau.clone())
             .seed(self.run.seed)
             .image_every(self.logging.image_every)
+    }
+
+    /// Writes the resolved configuration into the run's folder; of a resumed run, says what has changed in it.
+    fn write_config(&self, run: &RunDir, resumed: bool) -> Result<()> {
+        let (path, resolved) = (run.path().join("config.toml"), self.resolved()?);
+        if resumed && let Ok(old) = std::fs::read_to_string(&path) {
+            let parse = |text: &str| text.parse::<toml::Table>().map_err(Error::content(&path));
+            let changes = differences(&parse(&old)?, &parse(&resolved)?, "");
+            if !changes.is_empty() {
+                tracing::warn!("the configuration is not the checkpoint's:\n  {}", changes.join("\n  "));
+            }
+        }
+        std::fs::write(&path, resolved).map_err(Error::file(&path))
+    }
+
+    /// Gives a setting that only training could find wrong its place in the file.
+    fn place_training_error(&self, error: Error) -> Error {
+        let section = match &error {
+            Error::Setting { key, .. } if key == "monitor" => "checkpoint",
+            Error::Setting { key, .. } if key == "params" => "optimizer",
+            _ => "trainer",
+        };
+        self.document.place(section, error)
     }
 
     /// The folder to train in, and the checkpoint to start from.
@@ -196,6 +279,100 @@ impl Experiment {
     }
 }
 
+/// The name of the only optimizer, which modules and logs do not see.
+const ONLY: &str = "optimizer";
+
+/// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
+fn turns(document: &Document) -> Result<Vec<TurnConfig>> {
+    let several = document.sections_in("optimizers")?;
+    let Some((_, span)) = several.first() else {
+        let only = turn(document, ONLY.into(), "optimizer", Some("adam"))?;
+        return Ok(vec![TurnConfig { params: "*".into(), schedule: None, ..only }]);
+    };
+    if document.has("optimizer")? {
+        let message = "either [optimizer] or [optimizers.*]: a run has one optimizer, or several with names";
+        return Err(document.error_at(Some(span.clone()), message.into()).into());
+    }
+    let turn = |(name, _): (String, _)| {
+        let section = format!("optimizers.{name}");
+        turn(document, name, &section, None)
+    };
+    several.into_iter().map(turn).collect()
+}
+
+fn turn(document: &Document, name: String, section: &str, default: Option<&str>) -> Result<TurnConfig> {
+    let mut named = document.named(section, default)?;
+    let groups: Option<Vec<GroupConfig>> = document.take_field(&mut named, "groups")?;
+    let (params, schedule_table): (Option<String>, Option<toml::Table>) = match default {
+        Some(_) => (None, None),
+        None => (document.take_field(&mut named, "params")?, document.take_field(&mut named, "schedule")?),
+    };
+    let Some(params) = params.or(default.map(|_| "*".into())) else {
+        let message =
+            format!("[{section}] needs `params`: a pattern of names, for example params = \"{name}.*\"");
+        return Err(document.error_at(named.span, message).into());
+    };
+    let schedule = match schedule_table {
+        Some(_) => Some(schedule(document, &format!("{section}.schedule"))?.0),
+        None => None,
+    };
+    let optimizer = document.variant(&named, "optimizer")?;
+    let turn = TurnConfig { name, params, optimizer, groups: groups.unwrap_or_default(), schedule };
+    turn.check().map_err(|error| document.place(section, error))?;
+    Ok(turn)
+}
+
+/// A section that describes a schedule, with the plateau that it may hold.
+fn schedule(document: &Document, section: &str) -> Result<(Schedule, Option<Plateau>)> {
+    let mut named = document.named(section, Some("constant"))?;
+    let plateau = document.take_field(&mut named, "plateau")?;
+    let schedule: Schedule = document.variant(&named, "schedule")?;
+    schedule.check().map_err(|error| document.place(section, error))?;
+    Ok((schedule, plateau))
+}
+
+fn average(document: &Document) -> Result<Option<AverageConfig>> {
+    if !document.has("average")? {
+        return Ok(None);
+    }
+    let average: AverageConfig = document.variant(&document.named("average", None)?, "average")?;
+    average.check().map_err(|error| document.place("average", error))?;
+    Ok(Some(average))
+}
+
+fn optimizer_table(turn: &TurnConfig) -> Result<toml::Table> {
+    let mut fields = untag(&turn.optimizer)?;
+    if !turn.groups.is_empty() {
+        let groups = turn.groups.iter().map(|group| Ok(table(group)?.into()));
+        fields.insert("groups".into(), groups.collect::<Result<Vec<toml::Value>>>()?.into());
+    }
+    Ok(fields)
+}
+
+fn table(section: &impl serde::Serialize) -> Result<toml::Table> {
+    toml::Table::try_from(section).map_err(|error| Error::msg(error.to_string()))
+}
+
+/// What is set otherwise in `new` than in `old`, a line each: `trainer.batch_size: 8, was 16`.
+fn differences(old: &toml::Table, new: &toml::Table, path: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    let keys: IndexSet<&String> = old.keys().chain(new.keys()).collect();
+    for key in keys {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        match (old.get(key), new.get(key)) {
+            (Some(old), Some(new)) if old == new => {}
+            (Some(toml::Value::Table(old)), Some(toml::Value::Table(new))) => {
+                lines.extend(differences(old, new, &path));
+            }
+            (Some(old), Some(new)) => lines.push(format!("{path}: {new}, was {old}")),
+            (None, Some(new)) => lines.push(format!("{path}: {new}, was not set")),
+            (Some(old), None) => lines.push(format!("{path}: not set, was {old}")),
+            (None, None) => {}
+        }
+    }
+    lines
+}
+
 /// A JSON Schema of configuration files, for editors.
 pub fn schema(registry: &Registry) -> serde_json::Value {
     let [module, data] = registry.schemas();
@@ -211,9 +388,15 @@ pub fn schema(registry: &Registry) -> serde_json::Value {
             "module": module,
             "data": data,
             "optimizer": named_variants(schema_for!(OptimizerConfig)),
+            "optimizers": {
+                "type": "object",
+                "additionalProperties": named_variants(schema_for!(OptimizerConfig)),
+            },
             "schedule": named_variants(schema_for!(Schedule)),
+            "average": named_variants(schema_for!(AverageConfig)),
             "checkpoint": schema_for!(CheckpointConfig),
             "logging": schema_for!(LoggingConfig),
+            "callbacks": registry.callback_schemas(),
         },
     })
 }
@@ -243,8 +426,20 @@ pub(crate) trait Job: Send + Sync {
         resume: &Resume,
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<Report>;
-    fn validate(&self, experiment: &Experiment, checkpoint: &Path) -> Result<IndexMap<String, f64>>;
+    fn validate(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+    ) -> Result<IndexMap<String, f64>>;
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()>;
+    fn predict_split(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<usize>;
     fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark>;
 }
 
@@ -263,7 +458,7 @@ impl<B: Batch> Pair<B> {
     fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
         let (model, data) = self.model_and_data(experiment)?;
         let (_, checkpoint) = RunDir::containing(checkpoint)?;
-        Checkpoint::load(&checkpoint)?.restore_params(&model.params().vars())?;
+        Checkpoint::load(&checkpoint)?.restore_for_evaluation(&model.params().vars())?;
         Ok((model, data))
     }
 }
@@ -284,36 +479,67 @@ impl<B: Batch> Job for Pair<B> {
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<Report> {
         let (model, data) = self.model_and_data(experiment)?;
-        let (run, checkpoint) = experiment.start(resume)?;
-        let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
-        let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
-        let config = run.path().join("config.toml");
-        std::fs::write(&config, experiment.resolved()?).map_err(Error::file(&config))?;
-        tracing::info!("{}", summary(&model));
-        tracing::info!("run folder: {}", run.path().display());
-
-        let mut trainer = experiment.trainer().checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-        trainer = trainer.callback(Loggers::in_folder(run.path(), &experiment.logging, step)?);
+        let mut trainer = experiment.trainer();
+        for (_, callback) in &experiment.callbacks {
+            trainer = trainer.boxed_callback(callback.make()?);
+        }
+        trainer = callbacks.into_iter().fold(trainer, Trainer::boxed_callback);
         if experiment.logging.progress {
             trainer = trainer.callback(ProgressBar::default());
         }
-        trainer = callbacks.into_iter().fold(trainer, Trainer::boxed_callback);
-        if let Some(checkpoint) = checkpoint {
-            trainer = trainer.resume(checkpoint);
+        tracing::info!("{}", summary(&model));
+        let mut dir = None;
+        if experiment.trainer.fast_dev_run == 0 {
+            let (run, checkpoint) = experiment.start(resume)?;
+            let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
+            let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
+            experiment.write_config(&run, checkpoint.is_some())?;
+            tracing::info!("run folder: {}", run.path().display());
+            // Last, so that they log what the callbacks before them add.
+            trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
+            trainer = trainer.callback(Loggers::in_folder(run.path(), &experiment.logging, step)?);
+            if let Some(checkpoint) = checkpoint {
+                trainer = trainer.resume(checkpoint);
+            }
+            dir = Some(run.path().to_path_buf());
         }
-        let outcome = trainer.fit(&model, &data)?;
-        let baselines = match (&data.val, &outcome.reason) {
-            (Some(val), StopReason::Finished | StopReason::Callback(_)) => {
-                B::baselines(&*data.train, &**val, experiment.run.seed)?
+        let outcome = trainer.fit(&model, &data).map_err(|error| experiment.place_training_error(error))?;
+        let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
+        let baselines = match (&data.train, &data.val) {
+            (Source::Indexed(train), Some(Source::Indexed(val))) if trained && dir.is_some() => {
+                B::baselines(&**train, &**val, experiment.run.seed)?
             }
             _ => Vec::new(),
         };
-        Ok(Report { dir: run.path().to_path_buf(), outcome, baselines })
+        Ok(Report { dir, outcome, baselines })
     }
 
-    fn validate(&self, experiment: &Experiment, checkpoint: &Path) -> Result<IndexMap<String, f64>> {
-        let (model, data) = self.trained(experiment, checkpoint)?;
-        experiment.trainer().validate(&model, &data, Split::Val)
+    fn validate(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+    ) -> Result<IndexMap<String, f64>> {
+        let (model, mut data) = self.trained(experiment, checkpoint)?;
+        if split == Split::Test {
+            data.test = Some(experiment.open(&*self.data, split)?);
+        }
+        experiment.trainer().validate(&model, &data, split)
+    }
+
+    fn predict_split(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<usize> {
+        let (model, mut data) = self.trained(experiment, checkpoint)?;
+        if split == Split::Test {
+            data.test = Some(experiment.open(&*self.data, split)?);
+        }
+        let mut trainer = callbacks.into_iter().fold(experiment.trainer(), Trainer::boxed_callback);
+        trainer.predict_split(&model, &data, split)
     }
 
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {

@@ -4,6 +4,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use crate::error::{Error, Result};
+use crate::optim;
 
 /// One slot for each parameter, in the parameters' order.
 pub(crate) struct Grads {
@@ -39,7 +40,8 @@ impl Grads {
             return Err(Error::msg(format!(
                 "no gradient reaches {} of {} parameters: {}\n\
                  the loss does not depend on them, or an operation on the way has no backward pass \
-                 (in candle: LayerNorm's fast path, `softmax_last_dim`, `rms_norm`, `detach`)",
+                 (in candle: LayerNorm's fast path, `softmax_last_dim`, `rms_norm`, `detach`)\n\
+                 where that is meant, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer]",
                 missing.len(),
                 params.len(),
                 missing.join(", "),
@@ -47,4 +49,17 @@ impl Grads {
         }
         Ok(self.sums.into_iter().flatten().collect())
     }
+}
+
+/// The first parameter whose gradient is not finite.
+pub(crate) fn first_not_finite<'p>(
+    params: &'p [(String, Var)],
+    gradients: &[Tensor],
+) -> Result<Option<&'p str>> {
+    for ((name, _), gradient) in params.iter().zip(gradients) {
+        if !optim::global_norm(std::slice::from_ref(gradient))?.is_finite() {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }

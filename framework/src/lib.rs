@@ -45,10 +45,10 @@ pub mod prelude {
     pub use candle_nn::{Module as _, VarBuilder};
 
     pub use crate::batch::{Batch, Labelled, LabelledSpec, Tensors, Video, VideoSpec};
-    pub use crate::callback::{Callback, Flow, Plan, Progress, Record};
+    pub use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd, StopReason, Watch};
     pub use crate::callbacks::ProgressBar;
     pub use crate::config::Registry;
-    pub use crate::data::{Data, Dataset, Open, Sample, Split};
+    pub use crate::data::{Data, Dataset, Open, OpenStream, Sample, Source, Split, Stream};
     pub use crate::experiment::{Experiment, Resume};
     pub use crate::module::{Build, Model, Module, Step};
     pub use crate::optim::{AdamConfig, AdamWConfig, OptimizerConfig, SgdConfig};

@@ -52,19 +52,34 @@ pub struct Step {
     index: u64,
     micro_batch: u64,
     seed: u64,
+    optimizer: String,
     images_due: bool,
     metrics: Logged,
     images: Logged,
 }
 
 impl Step {
-    pub(crate) fn training(index: u64, micro_batch: u64, seed: u64, images_due: bool) -> Self {
-        Self { training: true, index, micro_batch, seed, images_due, metrics: Vec::new(), images: Vec::new() }
+    pub(crate) fn training(
+        index: u64,
+        micro_batch: u64,
+        seed: u64,
+        optimizer: &str,
+        images_due: bool,
+    ) -> Self {
+        let (metrics, images) = (Vec::new(), Vec::new());
+        let optimizer = optimizer.to_string();
+        Self { training: true, index, micro_batch, seed, optimizer, images_due, metrics, images }
     }
 
     /// A call outside training, after `index` steps of it.
     pub fn evaluation(index: u64, micro_batch: u64, seed: u64, images_due: bool) -> Self {
-        Self { training: false, ..Self::training(index, micro_batch, seed, images_due) }
+        Self { training: false, ..Self::training(index, micro_batch, seed, "", images_due) }
+    }
+
+    /// The optimizer whose turn it is, by its name in `[optimizers.NAME]`: the loss that is returned moves its parameters
+    /// alone. With one optimizer, and outside training, modules need not ask.
+    pub fn optimizer(&self) -> &str {
+        &self.optimizer
     }
 
     /// Whether this call is for training: dropout and the like act only then.

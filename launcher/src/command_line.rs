@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
+use candlepower::data::Split;
 use candlepower::experiment::Resume;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Trains models from TOML files: Lightning-style training for Rust.
 ///
@@ -20,7 +21,7 @@ pub(crate) enum Command {
     /// Train what a configuration describes.
     ///
     /// Writes <run.dir>/<run.name>/version_N/ with checkpoints, metrics, TensorBoard events and pictures. Ctrl-C
-    /// finishes the step, saves, and exits.
+    /// finishes the step, saves, and exits; twice exits at once. SIGUSR1 saves and goes on.
     Train {
         #[command(flatten)]
         config: Config,
@@ -29,28 +30,31 @@ pub(crate) enum Command {
         #[arg(long, value_name = "auto|DIR")]
         resume: Option<String>,
     },
-    /// Measure a checkpoint on the validation data.
+    /// Measure a checkpoint on the validation data, or on another split.
     Validate {
         #[command(flatten)]
         config: Config,
         /// A checkpoint, or a run's folder: then its last good checkpoint.
         #[arg(long, value_name = "DIR")]
         checkpoint: PathBuf,
+        /// The data to measure it on.
+        #[arg(long, value_enum, default_value_t = SplitName::Val)]
+        split: SplitName,
         /// Print one JSON object instead of a table.
         #[arg(long)]
         json: bool,
     },
-    /// Predict from a file with a checkpoint's weights.
+    /// Predict with a checkpoint's weights, from a file or from a split of the data.
     Predict {
         #[command(flatten)]
         config: Config,
         /// A checkpoint, or a run's folder: then its last good checkpoint.
         #[arg(long, value_name = "DIR")]
         checkpoint: PathBuf,
-        /// Frames to predict from: .npy (T,H,W), (N,T,H,W) or (N,T,C,H,W), or an animated .gif.
-        #[arg(long, value_name = "PATH")]
-        input: PathBuf,
-        /// Where the prediction goes; the ending says what it becomes: .gif moves, .png is a grid, .npy numbers.
+        #[command(flatten)]
+        source: Source,
+        /// Where the prediction goes; the ending says what it becomes: .gif moves, .png is a grid, .npy numbers. With
+        /// --split, a folder that gets a .npy file for each batch.
         #[arg(long, value_name = "PATH")]
         output: PathBuf,
     },
@@ -81,6 +85,36 @@ pub(crate) enum Command {
         #[arg(long)]
         schema: bool,
     },
+}
+
+/// What is predicted from.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Source {
+    /// Frames to predict from: .npy (T,H,W), (N,T,H,W) or (N,T,C,H,W), or an animated .gif.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) input: Option<PathBuf>,
+    /// Predict from every sample of this split instead.
+    #[arg(long, value_enum)]
+    pub(crate) split: Option<SplitName>,
+}
+
+/// A split of the data.
+#[derive(Clone, Copy, ValueEnum)]
+pub(crate) enum SplitName {
+    Train,
+    Val,
+    Test,
+}
+
+impl From<SplitName> for Split {
+    fn from(name: SplitName) -> Split {
+        match name {
+            SplitName::Train => Split::Train,
+            SplitName::Val => Split::Val,
+            SplitName::Test => Split::Test,
+        }
+    }
 }
 
 /// A configuration and what is changed in it.

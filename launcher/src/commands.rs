@@ -5,10 +5,11 @@ use std::process::ExitCode;
 use candlepower::Result;
 use candlepower::bench::{Benchmark, Pass};
 use candlepower::callback::StopReason;
+use candlepower::callbacks::PredictionWriter;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
 
-use crate::command_line::{Changes, Command, Config, resume};
+use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
 use crate::signals;
 
 pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
@@ -16,25 +17,31 @@ pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
     match command {
         Command::Train { config, resume: from } => {
             let experiment = read(&config)?;
-            let report =
-                experiment.train(&resume(from.as_deref()), vec![Box::new(signals::stop_on_signal()?)])?;
+            let report = experiment.train(&resume(from.as_deref()), vec![Box::new(signals::on_signal()?)])?;
             print_report(&report);
             return Ok(match report.outcome.reason {
                 StopReason::Signal(signal) => ExitCode::from(128 + signal as u8),
+                StopReason::Failed(_) => ExitCode::FAILURE,
                 _ => ExitCode::SUCCESS,
             });
         }
-        Command::Validate { config, checkpoint, json } => {
-            let metrics = read(&config)?.validate(&checkpoint)?;
+        Command::Validate { config, checkpoint, split, json } => {
+            let metrics = read(&config)?.validate(&checkpoint, split.into())?;
             if json {
                 println!("{}", serde_json::json!(metrics));
             } else {
                 metrics.iter().for_each(|(name, value)| println!("{name:12} {value:.6}"));
             }
         }
-        Command::Predict { config, checkpoint, input, output } => {
+        Command::Predict { config, checkpoint, source: Source { input: Some(input), .. }, output } => {
             read(&config)?.predict(&checkpoint, &input, &output)?;
             println!("wrote {}", output.display());
+        }
+        Command::Predict { config, checkpoint, source: Source { split, .. }, output } => {
+            let writer = Box::new(PredictionWriter::new(&output)?);
+            let split = split.unwrap_or(SplitName::Val).into();
+            let batches = read(&config)?.predict_split(&checkpoint, split, vec![writer])?;
+            println!("wrote {batches} files to {}", output.display());
         }
         Command::Bench { config, steps, forward, json } => {
             let pass = if forward { Pass::Forward } else { Pass::Training };
@@ -64,6 +71,7 @@ fn print_report(report: &Report) {
     match &outcome.reason {
         StopReason::Finished => println!("finished at step {}", outcome.progress.step),
         StopReason::Callback(why) => println!("stopped at step {}: {why}", outcome.progress.step),
+        StopReason::Failed(why) => println!("failed: {why}"),
         StopReason::Signal(_) => {
             println!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
         }
@@ -83,7 +91,10 @@ fn print_report(report: &Report) {
             println!("{amount:.1} % {side} the best of them, \"{}\"", best.name);
         }
     }
-    println!("everything is in {}", report.dir.display());
+    match &report.dir {
+        Some(dir) => println!("everything is in {}", dir.display()),
+        None => println!("this was a try-out (trainer.fast_dev_run): nothing was written"),
+    }
 }
 
 /// A quantity a line; what is not known is left out.

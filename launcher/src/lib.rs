@@ -18,12 +18,14 @@ use candlepower::Error;
 use candlepower::config::Registry;
 use clap::Parser;
 
-/// Every module and dataset that comes with Candlepower. One line a name: this is where a new one is added.
+/// Every module, dataset and callback that comes with Candlepower. One line a name: this is where a new one is added.
 pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
         .dataset::<candlepower_datasets::Digits>("digits")
+        .callback::<candlepower::callbacks::EarlyStopping>("early_stopping")
+        .callback::<candlepower::callbacks::Throughput>("throughput")
 }
 
 /// Does what the command line of this process says, with these modules and datasets.

@@ -1,26 +1,29 @@
-//! Ctrl-C and SIGTERM: the first ends the run after its step, a second ends the process at once.
+//! Signals: the first Ctrl-C or SIGTERM ends the run after its step, a second ends the process at once; SIGUSR1 saves.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::Ordering;
 
-use candlepower::callbacks::StopOnSignal;
+use candlepower::callbacks::OnSignal;
 use candlepower::{Error, Result};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-/// Starts listening; the callback stops the run that it is given to.
-pub(crate) fn stop_on_signal() -> Result<StopOnSignal> {
-    let came = Arc::new(AtomicI32::new(0));
-    let flag = came.clone();
+/// Starts listening; the callback stops, or saves, the run that it is given to.
+pub(crate) fn on_signal() -> Result<OnSignal> {
+    let callback = OnSignal::default();
+    let flags = callback.clone();
     let mut signals =
-        Signals::new([SIGINT, SIGTERM]).map_err(|error| Error::msg(format!("signals: {error}")))?;
+        Signals::new([SIGINT, SIGTERM, SIGUSR1]).map_err(|error| Error::msg(format!("signals: {error}")))?;
     std::thread::spawn(move || {
         for signal in &mut signals {
-            if flag.swap(signal, Ordering::Relaxed) != 0 {
+            if signal == SIGUSR1 {
+                flags.save.store(true, Ordering::Relaxed);
+                continue;
+            }
+            if flags.stop.swap(signal, Ordering::Relaxed) != 0 {
                 std::process::exit(128 + signal);
             }
             eprintln!("stopping after this step; once more to stop at once, without saving");
         }
     });
-    Ok(StopOnSignal(came))
+    Ok(callback)
 }

@@ -108,7 +108,7 @@ fn an_unknown_section() {
     assert_text(
         &error_with("[checkpoint]", "[checkpoints]"),
         r"
-error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `schedule`, `checkpoint`, `logging`
+error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `optimizers`, `schedule`, `average`, `checkpoint`, `logging`, `callbacks`
    |
 22 | [checkpoints]
    |  ^^^^^^^^^^^

@@ -1,7 +1,13 @@
 //! Callbacks that come with the library, one file each.
 
+mod early_stopping;
+mod on_signal;
+mod prediction_writer;
 mod progress_bar;
-mod stop_signal;
+mod throughput;
 
+pub use early_stopping::{EarlyStopping, EarlyStoppingConfig};
+pub use on_signal::OnSignal;
+pub use prediction_writer::PredictionWriter;
 pub use progress_bar::ProgressBar;
-pub use stop_signal::StopOnSignal;
+pub use throughput::{Throughput, ThroughputConfig};

@@ -85,30 +85,24 @@ pub fn latest(dir: &Path) -> Option<PathBuf> {
     newest_first.map(|step| dir.join(step.to_string())).find(|path| verify(path).is_ok())
 }
 
-/// Points the link `best` in `dir` to the checkpoint of `step`.
-pub fn mark_best(dir: &Path, step: u64) -> Result<()> {
-    link(dir, "best", step)
-}
-
-/// Points a link in `dir` to the checkpoint of `step`, replacing the old link in one move.
-pub(super) fn link(dir: &Path, name: &str, step: u64) -> Result<()> {
+/// Points a link in `dir` to the checkpoint folder `step`, replacing the old link in one move.
+pub(super) fn link(dir: &Path, name: &str, step: &Path) -> Result<()> {
     let (link, beside) = (dir.join(name), dir.join(format!(".{name}.tmp")));
     remove(&beside)?;
     #[cfg(unix)]
-    std::os::unix::fs::symlink(step.to_string(), &beside).map_err(Error::file(&beside))?;
+    std::os::unix::fs::symlink(step, &beside).map_err(Error::file(&beside))?;
     #[cfg(windows)]
-    std::os::windows::fs::symlink_dir(step.to_string(), &beside).map_err(Error::file(&beside))?;
+    std::os::windows::fs::symlink_dir(step, &beside).map_err(Error::file(&beside))?;
     fs::rename(&beside, &link).map_err(Error::file(&link))?;
     sync(dir)
 }
 
-/// Removes all but the newest `keep` checkpoints; the one that `best` points to stays.
-pub(super) fn prune(dir: &Path, keep: usize) -> Result<()> {
-    let best = fs::read_link(dir.join("best")).ok();
+/// Removes all but the newest `keep` checkpoints and those of the steps in `stay`.
+pub(super) fn prune(dir: &Path, keep: usize, stay: &[u64]) -> Result<()> {
     let steps = steps(dir);
     let old = &steps[..steps.len().saturating_sub(keep)];
-    for step in old.iter().map(u64::to_string).filter(|step| best.as_deref() != Some(Path::new(step))) {
-        remove(&dir.join(step))?;
+    for step in old.iter().filter(|step| !stay.contains(step)) {
+        remove(&dir.join(step.to_string()))?;
     }
     Ok(())
 }

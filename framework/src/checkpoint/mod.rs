@@ -5,37 +5,61 @@
 //! that does not agree with its manifest is not loaded.
 
 mod files;
+mod saver;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
-use candle_core::{DType, Device, Tensor, Var};
-pub use files::{latest, mark_best};
+use candle_core::{Device, Tensor, Var};
+pub use files::latest;
+use indexmap::IndexMap;
+pub(crate) use saver::Saver;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::callback::Progress;
 use crate::error::{Error, Result};
+use crate::optim::Average;
 use crate::schedule::PlateauState;
+use crate::trainer::duration;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGE: &str = "average.safetensors";
 const STATE: &str = "state.json";
 
 /// Fields of `[checkpoint]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Saves every so many steps. The end of training, and every best validation, are saved in any case.
+    /// Saves every so many steps. The end of training, and the best validations, are saved in any case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every_steps: Option<u64>,
-    /// How many of the newest checkpoints stay on disk; the best one stays besides.
+    /// Saves every so often by the clock, as `"10 min"`.
+    #[serde(default, with = "duration", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub every_time: Option<Duration>,
+    /// How many of the newest checkpoints stay on disk; the best ones stay besides.
     pub keep_last: usize,
+    /// How many of the best checkpoints stay on disk.
+    pub keep_best: usize,
+    /// The validation metric that says what is best.
+    pub monitor: String,
+    /// Whether the largest value of that metric is the best; else the smallest.
+    pub maximize: bool,
 }
 
 impl Default for CheckpointConfig {
     fn default() -> Self {
-        Self { every_steps: None, keep_last: 2 }
+        Self {
+            every_steps: None,
+            every_time: None,
+            keep_last: 2,
+            keep_best: 1,
+            monitor: "loss".into(),
+            maximize: false,
+        }
     }
 }
 
@@ -54,41 +78,75 @@ impl CheckpointConfig {
 
 /// What a run remembers besides tensors.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct State {
     /// How far training had come.
     pub progress: Progress,
     /// The run's seed: order, augmentation and noise depend on it.
     pub seed: u64,
-    /// The lowest validation loss so far.
-    pub best_loss: Option<f64>,
-    /// The learning rate before the schedule, where a plateau may have lowered it.
-    pub lr: Option<f64>,
+    /// The best validations so far, the best first.
+    pub best: Vec<Best>,
+    /// The share of the learning rate that a plateau has left; 1 without one.
+    pub lr_scale: Option<f64>,
     /// What the plateau remembers.
     pub plateau: PlateauState,
+    /// How many updates the average of the weights has had.
+    pub average_updates: u64,
+    /// Seconds of training, where the run's length is limited by them.
+    pub seconds: Option<f64>,
+    /// What each callback remembers, by its name.
+    pub callbacks: IndexMap<String, serde_json::Value>,
 }
 
-/// What a checkpoint is made of, borrowed from a running training.
-pub struct Snapshot<'a> {
-    /// Parameters by name.
-    pub params: &'a [(String, Var)],
-    /// Optimizer state by name.
-    pub optimizer: &'a [(String, Var)],
-    /// Everything else.
-    pub state: &'a State,
+/// A validation that is among the best.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step it was at.
+    pub step: u64,
+    /// The monitored metric; absent where it was not a number.
+    pub value: Option<f64>,
 }
 
-impl Snapshot<'_> {
-    /// Writes the checkpoint of this step into the folder `dir`, points the link `last` to it and removes old ones.
-    /// Returns its path.
-    pub fn save(&self, dir: &Path, config: &CheckpointConfig) -> Result<PathBuf> {
-        let step = self.state.progress.step;
-        let target = dir.join(step.to_string());
-        let state = serde_json::to_vec_pretty(self.state).map_err(Error::content(&target))?;
-        let contents =
-            [(MODEL, serialize(self.params)?), (OPTIMIZER, serialize(self.optimizer)?), (STATE, state)];
+/// What a checkpoint is made of: copies, so that training goes on while they are written.
+pub struct Snapshot {
+    /// Files of tensors: name, and tensors by name.
+    tensors: Vec<(&'static str, Vec<(String, Tensor)>)>,
+    state: State,
+}
+
+impl Snapshot {
+    /// Copies parameters, optimizer state and averages (where there are any).
+    pub fn take(
+        params: &[(String, Var)],
+        optimizer: &[(String, Var)],
+        average: Option<&[(String, Var)]>,
+        state: State,
+    ) -> Result<Self> {
+        let copy = |vars: &[(String, Var)]| -> Result<Vec<(String, Tensor)>> {
+            let copy = |(name, var): &(String, Var)| {
+                let tensor = var.as_detached_tensor();
+                let copy =
+                    if tensor.device().is_cpu() { tensor.copy() } else { tensor.to_device(&Device::Cpu) };
+                Ok((name.clone(), copy?))
+            };
+            vars.iter().map(copy).collect()
+        };
+        let mut tensors = vec![(MODEL, copy(params)?), (OPTIMIZER, copy(optimizer)?)];
+        if let Some(average) = average {
+            tensors.push((AVERAGE, copy(average)?));
+        }
+        Ok(Self { tensors, state })
+    }
+
+    /// Writes the checkpoint of this step into the folder `dir`, whole or not at all; returns its path.
+    pub fn write(&self, dir: &Path) -> Result<PathBuf> {
+        let target = dir.join(self.state.progress.step.to_string());
+        let mut contents = Vec::new();
+        for (name, tensors) in &self.tensors {
+            contents.push((*name, serialize(tensors)?));
+        }
+        contents.push((STATE, serde_json::to_vec_pretty(&self.state).map_err(Error::content(&target))?));
         files::write(&target, &contents)?;
-        files::link(dir, "last", step)?;
-        files::prune(dir, config.keep_last)?;
         Ok(target)
     }
 }
@@ -99,6 +157,7 @@ pub struct Checkpoint {
     path: PathBuf,
     params: HashMap<String, Tensor>,
     optimizer: HashMap<String, Tensor>,
+    average: Option<HashMap<String, Tensor>>,
     state: State,
 }
 
@@ -115,6 +174,7 @@ impl Checkpoint {
             path: path.to_path_buf(),
             params: tensors(MODEL)?,
             optimizer: tensors(OPTIMIZER)?,
+            average: path.join(AVERAGE).exists().then(|| tensors(AVERAGE)).transpose()?,
             state: serde_json::from_slice(&state).map_err(Error::content(path.join(STATE)))?,
         })
     }
@@ -129,11 +189,31 @@ impl Checkpoint {
         self.copy("parameter", &self.params, params)
     }
 
-    /// Gives these parameters and this optimizer the checkpoint's values; returns the rest.
-    pub fn restore(&self, params: &[(String, Var)], optimizer: &[(String, Var)]) -> Result<State> {
+    /// Gives these parameters the values that evaluation and prediction use: the averages, where the run kept some.
+    pub fn restore_for_evaluation(&self, params: &[(String, Var)]) -> Result<()> {
         self.restore_params(params)?;
-        self.copy("optimizer state", &self.optimizer, optimizer)?;
-        Ok(self.state.clone())
+        match &self.average {
+            Some(average) if self.state.average_updates > 0 => {
+                let averaged: Vec<_> =
+                    params.iter().filter(|(name, _)| average.contains_key(name)).cloned().collect();
+                self.copy("averaged parameter", average, &averaged)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Gives this optimizer the checkpoint's values.
+    pub(crate) fn restore_optimizer(&self, optimizer: &[(String, Var)]) -> Result<()> {
+        self.copy("optimizer state", &self.optimizer, optimizer)
+    }
+
+    /// Gives these averages the checkpoint's values; without any there, they stay and count as none.
+    pub(crate) fn restore_average(&self, average: &mut Average) -> Result<()> {
+        if let Some(saved) = &self.average {
+            self.copy("averaged parameter", saved, average.averages())?;
+            average.updates = self.state.average_updates;
+        }
+        Ok(())
     }
 
     /// Copies `saved` into `vars` where both hold the same names with the same shapes; nothing is copied otherwise.
@@ -176,19 +256,8 @@ impl Checkpoint {
 }
 
 /// Tensors as the bytes of a safetensors file; sorted by name, so equal states are equal files.
-fn serialize(vars: &[(String, Var)]) -> Result<Vec<u8>> {
-    let mut tensors = Vec::with_capacity(vars.len());
-    for (name, var) in vars {
-        let tensor = var.as_detached_tensor().to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
-        let bytes: Vec<u8> =
-            tensor.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()).collect();
-        tensors.push((name, tensor.dims().to_vec(), bytes));
-    }
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        Ok((*name, safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes)?))
-    });
-    let views = views.collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-    let views = views.map_err(|error| Error::msg(error.to_string()))?;
+fn serialize(tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
+    let views = tensors.iter().map(|(name, tensor)| (name, tensor));
     safetensors::serialize(views, None).map_err(|error| Error::msg(error.to_string()))
 }
 
@@ -204,11 +273,11 @@ mod tests {
         let state = State {
             progress: Progress { step, ..Default::default() },
             seed: 3,
-            best_loss: Some(0.5),
+            best: vec![Best { step, value: Some(0.5) }],
             ..State::default()
         };
-        let snapshot = Snapshot { params, optimizer: &[var("m.w", &[9.])], state: &state };
-        snapshot.save(dir, &CheckpointConfig { every_steps: None, keep_last: 2 }).unwrap()
+        let snapshot = Snapshot::take(params, &[var("m.w", &[9.])], None, state).unwrap();
+        snapshot.write(dir).unwrap()
     }
 
     #[test]
@@ -216,10 +285,29 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = save(dir.path(), 7, &[var("w", &[1., 2.])]);
         let (params, optimizer) = ([var("w", &[0., 0.])], [var("m.w", &[0.])]);
-        let state = Checkpoint::load(&path).unwrap().restore(&params, &optimizer).unwrap();
-        assert_eq!((state.progress.step, state.seed, state.best_loss), (7, 3, Some(0.5)));
+        let checkpoint = Checkpoint::load(&path).unwrap();
+        checkpoint.restore_params(&params).unwrap();
+        checkpoint.restore_optimizer(&optimizer).unwrap();
+        let state = checkpoint.state();
+        assert_eq!((state.progress.step, state.seed, state.best[0].value), (7, 3, Some(0.5)));
         assert_eq!(params[0].1.to_vec1::<f32>().unwrap(), [1., 2.]);
         assert_eq!(optimizer[0].1.to_vec1::<f32>().unwrap(), [9.]);
+    }
+
+    #[test]
+    fn evaluation_uses_the_averages_where_there_are_any() {
+        let dir = tempfile::tempdir().unwrap();
+        for (updates, expected) in [(0, [1., 2.]), (5, [3., 2.])] {
+            let state = State { average_updates: updates, ..State::default() };
+            let params = [var("w", &[1.]), var("frozen", &[2.])];
+            let path = Snapshot::take(&params, &[], Some(&[var("w", &[3.])]), state)
+                .unwrap()
+                .write(dir.path())
+                .unwrap();
+            let read = [var("w", &[0.]), var("frozen", &[0.])];
+            Checkpoint::load(&path).unwrap().restore_for_evaluation(&read).unwrap();
+            assert_eq!(read.each_ref().map(|(_, v)| v.to_vec1::<f32>().unwrap()[0]), expected);
+        }
     }
 
     #[test]
@@ -252,24 +340,5 @@ mod tests {
             "{error}"
         );
         assert_eq!(latest(dir.path()), Some(dir.path().join("5")));
-    }
-
-    #[test]
-    fn old_checkpoints_go_and_the_best_stays() {
-        let dir = tempfile::tempdir().unwrap();
-        for step in [1, 2, 3, 4, 5] {
-            save(dir.path(), step, &[var("w", &[step as f32])]);
-            if step == 2 {
-                mark_best(dir.path(), 2).unwrap();
-            }
-        }
-        let exists = |name: &str| dir.path().join(name).join(MODEL).exists();
-        assert_eq!(
-            [1, 2, 3, 4, 5].map(|step: u64| exists(&step.to_string())),
-            [false, true, false, true, true]
-        );
-        assert!(exists("best") && exists("last"));
-        let target = |link: &str| std::fs::read_link(dir.path().join(link)).unwrap();
-        assert_eq!((target("best"), target("last")), ("2".into(), "5".into()));
     }
 }

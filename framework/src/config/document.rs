@@ -29,8 +29,8 @@ pub struct Named {
     pub name: String,
     /// Where the name stands.
     pub span: Option<Range<usize>>,
-    /// The section, in the document.
-    section: &'static str,
+    /// The section, in the document: `module`, or `optimizers.generator`.
+    section: String,
     /// The keys of the section that are not the type's own.
     taken: Vec<&'static str>,
 }
@@ -97,13 +97,14 @@ impl Document {
         self.sets.iter().fold(self.text.len() + 1, |end, (set, _)| end + set.len() + 1)
     }
 
-    /// The fields of a section; an absent section is an empty one.
-    pub fn section<T: DeserializeOwned>(&self, name: &'static str) -> Result<T> {
+    /// The fields of a section; an absent section is an empty one. `callbacks.ema` is the section of that name in
+    /// another.
+    pub fn section<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.deserialize(name, &[])
     }
 
     /// A section that names a type. `default` is the type where the section has no `name`.
-    pub fn named(&self, section: &'static str, default: Option<&str>) -> Result<Named> {
+    pub fn named(&self, section: &str, default: Option<&str>) -> Result<Named> {
         let mut root = self.root()?;
         let (mut fields, _) = self.table(&mut root, section)?;
         let (name, span) = match (fields.remove("name").map(|name| (name.span(), name.into_inner())), default)
@@ -118,14 +119,14 @@ impl Document {
                 return Err(self.error_at(self.locate(section, ""), message).into());
             }
         };
-        Ok(Named { name, span, section, taken: vec!["name"] })
+        Ok(Named { name, span, section: section.to_string(), taken: vec!["name"] })
     }
 
     /// Takes one field out of a named section, for a reader other than the named type.
     pub fn take_field<T: DeserializeOwned>(&self, named: &mut Named, key: &'static str) -> Result<Option<T>> {
         named.taken.push(key);
         let mut root = self.root()?;
-        let Some(value) = self.table(&mut root, named.section)?.0.remove(key) else { return Ok(None) };
+        let Some(value) = self.table(&mut root, &named.section)?.0.remove(key) else { return Ok(None) };
         let span = value.span();
         let field = T::deserialize(ValueDeserializer::from(value));
         field.map(Some).map_err(|error| self.error_at(Some(span), error.message().to_string()).into())
@@ -133,14 +134,14 @@ impl Document {
 
     /// The type's own fields of a named section.
     pub fn fields<T: DeserializeOwned>(&self, named: &Named) -> Result<T> {
-        self.deserialize(named.section, &named.taken)
+        self.deserialize(&named.section, &named.taken)
     }
 
     /// A section whose name chooses a variant of the enum `T`, and whose fields are that variant's. `what` the variants
     /// are is for errors.
     pub fn variant<T: DeserializeOwned>(&self, named: &Named, what: &str) -> Result<T> {
         let mut root = self.root()?;
-        let (mut fields, place) = self.table(&mut root, named.section)?;
+        let (mut fields, place) = self.table(&mut root, &named.section)?;
         named.taken.iter().for_each(|key| drop(fields.remove(*key)));
         let span = place.clone().unwrap_or_default();
         let key = Spanned::new(named.span.clone().unwrap_or(span.clone()), named.name.clone().into());
@@ -157,9 +158,11 @@ impl Document {
 
     /// A section's table, taken out of the document, and its place.
     fn table<'t>(&self, root: &mut DeTable<'t>, name: &str) -> Result<(DeTable<'t>, Option<Range<usize>>)> {
-        let Some(value) = root.remove(name) else { return Ok((DeTable::new(), None)) };
+        let (outer, inner) = name.split_once('.').unwrap_or((name, ""));
+        let Some(value) = root.remove(outer) else { return Ok((DeTable::new(), None)) };
         let span = value.span();
         match value.into_inner() {
+            DeValue::Table(mut table) if !inner.is_empty() => self.table(&mut table, inner),
             DeValue::Table(table) => Ok((table, Some(span))),
             _ => Err(self.error_at(Some(span), format!("`{name}` is a section: write [{name}]")).into()),
         }
@@ -179,6 +182,21 @@ impl Document {
             let hint = did_you_mean_in(&message);
             self.error_at(place, message).hint(hint).into()
         })
+    }
+
+    /// Whether a section is written.
+    pub fn has(&self, section: &str) -> Result<bool> {
+        Ok(self.table(&mut self.root()?, section)?.1.is_some())
+    }
+
+    /// The names of the sections in a section, in the order in which they are written.
+    pub fn sections_in(&self, section: &str) -> Result<Vec<(String, Range<usize>)>> {
+        let mut root = self.root()?;
+        let (table, _) = self.table(&mut root, section)?;
+        let name = |(key, _): (Spanned<std::borrow::Cow<str>>, _)| (key.get_ref().to_string(), key.span());
+        let mut names: Vec<_> = table.into_iter().map(name).collect();
+        names.sort_by_key(|(_, span)| span.start);
+        Ok(names)
     }
 
     /// Refuses sections that nobody reads.
@@ -209,7 +227,12 @@ impl Document {
     /// Where a key of a section stands; the section itself where the key is not written.
     fn locate(&self, section: &str, key: &str) -> Option<Range<usize>> {
         let root = self.root().ok()?;
-        let table = root.get(section)?;
+        let mut names = section.split('.');
+        let mut table = root.get(names.next()?)?;
+        for name in names {
+            let DeValue::Table(fields) = table.get_ref() else { return None };
+            table = fields.get(name)?;
+        }
         let value = match table.get_ref() {
             DeValue::Table(fields) => fields.get(key),
             _ => None,

@@ -9,4 +9,4 @@ pub(crate) use document::untag;
 pub use document::{Document, Named};
 pub use error::ConfigError;
 pub use registry::Registry;
-pub(crate) use registry::{DataRecipe, ModuleRecipe};
+pub(crate) use registry::{CallbackRecipe, DataRecipe, ModuleRecipe};

@@ -1,7 +1,8 @@
-//! The registry: which module and which dataset a name in a configuration stands for.
+//! The registry: which module, dataset or callback a name in a configuration stands for.
 
 use std::any::Any;
 use std::marker::PhantomData;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_nn::VarBuilder;
@@ -11,12 +12,13 @@ use serde_json::json;
 
 use super::document::{Document, Named, did_you_mean, quoted_list};
 use crate::batch::Batch;
-use crate::data::{Dataset, Open, Split};
+use crate::callback::{Callback, Watch};
+use crate::data::{Open, OpenStream, Settings, Source, Split};
 use crate::error::{Error, Result};
 use crate::experiment::{Job, Pair};
 use crate::module::{Build, Module};
 
-/// The modules and datasets that configurations can name.
+/// The modules, datasets and callbacks that configurations can name.
 ///
 /// ```
 /// # use candlepower::prelude::*;
@@ -27,6 +29,7 @@ use crate::module::{Build, Module};
 #[derive(Default)]
 pub struct Registry {
     families: Vec<Box<dyn AnyFamily>>,
+    callbacks: IndexMap<&'static str, Entry<dyn CallbackRecipe>>,
 }
 
 impl Registry {
@@ -43,10 +46,31 @@ impl Registry {
     /// Adds a dataset under this name.
     pub fn dataset<D: Open>(mut self, name: &'static str) -> Self {
         let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<D::Batch>>> {
-            Ok(Box::new(FromConfig::<D, D::Config> { config: document.fields(named)?, makes: PhantomData }))
+            let open = |config: &D::Config, split| Ok(Source::Indexed(Arc::new(D::open(config, split)?)));
+            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open }))
         };
         let entry = Entry { parse, schema: schema_of::<D::Config> };
         self.family::<D::Batch>().datasets.insert(name, entry);
+        self
+    }
+
+    /// Adds a stream under this name.
+    pub fn stream<S: OpenStream>(mut self, name: &'static str) -> Self {
+        let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<S::Batch>>> {
+            let open = |config: &S::Config, split| Ok(Source::Stream(Arc::new(S::open(config, split)?)));
+            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open }))
+        };
+        let entry = Entry { parse, schema: schema_of::<S::Config> };
+        self.family::<S::Batch>().datasets.insert(name, entry);
+        self
+    }
+
+    /// Adds a callback under this name: a section `[callbacks.NAME]` attaches it to a run.
+    pub fn callback<C: Watch>(mut self, name: &'static str) -> Self {
+        let parse = |document: &Document, named: &Named| -> Result<Box<dyn CallbackRecipe>> {
+            Ok(Box::new(FromConfig::<C, C::Config> { config: document.fields(named)?, makes: PhantomData }))
+        };
+        self.callbacks.insert(name, Entry { parse, schema: schema_of::<C::Config> });
         self
     }
 
@@ -87,6 +111,27 @@ impl Registry {
         family.job(document, module, data)
     }
 
+    /// What the sections in `[callbacks]` ask for: name and recipe, in the order in which they are written.
+    pub(crate) fn callbacks(&self, document: &Document) -> Result<Vec<(String, Box<dyn CallbackRecipe>)>> {
+        let recipe = |(name, span): (String, Range<usize>)| {
+            let Some(entry) = self.callbacks.get(name.as_str()) else {
+                let known: Vec<&str> = self.callbacks.keys().copied().collect();
+                let message = format!("unknown callback `{name}`, expected one of {}", quoted_list(&known));
+                return Err(document.error_at(Some(span), message).hint(did_you_mean(&name, &known)).into());
+            };
+            let section = document.named(&format!("callbacks.{name}"), Some(&name))?;
+            Ok((name, (entry.parse)(document, &section)?))
+        };
+        document.sections_in("callbacks")?.into_iter().map(recipe).collect()
+    }
+
+    /// A JSON Schema of the section `[callbacks]`.
+    pub(crate) fn callback_schemas(&self) -> serde_json::Value {
+        let schemas = self.callbacks.iter().map(|(name, entry)| (name.to_string(), (entry.schema)()));
+        let schemas: serde_json::Map<_, _> = schemas.collect();
+        json!({"type": "object", "additionalProperties": false, "properties": schemas})
+    }
+
     /// JSON Schemas of the sections `[module]` and `[data]`.
     pub(crate) fn schemas(&self) -> [serde_json::Value; 2] {
         let any_of = |of: fn(&dyn AnyFamily) -> Vec<serde_json::Value>| {
@@ -111,8 +156,19 @@ pub(crate) trait ModuleRecipe<B: Batch>: Send + Sync {
 
 /// Opens datasets from settings that have been read.
 pub(crate) trait DataRecipe<B: Batch>: Send + Sync {
-    fn open(&self, split: Split) -> Result<Arc<dyn Dataset<Batch = B>>>;
+    fn open(&self, split: Split) -> Result<Source<B>>;
     fn settings(&self) -> Result<toml::Table>;
+}
+
+/// Makes callbacks from settings that have been read.
+pub(crate) trait CallbackRecipe: Send + Sync {
+    fn make(&self) -> Result<Box<dyn Callback>>;
+    fn settings(&self) -> Result<toml::Table>;
+}
+
+struct DataFromConfig<B: Batch, C> {
+    config: C,
+    open: fn(&C, Split) -> Result<Source<B>>,
 }
 
 struct FromConfig<T, C> {
@@ -120,10 +176,8 @@ struct FromConfig<T, C> {
     makes: PhantomData<fn() -> T>,
 }
 
-impl<T, C: serde::Serialize> FromConfig<T, C> {
-    fn table(&self) -> Result<toml::Table> {
-        toml::Table::try_from(&self.config).map_err(|error| Error::msg(error.to_string()))
-    }
+fn table(config: &impl serde::Serialize) -> Result<toml::Table> {
+    toml::Table::try_from(config).map_err(|error| Error::msg(error.to_string()))
 }
 
 impl<M: Build> ModuleRecipe<M::Batch> for FromConfig<M, M::Config> {
@@ -136,17 +190,27 @@ impl<M: Build> ModuleRecipe<M::Batch> for FromConfig<M, M::Config> {
     }
 
     fn settings(&self) -> Result<toml::Table> {
-        self.table()
+        table(&self.config)
     }
 }
 
-impl<D: Open> DataRecipe<D::Batch> for FromConfig<D, D::Config> {
-    fn open(&self, split: Split) -> Result<Arc<dyn Dataset<Batch = D::Batch>>> {
-        Ok(Arc::new(D::open(&self.config, split)?))
+impl<B: Batch, C: Settings> DataRecipe<B> for DataFromConfig<B, C> {
+    fn open(&self, split: Split) -> Result<Source<B>> {
+        (self.open)(&self.config, split)
     }
 
     fn settings(&self) -> Result<toml::Table> {
-        self.table()
+        table(&self.config)
+    }
+}
+
+impl<C: Watch> CallbackRecipe for FromConfig<C, C::Config> {
+    fn make(&self) -> Result<Box<dyn Callback>> {
+        Ok(Box::new(C::watch(&self.config)?))
+    }
+
+    fn settings(&self) -> Result<toml::Table> {
+        table(&self.config)
     }
 }
 

@@ -1,114 +1,137 @@
 //! Batches made ahead by worker threads, in an order that does not depend on how many there are.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Sender, bounded};
 
-use super::{Dataset, Sample};
+use super::source::Jobs;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
-/// Batches that each worker may be ahead of training.
-const AHEAD: usize = 2;
+/// A micro-batch to be made, by whichever thread is free.
+pub(crate) struct Job<B> {
+    pub(crate) make: Box<dyn FnOnce() -> Result<B> + Send>,
+    /// Samples in the step that it belongs to.
+    pub(crate) step_samples: usize,
+    /// Whether that step is the last of its epoch.
+    pub(crate) ends_epoch: bool,
+}
 
-/// Iterates over batches that worker threads make ahead of time.
+/// A micro-batch that has been made.
+pub(crate) struct Loaded<B> {
+    pub(crate) batch: B,
+    /// Samples in the step that it belongs to.
+    pub(crate) step_samples: usize,
+    /// Whether that step is the last of its epoch.
+    pub(crate) ends_epoch: bool,
+}
+
+/// Iterates over micro-batches that worker threads make ahead of time.
 ///
-/// Every batch has a channel of its own for the answer, and the loader reads those channels in the order it asked:
-/// so batches come in the order of `samples` whatever the number of workers, and at most `2 * workers` are held.
-pub struct Loader<B: Batch, I> {
-    dataset: Arc<dyn Dataset<Batch = B>>,
-    samples: I,
-    requests: Option<Sender<Request<B>>>,
-    answers: VecDeque<Receiver<Result<B>>>,
-    ahead: usize,
-    workers: Vec<JoinHandle<()>>,
+/// One thread walks through the jobs. It sends each to the workers, and, in the same order, the channel on which its
+/// batch will come to the loader: so batches come in the order of the jobs whatever the number of workers. The second
+/// queue is short, which bounds how many batches are held.
+pub(crate) struct Loader<B: Batch> {
+    /// Without workers: made when asked for.
+    inline: Option<Jobs<B>>,
+    answers: Receiver<Answer<B>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
-struct Request<B> {
-    samples: Vec<Sample>,
-    answer: Sender<Result<B>>,
-}
+type Answer<B> = Receiver<Result<Loaded<B>>>;
 
-impl<B: Batch, I: Iterator<Item = Vec<Sample>>> Loader<B, I> {
-    /// Starts `workers` threads (0: batches are made when they are asked for) on the batches that `samples` lists.
-    pub fn new(dataset: Arc<dyn Dataset<Batch = B>>, samples: I, workers: usize) -> Self {
-        let (sender, receiver) = unbounded::<Request<B>>();
-        let spawn = |_| {
-            let (dataset, requests) = (dataset.clone(), receiver.clone());
-            std::thread::spawn(move || {
-                for request in requests {
+impl<B: Batch> Loader<B> {
+    /// Starts `workers` threads (0: batches are made when they are asked for), which together are at most `ahead`
+    /// micro-batches ahead.
+    pub(crate) fn new(jobs: Jobs<B>, workers: usize, ahead: usize) -> Self {
+        if workers == 0 {
+            return Self { inline: Some(jobs), answers: crossbeam_channel::never(), threads: Vec::new() };
+        }
+        let (to_workers, requests) = bounded::<(Job<B>, Sender<Result<Loaded<B>>>)>(ahead.max(1));
+        let (to_loader, answers) = bounded(ahead.max(1));
+        let mut threads = vec![std::thread::spawn(move || hand_out(jobs, &to_workers, &to_loader))];
+        for _ in 0..workers {
+            let requests = requests.clone();
+            threads.push(std::thread::spawn(move || {
+                for (job, answer) in requests {
                     // Nobody is waiting any more when the loader was dropped: not an error.
-                    let _ = request.answer.send(read(&*dataset, &request.samples));
+                    let _ = answer.send(made(job));
                 }
-            })
-        };
-        let threads = (0..workers).map(spawn).collect();
-        Self {
-            dataset,
-            samples,
-            requests: (workers > 0).then_some(sender),
-            answers: VecDeque::new(),
-            ahead: workers * AHEAD,
-            workers: threads,
+            }));
         }
+        Self { inline: None, answers, threads }
     }
+}
 
-    fn ask(&mut self, requests: &Sender<Request<B>>) {
-        while self.answers.len() < self.ahead {
-            let Some(samples) = self.samples.next() else { return };
-            let (answer, receiver) = bounded(1);
-            // The workers end only after this sender is dropped, so there is always someone to receive.
-            let _ = requests.send(Request { samples, answer });
-            self.answers.push_back(receiver);
+/// Sends each job to the workers and its answer's channel to the loader, until one of them is gone.
+fn hand_out<B: Batch>(
+    jobs: Jobs<B>,
+    to_workers: &Sender<(Job<B>, Sender<Result<Loaded<B>>>)>,
+    to_loader: &Sender<Answer<B>>,
+) {
+    for job in jobs {
+        let (answer, receiver) = bounded(1);
+        let sent = match job {
+            Ok(job) => to_loader.send(receiver).is_ok() && to_workers.send((job, answer)).is_ok(),
+            // The error comes in its turn.
+            Err(error) => answer.send(Err(error)).is_ok() && to_loader.send(receiver).is_ok(),
+        };
+        if !sent {
+            return;
         }
     }
 }
 
-impl<B: Batch, I: Iterator<Item = Vec<Sample>>> Iterator for Loader<B, I> {
-    type Item = Result<B>;
+fn made<B>(job: Job<B>) -> Result<Loaded<B>> {
+    let Job { make, step_samples, ends_epoch } = job;
+    Ok(Loaded { batch: make()?, step_samples, ends_epoch })
+}
 
-    fn next(&mut self) -> Option<Result<B>> {
-        let Some(requests) = self.requests.clone() else {
-            return Some(read(&*self.dataset, &self.samples.next()?));
-        };
-        self.ask(&requests);
-        let answer = self.answers.pop_front()?.recv();
-        self.ask(&requests);
+impl<B: Batch> Iterator for Loader<B> {
+    type Item = Result<Loaded<B>>;
+
+    fn next(&mut self) -> Option<Result<Loaded<B>>> {
+        if let Some(jobs) = &mut self.inline {
+            return Some(jobs.next()?.and_then(made));
+        }
+        let answer = self.answers.recv().ok()?.recv();
         Some(answer.unwrap_or_else(|_| Err(Error::msg("a data worker panicked; its message is above"))))
     }
 }
 
-impl<B: Batch, I> Drop for Loader<B, I> {
+impl<B: Batch> Drop for Loader<B> {
     fn drop(&mut self) {
-        self.answers.clear();
-        self.requests = None;
-        for worker in self.workers.drain(..) {
+        // With nobody to receive, the thread that hands out ends, and with it the workers.
+        self.answers = crossbeam_channel::never();
+        for thread in self.threads.drain(..) {
             // A worker that panicked has been reported by `next`.
-            let _ = worker.join();
+            let _ = thread.join();
         }
     }
 }
 
-fn read<B: Batch>(dataset: &dyn Dataset<Batch = B>, samples: &[Sample]) -> Result<B> {
-    dataset.batch(samples).map_err(|error| {
-        let indices: Vec<String> = samples.iter().map(|s| s.index.to_string()).collect();
-        Error::msg(format!("cannot read sample(s) {}: {error}", indices.join(", ")))
-    })
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
     use candle_core::{Device, Tensor};
 
     use super::*;
     use crate::batch::Tensors;
-    use crate::data::Order;
+    use crate::data::source::{Items, Start};
+    use crate::data::{Dataset, Order, Pass, Sample, Source, Split, Stream};
+
+    fn tensors(samples: &[Sample], value: impl Fn(&Sample) -> Result<f32>) -> Result<Tensors> {
+        let values = samples.iter().map(value).collect::<Result<Vec<f32>>>()?;
+        Ok(Tensors(vec![Tensor::new(values, &Device::Cpu)?]))
+    }
 
     /// Sample i is the number i plus a random number of its own; sample 13 is broken where asked for.
+    #[derive(Default)]
     struct Numbers {
         broken: bool,
+        made: Arc<AtomicUsize>,
     }
 
     impl Dataset for Numbers {
@@ -122,42 +145,123 @@ mod tests {
 
         fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
             use rand::Rng;
-            let value = |s: &Sample| match s.index {
+            self.made.fetch_add(1, Ordering::SeqCst);
+            // Workers that raced would come in the wrong order.
+            std::thread::yield_now();
+            tensors(samples, |s| match s.index {
                 13 if self.broken => Err(Error::msg("no such number")),
                 index => Ok(index as f32 + s.rng().random::<f32>()),
-            };
-            // The later a sample, the quicker: workers that raced would come in the wrong order.
-            std::thread::yield_now();
-            let values = samples.iter().map(value).collect::<Result<Vec<f32>>>()?;
-            Ok(Tensors(vec![Tensor::new(values, &Device::Cpu)?]))
+            })
         }
     }
 
-    fn batches(workers: usize) -> Vec<Vec<f32>> {
-        let order = Order { seed: 3, len: 20, batch_size: 3 };
-        Loader::new(Arc::new(Numbers { broken: false }), order.from(0, 0).take(30), workers)
-            .map(|batch| batch.unwrap().0[0].to_vec1().unwrap())
-            .collect()
+    /// The numbers from 100 * epoch on, seven or eight of them, by turns.
+    struct Counter;
+
+    impl Stream for Counter {
+        type Batch = Tensors;
+        type Item = u64;
+
+        fn spec(&self) {}
+
+        fn items(&self, pass: Pass) -> Result<Items<u64>> {
+            Ok(Box::new((0..7 + pass.epoch % 2).map(move |i| Ok(100 * pass.epoch + i))))
+        }
+
+        fn batch(&self, items: Vec<u64>, samples: &[Sample]) -> Result<Tensors> {
+            assert!(items.iter().zip(samples).all(|(item, sample)| item % 100 == sample.index as u64));
+            Ok(Tensors(vec![Tensor::from_iter(items.into_iter().map(|i| i as f32), &Device::Cpu)?]))
+        }
+    }
+
+    fn load(source: Source<Tensors>, order: Order, from: (u64, u64), workers: usize) -> Loader<Tensors> {
+        let start = Start { epoch: from.0, step_in_epoch: from.1, micro_batch_size: 2 };
+        Loader::new(source.training(order, start), workers, 4)
+    }
+
+    /// The values of so many micro-batches, and what is said of their steps.
+    fn read(loader: Loader<Tensors>, batches: usize) -> Vec<(Vec<f32>, usize, bool)> {
+        let values = |l: Loaded<Tensors>| (l.batch.0[0].to_vec1().unwrap(), l.step_samples, l.ends_epoch);
+        loader.take(batches).map(|loaded| values(loaded.unwrap())).collect()
     }
 
     #[test]
     fn batches_do_not_depend_on_the_number_of_workers() {
-        let alone = batches(0);
-        assert_eq!(alone.len(), 30);
-        assert_eq!(alone, batches(1));
-        assert_eq!(alone, batches(4));
+        let indexed = || Source::Indexed(Arc::new(Numbers::default()));
+        let stream = || Source::Stream(Arc::new(Counter));
+        for source in [indexed, stream as fn() -> _] {
+            let order = Order::new(3, 20, 3);
+            let alone = read(load(source(), order, (0, 0), 0), 30);
+            assert_eq!(alone.len(), 30);
+            assert_eq!(alone, read(load(source(), order, (0, 0), 1), 30));
+            assert_eq!(alone, read(load(source(), order, (0, 0), 4), 30));
+        }
+    }
+
+    #[test]
+    fn a_stream_is_cut_into_steps_and_micro_batches_and_resumed() {
+        let order = Order::new(0, usize::MAX, 3);
+        let all = read(load(Source::Stream(Arc::new(Counter)), order, (0, 0), 2), 9);
+        let expected: [(&[f32], usize, bool); 9] = [
+            (&[0., 1.], 3, false),
+            (&[2.], 3, false),
+            (&[3., 4.], 3, false),
+            (&[5.], 3, false),
+            (&[6.], 1, true),
+            (&[100., 101.], 3, false),
+            (&[102.], 3, false),
+            (&[103., 104.], 3, false),
+            (&[105.], 3, false),
+        ];
+        assert_eq!(all, expected.map(|(values, samples, end)| (values.to_vec(), samples, end)));
+        // Step 1 of epoch 0 begins at the third micro-batch, step 1 of epoch 1 at the eighth.
+        assert_eq!(all[2..], read(load(Source::Stream(Arc::new(Counter)), order, (0, 1), 1), 7));
+        assert_eq!(all[7..], read(load(Source::Stream(Arc::new(Counter)), order, (1, 1), 1), 2));
+        // A limit ends the epoch early.
+        let short = read(load(Source::Stream(Arc::new(Counter)), order.limited(1), (0, 0), 1), 3);
+        assert_eq!(short[1..], [(vec![2.], 3, true), (vec![100., 101.], 3, true)]);
     }
 
     #[test]
     fn a_failing_sample_is_named_in_its_turn() {
+        let order = Order::new(3, 20, 1);
+        let turn = order.from(0, 0).position(|(s, _)| s[0].index == 13).unwrap();
         for workers in [0, 3] {
-            let order = Order { seed: 3, len: 20, batch_size: 1 };
-            let loader = Loader::new(Arc::new(Numbers { broken: true }), order.epoch(0), workers);
-            let turn = order.epoch(0).position(|s| s[0].index == 13).unwrap();
-            let results: Vec<_> = loader.collect();
+            let numbers = Numbers { broken: true, ..Default::default() };
+            let loader = load(Source::Indexed(Arc::new(numbers)), order, (0, 0), workers);
+            let results: Vec<_> = loader.take(20).collect();
             assert_eq!(results.iter().position(Result::is_err), Some(turn));
             let message = results[turn].as_ref().err().unwrap().to_string();
             assert_eq!(message, "cannot read sample(s) 13: no such number");
+        }
+    }
+
+    #[test]
+    fn no_more_batches_are_made_than_may_be_held() {
+        let made = Arc::new(AtomicUsize::new(0));
+        let numbers = Numbers { made: made.clone(), ..Default::default() };
+        let mut loader = load(Source::Indexed(Arc::new(numbers)), Order::new(0, 20, 2), (0, 0), 2);
+        loader.next().unwrap().unwrap();
+        // All that may be made ahead is made before the loader is gone: dropping it waits for the workers.
+        drop(loader);
+        // One that was read, four ahead, and those that the handing thread and the two workers hold.
+        assert!(made.load(Ordering::SeqCst) <= 1 + 4 + 1 + 2, "{made:?}");
+    }
+
+    #[test]
+    fn evaluation_takes_every_sample_once_or_a_limit() {
+        let pass = Pass { split: Split::Val, epoch: 0, seed: 3 };
+        for source in
+            [Source::<Tensors>::Indexed(Arc::new(Numbers::default())), Source::Stream(Arc::new(Counter))]
+        {
+            let count = |limit| {
+                let jobs = source.evaluation(pass, 3, limit).unwrap();
+                let sizes = Loader::new(jobs, 2, 4).map(|l| l.unwrap().batch.0[0].elem_count());
+                sizes.collect::<Vec<_>>()
+            };
+            let samples: usize = count(usize::MAX).iter().sum();
+            assert_eq!(samples, source.len().unwrap_or(7));
+            assert_eq!(count(2), [3, 3]);
         }
     }
 }

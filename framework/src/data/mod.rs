@@ -1,17 +1,20 @@
-//! Data: samples by index ([`Dataset`]), their order in an epoch ([`Order`]), and reading them ahead ([`Loader`]).
+//! Data: samples by index ([`Dataset`]) or in turn ([`Stream`]), their order in an epoch ([`Order`]), and reading ahead.
 
 mod loader;
 mod order;
+mod source;
 
 use std::sync::Arc;
 
-pub use loader::Loader;
+pub(crate) use loader::{Loaded, Loader};
 pub use order::{Order, samples_in_turn};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
+pub(crate) use source::Start;
+pub use source::{AnyStream, Items, Pass, Source, Stream};
 
 use crate::batch::Batch;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::seed;
 
 /// Which part of the data: what is learned from, what is watched during training, what is reported at the end.
@@ -87,31 +90,60 @@ pub trait Open: Dataset + Sized + 'static {
     fn open(config: &Self::Config, split: Split) -> Result<Self>;
 }
 
+/// A stream that is opened from its own section of the configuration file, one split at a time.
+pub trait OpenStream: Stream + Sized + 'static {
+    /// The fields of its `[data]` section.
+    type Config: Settings;
+
+    /// Opens one split. Everything that can be wrong with the files should be found here, not in mid-training.
+    fn open(config: &Self::Config, split: Split) -> Result<Self>;
+}
+
 /// What the fields of a section can do: be read from TOML, be printed with their defaults, describe themselves.
 ///
 /// Implemented by every type that derives `Serialize`, `Deserialize` and `JsonSchema`.
 pub trait Settings: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {}
 impl<T: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static> Settings for T {}
 
-/// The data of one run: what is learned from, and what it is watched on.
+/// The data of one run: what is learned from, what it is watched on, what is reported at the end.
 pub struct Data<B: Batch> {
     /// The training split.
-    pub train: Arc<dyn Dataset<Batch = B>>,
+    pub train: Source<B>,
     /// The validation split, where there is one.
-    pub val: Option<Arc<dyn Dataset<Batch = B>>>,
+    pub val: Option<Source<B>>,
+    /// The test split, where there is one.
+    pub test: Option<Source<B>>,
     /// Threads that make batches ahead; 0 makes them in the training thread. The batches do not depend on it.
     pub workers: usize,
+    /// Micro-batches that each worker may be ahead of training.
+    pub prefetch: usize,
 }
 
 impl<B: Batch> Data<B> {
     /// Training data alone, made by two workers.
     pub fn new(train: impl Dataset<Batch = B> + 'static) -> Self {
-        Self { train: Arc::new(train), val: None, workers: 2 }
+        Self::from_source(Source::Indexed(Arc::new(train)))
+    }
+
+    /// The same for a stream.
+    pub fn stream(train: impl Stream<Batch = B> + 'static) -> Self {
+        Self::from_source(Source::Stream(Arc::new(train)))
+    }
+
+    /// The same for a source whose type is not known.
+    pub fn from_source(train: Source<B>) -> Self {
+        Self { train, val: None, test: None, workers: 2, prefetch: 2 }
     }
 
     /// Adds data to validate on.
     pub fn val(mut self, val: impl Dataset<Batch = B> + 'static) -> Self {
-        self.val = Some(Arc::new(val));
+        self.val = Some(Source::Indexed(Arc::new(val)));
+        self
+    }
+
+    /// Adds data to test on.
+    pub fn test(mut self, test: impl Dataset<Batch = B> + 'static) -> Self {
+        self.test = Some(Source::Indexed(Arc::new(test)));
         self
     }
 
@@ -119,5 +151,20 @@ impl<B: Batch> Data<B> {
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
         self
+    }
+
+    /// The source of a split.
+    pub fn split(&self, split: Split) -> Result<&Source<B>> {
+        let source = match split {
+            Split::Train => Some(&self.train),
+            Split::Val => self.val.as_ref(),
+            Split::Test => self.test.as_ref(),
+        };
+        source.ok_or_else(|| Error::msg(format!("there is no {} data", split.name())))
+    }
+
+    /// Reads these jobs with this data's workers.
+    pub(crate) fn load(&self, jobs: source::Jobs<B>) -> Loader<B> {
+        Loader::new(jobs, self.workers, self.workers * self.prefetch)
     }
 }

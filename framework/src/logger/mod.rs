@@ -71,11 +71,11 @@ impl Loggers {
 }
 
 impl Callback for Loggers {
-    fn on_train_metrics(&mut self, record: &Record) -> Result<Flow> {
+    fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
         self.log(record)
     }
 
-    fn on_validation_end(&mut self, record: &Record) -> Result<Flow> {
+    fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {
         self.log(record)
     }
 
@@ -113,11 +113,13 @@ mod tests {
         let config = LoggingConfig { tensorboard: false, ..Default::default() };
         let mut loggers = Loggers::in_folder(dir.path(), &config, 0).unwrap();
         for step in [10, 20] {
-            loggers.on_train_metrics(&record(step, Split::Train, &[("loss", 0.5), ("lr", 0.001)])).unwrap();
+            loggers
+                .on_train_metrics(&mut record(step, Split::Train, &[("loss", 0.5), ("lr", 0.001)]))
+                .unwrap();
         }
-        loggers.on_validation_end(&record(20, Split::Val, &[("loss", 0.25), ("mse", f64::NAN)])).unwrap();
+        loggers.on_validation_end(&mut record(20, Split::Val, &[("loss", 0.25), ("mse", f64::NAN)])).unwrap();
         let mut loggers = Loggers::in_folder(dir.path(), &config, 10).unwrap();
-        loggers.on_validation_end(&record(20, Split::Val, &[("loss", 0.125), ("mse", 2.)])).unwrap();
+        loggers.on_validation_end(&mut record(20, Split::Val, &[("loss", 0.125), ("mse", 2.)])).unwrap();
         assert_eq!(
             read(dir.path().join("metrics.jsonl")),
             "{\"step\":10,\"epoch\":0,\"split\":\"train\",\"loss\":0.5,\"lr\":0.001}\n\

@@ -2,17 +2,23 @@
 
 mod adam;
 mod adaptive;
+mod average;
 mod rmsprop;
 mod sgd;
+mod turn;
 
 pub use adam::{Adam, AdamConfig, AdamW, AdamWConfig};
 pub use adaptive::{Adadelta, AdadeltaConfig, Adagrad, AdagradConfig, Moments, MomentsConfig, Rule};
+pub(crate) use average::Average;
+pub use average::{AverageConfig, EmaConfig, SwaConfig};
 use candle_core::{DType, Tensor, Var};
 use candlepower_kernels::elementwise;
 pub use rmsprop::{Rmsprop, RmspropConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use sgd::{Sgd, SgdConfig};
+pub(crate) use turn::Turn;
+pub use turn::{GroupConfig, TurnConfig};
 
 use crate::error::{Error, Result};
 use crate::schedule::Rates;
@@ -64,6 +70,25 @@ impl OptimizerConfig {
             Self::Adadelta(config) => config.lr,
             Self::Adamax(config) | Self::Nadam(config) | Self::Radam(config) => config.lr,
         }
+    }
+
+    /// The same rule with another learning rate or weight decay.
+    fn with(&self, new_lr: Option<f64>, decay: Option<f64>) -> Self {
+        let mut config = self.clone();
+        let (lr, weight_decay) = match &mut config {
+            Self::Adam(AdamConfig { lr, weight_decay, .. })
+            | Self::AdamW(AdamWConfig { lr, weight_decay, .. })
+            | Self::Sgd(SgdConfig { lr, weight_decay, .. })
+            | Self::Rmsprop(RmspropConfig { lr, weight_decay, .. })
+            | Self::Adagrad(AdagradConfig { lr, weight_decay, .. })
+            | Self::Adadelta(AdadeltaConfig { lr, weight_decay, .. })
+            | Self::Adamax(MomentsConfig { lr, weight_decay, .. })
+            | Self::Nadam(MomentsConfig { lr, weight_decay, .. })
+            | Self::Radam(MomentsConfig { lr, weight_decay, .. }) => (lr, weight_decay),
+        };
+        *lr = new_lr.unwrap_or(*lr);
+        *weight_decay = decay.unwrap_or(*weight_decay);
+        config
     }
 
     /// Refuses values that no optimizer can work with.

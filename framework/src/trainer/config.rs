@@ -1,8 +1,13 @@
 //! The `[trainer]` section.
 
+use std::time::Duration;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::limits::{Every, Limit, duration};
+use crate::callback::Progress;
+use crate::data::Split;
 use crate::error::{Error, Result};
 
 /// Fields of `[trainer]`.
@@ -20,9 +25,41 @@ pub struct TrainerConfig {
     /// Ends training after this many passes over the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_epochs: Option<u64>,
-    /// Validates every so many steps. Default: after every epoch. The end of training is validated in any case.
+    /// Ends training after this time, as `"2h 30m"`; what went before an interruption counts.
+    #[serde(default, with = "duration", skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub max_time: Option<Duration>,
+    /// Neither a callback nor `max_time` ends training before this many optimizer steps.
+    pub min_steps: u64,
+    /// Neither a callback nor `max_time` ends training before this many passes over the data.
+    pub min_epochs: u64,
+    /// How many batches of an epoch are trained on: a count or a share. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub val_every: Option<u64>,
+    pub limit_train_batches: Option<Limit>,
+    /// How many batches a validation takes: a count or a share; 0: no validation. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit_val_batches: Option<Limit>,
+    /// How many batches a test takes: a count or a share. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit_test_batches: Option<Limit>,
+    /// How many batches of a dataset are predicted from: a count or a share. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit_predict_batches: Option<Limit>,
+    /// When to validate: `500` steps, `"2 epochs"`, `"0.25 epochs"`, `"30 min"`. By the clock also between the
+    /// micro-batches of a step. Default: after every epoch. The end of training is validated in any case.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub val_every: Option<Every>,
+    /// Batches that are validated before the first step, so that what is broken there is found now and not after an
+    /// epoch. 0: none.
+    pub sanity_val_batches: usize,
+    /// Tries everything out: so many steps, so many batches of validation, no files. 0: off.
+    pub fast_dev_run: usize,
+    /// Trains, and validates, on these few batches of the training data, every epoch the same: a model that cannot
+    /// learn them by heart has a bug. A count or a share; absent: off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overfit_batches: Option<Limit>,
+    /// Stops before a step whose loss or gradient is not a number, saves, and names the first bad tensor.
+    pub nan_guard: bool,
     /// Scales the gradients so that their global norm is at most this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_norm: Option<f64>,
@@ -73,7 +110,18 @@ impl Default for TrainerConfig {
             micro_batch_size: None,
             max_steps: None,
             max_epochs: None,
+            max_time: None,
+            min_steps: 0,
+            min_epochs: 0,
+            limit_train_batches: None,
+            limit_val_batches: None,
+            limit_test_batches: None,
+            limit_predict_batches: None,
             val_every: None,
+            sanity_val_batches: 2,
+            fast_dev_run: 0,
+            overfit_batches: None,
+            nan_guard: true,
             clip_norm: None,
             clip_value: None,
             precision: Precision::Full,
@@ -93,7 +141,6 @@ impl TrainerConfig {
             ("micro_batch_size", self.micro_batch_size.map(|n| n as u64)),
             ("max_steps", self.max_steps),
             ("max_epochs", self.max_epochs),
-            ("val_every", self.val_every),
             ("threads", self.threads.map(|n| n as u64)),
             ("log_every", Some(self.log_every)),
             ("devices", Some(self.devices as u64)),
@@ -110,11 +157,18 @@ impl TrainerConfig {
             let message = format!("expected at most `batch_size`, which is {}", self.batch_size);
             return Err(Error::setting("micro_batch_size", message));
         }
-        if self.max_steps.is_none() && self.max_epochs.is_none() {
-            return Err(Error::setting(
-                "max_steps",
-                "training needs an end: set `max_steps` or `max_epochs`",
-            ));
+        let zero = |limit: Option<Limit>| limit.is_some_and(|limit| limit.of(usize::MAX) == 0);
+        for (key, limit) in
+            [("limit_train_batches", self.limit_train_batches), ("overfit_batches", self.overfit_batches)]
+        {
+            if zero(limit) {
+                return Err(Error::setting(key, "expected at least one batch, found none"));
+            }
+        }
+        let ends = self.max_steps.is_some() || self.max_epochs.is_some() || self.max_time.is_some();
+        if !ends && self.fast_dev_run == 0 {
+            let message = "training needs an end: set `max_steps`, `max_epochs` or `max_time`";
+            return Err(Error::setting("max_steps", message));
         }
         if self.precision != Precision::Full {
             return Err(Error::setting("precision", "mixed precision is not there yet; what works: \"32\""));
@@ -125,9 +179,48 @@ impl TrainerConfig {
         Ok(())
     }
 
-    /// The step that ends training, for epochs of this many steps.
-    pub fn last_step(&self, steps_per_epoch: u64) -> u64 {
-        let by_epochs = self.max_epochs.map_or(u64::MAX, |epochs| epochs.saturating_mul(steps_per_epoch));
-        self.max_steps.unwrap_or(u64::MAX).min(by_epochs)
+    /// What a try-out does: few steps, few batches of validation; all else as it is.
+    pub(crate) fn resolve_fast_dev_run(&mut self) {
+        if self.fast_dev_run > 0 {
+            let few = Some(Limit::Batches(self.fast_dev_run));
+            self.max_steps = Some(self.fast_dev_run as u64);
+            self.max_epochs = None;
+            self.val_every = None;
+            self.sanity_val_batches = 0;
+            self.log_every = 1;
+            for limit in [
+                &mut self.limit_train_batches,
+                &mut self.limit_val_batches,
+                &mut self.limit_test_batches,
+                &mut self.limit_predict_batches,
+            ] {
+                *limit = few;
+            }
+        }
+    }
+
+    /// How many batches a pass over a split outside training takes.
+    pub(crate) fn evaluation_limit(&self, split: Split) -> Option<Limit> {
+        match split {
+            Split::Train => None,
+            Split::Val => self.limit_val_batches,
+            Split::Test => self.limit_test_batches,
+        }
+    }
+
+    /// Whether training has come to its configured end. One that lasts `max_time` alone has none.
+    pub(crate) fn is_finished(&self, progress: &Progress) -> bool {
+        self.max_steps.is_some_and(|steps| progress.step >= steps)
+            || self.max_epochs.is_some_and(|epochs| progress.epoch >= epochs)
+    }
+
+    /// The step that ends training, where it is known before.
+    pub(crate) fn last_step(&self, steps_per_epoch: Option<u64>) -> Option<u64> {
+        let by_epochs =
+            self.max_epochs.zip(steps_per_epoch).map(|(epochs, steps)| epochs.saturating_mul(steps));
+        match (self.max_steps, by_epochs) {
+            (Some(steps), Some(by_epochs)) => Some(steps.min(by_epochs)),
+            (steps, by_epochs) => steps.or(by_epochs),
+        }
     }
 }

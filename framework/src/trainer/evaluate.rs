@@ -1,32 +1,56 @@
-//! Evaluation: every sample of a dataset exactly once.
-
-use std::sync::Arc;
+//! Evaluation and prediction: every sample of a source exactly once, or its first batches.
 
 use indexmap::IndexMap;
 
-use super::{Trainer, evaluation_batch};
+use super::Trainer;
+use super::limits::Limit;
 use crate::batch::Batch;
 use crate::callback::{Picture, Progress};
-use crate::data::{Dataset, Loader, Split, samples_in_turn};
-use crate::error::Result;
+use crate::data::{Loader, Pass, Source};
+use crate::error::{Error, Result};
 use crate::metrics::Means;
 use crate::module::{Model, Step};
 
-/// The metrics of `model` on `dataset`; pictures of the first batch where they are due.
+/// Batches that each worker may be ahead of an evaluation.
+const AHEAD: usize = 2;
+
+/// The batches of a pass, and how many there are, where that is known.
+fn batches<B: Batch>(
+    trainer: &Trainer,
+    source: &Source<B>,
+    pass: Pass,
+    limit: Option<Limit>,
+    workers: usize,
+) -> Result<(Loader<B>, Option<usize>)> {
+    // As many samples at once as one device takes in training.
+    let batch_size = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
+    let all = source.len().map(|len| len.div_ceil(batch_size));
+    if let (Some(Limit::Share(_)), None) = (limit, all) {
+        return Err(Error::msg(
+            "a stream's length is not known: limit its batches by a number, not by a share",
+        ));
+    }
+    let limit = limit.map_or(usize::MAX, |limit| limit.of(all.unwrap_or(usize::MAX)));
+    let jobs = source.evaluation(pass, batch_size, limit)?;
+    Ok((Loader::new(jobs, workers, workers * AHEAD), all.map(|all| all.min(limit))))
+}
+
+/// The metrics of `model` on `source`; pictures of the first batch where they are due.
+#[expect(clippy::too_many_arguments, reason = "what is evaluated, on what, and for whom")]
 pub(super) fn evaluate<B: Batch>(
     trainer: &mut Trainer,
     model: &Model<B>,
-    dataset: Arc<dyn Dataset<Batch = B>>,
-    split: Split,
+    source: &Source<B>,
+    pass: Pass,
+    limit: Option<Limit>,
     workers: usize,
     progress: &Progress,
     images_due: bool,
 ) -> Result<IndexMap<String, f64>> {
-    let (len, batch_size) = (dataset.len(), evaluation_batch(&trainer.config, &*dataset));
-    let batches = Loader::new(dataset, samples_in_turn(split, trainer.seed, len, batch_size), workers);
+    let (batches, total) = batches(trainer, source, pass, limit, workers)?;
     let mut means = Means::default();
-    for (i, batch) in batches.enumerate() {
-        let batch = batch?.to_device(model.params().device())?;
+    for (i, loaded) in batches.enumerate() {
+        let batch = loaded?.batch.to_device(model.params().device())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let loss = model.evaluation().validation_step(&batch, &mut step)?;
         let (metrics, pictures) = step.into_logged();
@@ -35,11 +59,31 @@ pub(super) fn evaluate<B: Batch>(
             means.add(name, value, batch.len())?;
         }
         for (name, pixels) in pictures {
-            trainer.show(&Picture { step: progress.step, split, name, pixels })?;
+            trainer.show(&Picture { step: progress.step, split: pass.split, name, pixels })?;
         }
         for callback in &mut trainer.callbacks {
-            callback.on_validation_batch(i + 1, len.div_ceil(batch_size))?;
+            callback.on_validation_batch(i + 1, total)?;
         }
     }
     means.read()
+}
+
+/// Hands what `model` predicts from each batch of `source` to the callbacks; returns how many batches there were.
+pub(super) fn predict<B: Batch>(
+    trainer: &mut Trainer,
+    model: &Model<B>,
+    source: &Source<B>,
+    pass: Pass,
+    workers: usize,
+) -> Result<usize> {
+    let (batches, _) = batches(trainer, source, pass, trainer.config.limit_predict_batches, workers)?;
+    let mut done = 0;
+    for (i, loaded) in batches.enumerate() {
+        let batch = loaded?.batch.to_device(model.params().device())?;
+        let mut step = Step::evaluation(0, i as u64, trainer.seed, false);
+        let prediction = model.evaluation().predict_step(&batch, &mut step)?;
+        trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_prediction(i, &prediction))?;
+        done += 1;
+    }
+    Ok(done)
 }

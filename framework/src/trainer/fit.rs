@@ -1,245 +1,447 @@
-//! The one training loop of the project: `run`, `epoch` and `step`, top to bottom.
+//! The one training loop of the project: `run` and `step`, top to bottom.
+
+use std::sync::Arc;
+use std::time::Instant;
 
 use candle_core::{Device, Tensor, Var};
 use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
-use super::{Outcome, Trainer};
+use super::limits::{Every, Limit};
+use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StopReason};
-use crate::checkpoint::{self, Snapshot, State};
-use crate::data::{Data, Loader, Order, Sample, Split};
+use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
+use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
+use crate::data::{Data, Loaded, Loader, Order, Pass, Source, Split, Start};
 use crate::error::{Error, Result};
-use crate::grads::Grads;
+use crate::grads::{Grads, first_not_finite};
 use crate::metrics::Means;
 use crate::module::{Model, Step};
-use crate::optim::{self, Optimizer};
+use crate::optim::{self, Average, Turn};
 use crate::schedule::PlateauState;
-
-/// The samples of one micro-batch after the other.
-type MicroBatches<B> = Loader<B, Box<dyn Iterator<Item = Vec<Sample>> + Send>>;
 
 /// One call of [`Trainer::fit`].
 pub(super) struct Fit<'a, B: Batch> {
     trainer: &'a mut Trainer,
     model: &'a Model<B>,
-    data: &'a Data<B>,
-    params: Vec<(String, Var)>,
-    optimizer: Box<dyn Optimizer>,
-    order: Order,
-    micro_batches: MicroBatches<B>,
-    last_step: u64,
+    workers: usize,
+    /// What is validated on: the source, the split it counts as, its batches.
+    val: Option<(Source<B>, Split, Option<Limit>)>,
+    /// The optimizers, in the order of their turns.
+    turns: Vec<Turn>,
+    /// The parameters of all turns, in their order.
+    trained: Vec<(String, Var)>,
+    average: Option<Average>,
+    micro_batches: Loader<B>,
+    /// The micro-batches of this step, where a second optimizer needs them again.
+    kept: Vec<Arc<Loaded<B>>>,
+    steps_per_epoch: Option<u64>,
     progress: Progress,
     /// The last validation: the step it was at, and its metrics.
     validation: Option<(u64, IndexMap<String, f64>)>,
-    best_loss: Option<f64>,
-    /// The learning rate that the schedule shapes; a plateau lowers it.
-    lr: f64,
+    validated_at: Instant,
+    /// What the plateau has left of the learning rate.
+    lr_scale: f64,
     plateau: PlateauState,
-    /// The step whose checkpoint is on disk.
-    saved: Option<u64>,
+    saver: Option<Saver>,
+    /// Since when this attempt runs, and how long those before it ran.
+    started: Instant,
+    seconds_before: f64,
+}
+
+/// What a step came to.
+enum Stepped {
+    /// The parameters have moved.
+    Moved { means: Means, gradients: Vec<Tensor>, flow: Flow },
+    /// They have not, and cannot: why.
+    Failed(String),
 }
 
 impl<'a, B: Batch> Fit<'a, B> {
     pub(super) fn new(trainer: &'a mut Trainer, model: &'a Model<B>, data: &'a Data<B>) -> Result<Self> {
-        let params = model.params().vars();
-        let optimizer = trainer.optimizer.build(&params)?;
+        trainer.config.resolve_fast_dev_run();
+        let config = &trainer.config;
         let resumed = trainer.resume.take();
-        let state = match &resumed {
-            Some(checkpoint) => checkpoint.restore(&params, &optimizer.state())?,
-            None => State { seed: trainer.seed, ..State::default() },
-        };
-        let batch_size = trainer.config.batch_size;
-        let order = Order { seed: trainer.seed, len: data.train.len(), batch_size };
-        if order.len == 0 {
-            return Err(Error::msg("the training data is empty"));
-        }
-        let progress = state.progress;
+        let state = resumed.as_ref().map(Checkpoint::state);
+        let progress = state.map(|state| state.progress).unwrap_or_default();
+
+        let params = model.params().vars();
+        let turns = Turn::share(&trainer.turns, &trainer.schedule, &params)?;
+        let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
+        let mut average =
+            trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
+
+        let order = order(config, trainer.seed, &data.train)?;
         if let Some(checkpoint) = &resumed {
-            check_same_order(checkpoint.state(), &order)?;
+            if data.train.len().is_some() {
+                check_same_order(checkpoint.state(), &order)?;
+            }
+            checkpoint.restore_params(&params)?;
+            checkpoint.restore_optimizer(&turns.iter().flat_map(Turn::state).collect::<Vec<_>>())?;
+            average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
         }
-        let micro = trainer.config.micro_batch_size.unwrap_or(batch_size);
-        let batches = order.from(progress.epoch, progress.step_in_epoch as usize);
-        let samples: Box<dyn Iterator<Item = Vec<Sample>> + Send> = Box::new(
-            batches.flat_map(move |batch| batch.chunks(micro).map(<[_]>::to_vec).collect::<Vec<_>>()),
-        );
-        let micro_batches = Loader::new(data.train.clone(), samples, data.workers);
-        let last_step = trainer.config.last_step(order.batches() as u64);
-        let lr = state.lr.unwrap_or(trainer.optimizer.lr());
+        let micro_batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
+        let start = Start { epoch: progress.epoch, step_in_epoch: progress.step_in_epoch, micro_batch_size };
+        let micro_batches = data.load(data.train.training(order, start));
+        let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
+        if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
+            && epochs.fract() != 0.
+        {
+            return Err(Error::setting("val_every", "a stream's length is not known: expected whole epochs"));
+        }
+
+        let val = match config.overfit_batches {
+            Some(limit) => Some((data.train.clone(), Split::Train, Some(limit))),
+            None => data.val.clone().map(|val| (val, Split::Val, config.limit_val_batches)),
+        };
+        let val = val.filter(|(.., limit)| limit.is_none_or(|limit| limit.of(usize::MAX) > 0));
+        let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
+        let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
         Ok(Self {
-            trainer,
             model,
-            data,
-            params,
-            optimizer,
-            order,
+            workers: data.workers,
+            val,
+            turns,
+            trained,
+            average,
             micro_batches,
-            last_step,
+            kept: Vec::new(),
+            steps_per_epoch,
             progress,
             validation: None,
-            best_loss: state.best_loss,
-            lr,
-            plateau: state.plateau,
-            saved: resumed.map(|checkpoint| checkpoint.state().progress.step),
+            validated_at: Instant::now(),
+            lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
+            plateau: state.map(|state| state.plateau).unwrap_or_default(),
+            saver,
+            started: Instant::now(),
+            seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),
+            trainer: {
+                trainer.restore_callbacks(state)?;
+                trainer
+            },
         })
     }
 
-    /// Epochs until the last step or a stop; then a validation and a checkpoint of that very step.
+    /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
     pub(super) fn run(mut self) -> Result<Outcome> {
-        let (start, steps_per_epoch) = (self.progress, self.order.batches() as u64);
-        let parameters = self.model.params().count();
-        let plan = Plan { start, last_step: self.last_step, steps_per_epoch, parameters };
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
+        self.start()?;
         let mut reason = StopReason::Finished;
-        while self.progress.step < self.last_step {
-            if let Flow::Stop(why) = self.epoch()? {
+        while !self.trainer.config.is_finished(&self.progress) {
+            let flow = match self.step()? {
+                Stepped::Moved { means, gradients, flow } => flow.or(self.after_step(means, gradients)?),
+                Stepped::Failed(why) => Flow::Stop(StopReason::Failed(why)),
+            };
+            if let Flow::Stop(why) = flow
+                && self.may_stop(&why)
+            {
                 reason = why;
                 break;
             }
         }
         // Who interrupts a run wants its state saved, not minutes of validation.
-        if !matches!(reason, StopReason::Signal(_)) {
+        if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
             self.validate()?;
         }
         self.save()?;
+        let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
+        self.tell_saved(saved)?;
         let progress = self.progress;
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress))?;
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
     }
 
-    /// The steps left in this epoch, with what is due after each.
-    fn epoch(&mut self) -> Result<Flow> {
-        let epoch = self.progress.epoch;
-        while self.progress.epoch == epoch && self.progress.step < self.last_step {
-            let metrics = self.step()?;
-            let done = self.progress.step;
-            let mut flow = self.ask(|callback, progress| callback.on_step_end(progress))?;
-            if done.is_multiple_of(self.trainer.config.log_every) {
-                let metrics = metrics.read()?;
-                let record = Record { step: done, epoch, split: Split::Train, metrics };
-                flow = flow.or(self.ask(|callback, _| callback.on_train_metrics(&record))?);
-            }
-            let epoch_ended = self.progress.step_in_epoch == 0;
-            if self.trainer.config.val_every.map_or(epoch_ended, |every| done.is_multiple_of(every)) {
-                flow = flow.or(self.validate()?);
-            }
-            if self.trainer.checkpoint.every_steps.is_some_and(|every| done.is_multiple_of(every)) {
-                self.save()?;
-            }
-            if flow != Flow::Continue {
-                return Ok(flow);
-            }
+    /// Tells the callbacks what is planned, and tries a few batches of the validation.
+    fn start(&mut self) -> Result<()> {
+        let plan = Plan {
+            start: self.progress,
+            last_step: self.trainer.config.last_step(self.steps_per_epoch),
+            steps_per_epoch: self.steps_per_epoch,
+            parameters: self.model.params().count(),
+            flops_per_sample: self.model.evaluation().flops().map(|forward| 3. * forward),
+        };
+        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
+        let few = self.trainer.config.sanity_val_batches;
+        if few > 0 && self.progress.step == 0 {
+            self.evaluate(Some(Limit::Batches(few)), false)?;
         }
-        Ok(Flow::Continue)
+        Ok(())
     }
 
-    /// One optimizer step: the gradient of the mean loss over a batch, and the move against it.
-    fn step(&mut self) -> Result<Means> {
-        let batch_size = self.order.batch_len(self.progress.step_in_epoch);
-        let images_due =
-            self.trainer.image_every > 0 && (self.progress.step + 1).is_multiple_of(self.trainer.image_every);
-        let rates = self.trainer.schedule.at(self.progress.step, self.lr);
-        let mut grads = Grads::new(&self.params);
-        let mut means = Means::default();
-        let (mut samples, mut micro_batch) = (0, 0);
-        while samples < batch_size {
-            let batch = self.micro_batches.next().ok_or_else(|| Error::msg("the training data ended"))??;
-            let batch = batch.to_device(self.model.params().device())?;
-            let pictures_due = images_due && micro_batch == 0;
-            let mut step = Step::training(self.progress.step, micro_batch, self.trainer.seed, pictures_due);
-            let loss = self.model.training().training_step(&batch, &mut step)?;
-            let share = batch.len() as f64 / batch_size as f64;
-            grads.add(&self.params, (&loss * share)?.backward()?)?;
-            self.tell(step, &loss, batch.len(), &mut means)?;
-            samples += batch.len();
-            micro_batch += 1;
+    /// One optimizer step: for each optimizer the gradient of the mean loss over a batch, and the move against it.
+    fn step(&mut self) -> Result<Stepped> {
+        let step = self.progress.step;
+        let image_every = self.trainer.image_every;
+        let images_due = image_every > 0 && (step + 1).is_multiple_of(image_every);
+        let (mut means, mut gradients, mut flow) = (Means::default(), Vec::new(), Flow::Continue);
+        let (mut samples, mut ends_epoch) = (0, false);
+        self.kept.clear();
+        for turn in 0..self.turns.len() {
+            let mut grads = Grads::new(&self.turns[turn].params);
+            let mut seen = 0;
+            for micro_batch in 0.. {
+                let loaded = self.micro_batch(turn, micro_batch)?;
+                (samples, ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
+                let batch = loaded.batch.to_device(self.model.params().device())?;
+                let name = &self.turns[turn].name;
+                let pictures_due = images_due && micro_batch == 0;
+                let mut told =
+                    Step::training(step, micro_batch as u64, self.trainer.seed, name, pictures_due);
+                let loss = {
+                    let _phase = phase!("forward");
+                    self.model.training().training_step(&batch, &mut told)?
+                };
+                {
+                    let _phase = phase!("backward");
+                    let share = batch.len() as f64 / samples as f64;
+                    let scaled = if share == 1. { loss.clone() } else { (&loss * share)? };
+                    grads.add(&self.turns[turn].params, scaled.backward()?)?;
+                }
+                self.tell(told, turn, &loss, batch.len(), &mut means)?;
+                seen += batch.len();
+                if seen >= samples {
+                    break;
+                }
+                // By the clock, a validation may be due inside a step that takes minutes.
+                if turn == 0 && self.is_validation_due(true) {
+                    flow = flow.or(self.validate()?);
+                }
+            }
+            let _phase = phase!("optimizer");
+            let mut own = grads.complete(&self.turns[turn].params)?;
+            let norm = self.clip(&mut own)?;
+            if self.trainer.config.nan_guard && !norm.is_finite() {
+                return Ok(Stepped::Failed(self.explain(turn, &means, &own)?));
+            }
+            let rates = self.turns[turn].rates(step, self.lr_scale);
+            means.add(&self.metric_name(turn, "grad_norm"), &Tensor::new(norm, &Device::Cpu)?, samples)?;
+            means.add(&self.metric_name(turn, "lr"), &Tensor::new(rates.lr, &Device::Cpu)?, samples)?;
+            self.turns[turn].step(&own, step + 1, rates)?;
+            gradients.append(&mut own);
         }
-        let mut gradients = grads.complete(&self.params)?;
-        if let Some(max_norm) = self.trainer.config.clip_norm {
-            let norm = optim::clip_norm(&mut gradients, max_norm)?;
-            means.add("grad_norm", &Tensor::new(norm, &Device::Cpu)?, batch_size)?;
+        self.progress.advance(samples, ends_epoch);
+        self.average.as_mut().map_or(Ok(()), |average| average.update(step + 1))?;
+        Ok(Stepped::Moved { means, gradients, flow })
+    }
+
+    /// What is due after a step: telling, logging, validating, saving.
+    fn after_step(&mut self, means: Means, gradients: Vec<Tensor>) -> Result<Flow> {
+        let progress = self.progress;
+        let trained = std::mem::take(&mut self.trained);
+        let end = StepEnd { progress, params: &trained, gradients: &gradients };
+        let flow = self.ask(|callback| callback.on_step_end(&end));
+        self.trained = trained;
+        let mut flow = flow?;
+        if progress.step.is_multiple_of(self.trainer.config.log_every) {
+            let _phase = phase!("logging");
+            let epoch = progress.epoch_of_last_step();
+            let mut record =
+                Record { step: progress.step, epoch, split: Split::Train, metrics: means.read()? };
+            flow = flow.or(self.ask(|callback| callback.on_train_metrics(&mut record))?);
         }
-        if let Some(max) = self.trainer.config.clip_value {
-            optim::clip_value(&mut gradients, max)?;
+        if self.is_validation_due(false) {
+            flow = flow.or(self.validate()?);
         }
-        means.add("lr", &Tensor::new(rates.lr, &Device::Cpu)?, batch_size)?;
-        self.optimizer.step(&gradients, self.progress.step + 1, rates)?;
-        self.progress.advance(batch_size, self.order.batches());
-        Ok(means)
+        if flow == Flow::Save || self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) {
+            self.save()?;
+        }
+        let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
+        self.tell_saved(saved)?;
+        if let Some(limit) = self.trainer.config.max_time
+            && self.seconds() >= limit.as_secs_f64()
+        {
+            let why = format!("max_time, {}, is over", humantime::format_duration(limit));
+            flow = flow.or(Flow::Stop(StopReason::Callback(why)));
+        }
+        Ok(flow)
+    }
+
+    /// The micro-batch number `index` of this step. The first optimizer takes it from the loader; the others see the same.
+    fn micro_batch(&mut self, turn: usize, index: usize) -> Result<Arc<Loaded<B>>> {
+        if turn > 0 {
+            return Ok(self.kept[index].clone());
+        }
+        let _phase = phase!("data_wait");
+        let loaded = self.micro_batches.next().ok_or_else(|| Error::msg("the training data ended"))?;
+        let loaded = Arc::new(loaded?);
+        if self.turns.len() > 1 {
+            self.kept.push(loaded.clone());
+        }
+        Ok(loaded)
+    }
+
+    /// The norm of the gradients, which are clipped where that is asked for.
+    fn clip(&self, gradients: &mut [Tensor]) -> Result<f64> {
+        let config = &self.trainer.config;
+        let norm = match config.clip_norm {
+            Some(max_norm) => optim::clip_norm(gradients, max_norm)?,
+            None => optim::global_norm(gradients)?,
+        };
+        if let Some(max) = config.clip_value {
+            optim::clip_value(gradients, max)?;
+        }
+        Ok(norm)
+    }
+
+    /// Says which tensor was the first that is not finite.
+    fn explain(&self, turn: usize, means: &Means, gradients: &[Tensor]) -> Result<String> {
+        let (step, turn) = (self.progress.step + 1, &self.turns[turn]);
+        let metrics = means.read()?;
+        let logged = metrics.iter().find(|(_, value)| !value.is_finite());
+        let what = match (logged, first_not_finite(&turn.params, gradients)?) {
+            (Some((name, value)), _) => format!("`{name}` is {value}"),
+            (None, Some(name)) => format!("the gradient of `{name}` is not finite"),
+            (None, None) => "the gradients together are too large for a number".into(),
+        };
+        Ok(format!(
+            "in step {step} {what}; the weights are still those of step {}. A lower `optimizer.lr`, \
+             `trainer.clip_norm`, or a look at that step's data may help",
+            self.progress.step
+        ))
+    }
+
+    /// A metric's name; several optimizers have one each.
+    fn metric_name(&self, turn: usize, name: &str) -> String {
+        if self.turns.len() == 1 { name.into() } else { format!("{name}/{}", self.turns[turn].name) }
     }
 
     /// Hands on what a module logged in a step.
-    fn tell(&mut self, step: Step, loss: &Tensor, samples: usize, means: &mut Means) -> Result<()> {
-        let (metrics, pictures) = step.into_logged();
-        means.add("loss", loss, samples)?;
+    fn tell(
+        &mut self,
+        told: Step,
+        turn: usize,
+        loss: &Tensor,
+        samples: usize,
+        means: &mut Means,
+    ) -> Result<()> {
+        let (metrics, pictures) = told.into_logged();
+        means.add(&self.metric_name(turn, "loss"), loss, samples)?;
         metrics.iter().try_for_each(|(name, value)| means.add(name, value, samples))?;
         let step = self.progress.step + 1;
         let picture = |(name, pixels)| Picture { step, split: Split::Train, name, pixels };
         pictures.into_iter().map(picture).try_for_each(|picture| self.trainer.show(&picture))
     }
 
+    /// Whether a validation is due after the step, or, `inside` the next one, by the clock.
+    fn is_validation_due(&self, inside: bool) -> bool {
+        match self.trainer.config.val_every {
+            None => !inside && self.progress.step_in_epoch == 0,
+            Some(every) if inside && !matches!(every, Every::Time(_)) => false,
+            Some(every) => every.is_due(&self.progress, self.steps_per_epoch, || self.validated_at.elapsed()),
+        }
+    }
+
     /// Validates, unless this very step has been validated already.
     fn validate(&mut self) -> Result<Flow> {
-        let (Some(val), step) = (&self.data.val, self.progress.step) else { return Ok(Flow::Continue) };
+        let step = self.progress.step;
+        self.validated_at = Instant::now();
         if self.validation.as_ref().is_some_and(|(at, _)| *at == step) {
             return Ok(Flow::Continue);
         }
-        let images_due = self.trainer.image_every > 0;
-        let (val, workers) = (val.clone(), self.data.workers);
-        let metrics =
-            evaluate(self.trainer, self.model, val, Split::Val, workers, &self.progress, images_due)?;
+        let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
+        let Some(metrics) = self.evaluate(limit, self.trainer.image_every > 0)? else {
+            return Ok(Flow::Continue);
+        };
         let epoch = self.progress.epoch_of_last_step();
-        let record = Record { step, epoch, split: Split::Val, metrics };
-        let loss = record.metrics.get("loss").copied();
-        let better = |best: f64| loss.is_some_and(|loss| loss < best);
-        if self.best_loss.is_none_or(better) {
-            self.best_loss = loss;
+        let mut record = Record { step, epoch, split: Split::Val, metrics };
+        if let (Some(plateau), Some(loss)) = (&self.trainer.plateau, record.metrics.get("loss")) {
+            let lr = self.turns[0].lr;
+            self.lr_scale = plateau.next(&mut self.plateau, *loss, lr * self.lr_scale) / lr;
+        }
+        let flow = self.ask(|callback| callback.on_validation_end(&mut record))?;
+        let metric = |name: &str| record.metrics.get(name).copied();
+        if self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))? {
             self.save()?;
-            if let Some(dir) = &self.trainer.checkpoint_dir {
-                checkpoint::mark_best(dir, step)?;
-            }
         }
-        if let (Some(plateau), Some(loss)) = (&self.trainer.plateau, loss) {
-            self.lr = plateau.next(&mut self.plateau, loss, self.lr);
-        }
-        let flow = self.ask(|callback, _| callback.on_validation_end(&record))?;
+        self.validated_at = Instant::now();
         self.validation = Some((step, record.metrics));
         Ok(flow)
     }
 
-    /// Saves this very step, unless that has been done or nobody wants it.
+    /// The metrics of the validation data with the averaged weights, where there are any.
+    fn evaluate(&mut self, limit: Option<Limit>, images_due: bool) -> Result<Option<IndexMap<String, f64>>> {
+        let Some((source, split, _)) = &self.val else { return Ok(None) };
+        let _phase = phase!("validation");
+        let (trainer, model, progress, workers) =
+            (&mut *self.trainer, self.model, self.progress, self.workers);
+        let pass = Pass { split: *split, epoch: 0, seed: trainer.seed };
+        let evaluate = || evaluate(trainer, model, source, pass, limit, workers, &progress, images_due);
+        Average::in_place(self.average.as_ref(), evaluate).map(Some)
+    }
+
+    /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
     fn save(&mut self) -> Result<()> {
-        let Some(dir) = self.trainer.checkpoint_dir.clone() else { return Ok(()) };
-        if self.saved.replace(self.progress.step) == Some(self.progress.step) {
-            return Ok(());
-        }
+        let Some(saver) = &self.saver else { return Ok(()) };
+        let _phase = phase!("checkpoint");
+        let snapshot = if saver.has(self.progress.step) { None } else { Some(self.snapshot(saver)?) };
+        let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
+        self.tell_saved(before)
+    }
+
+    fn snapshot(&self, saver: &Saver) -> Result<Snapshot> {
+        let trainer = &*self.trainer;
+        let average = self.average.as_ref();
         let state = State {
             progress: self.progress,
-            seed: self.trainer.seed,
-            best_loss: self.best_loss,
+            seed: trainer.seed,
+            best: saver.best().to_vec(),
             // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
-            lr: self.trainer.plateau.is_some().then_some(self.lr),
+            lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
             plateau: self.plateau,
+            average_updates: average.map_or(0, |average| average.updates),
+            seconds: trainer.config.max_time.map(|_| self.seconds()),
+            callbacks: trainer.callback_states(),
         };
-        let snapshot = Snapshot { params: &self.params, optimizer: &self.optimizer.state(), state: &state };
-        let path = snapshot.save(&dir, &self.trainer.checkpoint)?;
+        let optimizer: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
+        Snapshot::take(&self.model.params().vars(), &optimizer, average.map(Average::averages), state)
+    }
+
+    /// Tells the callbacks of a checkpoint that is complete.
+    fn tell_saved(&mut self, checkpoint: Option<std::path::PathBuf>) -> Result<()> {
+        let Some(path) = checkpoint else { return Ok(()) };
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))
     }
 
+    /// Whether training may end for this reason already.
+    fn may_stop(&self, reason: &StopReason) -> bool {
+        let config = &self.trainer.config;
+        let early = self.progress.step < config.min_steps || self.progress.epoch < config.min_epochs;
+        !(early && matches!(reason, StopReason::Callback(_)))
+    }
+
+    /// Seconds of training, those before an interruption included.
+    fn seconds(&self) -> f64 {
+        self.seconds_before + self.started.elapsed().as_secs_f64()
+    }
+
     /// Asks every callback; one that wants to stop is enough.
-    fn ask(&mut self, question: impl Fn(&mut dyn Callback, &Progress) -> Result<Flow>) -> Result<Flow> {
-        let progress = self.progress;
+    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
         let mut flow = Flow::Continue;
         for callback in &mut self.trainer.callbacks {
-            flow = flow.or(question(&mut **callback, &progress)?);
+            flow = flow.or(question(&mut **callback)?);
         }
         Ok(flow)
     }
 }
 
-impl Trainer {
-    pub(super) fn show(&mut self, picture: &Picture) -> Result<()> {
-        self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
+/// The order in which training takes its samples.
+fn order(config: &super::TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Result<Order> {
+    let order = Order::new(seed, train.len().unwrap_or(usize::MAX), config.batch_size);
+    if train.is_empty() {
+        return Err(Error::msg("the training data is empty"));
+    }
+    let (key, limit) = match config.overfit_batches {
+        Some(limit) => ("overfit_batches", Some(limit)),
+        None => ("limit_train_batches", config.limit_train_batches),
+    };
+    match (limit, train.len()) {
+        (Some(Limit::Share(_)), None) => {
+            Err(Error::setting(key, "a stream's length is not known: expected a number of batches"))
+        }
+        (Some(limit), _) => {
+            let in_turn = config.overfit_batches.is_some();
+            Ok(Order { in_turn, ..order.limited(limit.of(order.batches())) })
+        }
+        (None, _) => Ok(order),
     }
 }
 
@@ -247,11 +449,12 @@ impl Trainer {
 fn check_same_order(state: &State, order: &Order) -> Result<()> {
     let Progress { epoch, step_in_epoch, samples, .. } = state.progress;
     let in_epoch = (step_in_epoch as usize * order.batch_size).min(order.len) as u64;
-    if samples != epoch * order.len as u64 + in_epoch {
+    if samples != epoch * order.samples() as u64 + in_epoch {
         return Err(Error::msg(format!(
             "the checkpoint saw {samples} samples in {epoch} epochs and {step_in_epoch} steps; {} samples in batches of {} \
              do not add up to that: go on with the batch size and the training data that it was made with",
-            order.len, order.batch_size
+            order.samples(),
+            order.batch_size
         )));
     }
     if state.seed != order.seed {

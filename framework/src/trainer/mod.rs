@@ -3,6 +3,7 @@
 mod config;
 mod evaluate;
 mod fit;
+mod limits;
 
 use std::path::{Path, PathBuf};
 
@@ -10,16 +11,26 @@ use candle_core::Tensor;
 use indexmap::IndexMap;
 
 pub use config::{Kernels, Precision, TrainerConfig};
+pub(crate) use limits::duration;
+pub use limits::{Every, Limit};
 
 use crate::batch::Batch;
-use crate::callback::{Callback, Progress, StopReason};
-use crate::checkpoint::{Checkpoint, CheckpointConfig};
-use crate::data::{Data, Dataset, Split};
+use crate::callback::{Callback, Picture, Progress, Record, StopReason};
+use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
+use crate::data::{Data, Pass, Split};
 use crate::error::Result;
 use crate::module::{Model, Step};
 use crate::nn;
-use crate::optim::OptimizerConfig;
+use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 use crate::schedule::{Plateau, Schedule};
+
+/// A part of the loop as a span of `tracing`, for the profiler. Without a subscriber it costs a few nanoseconds.
+macro_rules! phase {
+    ($name:literal) => {
+        tracing::debug_span!(target: "candlepower::phase", $name).entered()
+    };
+}
+pub(crate) use phase;
 
 /// Trains any [`Model`] on any [`Data`] of the same batch.
 ///
@@ -33,8 +44,9 @@ use crate::schedule::{Plateau, Schedule};
 /// ```
 pub struct Trainer {
     pub(crate) config: TrainerConfig,
-    optimizer: OptimizerConfig,
+    turns: Vec<TurnConfig>,
     schedule: Schedule,
+    average: Option<AverageConfig>,
     plateau: Option<Plateau>,
     checkpoint: CheckpointConfig,
     checkpoint_dir: Option<PathBuf>,
@@ -60,8 +72,9 @@ impl Trainer {
     pub fn new(config: TrainerConfig) -> Self {
         Self {
             config,
-            optimizer: OptimizerConfig::default(),
+            turns: vec![TurnConfig::only(OptimizerConfig::default(), Vec::new())],
             schedule: Schedule::default(),
+            average: None,
             plateau: None,
             checkpoint: CheckpointConfig::default(),
             checkpoint_dir: None,
@@ -72,9 +85,25 @@ impl Trainer {
         }
     }
 
-    /// Sets the optimizer.
-    pub fn optimizer(mut self, config: impl Into<OptimizerConfig>) -> Self {
-        self.optimizer = config.into();
+    /// Sets the optimizer of all parameters.
+    pub fn optimizer(self, config: impl Into<OptimizerConfig>) -> Self {
+        self.optimizer_with_groups(config, Vec::new())
+    }
+
+    /// Sets the optimizer, and which parameters it moves in ways of their own.
+    pub fn optimizer_with_groups(self, config: impl Into<OptimizerConfig>, groups: Vec<GroupConfig>) -> Self {
+        self.optimizers(vec![TurnConfig::only(config.into(), groups)])
+    }
+
+    /// Sets several optimizers, which take turns in every step.
+    pub fn optimizers(mut self, turns: Vec<TurnConfig>) -> Self {
+        self.turns = turns;
+        self
+    }
+
+    /// Evaluates, and saves, an average of the weights besides the weights.
+    pub fn average(mut self, average: Option<AverageConfig>) -> Self {
+        self.average = average;
         self
     }
 
@@ -129,25 +158,45 @@ impl Trainer {
     /// Trains until the configured end, a callback's stop, or an error.
     pub fn fit<B: Batch>(&mut self, model: &Model<B>, data: &Data<B>) -> Result<Outcome> {
         self.config.check()?;
-        self.optimizer.check()?;
+        self.turns.iter().try_for_each(TurnConfig::check)?;
         self.schedule.check()?;
+        self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
         self.in_pool(|trainer| fit::Fit::new(trainer, model, data)?.run())
     }
 
-    /// The metrics of a model on a dataset, every sample counted once.
+    /// The metrics of a model on a split, every sample counted once. Callbacks see them as a validation's.
     pub fn validate<B: Batch>(
         &mut self,
         model: &Model<B>,
         data: &Data<B>,
         split: Split,
     ) -> Result<IndexMap<String, f64>> {
-        self.config.check()?;
-        let dataset = if split == Split::Train { Some(&data.train) } else { data.val.as_ref() };
-        let dataset = dataset.ok_or_else(|| crate::Error::msg("there is no data to validate on"))?.clone();
+        let source = data.split(split)?.clone();
+        let pass = Pass { split, epoch: 0, seed: self.seed };
+        let limit = self.config.evaluation_limit(split);
         self.in_pool(|trainer| {
             let progress = Progress::default();
-            evaluate::evaluate(trainer, model, dataset, split, data.workers, &progress, false)
+            let metrics =
+                evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
+            let mut record = Record { step: 0, epoch: 0, split, metrics };
+            for callback in &mut trainer.callbacks {
+                callback.on_validation_end(&mut record)?;
+            }
+            Ok(record.metrics)
         })
+    }
+
+    /// Predicts from every sample of a split and hands the predictions to
+    /// [`Callback::on_prediction`](crate::callback::Callback::on_prediction); returns how many batches there were.
+    pub fn predict_split<B: Batch>(
+        &mut self,
+        model: &Model<B>,
+        data: &Data<B>,
+        split: Split,
+    ) -> Result<usize> {
+        let source = data.split(split)?.clone();
+        let pass = Pass { split, epoch: 0, seed: self.seed };
+        self.in_pool(|trainer| evaluate::predict(trainer, model, &source, pass, data.workers))
     }
 
     /// What a model predicts from one batch.
@@ -156,6 +205,37 @@ impl Trainer {
             let batch = batch.to_device(model.params().device())?;
             model.evaluation().predict_step(&batch, &mut Step::evaluation(0, 0, trainer.seed, false))
         })
+    }
+
+    fn show(&mut self, picture: &Picture) -> Result<()> {
+        self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
+    }
+
+    /// What each callback remembers, by its name; of several with one name, the second has `.2` behind it.
+    fn callback_states(&self) -> IndexMap<String, serde_json::Value> {
+        let states = self.callback_names().into_iter().zip(&self.callbacks);
+        states.filter_map(|(name, callback)| Some((name, callback.state()?))).collect()
+    }
+
+    /// Hands the callbacks what a checkpoint remembers of them.
+    fn restore_callbacks(&mut self, state: Option<&State>) -> Result<()> {
+        let Some(state) = state else { return Ok(()) };
+        for (name, callback) in self.callback_names().into_iter().zip(&mut self.callbacks) {
+            if let Some(state) = state.callbacks.get(&name) {
+                callback.restore(state.clone())?;
+            }
+        }
+        Ok(())
+    }
+
+    fn callback_names(&self) -> Vec<String> {
+        let mut counts: IndexMap<&str, usize> = IndexMap::new();
+        let names = self.callbacks.iter().map(|callback| {
+            let count = counts.entry(callback.name()).or_default();
+            *count += 1;
+            if *count == 1 { callback.name().to_string() } else { format!("{}.{count}", callback.name()) }
+        });
+        names.collect()
     }
 
     /// Runs in a thread pool of the configured size. Its threads have large stacks: candle's backward pass walks the
@@ -172,9 +252,4 @@ impl Trainer {
             pool.map_err(|error| crate::Error::msg(format!("cannot start the compute threads: {error}")))?;
         pool.install(|| nn::with_kernels(kernels, || work(self)))
     }
-}
-
-/// How many samples one device takes at once in evaluation: as many as in training.
-fn evaluation_batch(config: &TrainerConfig, dataset: &dyn Dataset<Batch = impl Batch>) -> usize {
-    config.micro_batch_size.unwrap_or(config.batch_size).min(dataset.len().max(1))
 }

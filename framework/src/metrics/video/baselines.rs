@@ -49,9 +49,9 @@ pub fn baselines(
 }
 
 fn mean_frame(train: &dyn Dataset<Batch = Video>, seed: u64) -> Result<Tensor> {
-    let order = Order { seed, len: train.len(), batch_size: BATCH_SIZE };
+    let order = Order::new(seed, train.len(), BATCH_SIZE);
     let mut means = Vec::new();
-    for samples in order.epoch(0).take(MEAN_SAMPLES / BATCH_SIZE) {
+    for (samples, _) in order.epoch(0).take(MEAN_SAMPLES / BATCH_SIZE) {
         // A whole batch at a time would give the samples of a short last batch more weight.
         let target = train.batch(&samples)?.target.to_dtype(DType::F64)?;
         means.push(target.mean(1)?);

@@ -1,0 +1,26 @@
+//! Ends a run, or saves it, when the process is told to.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+
+use crate::callback::{Callback, Flow, StepEnd, StopReason};
+use crate::error::Result;
+
+/// Stops after the step during which a signal came, or saves and goes on. Whoever receives signals sets these flags.
+#[derive(Debug, Clone, Default)]
+pub struct OnSignal {
+    /// The signal that ends the run; 0: none came.
+    pub stop: Arc<AtomicI32>,
+    /// Whether a checkpoint is asked for.
+    pub save: Arc<AtomicBool>,
+}
+
+impl Callback for OnSignal {
+    fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
+        Ok(match self.stop.load(Ordering::Relaxed) {
+            0 if self.save.swap(false, Ordering::Relaxed) => Flow::Save,
+            0 => Flow::Continue,
+            signal => Flow::Stop(StopReason::Signal(signal)),
+        })
+    }
+}

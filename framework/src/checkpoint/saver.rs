@@ -1,0 +1,181 @@
+//! When a checkpoint is due, which ones stay, and writing them while training goes on.
+
+use std::cmp::Ordering;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use super::{Best, CheckpointConfig, Snapshot, State, files};
+use crate::error::{Error, Result};
+
+/// Saves the checkpoints of one run. A snapshot is copied at once and written by a thread of its own.
+pub(crate) struct Saver {
+    dir: PathBuf,
+    config: CheckpointConfig,
+    best: Vec<Best>,
+    /// The step of the newest checkpoint.
+    saved: Option<u64>,
+    saved_at: Instant,
+    writing: Option<JoinHandle<Result<Option<PathBuf>>>>,
+}
+
+impl Saver {
+    /// Saves into `dir`; goes on from the checkpoint that `resumed` is the state of.
+    pub(crate) fn new(dir: &Path, config: &CheckpointConfig, resumed: Option<&State>) -> Self {
+        Self {
+            dir: dir.to_path_buf(),
+            config: config.clone(),
+            best: resumed.map(|state| state.best.clone()).unwrap_or_default(),
+            saved: resumed.map(|state| state.progress.step),
+            saved_at: Instant::now(),
+            writing: None,
+        }
+    }
+
+    /// The best validations so far, the best first.
+    pub(crate) fn best(&self) -> &[Best] {
+        &self.best
+    }
+
+    /// Whether a checkpoint of `step` is due by its number or by the clock.
+    pub(crate) fn is_due(&self, step: u64) -> bool {
+        self.config.every_steps.is_some_and(|every| step.is_multiple_of(every))
+            || self.config.every_time.is_some_and(|every| self.saved_at.elapsed() >= every)
+    }
+
+    /// Whether the checkpoint of `step` has been taken.
+    pub(crate) fn has(&self, step: u64) -> bool {
+        self.saved == Some(step)
+    }
+
+    /// Puts a validation in its place among the best; false where it is not one of them. Of equal values the earlier one
+    /// is better; what is not a number is worse than all others.
+    pub(crate) fn rank(&mut self, step: u64, metric: impl Fn(&str) -> Option<f64>) -> Result<bool> {
+        let Some(value) = metric(&self.config.monitor) else {
+            let message =
+                format!("there is no validation metric `{}` to tell the best by", self.config.monitor);
+            return Err(Error::setting("monitor", message));
+        };
+        let best = Best { step, value: Some(value).filter(|value| !value.is_nan()) };
+        // Mid-step validations by the clock may come to the same step again: the newer one counts.
+        self.best.retain(|other| other.step != step);
+        self.best.push(best);
+        let sign = if self.config.maximize { -1. } else { 1. };
+        self.best.sort_by(|a, b| match (a.value, b.value) {
+            (Some(a), Some(b)) => (sign * a).total_cmp(&(sign * b)),
+            (None, None) => Ordering::Equal,
+            (a, b) => b.is_some().cmp(&a.is_some()),
+        });
+        self.best.truncate(self.config.keep_best);
+        Ok(self.best.contains(&best))
+    }
+
+    /// Takes a checkpoint: waits for the one before to be on disk, and leaves the writing to another thread. Without a
+    /// snapshot, the links and what stays are brought up to date. Returns the checkpoint before.
+    pub(crate) fn save(&mut self, snapshot: Option<Snapshot>) -> Result<Option<PathBuf>> {
+        let before = self.finish()?;
+        if let Some(snapshot) = &snapshot {
+            self.saved = Some(snapshot.state.progress.step);
+            self.saved_at = Instant::now();
+        }
+        let (dir, keep) = (self.dir.clone(), self.config.keep_last);
+        let best: Vec<u64> = self.best.iter().map(|best| best.step).collect();
+        self.writing = Some(std::thread::spawn(move || {
+            let _phase = crate::trainer::phase!("checkpoint_write");
+            let path = snapshot.map(|snapshot| snapshot.write(&dir)).transpose()?;
+            if let Some(step) = path.as_deref().and_then(Path::file_name) {
+                files::link(&dir, "last", Path::new(step))?;
+            }
+            // The best may not be on disk any more when a run is continued in another folder.
+            if let Some(step) = best.first().map(u64::to_string).filter(|step| dir.join(step).exists()) {
+                files::link(&dir, "best", Path::new(&step))?;
+            }
+            files::prune(&dir, keep, &best)?;
+            Ok(path)
+        }));
+        Ok(before)
+    }
+
+    /// The checkpoint that has come to be complete since the last call, if any; does not wait.
+    pub(crate) fn poll(&mut self) -> Result<Option<PathBuf>> {
+        match self.writing.as_ref().is_some_and(JoinHandle::is_finished) {
+            true => self.finish(),
+            false => Ok(None),
+        }
+    }
+
+    /// Waits until what was taken is on disk.
+    pub(crate) fn finish(&mut self) -> Result<Option<PathBuf>> {
+        let Some(writing) = self.writing.take() else { return Ok(None) };
+        writing.join().unwrap_or_else(|_| Err(Error::msg("saving a checkpoint failed; the message is above")))
+    }
+}
+
+impl Drop for Saver {
+    fn drop(&mut self) {
+        // After an error elsewhere: what was taken is still worth having, and that error is the one to tell.
+        let _ = self.finish();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::callback::Progress;
+
+    fn saver(dir: &Path, config: CheckpointConfig) -> Saver {
+        Saver::new(dir, &config, None)
+    }
+
+    fn save(saver: &mut Saver, step: u64) {
+        let params = [("w".to_string(), Var::new(&[step as f32], &Device::Cpu).unwrap())];
+        let state = State { progress: Progress { step, ..Default::default() }, ..State::default() };
+        saver.save(Some(Snapshot::take(&params, &[], None, state).unwrap())).unwrap();
+    }
+
+    #[test]
+    fn the_newest_and_the_best_stay() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = CheckpointConfig { keep_last: 2, keep_best: 2, ..Default::default() };
+        let mut saver = saver(dir.path(), config);
+        // A metric that is not a number is worse than any that is one.
+        let losses = [(1, 3.), (2, 1.), (3, f64::NAN), (4, 2.), (5, 2.), (6, 9.)];
+        for (step, loss) in losses {
+            let best = saver.rank(step, |name| (name == "loss").then_some(loss)).unwrap();
+            assert_eq!(best, [1, 2, 4].contains(&step), "step {step}");
+            save(&mut saver, step);
+        }
+        saver.finish().unwrap();
+        let exists = |name: &str| dir.path().join(name).join("model.safetensors").exists();
+        assert_eq!(
+            [1, 2, 3, 4, 5, 6].map(|s: u64| exists(&s.to_string())),
+            [false, true, false, true, true, true]
+        );
+        let target = |link: &str| std::fs::read_link(dir.path().join(link)).unwrap();
+        assert_eq!((target("best"), target("last")), ("2".into(), "6".into()));
+        assert_eq!(saver.best().iter().map(|best| best.step).collect::<Vec<_>>(), [2, 4]);
+    }
+
+    #[test]
+    fn the_largest_is_best_where_asked_for_and_an_unknown_metric_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = CheckpointConfig { monitor: "accuracy".into(), maximize: true, ..Default::default() };
+        let mut saver = saver(dir.path(), config);
+        let mut rank = |step, value| saver.rank(step, |name| (name == "accuracy").then_some(value)).unwrap();
+        assert_eq!([rank(1, f64::NAN), rank(2, 0.5), rank(3, 0.4), rank(4, 0.6)], [true, true, false, true]);
+        let error = saver.rank(5, |_| None).unwrap_err().to_string();
+        assert_eq!(error, "`monitor`: there is no validation metric `accuracy` to tell the best by");
+    }
+
+    #[test]
+    fn a_failed_write_is_reported_by_the_next_call() {
+        let dir = tempfile::tempdir().unwrap();
+        let blocked = dir.path().join("file");
+        std::fs::write(&blocked, "").unwrap();
+        let mut saver = saver(&blocked, CheckpointConfig::default());
+        save(&mut saver, 1);
+        assert!(saver.finish().unwrap_err().to_string().contains("file"));
+    }
+}

@@ -1,0 +1,235 @@
+//! Where samples come from: [`Dataset`]s read by index, [`Stream`]s read in turn; and the passes over them.
+
+use std::sync::Arc;
+
+use super::loader::Job;
+use super::{Dataset, Order, Sample, Split, samples_in_turn};
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+
+/// Samples that come one after the other, in a number that nobody knows before: an archive, a queue, a generator.
+///
+/// Where samples can be read by index, a [`Dataset`] shuffles them and resumes at once; a stream is read in the order in
+/// which it comes, and a resumed run reads and drops what it has had.
+pub trait Stream: Send + Sync {
+    /// What the samples are collated into.
+    type Batch: Batch;
+    /// What is read in turn, as small as can be: a line, a file's name, compressed bytes.
+    type Item: Send;
+
+    /// What every batch of this stream looks like: sizes that a module needs to be built.
+    fn spec(&self) -> <Self::Batch as Batch>::Spec;
+
+    /// The items of one pass. The same pass must give the same items, for a run to be resumed and repeated.
+    fn items(&self, pass: Pass) -> Result<Items<Self::Item>>;
+
+    /// The batch made of these items, on the CPU. Called by several workers at once: the costly part belongs here.
+    fn batch(&self, items: Vec<Self::Item>, samples: &[Sample]) -> Result<Self::Batch>;
+}
+
+/// What a [`Stream`] reads.
+pub type Items<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
+
+/// One pass over data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pass {
+    /// The split that is read.
+    pub split: Split,
+    /// The epoch; 0 in evaluation.
+    pub epoch: u64,
+    /// The run's seed.
+    pub seed: u64,
+}
+
+/// A dataset or a stream.
+pub enum Source<B: Batch> {
+    /// Samples by index.
+    Indexed(Arc<dyn Dataset<Batch = B>>),
+    /// Samples in turn.
+    Stream(Arc<dyn AnyStream<B>>),
+}
+
+impl<B: Batch> Clone for Source<B> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Indexed(dataset) => Self::Indexed(dataset.clone()),
+            Self::Stream(stream) => Self::Stream(stream.clone()),
+        }
+    }
+}
+
+/// Where training goes on in its data, and in what portions.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Start {
+    pub(crate) epoch: u64,
+    pub(crate) step_in_epoch: u64,
+    /// Samples that one device takes at once.
+    pub(crate) micro_batch_size: usize,
+}
+
+/// The micro-batches of a pass, to be made.
+pub(crate) type Jobs<B> = Box<dyn Iterator<Item = Result<Job<B>>> + Send>;
+
+impl<B: Batch> Source<B> {
+    /// What every batch looks like.
+    pub fn spec(&self) -> B::Spec {
+        match self {
+            Self::Indexed(dataset) => dataset.spec(),
+            Self::Stream(stream) => stream.spec(),
+        }
+    }
+
+    /// How many samples there are, where that is known.
+    pub fn len(&self) -> Option<usize> {
+        match self {
+            Self::Indexed(dataset) => Some(dataset.len()),
+            Self::Stream(_) => None,
+        }
+    }
+
+    /// Whether it is known that there is nothing to read.
+    pub fn is_empty(&self) -> bool {
+        self.len() == Some(0)
+    }
+
+    /// All micro-batches of training from `start` on, epoch after epoch, without end. `order` is a dataset's; of a
+    /// stream only its seed, batch size and limit count.
+    pub(crate) fn training(&self, order: Order, start: Start) -> Jobs<B> {
+        let micro = start.micro_batch_size;
+        match self {
+            Self::Indexed(dataset) => {
+                let dataset = dataset.clone();
+                let batches = order.from(start.epoch, start.step_in_epoch as usize);
+                Box::new(batches.flat_map(move |(samples, ends_epoch)| {
+                    jobs(&dataset, samples, micro, ends_epoch).map(Ok).collect::<Vec<_>>()
+                }))
+            }
+            Self::Stream(stream) => {
+                let (stream, mut skip) = (stream.clone(), start.step_in_epoch as usize);
+                Box::new((start.epoch..).flat_map(move |epoch| -> Jobs<B> {
+                    let pass = Pass { split: Split::Train, epoch, seed: order.seed };
+                    let portions = Portions {
+                        skip: std::mem::take(&mut skip) * order.batch_size,
+                        step: order.batch_size,
+                        micro,
+                        steps: order.limit,
+                    };
+                    stream
+                        .clone()
+                        .jobs(pass, portions)
+                        .unwrap_or_else(|error| Box::new([Err(error)].into_iter()))
+                }))
+            }
+        }
+    }
+
+    /// One pass over the data, first to last; at most `limit` batches.
+    pub(crate) fn evaluation(&self, pass: Pass, batch_size: usize, limit: usize) -> Result<Jobs<B>> {
+        match self {
+            Self::Indexed(dataset) => {
+                let (dataset, len) = (dataset.clone(), dataset.len());
+                let batches = samples_in_turn(pass.split, pass.seed, len, batch_size).take(limit);
+                Ok(Box::new(batches.flat_map(move |samples| {
+                    jobs(&dataset, samples, batch_size, false).map(Ok).collect::<Vec<_>>()
+                })))
+            }
+            Self::Stream(stream) => {
+                let portions = Portions { skip: 0, step: batch_size, micro: batch_size, steps: limit };
+                stream.clone().jobs(pass, portions)
+            }
+        }
+    }
+}
+
+/// The micro-batches of one step over a dataset.
+fn jobs<B: Batch>(
+    dataset: &Arc<dyn Dataset<Batch = B>>,
+    samples: Vec<Sample>,
+    micro: usize,
+    ends_epoch: bool,
+) -> impl Iterator<Item = Job<B>> {
+    let step_samples = samples.len();
+    let micro_batches: Vec<Vec<Sample>> = samples.chunks(micro).map(<[_]>::to_vec).collect();
+    micro_batches.into_iter().map(move |samples| {
+        let dataset = dataset.clone();
+        let make = move || dataset.batch(&samples).map_err(|error| unreadable(&samples, &error));
+        Job { make: Box::new(make), step_samples, ends_epoch }
+    })
+}
+
+fn unreadable(samples: &[Sample], error: &Error) -> Error {
+    let indices: Vec<String> = samples.iter().map(|s| s.index.to_string()).collect();
+    Error::msg(format!("cannot read sample(s) {}: {error}", indices.join(", ")))
+}
+
+/// How a stream is cut.
+#[derive(Debug, Clone, Copy)]
+pub struct Portions {
+    /// Items that are read and dropped first.
+    skip: usize,
+    /// Items of one step.
+    step: usize,
+    /// Items of one micro-batch.
+    micro: usize,
+    /// Steps of a pass, at most, those of the skipped items included.
+    steps: usize,
+}
+
+/// A [`Stream`] whose items nobody needs to name.
+pub trait AnyStream<B: Batch>: Send + Sync {
+    /// What every batch of this stream looks like.
+    fn spec(&self) -> B::Spec;
+    #[doc(hidden)]
+    #[expect(private_interfaces, reason = "implemented here alone, for every stream")]
+    fn jobs(self: Arc<Self>, pass: Pass, portions: Portions) -> Result<Jobs<B>>;
+}
+
+impl<S: Stream + 'static> AnyStream<S::Batch> for S {
+    fn spec(&self) -> <S::Batch as Batch>::Spec {
+        Stream::spec(self)
+    }
+
+    #[expect(private_interfaces, reason = "implemented here alone, for every stream")]
+    fn jobs(self: Arc<Self>, pass: Pass, portions: Portions) -> Result<Jobs<S::Batch>> {
+        let mut items = self.items(pass)?.take(portions.steps.saturating_mul(portions.step)).peekable();
+        for item in items.by_ref().take(portions.skip) {
+            item?;
+        }
+        if items.peek().is_none() && portions.skip == 0 {
+            return Err(Error::msg(format!("the {} stream gave nothing", pass.split.name())));
+        }
+        let mut index = portions.skip;
+        Ok(Box::new(
+            std::iter::from_fn(move || {
+                let step: Result<Vec<S::Item>> = items.by_ref().take(portions.step).collect();
+                match step {
+                    Err(error) => Some(vec![Err(Error::msg(format!("after sample {index}: {error}")))]),
+                    Ok(step) if step.is_empty() => None,
+                    Ok(step) => {
+                        let (step_samples, ends_epoch) = (step.len(), items.peek().is_none());
+                        let mut jobs = Vec::new();
+                        let mut step = step.into_iter().peekable();
+                        while step.peek().is_some() {
+                            let items: Vec<_> = step.by_ref().take(portions.micro).collect();
+                            let sample = |index| Sample {
+                                index,
+                                split: pass.split,
+                                epoch: pass.epoch,
+                                seed: pass.seed,
+                            };
+                            let samples: Vec<Sample> = (index..index + items.len()).map(sample).collect();
+                            index += items.len();
+                            let stream = self.clone();
+                            let make = move || {
+                                stream.batch(items, &samples).map_err(|error| unreadable(&samples, &error))
+                            };
+                            jobs.push(Ok(Job { make: Box::new(make) as _, step_samples, ends_epoch }));
+                        }
+                        Some(jobs)
+                    }
+                }
+            })
+            .flatten(),
+        ))
+    }
+}

@@ -1,0 +1,249 @@
+//! Which optimizer moves which parameters: groups with rates of their own, and optimizers that take turns.
+
+use candle_core::{Tensor, Var};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use wildmatch::WildMatch;
+
+use super::{Optimizer, OptimizerConfig};
+use crate::error::{Error, Result};
+use crate::schedule::{Rates, Schedule};
+
+/// Parameters that are moved in their own way: an entry of `groups` of an optimizer's section.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GroupConfig {
+    /// Which parameters, by name: `*` stands for any text, `?` for any letter, as in `encoder.*`. A parameter belongs to
+    /// the first group whose pattern fits.
+    pub params: String,
+    /// Their learning rate; through the whole schedule it keeps its ratio to the optimizer's. Default: the optimizer's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lr: Option<f64>,
+    /// Their weight decay. Default: the optimizer's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weight_decay: Option<f64>,
+    /// They are never moved, and need no gradient.
+    #[serde(default)]
+    pub frozen: bool,
+}
+
+/// One of several optimizers, each with parameters of its own: a section `[optimizers.NAME]`.
+///
+/// In each step they take turns in the order in which they are written: for each, the module's `training_step` is
+/// called with [`Step::optimizer`](crate::module::Step::optimizer) saying whose turn it is, and the gradient of the loss
+/// that it returns moves that optimizer's parameters alone.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TurnConfig {
+    /// Its name, for the module and the logs.
+    pub name: String,
+    /// The parameters it moves, by name, as in [`GroupConfig::params`].
+    pub params: String,
+    /// Its rule.
+    pub optimizer: OptimizerConfig,
+    /// Parameters that it moves in another way.
+    pub groups: Vec<GroupConfig>,
+    /// Its schedule; absent: the run's.
+    pub schedule: Option<Schedule>,
+}
+
+impl TurnConfig {
+    /// The only optimizer, of all parameters.
+    pub fn only(optimizer: OptimizerConfig, groups: Vec<GroupConfig>) -> Self {
+        Self { name: "optimizer".into(), params: "*".into(), optimizer, groups, schedule: None }
+    }
+
+    /// Refuses what no parameters could make right.
+    pub fn check(&self) -> Result<()> {
+        self.optimizer.check()?;
+        for GroupConfig { params, lr, weight_decay, .. } in &self.groups {
+            let negative = |value: &Option<f64>| value.is_some_and(|x| !(x.is_finite() && x >= 0.));
+            if negative(lr) || negative(weight_decay) {
+                let message = format!("group `{params}`: expected `lr` and `weight_decay` from 0 up");
+                return Err(Error::setting("groups", message));
+            }
+            if lr.is_some() && self.optimizer.lr() == 0. {
+                let message = format!("group `{params}`: its `lr` is a ratio to the optimizer's, which is 0");
+                return Err(Error::setting("groups", message));
+            }
+        }
+        self.schedule.as_ref().map_or(Ok(()), Schedule::check)
+    }
+}
+
+/// An optimizer with the parameters that it moves.
+pub(crate) struct Turn {
+    pub(crate) name: String,
+    /// Those that are not frozen, group after group.
+    pub(crate) params: Vec<(String, Var)>,
+    /// The optimizer's own learning rate, before any schedule.
+    pub(crate) lr: f64,
+    schedule: Schedule,
+    groups: Vec<Group>,
+}
+
+struct Group {
+    /// How many of the turn's parameters, in order, are this group's.
+    len: usize,
+    optimizer: Box<dyn Optimizer>,
+    /// Its learning rate over the optimizer's.
+    ratio: f64,
+}
+
+impl Turn {
+    /// Shares out parameters among optimizers and their groups. Every parameter needs exactly one optimizer, and every
+    /// pattern must fit a parameter.
+    pub(crate) fn share(
+        configs: &[TurnConfig],
+        schedule: &Schedule,
+        params: &[(String, Var)],
+    ) -> Result<Vec<Self>> {
+        for (name, _) in params {
+            let fits = |config: &&TurnConfig| WildMatch::new(&config.params).matches(name);
+            let takers: Vec<&str> = configs.iter().filter(fits).map(|config| config.name.as_str()).collect();
+            match takers[..] {
+                [_] => {}
+                [] => {
+                    return Err(Error::msg(format!(
+                        "no optimizer moves parameter `{name}`: {}",
+                        patterns(configs)
+                    )));
+                }
+                _ => {
+                    let takers = takers.join("` and `");
+                    return Err(Error::msg(format!(
+                        "parameter `{name}` is moved by `{takers}`: give it to one"
+                    )));
+                }
+            }
+        }
+        configs.iter().map(|config| Self::new(config, schedule, params)).collect()
+    }
+
+    fn new(config: &TurnConfig, schedule: &Schedule, params: &[(String, Var)]) -> Result<Self> {
+        let mut rest: Vec<(String, Var)> = take(&config.params, &mut params.to_vec());
+        if rest.is_empty() && !params.is_empty() {
+            return Err(no_parameter(&config.params, params));
+        }
+        let lr = config.optimizer.lr();
+        let (mut moved, mut groups) = (Vec::new(), Vec::new());
+        let mut add = |params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
+            let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
+            groups.push(Group { len: params.len(), optimizer: optimizer.build(&params)?, ratio });
+            moved.extend(params);
+            Ok(())
+        };
+        for group in &config.groups {
+            let members = take(&group.params, &mut rest);
+            if members.is_empty() {
+                return Err(no_parameter(&group.params, params));
+            }
+            if !group.frozen {
+                add(members, config.optimizer.with(group.lr, group.weight_decay))?;
+            }
+        }
+        add(rest, config.optimizer.clone())?;
+        let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
+        Ok(Self { name: config.name.clone(), params: moved, lr, schedule, groups })
+    }
+
+    /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
+    pub(crate) fn rates(&self, step: u64, scale: f64) -> Rates {
+        self.schedule.at(step, if scale == 1. { self.lr } else { self.lr * scale })
+    }
+
+    /// Moves the parameters; `t` counts steps from 1.
+    pub(crate) fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+        let mut first = 0;
+        for group in &mut self.groups {
+            let own = &gradients[first..first + group.len];
+            group.optimizer.step(own, t, Rates { lr: rates.lr * group.ratio, ..rates })?;
+            first += group.len;
+        }
+        Ok(())
+    }
+
+    /// What the optimizer remembers, by name.
+    pub(crate) fn state(&self) -> Vec<(String, Var)> {
+        self.groups.iter().flat_map(|group| group.optimizer.state()).collect()
+    }
+}
+
+/// Takes the parameters whose names fit out of `from`.
+fn take(pattern: &str, from: &mut Vec<(String, Var)>) -> Vec<(String, Var)> {
+    let pattern = WildMatch::new(pattern);
+    let (taken, left) = from.drain(..).partition(|(name, _)| pattern.matches(name));
+    *from = left;
+    taken
+}
+
+fn patterns(configs: &[TurnConfig]) -> String {
+    let all: Vec<String> = configs.iter().map(|c| format!("`{}` moves `{}`", c.name, c.params)).collect();
+    all.join(", ")
+}
+
+fn no_parameter(pattern: &str, params: &[(String, Var)]) -> Error {
+    const SHOWN: usize = 8;
+    let names: Vec<&str> = params.iter().take(SHOWN).map(|(name, _)| name.as_str()).collect();
+    let more = if params.len() > SHOWN { ", ..." } else { "" };
+    Error::setting("params", format!("`{pattern}` fits no parameter; there are {}{more}", names.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Tensor};
+
+    use super::*;
+    use crate::optim::SgdConfig;
+
+    fn params(names: &[&str]) -> Vec<(String, Var)> {
+        names.iter().map(|name| (name.to_string(), Var::new(&[1f32], &Device::Cpu).unwrap())).collect()
+    }
+
+    fn group(params: &str) -> GroupConfig {
+        GroupConfig { params: params.into(), lr: None, weight_decay: None, frozen: false }
+    }
+
+    fn sgd(lr: f64) -> OptimizerConfig {
+        SgdConfig { lr, ..Default::default() }.into()
+    }
+
+    #[test]
+    fn groups_have_their_own_rates_and_frozen_parameters_stay() {
+        let all = params(&["encoder.w", "encoder.b", "decoder.w", "dead.w"]);
+        let groups = vec![
+            GroupConfig { frozen: true, ..group("dead.*") },
+            GroupConfig { weight_decay: Some(0.5), ..group("encoder.w") },
+            GroupConfig { lr: Some(0.01), ..group("encoder.*") },
+        ];
+        let schedule = Schedule::Exponential { gamma: 0.5 };
+        let mut turns = Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all).unwrap();
+        let turn = &mut turns[0];
+        let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
+        let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
+        turn.step(&gradients, 1, turn.rates(1, 1.)).unwrap();
+        // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
+        let value = |i: usize| all[i].1.to_vec1::<f32>().unwrap()[0];
+        assert_eq!([value(0), value(1), value(2), value(3)], [1. - 0.05 * 1.5, 1. - 0.005, 1. - 0.05, 1.]);
+    }
+
+    #[test]
+    fn patterns_that_fit_nothing_and_parameters_of_nobody_are_refused() {
+        let all = params(&["a.w", "b.w"]);
+        let turn = |name: &str, params: &str| TurnConfig {
+            name: name.into(),
+            params: params.into(),
+            ..TurnConfig::only(sgd(0.1), Vec::new())
+        };
+        let error = |configs: &[TurnConfig]| {
+            Turn::share(configs, &Schedule::default(), &all).err().unwrap().to_string()
+        };
+        assert_eq!(error(&[turn("x", "a.*")]), "no optimizer moves parameter `b.w`: `x` moves `a.*`");
+        assert_eq!(
+            error(&[turn("x", "*"), turn("y", "b.*")]),
+            "parameter `b.w` is moved by `x` and `y`: give it to one"
+        );
+        let lost = TurnConfig { groups: vec![group("c.*")], ..turn("x", "*") };
+        assert_eq!(error(&[lost]), "`params`: `c.*` fits no parameter; there are a.w, b.w");
+    }
+}
