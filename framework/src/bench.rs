@@ -11,8 +11,9 @@ use crate::batch::Batch;
 use crate::callback::{Callback, Flow, StepEnd};
 use crate::data::{Data, Dataset, Sample, Source, Split};
 use crate::error::{Error, Result};
+use crate::memory;
 use crate::module::Model;
-use crate::trainer::{Precision, Trainer};
+use crate::trainer::{Limit, Precision, Trainer};
 
 /// Steps before the first that is timed: they fill caches and allocate what later steps use again.
 pub const WARM_UP: u64 = 2;
@@ -48,11 +49,11 @@ pub struct Benchmark {
     pub precision: Precision,
 }
 
-/// Times `steps` steps of `trainer`, which has neither callbacks nor a folder.
+/// Times `steps` steps of `trainer`.
 pub(crate) fn measure<B: Batch>(
-    mut trainer: Trainer,
+    trainer: &Trainer,
     model: &Model<B>,
-    mut data: Data<B>,
+    data: &Data<B>,
     steps: u64,
     pass: Pass,
 ) -> Result<Benchmark> {
@@ -64,25 +65,25 @@ pub(crate) fn measure<B: Batch>(
     }
     let device = model.params().device().clone();
     let (ends, receiver) = channel();
-    trainer = trainer.image_every(0).callback(Stopwatch { device: device.clone(), ends });
     let total = WARM_UP + steps;
-    trainer.config.fast_dev_run = 0;
-    trainer.config.limit_train_batches = None;
-    trainer.config.max_time = None;
+    let mut trainer = trainer.trial(total).callback(Stopwatch { device: device.clone(), ends });
     let samples = match pass {
         Pass::Training => {
-            data.val = None;
-            trainer.config.max_epochs = None;
-            trainer.config.max_steps = Some(total);
-            trainer.fit(model, &data)?;
-            trainer.config.batch_size.min(data.train.len().unwrap_or(usize::MAX))
+            let batch = trainer.config.batch_size;
+            // The last batch of an epoch may be a smaller one: it is left out where there are others.
+            trainer.config.limit_train_batches =
+                data.train.len().map(|len| Limit::Batches((len / batch).max(1)));
+            trainer.fit(model, data)?;
+            batch.min(data.train.len().unwrap_or(usize::MAX))
         }
         Pass::Forward => {
             let batch = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
             let len = total as usize * batch;
-            if let Source::Indexed(dataset) = data.train {
-                data.train = Source::Indexed(Arc::new(Cycle { dataset, len }));
-            }
+            let train = match data.train.clone() {
+                Source::Indexed(dataset) => Source::Indexed(Arc::new(Cycle { dataset, len })),
+                stream => stream,
+            };
+            let data = Data { workers: data.workers, prefetch: data.prefetch, ..Data::from_source(train) };
             trainer.validate(model, &data, Split::Train)?;
             batch
         }
@@ -96,7 +97,7 @@ pub(crate) fn measure<B: Batch>(
     Ok(Benchmark {
         ms_per_step: 1e3 * seconds,
         samples_per_second,
-        peak_rss_mb: peak_rss_mb(),
+        peak_rss_mb: memory::peak().map(|bytes| bytes as f64 / 1e6),
         flops_per_sample,
         tflops: flops_per_sample.map(|flops| flops * samples_per_second / 1e12),
         device: match device {
@@ -169,14 +170,6 @@ fn median(mut values: Vec<f64>) -> f64 {
     }
 }
 
-/// Linux counts the high-water mark of a process's resident memory, in KiB.
-fn peak_rss_mb() -> Option<f64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kib: f64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kib * 1024. / 1e6)
-}
-
 #[cfg(test)]
 mod tests {
     use candle_core::Tensor;
@@ -223,7 +216,7 @@ mod tests {
         let model = Model::new(|vb| Ok(Scale(vb.get(1, "scale")?)), 0, &Device::Cpu).unwrap();
         let config =
             TrainerConfig { batch_size: 4, max_epochs: Some(1), threads: Some(1), ..Default::default() };
-        measure(Trainer::new(config), &model, Data::new(Ones { samples }), steps, pass)
+        measure(&Trainer::new(config), &model, &Data::new(Ones { samples }), steps, pass)
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
 use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
 use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
+use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
 use crate::logger::{Loggers, LoggingConfig};
 use crate::metrics::video::Baseline;
 use crate::module::Model;
@@ -212,6 +213,16 @@ impl Experiment {
         self.job.bench(self, steps, pass)
     }
 
+    /// Looks for a learning rate ([`Trainer::find_lr`]) from the initial weights; writes nothing.
+    pub fn find_lr(&self, config: &LrFinderConfig) -> Result<LrFinding> {
+        self.job.find_lr(self, config)
+    }
+
+    /// Looks for a batch size ([`Trainer::find_batch_size`]); writes nothing.
+    pub fn find_batch_size(&self, config: &BatchFinderConfig) -> Result<BatchFinding> {
+        self.job.find_batch_size(self, config)
+    }
+
     fn data<B: Batch>(&self, recipe: &dyn DataRecipe<B>) -> Result<Data<B>> {
         let mut data = Data::from_source(self.open(recipe, Split::Train)?);
         data.val = Some(self.open(recipe, Split::Val)?);
@@ -255,7 +266,7 @@ impl Experiment {
     fn place_training_error(&self, error: Error) -> Error {
         let section = match &error {
             Error::Setting { key, .. } if key == "monitor" => "checkpoint",
-            Error::Setting { key, .. } if key == "params" => "optimizer",
+            Error::Setting { key, .. } if key == "params" || key == "lr" => "optimizer",
             _ => "trainer",
         };
         self.document.place(section, error)
@@ -441,6 +452,8 @@ pub(crate) trait Job: Send + Sync {
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<usize>;
     fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark>;
+    fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding>;
+    fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding>;
 }
 
 /// A module and a dataset of one batch.
@@ -551,7 +564,20 @@ impl<B: Batch> Job for Pair<B> {
 
     fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark> {
         let (model, data) = self.model_and_data(experiment)?;
-        bench::measure(experiment.trainer(), &model, data, steps, pass)
+        bench::measure(&experiment.trainer(), &model, &data, steps, pass)
+    }
+
+    fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding> {
+        // Before the configuration's own values are looked at, whose errors have a place in the file.
+        config.check()?;
+        let (model, data) = self.model_and_data(experiment)?;
+        let finding = experiment.trainer().find_lr(&model, &data, config);
+        finding.map_err(|error| experiment.place_training_error(error))
+    }
+
+    fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding> {
+        let (model, data) = self.model_and_data(experiment)?;
+        experiment.trainer().find_batch_size(&model, &data, config)
     }
 }
 

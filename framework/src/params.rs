@@ -9,6 +9,7 @@ use indexmap::IndexMap;
 use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
+use crate::error::Result;
 use crate::seed;
 
 /// Named parameters in the order in which the module asked for them.
@@ -64,6 +65,16 @@ impl Params {
     fn lock(&self) -> MutexGuard<'_, IndexMap<String, Var>> {
         self.0.vars.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Runs `work` and then puts the values of these variables back, to the bit, whether it succeeded or not.
+pub(crate) fn put_back_after<T>(vars: &[(String, Var)], work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let before: Vec<Tensor> = vars.iter().map(|(_, var)| var.copy()).collect::<candle_core::Result<_>>()?;
+    let result = work();
+    for ((_, var), value) in vars.iter().zip(&before) {
+        var.set(value)?;
+    }
+    result
 }
 
 struct Backend {
@@ -133,7 +144,7 @@ fn initial_values(shape: &Shape, init: Init, seed: u64, name: &str) -> candle_co
 
 fn sample<D: Distribution<f64>, E: std::fmt::Display>(
     n: usize,
-    distribution: Result<D, E>,
+    distribution: std::result::Result<D, E>,
     rng: &mut impl Rng,
 ) -> candle_core::Result<Vec<f32>> {
     let distribution =

@@ -77,6 +77,64 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Find a learning rate: train some steps while it grows, and see where the loss falls fastest.
+    ///
+    /// The learning rate grows by the same factor in every step (Smith 2017, section 3.3), until the smoothed loss is
+    /// four times its lowest. It starts from the initial weights, with the configuration's model, data, batch size and
+    /// optimizer; what [schedule] says plays no part. Several optimizers, and groups with rates of their own, keep
+    /// their proportions. Nothing is written but --output.
+    ///
+    /// The suggestion is a start, not a truth: look at the plot. It should lie on the slope, well before the bottom; a
+    /// third of it is the safer choice for long training. With [schedule] name = "one_cycle" it belongs into `max_lr`.
+    ///
+    /// With --json, one object goes to standard output: `suggestion` (null where there is none; the reason goes to
+    /// standard error, and the exit code is 1), `points` (a list of `lr`, `loss`, `smoothed`), `proportions` (of each
+    /// configured learning rate to the first optimizer's, by name).
+    FindLr {
+        #[command(flatten)]
+        config: Config,
+        /// How many steps are taken, a learning rate each.
+        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(2..))]
+        steps: u64,
+        /// The learning rate of the first step.
+        #[arg(long, value_name = "X", default_value_t = 1e-8)]
+        min: f64,
+        /// The learning rate of the last step.
+        #[arg(long, value_name = "X", default_value_t = 1.)]
+        max: f64,
+        /// Draw the loss over the learning rate, the suggestion marked, into this SVG file; any browser shows it.
+        #[arg(long, value_name = "lr.svg")]
+        output: Option<PathBuf>,
+        /// Print one JSON object instead of text.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Find a batch size: time training steps with 1, 2, 4, ... samples.
+    ///
+    /// The search ends where a larger batch is no faster, would not fit into memory, or is larger than the data. Look at
+    /// two answers: the smallest batch that is within 5 % of the best speed, and the largest that fits. Weights learn
+    /// better from small batches than from large ones: take the first, unless you have a reason. To keep `batch_size`
+    /// as it is, set `trainer.micro_batch_size` to the answer instead: that changes speed and memory alone. Nothing is
+    /// written.
+    ///
+    /// With --json, one object goes to standard output: `trials` (a list of `batch_size`, `ms_per_step`,
+    /// `samples_per_second`, `memory_mb`, which is null where it is not known), `suggestion`, `largest`, `ended`.
+    FindBatchSize {
+        #[command(flatten)]
+        config: Config,
+        /// The first batch size.
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        start: usize,
+        /// The largest batch that is tried. Default: as many samples as there are.
+        #[arg(long, value_name = "N")]
+        max: Option<usize>,
+        /// The memory that training may take, in 10^6 bytes. Default: 80 % of what is available.
+        #[arg(long, value_name = "MB")]
+        memory: Option<f64>,
+        /// Print one JSON object instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
     /// Print a configuration with every default written out.
     Config {
         #[command(flatten)]

@@ -8,6 +8,8 @@ use candlepower::callback::StopReason;
 use candlepower::callbacks::PredictionWriter;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
+use candlepower::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
+use serde_json::json;
 
 use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
 use crate::signals;
@@ -28,7 +30,7 @@ pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
         Command::Validate { config, checkpoint, split, json } => {
             let metrics = read(&config)?.validate(&checkpoint, split.into())?;
             if json {
-                println!("{}", serde_json::json!(metrics));
+                println!("{}", json!(metrics));
             } else {
                 metrics.iter().for_each(|(name, value)| println!("{name:12} {value:.6}"));
             }
@@ -47,9 +49,38 @@ pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
             let pass = if forward { Pass::Forward } else { Pass::Training };
             let benchmark = read(&config)?.bench(steps, pass)?;
             if json {
-                println!("{}", serde_json::json!(benchmark));
+                println!("{}", json!(benchmark));
             } else {
                 print_benchmark(&benchmark, steps);
+            }
+        }
+        Command::FindLr { config, steps, min, max, output, json } => {
+            let test = LrFinderConfig { steps, min_lr: min, max_lr: max, ..Default::default() };
+            let finding = read(&config)?.find_lr(&test)?;
+            if let Some(path) = &output {
+                finding.plot().save(path)?;
+            }
+            let suggestion = finding.suggestion();
+            if json {
+                let LrFinding { points, proportions } = &finding;
+                let suggestion = suggestion.as_ref().ok();
+                println!(
+                    "{}",
+                    json!({"suggestion": suggestion, "points": points, "proportions": proportions})
+                );
+            }
+            let suggestion = suggestion?;
+            if !json {
+                print_lr(&finding, suggestion);
+            }
+        }
+        Command::FindBatchSize { config, start, max, memory, json } => {
+            let search = BatchFinderConfig { start, max, memory_mb: memory, ..Default::default() };
+            let finding = read(&config)?.find_batch_size(&search)?;
+            if json {
+                println!("{}", json!(finding));
+            } else {
+                print_batch_sizes(&finding);
             }
         }
         Command::Config { schema: true, .. } => println!("{:#}", experiment::schema(registry)),
@@ -109,4 +140,38 @@ fn print_benchmark(benchmark: &Benchmark, steps: u64) {
         println!("memory      {megabytes:.0} MB at most");
     }
     println!("on          {}, {} threads", benchmark.device, benchmark.threads);
+}
+
+/// The curve in a few lines, and what to write into the configuration.
+fn print_lr(finding: &LrFinding, suggestion: f64) {
+    const ROWS: usize = 12;
+    let rows = finding.points.iter().step_by(finding.points.len().div_ceil(ROWS));
+    println!("learning rate    loss, smoothed");
+    rows.for_each(|point| println!("{:13.1e}    {:.6}", point.lr, point.smoothed));
+    println!();
+    println!("the loss falls fastest at {suggestion:.1e}:");
+    println!();
+    for (name, proportion) in &finding.proportions {
+        let section = if finding.proportions.len() == 1 { "optimizer" } else { name };
+        println!("    [{section}]");
+        println!("    lr = {:.1e}", proportion * suggestion);
+    }
+}
+
+/// A row for each size, and the two answers.
+fn print_batch_sizes(finding: &BatchFinding) {
+    println!("batch size    ms a step    samples a second    memory");
+    for trial in &finding.trials {
+        let memory = trial.memory_mb.map_or("?".into(), |memory| format!("{memory:.0} MB"));
+        let (size, ms, speed) = (trial.batch_size, trial.ms_per_step, trial.samples_per_second);
+        println!("{size:10}    {ms:9.1}    {speed:16.1}    {memory:>9}");
+    }
+    println!("then {}", finding.ended);
+    println!();
+    println!("the smallest within 5 % of the best speed:");
+    println!();
+    println!("    [trainer]");
+    println!("    batch_size = {}", finding.suggestion);
+    println!();
+    println!("the largest that was tried and fits: {}", finding.largest);
 }

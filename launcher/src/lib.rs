@@ -36,7 +36,7 @@ pub fn run(registry: Registry) -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
-            ExitCode::from(if matches!(error, Error::Config(_)) { 2 } else { 1 })
+            ExitCode::from(if matches!(error, Error::Config(_) | Error::Setting { .. }) { 2 } else { 1 })
         }
     }
 }

@@ -1,11 +1,12 @@
 //! Averages of the weights over training: evaluated and saved beside the weights that are trained.
 
-use candle_core::{Tensor, Var};
+use candle_core::Var;
 use candlepower_kernels::elementwise::zip2;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::params::put_back_after;
 
 /// The `[average]` section: which average of the weights is evaluated and used for prediction. Absent: none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -118,22 +119,18 @@ impl Average {
     /// Runs `work` with the averages in the parameters' place, where there are any, and puts the weights back.
     pub(crate) fn in_place<T>(average: Option<&Self>, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(average) = average.filter(|average| average.updates > 0) else { return work() };
-        let weights: Vec<Tensor> =
-            average.params.iter().map(|(_, param)| param.copy()).collect::<candle_core::Result<_>>()?;
-        for ((_, param), (_, mean)) in average.params.iter().zip(&average.averages) {
-            param.set(mean)?;
-        }
-        let result = work();
-        for ((_, param), weight) in average.params.iter().zip(&weights) {
-            param.set(weight)?;
-        }
-        result
+        put_back_after(&average.params, || {
+            for ((_, param), (_, mean)) in average.params.iter().zip(&average.averages) {
+                param.set(mean)?;
+            }
+            work()
+        })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{Device, Tensor};
 
     use super::*;
 

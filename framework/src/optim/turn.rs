@@ -68,6 +68,17 @@ impl TurnConfig {
         }
         self.schedule.as_ref().map_or(Ok(()), Schedule::check)
     }
+
+    /// The same with every learning rate times `factor`, moved by the run's schedule.
+    pub(crate) fn scaled(&self, factor: f64) -> Self {
+        let scale = |group: &GroupConfig| GroupConfig { lr: group.lr.map(|lr| lr * factor), ..group.clone() };
+        Self {
+            optimizer: self.optimizer.with(Some(self.optimizer.lr() * factor), None),
+            groups: self.groups.iter().map(scale).collect(),
+            schedule: None,
+            ..self.clone()
+        }
+    }
 }
 
 /// An optimizer with the parameters that it moves.

@@ -44,7 +44,7 @@ pub(crate) use phase;
 /// ```
 pub struct Trainer {
     pub(crate) config: TrainerConfig,
-    turns: Vec<TurnConfig>,
+    pub(crate) turns: Vec<TurnConfig>,
     schedule: Schedule,
     average: Option<AverageConfig>,
     plateau: Option<Plateau>,
@@ -153,6 +153,30 @@ impl Trainer {
     pub fn resume(mut self, checkpoint: Checkpoint) -> Self {
         self.resume = Some(checkpoint);
         self
+    }
+
+    /// A trainer that takes `steps` of this one's steps from the start and does nothing else: it validates nothing,
+    /// writes nothing, and nobody watches it.
+    pub(crate) fn trial(&self, steps: u64) -> Trainer {
+        let config = TrainerConfig {
+            max_steps: Some(steps),
+            max_epochs: None,
+            max_time: None,
+            min_steps: 0,
+            min_epochs: 0,
+            limit_train_batches: self.config.overfit_batches.or(self.config.limit_train_batches),
+            limit_val_batches: Some(Limit::Batches(0)),
+            // It would also validate.
+            overfit_batches: None,
+            fast_dev_run: 0,
+            nan_guard: false,
+            ..self.config.clone()
+        };
+        Trainer::new(config)
+            .optimizers(self.turns.clone())
+            .average(self.average.clone())
+            .schedule(self.schedule.clone())
+            .seed(self.seed)
     }
 
     /// Trains until the configured end, a callback's stop, or an error.

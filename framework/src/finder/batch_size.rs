@@ -1,0 +1,252 @@
+//! The batch-size finder: real training steps, timed, with twice the batch each time.
+
+use candle_core::Device;
+use serde::Serialize;
+
+use crate::batch::Batch;
+use crate::bench::{self, Pass};
+use crate::data::Data;
+use crate::error::{Error, Result};
+use crate::memory;
+use crate::module::Model;
+use crate::params::put_back_after;
+use crate::trainer::Trainer;
+
+/// Gains in speed up to this share count as none.
+const SAME_SPEED: f64 = 0.05;
+/// Doublings without a gain in speed that end the search.
+const PATIENCE: usize = 2;
+/// The share of the available memory that may be used where no limit is set.
+const MEMORY_SHARE: f64 = 0.8;
+
+/// How batch sizes are tried.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BatchFinderConfig {
+    /// The first batch size; each later one is twice as large.
+    pub start: usize,
+    /// The largest that is tried. Default, and never more: as many samples as there are.
+    pub max: Option<usize>,
+    /// Steps that are timed at each size, after a warm-up.
+    pub steps: u64,
+    /// The memory that training may take on a CPU, in 10^6 bytes. Default: 80 % of what is available, also to the
+    /// process's control group.
+    pub memory_mb: Option<f64>,
+}
+
+/// How one batch size did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BatchTrial {
+    /// Samples of one step.
+    pub batch_size: usize,
+    /// Median time of a step, in milliseconds.
+    pub ms_per_step: f64,
+    /// At that median.
+    pub samples_per_second: f64,
+    /// The most memory that the steps took beyond what the process had held before the search, in 10^6 bytes; known on
+    /// Linux, of training on the CPU.
+    pub memory_mb: Option<f64>,
+}
+
+/// What the search found.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct BatchFinding {
+    /// Every size that was tried and fits, in rising order.
+    pub trials: Vec<BatchTrial>,
+    /// The smallest whose speed, in samples a second, is within 5 % of the best: larger ones cost memory for nothing.
+    pub suggestion: usize,
+    /// The largest that was tried and fits.
+    pub largest: usize,
+    /// Why none larger was tried.
+    pub ended: String,
+}
+
+impl Default for BatchFinderConfig {
+    fn default() -> Self {
+        Self { start: 1, max: None, steps: 5, memory_mb: None }
+    }
+}
+
+impl BatchFinderConfig {
+    /// Refuses values that nothing can be tried with.
+    pub fn check(&self) -> Result<()> {
+        let Self { start, max, steps, memory_mb } = *self;
+        if start == 0 || steps == 0 {
+            let key = if start == 0 { "start" } else { "steps" };
+            return Err(Error::setting(key, "expected at least 1, found 0"));
+        }
+        if let Some(max) = max.filter(|max| *max < start) {
+            return Err(Error::setting(
+                "max",
+                format!("expected at least the first size, {start}; found {max}"),
+            ));
+        }
+        if let Some(memory_mb) = memory_mb.filter(|memory_mb| !(memory_mb.is_finite() && *memory_mb > 0.)) {
+            return Err(Error::setting("memory_mb", format!("expected a number above 0, found {memory_mb}")));
+        }
+        Ok(())
+    }
+}
+
+impl Trainer {
+    /// Times training steps at one batch size after the other, each twice as large, until a larger one would be of no
+    /// use, or would not fit.
+    ///
+    /// What is found is what a device best takes at once: `micro_batch_size` plays no part, and can be set to it where
+    /// `batch_size` is to stay. The model's weights are put back, and this trainer is left alone.
+    pub fn find_batch_size<B: Batch>(
+        &self,
+        model: &Model<B>,
+        data: &Data<B>,
+        config: &BatchFinderConfig,
+    ) -> Result<BatchFinding> {
+        config.check()?;
+        let samples = data.train.len().unwrap_or(usize::MAX);
+        if config.start > samples {
+            let message =
+                format!("expected at most {samples}, as many samples as there are; found {}", config.start);
+            return Err(Error::setting("start", message));
+        }
+        let max = config.max.unwrap_or(samples).min(samples);
+        let on_cpu = matches!(model.params().device(), Device::Cpu);
+        let held = memory::resident().filter(|_| on_cpu);
+        let limit = config.memory_mb.or_else(|| Some(MEMORY_SHARE * megabytes(memory::available()?)));
+        put_back_after(&model.params().vars(), || {
+            let mut trials = Vec::new();
+            let mut batch_size = config.start;
+            let ended = loop {
+                match self.try_batch_size(model, data, batch_size, config.steps, held) {
+                    Ok(trial) => trials.push(trial),
+                    Err(error) if is_out_of_memory(&error) && !trials.is_empty() => {
+                        break format!("a batch of {batch_size} does not fit into the device's memory");
+                    }
+                    Err(error) => return Err(error),
+                }
+                if let Some(why) = reason_to_end(&trials, max, limit) {
+                    break why;
+                }
+                batch_size *= 2;
+            };
+            Ok(BatchFinding::new(trials, ended))
+        })
+    }
+
+    fn try_batch_size<B: Batch>(
+        &self,
+        model: &Model<B>,
+        data: &Data<B>,
+        batch_size: usize,
+        steps: u64,
+        held: Option<u64>,
+    ) -> Result<BatchTrial> {
+        let mut trainer = self.trial(steps);
+        (trainer.config.batch_size, trainer.config.micro_batch_size) = (batch_size, None);
+        memory::reset_peak();
+        let timed = bench::measure(&trainer, model, data, steps, Pass::Training)?;
+        let memory_mb = held.zip(memory::peak()).map(|(held, peak)| megabytes(peak.saturating_sub(held)));
+        let (ms_per_step, samples_per_second) = (timed.ms_per_step, timed.samples_per_second);
+        tracing::info!("batches of {batch_size}: {samples_per_second:.1} samples a second");
+        Ok(BatchTrial { batch_size, ms_per_step, samples_per_second, memory_mb })
+    }
+}
+
+impl BatchFinding {
+    fn new(trials: Vec<BatchTrial>, ended: String) -> Self {
+        let best = fastest(&trials);
+        let good = |trial: &&BatchTrial| trial.samples_per_second >= (1. - SAME_SPEED) * best;
+        let size = |trial: &BatchTrial| trial.batch_size;
+        let suggestion = trials.iter().find(good).map_or(0, size);
+        Self { suggestion, largest: trials.last().map_or(0, size), trials, ended }
+    }
+}
+
+/// Why twice the last batch is not to be tried; none where it is. `limit` is in 10^6 bytes.
+fn reason_to_end(trials: &[BatchTrial], max: usize, limit: Option<f64>) -> Option<String> {
+    let last = trials.last()?;
+    let next = 2 * last.batch_size;
+    if next > max {
+        return Some(format!("twice as much is over {max}"));
+    }
+    if let (Some(memory), Some(limit)) = (last.memory_mb, limit) {
+        // A line through the last two sizes, and through nothing before the first.
+        let before = trials.iter().rev().nth(1);
+        let (size, held) = before.map_or((0, 0.), |t| (t.batch_size, t.memory_mb.unwrap_or(0.)));
+        let each = (memory - held).max(0.) / (last.batch_size - size) as f64;
+        let needed = memory + each * last.batch_size as f64;
+        if needed > limit {
+            return Some(format!(
+                "a batch of {next} would need about {needed:.0} MB of the {limit:.0} MB there are"
+            ));
+        }
+    }
+    let (earlier, later) = trials.split_at(trials.len().saturating_sub(PATIENCE));
+    if !earlier.is_empty() && fastest(later) <= (1. + SAME_SPEED) * fastest(earlier) {
+        return Some(format!("the last {PATIENCE} doublings made it no faster"));
+    }
+    None
+}
+
+/// Samples a second of the fastest.
+fn fastest(trials: &[BatchTrial]) -> f64 {
+    trials.iter().map(|trial| trial.samples_per_second).fold(0., f64::max)
+}
+
+fn megabytes(bytes: u64) -> f64 {
+    bytes as f64 / 1e6
+}
+
+/// Devices say it in words alone: `CUDA_ERROR_OUT_OF_MEMORY`, "out of memory".
+fn is_out_of_memory(error: &Error) -> bool {
+    error.to_string().to_lowercase().replace('_', " ").contains("out of memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Trials of sizes 1, 2, 4, ... with these speeds and memories.
+    fn trials(results: &[(f64, f64)]) -> Vec<BatchTrial> {
+        let trial = |(i, &(samples_per_second, memory_mb)): (usize, &(f64, f64))| {
+            let batch_size = 1 << i;
+            let ms_per_step = 1e3 * batch_size as f64 / samples_per_second;
+            BatchTrial { batch_size, ms_per_step, samples_per_second, memory_mb: Some(memory_mb) }
+        };
+        results.iter().enumerate().map(trial).collect()
+    }
+
+    #[test]
+    fn memory_is_foreseen_along_a_line() {
+        let tried = trials(&[(10., 100.), (20., 120.), (40., 160.)]);
+        let why = |n: usize, limit: f64| reason_to_end(&tried[..n], 100, Some(limit));
+        // 20 MB a sample: 8 samples need 160 + 4 * 20.
+        assert_eq!(why(3, 241.), None);
+        assert_eq!(why(3, 239.).unwrap(), "a batch of 8 would need about 240 MB of the 239 MB there are");
+        // Nothing is known before the first but that no sample needs no memory.
+        assert_eq!(why(1, 201.), None);
+        assert_eq!(why(1, 199.).unwrap(), "a batch of 2 would need about 200 MB of the 199 MB there are");
+        assert_eq!(reason_to_end(&tried, 100, None), None);
+    }
+
+    #[test]
+    fn what_is_no_faster_or_too_large_ends_the_search() {
+        let faster = trials(&[(10., 1.), (20., 1.), (20.9, 1.), (21.2, 1.)]);
+        assert_eq!(reason_to_end(&faster, 100, None), None);
+        let no_faster = trials(&[(10., 1.), (20., 1.), (20.9, 1.), (20.8, 1.)]);
+        assert_eq!(reason_to_end(&no_faster[..3], 100, None), None);
+        assert_eq!(reason_to_end(&no_faster, 100, None).unwrap(), "the last 2 doublings made it no faster");
+        assert_eq!(reason_to_end(&faster, 15, None).unwrap(), "twice as much is over 15");
+        assert_eq!(reason_to_end(&faster, 16, None), None);
+    }
+
+    #[test]
+    fn the_smallest_of_the_fast_ones_is_suggested() {
+        let found = BatchFinding::new(trials(&[(10., 1.), (18.9, 1.), (19.1, 1.), (20., 1.)]), String::new());
+        assert_eq!((found.suggestion, found.largest), (4, 8));
+    }
+
+    #[test]
+    fn devices_that_are_full_are_understood() {
+        let error = |text: &str| is_out_of_memory(&Error::msg(text));
+        assert!(error("DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")") && error("Out of memory"));
+        assert!(!error("shape mismatch"));
+    }
+}
