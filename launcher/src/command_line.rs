@@ -79,13 +79,13 @@ pub(crate) enum Command {
     },
     /// Find a learning rate: train some steps while it grows, and see where the loss falls fastest.
     ///
-    /// The learning rate grows by the same factor in every step (Smith 2017, section 3.3), until the smoothed loss is
-    /// four times its lowest. It starts from the initial weights, with the configuration's model, data, batch size and
+    /// The learning rate grows by the same factor in every step (Smith 2017, section 3.3), until the average loss is four
+    /// times its lowest. It starts from the initial weights, with the configuration's model, data, batch size and
     /// optimizer; what [schedule] says plays no part. Several optimizers, and groups with rates of their own, keep
     /// their proportions. Nothing is written but --output.
     ///
     /// The suggestion is a start, not a truth: look at the plot. It should lie on the slope, well before the bottom; a
-    /// third of it is the safer choice for long training. With [schedule] name = "one_cycle" it belongs into `max_lr`.
+    /// third of it is the safer choice for long training. Where noise hides the fall there is none: take more steps. With [schedule] name = "one_cycle" it belongs into `max_lr`.
     ///
     /// With --json, one object goes to standard output: `suggestion` (null where there is none; the reason goes to
     /// standard error, and the exit code is 1), `points` (a list of `lr`, `loss`, `smoothed`), `proportions` (of each

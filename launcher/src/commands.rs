@@ -57,8 +57,8 @@ pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
         Command::FindLr { config, steps, min, max, output, json } => {
             let test = LrFinderConfig { steps, min_lr: min, max_lr: max, ..Default::default() };
             let finding = read(&config)?.find_lr(&test)?;
-            if let Some(path) = &output {
-                finding.plot().save(path)?;
+            if let Some(path) = output.filter(|_| !finding.points.is_empty()) {
+                finding.plot().save(&path)?;
             }
             let suggestion = finding.suggestion();
             if json {
@@ -151,10 +151,14 @@ fn print_lr(finding: &LrFinding, suggestion: f64) {
     println!();
     println!("the loss falls fastest at {suggestion:.1e}:");
     println!();
-    for (name, proportion) in &finding.proportions {
-        let section = if finding.proportions.len() == 1 { "optimizer" } else { name };
-        println!("    [{section}]");
-        println!("    lr = {:.1e}", proportion * suggestion);
+    if finding.proportions.len() == 1 {
+        println!("    [optimizer]");
+        println!("    lr = {suggestion:.1e}");
+    } else {
+        // Several optimizers, or groups of parameters.
+        for (name, proportion) in &finding.proportions {
+            println!("    {name}: lr = {:.1e}", proportion * suggestion);
+        }
     }
 }
 

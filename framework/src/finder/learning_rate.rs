@@ -16,8 +16,11 @@ use crate::plot::{Axis, Plot};
 use crate::schedule::Schedule;
 use crate::trainer::Trainer;
 
-/// The first points average over little, the last may already be those of a loss that explodes.
-const SKIPPED: [usize; 2] = [10, 5];
+/// Fewer steps say nothing.
+const FEWEST: usize = 16;
+/// A fall is clear of noise when it is this many times its standard error: a few hundred windows that hold nothing but
+/// noise show such a one in about one test of a hundred.
+const CLEAR: f64 = 4.;
 /// The test ends when the smoothed loss is this many times its lowest.
 const EXPLODED: f64 = 4.;
 
@@ -30,7 +33,8 @@ pub struct LrFinderConfig {
     pub min_lr: f64,
     /// The learning rate of the last step; each is larger than the one before by the same factor.
     pub max_lr: f64,
-    /// The share of the old average that stays when the loss is smoothed.
+    /// The test ends when the exponential average of the loss is four times its lowest: the share of the old average
+    /// that stays in each step.
     pub beta: f64,
 }
 
@@ -41,14 +45,16 @@ pub struct LrPoint {
     pub lr: f64,
     /// The step's loss, the sum over all optimizers.
     pub loss: f64,
-    /// The exponential average of the losses so far, corrected for its start (Kingma and Ba 2015, section 3).
+    /// The same without most of the noise: the value here of the straight line through the losses nearby, over the
+    /// rate's logarithm. Unlike an average over the past it does not lag behind. What the loss explodes to counts as
+    /// the highest of the first half.
     pub smoothed: f64,
 }
 
 /// What the test found.
 #[derive(Debug, Clone, Serialize)]
 pub struct LrFinding {
-    /// The steps until the last, or until the loss had grown to four times its lowest or was not finite.
+    /// The steps, until the loss had grown to four times its lowest or was not finite.
     pub points: Vec<LrPoint>,
     /// Every learning rate that is configured, over the first optimizer's: by the name of the optimizer, and of the
     /// group of parameters where one has its own. The test moves all of them in these proportions.
@@ -123,11 +129,11 @@ impl Trainer {
             self.trial(config.steps).optimizers(scaled).schedule(config.schedule()).callback(recorder);
         trial.config.log_every = 1;
         put_back_after(&model.params().vars(), || trial.fit(model, data))?;
-        Ok(LrFinding { points: receiver.try_iter().collect(), proportions: proportions(&self.turns, first) })
+        Ok(LrFinding::new(&receiver.try_iter().collect::<Vec<_>>(), proportions(&self.turns, first)))
     }
 }
 
-/// Hands out a point for each step; ends the test when the loss explodes.
+/// Hands out (learning rate, loss) of each step; ends the test when the loss explodes.
 struct Recorder {
     config: LrFinderConfig,
     /// The names of the losses that are summed.
@@ -135,7 +141,7 @@ struct Recorder {
     /// Before the correction for its start.
     average: f64,
     lowest: f64,
-    points: Sender<LrPoint>,
+    points: Sender<(f64, f64)>,
 }
 
 impl Callback for Recorder {
@@ -146,10 +152,11 @@ impl Callback for Recorder {
         }
         let LrFinderConfig { beta, min_lr, .. } = self.config;
         self.average = beta * self.average + (1. - beta) * loss;
+        // The first averages would else be too near to zero (Kingma and Ba 2015, section 3).
         let smoothed = self.average / (1. - beta.powi(record.step as i32));
         let lr = self.config.schedule().at(record.step - 1, min_lr).lr;
         // Nobody listens only after the test has failed.
-        let _ = self.points.send(LrPoint { lr, loss, smoothed });
+        let _ = self.points.send((lr, loss));
         self.lowest = self.lowest.min(smoothed);
         // For a loss below zero, too, this is growth.
         if smoothed > self.lowest + (EXPLODED - 1.) * self.lowest.abs() {
@@ -170,58 +177,118 @@ fn proportions(turns: &[TurnConfig], first: f64) -> IndexMap<String, f64> {
 }
 
 impl LrFinding {
-    /// The learning rate at which the smoothed loss falls fastest, seen over the logarithm of the rate; an error says
-    /// why there is none.
+    fn new(losses: &[(f64, f64)], proportions: IndexMap<String, f64>) -> Self {
+        let lines = lines(losses).into_iter().zip(losses);
+        let points =
+            lines.map(|(line, &(lr, loss))| LrPoint { lr, loss, smoothed: line.at(lr.ln()) }).collect();
+        Self { points, proportions }
+    }
+
+    fn losses(&self) -> Vec<(f64, f64)> {
+        self.points.iter().map(|point| (point.lr, point.loss)).collect()
+    }
+
+    /// The learning rate at which the loss falls fastest, seen over the logarithm of the rate; an error says why there
+    /// is none.
     pub fn suggestion(&self) -> Result<f64> {
         Ok(self.steepest()?.lr)
     }
 
     fn steepest(&self) -> Result<LrPoint> {
-        let [first, last] = SKIPPED;
-        let points = &self.points;
-        let needed = first + last + 1;
-        let (Some(lowest), Some(highest)) = (points.first(), points.last()) else {
+        let (Some(first), Some(last)) = (self.points.first(), self.points.last()) else {
             return Err(Error::msg(
                 "the loss was not finite in the first step: there is nothing to suggest from",
             ));
         };
-        if points.len() < needed {
+        let steps = self.points.len();
+        if steps < FEWEST {
             return Err(Error::msg(format!(
-                "the test ended after {} steps, too few to suggest a learning rate ({needed} are needed): take more \
-                 steps, or start from a rate below {:e} if the loss exploded",
-                points.len(),
-                lowest.lr
+                "the test ended after {steps} steps, too few to suggest a learning rate ({FEWEST} are needed): take \
+                 more steps, or start from a rate below {:.1e} if the loss exploded",
+                first.lr
             )));
         }
-        let slope = |i: usize| {
-            let [before, after] = [points[i - 1], points[i + 1]];
-            (after.smoothed - before.smoothed) / (after.lr / before.lr).ln()
-        };
-        let slopes = (first..points.len() - last).map(|i| (i, slope(i)));
-        match slopes.min_by(|a, b| a.1.total_cmp(&b.1)) {
-            Some((i, slope)) if slope < 0. => Ok(points[i]),
-            _ => Err(Error::msg(format!(
-                "the loss never fell between the learning rates {:.1e} and {:.1e}: try others, or see whether the \
-                 model learns at all",
-                lowest.lr, highest.lr
-            ))),
-        }
+        // At the edges there is too little on one side.
+        let inside = reach(steps)..steps - reach(steps);
+        let lines = self.points.iter().zip(lines(&self.losses())).take(inside.end).skip(inside.start);
+        let falling = lines.filter(|(_, line)| line.slope < 0. && -line.slope >= CLEAR * line.error);
+        let steepest = falling.min_by(|a, b| a.1.slope.total_cmp(&b.1.slope));
+        steepest.map(|(point, _)| *point).ok_or_else(|| {
+            Error::msg(format!(
+                "the loss never fell clearly between the learning rates {:.1e} and {:.1e}: where it falls at all, noise \
+                 hides it. Take more steps, for example {}, or see whether the model learns",
+                first.lr,
+                last.lr,
+                4 * steps
+            ))
+        })
     }
 
     /// The loss over the learning rate, the suggestion marked.
     pub fn plot(&self) -> Plot {
-        // What the loss explodes to would flatten all that is worth seeing.
-        let smoothed = || self.points.iter().map(|point| point.smoothed);
-        let (low, high) =
-            (smoothed().fold(f64::INFINITY, f64::min), smoothed().take(SKIPPED[0]).fold(0., f64::max));
-        let _ = (low, high);
-        let plot = Plot::new("Learning-rate test", Axis::log("learning rate"), Axis::linear("loss"))
-            .faint_line("loss of a step", self.points.iter().map(|point| (point.lr, point.loss)))
+        let losses = self.losses();
+        let (low, high) = (lowest(&losses), highest_before_explosion(&losses));
+        let mut y = Axis::linear("loss");
+        if high > low {
+            // What the loss explodes to would flatten all that is worth seeing.
+            let room = 0.05 * (high - low);
+            y = y.range(low - room..high + 3. * room);
+        }
+        let plot = Plot::new("Learning-rate test", Axis::log("learning rate"), y)
+            .faint_line("of a step", self.points.iter().map(|point| (point.lr, point.loss)))
             .line("smoothed", self.points.iter().map(|point| (point.lr, point.smoothed)));
         match self.steepest() {
-            Ok(point) => plot.mark((point.lr, point.smoothed), format!("{:.1e}", point.lr)),
+            Ok(point) => plot.mark((point.lr, point.smoothed), format!("falls fastest at {:.1e}", point.lr)),
             Err(_) => plot,
         }
+    }
+}
+
+fn lowest(losses: &[(f64, f64)]) -> f64 {
+    losses.iter().map(|(_, loss)| *loss).fold(f64::INFINITY, f64::min)
+}
+
+/// The highest loss of the first half: a loss that falls at all explodes later.
+fn highest_before_explosion(losses: &[(f64, f64)]) -> f64 {
+    losses[..losses.len().div_ceil(2)].iter().map(|(_, loss)| *loss).fold(f64::NEG_INFINITY, f64::max)
+}
+
+/// How many points before a point, and after it, are near: a tenth of all, at least three.
+fn reach(points: usize) -> usize {
+    (points / 10).max(3)
+}
+
+/// The straight line nearest to points, in least squares.
+#[derive(Debug)]
+struct Line {
+    x: f64,
+    y: f64,
+    slope: f64,
+    /// The slope's standard error.
+    error: f64,
+}
+
+/// For each of the points (learning rate, loss) the line through those nearby, over the rate's logarithm.
+fn lines(losses: &[(f64, f64)]) -> Vec<Line> {
+    let (highest, reach) = (highest_before_explosion(losses), reach(losses.len()));
+    let capped: Vec<(f64, f64)> = losses.iter().map(|(lr, loss)| (lr.ln(), loss.min(highest))).collect();
+    let near = |i: usize| &capped[i.saturating_sub(reach)..(i + reach + 1).min(capped.len())];
+    (0..capped.len()).map(|i| Line::through(near(i))).collect()
+}
+
+impl Line {
+    fn through(points: &[(f64, f64)]) -> Self {
+        let n = points.len() as f64;
+        let sum = |term: &dyn Fn(f64, f64) -> f64| points.iter().map(|&(x, y)| term(x, y)).sum::<f64>();
+        let (x, y) = (sum(&|x, _| x) / n, sum(&|_, y| y) / n);
+        let width = sum(&|xi, _| (xi - x).powi(2));
+        let slope = if width > 0. { sum(&|xi, yi| (xi - x) * (yi - y)) / width } else { 0. };
+        let off = sum(&|xi, yi| (yi - y - slope * (xi - x)).powi(2));
+        Self { x, y, slope, error: (off / (n - 2.) / width).sqrt() }
+    }
+
+    fn at(&self, x: f64) -> f64 {
+        self.y + self.slope * (x - self.x)
     }
 }
 
@@ -230,52 +297,61 @@ mod tests {
     use super::*;
     use crate::data::Split;
 
-    /// A finding whose smoothed losses these are; the rate grows by `decades` at each.
-    fn finding(smoothed: &[f64], decades: impl Fn(usize) -> f64) -> LrFinding {
-        let mut exponent = -6.;
-        let point = |(i, &smoothed): (usize, &f64)| {
-            exponent += decades(i);
-            LrPoint { lr: 10f64.powf(exponent), loss: smoothed, smoothed }
-        };
-        LrFinding { points: smoothed.iter().enumerate().map(point).collect(), proportions: IndexMap::new() }
+    /// A finding of these losses, at rates from 1e-6 up by a fifth of a decade each.
+    fn finding(losses: &[f64]) -> LrFinding {
+        let rates = (0..).map(|i| 10f64.powf(-6. + 0.2 * i as f64));
+        LrFinding::new(&rates.zip(losses.iter().copied()).collect::<Vec<_>>(), IndexMap::new())
+    }
+
+    #[test]
+    fn a_line_by_hand() {
+        // Means 4/3 and 2; the line is off by -1/7, 3/14 and -1/14.
+        let line = Line::through(&[(0., 1.), (1., 2.), (3., 3.)]);
+        let expected = [9. / 14., 3f64.sqrt() / 14., 2. - 4. / 3. * 9. / 14.];
+        for (found, expected) in [line.slope, line.error, line.at(0.)].into_iter().zip(expected) {
+            assert!((found - expected).abs() < 1e-12, "{line:?}");
+        }
     }
 
     #[test]
     fn the_steepest_fall_by_hand() {
-        // Level at 5, a fall of 0.3 at each of points 12 to 14, of 0.5 at 15 and 16, of 0.1 up to 20; then it grows.
-        let mut smoothed = vec![5.; 12];
-        smoothed.extend([4.7, 4.4, 4.1, 3.6, 3.1, 3., 2.9, 2.8, 2.7]);
-        smoothed.extend([3., 4., 5., 6., 7., 8.]);
-        let even = finding(&smoothed, |_| 0.2);
-        // Around point 15 the loss goes from 4.1 to 3.1.
-        assert_eq!(even.suggestion().unwrap(), even.points[15].lr);
-        // What happens at the edges does not count.
-        let mut edges = smoothed.clone();
-        (edges[0], edges[26]) = (90., -90.);
-        assert_eq!(finding(&edges, |_| 0.2).suggestion().unwrap(), even.points[15].lr);
-        // Over a tenth of the way a fall of 0.6 is steeper than one of 1: the slope is over the rate's logarithm.
-        let uneven = finding(&smoothed, |i| if i == 13 || i == 14 { 0.02 } else { 0.2 });
-        assert_eq!(uneven.suggestion().unwrap(), uneven.points[13].lr);
+        // Falls from 5 to 1, alike before and after point 15. Over seven points the slope is the sum of -3y, -2y, ... 3y
+        // over 28: -19.8 around point 15, -18.2 around those beside it.
+        let mut losses = vec![5.; 12];
+        losses.extend([4.9, 4.6, 4., 3., 2., 1.4, 1.1, 1., 1., 1., 1., 1., 1., 2., 4., 8.]);
+        let found = finding(&losses);
+        assert_eq!(found.suggestion().unwrap(), found.points[15].lr);
+        assert!((found.points[15].lr / 1e-3 - 1.).abs() < 1e-9);
+        // The line around point 15 passes through the mean, which is 3 there.
+        assert!((found.points[15].smoothed - 3.).abs() < 1e-12);
+        // A single step that falls deeper is noise.
+        losses[8] = -10.;
+        let noisy = finding(&losses);
+        assert_eq!(noisy.suggestion().unwrap(), noisy.points[15].lr);
+        let plot = found.plot().svg().unwrap();
+        assert!(plot.contains("falls fastest at 1.0e-3"), "{plot}");
     }
 
     #[test]
     fn why_there_is_no_suggestion() {
-        let error = |smoothed: &[f64]| finding(smoothed, |_| 0.5).suggestion().unwrap_err().to_string();
+        let error = |losses: &[f64]| finding(losses).suggestion().unwrap_err().to_string();
         assert_eq!(error(&[]), "the loss was not finite in the first step: there is nothing to suggest from");
         assert_eq!(
             error(&[1.; 15]),
             "the test ended after 15 steps, too few to suggest a learning rate (16 are needed): take more steps, or \
-             start from a rate below 3.2e-6 if the loss exploded"
+             start from a rate below 1.0e-6 if the loss exploded"
         );
-        assert_eq!(
-            error(&[1.; 17]),
-            "the loss never fell between the learning rates 3.2e-6 and 3.2e2: try others, or see whether the model \
-             learns at all"
-        );
+        let never = "the loss never fell clearly between the learning rates 1.0e-6 and 1.0e-2: where it falls at all, \
+                     noise hides it. Take more steps, for example 84, or see whether the model learns";
+        assert_eq!(error(&[1.; 21]), never);
+        // Falls by 0.02 in each step, and jumps by 1 up and down.
+        let noisy: Vec<f64> = (0..21).map(|i| 0.5 * (-1f64).powi(i) - 0.02 * i as f64).collect();
+        assert_eq!(error(&noisy), never);
+        assert!(finding(&noisy).plot().svg().is_ok());
     }
 
     /// What a recorder hands out of these losses, with beta 0.5, and after how many it stops.
-    fn record(losses: &[f64]) -> (Vec<LrPoint>, Option<usize>) {
+    fn record(losses: &[f64]) -> (Vec<(f64, f64)>, Option<usize>) {
         let (points, receiver) = channel();
         let config = LrFinderConfig { steps: 5, min_lr: 1e-4, max_lr: 1., beta: 0.5 };
         let losses_of = vec!["loss/a".into(), "loss/b".into()];
@@ -291,16 +367,14 @@ mod tests {
     }
 
     #[test]
-    fn losses_are_smoothed_and_an_explosion_ends_the_test() {
+    fn an_explosion_ends_the_test() {
+        // The averages 0.5, 1.25, 2.625, 3.3125, 6.15625 over 1/2, 3/4, 7/8, 15/16, 31/32: 1, 1.7, 3, 3.5, 6.4.
         let (points, stop) = record(&[1., 2., 4., 4., 9., 9.]);
-        // The averages 0.5, 1.25, 2.625, 3.3125, 6.15625 over 1/2, 3/4, 7/8, 15/16, 31/32.
-        let smoothed = [1., 5. / 3., 3., 53. / 15., 197. / 31.];
         assert_eq!((points.len(), stop), (5, Some(5)));
-        for ((i, point), smoothed) in points.iter().enumerate().zip(smoothed) {
-            assert!((point.smoothed - smoothed).abs() < 1e-12, "{point:?} is not {smoothed}");
-            assert!((point.lr / 10f64.powi(i as i32 - 4) - 1.).abs() < 1e-12, "{point:?}");
+        for (i, (lr, loss)) in points.iter().enumerate() {
+            assert!((lr / 10f64.powi(i as i32 - 4) - 1.).abs() < 1e-12, "{points:?}");
+            assert_eq!(*loss, [1., 2., 4., 4., 9.][i]);
         }
-        assert_eq!(points[2].loss, 4.);
         let (points, stop) = record(&[1., f64::NAN, 1.]);
         assert_eq!((points.len(), stop), (1, Some(2)));
         // Below zero, too, growth is an explosion, and a fall is none.
