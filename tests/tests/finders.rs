@@ -143,7 +143,7 @@ impl Module for Two {
 
     fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
         let number = if step.optimizer() == "first" { &self.0 } else { &self.1 };
-        Ok((batch.0[0].mean_all()? - number)?.sqr()?.sum_all()?)
+        Ok((batch.0[0].mean_all()? - number.squeeze(0)?)?.sqr()?)
     }
 }
 
