@@ -139,7 +139,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
             let outcome = trainer(config())
                 .seed(5)
                 .callback(resumed.clone())
-                .checkpoints(again.path(), checkpoints())
+                .checkpoints(again.path(), CheckpointConfig::default())
                 .resume(checkpoint)
                 .fit(&Dropped::model(77), &data((step % 3) as usize));
             assert_eq!(outcome.unwrap().progress.step, STEPS, "{name}");
