@@ -139,7 +139,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
             let outcome = trainer(config())
                 .seed(5)
                 .callback(resumed.clone())
-                .checkpoints(again.path(), CheckpointConfig::default())
+                .checkpoints(again.path(), CheckpointConfig { every_steps: Some(STEPS), ..checkpoints() })
                 .resume(checkpoint)
                 .fit(&Dropped::model(77), &data((step % 3) as usize));
             assert_eq!(outcome.unwrap().progress.step, STEPS, "{name}");
@@ -238,4 +238,21 @@ fn callbacks_of_one_name_remember_each_their_own() {
     assert_eq!(run(2, [0, 100], None), r#"{"counter":2,"counter.2":102}"#);
     let two = Checkpoint::load(&dir.path().join("2")).unwrap();
     assert_eq!(run(5, [7, 7], Some(two)), r#"{"counter":5,"counter.2":105}"#);
+}
+
+#[test]
+fn a_worse_validation_after_resuming_is_not_the_best() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |max_steps, resume: Option<Checkpoint>| {
+        // Training diverges: the first validation stays the best.
+        let config =
+            TrainerConfig { max_steps: Some(max_steps), val_every: Some(Every::Steps(1)), ..config() };
+        let sgd = SgdConfig { lr: 3., ..Default::default() };
+        let trainer =
+            Trainer::new(config).optimizer(sgd).checkpoints(dir.path(), CheckpointConfig::default());
+        resume.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data(1)).unwrap();
+        std::fs::read_link(dir.path().join("best")).unwrap()
+    };
+    assert_eq!(run(3, None), Path::new("1"));
+    assert_eq!(run(6, Some(Checkpoint::load(&dir.path().join("3")).unwrap())), Path::new("1"));
 }

@@ -110,6 +110,20 @@ fn what_is_validated_and_predicted_with_is_the_average() {
 }
 
 #[test]
+fn an_average_that_forgets_everything_is_the_weights_of_its_last_update() {
+    let dir = tempfile::tempdir().unwrap();
+    let average = AverageConfig::Ema(EmaConfig { decay: 0., every_steps: 3, start_step: 0 });
+    let model = Dropped::model(1);
+    let mut trainer =
+        Trainer::new(config(6)).average(Some(average)).checkpoints(dir.path(), CheckpointConfig::default());
+    trainer.fit(&model, &data()).unwrap();
+    let averaged = Dropped::model(2);
+    let checkpoint = Checkpoint::load(&dir.path().join("6")).unwrap();
+    checkpoint.restore_for_evaluation(&averaged.params().vars()).unwrap();
+    assert_eq!(weights(&averaged), weights(&model));
+}
+
+#[test]
 fn a_plateau_lowers_the_learning_rate_of_every_optimizer_by_hand() {
     let turn = |name: &str, lr| TurnConfig {
         name: name.into(),
