@@ -39,6 +39,7 @@ pub(crate) struct Loader<B: Batch> {
 }
 
 type Answer<B> = Receiver<Result<Loaded<B>>>;
+type Request<B> = (Job<B>, Sender<Result<Loaded<B>>>);
 
 impl<B: Batch> Loader<B> {
     /// Starts `workers` threads (0: batches are made when they are asked for), which together are at most `ahead`
@@ -47,7 +48,7 @@ impl<B: Batch> Loader<B> {
         if workers == 0 {
             return Self { inline: Some(jobs), answers: crossbeam_channel::never(), threads: Vec::new() };
         }
-        let (to_workers, requests) = bounded::<(Job<B>, Sender<Result<Loaded<B>>>)>(ahead.max(1));
+        let (to_workers, requests) = bounded::<Request<B>>(ahead.max(1));
         let (to_loader, answers) = bounded(ahead.max(1));
         let mut threads = vec![std::thread::spawn(move || hand_out(jobs, &to_workers, &to_loader))];
         for _ in 0..workers {
@@ -64,11 +65,7 @@ impl<B: Batch> Loader<B> {
 }
 
 /// Sends each job to the workers and its answer's channel to the loader, until one of them is gone.
-fn hand_out<B: Batch>(
-    jobs: Jobs<B>,
-    to_workers: &Sender<(Job<B>, Sender<Result<Loaded<B>>>)>,
-    to_loader: &Sender<Answer<B>>,
-) {
+fn hand_out<B: Batch>(jobs: Jobs<B>, to_workers: &Sender<Request<B>>, to_loader: &Sender<Answer<B>>) {
     for job in jobs {
         let (answer, receiver) = bounded(1);
         let sent = match job {
