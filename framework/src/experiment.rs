@@ -224,7 +224,8 @@ impl Experiment {
     }
 
     fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
-        let model = Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu);
+        let model =
+            Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -459,6 +460,7 @@ impl<B: Batch> Pair<B> {
         let (model, data) = self.model_and_data(experiment)?;
         let (_, checkpoint) = RunDir::containing(checkpoint)?;
         Checkpoint::load(&checkpoint)?.restore_for_evaluation(&model.params().vars())?;
+        model.params().publish()?;
         Ok((model, data))
     }
 }

@@ -9,9 +9,13 @@ use indexmap::IndexMap;
 use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
+use crate::error::Result;
 use crate::seed;
 
 /// Named parameters in the order in which the module asked for them.
+///
+/// Each is a working variable in the type that the module computes in, and a 32-bit master that the optimizer moves; where
+/// the module computes in 32 bits, both are one.
 ///
 /// The first request for a name makes the parameter; a later one returns the same. Initial values are a function of
 /// (seed, name): construction order, device and other parameters change nothing.
@@ -22,7 +26,13 @@ struct Store {
     seed: u64,
     dtype: DType,
     device: Device,
-    vars: Mutex<IndexMap<String, Var>>,
+    vars: Mutex<IndexMap<String, Param>>,
+}
+
+#[derive(Clone)]
+struct Param {
+    master: Var,
+    working: Var,
 }
 
 impl Params {
@@ -46,14 +56,34 @@ impl Params {
         VarBuilder::from_backend(Box::new(backend), self.0.dtype, self.0.device.clone())
     }
 
-    /// Names and variables, in order.
+    /// Names and masters, in order.
     pub fn vars(&self) -> Vec<(String, Var)> {
-        self.lock().iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+        self.lock().iter().map(|(name, param)| (name.clone(), param.master.clone())).collect()
+    }
+
+    /// The variable that the module computes with: the one that gradients are of.
+    pub(crate) fn working(&self, name: &str) -> Option<Var> {
+        self.lock().get(name).map(|param| param.working.clone())
+    }
+
+    /// Gives the working variables their masters' values.
+    pub fn publish(&self) -> Result<()> {
+        for Param { master, working } in self.lock().values() {
+            if working.dtype() != master.dtype() {
+                working.set(&master.to_dtype(working.dtype())?)?;
+            }
+        }
+        Ok(())
     }
 
     /// How many numbers all parameters hold together.
     pub fn count(&self) -> usize {
-        self.lock().values().map(|var| var.elem_count()).sum()
+        self.lock().values().map(|param| param.master.elem_count()).sum()
+    }
+
+    /// The type that the module computes in.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype
     }
 
     /// The device that the parameters are on.
@@ -61,7 +91,7 @@ impl Params {
         &self.0.device
     }
 
-    fn lock(&self) -> MutexGuard<'_, IndexMap<String, Var>> {
+    fn lock(&self) -> MutexGuard<'_, IndexMap<String, Param>> {
         self.0.vars.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -82,16 +112,19 @@ impl SimpleBackend for Backend {
     ) -> candle_core::Result<Tensor> {
         let mut vars = self.params.lock();
         let var = match vars.get(name) {
-            Some(var) if var.shape() == &shape => var.clone(),
-            Some(var) => candle_core::bail!(
+            Some(Param { working, .. }) if working.shape() == &shape => working.clone(),
+            Some(Param { working, .. }) => candle_core::bail!(
                 "parameter `{name}` was made with shape {:?} and is now asked for with shape {shape:?}",
-                var.shape()
+                working.shape()
             ),
             None => {
                 let values = initial_values(&shape, init, self.params.0.seed, name)?;
-                let var = Var::from_tensor(&Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?)?;
-                vars.insert(name.to_string(), var.clone());
-                var
+                let values = Tensor::from_vec(values, shape, device)?;
+                let working = Var::from_tensor(&values.to_dtype(dtype)?)?;
+                let is_half = matches!(dtype, DType::BF16 | DType::F16);
+                let master = if is_half { Var::from_tensor(&values)? } else { working.clone() };
+                vars.insert(name.to_string(), Param { master, working: working.clone() });
+                working
             }
         };
         Ok(if self.detached { var.as_detached_tensor() } else { var.as_tensor().clone() })
@@ -99,8 +132,8 @@ impl SimpleBackend for Backend {
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
         match self.params.lock().get(name) {
-            Some(var) if self.detached => Ok(var.as_detached_tensor()),
-            Some(var) => Ok(var.as_tensor().clone()),
+            Some(Param { working, .. }) if self.detached => Ok(working.as_detached_tensor()),
+            Some(Param { working, .. }) => Ok(working.as_tensor().clone()),
             None => candle_core::bail!("parameter `{name}` has no shape yet: ask for it with one first"),
         }
     }
@@ -133,7 +166,7 @@ fn initial_values(shape: &Shape, init: Init, seed: u64, name: &str) -> candle_co
 
 fn sample<D: Distribution<f64>, E: std::fmt::Display>(
     n: usize,
-    distribution: Result<D, E>,
+    distribution: std::result::Result<D, E>,
     rng: &mut impl Rng,
 ) -> candle_core::Result<Vec<f32>> {
     let distribution =

@@ -2,6 +2,7 @@
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, linear};
+use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
 
@@ -69,8 +70,13 @@ pub struct Dropped(Linear, Linear);
 impl Dropped {
     /// The module with its parameters `first.*` and `second.*`.
     pub fn model(seed: u64) -> Model<Tensors> {
+        Self::in_precision(seed, Precision::Full)
+    }
+
+    /// The same in another number format.
+    pub fn in_precision(seed: u64, precision: Precision) -> Model<Tensors> {
         let build = |vb: VarBuilder| Ok(Self(linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?));
-        Model::new(build, seed, &Device::Cpu).unwrap()
+        Model::with_precision(build, seed, &Device::Cpu, precision).unwrap()
     }
 }
 
@@ -82,7 +88,10 @@ impl Module for Dropped {
         if step.is_training() {
             let mut rng = step.rng("dropout");
             let keep = (0..hidden.elem_count()).map(|_| if rng.random_bool(0.8) { 1.25f32 } else { 0. });
-            hidden = (&hidden * Tensor::from_iter(keep, &Device::Cpu)?.reshape(hidden.shape())?)?;
+            hidden = (&hidden
+                * Tensor::from_iter(keep, &Device::Cpu)?
+                    .reshape(hidden.shape())?
+                    .to_dtype(hidden.dtype())?)?;
         }
         let loss = (self.1.forward(&hidden)? - &batch.0[1])?.sqr()?.mean_all()?;
         step.log("mean_index", &batch.0[2].mean_all()?);

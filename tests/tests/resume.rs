@@ -9,6 +9,7 @@ use std::time::Duration;
 use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
 use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, SwaConfig, TurnConfig};
+use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::{OneCycle, Plateau, Schedule};
 use candlepower::trainer::{Every, Limit};
@@ -33,6 +34,7 @@ fn stream(workers: usize) -> Data<Tensors> {
 /// What is trained, and on what, for as many steps as are asked for.
 struct Case {
     name: &'static str,
+    precision: Precision,
     data: fn(usize) -> Data<Tensors>,
     trainer: fn(TrainerConfig) -> Trainer,
 }
@@ -45,7 +47,7 @@ fn early_stopping() -> EarlyStopping {
 
 fn cases() -> Vec<Case> {
     fn case(name: &'static str, trainer: fn(TrainerConfig) -> Trainer) -> Case {
-        Case { name, data, trainer }
+        Case { name, precision: Precision::Full, data, trainer }
     }
     vec![
         case("adam and dropout", Trainer::new),
@@ -100,7 +102,17 @@ fn cases() -> Vec<Case> {
         case("the same few batches", |config| {
             Trainer::new(TrainerConfig { overfit_batches: Some(Limit::Batches(2)), ..config })
         }),
-        Case { name: "a stream", data: stream, trainer: Trainer::new },
+        Case { data: stream, ..case("a stream", Trainer::new) },
+        Case { precision: Precision::Bf16Mixed, ..case("bf16", Trainer::new) },
+        Case {
+            precision: Precision::Fp16Mixed,
+            ..case("fp16, micro-batches, an average", |config| {
+                let ema = EmaConfig { decay: 0.7, every_steps: 2, start_step: 1 };
+                Trainer::new(TrainerConfig { micro_batch_size: Some(3), ..config })
+                    .optimizer(SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() })
+                    .average(Some(AverageConfig::Ema(ema)))
+            })
+        },
     ]
 }
 
@@ -123,13 +135,14 @@ fn metrics(recorder: &Recorder, step: u64) -> Vec<(u64, String, u64)> {
 
 #[test]
 fn a_run_goes_on_from_any_step_to_the_same_bits() {
-    for Case { name, data, trainer } in cases() {
+    for Case { name, precision, data, trainer } in cases() {
+        let config = || TrainerConfig { precision, ..config() };
         let (dir, whole) = (tempfile::tempdir().unwrap(), Recorder::default());
         trainer(config())
             .seed(5)
             .callback(whole.clone())
             .checkpoints(dir.path(), checkpoints())
-            .fit(&Dropped::model(1), &data(2))
+            .fit(&Dropped::in_precision(1, precision), &data(2))
             .unwrap();
         let expected = files(&dir.path().join(STEPS.to_string()));
         for step in 1..STEPS {
@@ -141,7 +154,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
                 .callback(resumed.clone())
                 .checkpoints(again.path(), CheckpointConfig { every_steps: Some(STEPS), ..checkpoints() })
                 .resume(checkpoint)
-                .fit(&Dropped::model(77), &data((step % 3) as usize));
+                .fit(&Dropped::in_precision(77, precision), &data((step % 3) as usize));
             assert_eq!(outcome.unwrap().progress.step, STEPS, "{name}");
             assert_eq!(
                 metrics(&resumed, 0),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
@@ -18,6 +18,7 @@ use crate::grads::{Grads, first_not_finite};
 use crate::metrics::Means;
 use crate::module::{Model, Step};
 use crate::optim::{self, Average, Turn};
+use crate::precision::LossScale;
 use crate::schedule::PlateauState;
 
 /// One call of [`Trainer::fit`].
@@ -33,7 +34,7 @@ pub(super) struct Fit<'a, B: Batch> {
     trained: Vec<(String, Var)>,
     average: Option<Average>,
     micro_batches: Loader<B>,
-    /// The micro-batches of this step, where a second optimizer needs them again.
+    /// The micro-batches of this step, where a second optimizer, or another try, needs them again.
     kept: Vec<Arc<Loaded<B>>>,
     steps_per_epoch: Option<u64>,
     progress: Progress,
@@ -43,6 +44,8 @@ pub(super) struct Fit<'a, B: Batch> {
     /// What the plateau has left of the learning rate.
     lr_scale: f64,
     plateau: PlateauState,
+    /// Of fp16 alone.
+    loss_scale: Option<LossScale>,
     saver: Option<Saver>,
     /// Since when this attempt runs, and how long those before it ran.
     started: Instant,
@@ -53,6 +56,8 @@ pub(super) struct Fit<'a, B: Batch> {
 enum Stepped {
     /// The parameters have moved.
     Moved { means: Means, gradients: Vec<Tensor>, flow: Flow },
+    /// The gradients overflowed in fp16: nothing has moved, and the same batch is tried again with a smaller loss scale.
+    Skipped,
     /// They have not, and cannot: why.
     Failed(String),
 }
@@ -65,8 +70,14 @@ impl<'a, B: Batch> Fit<'a, B> {
         let state = resumed.as_ref().map(Checkpoint::state);
         let progress = state.map(|state| state.progress).unwrap_or_default();
 
+        if model.params().dtype() != config.precision.dtype() {
+            let (model, asked) = (model.params().dtype(), config.precision.dtype());
+            let message =
+                format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
+            return Err(Error::setting("precision", message));
+        }
         let params = model.params().vars();
-        let turns = Turn::share(&trainer.turns, &trainer.schedule, &params)?;
+        let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
@@ -77,6 +88,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 check_same_order(checkpoint.state(), &order)?;
             }
             checkpoint.restore_params(&params)?;
+            model.params().publish()?;
             checkpoint.restore_optimizer(&turns.iter().flat_map(Turn::state).collect::<Vec<_>>())?;
             average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
         }
@@ -112,6 +124,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             validated_at: Instant::now(),
             lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
             plateau: state.map(|state| state.plateau).unwrap_or_default(),
+            loss_scale: state.and_then(|state| state.loss_scale).or(LossScale::of(config.precision)),
             saver,
             started: Instant::now(),
             seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),
@@ -129,6 +142,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step()? {
                 Stepped::Moved { means, gradients, flow } => flow.or(self.after_step(means, gradients)?),
+                Stepped::Skipped => Flow::Continue,
                 Stepped::Failed(why) => Flow::Stop(StopReason::Failed(why)),
             };
             if let Flow::Stop(why) = flow
@@ -174,27 +188,28 @@ impl<'a, B: Batch> Fit<'a, B> {
         let images_due = image_every > 0 && (step + 1).is_multiple_of(image_every);
         let (mut means, mut gradients, mut flow) = (Means::default(), Vec::new(), Flow::Continue);
         let (mut samples, mut ends_epoch) = (0, false);
-        self.kept.clear();
         for turn in 0..self.turns.len() {
             let mut grads = Grads::new(&self.turns[turn].params);
             let mut seen = 0;
             for micro_batch in 0.. {
-                let loaded = self.micro_batch(turn, micro_batch)?;
+                let loaded = self.micro_batch(micro_batch)?;
                 (samples, ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
                 let batch = loaded.batch.to_device(self.model.params().device())?;
+                let batch = batch.cast(self.model.params().dtype())?;
                 let name = &self.turns[turn].name;
                 let pictures_due = images_due && micro_batch == 0;
                 let mut told =
                     Step::training(step, micro_batch as u64, self.trainer.seed, name, pictures_due);
                 let loss = {
                     let _phase = phase!("forward");
-                    self.model.training().training_step(&batch, &mut told)?
+                    self.model.training().training_step(&batch, &mut told)?.to_dtype(DType::F32)?
                 };
                 {
                     let _phase = phase!("backward");
-                    let share = batch.len() as f64 / samples as f64;
-                    let scaled = if share == 1. { loss.clone() } else { (&loss * share)? };
-                    grads.add(&self.turns[turn].params, scaled.backward()?)?;
+                    let factor =
+                        batch.len() as f64 / samples as f64 * self.loss_scale.map_or(1., |s| s.scale);
+                    let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
+                    grads.add(&self.turns[turn].working, scaled.backward()?)?;
                 }
                 self.tell(told, turn, &loss, batch.len(), &mut means)?;
                 seen += batch.len();
@@ -208,7 +223,16 @@ impl<'a, B: Batch> Fit<'a, B> {
             }
             let _phase = phase!("optimizer");
             let mut own = grads.complete(&self.turns[turn].params)?;
+            self.unscale(&mut own)?;
             let norm = self.clip(&mut own)?;
+            if let Some(scale) = &mut self.loss_scale {
+                scale.update(norm.is_finite());
+                match scale.skipped {
+                    0 => {}
+                    LossScale::HOPELESS => return Ok(Stepped::Failed(hopeless(step + 1))),
+                    _ => return Ok(Stepped::Skipped),
+                }
+            }
             if self.trainer.config.nan_guard && !norm.is_finite() {
                 return Ok(Stepped::Failed(self.explain(turn, &means, &own)?));
             }
@@ -218,6 +242,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             self.turns[turn].step(&own, step + 1, rates)?;
             gradients.append(&mut own);
         }
+        self.model.params().publish()?;
+        self.kept.clear();
         self.progress.advance(samples, ends_epoch);
         self.average.as_mut().map_or(Ok(()), |average| average.update(step + 1))?;
         Ok(Stepped::Moved { means, gradients, flow })
@@ -255,18 +281,28 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(flow)
     }
 
-    /// The micro-batch number `index` of this step. The first optimizer takes it from the loader; the others see the same.
-    fn micro_batch(&mut self, turn: usize, index: usize) -> Result<Arc<Loaded<B>>> {
-        if turn > 0 {
-            return Ok(self.kept[index].clone());
+    /// The micro-batch number `index` of this step: from the loader, or, where a second optimizer or another try needs it
+    /// again, the one that was kept.
+    fn micro_batch(&mut self, index: usize) -> Result<Arc<Loaded<B>>> {
+        if let Some(kept) = self.kept.get(index) {
+            return Ok(kept.clone());
         }
         let _phase = phase!("data_wait");
         let loaded = self.micro_batches.next().ok_or_else(|| Error::msg("the training data ended"))?;
         let loaded = Arc::new(loaded?);
-        if self.turns.len() > 1 {
+        if self.turns.len() > 1 || self.loss_scale.is_some() {
             self.kept.push(loaded.clone());
         }
         Ok(loaded)
+    }
+
+    /// Takes the loss scale out of the gradients.
+    fn unscale(&self, gradients: &mut [Tensor]) -> Result<()> {
+        let Some(LossScale { scale, .. }) = self.loss_scale else { return Ok(()) };
+        for gradient in gradients {
+            *gradient = (&*gradient * (1. / scale))?;
+        }
+        Ok(())
     }
 
     /// The norm of the gradients, which are clipped where that is asked for.
@@ -365,7 +401,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             (&mut *self.trainer, self.model, self.progress, self.workers);
         let pass = Pass { split: *split, epoch: 0, seed: trainer.seed };
         let evaluate = || evaluate(trainer, model, source, pass, limit, workers, &progress, images_due);
-        Average::in_place(self.average.as_ref(), evaluate).map(Some)
+        Average::in_place(self.average.as_ref(), || model.params().publish(), evaluate).map(Some)
     }
 
     /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
@@ -387,6 +423,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
             lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
             plateau: self.plateau,
+            loss_scale: self.loss_scale,
             average_updates: average.map_or(0, |average| average.updates),
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             callbacks: trainer.callback_states(),
@@ -421,6 +458,15 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         Ok(flow)
     }
+}
+
+/// What to say of fp16 that no loss scale helps.
+fn hopeless(step: u64) -> String {
+    format!(
+        "{} tries in a row of step {step} overflowed in fp16, however small the loss scale; look at that step's data and at \
+         the weights, lower `optimizer.lr`, or use `trainer.precision = \"bf16-mixed\"`, whose range is that of 32 bits",
+        LossScale::HOPELESS
+    )
 }
 
 /// The order in which training takes its samples.

@@ -7,10 +7,10 @@ mod limits;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use indexmap::IndexMap;
 
-pub use config::{Kernels, Precision, TrainerConfig};
+pub use config::{Kernels, TrainerConfig};
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
 
@@ -22,6 +22,7 @@ use crate::error::Result;
 use crate::module::{Model, Step};
 use crate::nn;
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
+pub use crate::precision::Precision;
 use crate::schedule::{Plateau, Schedule};
 
 /// A part of the loop as a span of `tracing`, for the profiler. Without a subscriber it costs a few nanoseconds.
@@ -202,8 +203,10 @@ impl Trainer {
     /// What a model predicts from one batch.
     pub fn predict<B: Batch>(&mut self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         self.in_pool(|trainer| {
-            let batch = batch.to_device(model.params().device())?;
-            model.evaluation().predict_step(&batch, &mut Step::evaluation(0, 0, trainer.seed, false))
+            let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+            let prediction =
+                model.evaluation().predict_step(&batch, &mut Step::evaluation(0, 0, trainer.seed, false))?;
+            Ok(prediction.to_dtype(DType::F32)?)
         })
     }
 
