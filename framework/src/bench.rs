@@ -8,7 +8,7 @@ use candle_core::Device;
 use serde::Serialize;
 
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Progress};
+use crate::callback::{Callback, Flow, StepEnd};
 use crate::data::{Data, Dataset, Sample, Split};
 use crate::error::{Error, Result};
 use crate::module::Model;
@@ -121,12 +121,12 @@ impl Stopwatch {
 }
 
 impl Callback for Stopwatch {
-    fn on_step_end(&mut self, _: &Progress) -> Result<Flow> {
+    fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
         self.note()?;
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: usize) -> Result<()> {
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
         self.note()
     }
 }

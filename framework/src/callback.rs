@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
-use candle_core::Tensor;
+use candle_core::{Tensor, Var};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Split;
+use crate::data::{Settings, Split};
 use crate::error::Result;
 
 /// How far training has come. Everything that counts, counts optimizer steps.
@@ -23,12 +23,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Counts one optimizer step over `samples` samples, in epochs of `steps_per_epoch` steps.
-    pub(crate) fn advance(&mut self, samples: usize, steps_per_epoch: usize) {
+    /// Counts one optimizer step over `samples` samples, which may have been the last of its epoch.
+    pub(crate) fn advance(&mut self, samples: usize, ends_epoch: bool) {
         self.step += 1;
         self.samples += samples as u64;
         self.step_in_epoch += 1;
-        if self.step_in_epoch == steps_per_epoch as u64 {
+        if ends_epoch {
             self.step_in_epoch = 0;
             self.epoch += 1;
         }
@@ -45,12 +45,26 @@ impl Progress {
 pub struct Plan {
     /// Where it starts; not at zero when it is resumed.
     pub start: Progress,
-    /// The step at which it ends.
-    pub last_step: u64,
-    /// Steps in an epoch.
-    pub steps_per_epoch: u64,
+    /// The step at which it ends, where that is known: a stream has no length before its first end.
+    pub last_step: Option<u64>,
+    /// Steps in an epoch, where that is known.
+    pub steps_per_epoch: Option<u64>,
     /// Numbers in all parameters together.
     pub parameters: usize,
+    /// Floating-point operations of one sample's training step, where the module says
+    /// ([`Module::flops`](crate::module::Module)).
+    pub flops_per_sample: Option<f64>,
+}
+
+/// What a step leaves to look at, before the next one begins.
+#[derive(Debug, Clone, Copy)]
+pub struct StepEnd<'a> {
+    /// How far training has come, this step included.
+    pub progress: Progress,
+    /// The parameters that are trained, after the step.
+    pub params: &'a [(String, Var)],
+    /// The gradient of each of them in this step, after clipping.
+    pub gradients: &'a [Tensor],
 }
 
 /// Metrics at one moment.
@@ -85,14 +99,19 @@ pub struct Picture {
 pub enum Flow {
     /// It goes on.
     Continue,
+    /// A checkpoint is saved, and it goes on.
+    Save,
     /// It ends here: a checkpoint is saved, and the run says why.
     Stop(StopReason),
 }
 
 impl Flow {
-    /// The first of two answers that wants to stop.
+    /// What two answers come to: stopping counts more than saving, the first stop more than the second.
     pub fn or(self, other: Flow) -> Flow {
-        if self == Flow::Continue { other } else { self }
+        match (&self, &other) {
+            (Flow::Stop(_), _) | (_, Flow::Continue) => self,
+            _ => other,
+        }
     }
 }
 
@@ -103,6 +122,8 @@ pub enum StopReason {
     Finished,
     /// A callback had seen enough; the text says of what.
     Callback(String),
+    /// It was no use to go on: the text says why. What came before is saved.
+    Failed(String),
     /// The process was told to end, by this signal.
     Signal(i32),
 }
@@ -115,23 +136,29 @@ pub trait Callback: Send {
     }
 
     /// After every optimizer step.
-    fn on_step_end(&mut self, _progress: &Progress) -> Result<Flow> {
+    fn on_step_end(&mut self, _step: &StepEnd) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
-    /// When training metrics have been read.
-    fn on_train_metrics(&mut self, _record: &Record) -> Result<Flow> {
+    /// When training metrics have been read; those that a callback adds reach the callbacks after it, loggers among
+    /// them.
+    fn on_train_metrics(&mut self, _record: &mut Record) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
-    /// After `done` of `total` batches of a validation.
-    fn on_validation_batch(&mut self, _done: usize, _total: usize) -> Result<()> {
+    /// After `done` of `total` batches of an evaluation; a stream's total is not known.
+    fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<()> {
         Ok(())
     }
 
-    /// When a validation is complete.
-    fn on_validation_end(&mut self, _record: &Record) -> Result<Flow> {
+    /// When an evaluation is complete: of the validation data, or, outside training, of any split.
+    fn on_validation_end(&mut self, _record: &mut Record) -> Result<Flow> {
         Ok(Flow::Continue)
+    }
+
+    /// What was predicted from batch number `batch` of a dataset, (B, ...).
+    fn on_prediction(&mut self, _batch: usize, _prediction: &Tensor) -> Result<()> {
+        Ok(())
     }
 
     /// When a module has drawn a picture.
@@ -139,13 +166,37 @@ pub trait Callback: Send {
         Ok(())
     }
 
-    /// When a checkpoint is complete on disk.
+    /// When a checkpoint is complete on disk: some steps after the one that it is of.
     fn on_checkpoint(&mut self, _checkpoint: &Path) -> Result<()> {
         Ok(())
     }
 
-    /// After the last step, the last validation and the last checkpoint.
-    fn on_fit_end(&mut self, _progress: &Progress) -> Result<()> {
+    /// After the last step, the last validation and the last checkpoint. An error that ends training comes without it.
+    fn on_fit_end(&mut self, _progress: &Progress, _reason: &StopReason) -> Result<()> {
         Ok(())
     }
+
+    /// The name under which checkpoints keep its state.
+    fn name(&self) -> &'static str {
+        std::any::type_name::<Self>()
+    }
+
+    /// What it must remember when the run is interrupted; a checkpoint keeps it.
+    fn state(&self) -> Option<serde_json::Value> {
+        None
+    }
+
+    /// Takes up the state that a checkpoint kept, before [`Callback::on_fit_start`].
+    fn restore(&mut self, _state: serde_json::Value) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// A callback that is made from its own section of the configuration file, `[callbacks.NAME]`.
+pub trait Watch: Callback + Sized + 'static {
+    /// The fields of its section.
+    type Config: Settings;
+
+    /// Makes the callback. Values that do not fit are an [`Error::Setting`](crate::Error::Setting).
+    fn watch(config: &Self::Config) -> Result<Self>;
 }

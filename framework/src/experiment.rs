@@ -82,7 +82,8 @@ impl Experiment {
         trainer.check().map_err(place("trainer"))?;
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;
         checkpoint.check().map_err(place("checkpoint"))?;
-        let logging = document.section("logging")?;
+        let logging: LoggingConfig = document.section("logging")?;
+        logging.check().map_err(place("logging"))?;
         let optimizer: OptimizerConfig =
             document.variant(&document.named("optimizer", Some("adam"))?, "optimizer")?;
         optimizer.check().map_err(place("optimizer"))?;
@@ -293,7 +294,8 @@ impl<B: Batch> Job for Pair<B> {
         tracing::info!("run folder: {}", run.path().display());
 
         let mut trainer = experiment.trainer().checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-        trainer = trainer.callback(Loggers::in_folder(run.path(), &experiment.logging, step)?);
+        let loggers = Loggers::in_folder(run.path(), &experiment.logging, step)?;
+        trainer = trainer.callback(loggers.configuration(experiment.resolved()?));
         if experiment.logging.progress {
             trainer = trainer.callback(ProgressBar::default());
         }

@@ -63,7 +63,9 @@ fn print_report(report: &Report) {
     let outcome = &report.outcome;
     match &outcome.reason {
         StopReason::Finished => println!("finished at step {}", outcome.progress.step),
-        StopReason::Callback(why) => println!("stopped at step {}: {why}", outcome.progress.step),
+        StopReason::Callback(why) | StopReason::Failed(why) => {
+            println!("stopped at step {}: {why}", outcome.progress.step)
+        }
         StopReason::Signal(_) => {
             println!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
         }

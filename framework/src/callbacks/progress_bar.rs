@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar as Bar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 
-use crate::callback::{Callback, Flow, Plan, Progress, Record};
+use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::error::Result;
 
 /// Time between two lines where standard error is a file and no bar can move.
@@ -40,13 +40,12 @@ impl Run {
         let seconds = self.training_time().as_secs_f64().max(1e-9);
         let samples = (self.progress.samples - self.plan.start.samples) as f64;
         let steps = self.progress.step - self.plan.start.step;
-        let left = self.plan.last_step.saturating_sub(self.progress.step) as f64;
+        let left = self.plan.last_step.map(|last| last.saturating_sub(self.progress.step) as f64);
         let loss = self.loss.map(|loss| format!("loss {loss:.5}  ")).unwrap_or_default();
-        let eta = match steps {
-            0 => "?".to_string(),
-            _ => HumanDuration(Duration::from_secs_f64((seconds * left / steps as f64).min(1e9))).to_string(),
-        };
-        format!("{loss}{:.1} samples/s  {eta} left", samples / seconds)
+        let time = |seconds: f64| HumanDuration(Duration::from_secs_f64(seconds.min(1e9))).to_string();
+        let left = left.filter(|_| steps > 0).map(|left| time(seconds * left / steps as f64));
+        let left = left.unwrap_or_else(|| "?".into());
+        format!("{loss}{:.1} samples/s  {left} left", samples / seconds)
     }
 
     fn say(&self, line: &str) {
@@ -59,8 +58,11 @@ impl Callback for ProgressBar {
     fn on_fit_start(&mut self, plan: &Plan) -> Result<()> {
         let terminal = std::io::stderr().is_terminal();
         let target = if terminal { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-        let bar = Bar::with_draw_target(Some(plan.last_step), target);
-        let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}");
+        let bar = Bar::with_draw_target(plan.last_step, target);
+        let style = match plan.last_step {
+            Some(_) => ProgressStyle::with_template("{bar:30} {pos}/{len}  {msg}"),
+            None => ProgressStyle::with_template("{spinner} {pos}  {msg}"),
+        };
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
         bar.set_position(plan.start.step);
         let now = Instant::now();
@@ -77,7 +79,8 @@ impl Callback for ProgressBar {
         Ok(())
     }
 
-    fn on_step_end(&mut self, progress: &Progress) -> Result<Flow> {
+    fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+        let progress = &step.progress;
         let Some(run) = &mut self.run else { return Ok(Flow::Continue) };
         if let Some(pause) = run.pause.take() {
             run.paused += pause.elapsed();
@@ -87,27 +90,29 @@ impl Callback for ProgressBar {
         run.bar.set_message(run.status());
         if run.bar.is_hidden() && run.last_line.elapsed() >= LINE_EVERY {
             run.last_line = Instant::now();
-            run.say(&format!("step {}/{}  {}", progress.step, run.plan.last_step, run.status()));
+            let of = run.plan.last_step.map(|last| format!("/{last}")).unwrap_or_default();
+            run.say(&format!("step {}{of}  {}", progress.step, run.status()));
         }
         Ok(Flow::Continue)
     }
 
-    fn on_train_metrics(&mut self, record: &Record) -> Result<Flow> {
+    fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
         if let Some(run) = &mut self.run {
             run.loss = record.metrics.get("loss").copied();
         }
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, done: usize, total: usize) -> Result<()> {
+    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<()> {
         if let Some(run) = &mut self.run {
             run.pause.get_or_insert_with(Instant::now);
-            run.bar.set_message(format!("validating {done}/{total}"));
+            let of = total.map(|total| format!("/{total}")).unwrap_or_default();
+            run.bar.set_message(format!("validating {done}{of}"));
         }
         Ok(())
     }
 
-    fn on_validation_end(&mut self, record: &Record) -> Result<Flow> {
+    fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {
         if let Some(run) = &self.run {
             let metrics: Vec<String> =
                 record.metrics.iter().map(|(name, value)| format!("{name} {value:.5}")).collect();
@@ -121,7 +126,7 @@ impl Callback for ProgressBar {
         Ok(())
     }
 
-    fn on_fit_end(&mut self, progress: &Progress) -> Result<()> {
+    fn on_fit_end(&mut self, progress: &Progress, _: &StopReason) -> Result<()> {
         if let Some(run) = self.run.take() {
             run.bar.finish_and_clear();
             let steps = progress.step - run.plan.start.step;

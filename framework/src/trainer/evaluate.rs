@@ -38,7 +38,7 @@ pub(super) fn evaluate<B: Batch>(
             trainer.show(&Picture { step: progress.step, split, name, pixels })?;
         }
         for callback in &mut trainer.callbacks {
-            callback.on_validation_batch(i + 1, len.div_ceil(batch_size))?;
+            callback.on_validation_batch(i + 1, Some(len.div_ceil(batch_size)))?;
         }
     }
     means.read()

@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use super::evaluate::evaluate;
 use super::{Outcome, Trainer};
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StopReason};
+use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{self, Snapshot, State};
 use crate::data::{Data, Loader, Order, Sample, Split};
 use crate::error::{Error, Result};
@@ -88,7 +88,13 @@ impl<'a, B: Batch> Fit<'a, B> {
     pub(super) fn run(mut self) -> Result<Outcome> {
         let (start, steps_per_epoch) = (self.progress, self.order.batches() as u64);
         let parameters = self.model.params().count();
-        let plan = Plan { start, last_step: self.last_step, steps_per_epoch, parameters };
+        let plan = Plan {
+            start,
+            last_step: Some(self.last_step),
+            steps_per_epoch: Some(steps_per_epoch),
+            parameters,
+            flops_per_sample: None,
+        };
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
         let mut reason = StopReason::Finished;
         while self.progress.step < self.last_step {
@@ -103,7 +109,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         self.save()?;
         let progress = self.progress;
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress))?;
+        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
     }
 
@@ -111,13 +117,17 @@ impl<'a, B: Batch> Fit<'a, B> {
     fn epoch(&mut self) -> Result<Flow> {
         let epoch = self.progress.epoch;
         while self.progress.epoch == epoch && self.progress.step < self.last_step {
-            let metrics = self.step()?;
+            let (metrics, gradients) = self.step()?;
             let done = self.progress.step;
-            let mut flow = self.ask(|callback, progress| callback.on_step_end(progress))?;
+            let params = std::mem::take(&mut self.params);
+            let end = StepEnd { progress: self.progress, params: &params, gradients: &gradients };
+            let flow = self.ask(|callback| callback.on_step_end(&end));
+            self.params = params;
+            let mut flow = flow?;
             if done.is_multiple_of(self.trainer.config.log_every) {
                 let metrics = metrics.read()?;
-                let record = Record { step: done, epoch, split: Split::Train, metrics };
-                flow = flow.or(self.ask(|callback, _| callback.on_train_metrics(&record))?);
+                let mut record = Record { step: done, epoch, split: Split::Train, metrics };
+                flow = flow.or(self.ask(|callback| callback.on_train_metrics(&mut record))?);
             }
             let epoch_ended = self.progress.step_in_epoch == 0;
             if self.trainer.config.val_every.map_or(epoch_ended, |every| done.is_multiple_of(every)) {
@@ -134,7 +144,7 @@ impl<'a, B: Batch> Fit<'a, B> {
     }
 
     /// One optimizer step: the gradient of the mean loss over a batch, and the move against it.
-    fn step(&mut self) -> Result<Means> {
+    fn step(&mut self) -> Result<(Means, Vec<Tensor>)> {
         let batch_size = self.order.batch_len(self.progress.step_in_epoch);
         let images_due =
             self.trainer.image_every > 0 && (self.progress.step + 1).is_multiple_of(self.trainer.image_every);
@@ -164,8 +174,9 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         means.add("lr", &Tensor::new(rates.lr, &Device::Cpu)?, batch_size)?;
         self.optimizer.step(&gradients, self.progress.step + 1, rates)?;
-        self.progress.advance(batch_size, self.order.batches());
-        Ok(means)
+        let ends_epoch = self.progress.step_in_epoch + 1 == self.order.batches() as u64;
+        self.progress.advance(batch_size, ends_epoch);
+        Ok((means, gradients))
     }
 
     /// Hands on what a module logged in a step.
@@ -189,7 +200,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let metrics =
             evaluate(self.trainer, self.model, val, Split::Val, workers, &self.progress, images_due)?;
         let epoch = self.progress.epoch_of_last_step();
-        let record = Record { step, epoch, split: Split::Val, metrics };
+        let mut record = Record { step, epoch, split: Split::Val, metrics };
         let loss = record.metrics.get("loss").copied();
         let better = |best: f64| loss.is_some_and(|loss| loss < best);
         if self.best_loss.is_none_or(better) {
@@ -202,7 +213,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         if let (Some(plateau), Some(loss)) = (&self.trainer.plateau, loss) {
             self.lr = plateau.next(&mut self.plateau, loss, self.lr);
         }
-        let flow = self.ask(|callback, _| callback.on_validation_end(&record))?;
+        let flow = self.ask(|callback| callback.on_validation_end(&mut record))?;
         self.validation = Some((step, record.metrics));
         Ok(flow)
     }
@@ -227,11 +238,10 @@ impl<'a, B: Batch> Fit<'a, B> {
     }
 
     /// Asks every callback; one that wants to stop is enough.
-    fn ask(&mut self, question: impl Fn(&mut dyn Callback, &Progress) -> Result<Flow>) -> Result<Flow> {
-        let progress = self.progress;
+    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
         let mut flow = Flow::Continue;
         for callback in &mut self.trainer.callbacks {
-            flow = flow.or(question(&mut **callback, &progress)?);
+            flow = flow.or(question(&mut **callback)?);
         }
         Ok(flow)
     }
