@@ -18,11 +18,12 @@ pub(super) fn histogram(values: &Tensor) -> Result<Option<HistogramProto>> {
     Ok((histogram.num > 0.).then(|| compact(histogram)))
 }
 
-/// Leaves out empty buckets, but for the one before a filled bucket: its limit is where that one begins.
+/// Leaves out empty buckets, but for the one between two filled ones: its limit is where the second begins. The first
+/// begins at the least value; an empty one before it would run backwards.
 fn compact(mut histogram: HistogramProto) -> HistogramProto {
     let (limits, counts) = (&histogram.bucket_limit, &histogram.bucket);
     let needed = |&i: &usize| counts[i] > 0. || counts.get(i + 1).is_some_and(|next| *next > 0.);
-    let kept: Vec<usize> = (0..counts.len()).filter(needed).collect();
+    let kept: Vec<usize> = (0..counts.len()).skip_while(|i| counts[*i] == 0.).filter(needed).collect();
     (histogram.bucket_limit, histogram.bucket) = kept.into_iter().map(|i| (limits[i], counts[i])).unzip();
     histogram
 }
@@ -43,9 +44,9 @@ mod tests {
 
     #[test]
     fn buckets_hold_every_value_between_their_limits() {
-        let values = [-2., -1e-30, 0., 0., 1e-30, 0.5, 0.51, 3., 1e25, -1e25];
+        let values = [-2., -1e-30, 0., 0., 1e-30, 0.5, 0.51, 3., 1e25, -1e3];
         let histogram = of(&values);
-        assert_eq!((histogram.min, histogram.max, histogram.num), (-1e25f32 as f64, 1e25f32 as f64, 10.));
+        assert_eq!((histogram.min, histogram.max, histogram.num), (-1e3, 1e25f32 as f64, 10.));
         assert_eq!(histogram.bucket.iter().sum::<f64>(), 10.);
         let sum: f64 = values.iter().map(|x| *x as f64).sum();
         let squares: f64 = values.iter().map(|x| (*x as f64).powi(2)).sum();
@@ -58,6 +59,7 @@ mod tests {
         }
         // What is nearer to zero than 1e-12 counts as zero from its side; 0.5 and 0.51 are within a tenth.
         assert_eq!(histogram.bucket.iter().filter(|count| **count > 0.).count(), 7);
+        assert!(histogram.bucket.first() > Some(&0.) && histogram.bucket.last() > Some(&0.), "{histogram:?}");
         assert!(histogram.bucket.windows(2).all(|pair| pair != [0., 0.]), "{histogram:?}");
     }
 
