@@ -40,6 +40,9 @@ pub use tensorboard::TensorBoard;
 use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::error::{Error, Result};
 
+/// The settings of a run by their full names, for example `optimizer.lr`.
+pub type HyperParameters = IndexMap<String, toml::Value>;
+
 /// Writes metrics somewhere.
 pub trait Logger: Send {
     /// Writes one record.
@@ -60,8 +63,8 @@ pub trait Logger: Send {
         Ok(())
     }
 
-    /// Writes the run's settings by their full name, for example `optimizer.lr`.
-    fn hyper_parameters(&mut self, _settings: &IndexMap<String, toml::Value>) -> Result<()> {
+    /// Writes the run's settings.
+    fn hyper_parameters(&mut self, _settings: &HyperParameters) -> Result<()> {
         Ok(())
     }
 
@@ -208,7 +211,7 @@ impl Drop for Loggers {
 }
 
 /// The values of a configuration, those of `[a.b]` named `a.b.<key>`.
-fn flatten(table: toml::Table) -> IndexMap<String, toml::Value> {
+fn flatten(table: toml::Table) -> HyperParameters {
     let under = |(key, value): (String, toml::Value)| match value {
         toml::Value::Table(inner) => flatten(inner)
             .into_iter()
@@ -317,7 +320,7 @@ mod tests {
         fn text(&mut self, step: u64, name: &str, text: &str) -> Result<()> {
             self.note(format!("{step} {name} {text}"))
         }
-        fn hyper_parameters(&mut self, settings: &IndexMap<String, toml::Value>) -> Result<()> {
+        fn hyper_parameters(&mut self, settings: &HyperParameters) -> Result<()> {
             self.note(settings.iter().map(|(name, value)| format!("{name}={value} ")).collect())
         }
         fn close(&mut self, reason: &StopReason) -> Result<()> {

@@ -5,7 +5,6 @@ use std::io::BufWriter;
 use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
-use indexmap::IndexMap;
 use prost::Message;
 use tfrecord::EventWriter;
 use tfrecord::protobuf::event::What;
@@ -19,7 +18,7 @@ use tfrecord::protobuf::{
 };
 
 use super::hparams::{self, Data, SessionEnd, SessionStart, Status};
-use super::{Logger, histogram::histogram};
+use super::{HyperParameters, Logger, histogram::histogram};
 use crate::callback::{Picture, Record, StopReason};
 use crate::error::{Error, Result};
 use crate::picture::png_bytes;
@@ -91,7 +90,7 @@ impl Logger for TensorBoard {
         self.events.summary(step, vec![plugin_value(name, "text", Vec::new(), tensor)])
     }
 
-    fn hyper_parameters(&mut self, settings: &IndexMap<String, toml::Value>) -> Result<()> {
+    fn hyper_parameters(&mut self, settings: &HyperParameters) -> Result<()> {
         let hparams = settings.iter().map(|(name, setting)| (name.clone(), hparams::value(setting)));
         let start = SessionStart { hparams: hparams.collect(), start_time_secs: now() };
         if self.session_path.exists() {
@@ -165,6 +164,7 @@ fn now() -> f64 {
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device};
+    use indexmap::IndexMap;
     use prost_types::value::Kind;
     use tfrecord::EventIter;
 
@@ -245,5 +245,23 @@ mod tests {
         assert_eq!(kinds, [Kind::StringValue("x".into()), Kind::NumberValue(0.25)]);
         assert_eq!((start.hparams.len(), end.status()), (2, Status::Success));
         assert!(end.end_time_secs >= start.start_time_secs && start.start_time_secs > 1.6e9);
+    }
+
+    #[test]
+    fn an_attempt_says_from_which_step_on_it_replaces_an_earlier_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let _logger = TensorBoard::create(dir.path(), 20).unwrap();
+        let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
+        let events: Vec<Event> =
+            EventIter::open(file, Default::default()).unwrap().map(Result::unwrap).collect();
+        let [Some(What::FileVersion(version)), Some(What::SessionLog(log))] =
+            [0, 1].map(|i| events[i].what.clone())
+        else {
+            panic!("{events:?}")
+        };
+        assert_eq!(
+            (version.as_str(), log.status(), events[1].step),
+            ("brain.Event:2", SessionStatus::Start, 21)
+        );
     }
 }
