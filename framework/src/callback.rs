@@ -171,8 +171,8 @@ pub trait Callback: Send {
         Ok(())
     }
 
-    /// After the last step, the last validation and the last checkpoint.
-    fn on_fit_end(&mut self, _progress: &Progress) -> Result<()> {
+    /// After the last step, the last validation and the last checkpoint; `reason` says why it was the last.
+    fn on_fit_end(&mut self, _progress: &Progress, _reason: &StopReason) -> Result<()> {
         Ok(())
     }
 

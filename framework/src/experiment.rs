@@ -96,7 +96,8 @@ impl Experiment {
         trainer.check().map_err(place("trainer"))?;
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;
         checkpoint.check().map_err(place("checkpoint"))?;
-        let logging = document.section("logging")?;
+        let logging: LoggingConfig = document.section("logging")?;
+        logging.check().map_err(place("logging"))?;
         let turns = turns(&document)?;
         let (schedule, plateau) = schedule(&document, "schedule")?;
         let average = average(&document)?;
@@ -499,7 +500,8 @@ impl<B: Batch> Job for Pair<B> {
             tracing::info!("run folder: {}", run.path().display());
             // Last, so that they log what the callbacks before them add.
             trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-            trainer = trainer.callback(Loggers::in_folder(run.path(), &experiment.logging, step)?);
+            let loggers = Loggers::in_folder(run.path(), &experiment.logging, step)?;
+            trainer = trainer.callback(loggers.configuration(experiment.resolved()?));
             if let Some(checkpoint) = checkpoint {
                 trainer = trainer.resume(checkpoint);
             }

@@ -96,7 +96,7 @@ impl Callback for Recorder {
         Ok(())
     }
 
-    fn on_fit_end(&mut self, progress: &Progress) -> Result<()> {
+    fn on_fit_end(&mut self, progress: &Progress, _: &StopReason) -> Result<()> {
         self.note(format!("end {}", progress.step));
         Ok(())
     }

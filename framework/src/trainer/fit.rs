@@ -160,7 +160,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
         self.tell_saved(saved)?;
         let progress = self.progress;
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress))?;
+        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
     }
 
@@ -202,7 +202,8 @@ impl<'a, B: Batch> Fit<'a, B> {
                     Step::training(step, micro_batch as u64, self.trainer.seed, name, pictures_due);
                 let loss = {
                     let _phase = phase!("forward");
-                    self.model.training().training_step(&batch, &mut told)?.to_dtype(DType::F32)?
+                    let loss = self.model.training().training_step(&batch, &mut told);
+                    loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
                 };
                 {
                     let _phase = phase!("backward");
@@ -333,6 +334,17 @@ impl<'a, B: Batch> Fit<'a, B> {
              `trainer.clip_norm`, or a look at that step's data may help",
             self.progress.step
         ))
+    }
+
+    /// Adds to a module's error, in half precision, what is probably wrong.
+    fn explain_precision(&self, error: Error) -> Error {
+        match self.trainer.config.precision.dtype() {
+            DType::F32 => error,
+            dtype => Error::msg(format!(
+                "{error}\nthe module computes in {dtype:?}: an operation that has no kernel for it, or that mixes types, \
+                 needs `.to_dtype(DType::F32)` before and `.to_dtype(x.dtype())` after it"
+            )),
+        }
     }
 
     /// A metric's name; several optimizers have one each.
