@@ -28,6 +28,7 @@ pub mod nn;
 pub mod optim;
 pub mod params;
 pub mod picture;
+pub mod profiler;
 pub mod run_dir;
 pub mod schedule;
 pub mod seed;

@@ -115,6 +115,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             let done = self.progress.step;
             let mut flow = self.ask(|callback, progress| callback.on_step_end(progress))?;
             if done.is_multiple_of(self.trainer.config.log_every) {
+                let _span = tracing::debug_span!(target: "candlepower::phase", "logging").entered();
                 let metrics = metrics.read()?;
                 let record = Record { step: done, epoch, split: Split::Train, metrics };
                 flow = flow.or(self.ask(|callback, _| callback.on_train_metrics(&record))?);
@@ -143,17 +144,24 @@ impl<'a, B: Batch> Fit<'a, B> {
         let mut means = Means::default();
         let (mut samples, mut micro_batch) = (0, 0);
         while samples < batch_size {
+            let span = tracing::debug_span!(target: "candlepower::phase", "data_wait").entered();
             let batch = self.micro_batches.next().ok_or_else(|| Error::msg("the training data ended"))??;
             let batch = batch.to_device(self.model.params().device())?;
+            drop(span);
             let pictures_due = images_due && micro_batch == 0;
             let mut step = Step::training(self.progress.step, micro_batch, self.trainer.seed, pictures_due);
+            let span = tracing::debug_span!(target: "candlepower::phase", "forward").entered();
             let loss = self.model.training().training_step(&batch, &mut step)?;
+            drop(span);
             let share = batch.len() as f64 / batch_size as f64;
+            let span = tracing::debug_span!(target: "candlepower::phase", "backward").entered();
             grads.add(&self.params, (&loss * share)?.backward()?)?;
+            drop(span);
             self.tell(step, &loss, batch.len(), &mut means)?;
             samples += batch.len();
             micro_batch += 1;
         }
+        let _span = tracing::debug_span!(target: "candlepower::phase", "optimizer").entered();
         let mut gradients = grads.complete(&self.params)?;
         if let Some(max_norm) = self.trainer.config.clip_norm {
             let norm = optim::clip_norm(&mut gradients, max_norm)?;
@@ -184,6 +192,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         if self.validation.as_ref().is_some_and(|(at, _)| *at == step) {
             return Ok(Flow::Continue);
         }
+        let _span = tracing::debug_span!(target: "candlepower::phase", "validation").entered();
         let images_due = self.trainer.image_every > 0;
         let (val, workers) = (val.clone(), self.data.workers);
         let metrics =
@@ -213,6 +222,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         if self.saved.replace(self.progress.step) == Some(self.progress.step) {
             return Ok(());
         }
+        let _span = tracing::debug_span!(target: "candlepower::phase", "checkpoint").entered();
         let state = State {
             progress: self.progress,
             seed: self.trainer.seed,

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 use indexmap::IndexMap;
+use tracing::{Dispatch, dispatcher};
 
 pub use config::{Kernels, Precision, TrainerConfig};
 
@@ -170,7 +171,9 @@ impl Trainer {
         let pool = pool.thread_name(|i| format!("compute-{i}")).build();
         let pool =
             pool.map_err(|error| crate::Error::msg(format!("cannot start the compute threads: {error}")))?;
-        pool.install(|| nn::with_kernels(kernels, || work(self)))
+        // Who listens to this thread's spans and messages listens to the pool's thread that takes its place.
+        let listener = dispatcher::get_default(Dispatch::clone);
+        pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
     }
 }
 
