@@ -7,7 +7,9 @@
 //! parameter gets a gradient, means of what is logged, and metrics written to a folder (jsonl, csv, TensorBoard); no
 //! progress bar. The two take turns every 50 steps, in one thread, so that whatever else the machine does hits both.
 //! Printed are medians over the blocks (40) of a block's mean step, and the median of neighbouring blocks' quotients
-//! with its quartiles. The same hand-written loop in both places measures the measurement: its own "overhead" is noise.
+//! with its quartiles: of the time that passes, and of the processor time of the whole process, data workers included,
+//! which other programs disturb less. The same hand-written loop against itself measures the measurement: its own
+//! "overhead" is noise.
 
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
@@ -20,11 +22,12 @@ use candlepower::prelude::*;
 use candlepower::rand::{Rng, SeedableRng};
 use candlepower::schedule::Rates;
 use candlepower::seed::ChaCha8Rng;
+use cpu_time::ProcessTime;
 
 const BATCH: usize = 64;
 const BATCHES: usize = 32;
-const INPUTS: usize = 128;
-const HIDDEN: usize = 128;
+const INPUTS: usize = 160;
+const HIDDEN: usize = 160;
 const CLASSES: usize = 10;
 /// Steps of one side before the other has its turn: a whole number of intervals of logging.
 const BLOCK: u64 = 50;
@@ -132,33 +135,49 @@ impl ByHand {
     }
 
     /// The time of a block of steps.
-    fn block(&mut self) -> Result<Duration> {
-        let start = Instant::now();
+    fn block(&mut self) -> Result<Times> {
+        let start = Start::now();
         (0..BLOCK).try_for_each(|_| self.step())?;
         Ok(start.elapsed())
     }
 }
 
+/// The beginning of a block.
+struct Start(Instant, ProcessTime);
+
+impl Start {
+    fn now() -> Self {
+        Self(Instant::now(), ProcessTime::now())
+    }
+
+    fn elapsed(&self) -> Times {
+        [self.0.elapsed(), self.1.elapsed()]
+    }
+}
+
+/// The time that passed, and the processor time that was used.
+type Times = [Duration; 2];
+
 /// The times of a turn: the framework's block, then two blocks by hand.
-type Turn = [Duration; 3];
+type Turn = [Times; 3];
 
 /// Every 50 of the framework's steps, has the other loop do as many, in the same thread.
 struct TakeTurns {
     by_hand: ByHand,
-    since: Option<Instant>,
+    since: Option<Start>,
     turns: Sender<Turn>,
 }
 
 impl Callback for TakeTurns {
     fn on_step_end(&mut self, progress: &Progress) -> Result<Flow> {
         if progress.step.is_multiple_of(BLOCK) {
-            let framework = self.since.map(|since| since.elapsed());
+            let framework = self.since.as_ref().map(Start::elapsed);
             let by_hand = [self.by_hand.block()?, self.by_hand.block()?];
             if let Some(framework) = framework {
                 // The receiver lives as long as the training.
                 let _ = self.turns.send([framework, by_hand[0], by_hand[1]]);
             }
-            self.since = Some(Instant::now());
+            self.since = Some(Start::now());
         }
         Ok(Flow::Continue)
     }
@@ -194,13 +213,14 @@ fn main() -> Result<()> {
     };
     let ms = |block: Duration| 1e3 * block.as_secs_f64() / BLOCK as f64;
     let percent = |a: Duration, b: Duration| 100. * (a.as_secs_f64() / b.as_secs_f64() - 1.);
-    let ([_, framework, _], [_, by_hand, _]) = (of(&|turn| ms(turn[0])), of(&|turn| ms(turn[2])));
     println!("{} blocks of {BLOCK} steps", turns.len());
-    println!("framework  {framework:.4} ms a step");
-    println!("by hand    {by_hand:.4} ms a step");
-    let [low, overhead, high] = of(&|turn| percent(turn[0], turn[2]));
-    println!("overhead   {overhead:+.2} %  (quartiles {low:+.2} to {high:+.2})");
-    let [low, noise, high] = of(&|turn| percent(turn[1], turn[2]));
-    println!("noise      {noise:+.2} %  (quartiles {low:+.2} to {high:+.2})");
+    for (i, kind) in ["time", "processor time"].into_iter().enumerate() {
+        let [framework, by_hand] = [0, 2].map(|side| of(&|turn| ms(turn[side][i]))[1]);
+        println!("{kind}: framework {framework:.4} ms a step, by hand {by_hand:.4} ms a step");
+        for (name, side) in [("overhead", 0), ("noise", 1)] {
+            let [low, middle, high] = of(&|turn| percent(turn[side][i], turn[2][i]));
+            println!("  {name:8} {middle:+.2} %  (quartiles {low:+.2} to {high:+.2})");
+        }
+    }
     Ok(())
 }

@@ -204,12 +204,14 @@ impl Trace {
         let (layer, writer) = builder.build();
         let left = Arc::new(AtomicUsize::new(phases));
         let budget = left.clone();
+        let is_phase = |metadata: &Metadata<'_>| metadata.target() == TARGET;
         // Asked once for each span, before it begins: so a phase is in the trace with its begin and its end, or not.
-        let first = dynamic_filter_fn(move |_: &Metadata<'_>, _: &Context<'_, S>| {
-            budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_ok()
+        let first = dynamic_filter_fn(move |metadata: &Metadata<'_>, _: &Context<'_, S>| {
+            let take = |left: usize| left.checked_sub(1);
+            is_phase(metadata) && budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
         });
-        let first = first.with_max_level_hint(LevelFilter::DEBUG).with_callsite_filter(|metadata| {
-            if metadata.target() == TARGET { Interest::sometimes() } else { Interest::never() }
+        let first = first.with_max_level_hint(LevelFilter::DEBUG).with_callsite_filter(move |metadata| {
+            if is_phase(metadata) { Interest::sometimes() } else { Interest::never() }
         });
         (layer.with_filter(first), Self { json, writer, left })
     }
@@ -312,7 +314,8 @@ total                           0.103 s  100.0 %
     fn other_spans_are_not_heard() {
         let profiler = Profiler::default();
         let (layer, trace) = Trace::start();
-        let subscriber = tracing_subscriber::registry().with(profiler.layer()).with(layer);
+        let everything = tracing_subscriber::layer::Identity::new();
+        let subscriber = tracing_subscriber::registry().with(profiler.layer()).with(layer).with(everything);
         tracing::subscriber::with_default(subscriber, || {
             let _other = tracing::debug_span!("forward").entered();
             let _phase = phase!("backward");

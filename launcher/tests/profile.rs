@@ -95,7 +95,7 @@ fn nothing_unasked() {
 fn an_interrupted_run_leaves_a_whole_trace() {
     let folder = tempfile::tempdir().unwrap();
     let long = ["--profile", "--set", "trainer.max_steps=1000000"];
-    let mut child = train(folder.path(), &long).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = train(folder.path(), &long).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     let metrics = folder.path().join("runs/tiny/version_0/metrics.jsonl");
     let start = Instant::now();
     while std::fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
