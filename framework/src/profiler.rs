@@ -314,7 +314,7 @@ total                           0.103 s  100.0 %
     fn other_spans_are_not_heard() {
         let profiler = Profiler::default();
         let (layer, trace) = Trace::start();
-        let everything = tracing_subscriber::layer::Identity::new();
+        let everything = tracing_subscriber::layer::Identity::new().with_filter(LevelFilter::TRACE);
         let subscriber = tracing_subscriber::registry().with(profiler.layer()).with(layer).with(everything);
         tracing::subscriber::with_default(subscriber, || {
             let _other = tracing::debug_span!("forward").entered();
