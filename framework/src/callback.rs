@@ -95,9 +95,10 @@ pub struct Picture {
 }
 
 /// Whether training goes on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Flow {
     /// It goes on.
+    #[default]
     Continue,
     /// A checkpoint is saved, and it goes on.
     Save,

@@ -29,6 +29,7 @@ pub mod optim;
 pub mod params;
 pub mod picture;
 pub mod precision;
+pub mod profiler;
 pub mod run_dir;
 pub mod schedule;
 pub mod seed;

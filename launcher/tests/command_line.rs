@@ -252,14 +252,6 @@ fn what_is_not_there_yet_names_what_works() {
     let place = Place::new();
     let train = |arguments: &[&str]| place.fail(2, &[&["train", "tiny.toml"], arguments].concat());
     assert_text(
-        &train(&["--precision", "16-mixed"]),
-        r#"
-error: --set:1:19: `trainer.precision`: mixed precision is not there yet; what works: "32"
-  |
-1 | trainer.precision="16-mixed"
-  |                   ^^^^^^^^^^"#,
-    );
-    assert_text(
         &train(&["--devices", "2"]),
         r"
 error: --set:1:17: `trainer.devices`: several devices are not there yet; what works: 1
@@ -610,6 +602,31 @@ error: tiny.toml:6:21: invalid value: floating point `1.5`, expected a number of
   |
 6 | limit_val_batches = 1.5
   |                     ^^^",
+    );
+}
+
+#[test]
+fn every_precision_trains_and_an_unknown_one_is_refused() {
+    let place = Place::new();
+    for precision in ["32", "bf16-mixed", "16-mixed"] {
+        place.succeed(&["train", "tiny.toml", "--precision", precision]);
+    }
+    let losses = ["version_0", "version_1", "version_2"].map(|version| {
+        let last = records(&place, &format!("runs/tiny/{version}"), "val").pop().unwrap();
+        last["loss"].as_f64().unwrap()
+    });
+    assert!(
+        (losses[1] / losses[0] - 1.).abs() < 0.03 && (losses[2] / losses[0] - 1.).abs() < 0.03,
+        "{losses:?}"
+    );
+    assert!(losses[1] != losses[0] && losses[2] != losses[0], "computed in full precision: {losses:?}");
+    assert_text(
+        &place.fail(2, &["train", "tiny.toml", "--precision", "16"]),
+        r#"
+error: --set:1:19: unknown variant `16`, expected one of `32`, `bf16-mixed`, `16-mixed`
+  |
+1 | trainer.precision="16"
+  |                   ^^^^"#,
     );
 }
 

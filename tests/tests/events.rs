@@ -233,7 +233,7 @@ fn a_loss_that_is_not_a_number_ends_the_run_before_it_harms_the_weights() {
         .callback(recorder.clone());
     let outcome = trainer.fit(&model, &data()).unwrap();
     let StopReason::Failed(why) = outcome.reason else { panic!("{:?}", outcome.reason) };
-    assert!(why.starts_with("in step 5 `loss` is NaN; the weights are still those of step 4."), "{why}");
+    assert!(why.starts_with("in step 5 the loss is NaN; the weights are still those of step 4."), "{why}");
     assert_eq!((outcome.progress.step, recorder.checkpoints()), (4, vec![3, 4]));
     assert!(weights(&model).iter().all(|(_, values)| values.iter().all(|x| x.is_finite())));
 }

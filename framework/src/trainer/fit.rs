@@ -10,7 +10,7 @@ use super::evaluate::evaluate;
 use super::limits::{Every, Limit};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
+use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
 use crate::data::{Data, Loaded, Loader, Order, Pass, Source, Split, Start};
 use crate::error::{Error, Result};
@@ -52,10 +52,32 @@ pub(super) struct Fit<'a, B: Batch> {
     seconds_before: f64,
 }
 
+/// What is gathered over the micro-batches and the optimizers of a step.
+#[derive(Default)]
+struct Tally {
+    /// The samples of the step.
+    samples: usize,
+    /// Whether they were the last of their epoch.
+    ends_epoch: bool,
+    /// What is logged, in steps after which it is read.
+    means: Option<Means>,
+    /// Of the micro-batches, for this optimizer.
+    losses: Vec<Tensor>,
+    /// Of the optimizers that have had their turn, in the order of the trained parameters.
+    gradients: Vec<Tensor>,
+    flow: Flow,
+}
+
+impl Tally {
+    fn note(&mut self, name: &str, value: &Tensor, samples: usize) -> Result<()> {
+        self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, samples))
+    }
+}
+
 /// What a step came to.
 enum Stepped {
     /// The parameters have moved.
-    Moved { means: Means, gradients: Vec<Tensor>, flow: Flow },
+    Moved(Tally),
     /// The gradients overflowed in fp16: nothing has moved, and the same batch is tried again with a smaller loss scale.
     Skipped,
     /// They have not, and cannot: why.
@@ -141,7 +163,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step()? {
-                Stepped::Moved { means, gradients, flow } => flow.or(self.after_step(means, gradients)?),
+                Stepped::Moved(tally) => self.after_step(tally)?,
                 Stepped::Skipped => Flow::Continue,
                 Stepped::Failed(why) => Flow::Stop(StopReason::Failed(why)),
             };
@@ -183,87 +205,130 @@ impl<'a, B: Batch> Fit<'a, B> {
 
     /// One optimizer step: for each optimizer the gradient of the mean loss over a batch, and the move against it.
     fn step(&mut self) -> Result<Stepped> {
-        let step = self.progress.step;
-        let image_every = self.trainer.image_every;
-        let images_due = image_every > 0 && (step + 1).is_multiple_of(image_every);
-        let (mut means, mut gradients, mut flow) = (Means::default(), Vec::new(), Flow::Continue);
-        let (mut samples, mut ends_epoch) = (0, false);
+        let done = self.progress.step;
+        let mut tally = Tally::default();
+        // Nobody reads the others; the first shows whether what the module logs can be read at all.
+        if done == 0 || (done + 1).is_multiple_of(self.trainer.config.log_every) {
+            tally.means = Some(Means::default());
+        }
         for turn in 0..self.turns.len() {
-            let mut grads = Grads::new(&self.turns[turn].params);
-            let mut seen = 0;
-            for micro_batch in 0.. {
-                let loaded = self.micro_batch(micro_batch)?;
-                (samples, ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
-                let batch = loaded.batch.to_device(self.model.params().device())?;
-                let batch = batch.cast(self.model.params().dtype())?;
-                let name = &self.turns[turn].name;
-                let pictures_due = images_due && micro_batch == 0;
-                let mut told =
-                    Step::training(step, micro_batch as u64, self.trainer.seed, name, pictures_due);
-                let loss = {
-                    let _phase = phase!("forward");
-                    let loss = self.model.training().training_step(&batch, &mut told);
-                    loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
-                };
-                {
-                    let _phase = phase!("backward");
-                    let factor =
-                        batch.len() as f64 / samples as f64 * self.loss_scale.map_or(1., |s| s.scale);
-                    let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
-                    grads.add(&self.turns[turn].working, scaled.backward()?)?;
-                }
-                self.tell(told, turn, &loss, batch.len(), &mut means)?;
-                seen += batch.len();
-                if seen >= samples {
-                    break;
-                }
-                // By the clock, a validation may be due inside a step that takes minutes.
-                if turn == 0 && self.is_validation_due(true) {
-                    flow = flow.or(self.validate()?);
-                }
-            }
+            let mut gradients = self.gradients(turn, &mut tally)?;
             let _phase = phase!("optimizer");
-            let mut own = grads.complete(&self.turns[turn].params)?;
-            self.unscale(&mut own)?;
-            let norm = self.clip(&mut own)?;
-            if let Some(scale) = &mut self.loss_scale {
-                scale.update(norm.is_finite());
-                match scale.skipped {
-                    0 => {}
-                    LossScale::HOPELESS => return Ok(Stepped::Failed(hopeless(step + 1))),
-                    _ => return Ok(Stepped::Skipped),
-                }
+            self.unscale(&mut gradients)?;
+            let norm = self.clip(&mut gradients)?;
+            if let Some(refused) = self.refuse(turn, norm, &gradients, &tally)? {
+                return Ok(refused);
             }
-            if self.trainer.config.nan_guard && !norm.is_finite() {
-                return Ok(Stepped::Failed(self.explain(turn, &means, &own)?));
+            let rates = self.turns[turn].rates(done, self.lr_scale);
+            for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
+                tally.note(
+                    &self.metric_name(turn, name),
+                    &Tensor::new(value, &Device::Cpu)?,
+                    tally.samples,
+                )?;
             }
-            let rates = self.turns[turn].rates(step, self.lr_scale);
-            means.add(&self.metric_name(turn, "grad_norm"), &Tensor::new(norm, &Device::Cpu)?, samples)?;
-            means.add(&self.metric_name(turn, "lr"), &Tensor::new(rates.lr, &Device::Cpu)?, samples)?;
-            self.turns[turn].step(&own, step + 1, rates)?;
-            gradients.append(&mut own);
+            self.turns[turn].step(&gradients, done + 1, rates)?;
+            tally.gradients.append(&mut gradients);
         }
         self.model.params().publish()?;
         self.kept.clear();
-        self.progress.advance(samples, ends_epoch);
-        self.average.as_mut().map_or(Ok(()), |average| average.update(step + 1))?;
-        Ok(Stepped::Moved { means, gradients, flow })
+        self.progress.advance(tally.samples, tally.ends_epoch);
+        self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
+        Ok(Stepped::Moved(tally))
+    }
+
+    /// The gradients of one optimizer's parameters, over all micro-batches of the step.
+    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Vec<Tensor>> {
+        let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
+        let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
+        let mut grads = Grads::new(&self.turns[turn].params);
+        let mut seen = 0;
+        tally.losses.clear();
+        for micro_batch in 0.. {
+            let loaded = self.micro_batch(micro_batch)?;
+            (tally.samples, tally.ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
+            let batch = loaded.batch.to_device(self.model.params().device())?;
+            let batch = batch.cast(self.model.params().dtype())?;
+            let (name, images_due) = (&self.turns[turn].name, images_due && micro_batch == 0);
+            let mut told = Step::training(done, micro_batch as u64, seed, name, images_due);
+            let loss = {
+                let _phase = phase!("forward");
+                let loss = self.model.training().training_step(&batch, &mut told);
+                loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
+            };
+            {
+                let _phase = phase!("backward");
+                let share = batch.len() as f64 / tally.samples as f64;
+                let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
+                let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
+                grads.add(&self.turns[turn].working, scaled.backward()?)?;
+            }
+            self.tell(told, turn, &loss, batch.len(), tally)?;
+            seen += batch.len();
+            if seen >= tally.samples {
+                break;
+            }
+            // By the clock, a validation may be due inside a step that takes minutes.
+            if turn == 0 && self.is_validation_due(true) {
+                tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
+            }
+        }
+        grads.complete(&self.turns[turn].params)
+    }
+
+    /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
+    fn refuse(
+        &mut self,
+        turn: usize,
+        norm: f64,
+        gradients: &[Tensor],
+        tally: &Tally,
+    ) -> Result<Option<Stepped>> {
+        if let Some(loss_scale) = &mut self.loss_scale {
+            loss_scale.update(norm.is_finite());
+            return Ok(match loss_scale.skipped {
+                0 => None,
+                LossScale::HOPELESS => Some(Stepped::Failed(hopeless(self.progress.step + 1))),
+                _ => Some(Stepped::Skipped),
+            });
+        }
+        if !self.trainer.config.nan_guard || norm.is_finite() {
+            return Ok(None);
+        }
+        let mut what = None;
+        for (i, loss) in tally.losses.iter().enumerate() {
+            let value = loss.to_scalar::<f32>()?;
+            if !value.is_finite() {
+                let micro_batch =
+                    if tally.losses.len() > 1 { format!(" of micro-batch {i}") } else { String::new() };
+                what.get_or_insert(format!("the loss{micro_batch} is {value}"));
+            }
+        }
+        if let Some(name) = first_not_finite(&self.turns[turn].params, gradients)? {
+            what.get_or_insert(format!("the gradient of `{name}` is not finite"));
+        }
+        let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
+        let done = self.progress.step;
+        Ok(Some(Stepped::Failed(format!(
+            "in step {} {what}; the weights are still those of step {done}. A lower `optimizer.lr`, `trainer.clip_norm`, or \
+             a look at that step's data may help",
+            done + 1
+        ))))
     }
 
     /// What is due after a step: telling, logging, validating, saving.
-    fn after_step(&mut self, means: Means, gradients: Vec<Tensor>) -> Result<Flow> {
+    fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
-        let trained = std::mem::take(&mut self.trained);
-        let end = StepEnd { progress, params: &trained, gradients: &gradients };
-        let flow = self.ask(|callback| callback.on_step_end(&end));
-        self.trained = trained;
-        let mut flow = flow?;
-        if progress.step.is_multiple_of(self.trainer.config.log_every) {
+        let end = StepEnd { progress, params: &self.trained, gradients: &tally.gradients };
+        let mut flow = tally.flow.or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
+        if let Some(means) =
+            tally.means.filter(|_| progress.step.is_multiple_of(self.trainer.config.log_every))
+        {
             let _phase = phase!("logging");
             let epoch = progress.epoch_of_last_step();
             let mut record =
                 Record { step: progress.step, epoch, split: Split::Train, metrics: means.read()? };
-            flow = flow.or(self.ask(|callback| callback.on_train_metrics(&mut record))?);
+            flow = flow.or(self.trainer.ask(|callback| callback.on_train_metrics(&mut record))?);
         }
         if self.is_validation_due(false) {
             flow = flow.or(self.validate()?);
@@ -319,23 +384,6 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(norm)
     }
 
-    /// Says which tensor was the first that is not finite.
-    fn explain(&self, turn: usize, means: &Means, gradients: &[Tensor]) -> Result<String> {
-        let (step, turn) = (self.progress.step + 1, &self.turns[turn]);
-        let metrics = means.read()?;
-        let logged = metrics.iter().find(|(_, value)| !value.is_finite());
-        let what = match (logged, first_not_finite(&turn.params, gradients)?) {
-            (Some((name, value)), _) => format!("`{name}` is {value}"),
-            (None, Some(name)) => format!("the gradient of `{name}` is not finite"),
-            (None, None) => "the gradients together are too large for a number".into(),
-        };
-        Ok(format!(
-            "in step {step} {what}; the weights are still those of step {}. A lower `optimizer.lr`, \
-             `trainer.clip_norm`, or a look at that step's data may help",
-            self.progress.step
-        ))
-    }
-
     /// Adds to a module's error, in half precision, what is probably wrong.
     fn explain_precision(&self, error: Error) -> Error {
         match self.trainer.config.precision.dtype() {
@@ -359,11 +407,12 @@ impl<'a, B: Batch> Fit<'a, B> {
         turn: usize,
         loss: &Tensor,
         samples: usize,
-        means: &mut Means,
+        tally: &mut Tally,
     ) -> Result<()> {
         let (metrics, pictures) = told.into_logged();
-        means.add(&self.metric_name(turn, "loss"), loss, samples)?;
-        metrics.iter().try_for_each(|(name, value)| means.add(name, value, samples))?;
+        tally.losses.push(loss.detach());
+        tally.note(&self.metric_name(turn, "loss"), loss, samples)?;
+        metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
         let step = self.progress.step + 1;
         let picture = |(name, pixels)| Picture { step, split: Split::Train, name, pixels };
         pictures.into_iter().map(picture).try_for_each(|picture| self.trainer.show(&picture))
@@ -395,7 +444,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             let lr = self.turns[0].lr;
             self.lr_scale = plateau.next(&mut self.plateau, *loss, lr * self.lr_scale) / lr;
         }
-        let flow = self.ask(|callback| callback.on_validation_end(&mut record))?;
+        let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
         let metric = |name: &str| record.metrics.get(name).copied();
         if self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))? {
             self.save()?;
@@ -419,13 +468,13 @@ impl<'a, B: Batch> Fit<'a, B> {
     /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
     fn save(&mut self) -> Result<()> {
         let Some(saver) = &self.saver else { return Ok(()) };
-        let _phase = phase!("checkpoint");
         let snapshot = if saver.has(self.progress.step) { None } else { Some(self.snapshot(saver)?) };
         let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
         self.tell_saved(before)
     }
 
     fn snapshot(&self, saver: &Saver) -> Result<Snapshot> {
+        let _phase = phase!("checkpoint");
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
         let state = State {
@@ -460,15 +509,6 @@ impl<'a, B: Batch> Fit<'a, B> {
     /// Seconds of training, those before an interruption included.
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
-    }
-
-    /// Asks every callback; one that wants to stop is enough.
-    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
-        let mut flow = Flow::Continue;
-        for callback in &mut self.trainer.callbacks {
-            flow = flow.or(question(&mut **callback)?);
-        }
-        Ok(flow)
     }
 }
 

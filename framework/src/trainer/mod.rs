@@ -9,13 +9,14 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Tensor};
 use indexmap::IndexMap;
+use tracing::{Dispatch, dispatcher};
 
 pub use config::{Kernels, TrainerConfig};
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
 
 use crate::batch::Batch;
-use crate::callback::{Callback, Picture, Progress, Record, StopReason};
+use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
 use crate::data::{Data, Pass, Split};
 use crate::error::Result;
@@ -214,6 +215,15 @@ impl Trainer {
         self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
     }
 
+    /// Asks every callback; one that wants to stop is enough.
+    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
+        let mut flow = Flow::Continue;
+        for callback in &mut self.callbacks {
+            flow = flow.or(question(&mut **callback)?);
+        }
+        Ok(flow)
+    }
+
     /// What each callback remembers, by its name; of several with one name, the second has `.2` behind it.
     fn callback_states(&self) -> IndexMap<String, serde_json::Value> {
         let states = self.callback_names().into_iter().zip(&self.callbacks);
@@ -253,6 +263,8 @@ impl Trainer {
         let pool = pool.thread_name(|i| format!("compute-{i}")).build();
         let pool =
             pool.map_err(|error| crate::Error::msg(format!("cannot start the compute threads: {error}")))?;
-        pool.install(|| nn::with_kernels(kernels, || work(self)))
+        // Who listens to this thread's spans and messages listens to the pool's thread that takes its place.
+        let listener = dispatcher::get_default(Dispatch::clone);
+        pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
     }
 }
