@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Dataset;
@@ -20,6 +20,12 @@ pub trait Batch: Send + Sync + Sized + 'static {
 
     /// The same batch on another device.
     fn to_device(&self, device: &Device) -> Result<Self>;
+
+    /// The same batch with its floating-point inputs in the type that the module computes in. Targets keep theirs, so that
+    /// losses lose nothing.
+    fn cast(self, _dtype: DType) -> Result<Self> {
+        Ok(self)
+    }
 
     /// Whether it holds no sample.
     fn is_empty(&self) -> bool {
@@ -84,6 +90,10 @@ impl Batch for Video {
         Ok(Self { input: self.input.to_device(device)?, target: self.target.to_device(device)? })
     }
 
+    fn cast(self, dtype: DType) -> Result<Self> {
+        Ok(Self { input: self.input.to_dtype(dtype)?, ..self })
+    }
+
     fn read(path: &Path, spec: &VideoSpec) -> Result<Self> {
         video_file::read(path, spec)
     }
@@ -129,6 +139,10 @@ impl Batch for Labelled {
     fn to_device(&self, device: &Device) -> Result<Self> {
         Ok(Self { input: self.input.to_device(device)?, label: self.label.to_device(device)? })
     }
+
+    fn cast(self, dtype: DType) -> Result<Self> {
+        Ok(Self { input: self.input.to_dtype(dtype)?, ..self })
+    }
 }
 
 /// Any tensors that share their first axis, for data that needs no type of its own.
@@ -147,5 +161,11 @@ impl Batch for Tensors {
 
     fn to_device(&self, device: &Device) -> Result<Self> {
         Ok(Self(self.0.iter().map(|tensor| tensor.to_device(device)).collect::<candle_core::Result<_>>()?))
+    }
+
+    fn cast(self, dtype: DType) -> Result<Self> {
+        let cast =
+            |tensor: Tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) };
+        Ok(Self(self.0.into_iter().map(cast).collect::<candle_core::Result<_>>()?))
     }
 }

@@ -95,9 +95,10 @@ pub struct Picture {
 }
 
 /// Whether training goes on.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Flow {
     /// It goes on.
+    #[default]
     Continue,
     /// A checkpoint is saved, and it goes on.
     Save,
@@ -171,8 +172,8 @@ pub trait Callback: Send {
         Ok(())
     }
 
-    /// After the last step, the last validation and the last checkpoint.
-    fn on_fit_end(&mut self, _progress: &Progress) -> Result<()> {
+    /// After the last step, the last validation and the last checkpoint; `reason` says why it was the last.
+    fn on_fit_end(&mut self, _progress: &Progress, _reason: &StopReason) -> Result<()> {
         Ok(())
     }
 

@@ -97,7 +97,8 @@ impl Experiment {
         trainer.check().map_err(place("trainer"))?;
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;
         checkpoint.check().map_err(place("checkpoint"))?;
-        let logging = document.section("logging")?;
+        let logging: LoggingConfig = document.section("logging")?;
+        logging.check().map_err(place("logging"))?;
         let turns = turns(&document)?;
         let (schedule, plateau) = schedule(&document, "schedule")?;
         let average = average(&document)?;
@@ -235,7 +236,8 @@ impl Experiment {
     }
 
     fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
-        let model = Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu);
+        let model =
+            Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -472,6 +474,7 @@ impl<B: Batch> Pair<B> {
         let (model, data) = self.model_and_data(experiment)?;
         let (_, checkpoint) = RunDir::containing(checkpoint)?;
         Checkpoint::load(&checkpoint)?.restore_for_evaluation(&model.params().vars())?;
+        model.params().publish()?;
         Ok((model, data))
     }
 }
@@ -510,7 +513,8 @@ impl<B: Batch> Job for Pair<B> {
             tracing::info!("run folder: {}", run.path().display());
             // Last, so that they log what the callbacks before them add.
             trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-            trainer = trainer.callback(Loggers::in_folder(run.path(), &experiment.logging, step)?);
+            let loggers = Loggers::in_folder(run.path(), &experiment.logging, step)?;
+            trainer = trainer.callback(loggers.configuration(experiment.resolved()?));
             if let Some(checkpoint) = checkpoint {
                 trainer = trainer.resume(checkpoint);
             }

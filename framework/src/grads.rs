@@ -1,7 +1,7 @@
 //! The gradients of one optimizer step, summed over its micro-batches.
 
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use crate::error::{Error, Result};
 use crate::optim;
@@ -19,9 +19,10 @@ impl Grads {
 
     /// Adds what one backward pass found. A micro-batch's loss carries its share of the step's samples as a factor,
     /// so the plain sum is the gradient of the mean over all samples.
-    pub(crate) fn add(&mut self, params: &[(String, Var)], mut found: GradStore) -> Result<()> {
-        for (sum, (_, var)) in self.sums.iter_mut().zip(params) {
+    pub(crate) fn add(&mut self, working: &[Var], mut found: GradStore) -> Result<()> {
+        for (sum, var) in self.sums.iter_mut().zip(working) {
             let Some(gradient) = found.remove(var) else { continue };
+            let gradient = gradient.to_dtype(DType::F32)?;
             *sum = Some(match sum.take() {
                 Some(sum) => (sum + gradient)?,
                 None => gradient.contiguous()?,

@@ -31,6 +31,8 @@ pub mod optim;
 pub mod params;
 pub mod picture;
 pub mod plot;
+pub mod precision;
+pub mod profiler;
 pub mod run_dir;
 pub mod schedule;
 pub mod seed;

@@ -1,12 +1,13 @@
 //! What a user writes: [`Module`] and [`Build`]. What they are handed: [`Step`]. What the trainer trains: [`Model`].
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::batch::Batch;
 use crate::data::Settings;
 use crate::error::{Error, Result};
 use crate::params::Params;
+use crate::precision::Precision;
 use crate::seed;
 
 /// Something that turns a batch into a loss.
@@ -143,7 +144,22 @@ impl<B: Batch> Model<B> {
     where
         M: Module<Batch = B> + 'static,
     {
-        Self::boxed(|vb| Ok(Box::new(build(vb)?)), seed, device)
+        Self::with_precision(build, seed, device, Precision::Full)
+    }
+
+    /// The same for a module that computes in this precision; [`TrainerConfig::precision`] must be the same.
+    ///
+    /// [`TrainerConfig::precision`]: crate::trainer::TrainerConfig::precision
+    pub fn with_precision<M>(
+        build: impl Fn(VarBuilder) -> Result<M>,
+        seed: u64,
+        device: &Device,
+        precision: Precision,
+    ) -> Result<Self>
+    where
+        M: Module<Batch = B> + 'static,
+    {
+        Self::boxed(|vb| Ok(Box::new(build(vb)?)), seed, device, precision)
     }
 
     /// The same for a module whose type is not known.
@@ -151,8 +167,9 @@ impl<B: Batch> Model<B> {
         build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>>,
         seed: u64,
         device: &Device,
+        precision: Precision,
     ) -> Result<Self> {
-        let params = Params::new(seed, DType::F32, device);
+        let params = Params::new(seed, precision.dtype(), device);
         let training = build(params.var_builder())?;
         let evaluation = build(params.detached_var_builder())?;
         Ok(Self { params, training, evaluation })

@@ -5,7 +5,7 @@
 
 use std::cell::Cell;
 
-use candle_core::{D, Tensor};
+use candle_core::{D, DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 pub use candlepower_kernels::Keep;
 use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLstmLayer};
@@ -28,6 +28,12 @@ pub fn with_kernels<T>(choice: Kernels, work: impl FnOnce() -> T) -> T {
 /// Whether our kernels are wanted, and take this tensor.
 fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
+}
+
+/// Whether this is computed in 32 bits and narrowed afterwards: half types on the CPU, whose products and recurrent states
+/// need the width and gain no speed without it.
+fn widened(x: &Tensor) -> bool {
+    x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 
 /// (.., C, H, W) seen as (.., H, W, C).
@@ -74,8 +80,16 @@ impl Conv {
         Ok(Self { weight, bias: vb.get_with_hints(shape[0], "bias", bias)? })
     }
 
+    /// The same with parameters of this type.
+    fn to_dtype(&self, dtype: DType) -> Result<Self> {
+        Ok(Self { weight: self.weight.to_dtype(dtype)?, bias: self.bias.to_dtype(dtype)? })
+    }
+
     /// 'Same' convolution of (.., Cin, H, W) to (.., Cout, H, W), stride 1; the kernel's sides are odd.
     pub fn same(&self, x: &Tensor) -> Result<Tensor> {
+        if widened(x) {
+            return Ok(self.to_dtype(DType::F32)?.same(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
+        }
         let padding = self.weight.dims()[2] / 2;
         if fast(x) {
             let options = Conv2dOptions { padding, ..Default::default() };
@@ -114,6 +128,15 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
         Feed::Frames(frames) => frames,
         Feed::Feedback { first, .. } => first,
     };
+    if widened(x) {
+        let wide = x.to_dtype(DType::F32)?;
+        let feed = match feed {
+            Feed::Frames(_) => Feed::Frames(&wide),
+            Feed::Feedback { steps, .. } => Feed::Feedback { first: &wide, steps },
+        };
+        let layers = layers.iter().map(|layer| layer.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
+        return Ok(conv_lstm(feed, &layers, keep)?.to_dtype(x.dtype())?);
+    }
     if !fast(x) {
         return conv_lstm_reference(feed, layers, keep);
     }
@@ -208,5 +231,6 @@ fn split_dims(x: &Tensor) -> Result<(Vec<usize>, [usize; 3])> {
 
 /// The mean of squared differences, in f32 at least.
 pub fn mse(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
-    Ok((prediction - target)?.sqr()?.mean_all()?)
+    let wide = |x: &Tensor| if x.dtype() == DType::F64 { Ok(x.clone()) } else { x.to_dtype(DType::F32) };
+    Ok((wide(prediction)? - wide(target)?)?.sqr()?.mean_all()?)
 }

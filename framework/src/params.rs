@@ -14,6 +14,9 @@ use crate::seed;
 
 /// Named parameters in the order in which the module asked for them.
 ///
+/// Each is a working variable in the type that the module computes in, and a 32-bit master that the optimizer moves; where
+/// the module computes in 32 bits, both are one.
+///
 /// The first request for a name makes the parameter; a later one returns the same. Initial values are a function of
 /// (seed, name): construction order, device and other parameters change nothing.
 #[derive(Clone)]
@@ -23,7 +26,13 @@ struct Store {
     seed: u64,
     dtype: DType,
     device: Device,
-    vars: Mutex<IndexMap<String, Var>>,
+    vars: Mutex<IndexMap<String, Param>>,
+}
+
+#[derive(Clone)]
+struct Param {
+    master: Var,
+    working: Var,
 }
 
 impl Params {
@@ -47,14 +56,47 @@ impl Params {
         VarBuilder::from_backend(Box::new(backend), self.0.dtype, self.0.device.clone())
     }
 
-    /// Names and variables, in order.
+    /// Names and masters, in order.
     pub fn vars(&self) -> Vec<(String, Var)> {
-        self.lock().iter().map(|(name, var)| (name.clone(), var.clone())).collect()
+        self.lock().iter().map(|(name, param)| (name.clone(), param.master.clone())).collect()
+    }
+
+    /// The variable that the module computes with: the one that gradients are of.
+    pub(crate) fn working(&self, name: &str) -> Option<Var> {
+        self.lock().get(name).map(|param| param.working.clone())
+    }
+
+    /// Gives the working variables their masters' values.
+    pub fn publish(&self) -> Result<()> {
+        for Param { master, working } in self.lock().values() {
+            if working.dtype() != master.dtype() {
+                working.set(&master.to_dtype(working.dtype())?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs `work` and then puts all values back, to the bit, whether it succeeded or not.
+    pub(crate) fn put_back_after<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let vars = self.vars();
+        let before: Vec<Tensor> =
+            vars.iter().map(|(_, var)| var.copy()).collect::<candle_core::Result<_>>()?;
+        let result = work();
+        for ((_, var), value) in vars.iter().zip(&before) {
+            var.set(value)?;
+        }
+        self.publish()?;
+        result
     }
 
     /// How many numbers all parameters hold together.
     pub fn count(&self) -> usize {
-        self.lock().values().map(|var| var.elem_count()).sum()
+        self.lock().values().map(|param| param.master.elem_count()).sum()
+    }
+
+    /// The type that the module computes in.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype
     }
 
     /// The device that the parameters are on.
@@ -62,19 +104,9 @@ impl Params {
         &self.0.device
     }
 
-    fn lock(&self) -> MutexGuard<'_, IndexMap<String, Var>> {
+    fn lock(&self) -> MutexGuard<'_, IndexMap<String, Param>> {
         self.0.vars.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Runs `work` and then puts the values of these variables back, to the bit, whether it succeeded or not.
-pub(crate) fn put_back_after<T>(vars: &[(String, Var)], work: impl FnOnce() -> Result<T>) -> Result<T> {
-    let before: Vec<Tensor> = vars.iter().map(|(_, var)| var.copy()).collect::<candle_core::Result<_>>()?;
-    let result = work();
-    for ((_, var), value) in vars.iter().zip(&before) {
-        var.set(value)?;
-    }
-    result
 }
 
 struct Backend {
@@ -93,16 +125,19 @@ impl SimpleBackend for Backend {
     ) -> candle_core::Result<Tensor> {
         let mut vars = self.params.lock();
         let var = match vars.get(name) {
-            Some(var) if var.shape() == &shape => var.clone(),
-            Some(var) => candle_core::bail!(
+            Some(Param { working, .. }) if working.shape() == &shape => working.clone(),
+            Some(Param { working, .. }) => candle_core::bail!(
                 "parameter `{name}` was made with shape {:?} and is now asked for with shape {shape:?}",
-                var.shape()
+                working.shape()
             ),
             None => {
                 let values = initial_values(&shape, init, self.params.0.seed, name)?;
-                let var = Var::from_tensor(&Tensor::from_vec(values, shape, device)?.to_dtype(dtype)?)?;
-                vars.insert(name.to_string(), var.clone());
-                var
+                let values = Tensor::from_vec(values, shape, device)?;
+                let working = Var::from_tensor(&values.to_dtype(dtype)?)?;
+                let is_half = matches!(dtype, DType::BF16 | DType::F16);
+                let master = if is_half { Var::from_tensor(&values)? } else { working.clone() };
+                vars.insert(name.to_string(), Param { master, working: working.clone() });
+                working
             }
         };
         Ok(if self.detached { var.as_detached_tensor() } else { var.as_tensor().clone() })
@@ -110,8 +145,8 @@ impl SimpleBackend for Backend {
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
         match self.params.lock().get(name) {
-            Some(var) if self.detached => Ok(var.as_detached_tensor()),
-            Some(var) => Ok(var.as_tensor().clone()),
+            Some(Param { working, .. }) if self.detached => Ok(working.as_detached_tensor()),
+            Some(Param { working, .. }) => Ok(working.as_tensor().clone()),
             None => candle_core::bail!("parameter `{name}` has no shape yet: ask for it with one first"),
         }
     }
@@ -187,6 +222,22 @@ mod tests {
         assert!(var.is_variable() && !plain.is_variable());
         params.vars()[0].1.set(&Tensor::new(&[5f32, 6.], &Device::Cpu).unwrap()).unwrap();
         assert_eq!(plain.to_vec1::<f32>().unwrap(), [5., 6.]);
+    }
+
+    #[test]
+    fn what_is_put_back_reaches_the_module_also_after_an_error() {
+        let params = Params::new(0, DType::BF16, &Device::Cpu);
+        let working = params.detached_var_builder().get_with_hints(2, "w", Init::Const(1.1)).unwrap();
+        let of_module = || working.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let before = (values(&params), of_module());
+        let result = params.put_back_after(|| {
+            params.vars()[0].1.set(&Tensor::new(&[5f32, 6.], &Device::Cpu)?)?;
+            params.publish()?;
+            assert_eq!(of_module(), [5., 6.]);
+            Err::<(), _>(crate::Error::msg("no"))
+        });
+        assert!(result.is_err());
+        assert_eq!((values(&params), of_module()), before);
     }
 
     #[test]

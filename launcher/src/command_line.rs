@@ -29,6 +29,15 @@ pub(crate) enum Command {
         /// none); a folder is a run or one of its checkpoints.
         #[arg(long, value_name = "auto|DIR")]
         resume: Option<String>,
+        /// Tell where the time goes: a table of the loop's phases at the end, and `trace.json` in the run's folder, to
+        /// be opened in https://ui.perfetto.dev or chrome://tracing.
+        ///
+        /// The phases are `data_wait`, `forward`, `backward`, `optimizer`, `logging`, `validation` and `checkpoint`; a
+        /// phase inside another counts for itself alone. `data_wait` is the time that training stands still for want
+        /// of a batch: near zero while the data workers keep up. The trace holds the first 100,000 phases, the table
+        /// all of them. On a GPU a phase is the time it takes to ask for the work.
+        #[arg(long)]
+        profile: bool,
     },
     /// Measure a checkpoint on the validation data, or on another split.
     Validate {
@@ -211,6 +220,13 @@ pub(crate) struct Changes {
     /// Short for --set logging.tensorboard=true.
     #[arg(long)]
     tensorboard: bool,
+}
+
+impl Command {
+    /// Whether a profile is asked for.
+    pub(crate) fn profiles(&self) -> bool {
+        matches!(self, Command::Train { profile: true, .. })
+    }
 }
 
 impl Changes {

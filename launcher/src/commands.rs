@@ -12,15 +12,19 @@ use candlepower::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFin
 use serde_json::json;
 
 use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
+use crate::profile::Profile;
 use crate::signals;
 
-pub(crate) fn run(registry: &Registry, command: Command) -> Result<ExitCode> {
+pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile>) -> Result<ExitCode> {
     let read = |config: &Config| Experiment::read(registry, &config.path, &config.changes.sets());
     match command {
-        Command::Train { config, resume: from } => {
+        Command::Train { config, resume: from, .. } => {
             let experiment = read(&config)?;
             let report = experiment.train(&resume(from.as_deref()), vec![Box::new(signals::on_signal()?)])?;
             print_report(&report);
+            if let Some(profile) = profile {
+                profile.finish(report.dir.as_deref())?;
+            }
             return Ok(match report.outcome.reason {
                 StopReason::Signal(signal) => ExitCode::from(128 + signal as u8),
                 StopReason::Failed(_) => ExitCode::FAILURE,

@@ -10,6 +10,7 @@
 
 mod command_line;
 mod commands;
+mod profile;
 mod signals;
 
 use std::process::ExitCode;
@@ -17,6 +18,9 @@ use std::process::ExitCode;
 use candlepower::Error;
 use candlepower::config::Registry;
 use clap::Parser;
+use profile::Profile;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::{EnvFilter, fmt};
 
 /// Every module, dataset and callback that comes with Candlepower. One line a name: this is where a new one is added.
 pub fn registry() -> Registry {
@@ -31,8 +35,15 @@ pub fn registry() -> Registry {
 /// Does what the command line of this process says, with these modules and datasets.
 pub fn run(registry: Registry) -> ExitCode {
     let arguments = command_line::Arguments::parse();
-    log_to_stderr();
-    match commands::run(&registry, arguments.command) {
+    let (layer, profile) = arguments.command.profiles().then(Profile::start).unzip();
+    let listening = listen(layer);
+    let done = match profile {
+        Some(_) if !listening => Err(Error::msg(
+            "--profile: this program has a `tracing` subscriber of its own; add the layers of `candlepower::profiler` to it",
+        )),
+        profile => commands::run(&registry, arguments.command, profile),
+    };
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error}");
@@ -41,11 +52,10 @@ pub fn run(registry: Registry) -> ExitCode {
     }
 }
 
-/// Messages of the library as plain lines; `RUST_LOG` asks for more.
-fn log_to_stderr() {
-    use tracing_subscriber::{EnvFilter, fmt};
+/// Shows messages of the library as plain lines (`RUST_LOG` asks for more), and lets `layer` listen too. A program that
+/// has set up its own subscriber keeps it: then neither happens, and the answer is `false`.
+fn listen(layer: Option<profile::Listener>) -> bool {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let plain = fmt().without_time().with_target(false).with_level(false).with_writer(std::io::stderr);
-    // A program that has set up its own subscriber keeps it.
-    let _ = plain.with_env_filter(filter).try_init();
+    let plain = fmt::layer().without_time().with_target(false).with_level(false).with_writer(std::io::stderr);
+    tracing_subscriber::registry().with(layer).with(plain.with_filter(filter)).try_init().is_ok()
 }

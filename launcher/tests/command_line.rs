@@ -252,14 +252,6 @@ fn what_is_not_there_yet_names_what_works() {
     let place = Place::new();
     let train = |arguments: &[&str]| place.fail(2, &[&["train", "tiny.toml"], arguments].concat());
     assert_text(
-        &train(&["--precision", "16-mixed"]),
-        r#"
-error: --set:1:19: `trainer.precision`: mixed precision is not there yet; what works: "32"
-  |
-1 | trainer.precision="16-mixed"
-  |                   ^^^^^^^^^^"#,
-    );
-    assert_text(
         &train(&["--devices", "2"]),
         r"
 error: --set:1:17: `trainer.devices`: several devices are not there yet; what works: 1
@@ -462,6 +454,221 @@ fn a_signal_saves_and_says_so_in_the_exit_code() {
     let state = place.read(&format!("runs/tiny/version_0/checkpoints/{}/state.json", last.display()));
     let state: serde_json::Value = serde_json::from_str(&state).unwrap();
     assert_eq!(state["progress"]["step"].to_string(), last.to_str().unwrap());
+}
+
+/// Waits until a file is there.
+fn wait_for(path: &Path) {
+    let started = std::time::Instant::now();
+    while !path.exists() {
+        assert!(started.elapsed().as_secs() < 120, "{} did not come", path.display());
+        std::thread::yield_now();
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn sigusr1_saves_and_goes_on_and_a_second_signal_ends_at_once() {
+    let place = Place::new();
+    let forever = [
+        "train",
+        "tiny.toml",
+        "--set",
+        "trainer.max_steps=1000000",
+        "--set",
+        "checkpoint.every_steps=1000000",
+    ];
+    let mut child = Command::new(env!("CARGO_BIN_EXE_candlepower"))
+        .current_dir(place.0.path())
+        .args(forever)
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let run = place.path("runs/tiny/version_0");
+    let process = child.id().to_string();
+    let send = |signal: &str| {
+        Command::new("kill").args([signal, &process]).status().unwrap();
+    };
+    // Signals are listened for before the run's folder is made.
+    wait_for(&run.join("metrics.jsonl"));
+    send("-USR1");
+    // Validation after each epoch may save too, but not `last` of a step that is no epoch's end; 3 steps are an epoch.
+    let saved = || -> Vec<u64> {
+        let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    };
+    let started = std::time::Instant::now();
+    while !saved().iter().any(|step| step % 3 != 0) {
+        assert!(started.elapsed().as_secs() < 120, "SIGUSR1 saved nothing: {:?}", saved());
+        // By chance it may have come at an epoch's end: once more.
+        send("-USR1");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    assert!(child.try_wait().unwrap().is_none(), "SIGUSR1 ended the run");
+    send("-INT");
+    send("-TERM");
+    let code = child.wait().unwrap().code();
+    // Either the second came in time to end it at once, or the first had ended it already.
+    assert!(code == Some(143) || code == Some(130), "{code:?}");
+}
+
+#[test]
+fn callbacks_optimizers_and_averages_from_the_file() {
+    let sections = r#"
+[callbacks.early_stopping]
+stop_at = 1.0
+
+[callbacks.throughput]
+peak_tflops = 0.1
+
+[average]
+name = "ema"
+decay = 0.9
+
+[optimizers.encoder]
+name = "adam"
+params = "encoder_*"
+groups = [{ params = "*.bias", weight_decay = 0.5 }]
+
+[optimizers.decoder]
+name = "sgd"
+params = "decoder_*"
+lr = 0.01
+schedule = { name = "cosine", steps = 10 }
+"#;
+    let place = Place::with(&format!("{TINY}{sections}").replace("max_steps = 4", "max_epochs = 9"));
+    let resolved = place.succeed(&["config", "tiny.toml"]);
+    std::fs::write(place.path("again.toml"), &resolved).unwrap();
+    assert_eq!(place.succeed(&["config", "again.toml"]), resolved);
+    let said = place.succeed(&["train", "tiny.toml"]);
+    assert!(
+        said.contains("stopped at step 3: `loss` is ") && said.contains("as good as asked for"),
+        "{said}"
+    );
+    let run = "runs/tiny/version_0";
+    let second = &records(&place, run, "train")[1];
+    for metric in ["loss/encoder", "lr/decoder", "samples_per_second", "utilisation"] {
+        assert!(second[metric].as_f64().is_some_and(|x| x > 0.), "{metric}: {second}");
+    }
+    let averaged =
+        std::fs::read(place.path("runs/tiny/version_0/checkpoints/last/average.safetensors")).unwrap();
+    let trained =
+        std::fs::read(place.path("runs/tiny/version_0/checkpoints/last/model.safetensors")).unwrap();
+    assert!(averaged != trained);
+    let validate = ["validate", "tiny.toml", "--checkpoint", run, "--json"];
+    let metrics: serde_json::Value = serde_json::from_str(&place.succeed(&validate)).unwrap();
+    let logged = records(&place, run, "val").pop().unwrap();
+    assert_eq!(metrics["mse"], logged["mse"], "validate measures something else than the run did");
+}
+
+#[test]
+fn mistakes_in_callbacks_and_optimizers_are_shown_where_they_stand() {
+    assert_text(
+        &error_with("[checkpoint]", "[callbacks.early_stoping]\n[checkpoint]"),
+        r"
+error: tiny.toml:22:12: unknown callback `early_stoping`, expected one of `early_stopping`, `throughput`
+   |
+22 | [callbacks.early_stoping]
+   |            ^^^^^^^^^^^^^
+did you mean `early_stopping`?",
+    );
+    assert_text(
+        &error_with("[checkpoint]", "[callbacks.early_stopping]\npatience = 0\n[checkpoint]"),
+        r"
+error: tiny.toml:23:12: `callbacks.early_stopping.patience`: expected at least 1, found 0
+   |
+23 | patience = 0
+   |            ^",
+    );
+    assert_text(
+        &error_with("[checkpoint]", "[optimizers.x]\nname = \"sgd\"\n[checkpoint]"),
+        r#"
+error: tiny.toml:23:8: [optimizers.x] needs `params`: a pattern of names, for example params = "x.*"
+   |
+23 | name = "sgd"
+   |        ^^^^^"#,
+    );
+    assert_text(
+        &error_with("max_steps = 4", "val_every = \"often\""),
+        r#"
+error: tiny.toml:6:13: invalid value: "often", expected a number of steps, as 500, or a text as "500 steps", "2 epochs", "0.25 epochs" or "30 min"
+  |
+6 | val_every = "often"
+  |             ^^^^^^^"#,
+    );
+    assert_text(
+        &error_with("max_steps = 4", "limit_val_batches = 1.5"),
+        r"
+error: tiny.toml:6:21: invalid value: floating point `1.5`, expected a number of batches, as 100, or a share of them, as 0.25
+  |
+6 | limit_val_batches = 1.5
+  |                     ^^^",
+    );
+}
+
+#[test]
+fn every_precision_trains_and_an_unknown_one_is_refused() {
+    let place = Place::new();
+    for precision in ["32", "bf16-mixed", "16-mixed"] {
+        place.succeed(&["train", "tiny.toml", "--precision", precision]);
+    }
+    let losses = ["version_0", "version_1", "version_2"].map(|version| {
+        let last = records(&place, &format!("runs/tiny/{version}"), "val").pop().unwrap();
+        last["loss"].as_f64().unwrap()
+    });
+    assert!(
+        (losses[1] / losses[0] - 1.).abs() < 0.03 && (losses[2] / losses[0] - 1.).abs() < 0.03,
+        "{losses:?}"
+    );
+    assert!(losses[1] != losses[0] && losses[2] != losses[0], "computed in full precision: {losses:?}");
+    assert_text(
+        &place.fail(2, &["train", "tiny.toml", "--precision", "16"]),
+        r#"
+error: --set:1:19: unknown variant `16`, expected one of `32`, `bf16-mixed`, `16-mixed`
+  |
+1 | trainer.precision="16"
+  |                   ^^^^"#,
+    );
+}
+
+#[test]
+fn a_try_out_writes_nothing() {
+    let place = Place::new();
+    let said = place.succeed(&["train", "tiny.toml", "--set", "trainer.fast_dev_run=1"]);
+    assert!(said.contains("finished at step 1") && said.contains("nothing was written"), "{said}");
+    assert!(!place.path("runs").exists());
+}
+
+#[test]
+fn a_resumed_run_says_what_has_changed_in_its_configuration() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    let changes = ["--set", "trainer.max_steps=6", "--set", "optimizer.lr=0.01", "--resume", "auto"];
+    let output = place.run(&[&["train", "tiny.toml"], &changes[..]].concat());
+    let said = String::from_utf8(output.stderr).unwrap();
+    let expected = "the configuration is not the checkpoint's:\n  \
+                    optimizer.lr: 0.01, was 0.001\n  trainer.max_steps: 6, was 4\n";
+    assert!(output.status.success() && said.contains(expected), "{said}");
+    let output = place.run(&[&["train", "tiny.toml"], &changes[..]].concat());
+    assert!(!String::from_utf8(output.stderr).unwrap().contains("is not the checkpoint's"));
+}
+
+#[test]
+fn test_data_is_measured_and_predicted_from() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    let of = |command: &str, more: &[&str]| {
+        let all = [&[command, "tiny.toml", "--checkpoint", "runs/tiny/version_0"], more].concat();
+        place.succeed(&all)
+    };
+    let (val, test) = (of("validate", &["--json"]), of("validate", &["--split", "test", "--json"]));
+    assert!(test.contains("\"mse\"") && test != val, "{val} {test}");
+    let said = of("predict", &["--split", "val", "--output", "predictions"]);
+    // 5 samples in batches of 4.
+    assert_eq!(said, "wrote 2 files to predictions\n");
+    assert!(place.path("predictions/000001.npy").exists());
+    let again = ["predict", "tiny.toml", "--checkpoint", "runs/tiny/version_0", "--split", "val"];
+    let error = place.fail(1, &[&again[..], &["--output", "predictions"]].concat());
+    assert_eq!(error, "error: predictions: predictions go into an empty folder\n");
 }
 
 #[test]

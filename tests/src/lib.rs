@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod blobs;
+pub mod points;
+pub mod recorder;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};

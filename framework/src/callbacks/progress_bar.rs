@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use indicatif::{HumanDuration, ProgressBar as Bar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 
-use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd};
+use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::error::Result;
 
 /// Time between two lines where standard error is a file and no bar can move.
@@ -126,7 +126,7 @@ impl Callback for ProgressBar {
         Ok(())
     }
 
-    fn on_fit_end(&mut self, progress: &Progress) -> Result<()> {
+    fn on_fit_end(&mut self, progress: &Progress, _: &StopReason) -> Result<()> {
         if let Some(run) = self.run.take() {
             run.bar.finish_and_clear();
             let steps = progress.step - run.plan.start.step;

@@ -1,6 +1,6 @@
 //! How fast a run trains.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -19,21 +19,15 @@ pub struct ThroughputConfig {
 }
 
 /// Adds to the training metrics the speed since the last ones: `samples_per_second`, `steps_per_second`, and, where the
-/// module knows its arithmetic, `tflops`. Time spent in validation does not count.
+/// module knows its arithmetic, `tflops`. A step counts from the end of the one before, so waiting for data is part of it;
+/// the first step, and one with a validation before it, do not count.
 pub struct Throughput {
     config: ThroughputConfig,
     flops_per_sample: Option<f64>,
-    since: Option<Mark>,
-    /// Time of validation since the mark.
-    paused: Duration,
-    pause: Option<Instant>,
-    now: [u64; 2],
-}
-
-/// A moment, with steps and samples done.
-struct Mark {
-    time: Instant,
-    done: [u64; 2],
+    /// The end of the step before, and the samples done by then.
+    before: Option<(Instant, u64)>,
+    /// Steps, samples and seconds since the last metrics.
+    sums: (u64, u64, f64),
 }
 
 impl Watch for Throughput {
@@ -43,15 +37,7 @@ impl Watch for Throughput {
         if let Some(peak) = config.peak_tflops.filter(|peak| !(peak.is_finite() && *peak > 0.)) {
             return Err(Error::setting("peak_tflops", format!("expected a number above 0, found {peak}")));
         }
-        let config = config.clone();
-        Ok(Self {
-            config,
-            flops_per_sample: None,
-            since: None,
-            paused: Duration::ZERO,
-            pause: None,
-            now: [0; 2],
-        })
+        Ok(Self { config: config.clone(), flops_per_sample: None, before: None, sums: (0, 0, 0.) })
     }
 }
 
@@ -62,37 +48,35 @@ impl Callback for Throughput {
     }
 
     fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
-        if let Some(pause) = self.pause.take() {
-            self.paused += pause.elapsed();
+        let (now, done) = (Instant::now(), step.progress.samples);
+        if let Some((before, samples)) = self.before.replace((now, done)) {
+            self.sums.0 += 1;
+            self.sums.1 += done - samples;
+            self.sums.2 += (now - before).as_secs_f64();
         }
-        self.now = [step.progress.step, step.progress.samples];
-        // The first step also waits for data and fills caches: time is counted from its end.
-        self.since.get_or_insert_with(|| Mark { time: Instant::now(), done: self.now });
         Ok(Flow::Continue)
     }
 
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
-        let Some(Mark { time, done: [steps, samples] }) = &self.since else { return Ok(Flow::Continue) };
-        let seconds = time.elapsed().saturating_sub(self.paused).as_secs_f64();
-        if self.now[0] > *steps && seconds > 0. {
-            let samples_per_second = (self.now[1] - samples) as f64 / seconds;
-            record.metrics.insert("samples_per_second".into(), samples_per_second);
-            record.metrics.insert("steps_per_second".into(), (self.now[0] - steps) as f64 / seconds);
-            if let Some(flops) = self.flops_per_sample {
-                let tflops = flops * samples_per_second / 1e12;
-                record.metrics.insert("tflops".into(), tflops);
-                if let Some(peak) = self.config.peak_tflops {
-                    record.metrics.insert("utilisation".into(), tflops / peak);
-                }
+        let (steps, samples, seconds) = std::mem::take(&mut self.sums);
+        if steps == 0 || seconds == 0. {
+            return Ok(Flow::Continue);
+        }
+        let samples_per_second = samples as f64 / seconds;
+        record.metrics.insert("samples_per_second".into(), samples_per_second);
+        record.metrics.insert("steps_per_second".into(), steps as f64 / seconds);
+        if let Some(flops) = self.flops_per_sample {
+            let tflops = flops * samples_per_second / 1e12;
+            record.metrics.insert("tflops".into(), tflops);
+            if let Some(peak) = self.config.peak_tflops {
+                record.metrics.insert("utilisation".into(), tflops / peak);
             }
-            self.since = Some(Mark { time: Instant::now(), done: self.now });
-            self.paused = Duration::ZERO;
         }
         Ok(Flow::Continue)
     }
 
     fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
-        self.pause.get_or_insert_with(Instant::now);
+        self.before = None;
         Ok(())
     }
 }

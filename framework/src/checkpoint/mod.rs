@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use crate::callback::Progress;
 use crate::error::{Error, Result};
 use crate::optim::Average;
+use crate::precision::LossScale;
 use crate::schedule::PlateauState;
 use crate::trainer::duration;
 
@@ -90,6 +91,8 @@ pub struct State {
     pub lr_scale: Option<f64>,
     /// What the plateau remembers.
     pub plateau: PlateauState,
+    /// The loss scale of fp16.
+    pub loss_scale: Option<LossScale>,
     /// How many updates the average of the weights has had.
     pub average_updates: u64,
     /// Seconds of training, where the run's length is limited by them.

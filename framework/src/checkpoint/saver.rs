@@ -81,7 +81,6 @@ impl Saver {
         let (dir, keep) = (self.dir.clone(), self.config.keep_last);
         let best: Vec<u64> = self.best.iter().map(|best| best.step).collect();
         self.writing = Some(std::thread::spawn(move || {
-            let _phase = crate::trainer::phase!("checkpoint_write");
             let path = snapshot.map(|snapshot| snapshot.write(&dir)).transpose()?;
             if let Some(step) = path.as_deref().and_then(Path::file_name) {
                 files::link(&dir, "last", Path::new(step))?;

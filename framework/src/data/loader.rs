@@ -1,5 +1,6 @@
 //! Batches made ahead by worker threads, in an order that does not depend on how many there are.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -28,14 +29,14 @@ pub(crate) struct Loaded<B> {
 
 /// Iterates over micro-batches that worker threads make ahead of time.
 ///
-/// One thread walks through the jobs. It sends each to the workers, and, in the same order, the channel on which its
-/// batch will come to the loader: so batches come in the order of the jobs whatever the number of workers. The second
-/// queue is short, which bounds how many batches are held.
+/// A worker that takes a job puts, before anyone can take the next, the channel on which its batch will come into the
+/// loader's queue: so batches come in the order of the jobs whatever the number of workers. The queue is short, which
+/// bounds how many batches are held.
 pub(crate) struct Loader<B: Batch> {
     /// Without workers: made when asked for.
     inline: Option<Jobs<B>>,
     answers: Receiver<Answer<B>>,
-    threads: Vec<JoinHandle<()>>,
+    workers: Vec<JoinHandle<()>>,
 }
 
 type Answer<B> = Receiver<Result<Loaded<B>>>;
@@ -45,41 +46,33 @@ impl<B: Batch> Loader<B> {
     /// micro-batches ahead.
     pub(crate) fn new(jobs: Jobs<B>, workers: usize, ahead: usize) -> Self {
         if workers == 0 {
-            return Self { inline: Some(jobs), answers: crossbeam_channel::never(), threads: Vec::new() };
+            return Self { inline: Some(jobs), answers: crossbeam_channel::never(), workers: Vec::new() };
         }
-        let (to_workers, requests) = bounded::<(Job<B>, Sender<Result<Loaded<B>>>)>(ahead.max(1));
         let (to_loader, answers) = bounded(ahead.max(1));
-        let mut threads = vec![std::thread::spawn(move || hand_out(jobs, &to_workers, &to_loader))];
-        for _ in 0..workers {
-            let requests = requests.clone();
-            threads.push(std::thread::spawn(move || {
-                for (job, answer) in requests {
+        let jobs = Arc::new(Mutex::new(jobs));
+        let work = |_| {
+            let (jobs, to_loader) = (jobs.clone(), to_loader.clone());
+            std::thread::spawn(move || {
+                while let Some((job, answer)) = take(&jobs, &to_loader) {
                     // Nobody is waiting any more when the loader was dropped: not an error.
-                    let _ = answer.send(made(job));
+                    let _ = answer.send(job.and_then(made));
                 }
-            }));
-        }
-        Self { inline: None, answers, threads }
+            })
+        };
+        Self { inline: None, answers, workers: (0..workers).map(work).collect() }
     }
 }
 
-/// Sends each job to the workers and its answer's channel to the loader, until one of them is gone.
-fn hand_out<B: Batch>(
-    jobs: Jobs<B>,
-    to_workers: &Sender<(Job<B>, Sender<Result<Loaded<B>>>)>,
+/// Takes the next job and announces its answer; none where there is no more, or the loader is gone.
+fn take<B: Batch>(
+    jobs: &Mutex<Jobs<B>>,
     to_loader: &Sender<Answer<B>>,
-) {
-    for job in jobs {
-        let (answer, receiver) = bounded(1);
-        let sent = match job {
-            Ok(job) => to_loader.send(receiver).is_ok() && to_workers.send((job, answer)).is_ok(),
-            // The error comes in its turn.
-            Err(error) => answer.send(Err(error)).is_ok() && to_loader.send(receiver).is_ok(),
-        };
-        if !sent {
-            return;
-        }
-    }
+) -> Option<(Result<Job<B>>, Sender<Result<Loaded<B>>>)> {
+    let mut jobs = jobs.lock().unwrap_or_else(PoisonError::into_inner);
+    let job = jobs.next()?;
+    let (answer, receiver) = bounded(1);
+    to_loader.send(receiver).ok()?;
+    Some((job, answer))
 }
 
 fn made<B>(job: Job<B>) -> Result<Loaded<B>> {
@@ -101,18 +94,17 @@ impl<B: Batch> Iterator for Loader<B> {
 
 impl<B: Batch> Drop for Loader<B> {
     fn drop(&mut self) {
-        // With nobody to receive, the thread that hands out ends, and with it the workers.
+        // With nobody to receive, the workers end.
         self.answers = crossbeam_channel::never();
-        for thread in self.threads.drain(..) {
-            // A worker that panicked has been reported by `next`.
-            let _ = thread.join();
+        for worker in self.workers.drain(..) {
+            // One that panicked has been reported by `next`.
+            let _ = worker.join();
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use candle_core::{Device, Tensor};
@@ -244,8 +236,8 @@ mod tests {
         loader.next().unwrap().unwrap();
         // All that may be made ahead is made before the loader is gone: dropping it waits for the workers.
         drop(loader);
-        // One that was read, four ahead, and those that the handing thread and the two workers hold.
-        assert!(made.load(Ordering::SeqCst) <= 1 + 4 + 1 + 2, "{made:?}");
+        // One that was read, four ahead, and one that each of the two workers may hold.
+        assert!(made.load(Ordering::SeqCst) <= 1 + 4 + 2, "{made:?}");
     }
 
     #[test]

@@ -9,7 +9,6 @@ use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::module::Model;
-use crate::params::put_back_after;
 use crate::trainer::Trainer;
 
 /// Gains in speed up to this share count as none.
@@ -110,7 +109,7 @@ impl Trainer {
         let on_cpu = matches!(model.params().device(), Device::Cpu);
         let held = memory::resident().filter(|_| on_cpu);
         let limit = config.memory_mb.or_else(|| Some(MEMORY_SHARE * megabytes(memory::available()?)));
-        put_back_after(&model.params().vars(), || {
+        model.params().put_back_after(|| {
             let mut trials = Vec::new();
             let mut batch_size = config.start;
             let ended = loop {

@@ -11,7 +11,6 @@ use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::module::Model;
 use crate::optim::TurnConfig;
-use crate::params::put_back_after;
 use crate::plot::{Axis, Plot};
 use crate::schedule::Schedule;
 use crate::trainer::Trainer;
@@ -128,7 +127,7 @@ impl Trainer {
         let mut trial =
             self.trial(config.steps).optimizers(scaled).schedule(config.schedule()).callback(recorder);
         trial.config.log_every = 1;
-        put_back_after(&model.params().vars(), || trial.fit(model, data))?;
+        model.params().put_back_after(|| trial.fit(model, data))?;
         Ok(LrFinding::new(&receiver.try_iter().collect::<Vec<_>>(), proportions(&self.turns, first)))
     }
 }

@@ -8,7 +8,8 @@ use super::{Logger, replace};
 use crate::callback::Record;
 use crate::error::{Error, Result};
 
-/// Appends each record as one line of JSON, written at once, so that `tail -f` follows the run.
+/// Appends each record as one line of JSON, written at once, so that `tail -f` follows the run. A metric that is
+/// infinite or no number is `null`: JSON has no other word for it. `metrics.csv` tells them apart.
 pub struct Jsonl {
     path: PathBuf,
     file: File,

@@ -1,21 +1,47 @@
-//! Loggers: where metrics and pictures are written.
+//! Loggers: where metrics, pictures, histograms and settings are written.
+//!
+//! A logger of one's own has one method to write. [`Loggers`] makes a callback of any number of them:
+//!
+//! ```
+//! use candlepower::logger::{Logger, Loggers};
+//! use candlepower::prelude::*;
+//!
+//! /// Says every loss.
+//! struct Losses;
+//!
+//! impl Logger for Losses {
+//!     fn log(&mut self, record: &Record) -> Result<()> {
+//!         eprintln!("{} {:?}", record.step, record.metrics.get("loss"));
+//!         Ok(())
+//!     }
+//! }
+//!
+//! let trainer = Trainer::new(TrainerConfig::default()).callback(Loggers::default().with(Losses));
+//! ```
 
 mod csv;
+mod histogram;
+mod hparams;
 mod jsonl;
 mod pictures;
 mod tensorboard;
 
 use std::path::Path;
 
+use candle_core::Tensor;
 pub use csv::Csv;
+use indexmap::IndexMap;
 pub use jsonl::Jsonl;
 pub use pictures::Pictures;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use tensorboard::TensorBoard;
 
-use crate::callback::{Callback, Flow, Picture, Record};
-use crate::error::Result;
+use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
+use crate::error::{Error, Result};
+
+/// The settings of a run by their full names, for example `optimizer.lr`.
+pub type HyperParameters = IndexMap<String, toml::Value>;
 
 /// Writes metrics somewhere.
 pub trait Logger: Send {
@@ -26,6 +52,26 @@ pub trait Logger: Send {
     fn picture(&mut self, _picture: &Picture) -> Result<()> {
         Ok(())
     }
+
+    /// Writes how the values of a tensor, of any shape, are distributed after `step` steps.
+    fn histogram(&mut self, _step: u64, _name: &str, _values: &Tensor) -> Result<()> {
+        Ok(())
+    }
+
+    /// Writes a text, to be shown as it is, line by line.
+    fn text(&mut self, _step: u64, _name: &str, _text: &str) -> Result<()> {
+        Ok(())
+    }
+
+    /// Writes the run's settings.
+    fn hyper_parameters(&mut self, _settings: &HyperParameters) -> Result<()> {
+        Ok(())
+    }
+
+    /// Writes how the run ended; nothing comes after it.
+    fn close(&mut self, _reason: &StopReason) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Fields of `[logging]`.
@@ -34,6 +80,8 @@ pub trait Logger: Send {
 pub struct LoggingConfig {
     /// Draws pictures of predictions every so many steps, and at each validation; 0: never.
     pub image_every: u64,
+    /// Writes TensorBoard histograms of all parameters and gradients every so many steps; 0: never.
+    pub histogram_every: u64,
     /// Writes TensorBoard events.
     pub tensorboard: bool,
     /// Shows the progress of the run on the terminal.
@@ -42,35 +90,100 @@ pub struct LoggingConfig {
 
 impl Default for LoggingConfig {
     fn default() -> Self {
-        Self { image_every: 250, tensorboard: true, progress: true }
+        Self { image_every: 250, histogram_every: 0, tensorboard: true, progress: true }
+    }
+}
+
+impl LoggingConfig {
+    /// Refuses histograms that nobody would write.
+    pub fn check(&self) -> Result<()> {
+        match self.histogram_every > 0 && !self.tensorboard {
+            true => Err(Error::setting("histogram_every", "histograms need `tensorboard = true`")),
+            false => Ok(()),
+        }
     }
 }
 
 /// The loggers of a run, as a callback.
-pub struct Loggers(Vec<Box<dyn Logger>>);
+#[derive(Default)]
+pub struct Loggers {
+    loggers: Vec<Box<dyn Logger>>,
+    histogram_every: u64,
+    configuration: Option<String>,
+    open: bool,
+}
 
 impl Loggers {
     /// Writes `metrics.jsonl`, `metrics.csv`, `images/` and TensorBoard events into a run's folder. What an earlier
     /// attempt logged after `step` is dropped: those steps will be done, and logged, again.
     pub fn in_folder(dir: &Path, config: &LoggingConfig, step: u64) -> Result<Self> {
-        let mut loggers: Vec<Box<dyn Logger>> = vec![
-            Box::new(Jsonl::open(&dir.join("metrics.jsonl"), step)?),
-            Box::new(Csv::open(&dir.join("metrics.csv"), step)?),
-            Box::new(Pictures::new(&dir.join("images"))),
-        ];
-        if config.tensorboard {
-            loggers.push(Box::new(TensorBoard::create(dir)?));
-        }
-        Ok(Self(loggers))
+        let files = Self::default()
+            .with(Jsonl::open(&dir.join("metrics.jsonl"), step)?)
+            .with(Csv::open(&dir.join("metrics.csv"), step)?)
+            .with(Pictures::new(&dir.join("images")))
+            .histogram_every(config.histogram_every);
+        Ok(if config.tensorboard { files.with(TensorBoard::create(dir, step)?) } else { files })
+    }
+
+    /// Adds a logger.
+    pub fn with(mut self, logger: impl Logger + 'static) -> Self {
+        self.loggers.push(Box::new(logger));
+        self
+    }
+
+    /// Hands histograms of all parameters and gradients to the loggers every so many steps; 0: never.
+    pub fn histogram_every(mut self, steps: u64) -> Self {
+        self.histogram_every = steps;
+        self
+    }
+
+    /// The run's resolved configuration, in TOML: the loggers get its text, and its values as hyper-parameters.
+    pub fn configuration(mut self, toml: impl Into<String>) -> Self {
+        self.configuration = Some(toml.into());
+        self
+    }
+
+    fn each(&mut self, write: impl FnMut(&mut Box<dyn Logger>) -> Result<()>) -> Result<()> {
+        self.loggers.iter_mut().try_for_each(write)
     }
 
     fn log(&mut self, record: &Record) -> Result<Flow> {
-        self.0.iter_mut().try_for_each(|logger| logger.log(record))?;
+        self.each(|logger| logger.log(record))?;
         Ok(Flow::Continue)
+    }
+
+    fn close(&mut self, reason: &StopReason) -> Result<()> {
+        match std::mem::take(&mut self.open) {
+            true => self.each(|logger| logger.close(reason)),
+            false => Ok(()),
+        }
     }
 }
 
 impl Callback for Loggers {
+    fn on_fit_start(&mut self, plan: &Plan) -> Result<()> {
+        self.open = true;
+        let Some(text) = self.configuration.take() else { return Ok(()) };
+        let table = text.parse().map_err(|error| Error::msg(format!("configuration: {error}")))?;
+        let settings = flatten(table);
+        self.each(|logger| {
+            logger.text(plan.start.step, "configuration", &text)?;
+            logger.hyper_parameters(&settings)
+        })
+    }
+
+    fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+        let at = step.progress.step;
+        if self.histogram_every == 0 || !at.is_multiple_of(self.histogram_every) {
+            return Ok(Flow::Continue);
+        }
+        for ((name, param), gradient) in step.params.iter().zip(step.gradients) {
+            self.each(|logger| logger.histogram(at, &format!("weights/{name}"), param))?;
+            self.each(|logger| logger.histogram(at, &format!("gradients/{name}"), gradient))?;
+        }
+        Ok(Flow::Continue)
+    }
+
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
         self.log(record)
     }
@@ -80,15 +193,40 @@ impl Callback for Loggers {
     }
 
     fn on_picture(&mut self, picture: &Picture) -> Result<()> {
-        self.0.iter_mut().try_for_each(|logger| logger.picture(picture))
+        self.each(|logger| logger.picture(picture))
     }
+
+    fn on_fit_end(&mut self, _: &Progress, reason: &StopReason) -> Result<()> {
+        self.close(reason)
+    }
+}
+
+/// An error ends training without [`Callback::on_fit_end`].
+impl Drop for Loggers {
+    fn drop(&mut self) {
+        if let Err(error) = self.close(&StopReason::Failed("an error ended training".into())) {
+            tracing::warn!("loggers: {error}");
+        }
+    }
+}
+
+/// The values of a configuration, those of `[a.b]` named `a.b.<key>`.
+fn flatten(table: toml::Table) -> HyperParameters {
+    let under = |(key, value): (String, toml::Value)| match value {
+        toml::Value::Table(inner) => flatten(inner)
+            .into_iter()
+            .map(|(name, value)| (format!("{key}.{name}"), value))
+            .collect::<Vec<_>>(),
+        value => vec![(key, value)],
+    };
+    table.into_iter().flat_map(under).collect()
 }
 
 /// Replaces a file in one move, so that a reader, or a crash, never sees half of it.
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let beside = path.with_extension("tmp");
-    std::fs::write(&beside, content).map_err(crate::Error::file(&beside))?;
-    std::fs::rename(&beside, path).map_err(crate::Error::file(path))
+    std::fs::write(&beside, content).map_err(Error::file(&beside))?;
+    std::fs::rename(&beside, path).map_err(Error::file(path))
 }
 
 #[cfg(test)]
@@ -97,6 +235,8 @@ mod tests {
 
     use super::*;
     use crate::data::Split;
+
+    const CPU: candle_core::Device = candle_core::Device::Cpu;
 
     fn record(step: u64, split: Split, metrics: &[(&str, f64)]) -> Record {
         let metrics: IndexMap<String, f64> = metrics.iter().map(|(name, x)| (name.to_string(), *x)).collect();
@@ -132,24 +272,98 @@ mod tests {
     }
 
     #[test]
-    fn tensorboard_reads_what_was_written() {
-        use tfrecord::EventIter;
+    fn a_number_that_is_none_is_null_in_json_and_named_in_csv() {
         let dir = tempfile::tempdir().unwrap();
-        let mut logger = TensorBoard::create(dir.path()).unwrap();
-        logger.log(&record(10, Split::Train, &[("loss", 0.5)])).unwrap();
-        let pixels =
-            candle_core::Tensor::zeros((1, 4, 6), candle_core::DType::F32, &candle_core::Device::Cpu);
-        let picture =
-            Picture { step: 10, split: Split::Val, name: "prediction".into(), pixels: pixels.unwrap() };
-        logger.picture(&picture).unwrap();
-        let file = std::fs::read_dir(dir.path()).unwrap().next().unwrap().unwrap().path();
-        let events: Vec<_> = EventIter::open(file, Default::default()).unwrap().map(Result::unwrap).collect();
-        let text = format!("{events:?}");
-        assert_eq!(events.len(), 3, "{text}");
-        for part in
-            ["brain.Event:2", "train/loss", "SimpleValue(0.5)", "val/prediction", "width: 6", "step: 10"]
-        {
-            assert!(text.contains(part), "`{part}` is not in {text}");
+        let config = LoggingConfig { tensorboard: false, ..Default::default() };
+        let mut loggers = Loggers::in_folder(dir.path(), &config, 0).unwrap();
+        let metrics = [("loss", f64::NAN), ("mse", f64::INFINITY), ("low", f64::NEG_INFINITY)];
+        loggers.on_train_metrics(&mut record(1, Split::Train, &metrics)).unwrap();
+        let line = read(dir.path().join("metrics.jsonl"));
+        assert_eq!(
+            line,
+            "{\"step\":1,\"epoch\":0,\"split\":\"train\",\"loss\":null,\"mse\":null,\"low\":null}\n"
+        );
+        serde_json::from_str::<serde_json::Value>(&line).unwrap();
+        let csv = read(dir.path().join("metrics.csv"));
+        assert!(csv.ends_with("\n1,0,train,NaN,inf,-inf\n"), "{csv}");
+    }
+
+    #[test]
+    fn histograms_that_nobody_would_write_are_refused() {
+        let config = |histogram_every, tensorboard| LoggingConfig {
+            histogram_every,
+            tensorboard,
+            ..Default::default()
+        };
+        assert!(config(0, false).check().is_ok() && config(5, true).check().is_ok());
+        let said = config(5, false).check().unwrap_err().to_string();
+        assert_eq!(said, "`histogram_every`: histograms need `tensorboard = true`");
+    }
+
+    /// Notes what it is told.
+    struct Notes(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
+
+    impl Notes {
+        fn note(&self, what: String) -> Result<()> {
+            self.0.lock().unwrap().push(what);
+            Ok(())
         }
+    }
+
+    impl Logger for Notes {
+        fn log(&mut self, record: &Record) -> Result<()> {
+            self.note(format!("{:?}", record.metrics))
+        }
+        fn histogram(&mut self, step: u64, name: &str, values: &Tensor) -> Result<()> {
+            self.note(format!("{step} {name} {:?}", values.dims()))
+        }
+        fn text(&mut self, step: u64, name: &str, text: &str) -> Result<()> {
+            self.note(format!("{step} {name} {text}"))
+        }
+        fn hyper_parameters(&mut self, settings: &HyperParameters) -> Result<()> {
+            self.note(settings.iter().map(|(name, value)| format!("{name}={value} ")).collect())
+        }
+        fn close(&mut self, reason: &StopReason) -> Result<()> {
+            self.note(format!("{reason:?}"))
+        }
+    }
+
+    fn plan(step: u64) -> Plan {
+        let start = Progress { step, ..Default::default() };
+        Plan { start, last_step: None, steps_per_epoch: None, parameters: 6, flops_per_sample: None }
+    }
+
+    #[test]
+    fn loggers_are_told_settings_histograms_when_due_and_the_end() {
+        let notes = std::sync::Arc::default();
+        let loggers = Loggers::default().with(Notes(std::sync::Arc::clone(&notes))).histogram_every(2);
+        let mut loggers = loggers.configuration("[a]\nx = 1\n[a.b]\ny = 'z'");
+        loggers.on_fit_start(&plan(3)).unwrap();
+        let params = [("w".to_string(), candle_core::Var::new(&[[1f32, 2.], [3., 4.]], &CPU).unwrap())];
+        let gradients = [Tensor::new(&[[0f32, 2.], [3., 4.]], &CPU).unwrap()];
+        for step in [3, 4] {
+            let progress = Progress { step, ..Default::default() };
+            loggers.on_step_end(&StepEnd { progress, params: &params, gradients: &gradients }).unwrap();
+        }
+        loggers.on_fit_end(&Progress::default(), &StopReason::Finished).unwrap();
+        drop(loggers);
+        let expected = [
+            "3 configuration [a]\nx = 1\n[a.b]\ny = 'z'",
+            "a.b.y=\"z\" a.x=1 ",
+            "4 weights/w [2, 2]",
+            "4 gradients/w [2, 2]",
+            "Finished",
+        ];
+        assert_eq!(*notes.lock().unwrap(), expected);
+    }
+
+    #[test]
+    fn an_error_that_ends_training_is_a_failure_for_loggers() {
+        let notes = std::sync::Arc::default();
+        let mut loggers = Loggers::default().with(Notes(std::sync::Arc::clone(&notes)));
+        loggers.on_fit_start(&plan(0)).unwrap();
+        drop(loggers);
+        drop(Loggers::default().with(Notes(std::sync::Arc::clone(&notes))));
+        assert_eq!(*notes.lock().unwrap(), ["Failed(\"an error ended training\")"]);
     }
 }

@@ -1,12 +1,11 @@
 //! Averages of the weights over training: evaluated and saved beside the weights that are trained.
 
-use candle_core::Var;
+use candle_core::{Tensor, Var};
 use candlepower_kernels::elementwise::zip2;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::params::put_back_after;
 
 /// The `[average]` section: which average of the weights is evaluated and used for prediction. Absent: none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -116,21 +115,32 @@ impl Average {
         Ok(())
     }
 
-    /// Runs `work` with the averages in the parameters' place, where there are any, and puts the weights back.
-    pub(crate) fn in_place<T>(average: Option<&Self>, work: impl FnOnce() -> Result<T>) -> Result<T> {
+    /// Runs `work` with the averages in the parameters' place, where there are any, and puts the weights back. `publish`
+    /// hands new values on to the module.
+    pub(crate) fn in_place<T>(
+        average: Option<&Self>,
+        publish: impl Fn() -> Result<()>,
+        work: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
         let Some(average) = average.filter(|average| average.updates > 0) else { return work() };
-        put_back_after(&average.params, || {
-            for ((_, param), (_, mean)) in average.params.iter().zip(&average.averages) {
-                param.set(mean)?;
-            }
-            work()
-        })
+        let weights: Vec<Tensor> =
+            average.params.iter().map(|(_, param)| param.copy()).collect::<candle_core::Result<_>>()?;
+        for ((_, param), (_, mean)) in average.params.iter().zip(&average.averages) {
+            param.set(mean)?;
+        }
+        publish()?;
+        let result = work();
+        for ((_, param), weight) in average.params.iter().zip(&weights) {
+            param.set(weight)?;
+        }
+        publish()?;
+        result
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use candle_core::Device;
 
     use super::*;
 
@@ -142,7 +152,7 @@ mod tests {
         let after = |(step, weight): (usize, &f32)| {
             param.set(&Tensor::new(&[*weight], &Device::Cpu).unwrap()).unwrap();
             average.update(step as u64 + 1).unwrap();
-            let seen = Average::in_place(Some(&average), || Ok(value(&param))).unwrap();
+            let seen = Average::in_place(Some(&average), || Ok(()), || Ok(value(&param))).unwrap();
             assert_eq!(value(&param), *weight, "the weights are back");
             seen
         };

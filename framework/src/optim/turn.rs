@@ -7,6 +7,7 @@ use wildmatch::WildMatch;
 
 use super::{Optimizer, OptimizerConfig};
 use crate::error::{Error, Result};
+use crate::params::Params;
 use crate::schedule::{Rates, Schedule};
 
 /// Parameters that are moved in their own way: an entry of `groups` of an optimizer's section.
@@ -86,6 +87,8 @@ pub(crate) struct Turn {
     pub(crate) name: String,
     /// Those that are not frozen, group after group.
     pub(crate) params: Vec<(String, Var)>,
+    /// The variables that gradients are of, in the same order.
+    pub(crate) working: Vec<Var>,
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
     schedule: Schedule,
@@ -103,13 +106,9 @@ struct Group {
 impl Turn {
     /// Shares out parameters among optimizers and their groups. Every parameter needs exactly one optimizer, and every
     /// pattern must fit a parameter.
-    pub(crate) fn share(
-        configs: &[TurnConfig],
-        schedule: &Schedule,
-        params: &[(String, Var)],
-    ) -> Result<Vec<Self>> {
-        for (name, _) in params {
-            let fits = |config: &&TurnConfig| WildMatch::new(&config.params).matches(name);
+    pub(crate) fn share(configs: &[TurnConfig], schedule: &Schedule, params: &Params) -> Result<Vec<Self>> {
+        for (name, _) in params.vars() {
+            let fits = |config: &&TurnConfig| WildMatch::new(&config.params).matches(&name);
             let takers: Vec<&str> = configs.iter().filter(fits).map(|config| config.name.as_str()).collect();
             match takers[..] {
                 [_] => {}
@@ -130,7 +129,8 @@ impl Turn {
         configs.iter().map(|config| Self::new(config, schedule, params)).collect()
     }
 
-    fn new(config: &TurnConfig, schedule: &Schedule, params: &[(String, Var)]) -> Result<Self> {
+    fn new(config: &TurnConfig, schedule: &Schedule, store: &Params) -> Result<Self> {
+        let params = &store.vars()[..];
         let mut rest: Vec<(String, Var)> = take(&config.params, &mut params.to_vec());
         if rest.is_empty() && !params.is_empty() {
             return Err(no_parameter(&config.params, params));
@@ -154,7 +154,8 @@ impl Turn {
         }
         add(rest, config.optimizer.clone())?;
         let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
-        Ok(Self { name: config.name.clone(), params: moved, lr, schedule, groups })
+        let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
+        Ok(Self { name: config.name.clone(), params: moved, working, lr, schedule, groups })
     }
 
     /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
@@ -201,13 +202,17 @@ fn no_parameter(pattern: &str, params: &[(String, Var)]) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use candle_core::{DType, Device, Tensor};
+    use candle_nn::Init;
 
     use super::*;
     use crate::optim::SgdConfig;
 
-    fn params(names: &[&str]) -> Vec<(String, Var)> {
-        names.iter().map(|name| (name.to_string(), Var::new(&[1f32], &Device::Cpu).unwrap())).collect()
+    fn params(names: &[&str]) -> Params {
+        let params = Params::new(0, DType::F32, &Device::Cpu);
+        let make = |name| params.var_builder().get_with_hints(1, name, Init::Const(1.)).unwrap();
+        names.iter().for_each(|name| drop(make(name)));
+        params
     }
 
     fn group(params: &str) -> GroupConfig {
@@ -234,7 +239,7 @@ mod tests {
         let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
         turn.step(&gradients, 1, turn.rates(1, 1.)).unwrap();
         // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
-        let value = |i: usize| all[i].1.to_vec1::<f32>().unwrap()[0];
+        let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];
         assert_eq!([value(0), value(1), value(2), value(3)], [1. - 0.05 * 1.5, 1. - 0.005, 1. - 0.05, 1.]);
     }
 

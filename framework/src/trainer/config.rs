@@ -9,6 +9,7 @@ use super::limits::{Every, Limit, duration};
 use crate::callback::Progress;
 use crate::data::Split;
 use crate::error::{Error, Result};
+use crate::precision::Precision;
 
 /// Fields of `[trainer]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -77,20 +78,6 @@ pub struct TrainerConfig {
     pub kernels: Kernels,
     /// Logs training metrics every so many steps.
     pub log_every: u64,
-}
-
-/// Number format of the computation, by Lightning's names.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Precision {
-    /// 32-bit floating point throughout.
-    #[serde(rename = "32")]
-    Full,
-    /// bfloat16 where it is safe, 32-bit masters.
-    #[serde(rename = "bf16-mixed")]
-    Bf16Mixed,
-    /// float16 where it is safe, with loss scaling, 32-bit masters.
-    #[serde(rename = "16-mixed")]
-    Fp16Mixed,
 }
 
 /// Which implementation of convolutions and recurrent cells runs.
@@ -169,9 +156,6 @@ impl TrainerConfig {
         if !ends && self.fast_dev_run == 0 {
             let message = "training needs an end: set `max_steps`, `max_epochs` or `max_time`";
             return Err(Error::setting("max_steps", message));
-        }
-        if self.precision != Precision::Full {
-            return Err(Error::setting("precision", "mixed precision is not there yet; what works: \"32\""));
         }
         if self.devices > 1 {
             return Err(Error::setting("devices", "several devices are not there yet; what works: 1"));

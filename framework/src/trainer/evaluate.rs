@@ -1,5 +1,6 @@
 //! Evaluation and prediction: every sample of a source exactly once, or its first batches.
 
+use candle_core::DType;
 use indexmap::IndexMap;
 
 use super::Trainer;
@@ -50,7 +51,7 @@ pub(super) fn evaluate<B: Batch>(
     let (batches, total) = batches(trainer, source, pass, limit, workers)?;
     let mut means = Means::default();
     for (i, loaded) in batches.enumerate() {
-        let batch = loaded?.batch.to_device(model.params().device())?;
+        let batch = loaded?.batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let loss = model.evaluation().validation_step(&batch, &mut step)?;
         let (metrics, pictures) = step.into_logged();
@@ -79,9 +80,9 @@ pub(super) fn predict<B: Batch>(
     let (batches, _) = batches(trainer, source, pass, trainer.config.limit_predict_batches, workers)?;
     let mut done = 0;
     for (i, loaded) in batches.enumerate() {
-        let batch = loaded?.batch.to_device(model.params().device())?;
+        let batch = loaded?.batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(0, i as u64, trainer.seed, false);
-        let prediction = model.evaluation().predict_step(&batch, &mut step)?;
+        let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
         trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_prediction(i, &prediction))?;
         done += 1;
     }

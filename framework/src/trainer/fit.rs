@@ -3,14 +3,14 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
 use super::limits::{Every, Limit};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
+use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
 use crate::data::{Data, Loaded, Loader, Order, Pass, Source, Split, Start};
 use crate::error::{Error, Result};
@@ -18,6 +18,7 @@ use crate::grads::{Grads, first_not_finite};
 use crate::metrics::Means;
 use crate::module::{Model, Step};
 use crate::optim::{self, Average, Turn};
+use crate::precision::LossScale;
 use crate::schedule::PlateauState;
 
 /// One call of [`Trainer::fit`].
@@ -33,7 +34,7 @@ pub(super) struct Fit<'a, B: Batch> {
     trained: Vec<(String, Var)>,
     average: Option<Average>,
     micro_batches: Loader<B>,
-    /// The micro-batches of this step, where a second optimizer needs them again.
+    /// The micro-batches of this step, where a second optimizer, or another try, needs them again.
     kept: Vec<Arc<Loaded<B>>>,
     steps_per_epoch: Option<u64>,
     progress: Progress,
@@ -43,16 +44,42 @@ pub(super) struct Fit<'a, B: Batch> {
     /// What the plateau has left of the learning rate.
     lr_scale: f64,
     plateau: PlateauState,
+    /// Of fp16 alone.
+    loss_scale: Option<LossScale>,
     saver: Option<Saver>,
     /// Since when this attempt runs, and how long those before it ran.
     started: Instant,
     seconds_before: f64,
 }
 
+/// What is gathered over the micro-batches and the optimizers of a step.
+#[derive(Default)]
+struct Tally {
+    /// The samples of the step.
+    samples: usize,
+    /// Whether they were the last of their epoch.
+    ends_epoch: bool,
+    /// What is logged, in steps after which it is read.
+    means: Option<Means>,
+    /// Of the micro-batches, for this optimizer.
+    losses: Vec<Tensor>,
+    /// Of the optimizers that have had their turn, in the order of the trained parameters.
+    gradients: Vec<Tensor>,
+    flow: Flow,
+}
+
+impl Tally {
+    fn note(&mut self, name: &str, value: &Tensor, samples: usize) -> Result<()> {
+        self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, samples))
+    }
+}
+
 /// What a step came to.
 enum Stepped {
     /// The parameters have moved.
-    Moved { means: Means, gradients: Vec<Tensor>, flow: Flow },
+    Moved(Tally),
+    /// The gradients overflowed in fp16: nothing has moved, and the same batch is tried again with a smaller loss scale.
+    Skipped,
     /// They have not, and cannot: why.
     Failed(String),
 }
@@ -65,8 +92,14 @@ impl<'a, B: Batch> Fit<'a, B> {
         let state = resumed.as_ref().map(Checkpoint::state);
         let progress = state.map(|state| state.progress).unwrap_or_default();
 
+        if model.params().dtype() != config.precision.dtype() {
+            let (model, asked) = (model.params().dtype(), config.precision.dtype());
+            let message =
+                format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
+            return Err(Error::setting("precision", message));
+        }
         let params = model.params().vars();
-        let turns = Turn::share(&trainer.turns, &trainer.schedule, &params)?;
+        let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
@@ -77,6 +110,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 check_same_order(checkpoint.state(), &order)?;
             }
             checkpoint.restore_params(&params)?;
+            model.params().publish()?;
             checkpoint.restore_optimizer(&turns.iter().flat_map(Turn::state).collect::<Vec<_>>())?;
             average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
         }
@@ -112,6 +146,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             validated_at: Instant::now(),
             lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
             plateau: state.map(|state| state.plateau).unwrap_or_default(),
+            loss_scale: state.and_then(|state| state.loss_scale).or(LossScale::of(config.precision)),
             saver,
             started: Instant::now(),
             seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),
@@ -128,7 +163,8 @@ impl<'a, B: Batch> Fit<'a, B> {
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step()? {
-                Stepped::Moved { means, gradients, flow } => flow.or(self.after_step(means, gradients)?),
+                Stepped::Moved(tally) => self.after_step(tally)?,
+                Stepped::Skipped => Flow::Continue,
                 Stepped::Failed(why) => Flow::Stop(StopReason::Failed(why)),
             };
             if let Flow::Stop(why) = flow
@@ -146,7 +182,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
         self.tell_saved(saved)?;
         let progress = self.progress;
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress))?;
+        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
     }
 
@@ -169,74 +205,130 @@ impl<'a, B: Batch> Fit<'a, B> {
 
     /// One optimizer step: for each optimizer the gradient of the mean loss over a batch, and the move against it.
     fn step(&mut self) -> Result<Stepped> {
-        let step = self.progress.step;
-        let image_every = self.trainer.image_every;
-        let images_due = image_every > 0 && (step + 1).is_multiple_of(image_every);
-        let (mut means, mut gradients, mut flow) = (Means::default(), Vec::new(), Flow::Continue);
-        let (mut samples, mut ends_epoch) = (0, false);
-        self.kept.clear();
-        for turn in 0..self.turns.len() {
-            let mut grads = Grads::new(&self.turns[turn].params);
-            let mut seen = 0;
-            for micro_batch in 0.. {
-                let loaded = self.micro_batch(turn, micro_batch)?;
-                (samples, ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
-                let batch = loaded.batch.to_device(self.model.params().device())?;
-                let name = &self.turns[turn].name;
-                let pictures_due = images_due && micro_batch == 0;
-                let mut told =
-                    Step::training(step, micro_batch as u64, self.trainer.seed, name, pictures_due);
-                let loss = {
-                    let _phase = phase!("forward");
-                    self.model.training().training_step(&batch, &mut told)?
-                };
-                {
-                    let _phase = phase!("backward");
-                    let share = batch.len() as f64 / samples as f64;
-                    let scaled = if share == 1. { loss.clone() } else { (&loss * share)? };
-                    grads.add(&self.turns[turn].params, scaled.backward()?)?;
-                }
-                self.tell(told, turn, &loss, batch.len(), &mut means)?;
-                seen += batch.len();
-                if seen >= samples {
-                    break;
-                }
-                // By the clock, a validation may be due inside a step that takes minutes.
-                if turn == 0 && self.is_validation_due(true) {
-                    flow = flow.or(self.validate()?);
-                }
-            }
-            let _phase = phase!("optimizer");
-            let mut own = grads.complete(&self.turns[turn].params)?;
-            let norm = self.clip(&mut own)?;
-            if self.trainer.config.nan_guard && !norm.is_finite() {
-                return Ok(Stepped::Failed(self.explain(turn, &means, &own)?));
-            }
-            let rates = self.turns[turn].rates(step, self.lr_scale);
-            means.add(&self.metric_name(turn, "grad_norm"), &Tensor::new(norm, &Device::Cpu)?, samples)?;
-            means.add(&self.metric_name(turn, "lr"), &Tensor::new(rates.lr, &Device::Cpu)?, samples)?;
-            self.turns[turn].step(&own, step + 1, rates)?;
-            gradients.append(&mut own);
+        let done = self.progress.step;
+        let mut tally = Tally::default();
+        // Nobody reads the others; the first shows whether what the module logs can be read at all.
+        if done == 0 || (done + 1).is_multiple_of(self.trainer.config.log_every) {
+            tally.means = Some(Means::default());
         }
-        self.progress.advance(samples, ends_epoch);
-        self.average.as_mut().map_or(Ok(()), |average| average.update(step + 1))?;
-        Ok(Stepped::Moved { means, gradients, flow })
+        for turn in 0..self.turns.len() {
+            let mut gradients = self.gradients(turn, &mut tally)?;
+            let _phase = phase!("optimizer");
+            self.unscale(&mut gradients)?;
+            let norm = self.clip(&mut gradients)?;
+            if let Some(refused) = self.refuse(turn, norm, &gradients, &tally)? {
+                return Ok(refused);
+            }
+            let rates = self.turns[turn].rates(done, self.lr_scale);
+            for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
+                tally.note(
+                    &self.metric_name(turn, name),
+                    &Tensor::new(value, &Device::Cpu)?,
+                    tally.samples,
+                )?;
+            }
+            self.turns[turn].step(&gradients, done + 1, rates)?;
+            tally.gradients.append(&mut gradients);
+        }
+        self.model.params().publish()?;
+        self.kept.clear();
+        self.progress.advance(tally.samples, tally.ends_epoch);
+        self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
+        Ok(Stepped::Moved(tally))
+    }
+
+    /// The gradients of one optimizer's parameters, over all micro-batches of the step.
+    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Vec<Tensor>> {
+        let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
+        let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
+        let mut grads = Grads::new(&self.turns[turn].params);
+        let mut seen = 0;
+        tally.losses.clear();
+        for micro_batch in 0.. {
+            let loaded = self.micro_batch(micro_batch)?;
+            (tally.samples, tally.ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
+            let batch = loaded.batch.to_device(self.model.params().device())?;
+            let batch = batch.cast(self.model.params().dtype())?;
+            let (name, images_due) = (&self.turns[turn].name, images_due && micro_batch == 0);
+            let mut told = Step::training(done, micro_batch as u64, seed, name, images_due);
+            let loss = {
+                let _phase = phase!("forward");
+                let loss = self.model.training().training_step(&batch, &mut told);
+                loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
+            };
+            {
+                let _phase = phase!("backward");
+                let share = batch.len() as f64 / tally.samples as f64;
+                let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
+                let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
+                grads.add(&self.turns[turn].working, scaled.backward()?)?;
+            }
+            self.tell(told, turn, &loss, batch.len(), tally)?;
+            seen += batch.len();
+            if seen >= tally.samples {
+                break;
+            }
+            // By the clock, a validation may be due inside a step that takes minutes.
+            if turn == 0 && self.is_validation_due(true) {
+                tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
+            }
+        }
+        grads.complete(&self.turns[turn].params)
+    }
+
+    /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
+    fn refuse(
+        &mut self,
+        turn: usize,
+        norm: f64,
+        gradients: &[Tensor],
+        tally: &Tally,
+    ) -> Result<Option<Stepped>> {
+        if let Some(loss_scale) = &mut self.loss_scale {
+            loss_scale.update(norm.is_finite());
+            return Ok(match loss_scale.skipped {
+                0 => None,
+                LossScale::HOPELESS => Some(Stepped::Failed(hopeless(self.progress.step + 1))),
+                _ => Some(Stepped::Skipped),
+            });
+        }
+        if !self.trainer.config.nan_guard || norm.is_finite() {
+            return Ok(None);
+        }
+        let mut what = None;
+        for (i, loss) in tally.losses.iter().enumerate() {
+            let value = loss.to_scalar::<f32>()?;
+            if !value.is_finite() {
+                let micro_batch =
+                    if tally.losses.len() > 1 { format!(" of micro-batch {i}") } else { String::new() };
+                what.get_or_insert(format!("the loss{micro_batch} is {value}"));
+            }
+        }
+        if let Some(name) = first_not_finite(&self.turns[turn].params, gradients)? {
+            what.get_or_insert(format!("the gradient of `{name}` is not finite"));
+        }
+        let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
+        let done = self.progress.step;
+        Ok(Some(Stepped::Failed(format!(
+            "in step {} {what}; the weights are still those of step {done}. A lower `optimizer.lr`, `trainer.clip_norm`, or \
+             a look at that step's data may help",
+            done + 1
+        ))))
     }
 
     /// What is due after a step: telling, logging, validating, saving.
-    fn after_step(&mut self, means: Means, gradients: Vec<Tensor>) -> Result<Flow> {
+    fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
-        let trained = std::mem::take(&mut self.trained);
-        let end = StepEnd { progress, params: &trained, gradients: &gradients };
-        let flow = self.ask(|callback| callback.on_step_end(&end));
-        self.trained = trained;
-        let mut flow = flow?;
-        if progress.step.is_multiple_of(self.trainer.config.log_every) {
+        let end = StepEnd { progress, params: &self.trained, gradients: &tally.gradients };
+        let mut flow = tally.flow.or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
+        if let Some(means) =
+            tally.means.filter(|_| progress.step.is_multiple_of(self.trainer.config.log_every))
+        {
             let _phase = phase!("logging");
             let epoch = progress.epoch_of_last_step();
             let mut record =
                 Record { step: progress.step, epoch, split: Split::Train, metrics: means.read()? };
-            flow = flow.or(self.ask(|callback| callback.on_train_metrics(&mut record))?);
+            flow = flow.or(self.trainer.ask(|callback| callback.on_train_metrics(&mut record))?);
         }
         if self.is_validation_due(false) {
             flow = flow.or(self.validate()?);
@@ -255,18 +347,28 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(flow)
     }
 
-    /// The micro-batch number `index` of this step. The first optimizer takes it from the loader; the others see the same.
-    fn micro_batch(&mut self, turn: usize, index: usize) -> Result<Arc<Loaded<B>>> {
-        if turn > 0 {
-            return Ok(self.kept[index].clone());
+    /// The micro-batch number `index` of this step: from the loader, or, where a second optimizer or another try needs it
+    /// again, the one that was kept.
+    fn micro_batch(&mut self, index: usize) -> Result<Arc<Loaded<B>>> {
+        if let Some(kept) = self.kept.get(index) {
+            return Ok(kept.clone());
         }
         let _phase = phase!("data_wait");
         let loaded = self.micro_batches.next().ok_or_else(|| Error::msg("the training data ended"))?;
         let loaded = Arc::new(loaded?);
-        if self.turns.len() > 1 {
+        if self.turns.len() > 1 || self.loss_scale.is_some() {
             self.kept.push(loaded.clone());
         }
         Ok(loaded)
+    }
+
+    /// Takes the loss scale out of the gradients.
+    fn unscale(&self, gradients: &mut [Tensor]) -> Result<()> {
+        let Some(LossScale { scale, .. }) = self.loss_scale else { return Ok(()) };
+        for gradient in gradients {
+            *gradient = (&*gradient * (1. / scale))?;
+        }
+        Ok(())
     }
 
     /// The norm of the gradients, which are clipped where that is asked for.
@@ -282,21 +384,15 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(norm)
     }
 
-    /// Says which tensor was the first that is not finite.
-    fn explain(&self, turn: usize, means: &Means, gradients: &[Tensor]) -> Result<String> {
-        let (step, turn) = (self.progress.step + 1, &self.turns[turn]);
-        let metrics = means.read()?;
-        let logged = metrics.iter().find(|(_, value)| !value.is_finite());
-        let what = match (logged, first_not_finite(&turn.params, gradients)?) {
-            (Some((name, value)), _) => format!("`{name}` is {value}"),
-            (None, Some(name)) => format!("the gradient of `{name}` is not finite"),
-            (None, None) => "the gradients together are too large for a number".into(),
-        };
-        Ok(format!(
-            "in step {step} {what}; the weights are still those of step {}. A lower `optimizer.lr`, \
-             `trainer.clip_norm`, or a look at that step's data may help",
-            self.progress.step
-        ))
+    /// Adds to a module's error, in half precision, what is probably wrong.
+    fn explain_precision(&self, error: Error) -> Error {
+        match self.trainer.config.precision.dtype() {
+            DType::F32 => error,
+            dtype => Error::msg(format!(
+                "{error}\nthe module computes in {dtype:?}: an operation that has no kernel for it, or that mixes types, \
+                 needs `.to_dtype(DType::F32)` before and `.to_dtype(x.dtype())` after it"
+            )),
+        }
     }
 
     /// A metric's name; several optimizers have one each.
@@ -311,11 +407,12 @@ impl<'a, B: Batch> Fit<'a, B> {
         turn: usize,
         loss: &Tensor,
         samples: usize,
-        means: &mut Means,
+        tally: &mut Tally,
     ) -> Result<()> {
         let (metrics, pictures) = told.into_logged();
-        means.add(&self.metric_name(turn, "loss"), loss, samples)?;
-        metrics.iter().try_for_each(|(name, value)| means.add(name, value, samples))?;
+        tally.losses.push(loss.detach());
+        tally.note(&self.metric_name(turn, "loss"), loss, samples)?;
+        metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
         let step = self.progress.step + 1;
         let picture = |(name, pixels)| Picture { step, split: Split::Train, name, pixels };
         pictures.into_iter().map(picture).try_for_each(|picture| self.trainer.show(&picture))
@@ -347,7 +444,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             let lr = self.turns[0].lr;
             self.lr_scale = plateau.next(&mut self.plateau, *loss, lr * self.lr_scale) / lr;
         }
-        let flow = self.ask(|callback| callback.on_validation_end(&mut record))?;
+        let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
         let metric = |name: &str| record.metrics.get(name).copied();
         if self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))? {
             self.save()?;
@@ -365,19 +462,19 @@ impl<'a, B: Batch> Fit<'a, B> {
             (&mut *self.trainer, self.model, self.progress, self.workers);
         let pass = Pass { split: *split, epoch: 0, seed: trainer.seed };
         let evaluate = || evaluate(trainer, model, source, pass, limit, workers, &progress, images_due);
-        Average::in_place(self.average.as_ref(), evaluate).map(Some)
+        Average::in_place(self.average.as_ref(), || model.params().publish(), evaluate).map(Some)
     }
 
     /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
     fn save(&mut self) -> Result<()> {
         let Some(saver) = &self.saver else { return Ok(()) };
-        let _phase = phase!("checkpoint");
         let snapshot = if saver.has(self.progress.step) { None } else { Some(self.snapshot(saver)?) };
         let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
         self.tell_saved(before)
     }
 
     fn snapshot(&self, saver: &Saver) -> Result<Snapshot> {
+        let _phase = phase!("checkpoint");
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
         let state = State {
@@ -387,6 +484,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
             lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
             plateau: self.plateau,
+            loss_scale: self.loss_scale,
             average_updates: average.map_or(0, |average| average.updates),
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             callbacks: trainer.callback_states(),
@@ -412,15 +510,15 @@ impl<'a, B: Batch> Fit<'a, B> {
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
+}
 
-    /// Asks every callback; one that wants to stop is enough.
-    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
-        let mut flow = Flow::Continue;
-        for callback in &mut self.trainer.callbacks {
-            flow = flow.or(question(&mut **callback)?);
-        }
-        Ok(flow)
-    }
+/// What to say of fp16 that no loss scale helps.
+fn hopeless(step: u64) -> String {
+    format!(
+        "{} tries in a row of step {step} overflowed in fp16, however small the loss scale; look at that step's data and at \
+         the weights, lower `optimizer.lr`, or use `trainer.precision = \"bf16-mixed\"`, whose range is that of 32 bits",
+        LossScale::HOPELESS
+    )
 }
 
 /// The order in which training takes its samples.

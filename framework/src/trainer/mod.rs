@@ -7,21 +7,23 @@ mod limits;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use indexmap::IndexMap;
+use tracing::{Dispatch, dispatcher};
 
-pub use config::{Kernels, Precision, TrainerConfig};
+pub use config::{Kernels, TrainerConfig};
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
 
 use crate::batch::Batch;
-use crate::callback::{Callback, Picture, Progress, Record, StopReason};
+use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
 use crate::data::{Data, Pass, Split};
 use crate::error::Result;
 use crate::module::{Model, Step};
 use crate::nn;
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
+pub use crate::precision::Precision;
 use crate::schedule::{Plateau, Schedule};
 
 /// A part of the loop as a span of `tracing`, for the profiler. Without a subscriber it costs a few nanoseconds.
@@ -226,13 +228,24 @@ impl Trainer {
     /// What a model predicts from one batch.
     pub fn predict<B: Batch>(&mut self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         self.in_pool(|trainer| {
-            let batch = batch.to_device(model.params().device())?;
-            model.evaluation().predict_step(&batch, &mut Step::evaluation(0, 0, trainer.seed, false))
+            let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+            let prediction =
+                model.evaluation().predict_step(&batch, &mut Step::evaluation(0, 0, trainer.seed, false))?;
+            Ok(prediction.to_dtype(DType::F32)?)
         })
     }
 
     fn show(&mut self, picture: &Picture) -> Result<()> {
         self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
+    }
+
+    /// Asks every callback; one that wants to stop is enough.
+    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
+        let mut flow = Flow::Continue;
+        for callback in &mut self.callbacks {
+            flow = flow.or(question(&mut **callback)?);
+        }
+        Ok(flow)
     }
 
     /// What each callback remembers, by its name; of several with one name, the second has `.2` behind it.
@@ -274,6 +287,8 @@ impl Trainer {
         let pool = pool.thread_name(|i| format!("compute-{i}")).build();
         let pool =
             pool.map_err(|error| crate::Error::msg(format!("cannot start the compute threads: {error}")))?;
-        pool.install(|| nn::with_kernels(kernels, || work(self)))
+        // Who listens to this thread's spans and messages listens to the pool's thread that takes its place.
+        let listener = dispatcher::get_default(Dispatch::clone);
+        pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
     }
 }

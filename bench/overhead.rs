@@ -1,0 +1,226 @@
+//! What the framework costs: its training loop beside a hand-written candle loop, at steps of about a millisecond.
+//!
+//!     RAYON_NUM_THREADS=1 cargo run --release -p candlepower-tests --example overhead [BLOCKS]
+//!
+//! Both train the same network on the same batches, made ahead, with the same Adam; both look at the loss every 10
+//! steps. The framework's side is all that `candlepower train` does to a step: two data workers, the check that every
+//! parameter gets a gradient, means of what is logged, and metrics written to a folder (jsonl, csv, TensorBoard); no
+//! progress bar. The two take turns every 50 steps, in one thread, so that whatever else the machine does hits both.
+//! Printed are medians over the blocks (40) of a block's mean step, and the median of neighbouring blocks' quotients
+//! with its quartiles: of the time that passes, and of the processor time of the whole process, data workers included,
+//! which other programs disturb less. The same hand-written loop against itself measures the measurement: its own
+//! "overhead" is noise.
+
+use std::sync::mpsc::{Sender, channel};
+use std::time::{Duration, Instant};
+
+use candlepower::candle_core::Var;
+use candlepower::candle_nn::{Linear, VarMap, linear, loss::cross_entropy};
+use candlepower::logger::{Loggers, LoggingConfig};
+use candlepower::optim::{Adam, Optimizer};
+use candlepower::prelude::*;
+use candlepower::rand::{Rng, SeedableRng};
+use candlepower::schedule::Rates;
+use candlepower::seed::ChaCha8Rng;
+use cpu_time::ProcessTime;
+
+const BATCH: usize = 64;
+const BATCHES: usize = 32;
+const INPUTS: usize = 160;
+const HIDDEN: usize = 160;
+const CLASSES: usize = 10;
+/// Steps of one side before the other has its turn: a whole number of intervals of logging.
+const BLOCK: u64 = 50;
+const LOG_EVERY: u64 = 10;
+
+/// Three layers: about a millisecond a step on one core.
+struct Mlp([Linear; 3]);
+
+impl Mlp {
+    fn new(vb: VarBuilder) -> Result<Self> {
+        Ok(Self([
+            linear(INPUTS, HIDDEN, vb.pp("first"))?,
+            linear(HIDDEN, HIDDEN, vb.pp("second"))?,
+            linear(HIDDEN, CLASSES, vb.pp("class"))?,
+        ]))
+    }
+
+    fn loss(&self, batch: &Labelled) -> Result<Tensor> {
+        let [first, second, class] = &self.0;
+        let hidden = second.forward(&first.forward(&batch.input)?.relu()?)?.relu()?;
+        Ok(cross_entropy(&class.forward(&hidden)?, &batch.label)?)
+    }
+}
+
+impl Module for Mlp {
+    type Batch = Labelled;
+
+    fn training_step(&self, batch: &Labelled, _: &mut Step) -> Result<Tensor> {
+        self.loss(batch)
+    }
+}
+
+/// Batches of noise, made ahead: to ask for one costs nothing.
+#[derive(Clone)]
+struct Ready(Vec<Labelled>);
+
+impl Ready {
+    fn new() -> Result<Self> {
+        let mut rng = ChaCha8Rng::seed_from_u64(1);
+        let mut batch = || -> Result<Labelled> {
+            let pixels: Vec<f32> = (0..BATCH * INPUTS).map(|_| rng.random()).collect();
+            let labels: Vec<u32> = (0..BATCH).map(|_| rng.random_range(0..CLASSES as u32)).collect();
+            Ok(Labelled {
+                input: Tensor::from_vec(pixels, (BATCH, INPUTS), &Device::Cpu)?,
+                label: Tensor::from_vec(labels, BATCH, &Device::Cpu)?,
+            })
+        };
+        (0..BATCHES).map(|_| batch()).collect::<Result<_>>().map(Self)
+    }
+}
+
+impl Dataset for Ready {
+    type Batch = Labelled;
+
+    fn len(&self) -> usize {
+        BATCH * BATCHES
+    }
+
+    fn spec(&self) -> LabelledSpec {
+        LabelledSpec { shape: vec![INPUTS], classes: CLASSES }
+    }
+
+    fn batch(&self, samples: &[Sample]) -> Result<Labelled> {
+        Ok(self.0[samples[0].index / BATCH].clone())
+    }
+}
+
+/// What somebody would write who has candle alone (and our Adam, so that the arithmetic is the same).
+struct ByHand {
+    mlp: Mlp,
+    vars: Vec<Var>,
+    adam: Adam,
+    batches: Ready,
+    step: u64,
+    loss: f32,
+}
+
+impl ByHand {
+    fn new(batches: Ready) -> Result<Self> {
+        let map = VarMap::new();
+        let mlp = Mlp::new(VarBuilder::from_varmap(&map, DType::F32, &Device::Cpu))?;
+        let named: Vec<(String, Var)> = map
+            .data()
+            .lock()
+            .map_err(|_| Error::msg("the variables are poisoned"))?
+            .iter()
+            .map(|(name, var)| (name.clone(), var.clone()))
+            .collect();
+        let adam = Adam::new(&named, &AdamConfig::default())?;
+        let vars = named.into_iter().map(|(_, var)| var).collect();
+        Ok(Self { mlp, vars, adam, batches, step: 0, loss: f32::NAN })
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let batch = &self.batches.0[self.step as usize % BATCHES];
+        let loss = self.mlp.loss(batch)?;
+        let mut found = loss.backward()?;
+        let gradients: Vec<Tensor> = self.vars.iter().filter_map(|var| found.remove(var)).collect();
+        self.step += 1;
+        self.adam.step(&gradients, self.step, Rates { lr: 1e-3, momentum: None })?;
+        if self.step.is_multiple_of(LOG_EVERY) {
+            self.loss = loss.to_scalar()?;
+        }
+        Ok(())
+    }
+
+    /// The time of a block of steps.
+    fn block(&mut self) -> Result<Times> {
+        let start = Start::now();
+        (0..BLOCK).try_for_each(|_| self.step())?;
+        Ok(start.elapsed())
+    }
+}
+
+/// The beginning of a block.
+struct Start(Instant, ProcessTime);
+
+impl Start {
+    fn now() -> Self {
+        Self(Instant::now(), ProcessTime::now())
+    }
+
+    fn elapsed(&self) -> Times {
+        [self.0.elapsed(), self.1.elapsed()]
+    }
+}
+
+/// The time that passed, and the processor time that was used.
+type Times = [Duration; 2];
+
+/// The times of a turn: the framework's block, then two blocks by hand.
+type Turn = [Times; 3];
+
+/// Every 50 of the framework's steps, has the other loop do as many, in the same thread.
+struct TakeTurns {
+    by_hand: ByHand,
+    since: Option<Start>,
+    turns: Sender<Turn>,
+}
+
+impl Callback for TakeTurns {
+    fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+        if step.progress.step.is_multiple_of(BLOCK) {
+            let framework = self.since.as_ref().map(Start::elapsed);
+            let by_hand = [self.by_hand.block()?, self.by_hand.block()?];
+            if let Some(framework) = framework {
+                // The receiver lives as long as the training.
+                let _ = self.turns.send([framework, by_hand[0], by_hand[1]]);
+            }
+            self.since = Some(Start::now());
+        }
+        Ok(Flow::Continue)
+    }
+}
+
+fn main() -> Result<()> {
+    let blocks = std::env::args().nth(1).and_then(|blocks| blocks.parse().ok()).unwrap_or(40).max(1);
+    let data = Ready::new()?;
+    let folder = std::env::temp_dir().join(format!("candlepower-overhead-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).map_err(Error::file(&folder))?;
+    let (turns, receiver) = channel();
+    let config = TrainerConfig {
+        batch_size: BATCH,
+        // One block warms up.
+        max_steps: Some((blocks + 1) * BLOCK),
+        threads: std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok()),
+        log_every: LOG_EVERY,
+        ..Default::default()
+    };
+    let by_hand = ByHand::new(data.clone())?;
+    let mut trainer = Trainer::new(config)
+        .callback(Loggers::in_folder(&folder, &LoggingConfig::default(), 0)?)
+        .callback(TakeTurns { by_hand, since: None, turns });
+    let trained = trainer.fit(&Model::new(Mlp::new, 0, &Device::Cpu)?, &Data::new(data));
+    std::fs::remove_dir_all(&folder).map_err(Error::file(&folder))?;
+    trained?;
+
+    let turns: Vec<Turn> = receiver.try_iter().collect();
+    let of = |side: &dyn Fn(&Turn) -> f64| {
+        let mut values: Vec<f64> = turns.iter().map(side).collect();
+        values.sort_by(f64::total_cmp);
+        [1, 2, 3].map(|quarter| values[(values.len() - 1) * quarter / 4])
+    };
+    let ms = |block: Duration| 1e3 * block.as_secs_f64() / BLOCK as f64;
+    let percent = |a: Duration, b: Duration| 100. * (a.as_secs_f64() / b.as_secs_f64() - 1.);
+    println!("{} blocks of {BLOCK} steps", turns.len());
+    for (i, kind) in ["time", "processor time"].into_iter().enumerate() {
+        let [framework, by_hand] = [0, 2].map(|side| of(&|turn| ms(turn[side][i]))[1]);
+        println!("{kind}: framework {framework:.4} ms a step, by hand {by_hand:.4} ms a step");
+        for (name, side) in [("overhead", 0), ("noise", 1)] {
+            let [low, middle, high] = of(&|turn| percent(turn[side][i], turn[2][i]));
+            println!("  {name:8} {middle:+.2} %  (quartiles {low:+.2} to {high:+.2})");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,271 @@
+//! A run that was interrupted anywhere ends with the bits of one that was not: weights, optimizer, averages, callbacks'
+//! memory, metrics and the order of samples.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Duration;
+
+use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
+use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, SwaConfig, TurnConfig};
+use candlepower::precision::Precision;
+use candlepower::prelude::*;
+use candlepower::schedule::{OneCycle, Plateau, Schedule};
+use candlepower::trainer::{Every, Limit};
+use candlepower_tests::points::{Dropped, PointStream, Points};
+use candlepower_tests::recorder::Recorder;
+
+/// 10 samples in batches of 4: steps of 4, 4 and 2 an epoch, 8 steps in all, so that a run ends in mid-epoch.
+const STEPS: u64 = 8;
+
+fn config() -> TrainerConfig {
+    TrainerConfig { batch_size: 4, max_steps: Some(STEPS), log_every: 1, ..Default::default() }
+}
+
+fn data(workers: usize) -> Data<Tensors> {
+    Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(workers)
+}
+
+fn stream(workers: usize) -> Data<Tensors> {
+    Data { val: data(0).val, ..Data::stream(PointStream { samples: 10 }) }.workers(workers)
+}
+
+/// What is trained, and on what, for as many steps as are asked for.
+struct Case {
+    name: &'static str,
+    precision: Precision,
+    data: fn(usize) -> Data<Tensors>,
+    trainer: fn(TrainerConfig) -> Trainer,
+}
+
+fn early_stopping() -> EarlyStopping {
+    // It never stops these runs, but what it remembers changes with every validation.
+    let config = EarlyStoppingConfig { patience: 100, min_delta: 1e-3, ..Default::default() };
+    EarlyStopping::watch(&config).unwrap()
+}
+
+fn cases() -> Vec<Case> {
+    fn case(name: &'static str, trainer: fn(TrainerConfig) -> Trainer) -> Case {
+        Case { name, precision: Precision::Full, data, trainer }
+    }
+    vec![
+        case("adam and dropout", Trainer::new),
+        case("accumulation, with validation by the clock inside the window", |config| {
+            let clock = Some(Every::Time(Duration::ZERO));
+            Trainer::new(TrainerConfig { micro_batch_size: Some(1), val_every: clock, ..config })
+        }),
+        case("one cycle", |config| {
+            Trainer::new(config).schedule(Schedule::OneCycle(OneCycle {
+                max_lr: 0.1,
+                steps: STEPS,
+                rising: 0.3,
+                start_divisor: 25.,
+                end_divisor: 1e4,
+                linear: false,
+                three_phases: false,
+                momentum: Some([0.85, 0.95]),
+            }))
+        }),
+        case("plateau", |config| {
+            let config = TrainerConfig { val_every: Some(Every::Steps(1)), ..config };
+            let plateau = Plateau { factor: 0.5, patience: 0, threshold: 0.5, ..Default::default() };
+            Trainer::new(config).plateau(Some(plateau))
+        }),
+        case("moving average, early stopping, clipping", |config| {
+            let config = TrainerConfig { val_every: Some(Every::Steps(1)), clip_norm: Some(0.1), ..config };
+            let ema = EmaConfig { decay: 0.7, every_steps: 2, start_step: 1 };
+            Trainer::new(config).average(Some(AverageConfig::Ema(ema))).callback(early_stopping())
+        }),
+        case("stochastic weight averaging", |config| {
+            let swa = SwaConfig { start_step: 2, every_steps: 2 };
+            Trainer::new(config).average(Some(AverageConfig::Swa(swa)))
+        }),
+        case("groups and two optimizers", |config| {
+            let turn = |name: &str, optimizer: OptimizerConfig, groups| TurnConfig {
+                name: name.into(),
+                params: format!("{name}.*"),
+                ..TurnConfig::only(optimizer, groups)
+            };
+            let bias =
+                GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay: None, frozen: false };
+            let sgd = SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() };
+            let turns = vec![
+                turn("first", sgd.into(), vec![bias]),
+                turn("second", AdamWConfig { lr: 0.01, ..Default::default() }.into(), Vec::new()),
+            ];
+            Trainer::new(TrainerConfig { micro_batch_size: Some(3), ..config }).optimizers(turns)
+        }),
+        case("limited epochs", |config| {
+            Trainer::new(TrainerConfig { limit_train_batches: Some(Limit::Batches(2)), ..config })
+        }),
+        case("the same few batches", |config| {
+            Trainer::new(TrainerConfig { overfit_batches: Some(Limit::Batches(2)), ..config })
+        }),
+        Case { data: stream, ..case("a stream", Trainer::new) },
+        Case { precision: Precision::Bf16Mixed, ..case("bf16", Trainer::new) },
+        Case {
+            precision: Precision::Fp16Mixed,
+            ..case("fp16, micro-batches, an average", |config| {
+                let ema = EmaConfig { decay: 0.7, every_steps: 2, start_step: 1 };
+                Trainer::new(TrainerConfig { micro_batch_size: Some(3), ..config })
+                    .optimizer(SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() })
+                    .average(Some(AverageConfig::Ema(ema)))
+            })
+        },
+    ]
+}
+
+/// Every file of a checkpoint, byte for byte.
+fn files(checkpoint: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(checkpoint).unwrap().map(Result::unwrap);
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+fn checkpoints() -> CheckpointConfig {
+    CheckpointConfig { every_steps: Some(1), keep_last: 99, ..Default::default() }
+}
+
+/// The training metrics of steps after `step`, in order, by their bits. `mean_index` shows the order of samples.
+fn metrics(recorder: &Recorder, step: u64) -> Vec<(u64, String, u64)> {
+    let records = recorder.records().into_iter();
+    let later = records.filter(|record| record.split == Split::Train && record.step > step);
+    later.flat_map(|r| r.metrics.into_iter().map(move |(name, x)| (r.step, name, x.to_bits()))).collect()
+}
+
+#[test]
+fn a_run_goes_on_from_any_step_to_the_same_bits() {
+    for Case { name, precision, data, trainer } in cases() {
+        let config = || TrainerConfig { precision, ..config() };
+        let (dir, whole) = (tempfile::tempdir().unwrap(), Recorder::default());
+        trainer(config())
+            .seed(5)
+            .callback(whole.clone())
+            .checkpoints(dir.path(), checkpoints())
+            .fit(&Dropped::in_precision(1, precision), &data(2))
+            .unwrap();
+        let expected = files(&dir.path().join(STEPS.to_string()));
+        for step in 1..STEPS {
+            let checkpoint = Checkpoint::load(&dir.path().join(step.to_string())).unwrap();
+            let (again, resumed) = (tempfile::tempdir().unwrap(), Recorder::default());
+            // Another process starts from other initial values and may have other workers.
+            let outcome = trainer(config())
+                .seed(5)
+                .callback(resumed.clone())
+                .checkpoints(again.path(), CheckpointConfig { every_steps: Some(STEPS), ..checkpoints() })
+                .resume(checkpoint)
+                .fit(&Dropped::in_precision(77, precision), &data((step % 3) as usize));
+            assert_eq!(outcome.unwrap().progress.step, STEPS, "{name}");
+            assert_eq!(
+                metrics(&resumed, 0),
+                metrics(&whole, step),
+                "{name}, resumed at {step}: metrics differ"
+            );
+            let actual = files(&again.path().join(STEPS.to_string()));
+            assert!(actual.keys().eq(expected.keys()), "{name}");
+            for (file, bytes) in &expected {
+                assert!(*bytes == actual[file], "{name}, resumed at step {step}: {file} differs");
+            }
+        }
+    }
+}
+
+/// Fails in the middle of a step's micro-batches, as a process that is killed there.
+struct Broken(Points);
+
+impl Dataset for Broken {
+    type Batch = Tensors;
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn spec(&self) {}
+
+    fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+        // The second epoch's sample 3 is somewhere inside an accumulation window or another.
+        if samples.iter().any(|sample| sample.epoch == 1 && sample.index == 3) {
+            return Err(Error::msg("the disk is gone"));
+        }
+        self.0.batch(samples)
+    }
+}
+
+#[test]
+fn a_run_that_died_in_mid_accumulation_goes_on_to_the_same_bits() {
+    let micro = TrainerConfig { micro_batch_size: Some(1), ..config() };
+    let run = |dir: &Path, data: Data<Tensors>, resume: Option<Checkpoint>| {
+        let trainer = Trainer::new(micro.clone()).seed(5).checkpoints(dir, checkpoints());
+        let mut trainer = resume.into_iter().fold(trainer, Trainer::resume);
+        trainer.fit(&Dropped::model(1), &data).map(drop)
+    };
+    let (whole, died) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    run(whole.path(), data(1), None).unwrap();
+    let broken = Data { val: data(0).val, ..Data::new(Broken(Points { samples: 10 })) };
+    let error = run(died.path(), broken, None).unwrap_err().to_string();
+    assert_eq!(error, "cannot read sample(s) 3: the disk is gone");
+    let last = candlepower::checkpoint::latest(died.path()).unwrap();
+    run(died.path(), data(1), Some(Checkpoint::load(&last).unwrap())).unwrap();
+    let step = STEPS.to_string();
+    let (whole, died) = (files(&whole.path().join(&step)), files(&died.path().join(&step)));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        assert!(whole[file] == died[file], "{file} differs");
+    }
+}
+
+/// Remembers how many steps it has seen.
+struct Counter(u64);
+
+impl Callback for Counter {
+    fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
+        self.0 += 1;
+        Ok(Flow::Continue)
+    }
+
+    fn name(&self) -> &'static str {
+        "counter"
+    }
+
+    fn state(&self) -> Option<serde_json::Value> {
+        Some(self.0.into())
+    }
+
+    fn restore(&mut self, state: serde_json::Value) -> Result<()> {
+        self.0 = state.as_u64().unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn callbacks_of_one_name_remember_each_their_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |max_steps, counters: [u64; 2], resume: Option<Checkpoint>| {
+        let trainer = Trainer::new(TrainerConfig { max_steps: Some(max_steps), ..config() })
+            .callback(Counter(counters[0]))
+            .callback(Counter(counters[1]))
+            .checkpoints(dir.path(), checkpoints());
+        resume.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data(1)).unwrap();
+        let checkpoint = Checkpoint::load(&dir.path().join(max_steps.to_string())).unwrap();
+        serde_json::to_string(&checkpoint.state().callbacks).unwrap()
+    };
+    assert_eq!(run(2, [0, 100], None), r#"{"counter":2,"counter.2":102}"#);
+    let two = Checkpoint::load(&dir.path().join("2")).unwrap();
+    assert_eq!(run(5, [7, 7], Some(two)), r#"{"counter":5,"counter.2":105}"#);
+}
+
+#[test]
+fn a_worse_validation_after_resuming_is_not_the_best() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |max_steps, resume: Option<Checkpoint>| {
+        // Training diverges: the first validation stays the best.
+        let config =
+            TrainerConfig { max_steps: Some(max_steps), val_every: Some(Every::Steps(1)), ..config() };
+        let sgd = SgdConfig { lr: 3., ..Default::default() };
+        let trainer =
+            Trainer::new(config).optimizer(sgd).checkpoints(dir.path(), CheckpointConfig::default());
+        resume.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data(1)).unwrap();
+        std::fs::read_link(dir.path().join("best")).unwrap()
+    };
+    assert_eq!(run(3, None), Path::new("1"));
+    assert_eq!(run(6, Some(Checkpoint::load(&dir.path().join("3")).unwrap())), Path::new("1"));
+}

@@ -1,0 +1,145 @@
+//! Several optimizers that take turns, groups, averages and plateaus inside a real training.
+#![allow(clippy::unwrap_used)]
+
+use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, TurnConfig};
+use candlepower::prelude::*;
+use candlepower::schedule::Plateau;
+use candlepower::trainer::Every;
+use candlepower_tests::points::{Dropped, Points, weights};
+use candlepower_tests::recorder::Recorder;
+
+fn config(max_steps: u64) -> TrainerConfig {
+    TrainerConfig {
+        batch_size: 2,
+        max_steps: Some(max_steps),
+        log_every: 1,
+        sanity_val_batches: 0,
+        ..Default::default()
+    }
+}
+
+fn data() -> Data<Tensors> {
+    Data::new(Points { samples: 6 }).val(Points { samples: 5 })
+}
+
+fn sgd(lr: f64) -> OptimizerConfig {
+    SgdConfig { lr, ..Default::default() }.into()
+}
+
+/// Two numbers that play against each other: `a` wants to be twice `b`, `b` wants to be `a` plus one.
+struct Duel {
+    a: Tensor,
+    b: Tensor,
+}
+
+impl Module for Duel {
+    type Batch = Tensors;
+
+    fn training_step(&self, _: &Tensors, step: &mut Step) -> Result<Tensor> {
+        let goal = match step.optimizer() {
+            "a" => (&self.a - (&self.b * 2.)?)?,
+            _ => ((&self.b - &self.a)? - 1.)?,
+        };
+        Ok((goal.sqr()? * 0.5)?.sum_all()?)
+    }
+}
+
+#[test]
+fn optimizers_take_turns_and_move_their_own_parameters_alone() {
+    for micro_batch_size in [None, Some(1)] {
+        let build = |vb: VarBuilder| {
+            let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
+            Ok(Duel { a: start("a", 0.)?, b: start("b", 1.)? })
+        };
+        let model = Model::new(build, 0, &Device::Cpu).unwrap();
+        let turn = |name: &str, lr| TurnConfig {
+            name: name.into(),
+            params: name.into(),
+            ..TurnConfig::only(sgd(lr), Vec::new())
+        };
+        let recorder = Recorder::default();
+        Trainer::new(TrainerConfig { micro_batch_size, ..config(2) })
+            .optimizers(vec![turn("a", 0.5), turn("b", 0.25)])
+            .callback(recorder.clone())
+            .fit(&model, &Data::new(Points { samples: 6 }))
+            .unwrap();
+        // a: 0 -> 0 - 0.5 (0 - 2) = 1; b sees it: 1 -> 1 - 0.25 (1 - 1 - 1) = 1.25;
+        // a: 1 -> 1 - 0.5 (1 - 2.5) = 1.75; b: 1.25 -> 1.25 - 0.25 (1.25 - 1.75 - 1) = 1.625.
+        let values: Vec<f32> = weights(&model).into_iter().flat_map(|(_, values)| values).collect();
+        assert_eq!(values, [1.75, 1.625]);
+        assert_eq!(recorder.train("loss/a"), [2., 1.125]);
+        assert_eq!(recorder.train("loss/b"), [0.5, 1.125]);
+        assert_eq!((recorder.train("lr/a"), recorder.train("lr/b")), (vec![0.5, 0.5], vec![0.25, 0.25]));
+    }
+}
+
+#[test]
+fn frozen_parameters_stay_and_the_others_learn() {
+    let model = Dropped::model(1);
+    let before = weights(&model);
+    let frozen = GroupConfig { params: "first.*".into(), lr: None, weight_decay: None, frozen: true };
+    Trainer::new(config(4)).optimizer_with_groups(sgd(0.1), vec![frozen]).fit(&model, &data()).unwrap();
+    for ((name, before), (_, after)) in before.iter().zip(weights(&model)) {
+        assert_eq!(*before == after, name.starts_with("first."), "{name}");
+    }
+}
+
+#[test]
+fn what_is_validated_and_predicted_with_is_the_average() {
+    let dir = tempfile::tempdir().unwrap();
+    let average = AverageConfig::Ema(EmaConfig { decay: 0.9, ..Default::default() });
+    let (model, data) = (Dropped::model(1), data());
+    let outcome = Trainer::new(config(6))
+        .optimizer(sgd(0.2))
+        .average(Some(average))
+        .checkpoints(dir.path(), CheckpointConfig::default())
+        .fit(&model, &data)
+        .unwrap();
+    let told = outcome.validation.unwrap()["loss"];
+    let validate =
+        |model: &Model<Tensors>| Trainer::new(config(1)).validate(model, &data, Split::Val).unwrap()["loss"];
+    let fresh = Dropped::model(2);
+    let checkpoint = Checkpoint::load(&dir.path().join("last")).unwrap();
+    checkpoint.restore_for_evaluation(&fresh.params().vars()).unwrap();
+    assert_eq!(validate(&fresh), told);
+    // Training goes on with the weights themselves.
+    assert_ne!(validate(&model), told);
+    checkpoint.restore_params(&fresh.params().vars()).unwrap();
+    assert_eq!(weights(&fresh), weights(&model));
+}
+
+#[test]
+fn an_average_that_forgets_everything_is_the_weights_of_its_last_update() {
+    let dir = tempfile::tempdir().unwrap();
+    let average = AverageConfig::Ema(EmaConfig { decay: 0., every_steps: 3, start_step: 0 });
+    let model = Dropped::model(1);
+    let mut trainer =
+        Trainer::new(config(6)).average(Some(average)).checkpoints(dir.path(), CheckpointConfig::default());
+    trainer.fit(&model, &data()).unwrap();
+    let averaged = Dropped::model(2);
+    let checkpoint = Checkpoint::load(&dir.path().join("6")).unwrap();
+    checkpoint.restore_for_evaluation(&averaged.params().vars()).unwrap();
+    assert_eq!(weights(&averaged), weights(&model));
+}
+
+#[test]
+fn a_plateau_lowers_the_learning_rate_of_every_optimizer_by_hand() {
+    let turn = |name: &str, lr| TurnConfig {
+        name: name.into(),
+        params: format!("{name}.*"),
+        ..TurnConfig::only(sgd(lr), Vec::new())
+    };
+    // No loss is ever this much better: every validation after the first counts as no progress.
+    let plateau = Plateau { factor: 0.5, patience: 1, threshold: 1e9, absolute: true, ..Default::default() };
+    let recorder = Recorder::default();
+    Trainer::new(TrainerConfig { val_every: Some(Every::Steps(1)), ..config(6) })
+        .optimizers(vec![turn("first", 0.5), turn("second", 0.25)])
+        .plateau(Some(plateau))
+        .callback(recorder.clone())
+        .fit(&Dropped::model(1), &data())
+        .unwrap();
+    // Validation 1 is the best; 2 is borne; 3 halves; 4 is borne; 5 halves again. Each acts on the step after it.
+    assert_eq!(recorder.train("lr/first"), [0.5, 0.5, 0.5, 0.25, 0.25, 0.125]);
+    assert_eq!(recorder.train("lr/second"), [0.25, 0.25, 0.25, 0.125, 0.125, 0.0625]);
+}
