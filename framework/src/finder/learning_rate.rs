@@ -234,7 +234,7 @@ impl LrFinding {
             y = y.range(low - room..high + 3. * room);
         }
         let plot = Plot::new("Learning-rate test", Axis::log("learning rate"), y)
-            .faint_line("of a step", self.points.iter().map(|point| (point.lr, point.loss)))
+            .faint_line("each step", self.points.iter().map(|point| (point.lr, point.loss)))
             .line("smoothed", self.points.iter().map(|point| (point.lr, point.smoothed)));
         match self.steepest() {
             Ok(point) => plot.mark((point.lr, point.smoothed), format!("falls fastest at {:.1e}", point.lr)),
