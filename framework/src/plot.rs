@@ -13,6 +13,8 @@ use crate::picture::write_whole;
 /// Pixels; SVG scales.
 const SIZE: (u32, u32) = (900, 520);
 const FONT: &str = "sans-serif";
+/// About how wide a letter of a mark's text is, in pixels: the viewer's font decides.
+const LETTER: i32 = 9;
 const TEXT: RGBColor = RGBColor(60, 60, 60);
 const GRID: RGBColor = RGBColor(225, 225, 225);
 /// Of the lines, in turn; parted well also by eyes that see no red or green (Okabe and Ito 2008).
@@ -196,10 +198,16 @@ impl Plot {
                 drawn.map_err(failed)?.label(&line.name).legend(sample);
             }
             for (point, label) in &self.marks {
-                let below = chart.draw_series([EmptyElement::at(*point)
+                // Beside the point, where there is room, on a ground that the lines shine through.
+                let width = LETTER * label.chars().count() as i32;
+                let right = chart.backend_coord(point).0 + 16 + width < SIZE.0 as i32;
+                let left = if right { 12 } else { -12 - width };
+                let ground = WHITE.mix(0.8).filled();
+                let drawn = chart.draw_series([EmptyElement::at(*point)
+                    + Rectangle::new([(left - 3, -25), (left + width, -3)], ground)
                     + Circle::new((0, 0), 7, MARK.filled())
-                    + Text::new(label.clone(), (12, -22), (FONT, 17).into_font().color(&MARK))]);
-                below.map_err(failed)?;
+                    + Text::new(label.clone(), (left, -22), (FONT, 17).into_font().color(&MARK))]);
+                drawn.map_err(failed)?;
             }
             if self.lines.len() > 1 {
                 chart
@@ -226,4 +234,43 @@ fn tick(value: f64) -> String {
     // Axes add up steps: without rounding, 0.3 would be 0.30000000000000004.
     let value: f64 = format!("{value:.6e}").parse().unwrap_or(value);
     if value == 0. || (1e-3..1e5).contains(&value.abs()) { format!("{value}") } else { format!("{value:e}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_an_axis_are_short() {
+        let ticks = [0.25, 1e-8, 0.1 + 0.2, 0., 250_000., -3.].map(tick);
+        assert_eq!(ticks, ["0.25", "1e-8", "0.3", "0", "2.5e5", "-3"]);
+    }
+
+    #[test]
+    fn one_point_is_a_plot_and_none_is_not() {
+        let axes = [Axis::linear as fn(&'static str) -> Axis, Axis::log];
+        for (x, y) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+            let plot = Plot::new("a < b", axes[x]("x"), axes[y]("y"));
+            let message = plot.svg().unwrap_err().to_string();
+            assert_eq!(message, "there is nothing to plot in \"a < b\"");
+            assert!(plot.line("one", [(2., 3.)]).svg().unwrap().contains("a &lt; b"));
+        }
+        // What an axis cannot show is left out.
+        let log = || Plot::new("", Axis::log("x"), Axis::linear("y").range(0.0..1.));
+        assert!(log().line("", [(0., 0.5), (-1., 0.5), (1., 2.), (1., f64::NAN)]).svg().is_err());
+    }
+
+    #[test]
+    fn a_text_at_the_edge_stays_inside() {
+        let text = "some words about the last point";
+        let plot = Plot::new("", Axis::linear("x"), Axis::linear("y")).line("", [(0., 0.), (1., 1.)]);
+        let x = |point: Point| -> i32 {
+            let svg = plot.clone().mark(point, text).svg().unwrap();
+            let element = &svg[svg[..svg.find(text).unwrap()].rfind("<text").unwrap()..];
+            let number = element.split("x=\"").nth(1).unwrap();
+            number.split('"').next().unwrap().parse().unwrap()
+        };
+        let width = LETTER * text.len() as i32;
+        assert!(x((1., 1.)) + width < SIZE.0 as i32 && x((0., 0.)) > 0);
+    }
 }
