@@ -14,7 +14,7 @@ use crate::picture::write_whole;
 const SIZE: (u32, u32) = (900, 520);
 const FONT: &str = "sans-serif";
 /// About how wide a letter of a mark's text is, in pixels: the viewer's font decides.
-const LETTER: i32 = 9;
+const LETTER: i32 = 7;
 const TEXT: RGBColor = RGBColor(60, 60, 60);
 const GRID: RGBColor = RGBColor(225, 225, 225);
 /// Of the lines, in turn; parted well also by eyes that see no red or green (Okabe and Ito 2008).
