@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Candlepower beside PyTorch on this machine's CPU: the step of the tutorial's model, as a Markdown table.
 #
-#   bench/cpu.sh                    all sizes, forward only, threads, plain candle (about half an hour on two cores)
+#   bench/cpu.sh                    all sizes, forward only, threads, plain candle, burn (about half an hour on two cores)
 #   bench/cpu.sh --quick            2x64 alone (about two minutes)
 #   bench/cpu.sh 4x64 1x32          training steps of these sizes alone: BATCHxHIDDEN
 #
@@ -38,6 +38,9 @@ done
 target=${CARGO_TARGET_DIR:-target}
 cargo build --release --quiet -p candlepower-launcher
 candlepower=$target/release/candlepower
+
+burn=$target/bench-burn/release/burn-conv-lstm
+((!extras)) || cargo build --release --quiet --manifest-path bench/burn/Cargo.toml --target-dir "$target/bench-burn"
 
 python=${CANDLEPOWER_BENCH_PYTHON:-}
 if [[ -z $python ]]; then
@@ -100,5 +103,6 @@ for ((round = 1; round <= rounds; round++)); do
         done
         # It takes many times as long as all others, and no round more makes that clearer.
         ((round > 1)) || steps=3 ours "candle 2x64" 2x64 --set trainer.kernels=reference
+        ((round > 1)) || RAYON_NUM_THREADS=$threads measure "burn 2x64" "$burn" 2 64 3
     fi
 done

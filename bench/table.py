@@ -84,6 +84,10 @@ def main():
     if candle:
         print(f"- Plain candle (`trainer.kernels = \"reference\"`), 2 x 64: {number(candle)} ms, "
               f"{ratio(ours, candle)}; peak {number(get('candle 2x64', 'peak_rss_mb'))} MB.")
+    burn = get("burn 2x64")
+    if burn:
+        print(f"- burn (its `ndarray` backend), 2 x 64: {number(burn)} ms, {ratio(ours, burn)}; "
+              f"peak {number(get('burn 2x64', 'peak_rss_mb'))} MB.")
     one, two = get("threads 1"), get("threads 2")
     if one and two:
         print(f"- One thread to two, 2 x 64: {number(one)} ms to {number(two)} ms, {ratio(two, one)}.")

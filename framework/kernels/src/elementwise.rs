@@ -82,20 +82,12 @@ pub fn zip3<T: Element>(dst: &Tensor, a: &Tensor, b: &Tensor, f: impl Fn(&mut T,
 /// # Errors
 /// Where the tensor is of another type, not on the CPU, or not contiguous.
 pub fn sum_squares(x: &Tensor) -> Result<f64> {
-    fn sum<T: Copy + Sync>(values: &[T], to_f64: impl Fn(T) -> f64 + Sync) -> f64 {
+    fn sum<T: Copy + Sync>(values: &[T], to_f64: impl Fn(T) -> f64 + Copy + Sync) -> f64 {
+        let level = Level::current();
         let part = |values: &[T]| {
-            // Independent sums, for vectors.
-            let mut sums = [0f64; 16];
-            let chunks = values.chunks_exact(16);
-            for (sum, &x) in sums.iter_mut().zip(chunks.remainder()) {
-                *sum += to_f64(x) * to_f64(x);
-            }
-            for chunk in chunks {
-                for (sum, &x) in sums.iter_mut().zip(chunk) {
-                    *sum += to_f64(x) * to_f64(x);
-                }
-            }
-            sums.iter().sum::<f64>()
+            let mut sum = 0.;
+            level.run(SumSquares { values, to_f64, sum: &mut sum });
+            sum
         };
         if values.len() <= GRAIN {
             return part(values);
@@ -112,6 +104,31 @@ pub fn sum_squares(x: &Tensor) -> Result<f64> {
             x.dtype(),
             x.device().location()
         ),
+    }
+}
+
+/// The sum of the squares of a slice, with the instructions of a level.
+struct SumSquares<'a, T, F> {
+    values: &'a [T],
+    to_f64: F,
+    sum: &'a mut f64,
+}
+
+impl<T: Copy, F: Fn(T) -> f64> Kernel for SumSquares<'_, T, F> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // Independent sums, for vectors; the same ones at every level.
+        let mut sums = [0f64; 16];
+        let chunks = self.values.chunks_exact(16);
+        for (sum, &x) in sums.iter_mut().zip(chunks.remainder()) {
+            *sum += (self.to_f64)(x) * (self.to_f64)(x);
+        }
+        for chunk in chunks {
+            for (sum, &x) in sums.iter_mut().zip(chunk) {
+                *sum += (self.to_f64)(x) * (self.to_f64)(x);
+            }
+        }
+        *self.sum = sums.iter().sum();
     }
 }
 

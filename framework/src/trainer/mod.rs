@@ -282,6 +282,7 @@ impl Trainer {
         work: impl FnOnce(&mut Trainer) -> Result<T> + Send,
     ) -> Result<T> {
         const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
+        candlepower_kernels::keep_freed_memory();
         let (threads, kernels) = (self.config.threads.unwrap_or(0), self.config.kernels);
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
         let pool = pool.thread_name(|i| format!("compute-{i}")).build();

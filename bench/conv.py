@@ -1,0 +1,89 @@
+"""Our convolutions beside PyTorch's on this machine's CPU, shape by shape in turns, as a Markdown table.
+
+    cargo build --release -p candlepower-kernels --example conv
+    target/bench-venv/bin/python bench/conv.py [target/release/examples/conv]      (bench/cpu.sh makes the venv)
+
+Milliseconds of a forward pass, and of a forward pass with all three gradients; the fastest of many, float32, all
+cores. PyTorch gets the faster of its two memory formats.
+"""
+
+import datetime
+import os
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+# Batch, height and width, inputs, outputs, kernel, stride, groups.
+SHAPES = [
+    (8, 64, 64, 64, 1, 1, 1),
+    (8, 32, 256, 256, 1, 1, 1),
+    (16, 16, 128, 128, 1, 1, 1),
+    (2, 64, 64, 64, 5, 1, 1),
+    (8, 64, 64, 64, 5, 1, 1),
+    (16, 16, 128, 512, 5, 1, 1),
+    (2, 64, 128, 256, 3, 1, 1),
+    (8, 32, 64, 64, 3, 1, 1),
+    (8, 64, 32, 64, 3, 2, 1),
+    (8, 64, 64, 64, 3, 1, 64),
+]
+SECONDS = 1.0
+
+
+def fastest(step):
+    """The fastest of at least five runs that fill a second, after two more, in milliseconds."""
+    times, begin = [], time.perf_counter()
+    while len(times) < 7 or time.perf_counter() - begin < SECONDS:
+        start = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times[2:])
+
+
+def pytorch(batch, size, inputs, outputs, kernel, stride, groups):
+    """(forward, forward and backward), each the faster of contiguous and channels-last."""
+    found = []
+    for memory_format in torch.contiguous_format, torch.channels_last:
+        x = torch.rand(batch, inputs, size, size).to(memory_format=memory_format).requires_grad_()
+        w = torch.rand(outputs, inputs // groups, kernel, kernel).to(memory_format=memory_format).requires_grad_()
+        b = torch.rand(outputs).requires_grad_()
+
+        def forward():
+            return F.conv2d(x, w, b, stride=stride, padding=kernel // 2, groups=groups)
+
+        def both():
+            x.grad = w.grad = b.grad = None
+            forward().sum().backward()
+
+        with torch.no_grad():
+            alone = fastest(forward)
+        found.append((alone, fastest(both)))
+    return min(f[0] for f in found), min(f[1] for f in found)
+
+
+def ours(program, shape):
+    command = [program, *map(str, shape)]
+    last = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    return tuple(map(float, last.split(":")[1].split()))
+
+
+def main():
+    program = sys.argv[1] if len(sys.argv) > 1 else "target/release/examples/conv"
+    torch.set_num_threads(os.cpu_count())
+    print("| batch, size, channels, kernel | forward: ours / PyTorch, ms | ratio | with gradients: ours / PyTorch, ms "
+          "| ratio |")
+    print("|---|---|---|---|---|")
+    for shape in SHAPES:
+        batch, size, inputs, outputs, kernel, stride, groups = shape
+        (forward, both), (forward_torch, both_torch) = ours(program, shape), pytorch(*shape)
+        extra = (f", stride {stride}" if stride > 1 else "") + (f", {groups} groups" if groups > 1 else "")
+        print(f"| {batch} x {size}x{size}, {inputs} to {outputs}, {kernel}x{kernel}{extra} "
+              f"| {forward:.2f} / {forward_torch:.2f} | {forward_torch / forward:.2f}x "
+              f"| {both:.2f} / {both_torch:.2f} | {both_torch / both:.2f}x |", flush=True)
+    print(f"\nA ratio above 1: ours needs less. {os.cpu_count()} cores, torch {torch.__version__}, {datetime.date.today()}")
+
+
+if __name__ == "__main__":
+    main()
