@@ -17,8 +17,8 @@ use crate::trainer::Trainer;
 
 /// Fewer steps say nothing.
 const FEWEST: usize = 16;
-/// A fall is clear of noise when it is this many times its standard error: a few hundred windows that hold nothing but
-/// noise show such a one in about one test of a hundred.
+/// A fall is clear of noise when it is this many times its standard error. Of simulated tests that are nothing but noise,
+/// 2 % of those with 100 steps and 1 % of those with 400 show such a fall somewhere; with 30 steps it is 9 %.
 const CLEAR: f64 = 4.;
 /// The test ends when the smoothed loss is this many times its lowest.
 const EXPLODED: f64 = 4.;
