@@ -259,28 +259,34 @@ fn winograd_backward(
     let order = order(g.outputs);
     let filters = Filters { data: weight, inputs: g.inputs };
     let transposed = dx.as_ref().map(|_| filters.transform_transposed(level, &order, 0, g.inputs));
-    let mut filter_sums = dw.as_ref().map(|_| Panels::zeroed(g.inputs, order.len()));
-    let mut bias_sums = db.as_ref().map(|_| vec![0f32; order.len()]);
+    let parts = winograd::parts(&tiling(g), g.inputs, g.outputs);
+    let mut filter_sums = dw.as_ref().map(|_| Panels::zeroed_parts(parts, g.inputs, order.len()));
+    let mut bias_sums = db.as_ref().map(|_| vec![0f32; parts * order.len()]);
     let input = match (&transposed, dx) {
         (Some(filters), Some(dx)) => Some(InputGradient { filters, data: Shared::new(dx), image: x.image }),
         _ => None,
     };
     let gradient =
         winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
-    let mut sources = [Source { images: x, filters: filter_sums.as_mut(), input }];
+    let mut sources = [Source { images: x, filters: filter_sums.as_deref_mut(), input }];
     winograd::backward(
         level,
         &tiling(g),
         order.len() / LANES,
         gradient,
         &mut sources,
+        parts,
         bias_sums.as_deref_mut(),
     );
-    if let (Some(dw), Some(sums)) = (dw, &filter_sums) {
-        winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs);
+    if let Some(dw) = dw {
+        for sums in filter_sums.iter().flatten() {
+            winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs);
+        }
     }
     if let (Some(db), Some(sums)) = (db, bias_sums) {
-        db.copy_from_slice(&sums[..g.outputs]);
+        for part in sums.chunks_exact(order.len()) {
+            db.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+        }
     }
 }
 

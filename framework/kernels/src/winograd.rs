@@ -14,7 +14,7 @@ mod filters;
 mod forward;
 mod transform;
 
-pub(crate) use backward::{Gradient, InputGradient, Load, Source, backward};
+pub(crate) use backward::{Gradient, InputGradient, Load, Source, backward, parts};
 pub(crate) use filters::{ColumnOrder, Filters, Panels, add_filter_gradient};
 pub(crate) use forward::{Epilogue, Store, forward};
 pub(crate) use transform::{

@@ -32,6 +32,9 @@ impl Panels {
         let vectors = columns.div_ceil(LANES);
         Panels { data: Buffer::zeroed(POSITIONS * rows * vectors * LANES), rows, vectors }
     }
+    pub(crate) fn zeroed_parts(parts: usize, rows: usize, columns: usize) -> Vec<Panels> {
+        (0..parts).map(|_| Panels::zeroed(rows, columns)).collect()
+    }
     pub(crate) fn count(&self) -> usize {
         self.vectors.div_ceil(2)
     }
