@@ -196,7 +196,7 @@ impl RollOut {
         self.height * self.width
     }
     fn tiling(&self) -> Tiling {
-        Tiling { batch: self.batch, height: self.height, width: self.width, padding: 1 }
+        Tiling { batch: self.batch, height: self.height, width: self.width, padding: 1, kernel: 3 }
     }
     /// Floats of a step's states of a layer.
     fn state(&self, layer: usize) -> usize {
@@ -402,7 +402,7 @@ fn forward(
             let data = layer.weights(parameters);
             if layer.winograd() {
                 Weights::Winograd(
-                    Filters { data, inputs: layer.inputs + layer.hidden }.transform(level, order),
+                    Filters { data, inputs: layer.inputs + layer.hidden, kernel: 3 }.transform(level, order),
                 )
             } else {
                 let x = select(layer, data, 0, layer.inputs);
@@ -505,7 +505,7 @@ impl Side {
         wants_weights: bool,
     ) -> Side {
         let order = packed_order(layer.hidden);
-        let filters = Filters { data, inputs: layer.inputs + layer.hidden };
+        let filters = Filters { data, inputs: layer.inputs + layer.hidden, kernel: 3 };
         let winograd = layer.winograd();
         let taps = layer.kernel * layer.kernel;
         Side {
@@ -551,6 +551,7 @@ impl Side {
                 self.first,
                 gradient,
                 layer.inputs + layer.hidden,
+                3,
             );
         }
         if let Some(sums) = &self.weight_sums {

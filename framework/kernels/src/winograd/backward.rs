@@ -13,8 +13,8 @@
 use super::filters::Panels;
 use super::forward::transform_input;
 use super::transform::{
-    IN, OUT, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint,
-    prefetch_positions, store_positions,
+    IN, OUT, OUT_5, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint,
+    output_tile_adjoint_5, prefetch_positions, store_positions,
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
@@ -39,16 +39,17 @@ pub(crate) struct Load<'a> {
     pub(crate) height: usize,
     pub(crate) width: usize,
     pub(crate) channels: usize,
+    /// 3 or 5.
+    pub(crate) kernel: usize,
 }
 
-impl Gradient for Load<'_> {
-    const VECTORS: usize = 1;
-
+impl Load<'_> {
+    /// A vector of channels of a tile's pixels.
+    /// # Safety
+    /// The caller has vectors.
     #[inline(always)]
-    unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, _block: usize) {
-        let channel = group * LANES;
+    unsafe fn pixels<S: Simd, const OUT: usize>(&self, tile: &Tile, channel: usize) -> [[S; OUT]; OUT] {
         let lanes = LANES.min(self.channels - channel);
-        prefetch_positions::<S>(d, stride);
         // SAFETY: only pixels that exist are read.
         unsafe {
             let mut y = [[S::zero(); OUT]; OUT];
@@ -59,7 +60,25 @@ impl Gradient for Load<'_> {
                         S::load_lanes(self.gradient.as_ptr().add(pixel * self.channels + channel), lanes);
                 }
             }
-            store_positions(output_tile_adjoint(y), d, stride);
+            y
+        }
+    }
+}
+
+impl Gradient for Load<'_> {
+    const VECTORS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, _block: usize) {
+        prefetch_positions::<S>(d, stride);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let d_tile = if self.kernel == 5 {
+                output_tile_adjoint_5(self.pixels::<S, OUT_5>(tile, group * LANES))
+            } else {
+                output_tile_adjoint(self.pixels::<S, OUT>(tile, group * LANES))
+            };
+            store_positions(d_tile, d, stride);
         }
     }
 }

@@ -8,7 +8,10 @@
 //! V and M stay in the second-level cache.
 
 use super::filters::Panels;
-use super::transform::{IN, POSITIONS, input_tile, output_tile, prefetch_positions, store_positions};
+use super::transform::{
+    IN, POSITIONS, input_tile, load_positions, output_tile, output_tile_5, prefetch_positions,
+    store_positions,
+};
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
 use crate::gemm::{Product, Run, Start, product};
@@ -33,6 +36,28 @@ pub(crate) struct Store<'a> {
     pub(crate) height: usize,
     pub(crate) width: usize,
     pub(crate) channels: usize,
+    /// 3 or 5.
+    pub(crate) kernel: usize,
+}
+
+impl Store<'_> {
+    /// A vector of channels of a tile's pixels.
+    /// # Safety
+    /// The pixels exist, and belong to this task.
+    #[inline(always)]
+    unsafe fn pixels<S: Simd, const OUT: usize>(&self, tile: &Tile, channel: usize, y: [[S; OUT]; OUT]) {
+        let lanes = LANES.min(self.channels - channel);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let bias = S::load(self.bias.as_ptr().add(channel));
+            for r in 0..tile.rows {
+                for c in 0..tile.columns {
+                    let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
+                    y[r][c].add(bias).store_lanes(self.output.at(pixel * self.channels + channel), lanes);
+                }
+            }
+        }
+    }
 }
 
 impl Epilogue for Store<'_> {
@@ -42,17 +67,13 @@ impl Epilogue for Store<'_> {
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, width: usize, m: *const f32, stride: usize) {
         for vector in 0..width {
             let channel = (2 * group + vector) * LANES;
-            let lanes = LANES.min(self.channels - channel);
             // SAFETY: M is readable; the tile's pixels exist, and belong to this task.
             unsafe {
-                let bias = S::load(self.bias.as_ptr().add(channel));
-                let y = output_tile(super::transform::load_positions::<S>(m.add(vector * LANES), stride));
-                for r in 0..tile.rows {
-                    for c in 0..tile.columns {
-                        let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
-                        let to = self.output.at(pixel * self.channels + channel);
-                        y[r][c].add(bias).store_lanes(to, lanes);
-                    }
+                let m = load_positions::<S>(m.add(vector * LANES), stride);
+                if self.kernel == 5 {
+                    self.pixels(tile, channel, output_tile_5(m));
+                } else {
+                    self.pixels(tile, channel, output_tile(m));
                 }
             }
         }
