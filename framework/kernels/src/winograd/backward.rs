@@ -13,8 +13,8 @@
 use super::filters::Panels;
 use super::forward::transform_input;
 use super::transform::{
-    IN, OUT, OUT_5, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint,
-    output_tile_adjoint_5, prefetch_positions, store_positions,
+    IN, OUT, OUT_5, POSITIONS, SUM_POSITION, input_tile_adjoint, output_tile_adjoint, output_tile_adjoint_5,
+    prefetch_positions, store_positions,
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
@@ -413,26 +413,34 @@ impl Kernel for Scatter<'_> {
             // SAFETY: this task alone has these channels of this image, and touches only pixels inside it.
             unsafe {
                 let from = self.dv.data.at((index - self.first) * self.dv.row + self.channel);
-                let d = input_tile_adjoint(load_positions::<S>(from, self.dv.stride));
+                let position = |r: usize, c: usize| from.add((r * IN + c) * self.dv.stride).cast_const();
                 let pixel = |r: usize, c: usize| {
                     let (y, x) = (tile.y + r - self.tiling.padding, tile.x + c - self.tiling.padding);
                     let offset = (y * self.tiling.width + x) * self.channels + self.channel;
                     self.input.data.at(tile.image * self.input.image + offset)
                 };
                 if rows == [0, IN] && columns == [0, IN] && lanes == LANES {
-                    for r in 0..IN {
-                        for c in 0..IN {
+                    input_tile_adjoint(
+                        #[inline(always)]
+                        |r, c| S::load(position(r, c)),
+                        #[inline(always)]
+                        |r, c, d| {
                             let to = pixel(r, c);
-                            S::load(to).add(d[r][c]).store(to);
-                        }
-                    }
+                            S::load(to).add(d).store(to);
+                        },
+                    );
                 } else {
-                    for r in rows[0]..rows[1] {
-                        for c in columns[0]..columns[1] {
-                            let to = pixel(r, c);
-                            S::load_lanes(to, lanes).add(d[r][c]).store_lanes(to, lanes);
-                        }
-                    }
+                    input_tile_adjoint(
+                        #[inline(always)]
+                        |r, c| S::load(position(r, c)),
+                        #[inline(always)]
+                        |r, c, d| {
+                            if (rows[0]..rows[1]).contains(&r) && (columns[0]..columns[1]).contains(&c) {
+                                let to = pixel(r, c);
+                                S::load_lanes(to, lanes).add(d).store_lanes(to, lanes);
+                            }
+                        },
+                    );
                 }
             }
         }

@@ -10,7 +10,6 @@
 use super::filters::Panels;
 use super::transform::{
     IN, POSITIONS, input_tile, load_positions, output_tile, output_tile_5, prefetch_positions,
-    store_positions,
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
@@ -205,29 +204,35 @@ pub(super) unsafe fn transform_input<S: Simd>(
     stride: usize,
 ) {
     let lanes = LANES.min(images.channels - channel);
-    let (rows, columns) = tiling.inside(tile);
+    let all_inside = tiling.inside(tile) == ([0, IN], [0, IN]);
     prefetch_positions::<S>(to, stride);
     // SAFETY: only pixels inside the image are read.
     unsafe {
-        let mut d = [[S::zero(); IN]; IN];
         let image = images.data.add(tile.image * images.image + channel);
+        // Outside, a coordinate wraps round to beyond the image's size.
         let pixel = |r: usize, c: usize| {
-            let (y, x) = (tile.y + r - tiling.padding, tile.x + c - tiling.padding);
-            image.add((y * tiling.width + x) * images.channels)
+            let y = (tile.y + r).wrapping_sub(tiling.padding);
+            let x = (tile.x + c).wrapping_sub(tiling.padding);
+            let inside = all_inside || (y < tiling.height && x < tiling.width);
+            if inside { image.add((y * tiling.width + x) * images.channels) } else { ZEROS.as_ptr() }
         };
-        if rows == [0, IN] && columns == [0, IN] && lanes == LANES {
-            for r in 0..IN {
-                for c in 0..IN {
-                    d[r][c] = S::load(pixel(r, c));
-                }
-            }
+        if lanes == LANES {
+            input_tile(
+                #[inline(always)]
+                |r, c| S::load(pixel(r, c)),
+                #[inline(always)]
+                |r, c, x| x.store(to.add((r * IN + c) * stride)),
+            );
         } else {
-            for r in rows[0]..rows[1] {
-                for c in columns[0]..columns[1] {
-                    d[r][c] = S::load_lanes(pixel(r, c), lanes);
-                }
-            }
+            input_tile(
+                #[inline(always)]
+                |r, c| S::load_first(pixel(r, c), lanes),
+                #[inline(always)]
+                |r, c, x| x.store(to.add((r * IN + c) * stride)),
+            );
         }
-        store_positions(input_tile(d), to, stride);
     }
 }
+
+/// What lies outside an image.
+static ZEROS: [f32; LANES] = [0.; LANES];

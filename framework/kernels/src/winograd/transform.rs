@@ -5,6 +5,7 @@
 //! sizes have the same six points, and so the same B.
 
 use crate::simd::Simd;
+use std::mem::MaybeUninit;
 
 /// Positions in the transformed domain: p = 6 row + column.
 pub(crate) const POSITIONS: usize = 36;
@@ -200,14 +201,69 @@ macro_rules! both_directions {
     };
 }
 
-both_directions!(
-    /// V = B' d B
-    input_tile, input, 6, 6
-);
-both_directions!(
-    /// dd = B dV B'
-    input_tile_adjoint, input_adjoint, 6, 6
-);
+/// The same for the two transforms of 36 values to 36, too many for the registers: from where `load` finds them to where
+/// `store` puts them, each by row and column, with the rows between in memory that nobody clears first.
+/// # Safety
+/// As for `load` and `store`.
+#[inline(always)]
+unsafe fn both_directions<S: Simd>(
+    one: impl Fn([S; 6]) -> [S; 6],
+    load: impl Fn(usize, usize) -> S,
+    store: impl Fn(usize, usize, S),
+) {
+    let mut rows = MaybeUninit::<[[S; 6]; 6]>::uninit();
+    let row_at = rows.as_mut_ptr().cast::<[S; 6]>();
+    // SAFETY: six rows, all written before they are read.
+    unsafe {
+        for r in 0..6 {
+            let x = [load(r, 0), load(r, 1), load(r, 2), load(r, 3), load(r, 4), load(r, 5)];
+            row_at.add(r).write(one(x));
+        }
+        for c in 0..6 {
+            let at = |r: usize| row_at.add(r).cast::<S>().add(c).read();
+            let y = one([at(0), at(1), at(2), at(3), at(4), at(5)]);
+            for r in 0..6 {
+                store(r, c, y[r]);
+            }
+        }
+    }
+}
+
+/// V = B' d B
+/// # Safety
+/// The caller has vectors.
+#[inline(always)]
+pub(crate) unsafe fn input_tile<S: Simd>(load: impl Fn(usize, usize) -> S, store: impl Fn(usize, usize, S)) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        both_directions(
+            #[inline(always)]
+            |x| input(x),
+            load,
+            store,
+        );
+    }
+}
+
+/// dd = B dV B'
+/// # Safety
+/// The caller has vectors.
+#[inline(always)]
+pub(crate) unsafe fn input_tile_adjoint<S: Simd>(
+    load: impl Fn(usize, usize) -> S,
+    store: impl Fn(usize, usize, S),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        both_directions(
+            #[inline(always)]
+            |x| input_adjoint(x),
+            load,
+            store,
+        );
+    }
+}
+
 both_directions!(
     /// y = A' m A
     output_tile, output, 6, 4
