@@ -1,6 +1,6 @@
 //! Times convolutions, forwards and forwards with all gradients.
 //!
-//!     cargo run --release -p candlepower-kernels --example conv
+//!     cargo run --release -p candlepower-kernels --example conv [-- batch size inputs outputs kernel stride groups]
 #![allow(clippy::print_stdout)]
 
 use candle_core::{Device, Result, Tensor, Var};
@@ -8,7 +8,7 @@ use candlepower_kernels::{Conv2dOptions, conv2d};
 use std::time::Instant;
 
 /// Batch, height and width, inputs, outputs, kernel, stride, groups.
-const SHAPES: [(usize, usize, usize, usize, usize, usize, usize); 14] = [
+const SHAPES: [(usize, usize, usize, usize, usize, usize, usize); 17] = [
     (2, 64, 128, 256, 3, 1, 1),
     (2, 64, 32, 64, 3, 1, 1),
     (8, 32, 64, 64, 3, 1, 1),
@@ -19,6 +19,9 @@ const SHAPES: [(usize, usize, usize, usize, usize, usize, usize); 14] = [
     (8, 64, 64, 64, 1, 1, 1),
     (8, 32, 256, 256, 1, 1, 1),
     (2, 64, 64, 64, 5, 1, 1),
+    (8, 64, 64, 64, 5, 1, 1),
+    (16, 16, 128, 512, 5, 1, 1),
+    (16, 16, 128, 128, 1, 1, 1),
     (8, 32, 16, 32, 5, 1, 1),
     (8, 64, 32, 64, 3, 2, 1),
     (8, 64, 64, 64, 3, 1, 64),
@@ -43,8 +46,13 @@ fn fastest(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
 
 fn main() -> Result<()> {
     candlepower_kernels::keep_freed_memory();
+    let args: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
+    let mut shapes = SHAPES.to_vec();
+    if let &[batch, size, inputs, outputs, kernel, stride, groups] = &*args {
+        shapes = vec![(batch, size, inputs, outputs, kernel, stride, groups)];
+    }
     println!("batch size inputs outputs kernel stride groups: forward ms, forward and backward ms");
-    for (batch, size, inputs, outputs, kernel, stride, groups) in SHAPES {
+    for (batch, size, inputs, outputs, kernel, stride, groups) in shapes {
         let random = |shape: &[usize]| -> Result<Var> {
             Var::from_tensor(&Tensor::rand(-1f32, 1., shape, &Device::Cpu)?)
         };

@@ -232,6 +232,21 @@ impl Backward {
     }
 }
 
+impl Backward {
+    /// Asks for the values of the tile or group that comes next: it begins on another page, where the processor does not
+    /// look by itself.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(&self, at: Place) {
+        const UNITS: usize = OUT * OUT;
+        for gate in 0..GATES {
+            self.kept.prefetch::<S>(at.gates + UNITS * GROUP + gate * LANES);
+        }
+        for c in [Some(self.c), self.c_before].into_iter().flatten() {
+            c.prefetch::<S>(at.c + UNITS * LANES);
+        }
+    }
+}
+
 impl Gradient for Backward {
     const VECTORS: usize = GATES;
 
@@ -246,6 +261,7 @@ impl Gradient for Backward {
             for r in 0..tile.rows {
                 for c in 0..tile.columns {
                     let at = Place::tiled(tile, group, self.hidden, r, c);
+                    self.prefetch_next::<S>(at);
                     let x = self.pixel::<S>(tile.image, (tile.y + r) * self.width + tile.x + c, group, at);
                     for gate in 0..GATES {
                         gates[gate][r][c] = x[gate];

@@ -32,8 +32,8 @@ impl Default for Conv2dOptions {
 /// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All f32 on the
 /// CPU, of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
 ///
-/// 3x3 kernels of stride 1 run as Winograd F(4x4, 3x3) (Lavin and Gray, "Fast algorithms for convolutional neural networks",
-/// 2015) where there are enough channels, everything else by definition.
+/// 3x3 and 5x5 kernels of stride 1 run as Winograd F(4x4, 3x3) and F(2x2, 5x5) (Lavin and Gray, "Fast algorithms for
+/// convolutional neural networks", 2015) where there are enough channels, everything else by definition.
 ///
 /// # Errors
 /// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
@@ -108,14 +108,15 @@ pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize) -> Res
 
 /// Whether Winograd pays: the transforms of both sides must be repaid by the products between them.
 fn winograd_pays(g: &Geometry) -> bool {
-    (g.kernel_height, g.kernel_width, g.stride, g.dilation, g.groups) == (3, 3, 1, 1, 1)
-        && g.padding <= 2
+    matches!((g.kernel_height, g.kernel_width), (3, 3) | (5, 5))
+        && (g.stride, g.dilation, g.groups) == (1, 1, 1)
+        && g.padding < g.kernel_height
         && g.inputs >= 16
         && g.outputs >= 16
 }
 
 fn tiling(g: &Geometry) -> Tiling {
-    Tiling { batch: g.batch, height: g.height, width: g.width, padding: g.padding }
+    Tiling { batch: g.batch, height: g.height, width: g.width, padding: g.padding, kernel: g.kernel_height }
 }
 
 fn images(data: &[f32], pixels: usize, channels: usize) -> Images {
@@ -138,7 +139,8 @@ pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f3
         let x = images(x, g.height * g.width, g.inputs);
         if winograd_pays(g) {
             let order = order(g.outputs);
-            let filters = Filters { data: weight, inputs: g.inputs }.transform(level, &order);
+            let filters =
+                Filters { data: weight, inputs: g.inputs, kernel: g.kernel_height }.transform(level, &order);
             let mut row = vec![0f32; order.len()];
             if let Some(bias) = bias {
                 row[..g.outputs].copy_from_slice(bias);
@@ -149,6 +151,7 @@ pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f3
                 height: g.out_height,
                 width: g.out_width,
                 channels: g.outputs,
+                kernel: g.kernel_height,
             };
             winograd::forward(level, &tiling(g), &[x], &filters, epilogue);
         } else {
@@ -257,30 +260,41 @@ fn winograd_backward(
     db: &mut Option<&mut [f32]>,
 ) {
     let order = order(g.outputs);
-    let filters = Filters { data: weight, inputs: g.inputs };
+    let filters = Filters { data: weight, inputs: g.inputs, kernel: g.kernel_height };
     let transposed = dx.as_ref().map(|_| filters.transform_transposed(level, &order, 0, g.inputs));
-    let mut filter_sums = dw.as_ref().map(|_| Panels::zeroed(g.inputs, order.len()));
-    let mut bias_sums = db.as_ref().map(|_| vec![0f32; order.len()]);
+    let parts = winograd::parts(&tiling(g), g.inputs, g.outputs);
+    let mut filter_sums = dw.as_ref().map(|_| Panels::zeroed_parts(parts, g.inputs, order.len()));
+    let mut bias_sums = db.as_ref().map(|_| vec![0f32; parts * order.len()]);
     let input = match (&transposed, dx) {
         (Some(filters), Some(dx)) => Some(InputGradient { filters, data: Shared::new(dx), image: x.image }),
         _ => None,
     };
-    let gradient =
-        winograd::Load { gradient: dy, height: g.out_height, width: g.out_width, channels: g.outputs };
-    let mut sources = [Source { images: x, filters: filter_sums.as_mut(), input }];
+    let gradient = winograd::Load {
+        gradient: dy,
+        height: g.out_height,
+        width: g.out_width,
+        channels: g.outputs,
+        kernel: g.kernel_height,
+    };
+    let mut sources = [Source { images: x, filters: filter_sums.as_deref_mut(), input }];
     winograd::backward(
         level,
         &tiling(g),
         order.len() / LANES,
         gradient,
         &mut sources,
+        parts,
         bias_sums.as_deref_mut(),
     );
-    if let (Some(dw), Some(sums)) = (dw, &filter_sums) {
-        winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs);
+    if let Some(dw) = dw {
+        for sums in filter_sums.iter().flatten() {
+            winograd::add_filter_gradient(level, sums, &order, 0, dw, g.inputs, g.kernel_height);
+        }
     }
     if let (Some(db), Some(sums)) = (db, bias_sums) {
-        db.copy_from_slice(&sums[..g.outputs]);
+        for part in sums.chunks_exact(order.len()) {
+            db.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+        }
     }
 }
 

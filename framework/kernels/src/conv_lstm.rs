@@ -196,7 +196,7 @@ impl RollOut {
         self.height * self.width
     }
     fn tiling(&self) -> Tiling {
-        Tiling { batch: self.batch, height: self.height, width: self.width, padding: 1 }
+        Tiling { batch: self.batch, height: self.height, width: self.width, padding: 1, kernel: 3 }
     }
     /// Floats of a step's states of a layer.
     fn state(&self, layer: usize) -> usize {
@@ -402,7 +402,7 @@ fn forward(
             let data = layer.weights(parameters);
             if layer.winograd() {
                 Weights::Winograd(
-                    Filters { data, inputs: layer.inputs + layer.hidden }.transform(level, order),
+                    Filters { data, inputs: layer.inputs + layer.hidden, kernel: 3 }.transform(level, order),
                 )
             } else {
                 let x = select(layer, data, 0, layer.inputs);
@@ -490,7 +490,7 @@ struct Side {
     panels: Option<Panels>,
     weights: Option<Vec<f32>>,
     /// The gradient of the weights, where it is wanted, in the same two forms.
-    panel_sums: Option<Panels>,
+    panel_sums: Option<Vec<Panels>>,
     weight_sums: Option<Vec<f32>>,
 }
 
@@ -498,13 +498,14 @@ impl Side {
     fn new(
         level: Level,
         layer: &Layer,
+        parts: usize,
         data: &[f32],
         [first, channels]: [usize; 2],
         wants_input: bool,
         wants_weights: bool,
     ) -> Side {
         let order = packed_order(layer.hidden);
-        let filters = Filters { data, inputs: layer.inputs + layer.hidden };
+        let filters = Filters { data, inputs: layer.inputs + layer.hidden, kernel: 3 };
         let winograd = layer.winograd();
         let taps = layer.kernel * layer.kernel;
         Side {
@@ -513,7 +514,8 @@ impl Side {
             panels: (winograd && wants_input)
                 .then(|| filters.transform_transposed(level, &order, first, channels)),
             weights: (!winograd && wants_input).then(|| select(layer, data, first, channels)),
-            panel_sums: (winograd && wants_weights).then(|| Panels::zeroed(channels, order.len())),
+            panel_sums: (winograd && wants_weights)
+                .then(|| Panels::zeroed_parts(parts, channels, order.len())),
             weight_sums: (!winograd && wants_weights).then(|| vec![0f32; order.len() * channels * taps]),
         }
     }
@@ -524,7 +526,7 @@ impl Side {
             (Some(filters), Some(to)) => Some(InputGradient { filters, data: to.data, image: to.image }),
             _ => None,
         };
-        Source { images, filters: self.panel_sums.as_mut(), input }
+        Source { images, filters: self.panel_sums.as_deref_mut(), input }
     }
 
     /// The same by definition, from the gradient of the gates.
@@ -540,7 +542,7 @@ impl Side {
 
     /// Adds the sums to the gradient of the layer's weights.
     fn finish(self, level: Level, layer: &Layer, gradient: &mut [f32]) {
-        if let Some(sums) = &self.panel_sums {
+        for sums in self.panel_sums.iter().flatten() {
             let order = packed_order(layer.hidden);
             winograd::add_filter_gradient(
                 level,
@@ -549,6 +551,7 @@ impl Side {
                 self.first,
                 gradient,
                 layer.inputs + layer.hidden,
+                3,
             );
         }
         if let Some(sums) = &self.weight_sums {
@@ -578,6 +581,8 @@ fn backward(
     let mut d_parameters = wants_parameters.then(|| vec![0f32; parameters.len()]);
     let d_input_shared = d_input.as_mut().map(|d| Shared::new(d));
 
+    let parts: Vec<usize> =
+        r.layers.iter().map(|l| winograd::parts(&r.tiling(), l.inputs + l.hidden, l.gates())).collect();
     let mut sides: Vec<[Side; 2]> = r
         .layers
         .iter()
@@ -586,13 +591,25 @@ fn backward(
             let data = layer.weights(parameters);
             let wants_x = index > 0 || r.feedback || wants_input;
             [
-                Side::new(level, layer, data, [0, layer.inputs], wants_x, wants_parameters),
-                Side::new(level, layer, data, [layer.inputs, layer.hidden], true, wants_parameters),
+                Side::new(level, layer, parts[index], data, [0, layer.inputs], wants_x, wants_parameters),
+                Side::new(
+                    level,
+                    layer,
+                    parts[index],
+                    data,
+                    [layer.inputs, layer.hidden],
+                    true,
+                    wants_parameters,
+                ),
             ]
         })
         .collect();
-    let mut biases: Vec<Option<Vec<f32>>> =
-        r.layers.iter().map(|l| wants_parameters.then(|| vec![0f32; l.gates()])).collect();
+    let mut biases: Vec<Option<Vec<f32>>> = r
+        .layers
+        .iter()
+        .zip(&parts)
+        .map(|(l, p)| wants_parameters.then(|| vec![0f32; p * l.gates()]))
+        .collect();
 
     // The gradients of the hidden states of this step and of the one before (cell::Backward leaves zeros behind, so the two
     // buffers change places), and of the cell states.
@@ -662,6 +679,7 @@ fn backward(
                     vectors,
                     cell,
                     &mut sources,
+                    parts[index],
                     biases[index].as_deref_mut(),
                 );
             } else {
@@ -690,9 +708,11 @@ fn backward(
             let weights = &mut gradient[layer.weight..layer.weight + layer.weight_len()];
             side_x.finish(level, layer, weights);
             side_h.finish(level, layer, weights);
-            for (sum, o) in bias.into_iter().flatten().zip(packed_order(layer.hidden)) {
-                if let Some(o) = o {
-                    gradient[layer.bias_at() + o] = sum;
+            for part in bias.iter().flat_map(|bias| bias.chunks_exact(layer.gates())) {
+                for (sum, o) in part.iter().zip(packed_order(layer.hidden)) {
+                    if let Some(o) = o {
+                        gradient[layer.bias_at() + o] += sum;
+                    }
                 }
             }
         }

@@ -12,8 +12,11 @@ pub(crate) struct Run {
     pub(crate) len: usize,
 }
 
-/// How far ahead, in floats, the panel is asked for: it is read in order, from the third-level cache.
-const AHEAD: usize = 1 << 10;
+/// How far ahead, in floats, the panel is asked for: it is read in order, from the third-level cache. A step takes about as
+/// many cycles as the register block has rows, and the cache is equally far for all.
+const fn ahead<S: Simd>() -> usize {
+    (12 << 10) / S::ROWS
+}
 
 /// What a product starts from.
 #[derive(Clone, Copy)]
@@ -159,7 +162,7 @@ unsafe fn product_block<S: Simd, const R: usize, const C: usize>(
                 let mut bv = [S::zero(); C];
                 for j in 0..C {
                     bv[j] = S::load(b.add(j * LANES));
-                    S::prefetch(b.wrapping_add(AHEAD + j * LANES));
+                    S::prefetch(b.wrapping_add(const { ahead::<S>() } + j * LANES));
                 }
                 for r in 0..R {
                     let x = S::splat(*a.add(r * a_row));

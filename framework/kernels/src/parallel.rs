@@ -3,6 +3,7 @@
 //! Every result is a function of the inputs alone: work is cut by output, or into parts whose sums are added in a fixed
 //! order; never by thread.
 
+use crate::simd::Simd;
 use rayon::prelude::*;
 
 /// Floats that one task of a memory-bound pass handles; smaller arrays do not pay for a thread.
@@ -75,5 +76,10 @@ impl Shared {
     pub(crate) unsafe fn at(self, offset: usize) -> *mut f32 {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
+    }
+    /// Asks for the cache line `offset` floats further, which need not exist.
+    #[inline(always)]
+    pub(crate) fn prefetch<S: Simd>(self, offset: usize) {
+        S::prefetch(self.0.wrapping_add(offset));
     }
 }

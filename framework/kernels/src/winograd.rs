@@ -1,8 +1,9 @@
-//! 3x3 convolution of stride 1 by Winograd's F(4x4, 3x3), forwards and backwards, on channels-last images.
+//! 3x3 and 5x5 convolutions of stride 1 by Winograd's F(4x4, 3x3) and F(2x2, 5x5), forwards and backwards, on channels-last
+//! images.
 //!
-//! An image is cut into tiles of 4x4 outputs, which read 6x6 inputs. In the transformed domain a tile is 36 positions, and
+//! An image is cut into tiles of 4x4 (or 2x2) outputs, which read 6x6 inputs. In the transformed domain a tile is 36 positions, and
 //! the convolution is one matrix product a position: M\[p\] (tiles, outputs) = V\[p\] (tiles, inputs) U\[p\] (inputs, outputs),
-//! with 36 / 16 = 2.25 multiplications an output where the direct sum needs 9.
+//! with 36 / 16 = 2.25 multiplications an output where the direct sum needs 9 (or 36 / 4 = 9 instead of 25).
 //!
 //! - [`transform`]: the small matrices.
 //! - [`Filters`] to [`Panels`] and back: the weights, laid out for the products.
@@ -14,7 +15,7 @@ mod filters;
 mod forward;
 mod transform;
 
-pub(crate) use backward::{Gradient, InputGradient, Load, Source, backward};
+pub(crate) use backward::{Gradient, InputGradient, Load, Source, backward, parts};
 pub(crate) use filters::{ColumnOrder, Filters, Panels, add_filter_gradient};
 pub(crate) use forward::{Epilogue, Store, forward};
 pub(crate) use transform::{
@@ -47,9 +48,11 @@ pub(crate) struct Tiling {
     pub(crate) height: usize,
     pub(crate) width: usize,
     pub(crate) padding: usize,
+    /// 3 or 5.
+    pub(crate) kernel: usize,
 }
 
-/// A tile: its place in the count, its image, its first output pixel, and how many of its 4x4 outputs exist.
+/// A tile: its place in the count, its image, its first output pixel, and how many of its outputs exist.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
     pub(crate) index: usize,
@@ -62,27 +65,31 @@ pub(crate) struct Tile {
 
 impl Tiling {
     pub(crate) fn out_height(&self) -> usize {
-        self.height + 2 * self.padding - 2
+        self.height + 2 * self.padding + 1 - self.kernel
     }
     pub(crate) fn out_width(&self) -> usize {
-        self.width + 2 * self.padding - 2
+        self.width + 2 * self.padding + 1 - self.kernel
+    }
+    /// Outputs of a tile in each direction.
+    fn out(&self) -> usize {
+        IN + 1 - self.kernel
     }
     /// Tiles in a row.
     fn across(&self) -> usize {
-        self.out_width().div_ceil(OUT)
+        self.out_width().div_ceil(self.out())
     }
     /// Rows of tiles in an image.
     fn down(&self) -> usize {
-        self.out_height().div_ceil(OUT)
+        self.out_height().div_ceil(self.out())
     }
     pub(crate) fn tiles(&self) -> usize {
         self.batch * self.down() * self.across()
     }
     #[inline(always)]
     fn tile(&self, index: usize) -> Tile {
-        let (row, x) = (index / self.across(), index % self.across() * OUT);
-        let (image, y) = (row / self.down(), row % self.down() * OUT);
-        let (rows, columns) = (OUT.min(self.out_height() - y), OUT.min(self.out_width() - x));
+        let (row, x) = (index / self.across(), index % self.across() * self.out());
+        let (image, y) = (row / self.down(), row % self.down() * self.out());
+        let (rows, columns) = (self.out().min(self.out_height() - y), self.out().min(self.out_width() - x));
         Tile { index, image, y, x, rows, columns }
     }
     /// Which rows and columns of the tile's 6x6 inputs lie inside the image: (rows, columns), as ranges.

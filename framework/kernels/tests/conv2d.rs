@@ -35,6 +35,7 @@ fn all_sizes_at_each_level() {
         for (h, w) in [(1, 1), (4, 4), (5, 9), (13, 6)] {
             for (inputs, outputs) in [(16, 16), (17, 33), (48, 20), (1, 16), (64, 1), (3, 5)] {
                 check(&[2, h, w, inputs], outputs, (3, 3), SAME, true, 1);
+                check(&[2, h, w, inputs], outputs, (5, 5), Conv2dOptions { padding: 2, ..SAME }, true, 1);
             }
         }
         check(&[1, 5, 7, 40], 70, (1, 1), Conv2dOptions::default(), true, 2);
@@ -47,6 +48,7 @@ fn all_sizes_at_each_level() {
 #[test]
 fn larger_images_take_several_chunks() {
     check(&[3, 40, 36, 32], 48, (3, 3), SAME, true, 6);
+    check(&[3, 24, 20, 48], 40, (5, 5), Conv2dOptions { padding: 2, ..SAME }, true, 10);
     check(&[2, 30, 50, 130], 40, (3, 3), Conv2dOptions { padding: 0, ..SAME }, true, 7);
     check(&[2, 40, 300, 8], 12, (1, 1), Conv2dOptions::default(), true, 8);
     check(&[1, 20, 300, 4], 2, (3, 3), SAME, true, 9);
@@ -68,10 +70,11 @@ proptest! {
     #[test]
     fn winograd_shapes(
         batch in 1..4usize, h in 1..20usize, w in 1..20usize, inputs in 10..70usize, outputs in 10..70usize,
-        padding in 0..3usize, seed: u64,
+        kernel in prop_oneof![Just(3usize), Just(5usize)], padding in 0..5usize, seed: u64,
     ) {
-        prop_assume!(h + 2 * padding >= 3 && w + 2 * padding >= 3);
-        check(&[batch, h, w, inputs], outputs, (3, 3), Conv2dOptions { padding, ..SAME }, true, seed >> 8);
+        prop_assume!(h + 2 * padding >= kernel && w + 2 * padding >= kernel);
+        let o = Conv2dOptions { padding, ..SAME };
+        check(&[batch, h, w, inputs], outputs, (kernel, kernel), o, true, seed >> 8);
     }
 }
 
@@ -118,6 +121,7 @@ fn the_same_bits_on_any_threads() {
     for (channels, outputs, kernel, options) in [
         (33, 48, 3, SAME),
         (8, 12, 5, Conv2dOptions { padding: 2, ..SAME }),
+        (24, 40, 5, Conv2dOptions { padding: 2, ..SAME }),
         (32, 48, 1, Conv2dOptions::default()),
         (24, 24, 3, Conv2dOptions { groups: 24, ..SAME }),
         (64, 1, 3, SAME),

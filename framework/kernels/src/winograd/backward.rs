@@ -5,13 +5,15 @@
 //!    by-product: one position of D is the sum of the tile;
 //! 3. by images and channels: dx += B dV B', where neighbouring tiles overlap.
 //!
-//! This is the adjoint of the forward pass step by step. The chunk is a function of the sizes alone, so that sums are taken
-//! in the same order whatever the threads.
+//! This is the adjoint of the forward pass step by step. Where the gradient of the weights is small, the batch is also cut
+//! into parts of whole images, each with its own sums: a part is the work of one thread, whose data stay in its own cache
+//! and which waits for no other; threads without a part help inside the others'. Parts and chunks are functions of the
+//! sizes alone, so that sums are taken in the same order whatever the threads.
 
 use super::filters::Panels;
 use super::forward::transform_input;
 use super::transform::{
-    IN, OUT, POSITIONS, SUM_POSITION, input_tile_adjoint, load_positions, output_tile_adjoint,
+    IN, OUT, OUT_5, POSITIONS, SUM_POSITION, input_tile_adjoint, output_tile_adjoint, output_tile_adjoint_5,
     prefetch_positions, store_positions,
 };
 use super::{Images, SPREAD, Tile, Tiling};
@@ -37,16 +39,17 @@ pub(crate) struct Load<'a> {
     pub(crate) height: usize,
     pub(crate) width: usize,
     pub(crate) channels: usize,
+    /// 3 or 5.
+    pub(crate) kernel: usize,
 }
 
-impl Gradient for Load<'_> {
-    const VECTORS: usize = 1;
-
+impl Load<'_> {
+    /// A vector of channels of a tile's pixels.
+    /// # Safety
+    /// The caller has vectors.
     #[inline(always)]
-    unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, _block: usize) {
-        let channel = group * LANES;
+    unsafe fn pixels<S: Simd, const OUT: usize>(&self, tile: &Tile, channel: usize) -> [[S; OUT]; OUT] {
         let lanes = LANES.min(self.channels - channel);
-        prefetch_positions::<S>(d, stride);
         // SAFETY: only pixels that exist are read.
         unsafe {
             let mut y = [[S::zero(); OUT]; OUT];
@@ -57,7 +60,25 @@ impl Gradient for Load<'_> {
                         S::load_lanes(self.gradient.as_ptr().add(pixel * self.channels + channel), lanes);
                 }
             }
-            store_positions(output_tile_adjoint(y), d, stride);
+            y
+        }
+    }
+}
+
+impl Gradient for Load<'_> {
+    const VECTORS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, _block: usize) {
+        prefetch_positions::<S>(d, stride);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let d_tile = if self.kernel == 5 {
+                output_tile_adjoint_5(self.pixels::<S, OUT_5>(tile, group * LANES))
+            } else {
+                output_tile_adjoint(self.pixels::<S, OUT>(tile, group * LANES))
+            };
+            store_positions(d_tile, d, stride);
         }
     }
 }
@@ -65,8 +86,8 @@ impl Gradient for Load<'_> {
 /// An input of the convolution, and what is wanted for it.
 pub(crate) struct Source<'a> {
     pub(crate) images: Images,
-    /// The gradient of its rows of U, to add to.
-    pub(crate) filters: Option<&'a mut Panels>,
+    /// The gradient of its rows of U, to add to: one for each of the [`parts`].
+    pub(crate) filters: Option<&'a mut [Panels]>,
     pub(crate) input: Option<InputGradient<'a>>,
 }
 
@@ -79,100 +100,146 @@ pub(crate) struct InputGradient<'a> {
     pub(crate) image: usize,
 }
 
-/// Adds the gradients that `sources` ask for, and that of the bias, in the order of the panels' columns.
+/// Into how many parts the batch is cut, given the channels of the sources together and of the output.
+pub(crate) fn parts(tiling: &Tiling, inputs: usize, outputs: usize) -> usize {
+    /// What the sums of all parts together may take.
+    const FLOATS: usize = 2 << 20;
+    let sums = POSITIONS * inputs.next_multiple_of(LANES) * outputs.next_multiple_of(LANES);
+    let images = tiling.batch.div_ceil((FLOATS / sums).max(1));
+    tiling.batch.div_ceil(images)
+}
+
+/// Adds the gradients that `sources` ask for, and that of the bias, in the order of the panels' columns; for the latter,
+/// `bias` has a row of whole vectors for each of the `parts`.
 pub(crate) fn backward<G: Gradient>(
     level: Level,
     tiling: &Tiling,
     vectors: usize,
     gradient: G,
     sources: &mut [Source],
+    parts: usize,
     mut bias: Option<&mut [f32]>,
 ) {
-    let rows = tiling.batch * tiling.down();
-    let inputs: usize = sources.iter().map(|s| s.images.channels.next_multiple_of(LANES) + SPREAD).sum();
-    let chunk_rows = chunk_tiles(vectors * LANES, inputs).div_ceil(tiling.across()).min(rows).max(1);
-    let chunk_rows = rows.div_ceil(rows.div_ceil(chunk_rows));
-    let max_tiles = chunk_rows * tiling.across();
-    let d_block = max_tiles * LANES;
-    let d_stride = vectors * d_block + SPREAD;
-    let mut d = Buffer::new(POSITIONS * d_stride);
-    let runs: Vec<Run> = (0..vectors).map(|i| Run { offset: i * d_block, len: LANES }).collect();
-    let mut scratch: Vec<Transformed> =
-        sources.iter().map(|s| Transformed::new(s.images.channels, max_tiles)).collect();
-
-    for first_row in (0..rows).step_by(chunk_rows) {
-        let chunk_rows = chunk_rows.min(rows - first_row);
-        let first = first_row * tiling.across();
-        let tiles = chunk_rows * tiling.across();
-
-        // 1. Transforms, by tiles.
-        let d_shared = Shared::new(&mut d);
-        let v: Vec<(Images, Transposed)> = sources
-            .iter()
-            .zip(&mut scratch)
-            .filter(|(s, _)| s.filters.is_some())
-            .map(|(s, t)| (s.images, t.share()))
-            .collect();
-        parallel::for_each(tiles.div_ceil(TASK_TILES), |task| {
-            let from = task * TASK_TILES;
-            let tiles = from..tiles.min(from + TASK_TILES);
-            level.run(Transforms {
-                tiling,
-                gradient,
-                first,
-                tiles,
-                d: d_shared,
-                d_stride,
-                d_block,
-                vectors,
-                v: &v,
+    let mut work: Vec<Part> = (0..parts)
+        .map(|part| Part {
+            level,
+            tiling,
+            rows: part * tiling.batch / parts * tiling.down()
+                ..(part + 1) * tiling.batch / parts * tiling.down(),
+            vectors,
+            sources: Vec::with_capacity(sources.len()),
+            bias: bias.as_deref_mut().map(|bias| {
+                let row = vectors * LANES;
+                Shared::new(&mut bias[part * row..(part + 1) * row])
+            }),
+        })
+        .collect();
+    for source in sources {
+        let Source { images, filters, input } = source;
+        let mut filters = filters.as_deref_mut().into_iter().flatten();
+        for part in &mut work {
+            let sums = filters.next().map(|f| {
+                let data = Shared::new(&mut f.data);
+                (&*f, data)
             });
-        });
+            part.sources.push(PartSource { images: *images, filters: sums, input: input.as_ref() });
+        }
+    }
+    parallel::for_each(parts, |part| work[part].run(gradient));
+}
 
-        // 2. Products, by positions.
-        let products: Vec<SourceProducts> = sources
-            .iter_mut()
-            .zip(&mut scratch)
-            .map(|(s, t)| SourceProducts {
-                v: t.share(),
-                channels: s.images.channels,
-                filters: s.filters.as_mut().map(|f| {
-                    let data = Shared::new(&mut f.data);
-                    (&**f, data)
-                }),
-                transposed: s.input.as_ref().map(|i| i.filters),
-            })
-            .collect();
-        let bias = bias.as_deref_mut().map(Shared::new);
-        let (d_data, runs) = (&*d, &*runs);
-        parallel::for_each(POSITIONS, |position| {
-            let d = d_data[position * d_stride..].as_ptr();
-            level.run(Products { position, tiles, d, d_block, runs, sources: &products, bias });
-        });
+/// Some images of a batch.
+struct Part<'a> {
+    level: Level,
+    tiling: &'a Tiling,
+    /// Rows of tiles, counted over all images.
+    rows: std::ops::Range<usize>,
+    vectors: usize,
+    sources: Vec<PartSource<'a>>,
+    bias: Option<Shared>,
+}
 
-        // 3. Back to pixels, by images and channels.
-        for (source, t) in sources.iter().zip(&scratch) {
-            let Some(input) = &source.input else { continue };
-            let blocks = source.images.channels.div_ceil(LANES);
-            let (first_image, last_image) =
-                (first_row / tiling.down(), (first_row + chunk_rows - 1) / tiling.down());
-            parallel::for_each((last_image - first_image + 1) * blocks, |task| {
-                let image = first_image + task / blocks;
-                let rows = first_row.max(image * tiling.down())
-                    ..(first_row + chunk_rows).min((image + 1) * tiling.down());
-                let tiles = rows.start * tiling.across()..rows.end * tiling.across();
-                level.run(Scatter {
+struct PartSource<'a> {
+    images: Images,
+    /// The part's sums; their data are written through the pointer alone.
+    filters: Option<(&'a Panels, Shared)>,
+    input: Option<&'a InputGradient<'a>>,
+}
+
+impl Part<'_> {
+    fn run<G: Gradient>(&self, gradient: G) {
+        let Part { level, tiling, vectors, .. } = *self;
+        let across = tiling.across();
+        let inputs = self.sources.iter().map(|s| s.images.channels.next_multiple_of(LANES)).sum();
+        let most = chunk_tiles(level, vectors * LANES, inputs).div_ceil(across);
+        // Chunks of about the same size.
+        let chunk_rows = self.rows.len().div_ceil(self.rows.len().div_ceil(most));
+        let max_tiles = chunk_rows * across;
+        let d_block = max_tiles * LANES;
+        let d_stride = vectors * d_block + SPREAD;
+        let mut d = Buffer::new(POSITIONS * d_stride);
+        let d = Shared::new(&mut d);
+        let runs: Vec<Run> = (0..vectors).map(|i| Run { offset: i * d_block, len: LANES }).collect();
+        let mut scratch: Vec<Buffer> = Vec::with_capacity(self.sources.len());
+        let mut v: Vec<Transformed> = Vec::with_capacity(self.sources.len());
+        for source in &self.sources {
+            let row = transformed_row(source.images.channels);
+            let mut buffer = Buffer::new(POSITIONS * max_tiles * row);
+            v.push(Transformed { data: Shared::new(&mut buffer), row, stride: max_tiles * row });
+            scratch.push(buffer);
+        }
+
+        for first_row in self.rows.clone().step_by(chunk_rows) {
+            let rows = first_row..self.rows.end.min(first_row + chunk_rows);
+            let (first, tiles) = (first_row * across, rows.len() * across);
+
+            // 1. Transforms, by tiles.
+            parallel::for_each(tiles.div_ceil(TASK_TILES), |task| {
+                let from = task * TASK_TILES;
+                let tiles = from..tiles.min(from + TASK_TILES);
+                let (sources, v) = (&self.sources, &v);
+                level.run(Transforms {
                     tiling,
+                    gradient,
                     first,
                     tiles,
-                    dv: &t.data,
-                    stride: t.stride,
-                    row: t.row,
-                    input,
-                    channels: source.images.channels,
-                    channel: task % blocks * LANES,
+                    d,
+                    d_stride,
+                    d_block,
+                    vectors,
+                    sources,
+                    v,
                 });
             });
+
+            // 2. Products, by positions.
+            parallel::for_each(POSITIONS, |position| {
+                // SAFETY: the position exists.
+                let d = unsafe { d.at(position * d_stride) };
+                let (runs, sources, v, bias) = (&*runs, &self.sources, &v, self.bias);
+                level.run(Products { position, tiles, d, d_block, runs, sources, v, bias });
+            });
+
+            // 3. Back to pixels, by images and channels.
+            for (source, v) in self.sources.iter().zip(&v) {
+                let Some(input) = source.input else { continue };
+                let blocks = source.images.channels.div_ceil(LANES);
+                let (first_image, last_image) = (rows.start / tiling.down(), (rows.end - 1) / tiling.down());
+                parallel::for_each((last_image - first_image + 1) * blocks, |task| {
+                    let image = first_image + task / blocks;
+                    let rows =
+                        rows.start.max(image * tiling.down())..rows.end.min((image + 1) * tiling.down());
+                    level.run(Scatter {
+                        tiling,
+                        first,
+                        tiles: rows.start * across..rows.end * across,
+                        dv: *v,
+                        input,
+                        channels: source.images.channels,
+                        channel: task % blocks * LANES,
+                    });
+                });
+            }
         }
     }
 }
@@ -180,36 +247,31 @@ pub(crate) fn backward<G: Gradient>(
 /// Tiles of the transforms in one task.
 const TASK_TILES: usize = 8;
 
-/// About how many tiles a chunk has: for one position, D and V fill half of the second-level cache.
-fn chunk_tiles(outputs: usize, inputs: usize) -> usize {
-    const FLOATS: usize = 144 << 10;
-    (FLOATS / (outputs + inputs)).clamp(16, 1024)
+/// About how many tiles a chunk has. Large chunks read and write the weights' gradient less often, small ones leave D and V
+/// closer to the processor.
+fn chunk_tiles(level: Level, outputs: usize, inputs: usize) -> usize {
+    if level == Level::Avx512 {
+        // For one position, D and V fill half of a large second-level cache.
+        const FLOATS: usize = 144 << 10;
+        (FLOATS / (outputs + inputs)).clamp(16, 1024)
+    } else {
+        // D and V together are twice as large as the weights' gradient.
+        (2 * inputs * outputs / (inputs + outputs)).clamp(16, 1024)
+    }
+}
+
+/// Floats from a tile to the next in V: long rows are moved apart, so that they do not fall into the same sets of the cache.
+fn transformed_row(channels: usize) -> usize {
+    let row = channels.next_multiple_of(LANES);
+    if row >= 4 * LANES { row + SPREAD } else { row }
 }
 
 /// V of one source, or its gradient: `[position][tile][channel]`.
-struct Transformed {
-    data: Buffer,
-    row: usize,
-    stride: usize,
-}
-
-/// The same, shared by tasks.
 #[derive(Clone, Copy)]
-struct Transposed {
+struct Transformed {
     data: Shared,
     row: usize,
     stride: usize,
-}
-
-impl Transformed {
-    fn new(channels: usize, tiles: usize) -> Transformed {
-        let row = channels.next_multiple_of(LANES) + SPREAD;
-        let stride = tiles * row;
-        Transformed { data: Buffer::new(POSITIONS * stride), row, stride }
-    }
-    fn share(&mut self) -> Transposed {
-        Transposed { data: Shared::new(&mut self.data), row: self.row, stride: self.stride }
-    }
 }
 
 struct Transforms<'a, G> {
@@ -223,7 +285,8 @@ struct Transforms<'a, G> {
     d_stride: usize,
     d_block: usize,
     vectors: usize,
-    v: &'a [(Images, Transposed)],
+    sources: &'a [PartSource<'a>],
+    v: &'a [Transformed],
 }
 
 impl<G: Gradient> Kernel for Transforms<'_, G> {
@@ -237,22 +300,18 @@ impl<G: Gradient> Kernel for Transforms<'_, G> {
                     let to = self.d.at(group * G::VECTORS * self.d_block + i * LANES);
                     self.gradient.tile::<S>(&tile, group, to, self.d_stride, self.d_block);
                 }
-                for (images, v) in self.v {
-                    for channel in (0..images.channels).step_by(LANES) {
+                for (source, v) in self.sources.iter().zip(self.v) {
+                    if source.filters.is_none() {
+                        continue;
+                    }
+                    for channel in (0..source.images.channels).step_by(LANES) {
                         let to = v.data.at(i * v.row + channel);
-                        transform_input::<S>(self.tiling, &tile, images, channel, to, v.stride);
+                        transform_input::<S>(self.tiling, &tile, &source.images, channel, to, v.stride);
                     }
                 }
             }
         }
     }
-}
-
-struct SourceProducts<'a> {
-    v: Transposed,
-    channels: usize,
-    filters: Option<(&'a Panels, Shared)>,
-    transposed: Option<&'a Panels>,
 }
 
 struct Products<'a> {
@@ -262,7 +321,8 @@ struct Products<'a> {
     d: *const f32,
     d_block: usize,
     runs: &'a [Run],
-    sources: &'a [SourceProducts<'a>],
+    sources: &'a [PartSource<'a>],
+    v: &'a [Transformed],
     bias: Option<Shared>,
 }
 
@@ -274,17 +334,18 @@ impl Kernel for Products<'_> {
     unsafe fn run<S: Simd>(self) {
         // SAFETY: this task alone has this position of D, V, dU; all are large enough for the chunk.
         unsafe {
-            for source in self.sources {
-                let v = source.v.data.at(self.position * source.v.stride);
+            for (source, transformed) in self.sources.iter().zip(self.v) {
+                let v = transformed.data.at(self.position * transformed.stride);
+                let v_row = transformed.row;
                 if let Some((panels, data)) = source.filters {
                     for first in (0..self.tiles).step_by(DEPTH) {
                         for panel in 0..panels.count() {
                             product_transposed::<S>(
-                                source.channels,
+                                source.images.channels,
                                 DEPTH.min(self.tiles - first),
                                 ProductTransposed {
-                                    a: v.add(first * source.v.row),
-                                    a_row: source.v.row,
+                                    a: v.add(first * v_row),
+                                    a_row: v_row,
                                     b: self.d.add(2 * panel * self.d_block + first * LANES),
                                     b_row: LANES,
                                     b_vector: self.d_block,
@@ -297,7 +358,7 @@ impl Kernel for Products<'_> {
                         }
                     }
                 }
-                if let Some(panels) = source.transposed {
+                if let Some(InputGradient { filters: panels, .. }) = source.input {
                     for panel in 0..panels.count() {
                         product::<S>(
                             self.tiles,
@@ -307,7 +368,7 @@ impl Kernel for Products<'_> {
                                 a_row: LANES,
                                 b: panels.data.as_ptr().add(panels.offset(panel, self.position)),
                                 c: v.add(2 * panel * LANES),
-                                c_row: source.v.row,
+                                c_row: v_row,
                                 width: panels.width(panel),
                                 lanes: LANES,
                                 start: Start::Zero,
@@ -336,9 +397,7 @@ struct Scatter<'a> {
     first: usize,
     /// Of one image.
     tiles: std::ops::Range<usize>,
-    dv: &'a [f32],
-    stride: usize,
-    row: usize,
+    dv: Transformed,
     input: &'a InputGradient<'a>,
     channels: usize,
     channel: usize,
@@ -351,29 +410,37 @@ impl Kernel for Scatter<'_> {
         for index in self.tiles {
             let tile = self.tiling.tile(index);
             let (rows, columns) = self.tiling.inside(&tile);
-            let from = self.dv[(index - self.first) * self.row + self.channel..].as_ptr();
             // SAFETY: this task alone has these channels of this image, and touches only pixels inside it.
             unsafe {
-                let d = input_tile_adjoint(load_positions::<S>(from, self.stride));
+                let from = self.dv.data.at((index - self.first) * self.dv.row + self.channel);
+                let position = |r: usize, c: usize| from.add((r * IN + c) * self.dv.stride).cast_const();
                 let pixel = |r: usize, c: usize| {
                     let (y, x) = (tile.y + r - self.tiling.padding, tile.x + c - self.tiling.padding);
                     let offset = (y * self.tiling.width + x) * self.channels + self.channel;
                     self.input.data.at(tile.image * self.input.image + offset)
                 };
                 if rows == [0, IN] && columns == [0, IN] && lanes == LANES {
-                    for r in 0..IN {
-                        for c in 0..IN {
+                    input_tile_adjoint(
+                        #[inline(always)]
+                        |r, c| S::load(position(r, c)),
+                        #[inline(always)]
+                        |r, c, d| {
                             let to = pixel(r, c);
-                            S::load(to).add(d[r][c]).store(to);
-                        }
-                    }
+                            S::load(to).add(d).store(to);
+                        },
+                    );
                 } else {
-                    for r in rows[0]..rows[1] {
-                        for c in columns[0]..columns[1] {
-                            let to = pixel(r, c);
-                            S::load_lanes(to, lanes).add(d[r][c]).store_lanes(to, lanes);
-                        }
-                    }
+                    input_tile_adjoint(
+                        #[inline(always)]
+                        |r, c| S::load(position(r, c)),
+                        #[inline(always)]
+                        |r, c, d| {
+                            if (rows[0]..rows[1]).contains(&r) && (columns[0]..columns[1]).contains(&c) {
+                                let to = pixel(r, c);
+                                S::load_lanes(to, lanes).add(d).store_lanes(to, lanes);
+                            }
+                        },
+                    );
                 }
             }
         }

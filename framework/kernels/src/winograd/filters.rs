@@ -1,18 +1,24 @@
 //! The weights: from PyTorch's layout to transformed panels, and the gradient of the panels back.
 
-use super::transform::{POSITIONS, filter_tile, filter_tile_adjoint, load_positions, store_positions};
+use super::transform::{
+    POSITIONS, filter_tile, filter_tile_5, filter_tile_adjoint, filter_tile_adjoint_5, load_positions,
+    store_positions,
+};
 use crate::buffer::Buffer;
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 
-/// 3x3 filters in PyTorch's layout, (outputs, inputs, 3, 3), or those of some of the inputs.
+/// Filters of k x k taps (k: 3 or 5) in PyTorch's layout, (outputs, inputs, k, k), or those of some of the inputs.
 #[derive(Clone, Copy)]
 pub(crate) struct Filters<'a> {
     pub(crate) data: &'a [f32],
     pub(crate) inputs: usize,
+    /// 3 or 5.
+    pub(crate) kernel: usize,
 }
 
-const TAPS: usize = 9;
+/// Room for the taps of 16 filters.
+type Taps = [[f32; LANES]; 25];
 
 /// The order of the output channels as the kernels see it: the output at each place, or none where it is only padding.
 /// As long as a whole number of vectors.
@@ -31,6 +37,9 @@ impl Panels {
     pub(crate) fn zeroed(rows: usize, columns: usize) -> Panels {
         let vectors = columns.div_ceil(LANES);
         Panels { data: Buffer::zeroed(POSITIONS * rows * vectors * LANES), rows, vectors }
+    }
+    pub(crate) fn zeroed_parts(parts: usize, rows: usize, columns: usize) -> Vec<Panels> {
+        (0..parts).map(|_| Panels::zeroed(rows, columns)).collect()
     }
     pub(crate) fn count(&self) -> usize {
         self.vectors.div_ceil(2)
@@ -55,7 +64,7 @@ enum Place<'a> {
 }
 
 impl Place<'_> {
-    /// The offset of the filter in the weights.
+    /// The filter's place in the weights.
     #[inline(always)]
     fn filter(&self, inputs: usize, row: usize, column: usize) -> Option<usize> {
         let (output, input) = match self {
@@ -63,7 +72,7 @@ impl Place<'_> {
             Place::OutputsByInputs(_, _, count) if column >= *count => (None, 0),
             Place::OutputsByInputs(order, first, _) => (order[row], first + column),
         };
-        output.map(|o| (o * inputs + input) * TAPS)
+        output.map(|o| o * inputs + input)
     }
 }
 
@@ -124,13 +133,14 @@ impl Kernel for Transform<'_> {
     unsafe fn run<S: Simd>(self) {
         let width = self.panels.width(self.panel);
         let stride = self.panels.rows * width * LANES;
+        let taps = self.filters.kernel * self.filters.kernel;
         for row in self.rows {
             for vector in 0..width {
-                let mut g = [[0f32; LANES]; TAPS];
+                let mut g: Taps = [[0.; LANES]; 25];
                 for lane in 0..LANES {
                     let column = (2 * self.panel + vector) * LANES + lane;
                     if let Some(at) = self.place.filter(self.filters.inputs, row, column) {
-                        let filter = &self.filters.data[at..at + TAPS];
+                        let filter = &self.filters.data[at * taps..(at + 1) * taps];
                         for (tap, &x) in filter.iter().enumerate() {
                             g[tap][lane] = x;
                         }
@@ -139,18 +149,45 @@ impl Kernel for Transform<'_> {
                 let to = self.panels.offset(self.panel, 0) + (row * width + vector) * LANES;
                 // SAFETY: each task writes its own rows of its own panel, inside the buffer.
                 unsafe {
-                    let mut filter = [[S::zero(); 3]; 3];
-                    for (tap, lanes) in g.iter().enumerate() {
-                        filter[tap / 3][tap % 3] = S::load(lanes.as_ptr());
-                    }
-                    store_positions(filter_tile(filter), self.data.at(to), stride);
+                    let u = if self.filters.kernel == 5 {
+                        filter_tile_5(load_taps::<S, 5>(&g))
+                    } else {
+                        filter_tile(load_taps::<S, 3>(&g))
+                    };
+                    store_positions(u, self.data.at(to), stride);
                 }
             }
         }
     }
 }
 
-/// Adds to the weights' gradient, (outputs, inputs, 3, 3), that of the panels U\[p\] for the inputs from `first` on.
+/// # Safety
+/// The caller has vectors.
+#[inline(always)]
+unsafe fn load_taps<S: Simd, const K: usize>(taps: &Taps) -> [[S; K]; K] {
+    // SAFETY: each tap has 16 floats.
+    unsafe {
+        let mut g = [[S::zero(); K]; K];
+        for r in 0..K {
+            for c in 0..K {
+                g[r][c] = S::load(taps[r * K + c].as_ptr());
+            }
+        }
+        g
+    }
+}
+
+#[inline(always)]
+fn store_taps<S: Simd, const K: usize>(g: [[S; K]; K], taps: &mut Taps) {
+    for r in 0..K {
+        for c in 0..K {
+            // SAFETY: each tap has room for 16 floats.
+            unsafe { g[r][c].store(taps[r * K + c].as_mut_ptr()) };
+        }
+    }
+}
+
+/// Adds to the weights' gradient, (outputs, inputs, k, k), that of the panels U\[p\] for the inputs from `first` on.
 pub(crate) fn add_filter_gradient(
     level: Level,
     panels: &Panels,
@@ -158,13 +195,14 @@ pub(crate) fn add_filter_gradient(
     first: usize,
     gradient: &mut [f32],
     inputs: usize,
+    kernel: usize,
 ) {
     let parts = panels.rows.div_ceil(ROWS);
     let gradient = Shared::new(gradient);
     parallel::for_each(panels.count() * parts, |task| {
         let (panel, from) = (task / parts, task % parts * ROWS);
         let rows = from..panels.rows.min(from + ROWS);
-        level.run(Untransform { panels, order, first, gradient, inputs, panel, rows });
+        level.run(Untransform { panels, order, first, gradient, inputs, kernel, panel, rows });
     });
 }
 
@@ -174,6 +212,7 @@ struct Untransform<'a> {
     first: usize,
     gradient: Shared,
     inputs: usize,
+    kernel: usize,
     panel: usize,
     rows: std::ops::Range<usize>,
 }
@@ -186,22 +225,24 @@ impl Kernel for Untransform<'_> {
         for row in self.rows {
             for vector in 0..width {
                 let from = self.panels.offset(self.panel, 0) + (row * width + vector) * LANES;
-                let mut g = [[0f32; LANES]; TAPS];
+                let mut g: Taps = [[0.; LANES]; 25];
                 // SAFETY: the row lies inside the panels.
                 unsafe {
                     let u = load_positions::<S>(self.panels.data.as_ptr().add(from), stride);
-                    let filter = filter_tile_adjoint(u);
-                    for (tap, lanes) in g.iter_mut().enumerate() {
-                        filter[tap / 3][tap % 3].store(lanes.as_mut_ptr());
+                    if self.kernel == 5 {
+                        store_taps(filter_tile_adjoint_5(u), &mut g);
+                    } else {
+                        store_taps(filter_tile_adjoint(u), &mut g);
                     }
                 }
                 for lane in 0..LANES {
                     let column = (2 * self.panel + vector) * LANES + lane;
                     if let Some(output) = self.order[column] {
-                        for (tap, lanes) in g.iter().enumerate() {
+                        let taps = self.kernel * self.kernel;
+                        for (tap, lanes) in g.iter().take(taps).enumerate() {
                             // SAFETY: inside the gradient; each filter belongs to one task.
                             unsafe {
-                                *self.gradient.at((output * self.inputs + self.first + row) * TAPS + tap) +=
+                                *self.gradient.at((output * self.inputs + self.first + row) * taps + tap) +=
                                     lanes[lane];
                             }
                         }

@@ -8,7 +8,9 @@
 //! V and M stay in the second-level cache.
 
 use super::filters::Panels;
-use super::transform::{IN, POSITIONS, input_tile, output_tile, prefetch_positions, store_positions};
+use super::transform::{
+    IN, POSITIONS, input_tile, load_positions, output_tile, output_tile_5, prefetch_positions,
+};
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
 use crate::gemm::{Product, Run, Start, product};
@@ -33,6 +35,28 @@ pub(crate) struct Store<'a> {
     pub(crate) height: usize,
     pub(crate) width: usize,
     pub(crate) channels: usize,
+    /// 3 or 5.
+    pub(crate) kernel: usize,
+}
+
+impl Store<'_> {
+    /// A vector of channels of a tile's pixels.
+    /// # Safety
+    /// The pixels exist, and belong to this task.
+    #[inline(always)]
+    unsafe fn pixels<S: Simd, const OUT: usize>(&self, tile: &Tile, channel: usize, y: [[S; OUT]; OUT]) {
+        let lanes = LANES.min(self.channels - channel);
+        // SAFETY: the caller's promise.
+        unsafe {
+            let bias = S::load(self.bias.as_ptr().add(channel));
+            for r in 0..tile.rows {
+                for c in 0..tile.columns {
+                    let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
+                    y[r][c].add(bias).store_lanes(self.output.at(pixel * self.channels + channel), lanes);
+                }
+            }
+        }
+    }
 }
 
 impl Epilogue for Store<'_> {
@@ -42,17 +66,13 @@ impl Epilogue for Store<'_> {
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, width: usize, m: *const f32, stride: usize) {
         for vector in 0..width {
             let channel = (2 * group + vector) * LANES;
-            let lanes = LANES.min(self.channels - channel);
             // SAFETY: M is readable; the tile's pixels exist, and belong to this task.
             unsafe {
-                let bias = S::load(self.bias.as_ptr().add(channel));
-                let y = output_tile(super::transform::load_positions::<S>(m.add(vector * LANES), stride));
-                for r in 0..tile.rows {
-                    for c in 0..tile.columns {
-                        let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
-                        let to = self.output.at(pixel * self.channels + channel);
-                        y[r][c].add(bias).store_lanes(to, lanes);
-                    }
+                let m = load_positions::<S>(m.add(vector * LANES), stride);
+                if self.kernel == 5 {
+                    self.pixels(tile, channel, output_tile_5(m));
+                } else {
+                    self.pixels(tile, channel, output_tile(m));
                 }
             }
         }
@@ -184,29 +204,35 @@ pub(super) unsafe fn transform_input<S: Simd>(
     stride: usize,
 ) {
     let lanes = LANES.min(images.channels - channel);
-    let (rows, columns) = tiling.inside(tile);
+    let all_inside = tiling.inside(tile) == ([0, IN], [0, IN]);
     prefetch_positions::<S>(to, stride);
     // SAFETY: only pixels inside the image are read.
     unsafe {
-        let mut d = [[S::zero(); IN]; IN];
         let image = images.data.add(tile.image * images.image + channel);
+        // Outside, a coordinate wraps round to beyond the image's size.
         let pixel = |r: usize, c: usize| {
-            let (y, x) = (tile.y + r - tiling.padding, tile.x + c - tiling.padding);
-            image.add((y * tiling.width + x) * images.channels)
+            let y = (tile.y + r).wrapping_sub(tiling.padding);
+            let x = (tile.x + c).wrapping_sub(tiling.padding);
+            let inside = all_inside || (y < tiling.height && x < tiling.width);
+            if inside { image.add((y * tiling.width + x) * images.channels) } else { ZEROS.as_ptr() }
         };
-        if rows == [0, IN] && columns == [0, IN] && lanes == LANES {
-            for r in 0..IN {
-                for c in 0..IN {
-                    d[r][c] = S::load(pixel(r, c));
-                }
-            }
+        if lanes == LANES {
+            input_tile(
+                #[inline(always)]
+                |r, c| S::load(pixel(r, c)),
+                #[inline(always)]
+                |r, c, x| x.store(to.add((r * IN + c) * stride)),
+            );
         } else {
-            for r in rows[0]..rows[1] {
-                for c in columns[0]..columns[1] {
-                    d[r][c] = S::load_lanes(pixel(r, c), lanes);
-                }
-            }
+            input_tile(
+                #[inline(always)]
+                |r, c| S::load_first(pixel(r, c), lanes),
+                #[inline(always)]
+                |r, c, x| x.store(to.add((r * IN + c) * stride)),
+            );
         }
-        store_positions(input_tile(d), to, stride);
     }
 }
+
+/// What lies outside an image.
+static ZEROS: [f32; LANES] = [0.; LANES];

@@ -1,14 +1,18 @@
-//! The transforms of F(4x4, 3x3) and their adjoints, on 16 channels at once.
+//! The transforms of F(4x4, 3x3) and F(2x2, 5x5) and their adjoints, on 16 channels at once.
 //!
 //! Interpolation points 0, 1, -1, 2, -2 and infinity (Lavin and Gray, "Fast algorithms for convolutional neural
-//! networks", 2015, section 4.3): y = A' [(G g G') . (B' d B)] A. Each matrix is applied to columns, then to rows.
+//! networks", 2015, section 4.3): y = A' [(G g G') . (B' d B)] A. Each matrix is applied to columns, then to rows. Both
+//! sizes have the same six points, and so the same B.
 
 use crate::simd::Simd;
+use std::mem::MaybeUninit;
 
 /// Positions in the transformed domain: p = 6 row + column.
 pub(crate) const POSITIONS: usize = 36;
-/// Outputs of a tile in each direction.
+/// Outputs of a tile in each direction, for 3x3 filters.
 pub(crate) const OUT: usize = 4;
+/// The same, for 5x5 filters.
+pub(crate) const OUT_5: usize = 2;
 /// Inputs of a tile in each direction.
 pub(crate) const IN: usize = 6;
 /// The position whose output transform is a plain sum (the point 1 in both directions): its adjoint is the sum of a tile.
@@ -86,6 +90,27 @@ unsafe fn output_adjoint<S: Simd>(y: [S; 4]) -> [S; 6] {
     }
 }
 
+/// A' m of F(2, 5)
+#[inline(always)]
+unsafe fn output_5<S: Simd>(m: [S; 6]) -> [S; 2] {
+    // SAFETY: there are vectors.
+    unsafe {
+        let (sum, difference) = (m[1].add(m[2]), m[1].sub(m[2]));
+        let (sum2, difference2) = (m[3].add(m[4]), m[3].sub(m[4]));
+        [m[0].add(sum.add(sum2)), difference2.mul_add(k(2.), difference).add(m[5])]
+    }
+}
+
+/// A y, the adjoint of `output_5`.
+#[inline(always)]
+unsafe fn output_adjoint_5<S: Simd>(y: [S; 2]) -> [S; 6] {
+    // SAFETY: there are vectors.
+    unsafe {
+        let two = k(2.);
+        [y[0], y[0].add(y[1]), y[0].sub(y[1]), y[1].mul_add(two, y[0]), y[1].neg_mul_add(two, y[0]), y[1]]
+    }
+}
+
 /// G g
 #[inline(always)]
 unsafe fn filter<S: Simd>(g: [S; 3]) -> [S; 6] {
@@ -110,6 +135,36 @@ unsafe fn filter_adjoint<S: Simd>(u: [S; 6]) -> [S; 3] {
             u[0].mul_add(k(0.25), sum2.mul_add(k(1. / 24.), sum)),
             difference2.mul_add(k(1. / 12.), difference),
             sum2.mul_add(k(1. / 6.), sum.add(u[5])),
+        ]
+    }
+}
+
+/// G g of F(2, 5)
+#[inline(always)]
+unsafe fn filter_5<S: Simd>(g: [S; 5]) -> [S; 6] {
+    // SAFETY: there are vectors.
+    unsafe {
+        let even = g[0].add(g[2]).add(g[4]).mul(k(-1. / 6.));
+        let odd = g[1].add(g[3]).mul(k(-1. / 6.));
+        let even2 = g[4].mul_add(k(16.), g[2].mul_add(k(4.), g[0])).mul(k(1. / 24.));
+        let odd2 = g[3].mul_add(k(4.), g[1]).mul(k(1. / 12.));
+        [g[0].mul(k(0.25)), even.add(odd), even.sub(odd), even2.add(odd2), even2.sub(odd2), g[4]]
+    }
+}
+
+/// G' u, the adjoint of `filter_5`.
+#[inline(always)]
+unsafe fn filter_adjoint_5<S: Simd>(u: [S; 6]) -> [S; 5] {
+    // SAFETY: there are vectors.
+    unsafe {
+        let (sum, difference) = (u[1].add(u[2]).mul(k(-1. / 6.)), u[2].sub(u[1]).mul(k(1. / 6.)));
+        let (sum2, difference2) = (u[3].add(u[4]), u[3].sub(u[4]));
+        [
+            u[0].mul_add(k(0.25), sum2.mul_add(k(1. / 24.), sum)),
+            difference2.mul_add(k(1. / 12.), difference),
+            sum2.mul_add(k(1. / 6.), sum),
+            difference2.mul_add(k(1. / 3.), difference),
+            sum2.mul_add(k(2. / 3.), sum.add(u[5])),
         ]
     }
 }
@@ -146,14 +201,69 @@ macro_rules! both_directions {
     };
 }
 
-both_directions!(
-    /// V = B' d B
-    input_tile, input, 6, 6
-);
-both_directions!(
-    /// dd = B dV B'
-    input_tile_adjoint, input_adjoint, 6, 6
-);
+/// The same for the two transforms of 36 values to 36, too many for the registers: from where `load` finds them to where
+/// `store` puts them, each by row and column, with the rows between in memory that nobody clears first.
+/// # Safety
+/// As for `load` and `store`.
+#[inline(always)]
+unsafe fn both_directions<S: Simd>(
+    one: impl Fn([S; 6]) -> [S; 6],
+    load: impl Fn(usize, usize) -> S,
+    store: impl Fn(usize, usize, S),
+) {
+    let mut rows = MaybeUninit::<[[S; 6]; 6]>::uninit();
+    let row_at = rows.as_mut_ptr().cast::<[S; 6]>();
+    // SAFETY: six rows, all written before they are read.
+    unsafe {
+        for r in 0..6 {
+            let x = [load(r, 0), load(r, 1), load(r, 2), load(r, 3), load(r, 4), load(r, 5)];
+            row_at.add(r).write(one(x));
+        }
+        for c in 0..6 {
+            let at = |r: usize| row_at.add(r).cast::<S>().add(c).read();
+            let y = one([at(0), at(1), at(2), at(3), at(4), at(5)]);
+            for r in 0..6 {
+                store(r, c, y[r]);
+            }
+        }
+    }
+}
+
+/// V = B' d B
+/// # Safety
+/// The caller has vectors.
+#[inline(always)]
+pub(crate) unsafe fn input_tile<S: Simd>(load: impl Fn(usize, usize) -> S, store: impl Fn(usize, usize, S)) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        both_directions(
+            #[inline(always)]
+            |x| input(x),
+            load,
+            store,
+        );
+    }
+}
+
+/// dd = B dV B'
+/// # Safety
+/// The caller has vectors.
+#[inline(always)]
+pub(crate) unsafe fn input_tile_adjoint<S: Simd>(
+    load: impl Fn(usize, usize) -> S,
+    store: impl Fn(usize, usize, S),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        both_directions(
+            #[inline(always)]
+            |x| input_adjoint(x),
+            load,
+            store,
+        );
+    }
+}
+
 both_directions!(
     /// y = A' m A
     output_tile, output, 6, 4
@@ -169,6 +279,23 @@ both_directions!(
 both_directions!(
     /// dg = G' dU G
     filter_tile_adjoint, filter_adjoint, 6, 3
+);
+
+both_directions!(
+    /// y = A' m A of F(2x2, 5x5)
+    output_tile_5, output_5, 6, 2
+);
+both_directions!(
+    /// dm = A dy A' of F(2x2, 5x5)
+    output_tile_adjoint_5, output_adjoint_5, 2, 6
+);
+both_directions!(
+    /// U = G g G' of F(2x2, 5x5)
+    filter_tile_5, filter_5, 5, 6
+);
+both_directions!(
+    /// dg = G' dU G of F(2x2, 5x5)
+    filter_tile_adjoint_5, filter_adjoint_5, 6, 5
 );
 
 /// Loads the 36 positions of a tile, `stride` floats apart.
