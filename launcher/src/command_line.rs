@@ -103,7 +103,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         config: Config,
         /// How many steps are taken, a learning rate each.
-        #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u64).range(2..))]
+        #[arg(long, value_name = "N", default_value_t = 400, value_parser = clap::value_parser!(u64).range(2..))]
         steps: u64,
         /// The learning rate of the first step.
         #[arg(long, value_name = "X", default_value_t = 1e-8)]

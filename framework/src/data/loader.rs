@@ -40,6 +40,8 @@ pub(crate) struct Loader<B: Batch> {
 }
 
 type Answer<B> = Receiver<Result<Loaded<B>>>;
+/// A job, and where its batch goes.
+type Request<B> = (Result<Job<B>>, Sender<Result<Loaded<B>>>);
 
 impl<B: Batch> Loader<B> {
     /// Starts `workers` threads (0: batches are made when they are asked for), which together are at most `ahead`
@@ -64,10 +66,7 @@ impl<B: Batch> Loader<B> {
 }
 
 /// Takes the next job and announces its answer; none where there is no more, or the loader is gone.
-fn take<B: Batch>(
-    jobs: &Mutex<Jobs<B>>,
-    to_loader: &Sender<Answer<B>>,
-) -> Option<(Result<Job<B>>, Sender<Result<Loaded<B>>>)> {
+fn take<B: Batch>(jobs: &Mutex<Jobs<B>>, to_loader: &Sender<Answer<B>>) -> Option<Request<B>> {
     let mut jobs = jobs.lock().unwrap_or_else(PoisonError::into_inner);
     let job = jobs.next()?;
     let (answer, receiver) = bounded(1);

@@ -62,7 +62,7 @@ pub struct LrFinding {
 
 impl Default for LrFinderConfig {
     fn default() -> Self {
-        Self { steps: 100, min_lr: 1e-8, max_lr: 1., beta: 0.98 }
+        Self { steps: 400, min_lr: 1e-8, max_lr: 1., beta: 0.98 }
     }
 }
 
