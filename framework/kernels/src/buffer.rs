@@ -11,6 +11,8 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::parallel::Shared;
+
 /// Sizes are rounded up to whole pages, large ones to whole 64 KiB.
 const PAGE: usize = 4 << 10;
 const LARGE: usize = 64 << 10;
@@ -128,6 +130,19 @@ pub fn keep_freed_memory() -> bool {
     }
     #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
     false
+}
+
+/// A tensor's values, all of which `fill` writes through the pointer that it is given: clearing them first would cost a
+/// small convolution as much as its products.
+///
+/// # Safety
+/// `fill` writes every one of the `len` floats before it reads it.
+pub(crate) unsafe fn filled(len: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
+    let mut values = Vec::with_capacity(len);
+    fill(Shared::capacity(&mut values));
+    // SAFETY: there is room for `len` floats, and `fill` has written them all: the caller's promise.
+    unsafe { values.set_len(len) };
+    values
 }
 
 /// `len` floats, aligned for vectors, from the pool.

@@ -1,5 +1,6 @@
 //! Two-dimensional convolution as a candle op.
 
+use crate::buffer::filled;
 use crate::direct::{self, Geometry, OutputImages};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
@@ -134,8 +135,8 @@ fn check_lengths(g: &Geometry, x: Option<&[f32]>, weight: &[f32], dy: Option<&[f
 pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     check_lengths(g, Some(x), weight, None);
     let level = Level::current();
-    let mut y = vec![0f32; g.batch * g.out_height * g.out_width * g.outputs];
-    on_pool(|| {
+    let len = g.batch * g.out_height * g.out_width * g.outputs;
+    let fill = |y: Shared| {
         let x = images(x, g.height * g.width, g.inputs);
         if winograd_pays(g) {
             let order = order(g.outputs);
@@ -146,7 +147,7 @@ pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f3
                 row[..g.outputs].copy_from_slice(bias);
             }
             let epilogue = winograd::Store {
-                output: Shared::new(&mut y),
+                output: y,
                 bias: &row,
                 height: g.out_height,
                 width: g.out_width,
@@ -155,11 +156,12 @@ pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f3
             };
             winograd::forward(level, &tiling(g), &[x], &filters, epilogue);
         } else {
-            let y = OutputImages::contiguous(&mut y, g.out_height * g.out_width * g.outputs);
+            let y = OutputImages::contiguous(y, g.out_height * g.out_width * g.outputs);
             direct::forward(level, g, x, weight, bias, y);
         }
-    });
-    y
+    };
+    // SAFETY: both algorithms store every pixel of the output, and read none.
+    unsafe { filled(len, |y| on_pool(|| fill(y))) }
 }
 
 /// The output channels as they are, in whole vectors.
@@ -184,21 +186,20 @@ pub(crate) struct Gradients {
 pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], wanted: &Wanted) -> Gradients {
     check_lengths(g, Some(x), weight, Some(dy));
     let level = Level::current();
-    let mut dx = wanted.x.then(|| vec![0f32; g.batch * g.height * g.width * g.inputs]);
+    let winograd = winograd_pays(g) && (wanted.x || wanted.weight);
+    // Winograd's gradient is added to what is there.
+    let mut dx = (wanted.x && winograd).then(|| vec![0f32; g.batch * g.height * g.width * g.inputs]);
     let mut dw = wanted.weight.then(|| vec![0f32; weight.len()]);
     let mut db = wanted.bias.then(|| vec![0f32; g.outputs]);
     on_pool(|| {
         let x = images(x, g.height * g.width, g.inputs);
-        if winograd_pays(g) && (wanted.x || wanted.weight) {
+        if winograd {
             let (mut dx, mut dw, mut db) = (dx.as_deref_mut(), dw.as_deref_mut(), db.as_deref_mut());
             winograd_backward(level, g, x, weight, dy, &mut dx, &mut dw, &mut db);
             return;
         }
         let dy_images = images(dy, g.out_height * g.out_width, g.outputs);
-        if let Some(dx) = &mut dx {
-            let dx = OutputImages::contiguous(dx, g.height * g.width * g.inputs);
-            direct::backward_input(level, g, dy_images, weight, None, dx);
-        }
+        dx = wanted.x.then(|| direct_backward_input(level, g, dy_images, weight, None));
         if let Some(dw) = &mut dw {
             direct::backward_weight(level, g, x, dy_images, dw);
         }
@@ -213,31 +214,35 @@ pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], want
 pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     check_lengths(g, None, weight, Some(dy));
     let level = Level::current();
-    let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
     on_pool(|| {
-        if winograd_pays(g) {
-            // The gradient is added to what is there.
-            if let Some(bias) = bias {
-                dx.chunks_exact_mut(g.inputs).for_each(|pixel| pixel.copy_from_slice(bias));
-            }
-            let mut dx = Some(dx.as_mut_slice());
-            winograd_backward(
-                level,
-                g,
-                images(&[], g.height * g.width, g.inputs),
-                weight,
-                dy,
-                &mut dx,
-                &mut None,
-                &mut None,
-            );
-        } else {
+        if !winograd_pays(g) {
             let dy = images(dy, g.out_height * g.out_width, g.outputs);
-            let dx = OutputImages::contiguous(&mut dx, g.height * g.width * g.inputs);
-            direct::backward_input(level, g, dy, weight, bias, dx);
+            return direct_backward_input(level, g, dy, weight, bias);
         }
-    });
-    dx
+        // The gradient is added to what is there.
+        let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
+        if let Some(bias) = bias {
+            dx.chunks_exact_mut(g.inputs).for_each(|pixel| pixel.copy_from_slice(bias));
+        }
+        let x = images(&[], g.height * g.width, g.inputs);
+        let mut gradient = Some(dx.as_mut_slice());
+        winograd_backward(level, g, x, weight, dy, &mut gradient, &mut None, &mut None);
+        dx
+    })
+}
+
+/// The same by direct sums.
+fn direct_backward_input(
+    level: Level,
+    g: &Geometry,
+    dy: Images,
+    weight: &[f32],
+    bias: Option<&[f32]>,
+) -> Vec<f32> {
+    let image = g.height * g.width * g.inputs;
+    let fill = |dx| direct::backward_input(level, g, dy, weight, bias, OutputImages::contiguous(dx, image));
+    // SAFETY: every pixel belongs to the pass of its phase, which stores it, and none is read.
+    unsafe { filled(g.batch * image, fill) }
 }
 
 /// The sum over all pixels of `dy`.

@@ -457,7 +457,8 @@ fn forward(
                 },
                 Weights::Direct(of_x, of_h) => {
                     let mut gates = Buffer::new(r.batch * r.pixels() * layer.gates());
-                    let mut to = OutputImages::contiguous(&mut gates, r.pixels() * layer.gates());
+                    let mut to =
+                        OutputImages::contiguous(Shared::new(&mut gates), r.pixels() * layer.gates());
                     direct::forward(
                         level,
                         &r.geometry(layer, layer.inputs),

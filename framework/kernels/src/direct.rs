@@ -205,8 +205,8 @@ pub(crate) struct OutputImages {
 
 impl OutputImages {
     /// Images one after the other, to write.
-    pub(crate) fn contiguous(data: &mut [f32], image: usize) -> OutputImages {
-        OutputImages { data: Shared::new(data), image, add: false }
+    pub(crate) fn contiguous(data: Shared, image: usize) -> OutputImages {
+        OutputImages { data, image, add: false }
     }
 }
 

@@ -62,6 +62,10 @@ impl Shared {
     pub(crate) fn read(x: &[f32]) -> Shared {
         Shared(x.as_ptr().cast_mut())
     }
+    /// Of a vector that has capacity, and no elements yet.
+    pub(crate) fn capacity(x: &mut Vec<f32>) -> Shared {
+        Shared(x.as_mut_ptr())
+    }
     /// The rest of the slice.
     /// # Safety
     /// As for `at`.
