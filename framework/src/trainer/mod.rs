@@ -213,7 +213,7 @@ impl Trainer {
     }
 
     /// Predicts from every sample of a split and hands the predictions to
-    /// [`Callback::on_prediction`](crate::callback::Callback::on_prediction); returns how many batches there were.
+    /// [`Callback::on_prediction`]; returns how many batches there were.
     pub fn predict_split<B: Batch>(
         &mut self,
         model: &Model<B>,
