@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AverageConfig, EmaConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, TurnConfig};
 use candlepower::precision::{LossScale, Precision};
 use candlepower::prelude::*;
 use candlepower::trainer::Every;
@@ -116,6 +116,40 @@ fn a_skipped_step_advances_nothing() {
     assert_eq!(lrs.collect::<Vec<_>>(), [0.5, 0.25, 0.125, 0.0625]);
     // Powers of two scale without rounding: the weights are the same to the bit.
     assert_eq!(calm.2, steep.2);
+}
+
+/// Two numbers, each with an optimizer; the second's gradient overflows in fp16 at first.
+struct Two(Tensor, Tensor);
+
+impl Module for Two {
+    type Batch = Tensors;
+
+    fn training_step(&self, _: &Tensors, step: &mut Step) -> Result<Tensor> {
+        let (number, factor) = if step.optimizer() == "a" { (&self.0, 0.5) } else { (&self.1, 4096.) };
+        Ok((number.to_dtype(DType::F32)?.sum_all()? * factor)?)
+    }
+}
+
+#[test]
+fn an_optimizer_whose_gradients_overflow_sits_the_step_out_alone() {
+    let build = |vb: VarBuilder| {
+        let one = |name| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(1.));
+        Ok(Two(one("a")?, one("b")?))
+    };
+    let model = Model::with_precision(build, 0, &Device::Cpu, Precision::Fp16Mixed).unwrap();
+    let turn = |name: &str, lr| {
+        let sgd = SgdConfig { lr, ..Default::default() };
+        TurnConfig { name: name.into(), params: name.into(), ..TurnConfig::only(sgd.into(), Vec::new()) }
+    };
+    let outcome = Trainer::new(config(Precision::Fp16Mixed, 8))
+        .optimizers(vec![turn("a", 0.25), turn("b", 1. / 32768.)])
+        .fit(&model, &Data::new(Points { samples: 6 }))
+        .unwrap();
+    assert_eq!(outcome.progress.step, 8);
+    let values: Vec<f32> = weights(&model).into_iter().flat_map(|(_, values)| values).collect();
+    // The first moves by 1/8 in each of 8 steps; the second, by as much, only in those after the scale fell from 2^16 to
+    // 2^3 or so that its 2^12 times the scale fits below 2^16: never within the first 8.
+    assert_eq!(values, [0., 1.]);
 }
 
 #[test]

@@ -78,10 +78,16 @@ impl Tally {
 enum Stepped {
     /// The parameters have moved.
     Moved(Tally),
-    /// The gradients overflowed in fp16: nothing has moved, and the same batch is tried again with a smaller loss scale.
-    Skipped,
-    /// They have not, and cannot: why.
-    Failed(String),
+    /// They have not.
+    Refused(Refusal),
+}
+
+/// Why an optimizer does not move its parameters.
+enum Refusal {
+    /// The gradients overflowed in fp16: the same batch is tried again with a smaller loss scale.
+    Overflow,
+    /// Something is not a number: what.
+    Hopeless(String),
 }
 
 impl<'a, B: Batch> Fit<'a, B> {
@@ -164,8 +170,8 @@ impl<'a, B: Batch> Fit<'a, B> {
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step()? {
                 Stepped::Moved(tally) => self.after_step(tally)?,
-                Stepped::Skipped => Flow::Continue,
-                Stepped::Failed(why) => Flow::Stop(StopReason::Failed(why)),
+                Stepped::Refused(Refusal::Overflow) => Flow::Continue,
+                Stepped::Refused(Refusal::Hopeless(why)) => Flow::Stop(StopReason::Failed(why)),
             };
             if let Flow::Stop(why) = flow
                 && self.may_stop(&why)
@@ -216,8 +222,16 @@ impl<'a, B: Batch> Fit<'a, B> {
             let _phase = phase!("optimizer");
             self.unscale(&mut gradients)?;
             let norm = self.clip(&mut gradients)?;
-            if let Some(refused) = self.refuse(turn, norm, &gradients, &tally)? {
-                return Ok(refused);
+            match self.refuse(turn, norm, &gradients, &tally)? {
+                None => {}
+                Some(refusal) if turn == 0 => return Ok(Stepped::Refused(refusal)),
+                // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
+                Some(Refusal::Overflow) => {
+                    tally.gradients.append(&mut gradients);
+                    continue;
+                }
+                // ... or ends the run, whose last checkpoint is still good.
+                Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
             let rates = self.turns[turn].rates(done, self.lr_scale);
             for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
@@ -283,13 +297,13 @@ impl<'a, B: Batch> Fit<'a, B> {
         norm: f64,
         gradients: &[Tensor],
         tally: &Tally,
-    ) -> Result<Option<Stepped>> {
+    ) -> Result<Option<Refusal>> {
         if let Some(loss_scale) = &mut self.loss_scale {
             loss_scale.update(norm.is_finite());
             return Ok(match loss_scale.skipped {
                 0 => None,
-                LossScale::HOPELESS => Some(Stepped::Failed(hopeless(self.progress.step + 1))),
-                _ => Some(Stepped::Skipped),
+                LossScale::HOPELESS => Some(Refusal::Hopeless(hopeless(self.progress.step + 1))),
+                _ => Some(Refusal::Overflow),
             });
         }
         if !self.trainer.config.nan_guard || norm.is_finite() {
@@ -309,7 +323,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
         let done = self.progress.step;
-        Ok(Some(Stepped::Failed(format!(
+        Ok(Some(Refusal::Hopeless(format!(
             "in step {} {what}; the weights are still those of step {done}. A lower `optimizer.lr`, `trainer.clip_norm`, or \
              a look at that step's data may help",
             done + 1
