@@ -323,9 +323,13 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
         let done = self.progress.step;
+        let weights = match turn {
+            0 => format!("the weights are still those of step {done}"),
+            _ => "the optimizers before this one have moved: go on from the last checkpoint".into(),
+        };
         Ok(Some(Refusal::Hopeless(format!(
-            "in step {} {what}; the weights are still those of step {done}. A lower `optimizer.lr`, `trainer.clip_norm`, or \
-             a look at that step's data may help",
+            "in step {} {what}; {weights}. A lower `optimizer.lr`, `trainer.clip_norm`, or a look at that step's data may \
+             help",
             done + 1
         ))))
     }
