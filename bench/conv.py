@@ -3,8 +3,9 @@
     cargo build --release -p candlepower-kernels --example conv
     target/bench-venv/bin/python bench/conv.py [target/release/examples/conv]      (bench/cpu.sh makes the venv)
 
-Milliseconds of a forward pass, and of a forward pass with all three gradients; the fastest of many, float32, all
-cores. PyTorch gets the faster of its two memory formats.
+Milliseconds of the forward pass; of the backward pass alone, which is the operation that gives all three gradients
+(PyTorch's aten.convolution_backward); and of both through the automatic differentiation of each side, from the sum of the
+outputs. The fastest of many, float32, all cores. PyTorch gets the faster of its two memory formats.
 """
 
 import datetime
@@ -43,7 +44,7 @@ def fastest(step):
 
 
 def pytorch(batch, size, inputs, outputs, kernel, stride, groups):
-    """(forward, forward and backward), each the faster of contiguous and channels-last."""
+    """(forward, backward, both through the graph), each the faster of contiguous and channels-last."""
     found = []
     for memory_format in torch.contiguous_format, torch.channels_last:
         x = torch.rand(batch, inputs, size, size).to(memory_format=memory_format).requires_grad_()
@@ -58,9 +59,16 @@ def pytorch(batch, size, inputs, outputs, kernel, stride, groups):
             forward().sum().backward()
 
         with torch.no_grad():
-            alone = fastest(forward)
-        found.append((alone, fastest(both)))
-    return min(f[0] for f in found), min(f[1] for f in found)
+            dy = torch.rand_like(forward())
+
+            def backward():
+                pad = [kernel // 2] * 2
+                return torch.ops.aten.convolution_backward(
+                    dy, x, w, [outputs], [stride] * 2, pad, [1, 1], False, [0, 0], groups, [True] * 3)
+
+            alone = fastest(forward), fastest(backward)
+        found.append((*alone, fastest(both)))
+    return tuple(map(min, zip(*found)))
 
 
 def ours(program, shape):
@@ -72,16 +80,15 @@ def ours(program, shape):
 def main():
     program = sys.argv[1] if len(sys.argv) > 1 else "target/release/examples/conv"
     torch.set_num_threads(os.cpu_count())
-    print("| batch, size, channels, kernel | forward: ours / PyTorch, ms | ratio | with gradients: ours / PyTorch, ms "
-          "| ratio |")
-    print("|---|---|---|---|---|")
+    cells = "forward", "backward", "through the graph"
+    print("| batch, size, channels, kernel | " + " | ".join(f"{cell}: ours / PyTorch, ms | ratio" for cell in cells) + " |")
+    print("|---" * 7 + "|")
     for shape in SHAPES:
         batch, size, inputs, outputs, kernel, stride, groups = shape
-        (forward, both), (forward_torch, both_torch) = ours(program, shape), pytorch(*shape)
         extra = (f", stride {stride}" if stride > 1 else "") + (f", {groups} groups" if groups > 1 else "")
-        print(f"| {batch} x {size}x{size}, {inputs} to {outputs}, {kernel}x{kernel}{extra} "
-              f"| {forward:.2f} / {forward_torch:.2f} | {forward_torch / forward:.2f}x "
-              f"| {both:.2f} / {both_torch:.2f} | {both_torch / both:.2f}x |", flush=True)
+        pairs = zip(ours(program, shape), pytorch(*shape))
+        print(f"| {batch} x {size}x{size}, {inputs} to {outputs}, {kernel}x{kernel}{extra} | "
+              + " | ".join(f"{a:.2f} / {b:.2f} | {b / a:.2f}x" for a, b in pairs) + " |", flush=True)
     print(f"\nA ratio above 1: ours needs less. {os.cpu_count()} cores, torch {torch.__version__}, {datetime.date.today()}")
 
 

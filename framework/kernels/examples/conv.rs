@@ -1,10 +1,10 @@
-//! Times convolutions, forwards and forwards with all gradients.
+//! Times convolutions: forwards, backwards (all three gradients), and both through the graph, from a sum.
 //!
 //!     cargo run --release -p candlepower-kernels --example conv [-- batch size inputs outputs kernel stride groups]
 #![allow(clippy::print_stdout)]
 
 use candle_core::{Device, Result, Tensor, Var};
-use candlepower_kernels::{Conv2dOptions, conv2d};
+use candlepower_kernels::{Conv2dOptions, conv2d, conv2d_backward};
 use std::time::Instant;
 
 /// Batch, height and width, inputs, outputs, kernel, stride, groups.
@@ -51,7 +51,7 @@ fn main() -> Result<()> {
     if let &[batch, size, inputs, outputs, kernel, stride, groups] = &*args {
         shapes = vec![(batch, size, inputs, outputs, kernel, stride, groups)];
     }
-    println!("batch size inputs outputs kernel stride groups: forward ms, forward and backward ms");
+    println!("batch size inputs outputs kernel stride groups: forward ms, backward ms, both through the graph ms");
     for (batch, size, inputs, outputs, kernel, stride, groups) in shapes {
         let random = |shape: &[usize]| -> Result<Var> {
             Var::from_tensor(&Tensor::rand(-1f32, 1., shape, &Device::Cpu)?)
@@ -61,8 +61,10 @@ fn main() -> Result<()> {
         let b = random(&[outputs])?;
         let options = Conv2dOptions { stride, padding: kernel / 2, groups, ..Default::default() };
         let forward = fastest(|| conv2d(&x, &w, Some(&b), options).map(|_| ()))?;
+        let dy = conv2d(&x, &w, Some(&b), options)?.detach();
+        let backward = fastest(|| conv2d_backward(&x, &w, &dy, options).map(drop))?;
         let both = fastest(|| conv2d(&x, &w, Some(&b), options)?.sum_all()?.backward().map(|_| ()))?;
-        println!("{batch} {size} {inputs} {outputs} {kernel} {stride} {groups}: {forward:.3} {both:.3}");
+        println!("{batch} {size} {inputs} {outputs} {kernel} {stride} {groups}: {forward:.3} {backward:.3} {both:.3}");
     }
     Ok(())
 }

@@ -50,6 +50,29 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2
     }
 }
 
+/// The gradients of `x`, `weight` and the bias, from that of the result: [`conv2d`]'s backward pass, outside a graph.
+///
+/// # Errors
+/// As [`conv2d`]'s, and where `dy` does not have the shape of its result.
+pub fn conv2d_backward(
+    x: &Tensor,
+    weight: &Tensor,
+    dy: &Tensor,
+    options: Conv2dOptions,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let geometry = geometry(x, weight, None, options)?;
+    let conv = Conv2d { geometry, leading: x.dims()[..x.rank() - 3].to_vec() };
+    check_supported("conv2d_backward", "dy", dy)?;
+    if dy.shape() != &conv.shape() {
+        bail!("conv2d_backward: dy must be {:?}, got {:?}", conv.shape(), dy.dims());
+    }
+    let wanted = Wanted { x: true, weight: true, bias: true };
+    match conv.gradients(x, weight, dy, &wanted)? {
+        [Some(dx), Some(dw), Some(db)] => Ok((dx, dw, db)),
+        _ => bail!("conv2d_backward: a gradient is missing"),
+    }
+}
+
 fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
     let op = "conv2d";
     check_supported(op, "x", x)?;
@@ -309,27 +332,27 @@ struct Conv2d {
 }
 
 impl Conv2d {
-    fn run(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
+    /// Of the result.
+    fn shape(&self) -> Shape {
         let g = &self.geometry;
-        let shape = [&self.leading[..], &[g.out_height, g.out_width, g.outputs]].concat();
-        (CpuStorage::F32(forward(g, x, weight, bias)), shape.into())
+        [&self.leading[..], &[g.out_height, g.out_width, g.outputs]].concat().into()
     }
 
+    fn run(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
+        (CpuStorage::F32(forward(&self.geometry, x, weight, bias)), self.shape())
+    }
+
+    /// The gradients of x, weight and bias that are wanted.
     fn gradients(
         &self,
         x: &Tensor,
         weight: &Tensor,
-        bias: Option<&Tensor>,
         dy: &Tensor,
+        wanted: &Wanted,
     ) -> Result<[Option<Tensor>; 3]> {
-        let wanted = Wanted {
-            x: x.track_op(),
-            weight: weight.track_op(),
-            bias: bias.is_some_and(|bias| bias.track_op()),
-        };
         let gradients = with_values(x, |xs| {
             with_values(weight, |ws| {
-                with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, &wanted)))
+                with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, wanted)))
             })
         })?;
         let tensor = |values: Option<Vec<f32>>, shape: &Shape| {
@@ -365,7 +388,8 @@ impl CustomOp2 for Conv2d {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, _] = self.gradients(x, w, None, dy)?;
+        let wanted = Wanted { x: x.track_op(), weight: w.track_op(), bias: false };
+        let [dx, dw, _] = self.gradients(x, w, dy, &wanted)?;
         Ok((dx, dw))
     }
 }
@@ -395,7 +419,8 @@ impl CustomOp3 for Conv2d {
         _y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [dx, dw, db] = self.gradients(x, w, Some(b), dy)?;
+        let wanted = Wanted { x: x.track_op(), weight: w.track_op(), bias: b.track_op() };
+        let [dx, dw, db] = self.gradients(x, w, dy, &wanted)?;
         Ok((dx, dw, db))
     }
 }

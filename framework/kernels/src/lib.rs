@@ -18,7 +18,7 @@ mod winograd;
 pub use buffer::{keep_freed_memory, release_scratch};
 pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
-pub use conv2d::{Conv2dOptions, conv2d};
+pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[doc(hidden)]
 pub use simd::Level;
 pub use tensors::{no_grad, supported};

@@ -1,5 +1,7 @@
 //! `metrics.csv`: one row a record, one column a metric.
 
+use std::fs::{File, OpenOptions};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::{Logger, replace};
@@ -9,46 +11,20 @@ use crate::error::{Error, Result};
 /// Appends each record as one row; a metric that is new adds a column to all rows.
 pub struct Csv {
     path: PathBuf,
+    file: File,
     header: Vec<String>,
-    rows: Vec<Vec<String>>,
 }
 
 impl Csv {
     /// Opens the file and drops the rows after `step`.
     pub fn open(path: &Path, step: u64) -> Result<Self> {
-        let header = ["step", "epoch", "split"].map(String::from).to_vec();
-        let mut csv = Self { path: path.to_path_buf(), header, rows: Vec::new() };
+        let (mut header, mut rows) = (["step", "epoch", "split"].map(String::from).to_vec(), Vec::new());
         if path.exists() {
-            let mut reader = ::csv::Reader::from_path(path).map_err(Error::content(path))?;
-            csv.header = reader.headers().map_err(Error::content(path))?.iter().map(str::to_string).collect();
-            let rows = reader.records().map_while(|row| row.ok());
-            let rows = rows.map(|row| row.iter().map(str::to_string).collect::<Vec<_>>());
-            csv.rows = rows.filter(|row| row[0].parse().is_ok_and(|at: u64| at <= step)).collect();
+            (header, rows) = read(path)?;
+            rows.retain(|row| row[0].parse().is_ok_and(|at: u64| at <= step));
         }
-        csv.write_all()?;
-        Ok(csv)
-    }
-
-    fn write_all(&self) -> Result<()> {
-        let mut writer = ::csv::WriterBuilder::new().flexible(false).from_writer(Vec::new());
-        let padded = |row: &Vec<String>| {
-            let missing = self.header.len() - row.len();
-            row.iter().cloned().chain(std::iter::repeat_n(String::new(), missing)).collect::<Vec<_>>()
-        };
-        let rows = std::iter::once(self.header.clone()).chain(self.rows.iter().map(padded));
-        for row in rows {
-            writer.write_record(row).map_err(Error::content(&self.path))?;
-        }
-        let bytes = writer.into_inner().map_err(Error::content(&self.path))?;
-        replace(&self.path, &bytes)
-    }
-
-    fn append(&self, row: &[String]) -> Result<()> {
-        let file =
-            std::fs::OpenOptions::new().append(true).open(&self.path).map_err(Error::file(&self.path))?;
-        let mut writer = ::csv::Writer::from_writer(file);
-        writer.write_record(row).map_err(Error::content(&self.path))?;
-        writer.flush().map_err(Error::file(&self.path))
+        let file = rewrite(path, &header, &rows)?;
+        Ok(Self { path: path.to_path_buf(), file, header })
     }
 }
 
@@ -60,16 +36,42 @@ impl Logger for Csv {
                 self.header.push(name.clone());
             }
         }
+        if self.header.len() > columns {
+            self.file = rewrite(&self.path, &self.header, &read(&self.path)?.1)?;
+        }
         let cell = |name: &String| match name.as_str() {
             "step" => record.step.to_string(),
             "epoch" => record.epoch.to_string(),
             "split" => record.split.name().to_string(),
             name => record.metrics.get(name).map(f64::to_string).unwrap_or_default(),
         };
-        self.rows.push(self.header.iter().map(cell).collect());
-        match self.rows.last() {
-            Some(row) if self.header.len() == columns => self.append(row),
-            _ => self.write_all(),
-        }
+        let row: Vec<String> = self.header.iter().map(cell).collect();
+        let line = lines(&self.path, [&row], row.len())?;
+        self.file.write_all(&line).map_err(Error::file(&self.path))
     }
+}
+
+/// The header and the rows of a file; a last line that was cut off is left out.
+fn read(path: &Path) -> Result<(Vec<String>, Vec<Vec<String>>)> {
+    let cells = |row: &::csv::StringRecord| row.iter().map(str::to_string).collect();
+    let mut reader = ::csv::Reader::from_path(path).map_err(Error::content(path))?;
+    let header = cells(reader.headers().map_err(Error::content(path))?);
+    Ok((header, reader.records().map_while(|row| row.ok()).map(|row| cells(&row)).collect()))
+}
+
+/// Writes the whole file anew, and opens it for more.
+fn rewrite(path: &Path, header: &Vec<String>, rows: &[Vec<String>]) -> Result<File> {
+    replace(path, &lines(path, std::iter::once(header).chain(rows), header.len())?)?;
+    OpenOptions::new().append(true).open(path).map_err(Error::file(path))
+}
+
+/// Rows as text, each of so many cells: the last ones of a shorter row are empty.
+fn lines<'r>(path: &Path, rows: impl IntoIterator<Item = &'r Vec<String>>, cells: usize) -> Result<Vec<u8>> {
+    let mut writer = ::csv::Writer::from_writer(Vec::new());
+    for row in rows {
+        let missing = std::iter::repeat_n("", cells - row.len());
+        let row = row.iter().map(String::as_str).chain(missing);
+        writer.write_record(row).map_err(Error::content(path))?;
+    }
+    writer.into_inner().map_err(Error::content(path))
 }
