@@ -706,7 +706,8 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
     let part_floats = groups * rows_of_c * row_of_c;
     let mut sums = Buffer::zeroed(parts * part_floats);
     let data = Shared::new(&mut sums);
-    parallel::for_each(parts * groups * pieces.len(), |task| {
+    let scratch = || Buffer::new(LINE * (PIECE + 2 * LANES));
+    parallel::for_each_with(parts * groups * pieces.len(), scratch, |task, scratch| {
         let (part, piece) = (task / (groups * pieces.len()), task % (groups * pieces.len()));
         let (group, piece) = (piece / pieces.len(), piece % pieces.len());
         level.run(WeightSums {
@@ -728,6 +729,7 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
             at: part * part_floats + group * rows_of_c * row_of_c,
             row_of_c,
             depth,
+            scratch,
         });
     });
 
@@ -744,7 +746,8 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
         }
         columns
     };
-    let sums = &*sums;
+    let (total, others) = sums.split_at_mut(part_floats);
+    parallel::add_all(total, others);
     let out = Shared::new(dw);
     parallel::for_each(g.outputs, |o| {
         let (group, o) = (o / to, o % to);
@@ -760,9 +763,8 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
                         group * rows_of_c * row_of_c + first * depth + k * width + o - first
                     }
                 };
-                let sum: f32 = (0..parts).map(|part| sums[part * part_floats + at]).sum();
                 // SAFETY: each weight belongs to one output channel, and that to one task.
-                unsafe { *out.at(g.weight(group, o, i, tap)) += sum };
+                unsafe { *out.at(g.weight(group, o, i, tap)) += total[at] };
             }
         }
     });
@@ -770,8 +772,8 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
 
 /// Values of the inner index whose gradients one task sums.
 const PIECE: usize = 96;
-/// Pixels of a line.
-const LINE: usize = 256;
+/// Pixels of a line: so many that the operands of its products stay in the L1 cache.
+const LINE: usize = 64;
 /// Tasks of a weight gradient, where its size does not already make more.
 const TASKS: usize = 32;
 
@@ -800,6 +802,8 @@ struct WeightSums<'a> {
     at: usize,
     row_of_c: usize,
     depth: usize,
+    /// Room for a line of the piece, and of two vectors of outputs.
+    scratch: &'a mut [f32],
 }
 
 impl Kernel for WeightSums<'_> {
@@ -825,20 +829,27 @@ impl Kernel for WeightSums<'_> {
                 match self.shape {
                     Shape::Product => {
                         let x = x.add(self.group * self.g.group_inputs() + self.piece.offset);
+                        // Both operands are packed: with the channels of most models, pixels lie a power of two apart,
+                        // and few of them would fit into the cache at once.
+                        let (a, b) = self.scratch.split_at_mut(LINE * PIECE);
+                        copy_rows::<S>(x, x_row, a.as_mut_ptr(), self.piece.len, len);
                         for panel in 0..self.row_of_c.div_ceil(2 * LANES) {
                             let column = panel * 2 * LANES;
                             let width = ((self.row_of_c - column) / LANES).min(2);
+                            let outputs = (to - column).min(width * LANES);
+                            let dy = dy.add(self.group * to + column);
+                            copy_rows::<S>(dy, self.g.outputs, b.as_mut_ptr(), outputs, len);
                             let at = self.at + column * self.depth + self.piece.k * width * LANES;
                             product_transposed::<S>(
                                 self.piece.len,
                                 len,
                                 ProductTransposed {
-                                    a: x,
-                                    a_row: x_row,
-                                    b: dy.add(self.group * to + column),
-                                    b_row: self.g.outputs,
+                                    a: a.as_ptr(),
+                                    a_row: self.piece.len,
+                                    b: b.as_ptr(),
+                                    b_row: outputs,
                                     b_vector: LANES,
-                                    lanes: (to - column - (width - 1) * LANES).min(LANES),
+                                    lanes: outputs - (width - 1) * LANES,
                                     c: self.data.at(at),
                                     c_row: width * LANES,
                                     width,
@@ -885,6 +896,23 @@ impl Kernel for WeightSums<'_> {
                         }
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Copies `rows` rows of `len` floats, `stride` apart, so that each follows the one before.
+/// # Safety
+/// The rows are readable, and there is room for them.
+#[inline(always)]
+unsafe fn copy_rows<S: Simd>(from: *const f32, stride: usize, to: *mut f32, len: usize, rows: usize) {
+    for row in 0..rows {
+        for column in (0..len).step_by(LANES) {
+            let lanes = LANES.min(len - column);
+            // SAFETY: the caller's promise.
+            unsafe {
+                let values = S::load_lanes(from.add(row * stride + column), lanes);
+                values.store_lanes(to.add(row * len + column), lanes);
             }
         }
     }

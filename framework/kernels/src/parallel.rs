@@ -45,6 +45,17 @@ pub(crate) fn fill(x: &mut [f32], value: f32) {
     }
 }
 
+/// Adds to `total` the arrays of its length that `others` holds, one after the other.
+pub(crate) fn add_all(total: &mut [f32], others: &[f32]) {
+    const PART: usize = 1 << 12;
+    let len = total.len();
+    total.par_chunks_mut(PART).enumerate().for_each(|(part, total)| {
+        for other in others.chunks_exact(len) {
+            total.iter_mut().zip(&other[part * PART..]).for_each(|(sum, x)| *sum += x);
+        }
+    });
+}
+
 /// A pointer that tasks share; what each writes must not overlap what others touch.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared(*mut f32);
