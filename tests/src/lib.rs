@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod blobs;
+pub mod normed;
 pub mod points;
 pub mod recorder;
 
