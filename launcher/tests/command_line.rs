@@ -153,7 +153,7 @@ fn an_unknown_module_or_data() {
     assert_text(
         &error_with("conv_lstm", "conv_ltsm"),
         r#"
-error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`
+error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`, `sim_vp`, `svg_lp`, `tau`
    |
 10 | name = "conv_ltsm"
    |        ^^^^^^^^^^^
