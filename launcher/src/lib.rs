@@ -26,6 +26,9 @@ use tracing_subscriber::{EnvFilter, fmt};
 pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
+        .module::<candlepower_models::SimVp>("sim_vp")
+        .module::<candlepower_models::SvgLp>("svg_lp")
+        .module::<candlepower_models::Tau>("tau")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
         .dataset::<candlepower_datasets::Digits>("digits")
         .callback::<candlepower::callbacks::EarlyStopping>("early_stopping")

@@ -153,7 +153,7 @@ fn an_unknown_module_or_data() {
     assert_text(
         &error_with("conv_lstm", "conv_ltsm"),
         r#"
-error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`
+error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`, `sim_vp`, `svg_lp`, `tau`
    |
 10 | name = "conv_ltsm"
    |        ^^^^^^^^^^^
@@ -690,19 +690,51 @@ fn real_handwriting_trains_where_it_is_at_hand() {
     assert!(loss(&records[7]) < loss(&records[0]), "nothing was learned: {records:?}");
 }
 
+/// What makes a module small, so that a step of it is quick.
+fn small(module: &str) -> &'static [&'static str] {
+    match module {
+        "conv_lstm" => &["module.hidden=4"],
+        "sim_vp" | "tau" => &[
+            "module.spatial_channels=4",
+            "module.temporal_channels=16",
+            "module.temporal_layers=2",
+            "module.mlp_ratio=2.0",
+        ],
+        "svg_lp" => &["module.channels=2", "module.features=8", "module.hidden=8", "module.futures=2"],
+        other => panic!("say here what makes `{other}` small"),
+    }
+}
+
 #[test]
-fn every_configuration_of_the_project_is_read_and_its_module_built() {
-    use candlepower::experiment::Experiment;
+fn every_configuration_of_the_project_is_read_and_its_module_stepped() {
+    use candlepower::experiment::{Experiment, Resume};
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let registry = candlepower_launcher::registry();
-    let mut names = Vec::new();
+    let mut stepped = Vec::new();
     for entry in std::fs::read_dir(configs).unwrap() {
         let path = entry.unwrap().path();
-        let parameters = Experiment::read(&registry, &path, &[]).unwrap().build().unwrap();
-        names.push((path.file_stem().unwrap().to_str().unwrap().to_string(), parameters));
+        let module = Experiment::read(&registry, &path, &[]).unwrap().resolved().unwrap();
+        let module: toml::Table = module.parse().unwrap();
+        let module = module["module"]["name"].as_str().unwrap().to_string();
+        let quick = ["trainer.fast_dev_run=1", "trainer.batch_size=2", "logging.progress=false"];
+        let sets: Vec<String> = small(&module).iter().chain(&quick).map(ToString::to_string).collect();
+        let report = Experiment::read(&registry, &path, &sets).unwrap().train(&Resume::No, Vec::new());
+        let outcome = report.unwrap_or_else(|error| panic!("{}: {error}", path.display())).outcome;
+        assert_eq!(outcome.progress.step, 1, "{}", path.display());
+        let validation = outcome.validation.unwrap();
+        assert!(validation["mse"].is_finite() && validation["loss"].is_finite(), "{}", path.display());
+        stepped.push(module);
     }
-    assert!(
-        names.contains(&("moving_mnist".into(), 1_036_097)),
-        "the tutorial's model has other sizes: {names:?}"
-    );
+    for module in ["conv_lstm", "sim_vp", "svg_lp", "tau"] {
+        let configs = stepped.iter().filter(|name| *name == module).count();
+        assert!(configs >= 2, "`{module}` has no published and no small configuration: {stepped:?}");
+    }
+}
+
+#[test]
+fn the_tutorials_model_has_the_tutorials_size() {
+    use candlepower::experiment::Experiment;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/moving_mnist.toml");
+    let experiment = Experiment::read(&candlepower_launcher::registry(), &path, &[]).unwrap();
+    assert_eq!(experiment.build().unwrap(), 1_036_097);
 }

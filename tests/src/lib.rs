@@ -2,13 +2,16 @@
 #![allow(clippy::unwrap_used)]
 
 pub mod blobs;
+pub mod normed;
 pub mod points;
 pub mod recorder;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
+use candlepower::params::Params;
 
 /// The folder of the fixtures: `$CANDLEPOWER_GOLDEN` where set, else the ones kept beside the tests.
 pub fn golden_dir() -> PathBuf {
@@ -55,6 +58,61 @@ impl Golden {
             Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
         };
         self.tensors.iter().filter_map(strip).collect()
+    }
+}
+
+impl Golden {
+    /// Gives a model's parameters and buffers the fixture's values; fails where the names differ.
+    pub fn load(&self, params: &Params) {
+        for (prefix, vars) in [("param.", params.vars()), ("buffer.", params.buffers())] {
+            let values = self.under(prefix);
+            let sorted = |mut names: Vec<String>| {
+                names.sort();
+                names
+            };
+            let own = sorted(vars.iter().map(|(name, _)| name.clone()).collect());
+            assert_eq!(
+                own,
+                sorted(values.keys().cloned().collect()),
+                "`{prefix}`: other names than the fixture"
+            );
+            vars.iter().for_each(|(name, var)| var.set(&values[name]).unwrap());
+        }
+        params.publish().unwrap();
+        params.roll_back_buffers().unwrap();
+    }
+
+    /// Whether this parameter's gradient is nothing but rounding.
+    pub fn has_no_true_gradient(&self, name: &str) -> bool {
+        self.hparams["zero_true_grad"].as_array().is_some_and(|names| names.iter().any(|n| n == name))
+    }
+
+    /// Compares every parameter's gradient, but those that are nothing but rounding.
+    #[track_caller]
+    pub fn assert_gradients(&self, params: &Params, grads: &GradStore, tolerance: f64) {
+        let mut compared = 0;
+        for (name, var) in params.vars().into_iter().filter(|(name, _)| !self.has_no_true_gradient(name)) {
+            let gradient = grads.get(&var).unwrap_or_else(|| panic!("{name} has no gradient"));
+            assert_close(
+                &format!("gradient of {name}"),
+                gradient,
+                self.get(&format!("grad.{name}")),
+                tolerance,
+            );
+            compared += 1;
+        }
+        assert!(compared > 0);
+    }
+
+    /// Compares the buffers after a training step's forward pass.
+    #[track_caller]
+    pub fn assert_buffers_after(&self, params: &Params, tolerance: f64) {
+        params.commit_buffers().unwrap();
+        for (name, var) in params.buffers() {
+            let expected = self.get(&format!("buffer_after.{name}"));
+            assert_eq!(var.dtype(), expected.dtype(), "{name}");
+            assert_close(&format!("buffer {name}"), &var, expected, tolerance);
+        }
     }
 }
 

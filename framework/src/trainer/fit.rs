@@ -104,7 +104,6 @@ impl<'a, B: Batch> Fit<'a, B> {
                 format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
             return Err(Error::setting("precision", message));
         }
-        let params = model.params().vars();
         let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
@@ -115,11 +114,12 @@ impl<'a, B: Batch> Fit<'a, B> {
             if data.train.len().is_some() {
                 check_same_order(checkpoint.state(), &order)?;
             }
-            checkpoint.restore_params(&params)?;
+            checkpoint.restore_params(&model.params().state_dict())?;
             model.params().publish()?;
             checkpoint.restore_optimizer(&turns.iter().flat_map(Turn::state).collect::<Vec<_>>())?;
             average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
         }
+        model.params().roll_back_buffers()?;
         let micro_batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
         let start = Start { epoch: progress.epoch, step_in_epoch: progress.step_in_epoch, micro_batch_size };
         let micro_batches = data.load(data.train.training(order, start));
@@ -222,7 +222,11 @@ impl<'a, B: Batch> Fit<'a, B> {
             let _phase = phase!("optimizer");
             self.unscale(&mut gradients)?;
             let norm = self.clip(&mut gradients)?;
-            match self.refuse(turn, norm, &gradients, &tally)? {
+            let refusal = self.refuse(turn, norm, &gradients, &tally)?;
+            if refusal.is_some() {
+                self.model.params().roll_back_buffers()?;
+            }
+            match refusal {
                 None => {}
                 Some(refusal) if turn == 0 => return Ok(Stepped::Refused(refusal)),
                 // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
@@ -242,6 +246,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 )?;
             }
             self.turns[turn].step(&gradients, done + 1, rates)?;
+            self.model.params().commit_buffers()?;
             tally.gradients.append(&mut gradients);
         }
         self.model.params().publish()?;
@@ -508,7 +513,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             callbacks: trainer.callback_states(),
         };
         let optimizer: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
-        Snapshot::take(&self.model.params().vars(), &optimizer, average.map(Average::averages), state)
+        Snapshot::take(&self.model.params().state_dict(), &optimizer, average.map(Average::averages), state)
     }
 
     /// Tells the callbacks of a checkpoint that is complete.

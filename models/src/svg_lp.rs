@@ -1,0 +1,610 @@
+//! SVG-LP: stochastic video generation with a learned prior, a variational autoencoder (Denton and Fergus, ICML 2018).
+
+use candle_core::{D, Tensor};
+use candle_nn::Init;
+use candlepower::metrics::video::{self, Pixels};
+use candlepower::nn::channels_last::{
+    BatchNorm, Conv2dOptions, ConvTranspose, ConvTranspose2dOptions, fold_frames, unfold_frames,
+};
+use candlepower::nn::{self, Conv, Linear, LstmCell, LstmState};
+use candlepower::picture::{video_grid, video_rows};
+use candlepower::prelude::*;
+use candlepower::seed::ChaCha8Rng;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// How many samples of a batch are drawn beside the truth.
+const SAMPLES_DRAWN: usize = 2;
+/// How many futures of one sample are drawn.
+const FUTURES_DRAWN: usize = 3;
+/// Rows and columns of the frames that the convolutions are made for.
+const SIDE: usize = 64;
+
+/// What encoder and decoder normalise by outside training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Statistics {
+    /// The batch's own statistics, as the reference does it: what is predicted for a sample depends on those beside it. A
+    /// single sample, which has no variance of its own, is normalised by the running ones.
+    Batch,
+    /// The running statistics of training.
+    Running,
+}
+
+/// Fields of `[module]` for `svg_lp`. The defaults are the published ones for Moving MNIST. Frames in are `n_past`, frames
+/// out `n_future`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct SvgLpConfig {
+    /// Channels of the first convolution (`nf`); each next one has twice as many.
+    pub channels: usize,
+    /// Features of a frame (`g_dim`).
+    pub features: usize,
+    /// Dimensions of the latent variable (`z_dim`).
+    pub latent: usize,
+    /// Width of the LSTMs (`rnn_size`).
+    pub hidden: usize,
+    /// Layers of the LSTM that predicts.
+    pub predictor_layers: usize,
+    /// Layers of the LSTM that infers the latent variable from the frame to come.
+    pub posterior_layers: usize,
+    /// Layers of the LSTM that guesses the latent variable from the frames before.
+    pub prior_layers: usize,
+    /// The weight of the Kullback-Leibler divergence in the loss.
+    pub beta: f64,
+    /// Whether the decoder sees the last frame's fine features in every step, instead of the last input frame's alone.
+    pub last_frame_skip: bool,
+    /// What encoder and decoder normalise by outside training.
+    pub statistics: Statistics,
+    /// How many futures are drawn of each validation sample: `mse` and `ssim` are the mean over them. From 2 up,
+    /// `best_mse`, `best_ssim` and `best_psnr` are of the best of each sample, as in the paper.
+    pub futures: usize,
+}
+
+impl Default for SvgLpConfig {
+    fn default() -> Self {
+        Self {
+            channels: 64,
+            features: 128,
+            latent: 10,
+            hidden: 256,
+            predictor_layers: 2,
+            posterior_layers: 1,
+            prior_layers: 1,
+            beta: 1e-4,
+            last_frame_skip: false,
+            statistics: Statistics::Batch,
+            futures: 1,
+        }
+    }
+}
+
+impl SvgLpConfig {
+    fn check(&self, spec: &VideoSpec) -> Result<()> {
+        for (key, value) in [
+            ("channels", self.channels),
+            ("features", self.features),
+            ("latent", self.latent),
+            ("hidden", self.hidden),
+            ("predictor_layers", self.predictor_layers),
+            ("posterior_layers", self.posterior_layers),
+            ("prior_layers", self.prior_layers),
+            ("futures", self.futures),
+        ] {
+            if value == 0 {
+                return Err(Error::setting(key, "expected at least 1, found 0"));
+            }
+        }
+        if !(self.beta.is_finite() && self.beta >= 0.) {
+            return Err(Error::setting("beta", format!("expected a number from 0 up, found {}", self.beta)));
+        }
+        if spec.frames_in < 2 && !self.last_frame_skip {
+            let message = "with one input frame the decoder has no fine features to go on: expected true";
+            return Err(Error::setting("last_frame_skip", message));
+        }
+        if (spec.height, spec.width) != (SIDE, SIDE) {
+            return Err(Error::msg(format!(
+                "svg_lp is made for frames of {SIDE}x{SIDE}; the data has {}x{}",
+                spec.height, spec.width
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// How the initial weights of convolutions and products are drawn.
+const DRAWN: Init = Init::Randn { mean: 0., stdev: 0.02 };
+
+fn norm(channels: usize, vb: VarBuilder) -> Result<BatchNorm> {
+    BatchNorm::new(channels, Init::Randn { mean: 1., stdev: 0.02 }, vb)
+}
+
+/// How a pass normalises.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Norm {
+    /// By the batch, which is seen so many times.
+    Batch { times: usize },
+    /// By the running statistics.
+    Running,
+}
+
+impl Norm {
+    fn apply(self, norm: &BatchNorm, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Batch { times } => norm.by_batch(x, times),
+            Self::Running => norm.by_running(x),
+        }
+    }
+}
+
+/// Five convolutions, each but the last halving the size (DCGAN, Radford et al. 2016).
+struct Encoder(Vec<(Conv, BatchNorm)>);
+
+impl Encoder {
+    fn new(config: &SvgLpConfig, inputs: usize, vb: VarBuilder) -> Result<Self> {
+        let n = config.channels;
+        let widths = [inputs, n, 2 * n, 4 * n, 8 * n, config.features];
+        let layer = |i: usize| {
+            let vb = vb.pp(format!("c{}", i + 1));
+            let vb = if i < 4 { vb.pp("main") } else { vb };
+            let conv = Conv::drawn(&[widths[i + 1], widths[i], 4, 4], DRAWN, vb.pp(0))?;
+            Ok((conv, norm(widths[i + 1], vb.pp(1))?))
+        };
+        Ok(Self((0..5).map(layer).collect::<Result<_>>()?))
+    }
+
+    /// (B, 64, 64, C) to features (B, g) in (-1, 1), and what each layer but the last put out.
+    fn forward(&self, frame: &Tensor, mode: Norm) -> Result<(Tensor, Vec<Tensor>)> {
+        let (mut x, mut skips) = (frame.clone(), Vec::with_capacity(4));
+        for (i, (conv, norm)) in self.0.iter().enumerate() {
+            let last = i == 4;
+            let (stride, padding) = if last { (1, 0) } else { (2, 1) };
+            x = conv.channels_last(&x, Conv2dOptions { stride, padding, ..Default::default() })?;
+            x = mode.apply(norm, &x)?;
+            if last {
+                break;
+            }
+            x = nn::leaky_relu(&x, 0.2)?;
+            skips.push(x.clone());
+        }
+        Ok((x.flatten_from(1)?.tanh()?, skips))
+    }
+}
+
+/// The encoder's mirror image; each layer but the first also sees what the encoder's layer of its size put out.
+struct Decoder {
+    layers: Vec<(ConvTranspose, BatchNorm)>,
+    to_frame: ConvTranspose,
+}
+
+impl Decoder {
+    fn new(config: &SvgLpConfig, outputs: usize, vb: VarBuilder) -> Result<Self> {
+        let n = config.channels;
+        let widths = [(config.features, 8 * n), (16 * n, 4 * n), (8 * n, 2 * n), (4 * n, n)];
+        let layer = |(i, (inputs, outputs)): (usize, &(usize, usize))| {
+            let vb = vb.pp(format!("upc{}", i + 1));
+            let vb = if i == 0 { vb } else { vb.pp("main") };
+            let conv = ConvTranspose::new([*inputs, *outputs, 4, 4], DRAWN, vb.pp(0))?;
+            Ok((conv, norm(*outputs, vb.pp(1))?))
+        };
+        Ok(Self {
+            layers: widths.iter().enumerate().map(layer).collect::<Result<_>>()?,
+            to_frame: ConvTranspose::new([2 * n, outputs, 4, 4], DRAWN, vb.pp("upc5.0"))?,
+        })
+    }
+
+    /// (B, g) and the encoder's `skips` to a frame (B, 64, 64, C) in (0, 1).
+    fn forward(&self, features: &Tensor, skips: &[Tensor], mode: Norm) -> Result<Tensor> {
+        let double = ConvTranspose2dOptions { stride: 2, padding: 1, ..Default::default() };
+        let (batch, width) = features.dims2()?;
+        let mut x = features.reshape((batch, 1, 1, width))?;
+        let mut skips = skips.iter().rev();
+        for (i, (conv, norm)) in self.layers.iter().enumerate() {
+            let options = if i == 0 { ConvTranspose2dOptions::default() } else { double };
+            x = mode.apply(norm, &conv.channels_last(&x, options)?)?;
+            x = nn::leaky_relu(&x, 0.2)?;
+            if let Some(skip) = skips.next() {
+                x = Tensor::cat(&[&x, skip], D::Minus1)?;
+            }
+        }
+        Ok(candle_nn::ops::sigmoid(&self.to_frame.channels_last(&x, double)?)?)
+    }
+}
+
+/// A product, then LSTM cells on top of each other.
+struct Lstm {
+    embed: Linear,
+    cells: Vec<LstmCell>,
+}
+
+/// What its cells remember.
+type Memory = Vec<Option<LstmState>>;
+
+fn linear(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Linear> {
+    Linear::with_init(inputs, outputs, DRAWN, Some(Init::Const(0.)), vb)
+}
+
+impl Lstm {
+    fn new(inputs: usize, hidden: usize, layers: usize, vb: VarBuilder) -> Result<Self> {
+        let cell = |i: usize| LstmCell::new(hidden, hidden, vb.pp("lstm").pp(i));
+        let embed = linear(inputs, hidden, vb.pp("embed"))?;
+        Ok(Self { embed, cells: (0..layers).map(cell).collect::<Result<_>>()? })
+    }
+
+    fn start(&self) -> Memory {
+        vec![None; self.cells.len()]
+    }
+
+    fn step(&self, x: &Tensor, memory: &mut Memory) -> Result<Tensor> {
+        let mut x = self.embed.forward(x)?;
+        for (cell, state) in self.cells.iter().zip(memory) {
+            let next = cell.step(&x, state.as_ref())?;
+            x = next.h.clone();
+            *state = Some(next);
+        }
+        Ok(x)
+    }
+}
+
+/// An LSTM that says what it believes of the latent variable.
+struct GaussianLstm {
+    lstm: Lstm,
+    mean: Linear,
+    log_variance: Linear,
+}
+
+/// A normal distribution with independent dimensions: mean and logarithm of the variance, each (B, z), f32.
+#[derive(Debug, Clone)]
+pub struct Gaussian {
+    /// μ.
+    pub mean: Tensor,
+    /// log σ².
+    pub log_variance: Tensor,
+}
+
+impl Gaussian {
+    /// μ + σ ε.
+    pub fn at(&self, noise: &Tensor) -> Result<Tensor> {
+        let deviation = (&self.log_variance * 0.5)?.exp()?;
+        Ok((&self.mean + (deviation * noise)?)?)
+    }
+
+    /// The Kullback-Leibler divergence from `prior` to this distribution, summed over the dimensions, the mean over the
+    /// batch: `½ (log σ²_p - log σ²) + (σ² + (μ - μ_p)²) / (2 σ²_p) - ½`.
+    pub fn divergence(&self, prior: &Gaussian) -> Result<Tensor> {
+        let logs = (&prior.log_variance - &self.log_variance)?;
+        let spread = (self.log_variance.exp()? + (&self.mean - &prior.mean)?.sqr()?)?;
+        let each = ((logs + (spread / prior.log_variance.exp()?)?)? * 0.5)?;
+        Ok((each - 0.5)?.sum(D::Minus1)?.mean_all()?)
+    }
+}
+
+impl GaussianLstm {
+    fn new(config: &SvgLpConfig, layers: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            lstm: Lstm::new(config.features, config.hidden, layers, vb.clone())?,
+            mean: linear(config.hidden, config.latent, vb.pp("mu_net"))?,
+            log_variance: linear(config.hidden, config.latent, vb.pp("logvar_net"))?,
+        })
+    }
+
+    fn step(&self, x: &Tensor, memory: &mut Memory) -> Result<Gaussian> {
+        let h = self.lstm.step(x, memory)?;
+        let wide = |x: Tensor| if x.dtype() == DType::F64 { Ok(x) } else { x.to_dtype(DType::F32) };
+        Ok(Gaussian {
+            mean: wide(self.mean.forward(&h)?)?,
+            log_variance: wide(self.log_variance.forward(&h)?)?,
+        })
+    }
+}
+
+/// What a pass over frames whose future is known comes to.
+pub struct Reconstruction {
+    /// The frames after the first, (B, T - 1, C, H, W), as they were reconstructed.
+    pub frames: Tensor,
+    /// Of each step: what knows the frame to come.
+    pub posterior: Vec<Gaussian>,
+    /// Of each step: what guesses it.
+    pub prior: Vec<Gaussian>,
+    /// The latent variable of each step, (B, z).
+    pub latent: Vec<Tensor>,
+    /// The sum over the steps of the mean squared error.
+    pub mse: Tensor,
+    /// The sum over the steps of the posterior's divergence from the prior.
+    pub divergence: Tensor,
+}
+
+/// A frame is encoded to features; an LSTM predicts the next frame's features from them and a latent variable that stands
+/// for what cannot be known; they are decoded, with the fine features of an input frame beside. In training the latent
+/// variable is inferred from the frame to come, and a prior learns to guess it from the frames before; in prediction the
+/// prior's guesses are drawn, so each draw is another future. Parameters have the names of the authors' code.
+pub struct SvgLp {
+    encoder: Encoder,
+    decoder: Decoder,
+    predictor: Lstm,
+    predicted: Linear,
+    posterior: GaussianLstm,
+    prior: GaussianLstm,
+    config: SvgLpConfig,
+    spec: VideoSpec,
+}
+
+impl SvgLp {
+    fn mode(&self, batch: usize) -> Norm {
+        match self.config.statistics {
+            Statistics::Batch if batch > 1 => Norm::Batch { times: 0 },
+            _ => Norm::Running,
+        }
+    }
+
+    /// So many steps of noise for the latent variable, each (B, z).
+    fn noise(
+        &self,
+        steps: usize,
+        batch: usize,
+        rng: &mut ChaCha8Rng,
+        device: &Device,
+    ) -> Result<Vec<Tensor>> {
+        (0..steps).map(|_| nn::normal((batch, self.config.latent), rng, device)).collect()
+    }
+
+    /// The next frame's features from those of this one and the latent variable.
+    fn predict_features(&self, features: &Tensor, latent: &Tensor, memory: &mut Memory) -> Result<Tensor> {
+        let x = Tensor::cat(&[features, &latent.to_dtype(features.dtype())?], 1)?;
+        let h = self.predictor.step(&x, memory)?;
+        Ok(self.predicted.forward(&h)?.tanh()?.to_dtype(features.dtype())?)
+    }
+
+    /// Reconstructs frames (B, T, C, H, W) with this noise for the T - 1 latent variables; `training` says how the frames
+    /// are normalised, and that the running statistics follow.
+    pub fn reconstruct(&self, frames: &Tensor, noise: &[Tensor], training: bool) -> Result<Reconstruction> {
+        let (batch, times, ..) = frames.dims5()?;
+        let images = split_frames(frames)?;
+        let mode = |times: usize| if training { Norm::Batch { times } } else { self.mode(batch) };
+        let (mut predictor, mut posterior, mut prior) =
+            (self.predictor.start(), self.posterior.lstm.start(), self.prior.lstm.start());
+        let (mut frames, mut latents, mut posteriors, mut priors) = (vec![], vec![], vec![], vec![]);
+        let (mut mse, mut divergence): (Option<Tensor>, Option<Tensor>) = (None, None);
+        let (mut features, first_skips) = self.encoder.forward(&images[0], mode(1))?;
+        let (mut skips, mut next_skips) = (first_skips.clone(), first_skips);
+        for t in 1..times {
+            if self.config.last_frame_skip || t < self.spec.frames_in {
+                skips = next_skips;
+            }
+            // The reference encodes a frame when it is to come, and again when it is there: once is enough, but for the
+            // running statistics, which see it twice.
+            let seen = if t + 1 < times { 2 } else { 1 };
+            let (next, its_skips) = self.encoder.forward(&images[t], mode(seen))?;
+            let inferred = self.posterior.step(&next, &mut posterior)?;
+            let guessed = self.prior.step(&features, &mut prior)?;
+            let latent = inferred.at(&noise[t - 1])?;
+            let predicted = self.predict_features(&features, &latent, &mut predictor)?;
+            let frame = self.decoder.forward(&predicted, &skips, mode(1))?;
+            add(&mut mse, nn::mse(&frame, &images[t])?)?;
+            add(&mut divergence, inferred.divergence(&guessed)?)?;
+            frames.push(frame);
+            latents.push(latent);
+            posteriors.push(inferred);
+            priors.push(guessed);
+            (features, next_skips) = (next, its_skips);
+        }
+        let (Some(mse), Some(divergence)) = (mse, divergence) else {
+            return Err(Error::msg("svg_lp needs at least two frames"));
+        };
+        let frames = join_frames(&frames)?;
+        Ok(Reconstruction { frames, posterior: posteriors, prior: priors, latent: latents, mse, divergence })
+    }
+
+    /// The `frames_out` frames after `frames` (B, T_in, C, H, W): one future, drawn with this noise for the
+    /// T_in + frames_out - 1 latent variables. Those of the input frames are inferred, the others guessed.
+    pub fn generate(
+        &self,
+        frames: &Tensor,
+        frames_out: usize,
+        noise: &[Tensor],
+        mode: Statistics,
+    ) -> Result<Tensor> {
+        let (batch, given, ..) = frames.dims5()?;
+        let mode = match mode {
+            Statistics::Batch if batch > 1 => Norm::Batch { times: 0 },
+            _ => Norm::Running,
+        };
+        let images = split_frames(frames)?;
+        let (mut predictor, mut posterior, mut prior) =
+            (self.predictor.start(), self.posterior.lstm.start(), self.prior.lstm.start());
+        let mut made = Vec::with_capacity(frames_out);
+        let (mut features, mut next_skips) = self.encoder.forward(&images[0], mode)?;
+        let mut skips = next_skips.clone();
+        for t in 1..given + frames_out {
+            if self.config.last_frame_skip || t < given {
+                skips = next_skips;
+            }
+            let guessed = self.prior.step(&features, &mut prior)?;
+            let next = match images.get(t) {
+                Some(image) => {
+                    let next = self.encoder.forward(image, mode)?;
+                    let latent = self.posterior.step(&next.0, &mut posterior)?.at(&noise[t - 1])?;
+                    self.predict_features(&features, &latent, &mut predictor)?;
+                    next
+                }
+                None => {
+                    let latent = guessed.at(&noise[t - 1])?;
+                    let predicted = self.predict_features(&features, &latent, &mut predictor)?;
+                    made.push(self.decoder.forward(&predicted, &skips, mode)?);
+                    if t + 1 == given + frames_out {
+                        break;
+                    }
+                    self.encoder.forward(&made[t - given], mode)?
+                }
+            };
+            (features, next_skips) = next;
+        }
+        join_frames(&made)
+    }
+
+    /// One future of a batch, (B, T_out, C, H, W).
+    fn future(&self, frames: &Tensor, step: &Step, index: usize) -> Result<Tensor> {
+        let VideoSpec { frames_in, frames_out, .. } = self.spec;
+        let mut rng = step.rng(&format!("future {index}"));
+        let noise = self.noise(frames_in + frames_out - 1, frames.dim(0)?, &mut rng, frames.device())?;
+        self.generate(frames, frames_out, &noise, self.config.statistics)
+    }
+
+    /// The loss: what is reconstructed, and how far the posterior is from the prior.
+    fn loss(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        let frames = Tensor::cat(&[&batch.input, &batch.target.to_dtype(batch.input.dtype())?], 1)?;
+        let (size, times, ..) = frames.dims5()?;
+        let noise = self.noise(times - 1, size, &mut step.rng("posterior"), frames.device())?;
+        let pass = self.reconstruct(&frames, &noise, step.is_training())?;
+        step.log("reconstruction", &(&pass.mse / (times - 1) as f64)?);
+        step.log("divergence", &pass.divergence);
+        if step.images_due() && step.is_training() {
+            let future = pass.frames.narrow(1, self.spec.frames_in - 1, self.spec.frames_out)?;
+            step.log_image(
+                "reconstruction",
+                &video_grid(&batch.input, &future, &batch.target, SAMPLES_DRAWN)?,
+            );
+        }
+        Ok((pass.mse + (pass.divergence * self.config.beta)?)?)
+    }
+
+    /// The truth in the first row, then a row for each of these futures of the batch's first samples.
+    fn picture(batch: &Video, futures: &[Tensor], samples: usize) -> Result<Tensor> {
+        let one = |x: &Tensor, sample: usize| -> Result<Tensor> {
+            Ok(x.narrow(0, sample, 1)?.to_dtype(DType::F32)?)
+        };
+        let (mut inputs, mut rows) = (Vec::new(), Vec::new());
+        for sample in 0..samples.min(batch.len()) {
+            for future in std::iter::once(&batch.target).chain(futures) {
+                inputs.push(one(&batch.input, sample)?);
+                rows.push(one(future, sample)?);
+            }
+        }
+        video_rows(&Tensor::cat(&inputs, 0)?, &Tensor::cat(&rows, 0)?, rows.len())
+    }
+}
+
+/// A batch's frames (B, T, C, H, W), one after the other, channels last.
+fn split_frames(frames: &Tensor) -> Result<Vec<Tensor>> {
+    (0..frames.dim(1)?).map(|t| fold_frames(&frames.narrow(1, t, 1)?.contiguous()?)).collect()
+}
+
+/// Undoes [`split_frames`].
+fn join_frames(frames: &[Tensor]) -> Result<Tensor> {
+    let frames = frames.iter().map(|frame| unfold_frames(frame, 1)).collect::<Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&frames, 1)?)
+}
+
+fn add(sum: &mut Option<Tensor>, x: Tensor) -> Result<()> {
+    *sum = Some(match sum.take() {
+        Some(sum) => (sum + x)?,
+        None => x,
+    });
+    Ok(())
+}
+
+impl Build for SvgLp {
+    type Config = SvgLpConfig;
+
+    fn build(config: &SvgLpConfig, spec: &VideoSpec, vb: VarBuilder) -> Result<Self> {
+        config.check(spec)?;
+        let predictor = vb.pp("frame_predictor");
+        let (features, hidden) = (config.features, config.hidden);
+        let inputs = features + config.latent;
+        Ok(Self {
+            encoder: Encoder::new(config, spec.channels, vb.pp("encoder"))?,
+            decoder: Decoder::new(config, spec.channels, vb.pp("decoder"))?,
+            predictor: Lstm::new(inputs, hidden, config.predictor_layers, predictor.clone())?,
+            predicted: linear(hidden, features, predictor.pp("output.0"))?,
+            posterior: GaussianLstm::new(config, config.posterior_layers, vb.pp("posterior"))?,
+            prior: GaussianLstm::new(config, config.prior_layers, vb.pp("prior"))?,
+            config: config.clone(),
+            spec: *spec,
+        })
+    }
+}
+
+/// The best of each sample over several futures: means over a sample's frames of a metric, `values` by future, then sample.
+fn best(values: &[Vec<f64>], better: fn(f64, f64) -> f64) -> f64 {
+    let samples = values.first().map_or(0, Vec::len);
+    let of = |sample: usize| values.iter().map(|future| future[sample]).reduce(better).unwrap_or(f64::NAN);
+    (0..samples).map(of).sum::<f64>() / samples as f64
+}
+
+impl Module for SvgLp {
+    type Batch = Video;
+
+    fn training_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        self.loss(batch, step)
+    }
+
+    fn validation_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        let loss = self.loss(batch, step)?;
+        let drawn = if step.images_due() { FUTURES_DRAWN } else { 0 };
+        let futures = (0..self.config.futures.max(drawn)).map(|i| self.future(&batch.input, step, i));
+        let futures = futures.collect::<Result<Vec<_>>>()?;
+        if step.images_due() {
+            step.log_image("futures", &Self::picture(batch, &futures[..drawn], SAMPLES_DRAWN)?);
+        }
+        let futures = &futures[..self.config.futures];
+        let by_sample = |metric: &dyn Fn(&Tensor) -> Result<video::PerFrame>| -> Result<Vec<Vec<f64>>> {
+            let frames = self.spec.frames_out;
+            let means = |values: Vec<f64>| {
+                values.chunks(frames).map(|c| c.iter().sum::<f64>() / frames as f64).collect()
+            };
+            futures.iter().map(|future| Ok(means(metric(future)?.values))).collect()
+        };
+        let mse = by_sample(&|future| video::mse(future, &batch.target, Pixels::Mean))?;
+        let ssim = by_sample(&|future| video::ssim(future, &batch.target, 1.))?;
+        let mean = |values: &[Vec<f64>]| {
+            values.iter().flatten().sum::<f64>() / values.iter().flatten().count() as f64
+        };
+        let mut log = |name: &str, value: f64| -> Result<()> {
+            step.log(name, &Tensor::new(value as f32, &Device::Cpu)?);
+            Ok(())
+        };
+        log("mse", mean(&mse))?;
+        log("ssim", mean(&ssim))?;
+        if futures.len() > 1 {
+            let psnr = by_sample(&|future| video::psnr(future, &batch.target))?;
+            log("best_mse", best(&mse, f64::min))?;
+            log("best_ssim", best(&ssim, f64::max))?;
+            log("best_psnr", best(&psnr, f64::max))?;
+        }
+        Ok(loss)
+    }
+
+    /// One future.
+    fn predict_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        self.future(&batch.input, step, 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_published_size() {
+        let spec = VideoSpec { frames_in: 5, frames_out: 10, channels: 1, height: 64, width: 64 };
+        let model = Model::build::<SvgLp>(&SvgLpConfig::default(), &spec, 1, &Device::Cpu).unwrap();
+        assert_eq!(model.params().count(), 12_614_057);
+    }
+
+    #[test]
+    fn the_best_of_each_sample_counts() {
+        let values = [vec![1., 5.], vec![2., 3.]];
+        assert_eq!((best(&values, f64::min), best(&values, f64::max)), (2., 3.5));
+    }
+
+    #[test]
+    fn equal_distributions_do_not_diverge() {
+        let tensor = |x: f32| Tensor::new(&[[x, 2. * x]], &Device::Cpu).unwrap();
+        let gaussian =
+            |mean, log_variance| Gaussian { mean: tensor(mean), log_variance: tensor(log_variance) };
+        let divergence = |a: Gaussian, b: Gaussian| a.divergence(&b).unwrap().to_scalar::<f32>().unwrap();
+        assert!(divergence(gaussian(0.3, 0.5), gaussian(0.3, 0.5)).abs() < 1e-6);
+        // Means 1 and 2 apart, variances 1: half of 1 + 4.
+        assert!((divergence(gaussian(1., 0.), gaussian(0., 0.)) - 2.5).abs() < 1e-6);
+    }
+}
