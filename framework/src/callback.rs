@@ -177,6 +177,11 @@ pub trait Callback: Send {
         Ok(())
     }
 
+    /// Whether, in a training of several processes, each of them asks it, and not that of rank 0 alone.
+    fn on_every_rank(&self) -> bool {
+        false
+    }
+
     /// The name under which checkpoints keep its state.
     fn name(&self) -> &'static str {
         std::any::type_name::<Self>()

@@ -1,8 +1,10 @@
 //! An experiment: one configuration file, made ready to train, validate or predict.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use indexmap::{IndexMap, IndexSet};
 use schemars::schema_for;
 use serde_json::json;
@@ -235,9 +237,10 @@ impl Experiment {
         recipe.open(split).map_err(|error| self.document.place("data", error))
     }
 
-    fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
-        let model =
-            Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu, self.trainer.precision);
+    fn model<B: Batch>(&self, recipe: &Arc<dyn ModuleRecipe<B>>, spec: B::Spec) -> Result<Model<B>> {
+        let recipe = recipe.clone();
+        let build = move |vb: VarBuilder| recipe.build(&spec, vb);
+        let model = Model::boxed(build, self.run.seed, &Device::Cpu, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -460,14 +463,14 @@ pub(crate) trait Job: Send + Sync {
 
 /// A module and a dataset of one batch.
 pub(crate) struct Pair<B: Batch> {
-    pub(crate) module: Box<dyn ModuleRecipe<B>>,
+    pub(crate) module: Arc<dyn ModuleRecipe<B>>,
     pub(crate) data: Box<dyn DataRecipe<B>>,
 }
 
 impl<B: Batch> Pair<B> {
     fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
         let data = experiment.data(&*self.data)?;
-        Ok((experiment.model(&*self.module, &data.train.spec())?, data))
+        Ok((experiment.model(&self.module, data.train.spec())?, data))
     }
 
     fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {

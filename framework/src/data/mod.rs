@@ -10,7 +10,7 @@ pub(crate) use loader::{Loaded, Loader};
 pub use order::{Order, samples_in_turn};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
-pub(crate) use source::Start;
+pub(crate) use source::{Share, Start};
 pub use source::{AnyStream, Items, Pass, Source, Stream};
 
 use crate::batch::Batch;
@@ -161,10 +161,5 @@ impl<B: Batch> Data<B> {
             Split::Test => self.test.as_ref(),
         };
         source.ok_or_else(|| Error::msg(format!("there is no {} data", split.name())))
-    }
-
-    /// Reads these jobs with this data's workers.
-    pub(crate) fn load(&self, jobs: source::Jobs<B>) -> Loader<B> {
-        Loader::new(jobs, self.workers, self.workers * self.prefetch)
     }
 }

@@ -12,7 +12,8 @@ use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
-use crate::data::{Data, Loaded, Loader, Order, Pass, Source, Split, Start};
+use crate::collective::{self, Collective, Identity};
+use crate::data::{Data, Loaded, Loader, Order, Pass, Share, Source, Split, Start};
 use crate::error::{Error, Result};
 use crate::grads::{Grads, first_not_finite};
 use crate::metrics::Means;
@@ -21,9 +22,10 @@ use crate::optim::{self, Average, Turn};
 use crate::precision::LossScale;
 use crate::schedule::PlateauState;
 
-/// One call of [`Trainer::fit`].
+/// One call of [`Trainer::fit`], on one rank.
 pub(super) struct Fit<'a, B: Batch> {
     trainer: &'a mut Trainer,
+    ranks: Arc<dyn Collective>,
     model: &'a Model<B>,
     workers: usize,
     /// What is validated on: the source, the split it counts as, its batches.
@@ -61,8 +63,8 @@ struct Tally {
     ends_epoch: bool,
     /// What is logged, in steps after which it is read.
     means: Option<Means>,
-    /// Of the micro-batches, for this optimizer.
-    losses: Vec<Tensor>,
+    /// Of this rank's micro-batches, for this optimizer, with their numbers.
+    losses: Vec<(usize, Tensor)>,
     /// Of the optimizers that have had their turn, in the order of the trained parameters.
     gradients: Vec<Tensor>,
     flow: Flow,
@@ -94,9 +96,8 @@ impl<'a, B: Batch> Fit<'a, B> {
     pub(super) fn new(trainer: &'a mut Trainer, model: &'a Model<B>, data: &'a Data<B>) -> Result<Self> {
         trainer.config.resolve_fast_dev_run();
         let config = &trainer.config;
+        let ranks = trainer.ranks.clone();
         let resumed = trainer.resume.take();
-        let state = resumed.as_ref().map(Checkpoint::state);
-        let progress = state.map(|state| state.progress).unwrap_or_default();
 
         if model.params().dtype() != config.precision.dtype() {
             let (model, asked) = (model.params().dtype(), config.precision.dtype());
@@ -105,24 +106,43 @@ impl<'a, B: Batch> Fit<'a, B> {
             return Err(Error::setting("precision", message));
         }
         let params = model.params().vars();
+        collective::check(&*ranks, &Identity::new(&trainer.configuration(), &params))?;
+        let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
+        let state = state.as_ref();
+        let progress = state.map(|state| state.progress).unwrap_or_default();
         let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
 
         let order = order(config, trainer.seed, &data.train)?;
+        if let Some(state) = state
+            && data.train.len().is_some()
+        {
+            check_same_order(state, &order)?;
+        }
+        let optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
         if let Some(checkpoint) = &resumed {
-            if data.train.len().is_some() {
-                check_same_order(checkpoint.state(), &order)?;
-            }
             checkpoint.restore_params(&params)?;
-            model.params().publish()?;
-            checkpoint.restore_optimizer(&turns.iter().flat_map(Turn::state).collect::<Vec<_>>())?;
+            checkpoint.restore_optimizer(&optimizer)?;
             average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
         }
-        let micro_batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
-        let start = Start { epoch: progress.epoch, step_in_epoch: progress.step_in_epoch, micro_batch_size };
-        let micro_batches = data.load(data.train.training(order, start));
+        same_as_rank_0(&*ranks, &params)?;
+        model.params().publish()?;
+        same_as_rank_0(&*ranks, &optimizer)?;
+        if let Some(average) = &mut average {
+            same_as_rank_0(&*ranks, average.averages())?;
+            average.updates = state.map_or(0, |state| state.average_updates);
+        }
+        let share = Share { rank: ranks.rank(), of: ranks.world_size() };
+        let start = Start {
+            epoch: progress.epoch,
+            step_in_epoch: progress.step_in_epoch,
+            micro_batch_size: config.micro_batch_size.unwrap_or(config.batch_size.div_ceil(share.of)),
+            share,
+        };
+        let workers = data.workers.div_ceil(ranks.ranks_here());
+        let micro_batches = Loader::new(data.train.training(order, start), workers, workers * data.prefetch);
         let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
         if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
             && epochs.fract() != 0.
@@ -138,8 +158,9 @@ impl<'a, B: Batch> Fit<'a, B> {
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
         Ok(Self {
+            ranks,
             model,
-            workers: data.workers,
+            workers,
             val,
             turns,
             trained,
@@ -251,20 +272,21 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(Stepped::Moved(tally))
     }
 
-    /// The gradients of one optimizer's parameters, over all micro-batches of the step.
+    /// The gradients of one optimizer's parameters, over all micro-batches of the step and over all ranks.
     fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Vec<Tensor>> {
         let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
         let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
         let mut grads = Grads::new(&self.turns[turn].params);
-        let mut seen = 0;
         tally.losses.clear();
-        for micro_batch in 0.. {
-            let loaded = self.micro_batch(micro_batch)?;
-            (tally.samples, tally.ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
-            let batch = loaded.batch.to_device(self.model.params().device())?;
+        for index in 0.. {
+            let loaded = self.micro_batch(index)?;
+            let place = loaded.place;
+            (tally.samples, tally.ends_epoch) = (place.step_samples, place.ends_epoch);
+            let Some(batch) = &loaded.batch else { break };
+            let batch = batch.to_device(self.model.params().device())?;
             let batch = batch.cast(self.model.params().dtype())?;
-            let (name, images_due) = (&self.turns[turn].name, images_due && micro_batch == 0);
-            let mut told = Step::training(done, micro_batch as u64, seed, name, images_due);
+            let (name, images_due) = (&self.turns[turn].name, images_due && place.number == 0);
+            let mut told = Step::training(done, place.number as u64, seed, name, images_due);
             let loss = {
                 let _phase = phase!("forward");
                 let loss = self.model.training().training_step(&batch, &mut told);
@@ -277,17 +299,19 @@ impl<'a, B: Batch> Fit<'a, B> {
                 let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
                 grads.add(&self.turns[turn].working, scaled.backward()?)?;
             }
+            tally.losses.push((place.number, loss.detach()));
             self.tell(told, turn, &loss, batch.len(), tally)?;
-            seen += batch.len();
-            if seen >= tally.samples {
+            if place.ends_step {
                 break;
             }
-            // By the clock, a validation may be due inside a step that takes minutes.
-            if turn == 0 && self.is_validation_due(true) {
+            // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
+            // each may be somewhere else in it.
+            if turn == 0 && self.ranks.is_alone() && self.is_validation_due(true)? {
                 tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
             }
         }
-        grads.complete(&self.turns[turn].params)
+        let _phase = phase!("all_reduce");
+        grads.over_ranks(&*self.ranks, &self.turns[turn].params)?.complete(&self.turns[turn].params)
     }
 
     /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
@@ -309,15 +333,13 @@ impl<'a, B: Batch> Fit<'a, B> {
         if !self.trainer.config.nan_guard || norm.is_finite() {
             return Ok(None);
         }
-        let mut what = None;
-        for (i, loss) in tally.losses.iter().enumerate() {
-            let value = loss.to_scalar::<f32>()?;
-            if !value.is_finite() {
-                let micro_batch =
-                    if tally.losses.len() > 1 { format!(" of micro-batch {i}") } else { String::new() };
-                what.get_or_insert(format!("the loss{micro_batch} is {value}"));
+        let mut what = match self.first_loss_not_finite(tally)? {
+            Some((_, value)) if self.ranks.is_alone() && tally.losses.len() == 1 => {
+                Some(format!("the loss is {value}"))
             }
-        }
+            Some((number, value)) => Some(format!("the loss of micro-batch {number} is {value}")),
+            None => None,
+        };
         if let Some(name) = first_not_finite(&self.turns[turn].params, gradients)? {
             what.get_or_insert(format!("the gradient of `{name}` is not finite"));
         }
@@ -334,6 +356,20 @@ impl<'a, B: Batch> Fit<'a, B> {
         ))))
     }
 
+    /// Number and loss of the first micro-batch, of all ranks, whose loss is not finite.
+    fn first_loss_not_finite(&self, tally: &Tally) -> Result<Option<(usize, f64)>> {
+        let mut own = [f64::INFINITY, 0.];
+        for (number, loss) in tally.losses.iter().rev() {
+            let value = f64::from(loss.to_scalar::<f32>()?);
+            if !value.is_finite() {
+                own = [*number as f64, value];
+            }
+        }
+        let all = self.ranks.gather_numbers(&own)?.into_iter().map(|pair| (pair[0], pair[1]));
+        let first = all.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(number, _)| number.is_finite());
+        Ok(first.map(|(number, value)| (number as usize, value)))
+    }
+
     /// What is due after a step: telling, logging, validating, saving.
     fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
@@ -345,23 +381,25 @@ impl<'a, B: Batch> Fit<'a, B> {
             let _phase = phase!("logging");
             let epoch = progress.epoch_of_last_step();
             let mut record =
-                Record { step: progress.step, epoch, split: Split::Train, metrics: means.read()? };
+                Record { step: progress.step, epoch, split: Split::Train, metrics: means.read_over(&*self.ranks)? };
             flow = flow.or(self.trainer.ask(|callback| callback.on_train_metrics(&mut record))?);
         }
-        if self.is_validation_due(false) {
+        if self.is_validation_due(false)? {
             flow = flow.or(self.validate()?);
         }
-        if flow == Flow::Save || self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) {
-            self.save()?;
-        }
-        let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
-        self.tell_saved(saved)?;
+        let saves = self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) || flow == Flow::Save;
         if let Some(limit) = self.trainer.config.max_time
             && self.seconds() >= limit.as_secs_f64()
         {
             let why = format!("max_time, {}, is over", humantime::format_duration(limit));
             flow = flow.or(Flow::Stop(StopReason::Callback(why)));
         }
+        let (flow, saves) = agree_on_flow(&*self.ranks, flow, saves)?;
+        if saves {
+            self.save()?;
+        }
+        let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
+        self.tell_saved(saved)?;
         Ok(flow)
     }
 
@@ -428,7 +466,6 @@ impl<'a, B: Batch> Fit<'a, B> {
         tally: &mut Tally,
     ) -> Result<()> {
         let (metrics, pictures) = told.into_logged();
-        tally.losses.push(loss.detach());
         tally.note(&self.metric_name(turn, "loss"), loss, samples)?;
         metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
         let step = self.progress.step + 1;
@@ -437,11 +474,16 @@ impl<'a, B: Batch> Fit<'a, B> {
     }
 
     /// Whether a validation is due after the step, or, `inside` the next one, by the clock.
-    fn is_validation_due(&self, inside: bool) -> bool {
-        match self.trainer.config.val_every {
+    fn is_validation_due(&self, inside: bool) -> Result<bool> {
+        let is_due = match self.trainer.config.val_every {
             None => !inside && self.progress.step_in_epoch == 0,
             Some(every) if inside && !matches!(every, Every::Time(_)) => false,
             Some(every) => every.is_due(&self.progress, self.steps_per_epoch, || self.validated_at.elapsed()),
+        };
+        match self.trainer.config.val_every {
+            // Clocks differ from rank to rank.
+            Some(Every::Time(_)) => self.ranks.decide(is_due),
+            _ => Ok(is_due),
         }
     }
 
@@ -464,7 +506,8 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
         let metric = |name: &str| record.metrics.get(name).copied();
-        if self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))? {
+        let is_best = self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))?;
+        if self.ranks.decide(is_best)? {
             self.save()?;
         }
         self.validated_at = Instant::now();
@@ -528,6 +571,57 @@ impl<'a, B: Batch> Fit<'a, B> {
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
+}
+
+/// The state of the checkpoint that rank 0 goes on from, on all ranks.
+fn agree_on_state(ranks: &dyn Collective, own: Option<&State>) -> Result<Option<State>> {
+    if ranks.is_alone() {
+        return Ok(own.cloned());
+    }
+    let text = serde_json::to_vec(&own).map_err(Error::content("state"))?;
+    serde_json::from_slice(&ranks.broadcast_bytes(&text)?).map_err(Error::content("state"))
+}
+
+/// Gives these variables rank 0's values.
+fn same_as_rank_0(ranks: &dyn Collective, vars: &[(String, Var)]) -> Result<()> {
+    if ranks.is_alone() {
+        return Ok(());
+    }
+    let own: Vec<Tensor> = vars.iter().map(|(_, var)| var.as_detached_tensor()).collect();
+    for ((_, var), value) in vars.iter().zip(collective::broadcast(ranks, &own)?) {
+        var.set(&value)?;
+    }
+    Ok(())
+}
+
+/// What all ranks together come to after a step: the first that wants to stop is enough. With it, whether any wants to
+/// save.
+fn agree_on_flow(ranks: &dyn Collective, own: Flow, saves: bool) -> Result<(Flow, bool)> {
+    if ranks.is_alone() {
+        return Ok((own, saves));
+    }
+    let [kind, signal] = match &own {
+        Flow::Continue | Flow::Save => [0., 0.],
+        Flow::Stop(StopReason::Finished) => [1., 0.],
+        Flow::Stop(StopReason::Callback(_)) => [2., 0.],
+        Flow::Stop(StopReason::Failed(_)) => [3., 0.],
+        Flow::Stop(StopReason::Signal(signal)) => [4., f64::from(*signal)],
+    };
+    let all = ranks.gather_numbers(&[kind, signal, f64::from(u8::from(saves))])?;
+    let saves = all.iter().any(|numbers| numbers[2] == 1.);
+    let flow = |(rank, numbers): (usize, &Vec<f64>)| {
+        let why = format!("rank {rank} asked for it");
+        match numbers[0] as u8 {
+            // Its own reason, word for word.
+            _ if rank == ranks.rank() => own.clone(),
+            0 => Flow::Continue,
+            1 => Flow::Stop(StopReason::Finished),
+            2 => Flow::Stop(StopReason::Callback(why)),
+            3 => Flow::Stop(StopReason::Failed(why)),
+            _ => Flow::Stop(StopReason::Signal(numbers[1] as i32)),
+        }
+    };
+    Ok((all.iter().enumerate().map(flow).fold(Flow::Continue, Flow::or), saves))
 }
 
 /// What to say of fp16 that no loss scale helps.

@@ -1,0 +1,77 @@
+//! Training on several ranks: a thread for each, or this process as one of them.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use tracing::{Dispatch, dispatcher};
+
+use super::fit::Fit;
+use super::{Outcome, Trainer};
+use crate::batch::Batch;
+use crate::collective::{Solo, Threads};
+use crate::data::Data;
+use crate::error::{Error, Result};
+use crate::module::Model;
+
+/// Trains this trainer's rank.
+pub(super) fn fit_as_rank<B: Batch>(
+    trainer: &mut Trainer,
+    model: &Model<B>,
+    data: &Data<B>,
+) -> Result<Outcome> {
+    if trainer.ranks.rank() > 0 {
+        trainer.callbacks.retain(|callback| callback.on_every_rank());
+        (trainer.checkpoint_dir, trainer.resume) = (None, None);
+    }
+    let ranks = trainer.ranks.clone();
+    let mut trained = || trainer.in_pool(|trainer| Fit::new(trainer, model, data)?.run());
+    if ranks.world_size() == 1 {
+        return trained();
+    }
+    // The others would wait for ever for a rank that ends in any way but together with them.
+    let result = catch_unwind(AssertUnwindSafe(trained))
+        .unwrap_or_else(|panic| Err(Error::msg(format!("it panicked: {}", text_of(&*panic)))));
+    result.inspect_err(|error| ranks.abort(&error.to_string()))
+}
+
+/// Trains on as many ranks as there are devices, each a thread with a replica of the model. Rank 0 is this very trainer
+/// with this very model.
+pub(super) fn fit_on_threads<B: Batch>(
+    trainer: &mut Trainer,
+    model: &Model<B>,
+    data: &Data<B>,
+) -> Result<Outcome> {
+    let mut ranks = Threads::new(trainer.config.devices, trainer.distributed.patience()).into_iter();
+    let first = Arc::new(ranks.next().ok_or_else(|| Error::setting("devices", "expected at least 1, found 0"))?);
+    let others = ranks.map(|rank| Ok((trainer.replica(Arc::new(rank)), model.replica()?)));
+    let others: Vec<(Trainer, Model<B>)> = others.collect::<Result<_>>()?;
+    trainer.ranks = first.clone();
+    let mut results: Vec<Result<Outcome>> = std::thread::scope(|scope| {
+        let rank = |(mut trainer, model): (Trainer, Model<B>)| {
+            // What rank 0 says is enough to hear.
+            scope.spawn(move || {
+                dispatcher::with_default(&Dispatch::none(), || fit_as_rank(&mut trainer, &model, data))
+            })
+        };
+        let others: Vec<_> = others.into_iter().map(rank).collect();
+        let first = fit_as_rank(trainer, model, data);
+        let others = others.into_iter().map(|other| {
+            other.join().unwrap_or_else(|panic| Err(Error::msg(format!("it panicked: {}", text_of(&*panic)))))
+        });
+        [first].into_iter().chain(others).collect()
+    });
+    trainer.ranks = Arc::new(Solo);
+    // Rank 0 ends with its own error, or with what it heard of the rank that failed first.
+    let outcome = results.swap_remove(0)?;
+    match first.failure() {
+        Some((rank, why)) => Err(Error::msg(format!("rank {rank} failed: {why}"))),
+        None => Ok(outcome),
+    }
+}
+
+/// What a panic said.
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a word".into())
+}
