@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use candlepower::Result;
 use candlepower::bench::{Benchmark, Pass};
-use candlepower::callback::StopReason;
+use candlepower::callback::{Callback, StopReason};
 use candlepower::callbacks::PredictionWriter;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
@@ -13,15 +13,26 @@ use serde_json::json;
 
 use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
 use crate::profile::Profile;
+use crate::pulse::Pulse;
 use crate::signals;
+use crate::supervisor::Launch;
 
 pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile>) -> Result<ExitCode> {
     let read = |config: &Config| Experiment::read(registry, &config.path, &config.changes.sets());
     match command {
         Command::Train { config, resume: from, .. } => {
             let experiment = read(&config)?;
-            let report = experiment.train(&resume(from.as_deref()), vec![Box::new(signals::on_signal()?)])?;
-            print_report(&report);
+            let ranks = experiment.distributed().join()?;
+            let is_first = ranks.rank() == 0;
+            let experiment = experiment.ranks(ranks)?;
+            let mut callbacks: Vec<Box<dyn Callback>> = vec![Box::new(signals::on_signal()?)];
+            if let Some(pulse) = Pulse::asked_for()? {
+                callbacks.push(Box::new(pulse));
+            }
+            let report = experiment.train(&resume(from.as_deref()), callbacks)?;
+            if is_first {
+                print_report(&report);
+            }
             if let Some(profile) = profile {
                 profile.finish(report.dir.as_deref())?;
             }
@@ -30,6 +41,13 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
                 StopReason::Failed(_) => ExitCode::FAILURE,
                 _ => ExitCode::SUCCESS,
             });
+        }
+        Command::Launch { config, resume } => {
+            let experiment = read(&config)?;
+            let sets = config.changes.sets().into_iter().flat_map(|set| ["--set".into(), set.into()]);
+            let train = [config.path.clone().into()].into_iter().chain(sets).collect();
+            let (devices, distributed) = (experiment.devices(), experiment.distributed().clone());
+            return Launch { train, resume, devices, distributed }.run();
         }
         Command::Validate { config, checkpoint, split, json } => {
             let metrics = read(&config)?.validate(&checkpoint, split.into())?;

@@ -6,17 +6,23 @@
 
 mod agreement;
 mod config;
+mod environment;
 mod failure;
 mod flat;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod threads;
 
 use candle_core::{DType, Device, Tensor};
 
 pub(crate) use agreement::{Identity, check};
-pub use config::DistributedConfig;
+pub use config::{Backend, DistributedConfig, Shard};
+pub use environment::{Environment, Starter};
 pub use failure::FAILURE_FILE;
 pub(crate) use failure::report;
 pub(crate) use flat::{all_reduce, broadcast};
+#[cfg(feature = "mpi")]
+pub use mpi::Mpi;
 pub use threads::Threads;
 
 use crate::error::{Error, Result};

@@ -310,7 +310,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
             }
         }
-        let _phase = phase!("all_reduce");
+        let _phase = (!self.ranks.is_alone()).then(|| phase!("all_reduce"));
         grads.over_ranks(&*self.ranks, &self.turns[turn].params)?.complete(&self.turns[turn].params)
     }
 

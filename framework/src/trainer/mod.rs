@@ -58,6 +58,8 @@ pub struct Trainer {
     distributed: DistributedConfig,
     /// This trainer's rank among those that train together.
     ranks: Arc<dyn Collective>,
+    /// What is configured, a setting a line, where that is known in more detail than here.
+    description: Option<String>,
     seed: u64,
     image_every: u64,
     callbacks: Vec<Box<dyn Callback>>,
@@ -88,6 +90,7 @@ impl Trainer {
             checkpoint_dir: None,
             distributed: DistributedConfig::default(),
             ranks: Arc::new(Solo),
+            description: None,
             seed: 0,
             image_every: 0,
             callbacks: Vec::new(),
@@ -217,12 +220,21 @@ impl Trainer {
             .ranks(ranks)
             .seed(self.seed)
             .image_every(self.image_every);
-        replica.checkpoint = self.checkpoint.clone();
+        (replica.checkpoint, replica.description) = (self.checkpoint.clone(), self.description.clone());
         replica
+    }
+
+    /// Sets what ranks must agree on before they train.
+    pub(crate) fn described(mut self, configuration: String) -> Self {
+        self.description = Some(configuration);
+        self
     }
 
     /// Everything that ranks must agree on before they train, a line each.
     fn configuration(&self) -> String {
+        if let Some(description) = &self.description {
+            return description.clone();
+        }
         let (optimizers, average, seed) = (&self.turns, &self.average, self.seed);
         format!(
             "{:#?}\noptimizers: {optimizers:#?}\nschedule: {:#?}\nplateau: {:#?}\naverage: {average:#?}\n{:#?}\n\
