@@ -51,6 +51,8 @@ pub struct Plan {
     pub steps_per_epoch: Option<u64>,
     /// Numbers in all parameters together.
     pub parameters: usize,
+    /// Bytes of what the optimizers remember, on this rank.
+    pub optimizer_bytes: usize,
     /// Floating-point operations of one sample's training step, where the module says
     /// ([`Module::flops`](crate::module::Module::flops)).
     pub flops_per_sample: Option<f64>,

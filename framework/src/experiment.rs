@@ -207,7 +207,7 @@ impl Experiment {
         self.trainer.devices
     }
 
-    /// Trains as one rank of several processes, of which rank 0 alone writes. `trainer.devices` is then their number, or 1,
+    /// Trains, or times steps, as one rank of several processes, of which rank 0 alone writes. `trainer.devices` is then their number, or 1,
     /// the default.
     pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
@@ -287,6 +287,7 @@ impl Experiment {
             .schedule(self.schedule.clone())
             .plateau(self.plateau.clone())
             .distributed(self.distributed.clone())
+            .ranks(self.ranks.clone())
             .seed(self.run.seed)
             .image_every(self.logging.image_every)
     }
@@ -536,8 +537,7 @@ impl<B: Batch> Job for Pair<B> {
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<Report> {
         let (model, data) = self.model_and_data(experiment)?;
-        let mut trainer =
-            experiment.trainer().ranks(experiment.ranks.clone()).described(experiment.resolved()?);
+        let mut trainer = experiment.trainer().described(experiment.resolved()?);
         for (_, callback) in &experiment.callbacks {
             trainer = trainer.boxed_callback(callback.make()?);
         }

@@ -22,9 +22,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
     match command {
         Command::Train { config, resume: from, .. } => {
             let experiment = read(&config)?;
-            let ranks = experiment.distributed().join()?;
-            let is_first = ranks.rank() == 0;
-            let experiment = experiment.ranks(ranks)?;
+            let (experiment, is_first) = join(experiment)?;
             let mut callbacks: Vec<Box<dyn Callback>> = vec![Box::new(signals::on_signal()?)];
             if let Some(pulse) = Pulse::asked_for()? {
                 callbacks.push(Box::new(pulse));
@@ -69,7 +67,11 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
         }
         Command::Bench { config, steps, forward, json } => {
             let pass = if forward { Pass::Forward } else { Pass::Training };
-            let benchmark = read(&config)?.bench(steps, pass)?;
+            let (experiment, is_first) = join(read(&config)?)?;
+            let benchmark = experiment.bench(steps, pass)?;
+            if !is_first {
+                return Ok(ExitCode::SUCCESS);
+            }
             if json {
                 println!("{}", json!(benchmark));
             } else {
@@ -112,6 +114,13 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The experiment among the processes that were started together, and whether this is the first of them.
+fn join(experiment: Experiment) -> Result<(Experiment, bool)> {
+    let ranks = experiment.distributed().join()?;
+    let is_first = ranks.rank() == 0;
+    Ok((experiment.ranks(ranks)?, is_first))
 }
 
 fn read_path(registry: &Registry, path: std::path::PathBuf, changes: Changes) -> Result<Experiment> {

@@ -24,7 +24,7 @@ fn main() -> ExitCode {
             Ok::<(), Failed>(())
         })
     };
-    let tests = vec![
+    let mut tests = vec![
         test("a_rank_that_panics_or_errs_or_dies_is_named_and_taken_up", trouble_is_named_and_taken_up),
         test("a_rank_that_hangs_takes_all_down", a_rank_that_hangs_takes_all_down),
         test("a_stopped_process_is_taken_down", a_stopped_process_is_taken_down),
@@ -34,6 +34,12 @@ fn main() -> ExitCode {
         test("a_signal_saves_and_ends_it", a_signal_saves_and_ends_it),
         test("a_configuration_error_is_not_tried_again", a_configuration_error_is_not_tried_again),
     ];
+    if cfg!(feature = "mpi") {
+        tests.push(test("processes_equal_a_single_rank", processes_equal_a_single_rank));
+        tests.push(test("a_process_that_errs_ends_all", a_process_that_errs_ends_all));
+        tests.push(test("processes_that_differ_are_refused", processes_that_differ_are_refused));
+        tests.push(test("processes_killed_at_random", processes_killed_at_random));
+    }
     libtest_mimic::run(&Arguments::from_args(), tests).exit_code()
 }
 
@@ -296,10 +302,107 @@ fn a_configuration_error_is_not_tried_again() {
     assert_says(&said, "`distributed.min_devices`: expected at most `trainer.devices`, which is 2");
 }
 
+/// What lets `mpirun` run in a container, on fewer cores than processes.
+fn allow_mpi(command: &mut Command) -> &mut Command {
+    command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_btl_base_warn_component_unused", "0")
+}
+
+/// Trains with so many processes; returns the exit code and what is said.
+fn mpirun(place: &Place, processes: usize, sets: &[&str]) -> (Option<i32>, String) {
+    let mut command = Command::new("mpirun");
+    command.current_dir(place.0.path()).args(["-n", &processes.to_string()]);
+    command.arg(std::env::current_exe().unwrap()).args(["train", "run.toml"]);
+    command.args(["--devices", "1"]);
+    command.args(sets.iter().flat_map(|set| ["--set", set]));
+    let output = allow_mpi(&mut command).output().unwrap();
+    (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn slope(place: &Place) -> f32 {
+    let model = place.checkpoint(0).join("model.safetensors");
+    let tensors = candlepower::candle_core::safetensors::load(model, &Device::Cpu).unwrap();
+    tensors["slope"].to_vec1::<f32>().unwrap()[0]
+}
+
+fn processes_equal_a_single_rank() {
+    // 40 samples in batches of 7: uneven micro-batches, and in the last step of an epoch some process has none.
+    let uneven = ["trainer.batch_size=7", "optimizer.name=\"sgd\"", "optimizer.lr=0.1"];
+    let alone = Place::new();
+    let sets = uneven.iter().chain(&["trainer.devices=1"]).flat_map(|set| ["--set", set]);
+    assert!(alone.command("train", &[]).args(sets).stderr(Stdio::null()).status().unwrap().success());
+    for processes in [2, 4] {
+        let place = Place::new();
+        let (code, said) = mpirun(&place, processes, &uneven);
+        assert_eq!(code, Some(0), "{said}");
+        let error = (slope(&place) / slope(&alone) - 1.).abs();
+        assert!(error <= 1e-6, "{processes} processes: off by {error:e}");
+        // One of them writes and speaks.
+        assert_eq!(std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count(), 1);
+        assert_eq!(said.matches("run folder").count(), 1, "{said}");
+        let metrics = |place: &Place| {
+            let path = place.0.path().join("runs/run/version_0/metrics.jsonl");
+            std::fs::read_to_string(path).unwrap().lines().count()
+        };
+        assert_eq!(metrics(&place), metrics(&alone));
+    }
+}
+
+fn a_process_that_errs_ends_all() {
+    let (code, said) = mpirun(&Place::new(), 2, &["module.trouble=error"]);
+    assert!(code != Some(0), "{said}");
+    assert_says(&said, "rank 1 failed: out of paper");
+}
+
+fn processes_that_differ_are_refused() {
+    let place = Place::new();
+    std::fs::write(place.0.path().join("other.toml"), CONFIG.replace("max_steps = 30", "max_steps = 31")).unwrap();
+    let mut command = Command::new("mpirun");
+    command.current_dir(place.0.path());
+    let program = std::env::current_exe().unwrap();
+    for (i, config) in ["run.toml", "other.toml"].iter().enumerate() {
+        command.args(if i == 0 { &[][..] } else { &[":"] }).args(["-n", "1"]);
+        command.arg(&program).args(["train", config]);
+    }
+    let output = allow_mpi(&mut command).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    assert_says(&said, "rank 1 is not about to train what rank 0 is: it has `max_steps = 31`, rank 0 has `max_steps = 30`");
+}
+
+fn processes_killed_at_random() {
+    let expected = undisturbed();
+    let place = Place::new();
+    let sets = ["distributed.backend=\"mpi\"", "distributed.max_restarts=100", "module.pause=10"];
+    let mut launch = place.command("launch", &sets);
+    let mut launch = allow_mpi(&mut launch).stderr(Stdio::null()).spawn().unwrap();
+    let mut moment = 0u64;
+    for i in 0..20 {
+        moment = (moment * 7919 + 104_729) % 900;
+        std::thread::sleep(Duration::from_millis(300 + moment));
+        if launch.try_wait().unwrap().is_some() {
+            break;
+        }
+        // One rank or the other.
+        let ranks = child_of(launch.id()).map(children_of).unwrap_or_default();
+        if let Some(rank) = ranks.get(i % 2) {
+            signal("KILL", *rank);
+        }
+    }
+    assert!(launch.wait().unwrap().success());
+    let versions = std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count();
+    // To the bit: with two ranks, threads and processes add the same two numbers.
+    assert_eq!(place.weights(versions - 1), expected);
+}
+
 /// The process that a supervisor has started.
 fn child_of(pid: u32) -> Option<u32> {
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
-    children.split_whitespace().next()?.parse().ok()
+    children_of(pid).first().copied()
+}
+
+fn children_of(pid: u32) -> Vec<u32> {
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().filter_map(|child| child.parse().ok()).collect()
 }
 
 fn wait_for<T>(look: impl Fn() -> Option<T>) -> T {

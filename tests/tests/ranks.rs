@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use candlepower::checkpoint::{self, Checkpoint, CheckpointConfig};
-use candlepower::collective::{Collective, DistributedConfig, Threads};
+use candlepower::collective::{Collective, DistributedConfig, Shard, Threads};
 use candlepower::optim::{
     AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RmspropConfig, TurnConfig,
 };
@@ -538,4 +538,96 @@ fn a_parameter_without_gradient_is_refused_by_name_also_where_a_rank_has_no_samp
     let config = TrainerConfig { batch_size: 2, ..config(3, 1) };
     let error = Trainer::new(config).fit(&model, &points()).unwrap_err().to_string();
     assert!(error.starts_with("no gradient reaches 1 of 1 parameters: lonely\n"), "{error}");
+}
+
+fn sharded() -> DistributedConfig {
+    DistributedConfig { shard: Shard::Optimizer, ..Default::default() }
+}
+
+#[test]
+fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
+    /// Notes how many bytes the optimizer has on its rank.
+    #[derive(Clone, Default)]
+    struct Bytes(Arc<Mutex<Vec<usize>>>);
+    impl Callback for Bytes {
+        fn on_fit_start(&mut self, plan: &Plan) -> Result<()> {
+            self.0.lock().unwrap().push(plan.optimizer_bytes);
+            Ok(())
+        }
+        fn on_every_rank(&self) -> bool {
+            true
+        }
+    }
+    let groups = || {
+        let group = |params: &str, lr| candlepower::optim::GroupConfig {
+            params: params.into(),
+            lr,
+            weight_decay: None,
+            frozen: false,
+        };
+        vec![group("first.*", Some(0.02))]
+    };
+    for optimizer in every_optimizer() {
+        let run = |distributed: &DistributedConfig| {
+            let bytes = Bytes::default();
+            let trainer = |_| {
+                Trainer::new(config(1, 5))
+                    .optimizer_with_groups(optimizer.clone(), groups())
+                    .distributed(distributed.clone())
+                    .callback(bytes.clone())
+            };
+            let all = each_rank(2, trainer, |_| Dropped::model(3), points, |outcome, model| {
+                outcome.map(drop).unwrap();
+                weights(model)
+            });
+            let bytes = bytes.0.lock().unwrap().clone();
+            (all, bytes)
+        };
+        let (whole, shared) = (run(&DistributedConfig::default()), run(&sharded()));
+        assert_eq!(whole.0, shared.0, "{optimizer:?}");
+        // Together as much as one rank had; 32 + 8 and 8 + 1 numbers are as even as whole tensors can be.
+        let one = whole.1[0];
+        assert_eq!((whole.1[1], shared.1.iter().sum::<usize>()), (one, one), "{optimizer:?}");
+        assert_eq!(shared.1.iter().max().unwrap() * 49, one * 40, "{optimizer:?}");
+    }
+    // The tutorial's module is shared out more evenly.
+    let bytes = Bytes::default();
+    let trainer = |_| Trainer::new(config(1, 1)).distributed(sharded()).callback(bytes.clone());
+    let blobs = || Data::new(Blobs { samples: 8 });
+    each_rank(2, trainer, |_| conv_lstm(), blobs, |outcome, _| outcome.map(drop).unwrap());
+    let all = 2 * 4 * conv_lstm().params().count();
+    let largest = *bytes.0.lock().unwrap().iter().max().unwrap();
+    assert!(largest as f64 <= 0.55 * all as f64, "{largest} of {all} bytes on one rank");
+}
+
+#[test]
+fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
+    let train = |dir: &Path, devices, distributed: DistributedConfig, steps, resume: bool| {
+        let mut trainer = Trainer::new(config(devices, steps))
+            .optimizer(AdamConfig { lr: 0.01, ..Default::default() })
+            .distributed(distributed)
+            .checkpoints(dir, CheckpointConfig { every_steps: Some(2), ..Default::default() });
+        if resume {
+            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap()).unwrap());
+        }
+        trainer.fit(&Dropped::model(3), &points()).unwrap();
+        ["model.safetensors", "optimizer.safetensors"].map(|file| std::fs::read(dir.join("last").join(file)).unwrap())
+    };
+    let plain = DistributedConfig::default;
+    let whole = tempfile::tempdir().unwrap();
+    let expected = train(whole.path(), 2, plain(), 8, false);
+    for (first, second) in [(sharded(), sharded()), (sharded(), plain()), (plain(), sharded())] {
+        let dir = tempfile::tempdir().unwrap();
+        train(dir.path(), 2, first, 5, false);
+        assert_eq!(train(dir.path(), 2, second, 8, true), expected);
+    }
+    // On three, and then alone: to rounding.
+    let dir = tempfile::tempdir().unwrap();
+    train(dir.path(), 3, sharded(), 5, false);
+    train(dir.path(), 1, sharded(), 8, true);
+    let load = |dir: &Path| candle_core::safetensors::load(dir.join("last/model.safetensors"), &Device::Cpu).unwrap();
+    let (resumed, whole) = (load(dir.path()), load(whole.path()));
+    for (name, expected) in &whole {
+        assert!(relative_error(&resumed[name], expected) < 1e-4, "{name}");
+    }
 }

@@ -11,6 +11,7 @@ mod failure;
 mod flat;
 #[cfg(feature = "mpi")]
 mod mpi;
+pub(crate) mod shard;
 mod threads;
 
 use candle_core::{DType, Device, Tensor};

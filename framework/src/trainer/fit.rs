@@ -8,11 +8,12 @@ use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
 use super::limits::{Every, Limit};
+use super::ranks::{agree_on_flow, agree_on_state, same_as_rank_0};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
-use crate::collective::{self, Collective, Identity};
+use crate::collective::{self, Collective, Identity, Shard, shard};
 use crate::data::{Data, Loaded, Loader, Order, Pass, Share, Source, Split, Start};
 use crate::error::{Error, Result};
 use crate::grads::{Grads, first_not_finite};
@@ -26,6 +27,8 @@ use crate::schedule::PlateauState;
 pub(super) struct Fit<'a, B: Batch> {
     trainer: &'a mut Trainer,
     ranks: Arc<dyn Collective>,
+    /// Whether each rank keeps a part of the optimizer's state.
+    sharded: bool,
     model: &'a Model<B>,
     workers: usize,
     /// What is validated on: the source, the split it counts as, its batches.
@@ -110,7 +113,13 @@ impl<'a, B: Batch> Fit<'a, B> {
         let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
         let state = state.as_ref();
         let progress = state.map(|state| state.progress).unwrap_or_default();
-        let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
+        let sharded = trainer.distributed.shard == Shard::Optimizer && !ranks.is_alone();
+        let turns = Turn::share(
+            &trainer.turns,
+            &trainer.schedule,
+            model.params(),
+            sharded.then_some(&*ranks as &dyn Collective),
+        )?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
@@ -121,7 +130,10 @@ impl<'a, B: Batch> Fit<'a, B> {
         {
             check_same_order(state, &order)?;
         }
-        let optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
+        let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
+        if sharded && state.is_some() {
+            optimizer = shard::Whole::new(&*ranks, &optimizer)?.vars;
+        }
         if let Some(checkpoint) = &resumed {
             checkpoint.restore_params(&params)?;
             checkpoint.restore_optimizer(&optimizer)?;
@@ -159,6 +171,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
         Ok(Self {
             ranks,
+            sharded,
             model,
             workers,
             val,
@@ -220,6 +233,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             last_step: self.trainer.config.last_step(self.steps_per_epoch),
             steps_per_epoch: self.steps_per_epoch,
             parameters: self.model.params().count(),
+            optimizer_bytes: self.turns.iter().flat_map(Turn::state).map(|(_, var)| bytes(&var)).sum(),
             flops_per_sample: self.model.evaluation().flops().map(|forward| 3. * forward),
         };
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
@@ -262,7 +276,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                     tally.samples,
                 )?;
             }
-            self.turns[turn].step(&gradients, done + 1, rates)?;
+            self.turns[turn].step(&gradients, done + 1, rates, &*self.ranks)?;
             tally.gradients.append(&mut gradients);
         }
         self.model.params().publish()?;
@@ -528,13 +542,27 @@ impl<'a, B: Batch> Fit<'a, B> {
 
     /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
     fn save(&mut self) -> Result<()> {
+        let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
+        // Rank 0 saves; of an optimizer's state that is shared out, all have a part.
+        let optimizer = if self.ranks.decide(is_wanted)? { Some(self.optimizer_state()?) } else { None };
         let Some(saver) = &self.saver else { return Ok(()) };
-        let snapshot = if saver.has(self.progress.step) { None } else { Some(self.snapshot(saver)?) };
+        let snapshot = optimizer.map(|optimizer| self.snapshot(saver, &optimizer)).transpose()?;
         let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
         self.tell_saved(before)
     }
 
-    fn snapshot(&self, saver: &Saver) -> Result<Snapshot> {
+    /// What the optimizers of all ranks remember, by name.
+    fn optimizer_state(&self) -> Result<Vec<(String, Var)>> {
+        let own: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
+        if !self.sharded {
+            return Ok(own);
+        }
+        let whole = shard::Whole::new(&*self.ranks, &own)?;
+        whole.gather(&*self.ranks)?;
+        Ok(whole.vars)
+    }
+
+    fn snapshot(&self, saver: &Saver, optimizer: &[(String, Var)]) -> Result<Snapshot> {
         let _phase = phase!("checkpoint");
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
@@ -550,8 +578,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             callbacks: trainer.callback_states(),
         };
-        let optimizer: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
-        Snapshot::take(&self.model.params().vars(), &optimizer, average.map(Average::averages), state)
+        Snapshot::take(&self.model.params().vars(), optimizer, average.map(Average::averages), state)
     }
 
     /// Tells the callbacks of a checkpoint that is complete.
@@ -573,55 +600,8 @@ impl<'a, B: Batch> Fit<'a, B> {
     }
 }
 
-/// The state of the checkpoint that rank 0 goes on from, on all ranks.
-fn agree_on_state(ranks: &dyn Collective, own: Option<&State>) -> Result<Option<State>> {
-    if ranks.is_alone() {
-        return Ok(own.cloned());
-    }
-    let text = serde_json::to_vec(&own).map_err(Error::content("state"))?;
-    serde_json::from_slice(&ranks.broadcast_bytes(&text)?).map_err(Error::content("state"))
-}
-
-/// Gives these variables rank 0's values.
-fn same_as_rank_0(ranks: &dyn Collective, vars: &[(String, Var)]) -> Result<()> {
-    if ranks.is_alone() {
-        return Ok(());
-    }
-    let own: Vec<Tensor> = vars.iter().map(|(_, var)| var.as_detached_tensor()).collect();
-    for ((_, var), value) in vars.iter().zip(collective::broadcast(ranks, &own)?) {
-        var.set(&value)?;
-    }
-    Ok(())
-}
-
-/// What all ranks together come to after a step: the first that wants to stop is enough. With it, whether any wants to
-/// save.
-fn agree_on_flow(ranks: &dyn Collective, own: Flow, saves: bool) -> Result<(Flow, bool)> {
-    if ranks.is_alone() {
-        return Ok((own, saves));
-    }
-    let [kind, signal] = match &own {
-        Flow::Continue | Flow::Save => [0., 0.],
-        Flow::Stop(StopReason::Finished) => [1., 0.],
-        Flow::Stop(StopReason::Callback(_)) => [2., 0.],
-        Flow::Stop(StopReason::Failed(_)) => [3., 0.],
-        Flow::Stop(StopReason::Signal(signal)) => [4., f64::from(*signal)],
-    };
-    let all = ranks.gather_numbers(&[kind, signal, f64::from(u8::from(saves))])?;
-    let saves = all.iter().any(|numbers| numbers[2] == 1.);
-    let flow = |(rank, numbers): (usize, &Vec<f64>)| {
-        let why = format!("rank {rank} asked for it");
-        match numbers[0] as u8 {
-            // Its own reason, word for word.
-            _ if rank == ranks.rank() => own.clone(),
-            0 => Flow::Continue,
-            1 => Flow::Stop(StopReason::Finished),
-            2 => Flow::Stop(StopReason::Callback(why)),
-            3 => Flow::Stop(StopReason::Failed(why)),
-            _ => Flow::Stop(StopReason::Signal(numbers[1] as i32)),
-        }
-    };
-    Ok((all.iter().enumerate().map(flow).fold(Flow::Continue, Flow::or), saves))
+fn bytes(var: &Var) -> usize {
+    var.elem_count() * var.dtype().size_in_bytes()
 }
 
 /// What to say of fp16 that no loss scale helps.

@@ -1,15 +1,18 @@
-//! Training on several ranks: a thread for each, or this process as one of them.
+//! Training on several ranks: a thread for each, or this process as one of them; and what they agree on.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use candle_core::{Tensor, Var};
 use tracing::{Dispatch, dispatcher};
 
 use super::fit::Fit;
 use super::{Outcome, Trainer};
 use crate::batch::Batch;
-use crate::collective::{Solo, Threads};
+use crate::callback::{Flow, StopReason};
+use crate::checkpoint::State;
+use crate::collective::{self, Collective, Solo, Threads};
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::module::Model;
@@ -68,6 +71,57 @@ pub(super) fn fit_on_threads<B: Batch>(
         Some((rank, why)) => Err(Error::msg(format!("rank {rank} failed: {why}"))),
         None => Ok(outcome),
     }
+}
+
+/// The state of the checkpoint that rank 0 goes on from, on all ranks.
+pub(super) fn agree_on_state(ranks: &dyn Collective, own: Option<&State>) -> Result<Option<State>> {
+    if ranks.is_alone() {
+        return Ok(own.cloned());
+    }
+    let text = serde_json::to_vec(&own).map_err(Error::content("state"))?;
+    serde_json::from_slice(&ranks.broadcast_bytes(&text)?).map_err(Error::content("state"))
+}
+
+/// Gives these variables rank 0's values.
+pub(super) fn same_as_rank_0(ranks: &dyn Collective, vars: &[(String, Var)]) -> Result<()> {
+    if ranks.is_alone() {
+        return Ok(());
+    }
+    let own: Vec<Tensor> = vars.iter().map(|(_, var)| var.as_detached_tensor()).collect();
+    for ((_, var), value) in vars.iter().zip(collective::broadcast(ranks, &own)?) {
+        var.set(&value)?;
+    }
+    Ok(())
+}
+
+/// What all ranks together come to after a step: the first that wants to stop is enough. With it, whether any wants to
+/// save.
+pub(super) fn agree_on_flow(ranks: &dyn Collective, own: Flow, saves: bool) -> Result<(Flow, bool)> {
+    if ranks.is_alone() {
+        return Ok((own, saves));
+    }
+    let [kind, signal] = match &own {
+        Flow::Continue | Flow::Save => [0., 0.],
+        Flow::Stop(StopReason::Finished) => [1., 0.],
+        Flow::Stop(StopReason::Callback(_)) => [2., 0.],
+        Flow::Stop(StopReason::Failed(_)) => [3., 0.],
+        Flow::Stop(StopReason::Signal(signal)) => [4., f64::from(*signal)],
+    };
+    let all = ranks.gather_numbers(&[kind, signal, f64::from(u8::from(saves))])?;
+    let saves = all.iter().any(|numbers| numbers[2] == 1.);
+    let flow = |(rank, numbers): (usize, &Vec<f64>)| {
+        let why = format!("rank {rank} asked for it");
+        match numbers[0] as u8 {
+            // Its own reason, word for word.
+            _ if rank == ranks.rank() => own.clone(),
+            0 => Flow::Continue,
+            1 => Flow::Stop(StopReason::Finished),
+            2 => Flow::Stop(StopReason::Callback(why)),
+            3 => Flow::Stop(StopReason::Failed(why)),
+            _ => Flow::Stop(StopReason::Signal(numbers[1] as i32)),
+        }
+    };
+    Ok((all.iter().enumerate().map(flow).fold(Flow::Continue, Flow::or), saves))
 }
 
 /// What a panic said.
