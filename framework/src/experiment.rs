@@ -515,7 +515,7 @@ impl<B: Batch> Pair<B> {
     fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
         let (model, data) = self.model_and_data(experiment)?;
         let (_, checkpoint) = RunDir::containing(checkpoint)?;
-        Checkpoint::load(&checkpoint)?.restore_for_evaluation(&model.params().vars())?;
+        Checkpoint::load(&checkpoint)?.restore_for_evaluation(&model.params().state_dict())?;
         model.params().publish()?;
         Ok((model, data))
     }

@@ -3,12 +3,22 @@
 //! Tensors are (B, C, H, W), or (B, T, C, H, W) for frames. Where our kernels ran, results are views whose memory is
 //! channels-last, which is what the kernels run on: handing such a view on costs no copy.
 
+mod activation;
+pub mod channels_last;
+mod lstm;
+mod noise;
+mod norm;
+
 use std::cell::Cell;
 
+pub use activation::{gelu, leaky_relu, silu};
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 pub use candlepower_kernels::Keep;
 use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLstmLayer};
+
+pub use lstm::{Linear, LstmCell, LstmState};
+pub use noise::{drop_path, normal};
 
 use crate::error::{Error, Result};
 use crate::trainer::Kernels;
@@ -67,6 +77,12 @@ impl Conv {
     /// The same with a bias that starts at one value.
     pub fn with_bias(shape: &[usize], bias: f64, vb: VarBuilder) -> Result<Self> {
         Self::with_init(shape, Init::Const(bias), vb)
+    }
+
+    /// A weight that is drawn as `weight` says, and a bias that is zero at first.
+    pub fn drawn(shape: &[usize; 4], weight: Init, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(shape, "weight", weight)?;
+        Ok(Self { weight, bias: vb.get_with_hints(shape[0], "bias", Init::Const(0.))? })
     }
 
     fn uniform(shape: &[usize]) -> Init {

@@ -1,4 +1,4 @@
-//! The parameters of a model: an ordered store behind candle's `VarBuilder`.
+//! The parameters and buffers of a model: an ordered store behind candle's `VarBuilder`.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,7 +9,7 @@ use indexmap::IndexMap;
 use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::seed;
 
 /// Named parameters in the order in which the module asked for them.
@@ -27,6 +27,7 @@ struct Store {
     dtype: DType,
     device: Device,
     vars: Mutex<IndexMap<String, Param>>,
+    buffers: Mutex<IndexMap<String, Kept>>,
 }
 
 #[derive(Clone)]
@@ -35,10 +36,65 @@ struct Param {
     working: Var,
 }
 
+/// The two values of a buffer.
+#[derive(Clone)]
+struct Kept {
+    /// That of the last step that was taken: what evaluation reads and checkpoints hold.
+    kept: Var,
+    /// That of the step under way.
+    working: Var,
+}
+
+/// Behind a name that is asked of a `VarBuilder`, this says that the name is a buffer's. No parameter's name has it.
+const BUFFER: char = '\0';
+
+/// A named tensor that a module keeps from step to step and that no optimizer moves, such as the running mean of a
+/// [`BatchNorm`](crate::nn::channels_last::BatchNorm).
+///
+/// It is part of the model's state: saved, restored, and named as in PyTorch's `state_dict`. It has a type of its own,
+/// whatever the precision. Training steps alone change it: the build for evaluation holds it read-only, and what the
+/// forward passes of a step that is not taken made of it is forgotten. With micro-batches, and with several optimizers,
+/// every forward pass changes it, one after the other, as in PyTorch. Averages of the weights leave it alone: they are
+/// evaluated with the buffers as training has them (PyTorch's `AveragedModel` with `use_buffers=False`).
+#[derive(Debug, Clone)]
+pub struct Buffer(Tensor);
+
+impl Buffer {
+    /// The buffer `name` under the path of `vb`: of this shape and type, and at first `value` everywhere.
+    pub fn new(
+        shape: impl Into<Shape>,
+        name: &str,
+        value: f64,
+        dtype: DType,
+        vb: &VarBuilder,
+    ) -> Result<Self> {
+        Ok(Self(vb.get_with_hints_dtype(shape, &format!("{name}{BUFFER}"), Init::Const(value), dtype)?))
+    }
+
+    /// Its value; no gradient flows into it.
+    pub fn value(&self) -> Tensor {
+        self.0.detach()
+    }
+
+    /// Whether this is the build for training, which may [`set`](Self::set) it.
+    pub fn is_writable(&self) -> bool {
+        self.0.is_variable()
+    }
+
+    /// Gives it a value of the same shape and type. Fails in the build for evaluation.
+    pub fn set(&self, value: &Tensor) -> Result<()> {
+        if !self.is_writable() {
+            return Err(Error::msg("a buffer is changed by training steps alone, and this is an evaluation"));
+        }
+        Ok(Var::from_tensor(&self.0)?.set(&value.detach())?)
+    }
+}
+
 impl Params {
     /// An empty store whose parameters will have this type, on this device.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
-        Self(Arc::new(Store { seed, dtype, device: device.clone(), vars: Mutex::default() }))
+        let (vars, buffers) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Store { seed, dtype, device: device.clone(), vars, buffers }))
     }
 
     /// Hands out variables that record gradients.
@@ -61,6 +117,27 @@ impl Params {
         self.lock().iter().map(|(name, param)| (name.clone(), param.master.clone())).collect()
     }
 
+    /// Names and values of the buffers, in order, as they were after the last step that was taken. What several ranks make
+    /// one of is this, between [`commit_buffers`](Self::commit_buffers) and [`roll_back_buffers`](Self::roll_back_buffers).
+    pub fn buffers(&self) -> Vec<(String, Var)> {
+        self.lock_buffers().iter().map(|(name, buffer)| (name.clone(), buffer.kept.clone())).collect()
+    }
+
+    /// Everything that a checkpoint of the model holds: parameters, then buffers.
+    pub fn state_dict(&self) -> Vec<(String, Var)> {
+        [self.vars(), self.buffers()].concat()
+    }
+
+    /// Keeps what training has made of the buffers.
+    pub fn commit_buffers(&self) -> Result<()> {
+        Ok(self.lock_buffers().values().try_for_each(|buffer| buffer.kept.set(&buffer.working))?)
+    }
+
+    /// Forgets what training has made of the buffers since they were last kept, or restored.
+    pub fn roll_back_buffers(&self) -> Result<()> {
+        Ok(self.lock_buffers().values().try_for_each(|buffer| buffer.working.set(&buffer.kept))?)
+    }
+
     /// The variable that the module computes with: the one that gradients are of.
     pub(crate) fn working(&self, name: &str) -> Option<Var> {
         self.lock().get(name).map(|param| param.working.clone())
@@ -78,7 +155,7 @@ impl Params {
 
     /// Runs `work` and then puts all values back, to the bit, whether it succeeded or not.
     pub(crate) fn put_back_after<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let vars = self.vars();
+        let vars = self.state_dict();
         let before: Vec<Tensor> =
             vars.iter().map(|(_, var)| var.copy()).collect::<candle_core::Result<_>>()?;
         let result = work();
@@ -86,6 +163,7 @@ impl Params {
             var.set(value)?;
         }
         self.publish()?;
+        self.roll_back_buffers()?;
         result
     }
 
@@ -107,11 +185,48 @@ impl Params {
     fn lock(&self) -> MutexGuard<'_, IndexMap<String, Param>> {
         self.0.vars.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn lock_buffers(&self) -> MutexGuard<'_, IndexMap<String, Kept>> {
+        self.0.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 struct Backend {
     params: Params,
     detached: bool,
+}
+
+impl Backend {
+    /// The buffer of this name: a variable for training, a plain tensor for evaluation.
+    fn buffer(
+        &self,
+        shape: Shape,
+        name: &str,
+        init: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        if self.params.lock().contains_key(name) {
+            candle_core::bail!("`{name}` is a parameter and is now asked for as a buffer");
+        }
+        let mut buffers = self.params.lock_buffers();
+        if !buffers.contains_key(name) {
+            let values = initial_values(&shape, init, self.params.0.seed, name)?;
+            let values = Tensor::from_vec(values, &shape, device)?.to_dtype(dtype)?;
+            let kept = Kept { kept: Var::from_tensor(&values)?, working: Var::from_tensor(&values)? };
+            buffers.insert(name.to_string(), kept);
+        }
+        let Kept { kept, working } = &buffers[name];
+        if (kept.shape(), kept.dtype()) != (&shape, dtype) {
+            candle_core::bail!(
+                "buffer `{name}` was made with shape {:?} and type {:?} and is now asked for with shape {shape:?} and type \
+                 {dtype:?}",
+                kept.shape(),
+                kept.dtype()
+            );
+        }
+        Ok(if self.detached { kept.as_detached_tensor() } else { working.as_tensor().clone() })
+    }
 }
 
 impl SimpleBackend for Backend {
@@ -123,6 +238,12 @@ impl SimpleBackend for Backend {
         dtype: DType,
         device: &Device,
     ) -> candle_core::Result<Tensor> {
+        if let Some(name) = name.strip_suffix(BUFFER) {
+            return self.buffer(shape, name, init, dtype, device);
+        }
+        if self.params.lock_buffers().contains_key(name) {
+            candle_core::bail!("`{name}` is a buffer and is now asked for as a parameter");
+        }
         let mut vars = self.params.lock();
         let var = match vars.get(name) {
             Some(Param { working, .. }) if working.shape() == &shape => working.clone(),
@@ -238,6 +359,50 @@ mod tests {
         });
         assert!(result.is_err());
         assert_eq!((values(&params), of_module()), before);
+    }
+
+    #[test]
+    fn buffers_are_kept_forgotten_and_read_only_in_evaluation() {
+        // Also in half precision they keep their own type.
+        let params = Params::new(0, DType::F16, &Device::Cpu);
+        let buffer = |vb: VarBuilder| Buffer::new(2, "m", 0.5, DType::F32, &vb.pp("norm")).unwrap();
+        let (training, evaluation) = (buffer(params.var_builder()), buffer(params.detached_var_builder()));
+        let values = |buffer: &Buffer| buffer.value().to_vec1::<f32>().unwrap();
+        let set = |x: f32| training.set(&Tensor::new(&[x, x], &Device::Cpu).unwrap()).unwrap();
+        set(1.);
+        assert_eq!((values(&training), values(&evaluation)), (vec![1.; 2], vec![0.5; 2]));
+        params.roll_back_buffers().unwrap();
+        assert_eq!(values(&training), [0.5; 2]);
+        set(2.);
+        params.commit_buffers().unwrap();
+        assert_eq!(values(&evaluation), [2.; 2]);
+        let error = evaluation.set(&training.value()).unwrap_err().to_string();
+        assert_eq!(error, "a buffer is changed by training steps alone, and this is an evaluation");
+        assert!(!training.value().track_op());
+        // No optimizer sees it; a checkpoint does, and a trial puts it back.
+        assert_eq!(
+            (params.vars().len(), params.count(), params.state_dict()[0].0.as_str()),
+            (0, 0, "norm.m")
+        );
+        let trial = || {
+            set(9.);
+            params.commit_buffers()
+        };
+        params.put_back_after(trial).unwrap();
+        assert_eq!((values(&training), values(&evaluation)), (vec![2.; 2], vec![2.; 2]));
+    }
+
+    #[test]
+    fn a_name_is_a_parameters_or_a_buffers() {
+        let vb = Params::new(0, DType::F32, &Device::Cpu).var_builder();
+        Buffer::new(2, "b", 0., DType::F32, &vb).unwrap();
+        vb.get(2, "w").unwrap();
+        let buffer = |name: &str, dtype| Buffer::new(2, name, 0., dtype, &vb).unwrap_err().to_string();
+        let error = vb.get(2, "b").unwrap_err().to_string();
+        assert!(error.contains("`b` is a buffer and is now asked for as a parameter"), "{error}");
+        let error = buffer("w", DType::F32);
+        assert!(error.contains("`w` is a parameter and is now asked for as a buffer"), "{error}");
+        assert!(buffer("b", DType::I64).contains("asked for with shape [2] and type I64"));
     }
 
     #[test]

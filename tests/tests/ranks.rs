@@ -11,6 +11,7 @@ use candlepower::collective::{Collective, DistributedConfig, Shard, Threads};
 use candlepower::optim::{
     AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RmspropConfig, TurnConfig,
 };
+use candlepower::params::Buffer;
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::trainer::{Every, Limit, Outcome};
@@ -630,4 +631,56 @@ fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
     for (name, expected) in &whole {
         assert!(relative_error(&resumed[name], expected) < 1e-4, "{name}");
     }
+}
+
+/// Learns a slope, and keeps the mean of what it has seen, and in how many micro-batches.
+struct Running {
+    slope: Tensor,
+    mean: Buffer,
+    count: Buffer,
+}
+
+impl Running {
+    fn model() -> Model<Tensors> {
+        let build = |vb: VarBuilder| {
+            let (mean, count) = ("mean", "count");
+            Ok(Self {
+                slope: vb.get(4, "slope")?,
+                mean: Buffer::new(1, mean, 0., DType::F32, &vb)?,
+                count: Buffer::new(1, count, 0., DType::I64, &vb)?,
+            })
+        };
+        Model::new(build, 0, &Device::Cpu).unwrap()
+    }
+}
+
+impl Module for Running {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        if step.is_training() {
+            self.mean.set(&((self.mean.value() * 0.5)? + (batch.0[2].mean_keepdim(0)? * 0.5)?)?)?;
+            self.count.set(&(self.count.value() + 1.)?)?;
+        }
+        Ok(batch.0[0].broadcast_mul(&self.slope)?.sum(1)?.mean_all()?)
+    }
+}
+
+#[test]
+fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
+    // 3 samples in turn, micro-batches of 2 and 1: 0 and 1 on the first rank, 2 on the second, none on the third.
+    let config = TrainerConfig {
+        batch_size: 3,
+        overfit_batches: Some(Limit::Batches(1)),
+        sanity_val_batches: 0,
+        ..config(1, 2)
+    };
+    let data = || Data::new(Points { samples: 3 });
+    let all = each_rank(3, |_| Trainer::new(config.clone()), |_| Running::model(), data, |outcome, model| {
+        outcome.map(drop).unwrap();
+        let buffers = model.params().buffers();
+        (buffers[0].1.to_vec1::<f32>().unwrap()[0], buffers[1].1.to_vec1::<i64>().unwrap()[0])
+    });
+    // After the first step 0.25 and 1, together (2 * 0.25 + 1) / 3 = 0.5; then 0.5 and 1.25: 0.75.
+    assert_eq!(all, [(0.75, 2); 3]);
 }

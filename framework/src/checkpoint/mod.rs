@@ -118,9 +118,9 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Copies parameters, optimizer state and averages (where there are any).
+    /// Copies the model's parameters and buffers, optimizer state, and averages (where there are any).
     pub fn take(
-        params: &[(String, Var)],
+        model: &[(String, Var)],
         optimizer: &[(String, Var)],
         average: Option<&[(String, Var)]>,
         state: State,
@@ -134,7 +134,7 @@ impl Snapshot {
             };
             vars.iter().map(copy).collect()
         };
-        let mut tensors = vec![(MODEL, copy(params)?), (OPTIMIZER, copy(optimizer)?)];
+        let mut tensors = vec![(MODEL, copy(model)?), (OPTIMIZER, copy(optimizer)?)];
         if let Some(average) = average {
             tensors.push((AVERAGE, copy(average)?));
         }
@@ -187,12 +187,14 @@ impl Checkpoint {
         &self.state
     }
 
-    /// Gives these parameters the checkpoint's values.
+    /// Gives these parameters and buffers, [`Params::state_dict`](crate::params::Params::state_dict), the checkpoint's
+    /// values.
     pub fn restore_params(&self, params: &[(String, Var)]) -> Result<()> {
         self.copy("parameter", &self.params, params)
     }
 
-    /// Gives these parameters the values that evaluation and prediction use: the averages, where the run kept some.
+    /// Gives these parameters and buffers the values that evaluation and prediction use: the averages, where the run kept
+    /// some.
     pub fn restore_for_evaluation(&self, params: &[(String, Var)]) -> Result<()> {
         self.restore_params(params)?;
         match &self.average {

@@ -8,7 +8,7 @@ use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
 use super::limits::{Every, Limit};
-use super::ranks::{agree_on_flow, agree_on_state, same_as_rank_0};
+use super::ranks::{agree_on_flow, agree_on_state, average_buffers, same_as_rank_0};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
@@ -62,6 +62,8 @@ pub(super) struct Fit<'a, B: Batch> {
 struct Tally {
     /// The samples of the step.
     samples: usize,
+    /// Those that this rank has had in this turn.
+    own_samples: usize,
     /// Whether they were the last of their epoch.
     ends_epoch: bool,
     /// What is logged, in steps after which it is read.
@@ -108,7 +110,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
             return Err(Error::setting("precision", message));
         }
-        let params = model.params().vars();
+        let params = model.params().state_dict();
         collective::check(&*ranks, &Identity::new(&trainer.configuration(), &params))?;
         let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
         let state = state.as_ref();
@@ -141,6 +143,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         same_as_rank_0(&*ranks, &params)?;
         model.params().publish()?;
+        model.params().roll_back_buffers()?;
         same_as_rank_0(&*ranks, &optimizer)?;
         if let Some(average) = &mut average {
             same_as_rank_0(&*ranks, average.averages())?;
@@ -257,7 +260,11 @@ impl<'a, B: Batch> Fit<'a, B> {
             let _phase = phase!("optimizer");
             self.unscale(&mut gradients)?;
             let norm = self.clip(&mut gradients)?;
-            match self.refuse(turn, norm, &gradients, &tally)? {
+            let refusal = self.refuse(turn, norm, &gradients, &tally)?;
+            if refusal.is_some() {
+                self.model.params().roll_back_buffers()?;
+            }
+            match refusal {
                 None => {}
                 Some(refusal) if turn == 0 => return Ok(Stepped::Refused(refusal)),
                 // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
@@ -277,6 +284,8 @@ impl<'a, B: Batch> Fit<'a, B> {
                 )?;
             }
             self.turns[turn].step(&gradients, done + 1, rates, &*self.ranks)?;
+            self.model.params().commit_buffers()?;
+            average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
             tally.gradients.append(&mut gradients);
         }
         self.model.params().publish()?;
@@ -292,6 +301,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
         let mut grads = Grads::new(&self.turns[turn].params);
         tally.losses.clear();
+        tally.own_samples = 0;
         for index in 0.. {
             let loaded = self.micro_batch(index)?;
             let place = loaded.place;
@@ -314,6 +324,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 grads.add(&self.turns[turn].working, scaled.backward()?)?;
             }
             tally.losses.push((place.number, loss.detach()));
+            tally.own_samples += batch.len();
             self.tell(told, turn, &loss, batch.len(), tally)?;
             if place.ends_step {
                 break;
@@ -578,7 +589,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             callbacks: trainer.callback_states(),
         };
-        Snapshot::take(&self.model.params().vars(), optimizer, average.map(Average::averages), state)
+        Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
     }
 
     /// Tells the callbacks of a checkpoint that is complete.

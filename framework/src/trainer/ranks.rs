@@ -4,7 +4,7 @@ use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use tracing::{Dispatch, dispatcher};
 
 use super::fit::Fit;
@@ -16,6 +16,7 @@ use crate::collective::{self, Collective, Solo, Threads};
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::module::Model;
+use crate::params::Params;
 
 /// Trains this trainer's rank.
 pub(super) fn fit_as_rank<B: Batch>(
@@ -87,11 +88,38 @@ pub(super) fn same_as_rank_0(ranks: &dyn Collective, vars: &[(String, Var)]) -> 
     if ranks.is_alone() {
         return Ok(());
     }
-    let own: Vec<Tensor> = vars.iter().map(|(_, var)| var.as_detached_tensor()).collect();
-    for ((_, var), value) in vars.iter().zip(collective::broadcast(ranks, &own)?) {
-        var.set(&value)?;
+    // Types that ranks do not exchange, as a count of batches has, are numbers that f64 holds.
+    let (plain, others): (Vec<Var>, Vec<Var>) =
+        vars.iter().map(|(_, var)| var.clone()).partition(|var| var.dtype() == DType::F32);
+    for (vars, dtype) in [(plain, DType::F32), (others, DType::F64)] {
+        let own = vars.iter().map(|var| var.as_detached_tensor().to_dtype(dtype));
+        let own = own.collect::<candle_core::Result<Vec<Tensor>>>()?;
+        for (var, value) in vars.iter().zip(collective::broadcast(ranks, &own)?) {
+            var.set(&value.to_dtype(var.dtype())?)?;
+        }
     }
     Ok(())
+}
+
+/// Gives the model's buffers their mean over the ranks, weighted by the samples that each has had in this step: a rank
+/// without any has learned nothing about them.
+pub(super) fn average_buffers(ranks: &dyn Collective, params: &Params, own_samples: usize) -> Result<()> {
+    let buffers = params.buffers();
+    if ranks.is_alone() || buffers.is_empty() {
+        return Ok(());
+    }
+    let weight = own_samples as f64;
+    let weighted = buffers.iter().map(|(_, var)| var.as_detached_tensor().to_dtype(DType::F64)? * weight);
+    let mut weighted = weighted.collect::<candle_core::Result<Vec<Tensor>>>()?;
+    weighted.push(Tensor::new(&[weight], params.device())?);
+    let mut sums = collective::all_reduce(ranks, &weighted)?;
+    let samples = sums.pop().map_or(Ok(vec![weight]), |samples| samples.to_vec1::<f64>())?[0];
+    for ((_, var), sum) in buffers.iter().zip(sums) {
+        let mean = (sum / samples)?;
+        let mean = if var.dtype().is_float() { mean } else { mean.round()? };
+        var.set(&mean.to_dtype(var.dtype())?)?;
+    }
+    params.roll_back_buffers()
 }
 
 /// What all ranks together come to after a step: the first that wants to stop is enough. With it, whether any wants to

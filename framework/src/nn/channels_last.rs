@@ -1,0 +1,132 @@
+//! Layers over (B, H, W, C), the order that the kernels run on: a network that stays in it from its first layer to its
+//! last turns nothing around, neither forward nor backward. Weights keep PyTorch's shapes.
+
+use candle_core::{DType, Tensor};
+use candle_nn::{Init, VarBuilder};
+use candlepower_kernels::{self as kernels};
+pub use candlepower_kernels::{Conv2dOptions, ConvTranspose2dOptions};
+
+pub use super::norm::{BatchNorm, GroupNorm};
+use super::{Conv, fast, widened};
+use crate::error::{Error, Result};
+
+/// (B, T, C, H, W) to (B * T, H, W, C).
+pub fn fold_frames(frames: &Tensor) -> Result<Tensor> {
+    let (batch, times, channels, height, width) = frames.dims5()?;
+    let folded = frames.reshape((batch * times, channels, height * width))?;
+    Ok(folded.transpose(1, 2)?.contiguous()?.reshape((batch * times, height, width, channels))?)
+}
+
+/// (B * T, H, W, C) to (B, T, C, H, W).
+pub fn unfold_frames(folded: &Tensor, times: usize) -> Result<Tensor> {
+    let (images, height, width, channels) = folded.dims4()?;
+    let frames = folded.reshape((images, height * width, channels))?.transpose(1, 2)?.contiguous()?;
+    Ok(frames.reshape((images / times, times, channels, height, width))?)
+}
+
+/// (B, H, W, C) seen as (B, C, H, W).
+fn channels_first(x: &Tensor) -> Result<Tensor> {
+    Ok(x.permute((0, 3, 1, 2))?.contiguous()?)
+}
+
+/// (B, C, H, W) seen as (B, H, W, C).
+fn channels_last(x: &Tensor) -> Result<Tensor> {
+    Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
+}
+
+impl Conv {
+    /// Convolution of (B, H, W, Cin) to (B, H', W', Cout), with PyTorch's options.
+    pub fn channels_last(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {
+        if widened(x) {
+            let y = self.to_dtype(DType::F32)?.channels_last(&x.to_dtype(DType::F32)?, options)?;
+            return Ok(y.to_dtype(x.dtype())?);
+        }
+        if fast(x) {
+            return Ok(kernels::conv2d(x, &self.weight, Some(&self.bias), options)?);
+        }
+        let Conv2dOptions { stride, padding, dilation, groups } = options;
+        let y = channels_first(x)?.conv2d(&self.weight, padding, stride, dilation, groups)?;
+        Ok(channels_last(&y)?.broadcast_add(&self.bias)?)
+    }
+}
+
+/// A transposed convolution's weight and bias, with PyTorch's initial values.
+#[derive(Debug, Clone)]
+pub struct ConvTranspose {
+    /// (Cin, Cout, kh, kw).
+    pub weight: Tensor,
+    /// (Cout).
+    pub bias: Tensor,
+}
+
+impl ConvTranspose {
+    /// Parameters `weight` of this shape, drawn as `init` says, and `bias`, zero at first.
+    pub fn new(shape: [usize; 4], init: Init, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(&shape, "weight", init)?;
+        Ok(Self { weight, bias: vb.get_with_hints(shape[1], "bias", Init::Const(0.))? })
+    }
+
+    /// Transposed convolution of (B, H, W, Cin) to (B, H', W', Cout), with PyTorch's options.
+    pub fn channels_last(&self, x: &Tensor, options: ConvTranspose2dOptions) -> Result<Tensor> {
+        if widened(x) {
+            let weight = self.weight.to_dtype(DType::F32)?;
+            let wide = Self { weight, bias: self.bias.to_dtype(DType::F32)? };
+            return Ok(wide.channels_last(&x.to_dtype(DType::F32)?, options)?.to_dtype(x.dtype())?);
+        }
+        if fast(x) {
+            return Ok(kernels::conv_transpose2d(x, &self.weight, Some(&self.bias), options)?);
+        }
+        let ConvTranspose2dOptions { stride, padding, output_padding, dilation, groups } = options;
+        if groups != 1 {
+            return Err(Error::msg("candle has no transposed convolution in groups"));
+        }
+        let x = channels_first(x)?;
+        let y = x.conv_transpose2d(&self.weight, padding, output_padding, stride, dilation)?;
+        Ok(channels_last(&y)?.broadcast_add(&self.bias)?)
+    }
+}
+
+/// (B, H, W, r*r*C) to (B, r*H, r*W, C): channel `c*r*r + y*r + x` becomes the pixel (y, x) of a patch (PyTorch's
+/// `PixelShuffle`).
+pub fn pixel_shuffle(x: &Tensor, factor: usize) -> Result<Tensor> {
+    let (batch, height, width, channels) = x.dims4()?;
+    if factor == 0 || !channels.is_multiple_of(factor * factor) {
+        return Err(Error::msg(format!("{channels} channels do not hold patches of {factor} pixels")));
+    }
+    let depth = channels / (factor * factor);
+    let patches = x.reshape(&[batch, height, width, depth, factor, factor][..])?;
+    let pixels = patches.permute([0, 1, 4, 2, 5, 3])?;
+    Ok(pixels.reshape((batch, height * factor, width * factor, depth))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn frames_are_folded_and_unfolded() {
+        let frames = Tensor::arange(0f32, 48., &Device::Cpu).unwrap().reshape((1, 2, 3, 2, 4)).unwrap();
+        let folded = fold_frames(&frames).unwrap();
+        assert_eq!(folded.dims(), [2, 2, 4, 3]);
+        // Frame 1, row 1, column 2: channels 0, 1, 2 of 8 pixels each.
+        let pixel = folded.get(1).unwrap().get(1).unwrap().get(2).unwrap();
+        assert_eq!(pixel.to_vec1::<f32>().unwrap(), [24. + 6., 24. + 14., 24. + 22.]);
+        let back = unfold_frames(&folded, 2).unwrap();
+        assert_eq!(
+            back.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            (0..48).map(|i| i as f32).collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
+    fn pixels_are_shuffled_as_in_pytorch() {
+        // torch.nn.PixelShuffle(2)(torch.arange(8.).reshape(1, 8, 1, 1)): channel c holds rows (4c, 4c+1), (4c+2, 4c+3).
+        let x = Tensor::arange(0f32, 8., &Device::Cpu).unwrap().reshape((1, 1, 1, 8)).unwrap();
+        let y = pixel_shuffle(&x, 2).unwrap().permute((0, 3, 1, 2)).unwrap();
+        assert_eq!(y.dims(), [1, 2, 2, 2]);
+        assert_eq!(y.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0., 1., 2., 3., 4., 5., 6., 7.]);
+        assert!(pixel_shuffle(&x, 3).is_err());
+    }
+}

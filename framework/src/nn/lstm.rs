@@ -1,0 +1,105 @@
+//! Layers over vectors: (B, features).
+
+use candle_core::{D, DType, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+use super::widened;
+use crate::error::Result;
+
+/// Products of (B, Cin) with a weight (Cout, Cin) and a bias (Cout), with PyTorch's names and, where they are not given,
+/// its initial values.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Both uniform within 1/sqrt(Cin) at first.
+    pub fn new(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Self> {
+        let bound = 1. / (inputs as f64).sqrt();
+        let init = Init::Uniform { lo: -bound, up: bound };
+        Self::with_init(inputs, outputs, init, Some(init), vb)
+    }
+
+    /// Drawn as is said; without a bias where there is none.
+    pub fn with_init(
+        inputs: usize,
+        outputs: usize,
+        weight: Init,
+        bias: Option<Init>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let weight = vb.get_with_hints((outputs, inputs), "weight", weight)?;
+        let bias = bias.map(|bias| vb.get_with_hints(outputs, "bias", bias)).transpose()?;
+        Ok(Self { weight, bias })
+    }
+
+    /// (B, Cin) to (B, Cout).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if widened(x) {
+            let bias = self.bias.as_ref().map(|bias| bias.to_dtype(DType::F32)).transpose()?;
+            let wide = Self { weight: self.weight.to_dtype(DType::F32)?, bias };
+            return Ok(wide.forward(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
+        }
+        let y = x.matmul(&self.weight.t()?)?;
+        Ok(match &self.bias {
+            Some(bias) => y.broadcast_add(bias)?,
+            None => y,
+        })
+    }
+}
+
+/// An LSTM cell (Hochreiter and Schmidhuber 1997) with the names, gates (i, f, g, o) and two biases of PyTorch's
+/// `nn.LSTMCell`. Its state is 32 bits wide whatever the precision.
+#[derive(Debug, Clone)]
+pub struct LstmCell {
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor,
+    bias_hh: Tensor,
+    hidden: usize,
+}
+
+/// What an [`LstmCell`] remembers: output h and cell c, each (B, hidden).
+#[derive(Debug, Clone)]
+pub struct LstmState {
+    /// The output.
+    pub h: Tensor,
+    /// The cell.
+    pub c: Tensor,
+}
+
+impl LstmCell {
+    /// Parameters `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, uniform within 1/sqrt(hidden) at first.
+    pub fn new(inputs: usize, hidden: usize, vb: VarBuilder) -> Result<Self> {
+        let bound = 1. / (hidden as f64).sqrt();
+        let init = Init::Uniform { lo: -bound, up: bound };
+        Ok(Self {
+            weight_ih: vb.get_with_hints((4 * hidden, inputs), "weight_ih", init)?,
+            weight_hh: vb.get_with_hints((4 * hidden, hidden), "weight_hh", init)?,
+            bias_ih: vb.get_with_hints(4 * hidden, "bias_ih", init)?,
+            bias_hh: vb.get_with_hints(4 * hidden, "bias_hh", init)?,
+            hidden,
+        })
+    }
+
+    /// One step from `state` (absent: zeros) with the input (B, inputs).
+    pub fn step(&self, x: &Tensor, state: Option<&LstmState>) -> Result<LstmState> {
+        let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let of = |parameter: &Tensor| parameter.to_dtype(wide);
+        let bias = (of(&self.bias_ih)? + of(&self.bias_hh)?)?;
+        let mut gates = x.to_dtype(wide)?.matmul(&of(&self.weight_ih)?.t()?)?.broadcast_add(&bias)?;
+        if let Some(LstmState { h, .. }) = state {
+            gates = (gates + h.matmul(&of(&self.weight_hh)?.t()?)?)?;
+        }
+        let gate = |i: usize| gates.narrow(D::Minus1, i * self.hidden, self.hidden)?.contiguous();
+        let sigmoid = candle_nn::ops::sigmoid;
+        let (i, f, g, o) = (sigmoid(&gate(0)?)?, sigmoid(&gate(1)?)?, gate(2)?.tanh()?, sigmoid(&gate(3)?)?);
+        let mut c = (i * g)?;
+        if let Some(state) = state {
+            c = (c + (f * &state.c)?)?;
+        }
+        Ok(LstmState { h: (o * c.tanh()?)?, c })
+    }
+}
