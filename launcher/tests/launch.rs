@@ -215,25 +215,23 @@ fn trouble_is_named_and_taken_up() {
 
 fn a_rank_that_hangs_takes_all_down() {
     let place = Place::new();
-    let start = Instant::now();
-    let (code, said) = place.launch(&["module.trouble=hang", "distributed.hang_timeout=\"2s\""]);
+    let (code, said) = place.launch(&["module.trouble=hang", "distributed.hang_timeout=\"3s\""]);
     assert_eq!(code, Some(0), "{said}");
-    assert_says(&said, "the run failed: rank 1: it hangs: the others have waited for 2s\n");
-    assert!(start.elapsed() < Duration::from_secs(2 + 10 + 10), "it took {:?}", start.elapsed());
+    assert_says(&said, "the run failed: rank 1: it hangs: the others have waited for 3s\n");
     assert_eq!(place.weights(0), undisturbed());
 }
 
 fn a_stopped_process_is_taken_down() {
     let place = Place::new();
     // No rank is there to blame another.
-    let mut launch = place.command("launch", &["module.pause=20", "distributed.hang_timeout=\"1s\""]);
+    let mut launch = place.command("launch", &["module.pause=20", "distributed.hang_timeout=\"3s\""]);
     let launch = launch.stderr(Stdio::piped()).spawn().unwrap();
     let pid = wait_for(|| child_of(launch.id()).filter(|_| place.0.path().join("runs").exists()));
     signal("STOP", pid);
     let output = launch.wait_with_output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
-    assert_says(&said, "the run failed: the run hangs: no step for 4s\n");
+    assert_says(&said, "the run failed: the run hangs: no step for 6s\n");
 }
 
 fn too_many_failures_end_it() {
@@ -361,8 +359,10 @@ fn processes_that_differ_are_refused() {
     command.current_dir(place.0.path());
     let program = std::env::current_exe().unwrap();
     for (i, config) in ["run.toml", "other.toml"].iter().enumerate() {
-        command.args(if i == 0 { &[][..] } else { &[":"] }).args(["-n", "1"]);
-        command.arg(&program).args(["train", config]);
+        if i > 0 {
+            command.arg(":");
+        }
+        command.args(["-n", "1"]).arg(&program).args(["train", config]);
     }
     let output = allow_mpi(&mut command).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);

@@ -23,7 +23,7 @@ pub use failure::FAILURE_FILE;
 pub(crate) use failure::report;
 pub(crate) use flat::{all_reduce, broadcast};
 #[cfg(feature = "mpi")]
-pub use mpi::Mpi;
+pub use self::mpi::Mpi;
 pub use threads::Threads;
 
 use crate::error::{Error, Result};

@@ -161,7 +161,9 @@ impl Collective for Mpi {
         report(self.rank, why);
         tracing::error!("rank {} failed: {why}", self.rank);
         if !self.failed.swap(true, Ordering::Relaxed) {
-            let _ = self.calls.send(Box::new(|world| world.abort(1)));
+            let _ = self.calls.send(Box::new(|world: &SimpleCommunicator| {
+                world.abort(1);
+            }));
             // It does not come back from that.
             std::thread::sleep(Duration::from_secs(1));
         }

@@ -24,10 +24,14 @@ pub(crate) fn publish(ranks: &dyn Collective, vars: &[(String, Var)], owners: &[
     let of = |rank: usize| vars.iter().zip(owners).filter(move |(_, owner)| **owner == rank).map(|(var, _)| var);
     let len = |rank| of(rank).map(|(_, var)| var.elem_count()).sum::<usize>();
     let longest = (0..ranks.world_size()).map(len).max().unwrap_or(0);
-    let Some((_, first)) = vars.first() else { return Ok(()) };
-    let own: Vec<Tensor> = of(ranks.rank()).map(|(_, var)| var.as_detached_tensor().flatten_all()).collect::<candle_core::Result<_>>()?;
-    let padding = Tensor::zeros(longest - len(ranks.rank()), first.dtype(), first.device())?;
-    let all = ranks.all_gather(&Tensor::cat(&[own, vec![padding]].concat(), 0)?)?;
+    let Some((_, first)) = vars.first().filter(|_| longest > 0) else { return Ok(()) };
+    let own = of(ranks.rank()).map(|(_, var)| var.as_detached_tensor().flatten_all());
+    let mut own = own.collect::<candle_core::Result<Vec<Tensor>>>()?;
+    let padding = longest - len(ranks.rank());
+    if padding > 0 {
+        own.push(Tensor::zeros(padding, first.dtype(), first.device())?);
+    }
+    let all = ranks.all_gather(&Tensor::cat(&own, 0)?)?;
     for rank in (0..ranks.world_size()).filter(|rank| *rank != ranks.rank()) {
         let mut from = rank * longest;
         for (_, var) in of(rank) {
