@@ -212,7 +212,8 @@ impl Experiment {
     pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
         if processes > 1 && devices > 1 && devices != processes {
-            let message = format!("there are {processes} processes, a device each: expected {processes}, or nothing");
+            let message =
+                format!("there are {processes} processes, a device each: expected {processes}, or nothing");
             return Err(self.document.place("trainer", Error::setting("devices", message)));
         }
         Ok(Self { ranks, ..self })

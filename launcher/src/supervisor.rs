@@ -53,7 +53,9 @@ impl Launch {
                 End::Failure(why) => why,
             };
             if restarts == self.distributed.max_restarts {
-                return Err(Error::msg(format!("{why}; not started again: `distributed.max_restarts` is {restarts}")));
+                return Err(Error::msg(format!(
+                    "{why}; not started again: `distributed.max_restarts` is {restarts}"
+                )));
             }
             restarts += 1;
             let checkpoint = checkpoint_in(&files.path().join(PULSE));
@@ -100,7 +102,9 @@ impl Launch {
             if let Some(status) = run.poll()? {
                 match code(status) {
                     Some(code @ (0 | 2)) => return Ok(End::Exit(code)),
-                    Some(code) if told_to_end || code == interrupted(SIGINT) || code == interrupted(SIGTERM) => {
+                    Some(code)
+                        if told_to_end || code == interrupted(SIGINT) || code == interrupted(SIGTERM) =>
+                    {
                         return Ok(End::Exit(code));
                     }
                     None if told_to_end => return Ok(End::Exit(interrupted(SIGTERM))),

@@ -252,7 +252,11 @@ fn several_devices_and_processes() {
     let place = Place::new();
     place.succeed(&["train", "tiny.toml", "--devices", "3"]);
     let steps = place.read("runs/tiny/version_0/metrics.jsonl");
-    assert_eq!(steps.lines().filter(|line| line.contains("\"train\"")).count(), 4, "each step is logged once");
+    assert_eq!(
+        steps.lines().filter(|line| line.contains("\"train\"")).count(),
+        4,
+        "each step is logged once"
+    );
     let train = |arguments: &[&str]| place.fail(2, &[&["train", "tiny.toml"], arguments].concat());
     assert_text(
         &train(&["--set", "distributed.hang_timeout=\"0s\""]),
@@ -268,7 +272,10 @@ error: --set:1:26: `distributed.hang_timeout`: expected a time above 0
     let output = command.output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE), and has nothing"), "{said}");
+    assert!(
+        said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE), and has nothing"),
+        "{said}"
+    );
     assert!(!place.path("runs/tiny/version_1").exists());
 }
 

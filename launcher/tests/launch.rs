@@ -16,7 +16,9 @@ fn main() -> ExitCode {
     let command = std::env::args().nth(1);
     if command.is_some_and(|command| ["train", "launch"].contains(&&*command)) {
         let registry = candlepower_launcher::registry();
-        return candlepower_launcher::run(registry.module::<Troubled>("troubled").dataset::<Numbers>("numbers"));
+        return candlepower_launcher::run(
+            registry.module::<Troubled>("troubled").dataset::<Numbers>("numbers"),
+        );
     }
     let test = |name: &str, test: fn()| {
         Trial::test(name, move || {
@@ -208,7 +210,10 @@ fn trouble_is_named_and_taken_up() {
         let (code, said) = place.launch(&[&format!("module.trouble={trouble}")]);
         assert_eq!(code, Some(0), "{trouble}: {said}");
         assert_says(&said, why);
-        assert_says(&said, "restart 1 of 3, on 2 device(s), from the last good checkpoint of runs/run/version_0\n");
+        assert_says(
+            &said,
+            "restart 1 of 3, on 2 device(s), from the last good checkpoint of runs/run/version_0\n",
+        );
         assert_eq!(place.weights(0), expected, "{trouble}: the weights are not an undisturbed run's");
     }
 }
@@ -240,7 +245,10 @@ fn too_many_failures_end_it() {
         place.launch(&["module.trouble=error", "module.until=\"\"", "distributed.max_restarts=2"]);
     assert_eq!(code, Some(1), "{said}");
     assert_eq!(said.matches("the run failed: rank 1: out of paper\n").count(), 2, "{said}");
-    assert_says(&said, "error: the run failed: rank 1: out of paper; not started again: `distributed.max_restarts` is 2\n");
+    assert_says(
+        &said,
+        "error: the run failed: rank 1: out of paper; not started again: `distributed.max_restarts` is 2\n",
+    );
     // What was good is still there.
     assert!(place.checkpoint(0).ends_with("4"), "{}", place.checkpoint(0).display());
 }
@@ -248,10 +256,21 @@ fn too_many_failures_end_it() {
 fn fewer_devices_where_allowed() {
     // It fails every time: the second restart goes on with one device less.
     let place = Place::new();
-    let sets = ["module.trouble=error", "module.until=\"\"", "distributed.max_restarts=2", "distributed.min_devices=1"];
+    let sets = [
+        "module.trouble=error",
+        "module.until=\"\"",
+        "distributed.max_restarts=2",
+        "distributed.min_devices=1",
+    ];
     let (_, said) = place.launch(&sets);
-    assert_says(&said, "restart 1 of 2, on 2 device(s), from the last good checkpoint of runs/run/version_0\n");
-    assert_says(&said, "restart 2 of 2, on 1 device(s), from the last good checkpoint of runs/run/version_0\n");
+    assert_says(
+        &said,
+        "restart 1 of 2, on 2 device(s), from the last good checkpoint of runs/run/version_0\n",
+    );
+    assert_says(
+        &said,
+        "restart 2 of 2, on 1 device(s), from the last good checkpoint of runs/run/version_0\n",
+    );
     // The last word is one device's: no rank is named any more.
     assert_says(&said, "its process ended with code 1; its message is above; not started again");
 }
@@ -354,7 +373,8 @@ fn a_process_that_errs_ends_all() {
 
 fn processes_that_differ_are_refused() {
     let place = Place::new();
-    std::fs::write(place.0.path().join("other.toml"), CONFIG.replace("max_steps = 30", "max_steps = 31")).unwrap();
+    std::fs::write(place.0.path().join("other.toml"), CONFIG.replace("max_steps = 30", "max_steps = 31"))
+        .unwrap();
     let mut command = Command::new("mpirun");
     command.current_dir(place.0.path());
     let program = std::env::current_exe().unwrap();
@@ -367,7 +387,10 @@ fn processes_that_differ_are_refused() {
     let output = allow_mpi(&mut command).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{said}");
-    assert_says(&said, "rank 1 is not about to train what rank 0 is: it has `max_steps = 31`, rank 0 has `max_steps = 30`");
+    assert_says(
+        &said,
+        "rank 1 is not about to train what rank 0 is: it has `max_steps = 31`, rank 0 has `max_steps = 30`",
+    );
 }
 
 fn processes_killed_at_random() {
@@ -417,5 +440,9 @@ fn wait_for<T>(look: impl Fn() -> Option<T>) -> T {
 }
 
 fn signal(name: &str, pid: u32) {
-    Command::new("kill").args([&format!("-{name}"), &pid.to_string()]).stderr(Stdio::null()).status().unwrap();
+    Command::new("kill")
+        .args([&format!("-{name}"), &pid.to_string()])
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
 }

@@ -240,7 +240,10 @@ fn evaluation_counts_every_sample_once_for_any_number_of_ranks() {
             let expected = (samples - 1) as f64 / 2.;
             for devices in [1, 2, 3, 5] {
                 let error = (mean(devices) / expected - 1.).abs();
-                assert!(error < TOLERANCE, "batches of {micro} on {devices} ranks, {limit:?}: off by {error:.1e}");
+                assert!(
+                    error < TOLERANCE,
+                    "batches of {micro} on {devices} ranks, {limit:?}: off by {error:.1e}"
+                );
             }
         }
     }
@@ -260,7 +263,8 @@ fn a_run_goes_on_with_another_number_of_devices() {
         }
         let outcome = trainer.fit(&model, &points()).unwrap();
         assert_eq!(outcome.progress.step, steps);
-        let load = |file: &str| candle_core::safetensors::load(dir.join("last").join(file), &Device::Cpu).unwrap();
+        let load =
+            |file: &str| candle_core::safetensors::load(dir.join("last").join(file), &Device::Cpu).unwrap();
         ["model.safetensors", "optimizer.safetensors", "average.safetensors"].map(load)
     };
     let whole = tempfile::tempdir().unwrap();
@@ -307,10 +311,16 @@ fn a_stop_that_one_rank_wants_stops_all_after_the_same_step() {
                 let trainer = Trainer::new(config(1, 7));
                 if rank == rank_that_stops { trainer.callback(Stop(reason.clone())) } else { trainer }
             };
-            let stops = each_rank(3, trainer, |_| Dropped::model(3), points, |outcome, _| {
-                let Outcome { progress, reason, .. } = outcome.unwrap();
-                (progress.step, reason)
-            });
+            let stops = each_rank(
+                3,
+                trainer,
+                |_| Dropped::model(3),
+                points,
+                |outcome, _| {
+                    let Outcome { progress, reason, .. } = outcome.unwrap();
+                    (progress.step, reason)
+                },
+            );
             for (rank, (step, heard)) in stops.into_iter().enumerate() {
                 let asked = StopReason::Callback(format!("rank {rank_that_stops} asked for it"));
                 let expected = match &reason {
@@ -423,7 +433,8 @@ fn a_rank_that_hangs_is_named() {
 
 #[test]
 fn ranks_that_would_train_something_else_are_refused_before_the_first_step() {
-    let errors = |trainer: &(dyn Fn(usize) -> Trainer + Sync), model: &(dyn Fn(usize) -> Model<Tensors> + Sync)| {
+    let errors = |trainer: &(dyn Fn(usize) -> Trainer + Sync),
+                  model: &(dyn Fn(usize) -> Model<Tensors> + Sync)| {
         each_rank(2, trainer, model, points, |outcome, _| outcome.unwrap_err().to_string())
     };
     let batch = |rank| Trainer::new(TrainerConfig { batch_size: 7 + rank, ..config(1, 1) });
@@ -433,7 +444,8 @@ fn ranks_that_would_train_something_else_are_refused_before_the_first_step() {
     }
     let model = |rank| if rank == 1 { Steps::model(|_, _| Ok(())) } else { Dropped::model(3) };
     for error in errors(&|_| Trainer::new(config(1, 1)), &model) {
-        let expected = "it has `parameter `w` of shape [4]`, rank 0 has `parameter `first.weight` of shape [8, 4]`";
+        let expected =
+            "it has `parameter `w` of shape [4]`, rank 0 has `parameter `first.weight` of shape [8, 4]`";
         assert!(error.contains(expected), "{error}");
     }
 }
@@ -577,10 +589,16 @@ fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
                     .distributed(distributed.clone())
                     .callback(bytes.clone())
             };
-            let all = each_rank(2, trainer, |_| Dropped::model(3), points, |outcome, model| {
-                outcome.map(drop).unwrap();
-                weights(model)
-            });
+            let all = each_rank(
+                2,
+                trainer,
+                |_| Dropped::model(3),
+                points,
+                |outcome, model| {
+                    outcome.map(drop).unwrap();
+                    weights(model)
+                },
+            );
             let bytes = bytes.0.lock().unwrap().clone();
             (all, bytes)
         };
@@ -612,7 +630,8 @@ fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
             trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap()).unwrap());
         }
         trainer.fit(&Dropped::model(3), &points()).unwrap();
-        ["model.safetensors", "optimizer.safetensors"].map(|file| std::fs::read(dir.join("last").join(file)).unwrap())
+        ["model.safetensors", "optimizer.safetensors"]
+            .map(|file| std::fs::read(dir.join("last").join(file)).unwrap())
     };
     let plain = DistributedConfig::default;
     let whole = tempfile::tempdir().unwrap();
@@ -626,7 +645,9 @@ fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
     let dir = tempfile::tempdir().unwrap();
     train(dir.path(), 3, sharded(), 5, false);
     train(dir.path(), 1, sharded(), 8, true);
-    let load = |dir: &Path| candle_core::safetensors::load(dir.join("last/model.safetensors"), &Device::Cpu).unwrap();
+    let load = |dir: &Path| {
+        candle_core::safetensors::load(dir.join("last/model.safetensors"), &Device::Cpu).unwrap()
+    };
     let (resumed, whole) = (load(dir.path()), load(whole.path()));
     for (name, expected) in &whole {
         assert!(relative_error(&resumed[name], expected) < 1e-4, "{name}");
@@ -676,11 +697,17 @@ fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
         ..config(1, 2)
     };
     let data = || Data::new(Points { samples: 3 });
-    let all = each_rank(3, |_| Trainer::new(config.clone()), |_| Running::model(), data, |outcome, model| {
-        outcome.map(drop).unwrap();
-        let buffers = model.params().buffers();
-        (buffers[0].1.to_vec1::<f32>().unwrap()[0], buffers[1].1.to_vec1::<i64>().unwrap()[0])
-    });
+    let all = each_rank(
+        3,
+        |_| Trainer::new(config.clone()),
+        |_| Running::model(),
+        data,
+        |outcome, model| {
+            outcome.map(drop).unwrap();
+            let buffers = model.params().buffers();
+            (buffers[0].1.to_vec1::<f32>().unwrap()[0], buffers[1].1.to_vec1::<i64>().unwrap()[0])
+        },
+    );
     // After the first step 0.25 and 1, together (2 * 0.25 + 1) / 3 = 0.5; then 0.5 and 1.25: 0.75.
     assert_eq!(all, [(0.75, 2); 3]);
 }

@@ -36,7 +36,8 @@ pub(crate) fn check(ranks: &dyn Collective, own: &Identity) -> Result<()> {
     };
     let (first, second) = (lines(0), lines(other));
     let place = first.iter().zip(&second).position(|(a, b)| a != b).unwrap_or(first.len().min(second.len()));
-    let line = |lines: &[String]| lines.get(place).map_or("nothing".into(), |line| format!("`{}`", line.trim()));
+    let line =
+        |lines: &[String]| lines.get(place).map_or("nothing".into(), |line| format!("`{}`", line.trim()));
     Err(Error::msg(format!(
         "rank {other} is not about to train what rank 0 is: it has {}, rank 0 has {}. All ranks need the same binary, the \
          same configuration and the same data",
@@ -71,7 +72,8 @@ mod tests {
         };
         assert_eq!(check(|_| ("a = 1\nb = 2".into(), vec![2])), [None, None, None]);
         let lr = check(|rank| (format!("a = 1\nlr = {}", if rank == 2 { 0.1 } else { 0.2 }), vec![2]));
-        let expected = "rank 2 is not about to train what rank 0 is: it has `lr = 0.1`, rank 0 has `lr = 0.2`.";
+        let expected =
+            "rank 2 is not about to train what rank 0 is: it has `lr = 0.1`, rank 0 has `lr = 0.2`.";
         assert!(lr.iter().all(|error| error.as_ref().unwrap().starts_with(expected)), "{lr:?}");
         let shape = check(|rank| ("a = 1".into(), if rank == 1 { vec![3] } else { vec![2, 1] }));
         let expected = "rank 1 is not about to train what rank 0 is: it has `parameter `w` of shape [3]`, rank 0 has \

@@ -77,7 +77,8 @@ impl DistributedConfig {
             return Err(Error::setting("min_devices", "expected at least 1, found 0"));
         }
         if self.backend == Backend::Mpi && !cfg!(feature = "mpi") {
-            let message = "this binary has no MPI; expected \"auto\" or \"threads\", or a build with `--features mpi`";
+            let message =
+                "this binary has no MPI; expected \"auto\" or \"threads\", or a build with `--features mpi`";
             return Err(Error::setting("backend", message));
         }
         Ok(())

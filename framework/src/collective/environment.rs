@@ -29,7 +29,9 @@ impl Starter {
     /// The variables of rank, world size and rank on this machine.
     fn variables(self) -> [&'static str; 3] {
         match self {
-            Starter::OpenMpi => ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
+            Starter::OpenMpi => {
+                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
+            }
             Starter::Pmi => ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
             // A batch script has SLURM_PROCID and SLURM_NTASKS, too, and is no task of its own: only a step counts.
             Starter::Slurm => ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"],
@@ -63,7 +65,8 @@ impl Environment {
             let [rank, world_size, local_rank] = starter.variables();
             let number = |name: &str| -> Result<Option<usize>> {
                 let Some(text) = variable(name) else { return Ok(None) };
-                let wrong = |_| Error::msg(format!("the environment variable {name} is `{text}`: expected a number"));
+                let wrong =
+                    |_| Error::msg(format!("the environment variable {name} is `{text}`: expected a number"));
                 text.trim().parse().map(Some).map_err(wrong)
             };
             let (Some(own), Some(size)) = (number(rank)?, number(world_size)?) else { continue };
@@ -92,7 +95,10 @@ mod tests {
     #[test]
     fn every_starter_is_recognised() {
         let cases = [
-            (Starter::OpenMpi, ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]),
+            (
+                Starter::OpenMpi,
+                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
+            ),
             (Starter::Pmi, ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
             (Starter::Slurm, ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]),
             (Starter::Torch, ["RANK", "WORLD_SIZE", "LOCAL_RANK"]),
@@ -110,7 +116,8 @@ mod tests {
     #[test]
     fn what_is_inside_counts_before_what_it_is_inside_of() {
         let mpi = [("OMPI_COMM_WORLD_RANK", "1"), ("OMPI_COMM_WORLD_SIZE", "2")];
-        let slurm = [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4"), ("RANK", "3"), ("WORLD_SIZE", "4")];
+        let slurm =
+            [("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "4"), ("RANK", "3"), ("WORLD_SIZE", "4")];
         let found = read(&[mpi.as_slice(), &slurm].concat()).unwrap().unwrap();
         assert_eq!((found.starter, found.rank), (Starter::OpenMpi, 1));
         assert_eq!(read(&slurm).unwrap().unwrap().starter, Starter::Slurm);

@@ -16,14 +16,14 @@ mod threads;
 
 use candle_core::{DType, Device, Tensor};
 
+#[cfg(feature = "mpi")]
+pub use self::mpi::Mpi;
 pub(crate) use agreement::{Identity, check};
 pub use config::{Backend, DistributedConfig, Shard};
 pub use environment::{Environment, Starter};
 pub use failure::FAILURE_FILE;
 pub(crate) use failure::report;
 pub(crate) use flat::{all_reduce, broadcast};
-#[cfg(feature = "mpi")]
-pub use self::mpi::Mpi;
 pub use threads::Threads;
 
 use crate::error::{Error, Result};

@@ -55,7 +55,10 @@ impl Mpi {
     }
 
     /// What MPI's thread makes of this call.
-    fn call<T: Send + 'static>(&self, call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static) -> Result<T> {
+    fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
+    ) -> Result<T> {
         let gone = || Error::msg("MPI has ended");
         let (done, result) = bounded(1);
         // Nobody listens any more only where the others have been waited for too long.

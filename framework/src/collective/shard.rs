@@ -21,7 +21,8 @@ pub(crate) fn owners(params: &[(String, Var)], world_size: usize) -> Vec<usize> 
 
 /// Gives every rank the values that each variable has on its owner.
 pub(crate) fn publish(ranks: &dyn Collective, vars: &[(String, Var)], owners: &[usize]) -> Result<()> {
-    let of = |rank: usize| vars.iter().zip(owners).filter(move |(_, owner)| **owner == rank).map(|(var, _)| var);
+    let of =
+        |rank: usize| vars.iter().zip(owners).filter(move |(_, owner)| **owner == rank).map(|(var, _)| var);
     let len = |rank| of(rank).map(|(_, var)| var.elem_count()).sum::<usize>();
     let longest = (0..ranks.world_size()).map(len).max().unwrap_or(0);
     let Some((_, first)) = vars.first().filter(|_| longest > 0) else { return Ok(()) };
@@ -52,7 +53,8 @@ pub(crate) struct Whole {
 impl Whole {
     /// What there is on all ranks, with zeros for what is not here; [`Whole::gather`] gets the values.
     pub(crate) fn new(ranks: &dyn Collective, own: &[(String, Var)]) -> Result<Self> {
-        let shapes: Vec<(&str, &[usize])> = own.iter().map(|(name, var)| (name.as_str(), var.dims())).collect();
+        let shapes: Vec<(&str, &[usize])> =
+            own.iter().map(|(name, var)| (name.as_str(), var.dims())).collect();
         let shapes = serde_json::to_vec(&shapes).map_err(Error::content("optimizer state"))?;
         let (mut vars, mut owners) = (Vec::new(), Vec::new());
         for (rank, shapes) in ranks.gather_bytes(&shapes)?.iter().enumerate() {

@@ -44,12 +44,7 @@ impl Threads {
     /// So many ranks, in their order, one for each thread. A rank that the others have waited for longer than `patience`
     /// counts as failed.
     pub fn new(world_size: usize, patience: Duration) -> Vec<Self> {
-        let state = State {
-            laid: vec![None; world_size],
-            taken: Arc::default(),
-            round: 0,
-            failed: None,
-        };
+        let state = State { laid: vec![None; world_size], taken: Arc::default(), round: 0, failed: None };
         let table = Arc::new(Table { state: Mutex::new(state), changed: Condvar::new() });
         let listener = dispatcher::get_default(Dispatch::clone);
         let rank =
@@ -99,7 +94,8 @@ impl Threads {
     /// Blames the first rank that has laid nothing down.
     fn out_of_patience(&self, mut state: MutexGuard<'_, State>) -> Error {
         let late = state.laid.iter().position(Option::is_none).unwrap_or(self.rank);
-        let why = format!("it hangs: the others have waited for {}", humantime::format_duration(self.patience));
+        let why =
+            format!("it hangs: the others have waited for {}", humantime::format_duration(self.patience));
         state.failed = Some((late, why.clone()));
         drop(state);
         self.table.changed.notify_all();
@@ -226,8 +222,9 @@ mod tests {
         let run = || {
             on_ranks(4, PATIENCE, |c| {
                 let mut rng = seed::generator(c.rank() as u64, [1, 2, 3]);
-                let numbers: Vec<f32> =
-                    (0..1001).map(|_| rng.random_range(-1f32..1.) * 10f32.powi(rng.random_range(-6..6))).collect();
+                let numbers: Vec<f32> = (0..1001)
+                    .map(|_| rng.random_range(-1f32..1.) * 10f32.powi(rng.random_range(-6..6)))
+                    .collect();
                 values(&c.all_reduce(&flat(&numbers)).unwrap())
             })
         };

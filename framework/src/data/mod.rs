@@ -10,8 +10,8 @@ pub(crate) use loader::{Loaded, Loader};
 pub use order::{Order, samples_in_turn};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
-pub(crate) use source::{Share, Start};
 pub use source::{AnyStream, Items, Pass, Source, Stream};
+pub(crate) use source::{Share, Start};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};

@@ -193,7 +193,10 @@ fn jobs<B: Batch>(
     micro_batches.into_iter().enumerate().map(move |(number, samples)| {
         let dataset = dataset.clone();
         let make = move || dataset.batch(&samples).map_err(|error| unreadable(&samples, &error));
-        Job { make: Some(Box::new(make)), place: Place { number, ends_step: false, step_samples, ends_epoch } }
+        Job {
+            make: Some(Box::new(make)),
+            place: Place { number, ends_step: false, step_samples, ends_epoch },
+        }
     })
 }
 

@@ -405,14 +405,19 @@ impl<'a, B: Batch> Fit<'a, B> {
         {
             let _phase = phase!("logging");
             let epoch = progress.epoch_of_last_step();
-            let mut record =
-                Record { step: progress.step, epoch, split: Split::Train, metrics: means.read_over(&*self.ranks)? };
+            let mut record = Record {
+                step: progress.step,
+                epoch,
+                split: Split::Train,
+                metrics: means.read_over(&*self.ranks)?,
+            };
             flow = flow.or(self.trainer.ask(|callback| callback.on_train_metrics(&mut record))?);
         }
         if self.is_validation_due(false)? {
             flow = flow.or(self.validate()?);
         }
-        let saves = self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) || flow == Flow::Save;
+        let saves =
+            self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) || flow == Flow::Save;
         if let Some(limit) = self.trainer.config.max_time
             && self.seconds() >= limit.as_secs_f64()
         {

@@ -47,7 +47,8 @@ pub(super) fn fit_on_threads<B: Batch>(
     data: &Data<B>,
 ) -> Result<Outcome> {
     let mut ranks = Threads::new(trainer.config.devices, trainer.distributed.patience()).into_iter();
-    let first = Arc::new(ranks.next().ok_or_else(|| Error::setting("devices", "expected at least 1, found 0"))?);
+    let first =
+        Arc::new(ranks.next().ok_or_else(|| Error::setting("devices", "expected at least 1, found 0"))?);
     let others = ranks.map(|rank| Ok((trainer.replica(Arc::new(rank)), model.replica()?)));
     let others: Vec<(Trainer, Model<B>)> = others.collect::<Result<_>>()?;
     trainer.ranks = first.clone();
