@@ -9,7 +9,7 @@ use candlepower::serde::{Deserialize, Serialize};
 use candlepower_datasets::digits::{Config, Digits};
 
 /// The sizes of the network; from a TOML file they would be the fields of `[module]`.
-#[derive(Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(crate = "candlepower::serde", deny_unknown_fields)]
 struct MlpConfig {
     hidden: usize,

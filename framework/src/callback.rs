@@ -51,6 +51,8 @@ pub struct Plan {
     pub steps_per_epoch: Option<u64>,
     /// Numbers in all parameters together.
     pub parameters: usize,
+    /// Bytes of what the optimizers remember, on this rank.
+    pub optimizer_bytes: usize,
     /// Floating-point operations of one sample's training step, where the module says
     /// ([`Module::flops`](crate::module::Module::flops)).
     pub flops_per_sample: Option<f64>,
@@ -175,6 +177,11 @@ pub trait Callback: Send {
     /// After the last step, the last validation and the last checkpoint; `reason` says why it was the last.
     fn on_fit_end(&mut self, _progress: &Progress, _reason: &StopReason) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether, in a training of several processes, each of them asks it, and not that of rank 0 alone.
+    fn on_every_rank(&self) -> bool {
+        false
     }
 
     /// The name under which checkpoints keep its state.

@@ -1,8 +1,10 @@
 //! An experiment: one configuration file, made ready to train, validate or predict.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use candle_nn::VarBuilder;
 use indexmap::{IndexMap, IndexSet};
 use schemars::schema_for;
 use serde_json::json;
@@ -12,6 +14,7 @@ use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, StopReason};
 use crate::callbacks::ProgressBar;
 use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
+use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
 use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
@@ -24,7 +27,7 @@ use crate::run_dir::{RunConfig, RunDir};
 use crate::schedule::{Plateau, Schedule};
 use crate::trainer::{Outcome, Trainer, TrainerConfig};
 
-const SECTIONS: [&str; 11] = [
+const SECTIONS: [&str; 12] = [
     "run",
     "trainer",
     "module",
@@ -35,6 +38,7 @@ const SECTIONS: [&str; 11] = [
     "average",
     "checkpoint",
     "logging",
+    "distributed",
     "callbacks",
 ];
 
@@ -49,6 +53,8 @@ pub struct Experiment {
     average: Option<AverageConfig>,
     checkpoint: CheckpointConfig,
     logging: LoggingConfig,
+    distributed: DistributedConfig,
+    ranks: Arc<dyn Collective>,
     callbacks: Vec<(String, Box<dyn CallbackRecipe>)>,
     names: [String; 2],
     workers: usize,
@@ -70,7 +76,7 @@ pub enum Resume {
 /// What a training came to.
 #[derive(Debug)]
 pub struct Report {
-    /// The run's folder; a try-out (`trainer.fast_dev_run`) has none.
+    /// The run's folder; a try-out (`trainer.fast_dev_run`) has none, and none but rank 0 knows it.
     pub dir: Option<PathBuf>,
     /// How training ended.
     pub outcome: Outcome,
@@ -99,6 +105,12 @@ impl Experiment {
         checkpoint.check().map_err(place("checkpoint"))?;
         let logging: LoggingConfig = document.section("logging")?;
         logging.check().map_err(place("logging"))?;
+        let distributed: DistributedConfig = document.section("distributed")?;
+        distributed.check().map_err(place("distributed"))?;
+        if distributed.min_devices.is_some_and(|fewest| fewest > trainer.devices) {
+            let message = format!("expected at most `trainer.devices`, which is {}", trainer.devices);
+            return Err(place("distributed")(Error::setting("min_devices", message)));
+        }
         let turns = turns(&document)?;
         let (schedule, plateau) = schedule(&document, "schedule")?;
         let average = average(&document)?;
@@ -121,6 +133,8 @@ impl Experiment {
             average,
             checkpoint,
             logging,
+            distributed,
+            ranks: Arc::new(Solo),
             callbacks,
             names,
             workers,
@@ -168,6 +182,7 @@ impl Experiment {
         }
         all.insert("checkpoint".into(), table(&self.checkpoint)?.into());
         all.insert("logging".into(), table(&self.logging)?.into());
+        all.insert("distributed".into(), table(&self.distributed)?.into());
         if !self.callbacks.is_empty() {
             let callbacks = self.callbacks.iter();
             let callbacks = callbacks.map(|(name, c)| Ok((name.clone(), c.settings()?.into())));
@@ -182,9 +197,33 @@ impl Experiment {
         self.job.build(self)
     }
 
+    /// How ranks work together.
+    pub fn distributed(&self) -> &DistributedConfig {
+        &self.distributed
+    }
+
+    /// On how many devices it trains.
+    pub fn devices(&self) -> usize {
+        self.trainer.devices
+    }
+
+    /// Trains, or times steps, as one rank of several processes, of which rank 0 alone writes. `trainer.devices` is then their number, or 1,
+    /// the default.
+    pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
+        let (devices, processes) = (self.trainer.devices, ranks.world_size());
+        if processes > 1 && devices > 1 && devices != processes {
+            let message =
+                format!("there are {processes} processes, a device each: expected {processes}, or nothing");
+            return Err(self.document.place("trainer", Error::setting("devices", message)));
+        }
+        Ok(Self { ranks, ..self })
+    }
+
     /// Trains; `callbacks` come after the ones that the configuration asks for.
     pub fn train(&self, resume: &Resume, callbacks: Vec<Box<dyn Callback>>) -> Result<Report> {
-        self.job.train(self, resume, callbacks)
+        let report = self.job.train(self, resume, callbacks);
+        // The others would wait for a rank that could not even begin.
+        report.inspect_err(|error| self.ranks.abort(&error.to_string()))
     }
 
     /// The metrics of a checkpoint on a split of the data.
@@ -235,9 +274,10 @@ impl Experiment {
         recipe.open(split).map_err(|error| self.document.place("data", error))
     }
 
-    fn model<B: Batch>(&self, recipe: &dyn ModuleRecipe<B>, spec: &B::Spec) -> Result<Model<B>> {
-        let model =
-            Model::boxed(|vb| recipe.build(spec, vb), self.run.seed, &Device::Cpu, self.trainer.precision);
+    fn model<B: Batch>(&self, recipe: &Arc<dyn ModuleRecipe<B>>, spec: B::Spec) -> Result<Model<B>> {
+        let recipe = recipe.clone();
+        let build = move |vb: VarBuilder| recipe.build(&spec, vb);
+        let model = Model::boxed(build, self.run.seed, &Device::Cpu, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -247,6 +287,8 @@ impl Experiment {
             .average(self.average.clone())
             .schedule(self.schedule.clone())
             .plateau(self.plateau.clone())
+            .distributed(self.distributed.clone())
+            .ranks(self.ranks.clone())
             .seed(self.run.seed)
             .image_every(self.logging.image_every)
     }
@@ -409,6 +451,7 @@ pub fn schema(registry: &Registry) -> serde_json::Value {
             "average": named_variants(schema_for!(AverageConfig)),
             "checkpoint": schema_for!(CheckpointConfig),
             "logging": schema_for!(LoggingConfig),
+            "distributed": schema_for!(DistributedConfig),
             "callbacks": registry.callback_schemas(),
         },
     })
@@ -460,14 +503,14 @@ pub(crate) trait Job: Send + Sync {
 
 /// A module and a dataset of one batch.
 pub(crate) struct Pair<B: Batch> {
-    pub(crate) module: Box<dyn ModuleRecipe<B>>,
+    pub(crate) module: Arc<dyn ModuleRecipe<B>>,
     pub(crate) data: Box<dyn DataRecipe<B>>,
 }
 
 impl<B: Batch> Pair<B> {
     fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
         let data = experiment.data(&*self.data)?;
-        Ok((experiment.model(&*self.module, &data.train.spec())?, data))
+        Ok((experiment.model(&self.module, data.train.spec())?, data))
     }
 
     fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
@@ -495,7 +538,7 @@ impl<B: Batch> Job for Pair<B> {
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<Report> {
         let (model, data) = self.model_and_data(experiment)?;
-        let mut trainer = experiment.trainer();
+        let mut trainer = experiment.trainer().described(experiment.resolved()?);
         for (_, callback) in &experiment.callbacks {
             trainer = trainer.boxed_callback(callback.make()?);
         }
@@ -505,7 +548,7 @@ impl<B: Batch> Job for Pair<B> {
         }
         tracing::info!("{}", summary(&model));
         let mut dir = None;
-        if experiment.trainer.fast_dev_run == 0 {
+        if experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0 {
             let (run, checkpoint) = experiment.start(resume)?;
             let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
             let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;

@@ -1,8 +1,9 @@
-//! The gradients of one optimizer step, summed over its micro-batches.
+//! The gradients of one optimizer step, summed over its micro-batches and over all ranks.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
+use crate::collective::{self, Collective};
 use crate::error::{Error, Result};
 use crate::optim;
 
@@ -29,6 +30,27 @@ impl Grads {
             });
         }
         Ok(())
+    }
+
+    /// The sums over all ranks. A rank that had no part in the step adds zeros: which parameters have a gradient is
+    /// summed as well.
+    pub(crate) fn over_ranks(self, ranks: &dyn Collective, params: &[(String, Var)]) -> Result<Self> {
+        if ranks.is_alone() {
+            return Ok(self);
+        }
+        let known: Vec<f32> = self.sums.iter().map(|sum| if sum.is_some() { 1. } else { 0. }).collect();
+        let own = self.sums.into_iter().zip(params).map(|(sum, (_, var))| match sum {
+            Some(sum) => Ok(sum),
+            None => Ok(Tensor::zeros(var.shape(), DType::F32, var.device())?),
+        });
+        let mut all = own.collect::<Result<Vec<Tensor>>>()?;
+        if let Some(first) = all.first() {
+            all.push(Tensor::new(known, first.device())?);
+        }
+        let mut all = collective::all_reduce(ranks, &all)?;
+        let known = all.pop().map_or(Ok(Vec::new()), |known| known.to_vec1::<f32>())?;
+        let sums = all.into_iter().zip(known).map(|(sum, ranks)| (ranks > 0.).then_some(sum));
+        Ok(Self { sums: sums.collect() })
     }
 
     /// All gradients; an error names the parameters that got none. Candle has operations that cut the graph without

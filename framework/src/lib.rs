@@ -16,6 +16,7 @@ pub mod bench;
 pub mod callback;
 pub mod callbacks;
 pub mod checkpoint;
+pub mod collective;
 pub mod config;
 pub mod data;
 pub mod error;

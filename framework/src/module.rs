@@ -1,5 +1,7 @@
 //! What a user writes: [`Module`] and [`Build`]. What they are handed: [`Step`]. What the trainer trains: [`Model`].
 
+use std::sync::Arc;
+
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 
@@ -119,11 +121,16 @@ impl Step {
     }
 }
 
+/// What makes a module of parameters by name.
+type Builder<B> = dyn Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>> + Send + Sync;
+
 /// A module with its parameters, ready to be trained.
 ///
 /// The module exists twice over the same parameters: once on variables that record gradients, once on plain tensors
 /// that share their memory. Evaluating the second keeps no graph, so it needs little memory and no `no_grad`.
 pub struct Model<B: Batch> {
+    build: Arc<Builder<B>>,
+    seed: u64,
     params: Params,
     training: Box<dyn Module<Batch = B>>,
     evaluation: Box<dyn Module<Batch = B>>,
@@ -134,13 +141,19 @@ impl<B: Batch> Model<B> {
     pub fn build<M>(config: &M::Config, spec: &B::Spec, seed: u64, device: &Device) -> Result<Self>
     where
         M: Build + Module<Batch = B>,
+        M::Config: Clone,
     {
-        Self::new(|vb| M::build(config, spec, vb), seed, device)
+        let (config, spec) = (config.clone(), spec.clone());
+        Self::new(move |vb| M::build(&config, &spec, vb), seed, device)
     }
 
-    /// Builds a module with a closure, which is called twice. Initial values depend on `seed` and each parameter's name
-    /// alone.
-    pub fn new<M>(build: impl Fn(VarBuilder) -> Result<M>, seed: u64, device: &Device) -> Result<Self>
+    /// Builds a module with a closure, which is called twice, and twice more for each further device that it is trained on.
+    /// Initial values depend on `seed` and each parameter's name alone.
+    pub fn new<M>(
+        build: impl Fn(VarBuilder) -> Result<M> + Send + Sync + 'static,
+        seed: u64,
+        device: &Device,
+    ) -> Result<Self>
     where
         M: Module<Batch = B> + 'static,
     {
@@ -151,7 +164,7 @@ impl<B: Batch> Model<B> {
     ///
     /// [`TrainerConfig::precision`]: crate::trainer::TrainerConfig::precision
     pub fn with_precision<M>(
-        build: impl Fn(VarBuilder) -> Result<M>,
+        build: impl Fn(VarBuilder) -> Result<M> + Send + Sync + 'static,
         seed: u64,
         device: &Device,
         precision: Precision,
@@ -159,20 +172,29 @@ impl<B: Batch> Model<B> {
     where
         M: Module<Batch = B> + 'static,
     {
-        Self::boxed(|vb| Ok(Box::new(build(vb)?)), seed, device, precision)
+        Self::boxed(move |vb| Ok(Box::new(build(vb)?)), seed, device, precision)
     }
 
     /// The same for a module whose type is not known.
     pub fn boxed(
-        build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>>,
+        build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>> + Send + Sync + 'static,
         seed: u64,
         device: &Device,
         precision: Precision,
     ) -> Result<Self> {
-        let params = Params::new(seed, precision.dtype(), device);
+        Self::on(Arc::new(build), seed, Params::new(seed, precision.dtype(), device))
+    }
+
+    fn on(build: Arc<Builder<B>>, seed: u64, params: Params) -> Result<Self> {
         let training = build(params.var_builder())?;
         let evaluation = build(params.detached_var_builder())?;
-        Ok(Self { params, training, evaluation })
+        Ok(Self { build, seed, params, training, evaluation })
+    }
+
+    /// The same module with parameters of its own, at their initial values: what another rank trains.
+    pub(crate) fn replica(&self) -> Result<Self> {
+        let params = Params::new(self.seed, self.params.dtype(), self.params.device());
+        Self::on(self.build.clone(), self.seed, params)
     }
 
     /// The parameters.

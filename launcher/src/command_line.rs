@@ -32,12 +32,27 @@ pub(crate) enum Command {
         /// Tell where the time goes: a table of the loop's phases at the end, and `trace.json` in the run's folder, to
         /// be opened in https://ui.perfetto.dev or chrome://tracing.
         ///
-        /// The phases are `data_wait`, `forward`, `backward`, `optimizer`, `logging`, `validation` and `checkpoint`; a
+        /// The phases are `data_wait`, `forward`, `backward`, `optimizer`, `logging`, `validation`, `checkpoint`, and on several
+        /// devices `all_reduce`; a
         /// phase inside another counts for itself alone. `data_wait` is the time that training stands still for want
         /// of a batch: near zero while the data workers keep up. The trace holds the first 100,000 phases, the table
         /// all of them. On a GPU a phase is the time it takes to ask for the work.
         #[arg(long)]
         profile: bool,
+    },
+    /// Train under supervision: what fails is named, ended within seconds, and taken up again.
+    ///
+    /// Starts `train` and watches it. A rank that panics, errors, is killed, or makes no step for
+    /// `distributed.hang_timeout` takes all others down; then `train` goes on from the run's last good checkpoint, up to
+    /// `distributed.max_restarts` times, on fewer devices where `distributed.min_devices` allows it. With
+    /// `distributed.backend = "mpi"` the ranks are processes of `mpirun`. Signals are handed on: Ctrl-C finishes the
+    /// step, saves, and exits.
+    Launch {
+        #[command(flatten)]
+        config: Config,
+        /// Go on with an earlier run, as in `train`.
+        #[arg(long, value_name = "auto|DIR")]
+        resume: Option<String>,
     },
     /// Measure a checkpoint on the validation data, or on another split.
     Validate {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use candlepower::Result;
 use candlepower::bench::{Benchmark, Pass};
-use candlepower::callback::StopReason;
+use candlepower::callback::{Callback, StopReason};
 use candlepower::callbacks::PredictionWriter;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
@@ -13,15 +13,24 @@ use serde_json::json;
 
 use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
 use crate::profile::Profile;
+use crate::pulse::Pulse;
 use crate::signals;
+use crate::supervisor::Launch;
 
 pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile>) -> Result<ExitCode> {
     let read = |config: &Config| Experiment::read(registry, &config.path, &config.changes.sets());
     match command {
         Command::Train { config, resume: from, .. } => {
             let experiment = read(&config)?;
-            let report = experiment.train(&resume(from.as_deref()), vec![Box::new(signals::on_signal()?)])?;
-            print_report(&report);
+            let (experiment, is_first) = join(experiment)?;
+            let mut callbacks: Vec<Box<dyn Callback>> = vec![Box::new(signals::on_signal()?)];
+            if let Some(pulse) = Pulse::asked_for()? {
+                callbacks.push(Box::new(pulse));
+            }
+            let report = experiment.train(&resume(from.as_deref()), callbacks)?;
+            if is_first {
+                print_report(&report);
+            }
             if let Some(profile) = profile {
                 profile.finish(report.dir.as_deref())?;
             }
@@ -30,6 +39,13 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
                 StopReason::Failed(_) => ExitCode::FAILURE,
                 _ => ExitCode::SUCCESS,
             });
+        }
+        Command::Launch { config, resume } => {
+            let experiment = read(&config)?;
+            let sets = config.changes.sets().into_iter().flat_map(|set| ["--set".into(), set.into()]);
+            let train = [config.path.clone().into()].into_iter().chain(sets).collect();
+            let (devices, distributed) = (experiment.devices(), experiment.distributed().clone());
+            return Launch { train, resume, devices, distributed }.run();
         }
         Command::Validate { config, checkpoint, split, json } => {
             let metrics = read(&config)?.validate(&checkpoint, split.into())?;
@@ -51,7 +67,11 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
         }
         Command::Bench { config, steps, forward, json } => {
             let pass = if forward { Pass::Forward } else { Pass::Training };
-            let benchmark = read(&config)?.bench(steps, pass)?;
+            let (experiment, is_first) = join(read(&config)?)?;
+            let benchmark = experiment.bench(steps, pass)?;
+            if !is_first {
+                return Ok(ExitCode::SUCCESS);
+            }
             if json {
                 println!("{}", json!(benchmark));
             } else {
@@ -94,6 +114,13 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The experiment among the processes that were started together, and whether this is the first of them.
+fn join(experiment: Experiment) -> Result<(Experiment, bool)> {
+    let ranks = experiment.distributed().join()?;
+    let is_first = ranks.rank() == 0;
+    Ok((experiment.ranks(ranks)?, is_first))
 }
 
 fn read_path(registry: &Registry, path: std::path::PathBuf, changes: Changes) -> Result<Experiment> {

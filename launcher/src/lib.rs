@@ -11,11 +11,14 @@
 mod command_line;
 mod commands;
 mod profile;
+mod pulse;
 mod signals;
+mod supervisor;
 
 use std::process::ExitCode;
 
 use candlepower::Error;
+use candlepower::collective::Environment;
 use candlepower::config::Registry;
 use clap::Parser;
 use profile::Profile;
@@ -58,7 +61,10 @@ pub fn run(registry: Registry) -> ExitCode {
 /// Shows messages of the library as plain lines (`RUST_LOG` asks for more), and lets `layer` listen too. A program that
 /// has set up its own subscriber keeps it: then neither happens, and the answer is `false`.
 fn listen(layer: Option<profile::Listener>) -> bool {
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    // Of several processes the first says what there is to say.
+    let is_first = !Environment::read().is_ok_and(|found| found.is_some_and(|found| found.rank > 0));
+    let usual = if is_first { "info" } else { "error" };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));
     let plain = fmt::layer().without_time().with_target(false).with_level(false).with_writer(std::io::stderr);
     tracing_subscriber::registry().with(layer).with(plain.with_filter(filter)).try_init().is_ok()
 }

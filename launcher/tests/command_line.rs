@@ -108,7 +108,7 @@ fn an_unknown_section() {
     assert_text(
         &error_with("[checkpoint]", "[checkpoints]"),
         r"
-error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `optimizers`, `schedule`, `average`, `checkpoint`, `logging`, `callbacks`
+error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `optimizers`, `schedule`, `average`, `checkpoint`, `logging`, `distributed`, `callbacks`
    |
 22 | [checkpoints]
    |  ^^^^^^^^^^^
@@ -248,17 +248,35 @@ or a folder that holds `train-images-idx3-ubyte` or `t10k-images-idx3-ubyte`, pl
 }
 
 #[test]
-fn what_is_not_there_yet_names_what_works() {
+fn several_devices_and_processes() {
     let place = Place::new();
+    place.succeed(&["train", "tiny.toml", "--devices", "3"]);
+    let steps = place.read("runs/tiny/version_0/metrics.jsonl");
+    assert_eq!(
+        steps.lines().filter(|line| line.contains("\"train\"")).count(),
+        4,
+        "each step is logged once"
+    );
     let train = |arguments: &[&str]| place.fail(2, &[&["train", "tiny.toml"], arguments].concat());
     assert_text(
-        &train(&["--devices", "2"]),
-        r"
-error: --set:1:17: `trainer.devices`: several devices are not there yet; what works: 1
+        &train(&["--set", "distributed.hang_timeout=\"0s\""]),
+        r#"
+error: --set:1:26: `distributed.hang_timeout`: expected a time above 0
   |
-1 | trainer.devices=2
-  |                 ^",
+1 | distributed.hang_timeout="0s"
+  |                          ^^^^"#,
     );
+    // Without anything to reach the others with, each would train on its own and write into the same folder.
+    let mut command = Command::new(env!("CARGO_BIN_EXE_candlepower"));
+    command.current_dir(place.0.path()).args(["train", "tiny.toml"]).env("RANK", "1").env("WORLD_SIZE", "2");
+    let output = command.output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE), and has nothing"),
+        "{said}"
+    );
+    assert!(!place.path("runs/tiny/version_1").exists());
 }
 
 #[test]

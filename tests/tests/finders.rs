@@ -168,8 +168,9 @@ impl Stream for Ones {
 #[test]
 fn several_optimizers_keep_their_proportions_also_on_a_stream() {
     let zero = candlepower::candle_nn::Init::Const(0.);
-    let build =
-        |vb: VarBuilder| Ok(Two(vb.get_with_hints(1, "one.w", zero)?, vb.get_with_hints(1, "two.w", zero)?));
+    let build = move |vb: VarBuilder| {
+        Ok(Two(vb.get_with_hints(1, "one.w", zero)?, vb.get_with_hints(1, "two.w", zero)?))
+    };
     let model = Model::new(build, 0, &Device::Cpu).unwrap();
     let turn = |name: &str, params: &str, lr: f64, groups| TurnConfig {
         name: name.into(),

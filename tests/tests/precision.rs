@@ -170,7 +170,7 @@ fn a_run_that_only_skips_ends_with_a_clear_error_and_its_state() {
 fn conv_lstm(precision: Precision) -> Model<Video> {
     let config = ConvLstmConfig { hidden: 8, ..Default::default() };
     let spec = Blobs { samples: 1 }.spec();
-    Model::with_precision(|vb| ConvLstm::build(&config, &spec, vb), 3, &Device::Cpu, precision).unwrap()
+    Model::with_precision(move |vb| ConvLstm::build(&config, &spec, vb), 3, &Device::Cpu, precision).unwrap()
 }
 
 #[test]
@@ -215,7 +215,8 @@ fn the_tutorials_model_is_close_to_f64_in_half_types() {
         ConvLstmConfig { hidden: golden.size("nf"), kernel: golden.size("kernel"), ..Default::default() };
     let values = golden.under("param.");
     for (precision, tolerance) in [(Precision::Bf16Mixed, 2e-2), (Precision::Fp16Mixed, 3e-3)] {
-        let build = |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
+        let config = config.clone();
+        let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
         let model = Model::with_precision(build, 0, &Device::Cpu, precision).unwrap();
         for (name, var) in model.params().vars() {
             var.set(&values[&name].to_dtype(DType::F32).unwrap()).unwrap();

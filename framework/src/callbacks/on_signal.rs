@@ -16,6 +16,10 @@ pub struct OnSignal {
 }
 
 impl Callback for OnSignal {
+    fn on_every_rank(&self) -> bool {
+        true
+    }
+
     fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
         Ok(match self.stop.load(Ordering::Relaxed) {
             0 if self.save.swap(false, Ordering::Relaxed) => Flow::Save,

@@ -269,7 +269,7 @@ impl<B: Batch> AnyFamily for Family<B> {
     fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>> {
         let module = (self.modules[module.name.as_str()].parse)(document, module)?;
         let data = (self.datasets[data.name.as_str()].parse)(document, data)?;
-        Ok(Box::new(Pair { module, data }))
+        Ok(Box::new(Pair { module: module.into(), data }))
     }
 }
 

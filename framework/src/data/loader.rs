@@ -11,20 +11,28 @@ use crate::error::{Error, Result};
 
 /// A micro-batch to be made, by whichever thread is free.
 pub(crate) struct Job<B> {
-    pub(crate) make: Box<dyn FnOnce() -> Result<B> + Send>,
-    /// Samples in the step that it belongs to.
+    /// None for a rank that has no part in a step.
+    pub(crate) make: Option<Box<dyn FnOnce() -> Result<B> + Send>>,
+    pub(crate) place: Place,
+}
+
+/// Where a micro-batch belongs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Its number in the step, over all ranks.
+    pub(crate) number: usize,
+    /// Whether it is this rank's last one of the step.
+    pub(crate) ends_step: bool,
+    /// Samples in the step, over all ranks.
     pub(crate) step_samples: usize,
-    /// Whether that step is the last of its epoch.
+    /// Whether the step is the last of its epoch.
     pub(crate) ends_epoch: bool,
 }
 
-/// A micro-batch that has been made.
+/// A micro-batch that has been made; none for a rank that has no part in a step.
 pub(crate) struct Loaded<B> {
-    pub(crate) batch: B,
-    /// Samples in the step that it belongs to.
-    pub(crate) step_samples: usize,
-    /// Whether that step is the last of its epoch.
-    pub(crate) ends_epoch: bool,
+    pub(crate) batch: Option<B>,
+    pub(crate) place: Place,
 }
 
 /// Iterates over micro-batches that worker threads make ahead of time.
@@ -75,8 +83,8 @@ fn take<B: Batch>(jobs: &Mutex<Jobs<B>>, to_loader: &Sender<Answer<B>>) -> Optio
 }
 
 fn made<B>(job: Job<B>) -> Result<Loaded<B>> {
-    let Job { make, step_samples, ends_epoch } = job;
-    Ok(Loaded { batch: make()?, step_samples, ends_epoch })
+    let Job { make, place } = job;
+    Ok(Loaded { batch: make.map(|make| make()).transpose()?, place })
 }
 
 impl<B: Batch> Iterator for Loader<B> {
@@ -110,7 +118,7 @@ mod tests {
 
     use super::*;
     use crate::batch::Tensors;
-    use crate::data::source::{Items, Start};
+    use crate::data::source::{Items, Share, Start};
     use crate::data::{Dataset, Order, Pass, Sample, Source, Split, Stream};
 
     fn tensors(samples: &[Sample], value: impl Fn(&Sample) -> Result<f32>) -> Result<Tensors> {
@@ -166,13 +174,64 @@ mod tests {
     }
 
     fn load(source: Source<Tensors>, order: Order, from: (u64, u64), workers: usize) -> Loader<Tensors> {
-        let start = Start { epoch: from.0, step_in_epoch: from.1, micro_batch_size: 2 };
+        load_share(source, order, from, workers, Share::default())
+    }
+
+    fn load_share(
+        source: Source<Tensors>,
+        order: Order,
+        from: (u64, u64),
+        workers: usize,
+        share: Share,
+    ) -> Loader<Tensors> {
+        let start = Start { epoch: from.0, step_in_epoch: from.1, micro_batch_size: 2, share };
         Loader::new(source.training(order, start), workers, 4)
+    }
+
+    #[test]
+    fn ranks_share_out_the_micro_batches_of_each_step() {
+        let stream: fn() -> Source<Tensors> = || Source::Stream(Arc::new(Counter));
+        let indexed: fn() -> Source<Tensors> = || Source::Indexed(Arc::new(Numbers::default()));
+        for source in [stream, indexed] {
+            // Steps of 5, 5, ... samples: micro-batches of 2, 2 and 1; the end of an epoch has fewer.
+            let order = Order::new(3, source().len().unwrap_or(usize::MAX), 5);
+            let by_step = |share: Share| {
+                let mut steps = vec![Vec::new()];
+                for loaded in load_share(source(), order, (0, 0), 2, share) {
+                    let Loaded { batch, place } = loaded.unwrap();
+                    let step = steps.last_mut().unwrap();
+                    let values = batch.map(|batch| batch.0[0].to_vec1::<f32>().unwrap());
+                    step.push((place.number, values, place.step_samples, place.ends_epoch));
+                    if place.ends_step {
+                        if steps.len() == 6 {
+                            break;
+                        }
+                        steps.push(Vec::new());
+                    }
+                }
+                steps
+            };
+            let whole = by_step(Share::default());
+            for of in [2, 3, 4] {
+                let parts: Vec<_> = (0..of).map(|rank| by_step(Share { rank, of })).collect();
+                for (step, expected) in whole.iter().enumerate() {
+                    // Every rank hears of every step, and of how large it is, also where it has nothing to do in it.
+                    let sizes = parts.iter().flat_map(|part| &part[step]).map(|micro| (micro.2, micro.3));
+                    assert!(sizes.into_iter().all(|size| size == (expected[0].2, expected[0].3)));
+                    let mut all: Vec<_> = parts.iter().flat_map(|part| part[step].clone()).collect();
+                    all.retain(|(_, values, ..)| values.is_some());
+                    all.sort_by_key(|(number, ..)| *number);
+                    assert_eq!(&all, expected, "step {step} of {of} ranks");
+                }
+            }
+        }
     }
 
     /// The values of so many micro-batches, and what is said of their steps.
     fn read(loader: Loader<Tensors>, batches: usize) -> Vec<(Vec<f32>, usize, bool)> {
-        let values = |l: Loaded<Tensors>| (l.batch.0[0].to_vec1().unwrap(), l.step_samples, l.ends_epoch);
+        let values = |Loaded { batch, place }: Loaded<Tensors>| {
+            (batch.unwrap().0[0].to_vec1().unwrap(), place.step_samples, place.ends_epoch)
+        };
         loader.take(batches).map(|loaded| values(loaded.unwrap())).collect()
     }
 
@@ -246,8 +305,8 @@ mod tests {
             [Source::<Tensors>::Indexed(Arc::new(Numbers::default())), Source::Stream(Arc::new(Counter))]
         {
             let count = |limit| {
-                let jobs = source.evaluation(pass, 3, limit).unwrap();
-                let sizes = Loader::new(jobs, 2, 4).map(|l| l.unwrap().batch.0[0].elem_count());
+                let jobs = source.evaluation(pass, 3, limit, Share::default()).unwrap();
+                let sizes = Loader::new(jobs, 2, 4).map(|l| l.unwrap().batch.unwrap().0[0].elem_count());
                 sizes.collect::<Vec<_>>()
             };
             let samples: usize = count(usize::MAX).iter().sum();

@@ -10,8 +10,8 @@ pub(crate) use loader::{Loaded, Loader};
 pub use order::{Order, samples_in_turn};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
-pub(crate) use source::Start;
 pub use source::{AnyStream, Items, Pass, Source, Stream};
+pub(crate) use source::{Share, Start};
 
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -161,10 +161,5 @@ impl<B: Batch> Data<B> {
             Split::Test => self.test.as_ref(),
         };
         source.ok_or_else(|| Error::msg(format!("there is no {} data", split.name())))
-    }
-
-    /// Reads these jobs with this data's workers.
-    pub(crate) fn load(&self, jobs: source::Jobs<B>) -> Loader<B> {
-        Loader::new(jobs, self.workers, self.workers * self.prefetch)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::loader::Job;
+use super::loader::{Job, Place};
 use super::{Dataset, Order, Sample, Split, samples_in_turn};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
@@ -65,6 +65,37 @@ pub(crate) struct Start {
     pub(crate) step_in_epoch: u64,
     /// Samples that one device takes at once.
     pub(crate) micro_batch_size: usize,
+    pub(crate) share: Share,
+}
+
+/// Which micro-batches are a rank's: of each step, and of an evaluation, every `of`-th one from number `rank` on. So the
+/// micro-batches are the same for any number of ranks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Share {
+    pub(crate) rank: usize,
+    pub(crate) of: usize,
+}
+
+impl Default for Share {
+    fn default() -> Self {
+        Self { rank: 0, of: 1 }
+    }
+}
+
+impl Share {
+    /// This rank's of a step's micro-batches. Where there is none for it, one without samples: every rank hears of every
+    /// step.
+    fn of_step<B>(self, step: Vec<Job<B>>) -> Vec<Job<B>> {
+        let Some(place) = step.first().map(|job| job.place) else { return step };
+        let mut own: Vec<Job<B>> = step.into_iter().skip(self.rank).step_by(self.of).collect();
+        if own.is_empty() {
+            own.push(Job { make: None, place: Place { number: self.rank, ..place } });
+        }
+        if let Some(last) = own.last_mut() {
+            last.place.ends_step = true;
+        }
+        own
+    }
 }
 
 /// The micro-batches of a pass, to be made.
@@ -95,13 +126,13 @@ impl<B: Batch> Source<B> {
     /// All micro-batches of training from `start` on, epoch after epoch, without end. `order` is a dataset's; of a
     /// stream only its seed, batch size and limit count.
     pub(crate) fn training(&self, order: Order, start: Start) -> Jobs<B> {
-        let micro = start.micro_batch_size;
+        let (micro, share) = (start.micro_batch_size, start.share);
         match self {
             Self::Indexed(dataset) => {
                 let dataset = dataset.clone();
                 let batches = order.from(start.epoch, start.step_in_epoch as usize);
                 Box::new(batches.flat_map(move |(samples, ends_epoch)| {
-                    jobs(&dataset, samples, micro, ends_epoch).map(Ok).collect::<Vec<_>>()
+                    share.of_step(jobs(&dataset, samples, micro, ends_epoch).collect()).into_iter().map(Ok)
                 }))
             }
             Self::Stream(stream) => {
@@ -113,6 +144,7 @@ impl<B: Batch> Source<B> {
                         step: order.batch_size,
                         micro,
                         steps: order.limit,
+                        share,
                     };
                     stream
                         .clone()
@@ -123,21 +155,29 @@ impl<B: Batch> Source<B> {
         }
     }
 
-    /// One pass over the data, first to last; at most `limit` batches.
-    pub(crate) fn evaluation(&self, pass: Pass, batch_size: usize, limit: usize) -> Result<Jobs<B>> {
-        match self {
+    /// One pass over the data, first to last; at most `limit` batches, of which `share` is made.
+    pub(crate) fn evaluation(
+        &self,
+        pass: Pass,
+        batch_size: usize,
+        limit: usize,
+        share: Share,
+    ) -> Result<Jobs<B>> {
+        let all: Jobs<B> = match self {
             Self::Indexed(dataset) => {
                 let (dataset, len) = (dataset.clone(), dataset.len());
                 let batches = samples_in_turn(pass.split, pass.seed, len, batch_size).take(limit);
-                Ok(Box::new(batches.flat_map(move |samples| {
+                Box::new(batches.flat_map(move |samples| {
                     jobs(&dataset, samples, batch_size, false).map(Ok).collect::<Vec<_>>()
-                })))
+                }))
             }
             Self::Stream(stream) => {
-                let portions = Portions { skip: 0, step: batch_size, micro: batch_size, steps: limit };
-                stream.clone().jobs(pass, portions)
+                let share = Share::default();
+                let portions = Portions { skip: 0, step: batch_size, micro: batch_size, steps: limit, share };
+                stream.clone().jobs(pass, portions)?
             }
-        }
+        };
+        Ok(Box::new(all.skip(share.rank).step_by(share.of)))
     }
 }
 
@@ -150,10 +190,13 @@ fn jobs<B: Batch>(
 ) -> impl Iterator<Item = Job<B>> {
     let step_samples = samples.len();
     let micro_batches: Vec<Vec<Sample>> = samples.chunks(micro).map(<[_]>::to_vec).collect();
-    micro_batches.into_iter().map(move |samples| {
+    micro_batches.into_iter().enumerate().map(move |(number, samples)| {
         let dataset = dataset.clone();
         let make = move || dataset.batch(&samples).map_err(|error| unreadable(&samples, &error));
-        Job { make: Box::new(make), step_samples, ends_epoch }
+        Job {
+            make: Some(Box::new(make)),
+            place: Place { number, ends_step: false, step_samples, ends_epoch },
+        }
     })
 }
 
@@ -173,6 +216,7 @@ pub struct Portions {
     micro: usize,
     /// Steps of a pass, at most, those of the skipped items included.
     steps: usize,
+    share: Share,
 }
 
 /// A [`Stream`] whose items nobody needs to name.
@@ -223,9 +267,11 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
                             let make = move || {
                                 stream.batch(items, &samples).map_err(|error| unreadable(&samples, &error))
                             };
-                            jobs.push(Ok(Job { make: Box::new(make) as _, step_samples, ends_epoch }));
+                            let number = jobs.len();
+                            let place = Place { number, ends_step: false, step_samples, ends_epoch };
+                            jobs.push(Job { make: Some(Box::new(make) as _), place });
                         }
-                        Some(jobs)
+                        Some(portions.share.of_step(jobs).into_iter().map(Ok).collect())
                     }
                 }
             })

@@ -139,6 +139,8 @@ impl Trainer {
     ) -> Result<BatchTrial> {
         let mut trainer = self.trial(steps);
         (trainer.config.batch_size, trainer.config.micro_batch_size) = (batch_size, None);
+        // What one device best takes at once.
+        trainer.config.devices = 1;
         memory::reset_peak();
         let timed = bench::measure(&trainer, model, data, steps, Pass::Training)?;
         let memory_mb = held.zip(memory::peak()).map(|(held, peak)| megabytes(peak.saturating_sub(held)));

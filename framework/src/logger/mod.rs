@@ -330,7 +330,14 @@ mod tests {
 
     fn plan(step: u64) -> Plan {
         let start = Progress { step, ..Default::default() };
-        Plan { start, last_step: None, steps_per_epoch: None, parameters: 6, flops_per_sample: None }
+        Plan {
+            start,
+            last_step: None,
+            steps_per_epoch: None,
+            parameters: 6,
+            optimizer_bytes: 0,
+            flops_per_sample: None,
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 use indexmap::IndexMap;
 
+use crate::collective::Collective;
 use crate::error::{Error, Result};
 
 /// Weighted means of scalars by name, in the order in which the names first came.
@@ -35,10 +36,38 @@ impl Means {
 
     /// Reads every mean: the one place that waits for the device.
     pub fn read(&self) -> Result<IndexMap<String, f64>> {
-        let mean = |(name, (sum, weight)): (&String, &(Tensor, f64))| {
-            Ok((name.clone(), sum.squeeze(0)?.to_scalar::<f64>()? / weight))
+        Ok(self.read_sums()?.into_iter().map(|(name, sum, weight)| (name, sum / weight)).collect())
+    }
+
+    /// Reads every mean over what all ranks have added: one exchange for all metrics, whichever of them a rank has.
+    pub(crate) fn read_over(&self, ranks: &dyn Collective) -> Result<IndexMap<String, f64>> {
+        if ranks.is_alone() {
+            return self.read();
+        }
+        // Sums travel as their bits: as decimals they could be rounded, and not all are numbers.
+        let own = self.read_sums()?.into_iter();
+        let own: Vec<(String, u64, u64)> =
+            own.map(|(name, sum, weight)| (name, sum.to_bits(), weight.to_bits())).collect();
+        let own = serde_json::to_vec(&own).map_err(Error::content("metrics"))?;
+        let mut sums: IndexMap<String, (f64, f64)> = IndexMap::new();
+        for part in ranks.gather_bytes(&own)? {
+            let part: Vec<(String, u64, u64)> =
+                serde_json::from_slice(&part).map_err(Error::content("metrics"))?;
+            for (name, sum, weight) in part {
+                let (sums, weights) = sums.entry(name).or_default();
+                *sums += f64::from_bits(sum);
+                *weights += f64::from_bits(weight);
+            }
+        }
+        Ok(sums.into_iter().map(|(name, (sum, weight))| (name, sum / weight)).collect())
+    }
+
+    /// Name, weighted sum and weights' sum of every metric.
+    fn read_sums(&self) -> Result<Vec<(String, f64, f64)>> {
+        let sum = |(name, (sum, weight)): (&String, &(Tensor, f64))| {
+            Ok((name.clone(), sum.squeeze(0)?.to_scalar::<f64>()?, *weight))
         };
-        self.sums.iter().map(mean).collect()
+        self.sums.iter().map(sum).collect()
     }
 }
 

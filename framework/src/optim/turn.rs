@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use wildmatch::WildMatch;
 
 use super::{Optimizer, OptimizerConfig};
+use crate::collective::{Collective, shard};
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::schedule::{Rates, Schedule};
@@ -89,6 +90,8 @@ pub(crate) struct Turn {
     pub(crate) params: Vec<(String, Var)>,
     /// The variables that gradients are of, in the same order.
     pub(crate) working: Vec<Var>,
+    /// Which rank moves each of them; none: every rank moves all.
+    owners: Option<Vec<usize>>,
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
     schedule: Schedule,
@@ -98,6 +101,7 @@ pub(crate) struct Turn {
 struct Group {
     /// How many of the turn's parameters, in order, are this group's.
     len: usize,
+    /// Of those parameters that this rank moves.
     optimizer: Box<dyn Optimizer>,
     /// Its learning rate over the optimizer's.
     ratio: f64,
@@ -105,8 +109,13 @@ struct Group {
 
 impl Turn {
     /// Shares out parameters among optimizers and their groups. Every parameter needs exactly one optimizer, and every
-    /// pattern must fit a parameter.
-    pub(crate) fn share(configs: &[TurnConfig], schedule: &Schedule, params: &Params) -> Result<Vec<Self>> {
+    /// pattern must fit a parameter. Where the ranks `shard` the optimizers' states, each moves a part of the parameters.
+    pub(crate) fn share(
+        configs: &[TurnConfig],
+        schedule: &Schedule,
+        params: &Params,
+        shard: Option<&dyn Collective>,
+    ) -> Result<Vec<Self>> {
         for (name, _) in params.vars() {
             let fits = |config: &&TurnConfig| WildMatch::new(&config.params).matches(&name);
             let takers: Vec<&str> = configs.iter().filter(fits).map(|config| config.name.as_str()).collect();
@@ -126,21 +135,31 @@ impl Turn {
                 }
             }
         }
-        configs.iter().map(|config| Self::new(config, schedule, params)).collect()
+        configs.iter().map(|config| Self::new(config, schedule, params, shard)).collect()
     }
 
-    fn new(config: &TurnConfig, schedule: &Schedule, store: &Params) -> Result<Self> {
+    fn new(
+        config: &TurnConfig,
+        schedule: &Schedule,
+        store: &Params,
+        shard: Option<&dyn Collective>,
+    ) -> Result<Self> {
         let params = &store.vars()[..];
         let mut rest: Vec<(String, Var)> = take(&config.params, &mut params.to_vec());
         if rest.is_empty() && !params.is_empty() {
             return Err(no_parameter(&config.params, params));
         }
         let lr = config.optimizer.lr();
-        let (mut moved, mut groups) = (Vec::new(), Vec::new());
+        let (mut moved, mut groups, mut all_owners) = (Vec::new(), Vec::new(), Vec::new());
         let mut add = |params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
             let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
-            groups.push(Group { len: params.len(), optimizer: optimizer.build(&params)?, ratio });
+            let (rank, world_size) = shard.map_or((0, 1), |ranks| (ranks.rank(), ranks.world_size()));
+            let owners = shard::owners(&params, world_size);
+            let own = params.iter().zip(&owners).filter(|(_, owner)| **owner == rank);
+            let own: Vec<(String, Var)> = own.map(|(param, _)| param.clone()).collect();
+            groups.push(Group { len: params.len(), optimizer: optimizer.build(&own)?, ratio });
             moved.extend(params);
+            all_owners.extend(owners);
             Ok(())
         };
         for group in &config.groups {
@@ -155,7 +174,8 @@ impl Turn {
         add(rest, config.optimizer.clone())?;
         let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
         let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
-        Ok(Self { name: config.name.clone(), params: moved, working, lr, schedule, groups })
+        let owners = shard.map(|_| all_owners);
+        Ok(Self { name: config.name.clone(), params: moved, working, owners, lr, schedule, groups })
     }
 
     /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
@@ -163,18 +183,31 @@ impl Turn {
         self.schedule.at(step, if scale == 1. { self.lr } else { self.lr * scale })
     }
 
-    /// Moves the parameters; `t` counts steps from 1.
-    pub(crate) fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+    /// Moves the parameters; `t` counts steps from 1. Where ranks share out the work, each then hears of all values.
+    pub(crate) fn step(
+        &mut self,
+        gradients: &[Tensor],
+        t: u64,
+        rates: Rates,
+        ranks: &dyn Collective,
+    ) -> Result<()> {
         let mut first = 0;
         for group in &mut self.groups {
-            let own = &gradients[first..first + group.len];
-            group.optimizer.step(own, t, Rates { lr: rates.lr * group.ratio, ..rates })?;
+            let members = first..first + group.len;
+            let rates = Rates { lr: rates.lr * group.ratio, ..rates };
+            match &self.owners {
+                None => group.optimizer.step(&gradients[members], t, rates)?,
+                Some(owners) => {
+                    let own = members.filter(|i| owners[*i] == ranks.rank()).map(|i| gradients[i].clone());
+                    group.optimizer.step(&own.collect::<Vec<_>>(), t, rates)?;
+                }
+            }
             first += group.len;
         }
-        Ok(())
+        self.owners.as_ref().map_or(Ok(()), |owners| shard::publish(ranks, &self.params, owners))
     }
 
-    /// What the optimizer remembers, by name.
+    /// What the optimizer remembers on this rank, by name.
     pub(crate) fn state(&self) -> Vec<(String, Var)> {
         self.groups.iter().flat_map(|group| group.optimizer.state()).collect()
     }
@@ -206,6 +239,7 @@ mod tests {
     use candle_nn::Init;
 
     use super::*;
+    use crate::collective::Solo;
     use crate::optim::SgdConfig;
 
     fn params(names: &[&str]) -> Params {
@@ -232,12 +266,12 @@ mod tests {
             GroupConfig { lr: Some(0.01), ..group("encoder.*") },
         ];
         let schedule = Schedule::Exponential { gamma: 0.5 };
-        let mut turns = Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all).unwrap();
+        let mut turns = Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all, None).unwrap();
         let turn = &mut turns[0];
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
         let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
-        turn.step(&gradients, 1, turn.rates(1, 1.)).unwrap();
+        turn.step(&gradients, 1, turn.rates(1, 1.), &Solo).unwrap();
         // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
         let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];
         assert_eq!([value(0), value(1), value(2), value(3)], [1. - 0.05 * 1.5, 1. - 0.005, 1. - 0.05, 1.]);
@@ -252,7 +286,7 @@ mod tests {
             ..TurnConfig::only(sgd(0.1), Vec::new())
         };
         let error = |configs: &[TurnConfig]| {
-            Turn::share(configs, &Schedule::default(), &all).err().unwrap().to_string()
+            Turn::share(configs, &Schedule::default(), &all, None).err().unwrap().to_string()
         };
         assert_eq!(error(&[turn("x", "a.*")]), "no optimizer moves parameter `b.w`: `x` moves `a.*`");
         assert_eq!(

@@ -17,7 +17,8 @@ use crate::precision::Precision;
 pub struct TrainerConfig {
     /// Samples of one optimizer step, over all devices.
     pub batch_size: usize,
-    /// Samples that one device takes at once; a step then adds up several micro-batches. Default: the whole batch.
+    /// Samples that one device takes at once; a step then adds up several micro-batches. Default: the batch divided by the
+    /// devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_size: Option<usize>,
     /// Ends training after this many optimizer steps.
@@ -156,9 +157,6 @@ impl TrainerConfig {
         if !ends && self.fast_dev_run == 0 {
             let message = "training needs an end: set `max_steps`, `max_epochs` or `max_time`";
             return Err(Error::setting("max_steps", message));
-        }
-        if self.devices > 1 {
-            return Err(Error::setting("devices", "several devices are not there yet; what works: 1"));
         }
         Ok(())
     }

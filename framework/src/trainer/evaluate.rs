@@ -1,4 +1,4 @@
-//! Evaluation and prediction: every sample of a source exactly once, or its first batches.
+//! Evaluation and prediction: every sample of a source exactly once over all ranks, or its first batches.
 
 use candle_core::DType;
 use indexmap::IndexMap;
@@ -7,7 +7,7 @@ use super::Trainer;
 use super::limits::Limit;
 use crate::batch::Batch;
 use crate::callback::{Picture, Progress};
-use crate::data::{Loader, Pass, Source};
+use crate::data::{Loader, Pass, Share, Source};
 use crate::error::{Error, Result};
 use crate::metrics::Means;
 use crate::module::{Model, Step};
@@ -22,8 +22,9 @@ fn batches<B: Batch>(
     pass: Pass,
     limit: Option<Limit>,
     workers: usize,
+    share: Share,
 ) -> Result<(Loader<B>, Option<usize>)> {
-    // As many samples at once as one device takes in training.
+    // The same batches for any number of ranks.
     let batch_size = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
     let all = source.len().map(|len| len.div_ceil(batch_size));
     if let (Some(Limit::Share(_)), None) = (limit, all) {
@@ -32,7 +33,7 @@ fn batches<B: Batch>(
         ));
     }
     let limit = limit.map_or(usize::MAX, |limit| limit.of(all.unwrap_or(usize::MAX)));
-    let jobs = source.evaluation(pass, batch_size, limit)?;
+    let jobs = source.evaluation(pass, batch_size, limit, share)?;
     Ok((Loader::new(jobs, workers, workers * AHEAD), all.map(|all| all.min(limit))))
 }
 
@@ -48,10 +49,13 @@ pub(super) fn evaluate<B: Batch>(
     progress: &Progress,
     images_due: bool,
 ) -> Result<IndexMap<String, f64>> {
-    let (batches, total) = batches(trainer, source, pass, limit, workers)?;
+    let ranks = trainer.ranks.clone();
+    let share = Share { rank: ranks.rank(), of: ranks.world_size() };
+    let (batches, total) = batches(trainer, source, pass, limit, workers, share)?;
     let mut means = Means::default();
-    for (i, loaded) in batches.enumerate() {
-        let batch = loaded?.batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+    for (i, loaded) in (share.rank..).step_by(share.of).zip(batches) {
+        let Some(batch) = loaded?.batch else { continue };
+        let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let loss = model.evaluation().validation_step(&batch, &mut step)?;
         let (metrics, pictures) = step.into_logged();
@@ -63,10 +67,12 @@ pub(super) fn evaluate<B: Batch>(
             trainer.show(&Picture { step: progress.step, split: pass.split, name, pixels })?;
         }
         for callback in &mut trainer.callbacks {
-            callback.on_validation_batch(i + 1, total)?;
+            // The other ranks are about as far.
+            let done = (i + share.of).min(total.unwrap_or(usize::MAX));
+            callback.on_validation_batch(done, total)?;
         }
     }
-    means.read()
+    means.read_over(&*ranks)
 }
 
 /// Hands what `model` predicts from each batch of `source` to the callbacks; returns how many batches there were.
@@ -77,10 +83,12 @@ pub(super) fn predict<B: Batch>(
     pass: Pass,
     workers: usize,
 ) -> Result<usize> {
-    let (batches, _) = batches(trainer, source, pass, trainer.config.limit_predict_batches, workers)?;
+    let limit = trainer.config.limit_predict_batches;
+    let (batches, _) = batches(trainer, source, pass, limit, workers, Share::default())?;
     let mut done = 0;
     for (i, loaded) in batches.enumerate() {
-        let batch = loaded?.batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+        let Some(batch) = loaded?.batch else { continue };
+        let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(0, i as u64, trainer.seed, false);
         let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
         trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_prediction(i, &prediction))?;

@@ -8,11 +8,13 @@ use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
 use super::limits::{Every, Limit};
+use super::ranks::{agree_on_flow, agree_on_state, average_buffers, same_as_rank_0};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
-use crate::data::{Data, Loaded, Loader, Order, Pass, Source, Split, Start};
+use crate::collective::{self, Collective, Identity, Shard, shard};
+use crate::data::{Data, Loaded, Loader, Order, Pass, Share, Source, Split, Start};
 use crate::error::{Error, Result};
 use crate::grads::{Grads, first_not_finite};
 use crate::metrics::Means;
@@ -21,9 +23,12 @@ use crate::optim::{self, Average, Turn};
 use crate::precision::LossScale;
 use crate::schedule::PlateauState;
 
-/// One call of [`Trainer::fit`].
+/// One call of [`Trainer::fit`], on one rank.
 pub(super) struct Fit<'a, B: Batch> {
     trainer: &'a mut Trainer,
+    ranks: Arc<dyn Collective>,
+    /// Whether each rank keeps a part of the optimizer's state.
+    sharded: bool,
     model: &'a Model<B>,
     workers: usize,
     /// What is validated on: the source, the split it counts as, its batches.
@@ -57,12 +62,14 @@ pub(super) struct Fit<'a, B: Batch> {
 struct Tally {
     /// The samples of the step.
     samples: usize,
+    /// Those that this rank has had in this turn.
+    own_samples: usize,
     /// Whether they were the last of their epoch.
     ends_epoch: bool,
     /// What is logged, in steps after which it is read.
     means: Option<Means>,
-    /// Of the micro-batches, for this optimizer.
-    losses: Vec<Tensor>,
+    /// Of this rank's micro-batches, for this optimizer, with their numbers.
+    losses: Vec<(usize, Tensor)>,
     /// Of the optimizers that have had their turn, in the order of the trained parameters.
     gradients: Vec<Tensor>,
     flow: Flow,
@@ -94,9 +101,8 @@ impl<'a, B: Batch> Fit<'a, B> {
     pub(super) fn new(trainer: &'a mut Trainer, model: &'a Model<B>, data: &'a Data<B>) -> Result<Self> {
         trainer.config.resolve_fast_dev_run();
         let config = &trainer.config;
+        let ranks = trainer.ranks.clone();
         let resumed = trainer.resume.take();
-        let state = resumed.as_ref().map(Checkpoint::state);
-        let progress = state.map(|state| state.progress).unwrap_or_default();
 
         if model.params().dtype() != config.precision.dtype() {
             let (model, asked) = (model.params().dtype(), config.precision.dtype());
@@ -104,25 +110,54 @@ impl<'a, B: Batch> Fit<'a, B> {
                 format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
             return Err(Error::setting("precision", message));
         }
-        let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
+        let params = model.params().state_dict();
+        collective::check(&*ranks, &Identity::new(&trainer.configuration(), &params))?;
+        let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
+        let state = state.as_ref();
+        let progress = state.map(|state| state.progress).unwrap_or_default();
+        let sharded = trainer.distributed.shard == Shard::Optimizer && !ranks.is_alone();
+        let turns = Turn::share(
+            &trainer.turns,
+            &trainer.schedule,
+            model.params(),
+            sharded.then_some(&*ranks as &dyn Collective),
+        )?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
 
         let order = order(config, trainer.seed, &data.train)?;
+        if let Some(state) = state
+            && data.train.len().is_some()
+        {
+            check_same_order(state, &order)?;
+        }
+        let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
+        if sharded && state.is_some() {
+            optimizer = shard::Whole::new(&*ranks, &optimizer)?.vars;
+        }
         if let Some(checkpoint) = &resumed {
-            if data.train.len().is_some() {
-                check_same_order(checkpoint.state(), &order)?;
-            }
-            checkpoint.restore_params(&model.params().state_dict())?;
-            model.params().publish()?;
-            checkpoint.restore_optimizer(&turns.iter().flat_map(Turn::state).collect::<Vec<_>>())?;
+            checkpoint.restore_params(&params)?;
+            checkpoint.restore_optimizer(&optimizer)?;
             average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
         }
+        same_as_rank_0(&*ranks, &params)?;
+        model.params().publish()?;
         model.params().roll_back_buffers()?;
-        let micro_batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
-        let start = Start { epoch: progress.epoch, step_in_epoch: progress.step_in_epoch, micro_batch_size };
-        let micro_batches = data.load(data.train.training(order, start));
+        same_as_rank_0(&*ranks, &optimizer)?;
+        if let Some(average) = &mut average {
+            same_as_rank_0(&*ranks, average.averages())?;
+            average.updates = state.map_or(0, |state| state.average_updates);
+        }
+        let share = Share { rank: ranks.rank(), of: ranks.world_size() };
+        let start = Start {
+            epoch: progress.epoch,
+            step_in_epoch: progress.step_in_epoch,
+            micro_batch_size: config.micro_batch_size.unwrap_or(config.batch_size.div_ceil(share.of)),
+            share,
+        };
+        let workers = data.workers.div_ceil(ranks.ranks_here());
+        let micro_batches = Loader::new(data.train.training(order, start), workers, workers * data.prefetch);
         let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
         if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
             && epochs.fract() != 0.
@@ -138,8 +173,10 @@ impl<'a, B: Batch> Fit<'a, B> {
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
         Ok(Self {
+            ranks,
+            sharded,
             model,
-            workers: data.workers,
+            workers,
             val,
             turns,
             trained,
@@ -199,6 +236,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             last_step: self.trainer.config.last_step(self.steps_per_epoch),
             steps_per_epoch: self.steps_per_epoch,
             parameters: self.model.params().count(),
+            optimizer_bytes: self.turns.iter().flat_map(Turn::state).map(|(_, var)| bytes(&var)).sum(),
             flops_per_sample: self.model.evaluation().flops().map(|forward| 3. * forward),
         };
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
@@ -245,8 +283,9 @@ impl<'a, B: Batch> Fit<'a, B> {
                     tally.samples,
                 )?;
             }
-            self.turns[turn].step(&gradients, done + 1, rates)?;
+            self.turns[turn].step(&gradients, done + 1, rates, &*self.ranks)?;
             self.model.params().commit_buffers()?;
+            average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
             tally.gradients.append(&mut gradients);
         }
         self.model.params().publish()?;
@@ -256,20 +295,22 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(Stepped::Moved(tally))
     }
 
-    /// The gradients of one optimizer's parameters, over all micro-batches of the step.
+    /// The gradients of one optimizer's parameters, over all micro-batches of the step and over all ranks.
     fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Vec<Tensor>> {
         let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
         let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
         let mut grads = Grads::new(&self.turns[turn].params);
-        let mut seen = 0;
         tally.losses.clear();
-        for micro_batch in 0.. {
-            let loaded = self.micro_batch(micro_batch)?;
-            (tally.samples, tally.ends_epoch) = (loaded.step_samples, loaded.ends_epoch);
-            let batch = loaded.batch.to_device(self.model.params().device())?;
+        tally.own_samples = 0;
+        for index in 0.. {
+            let loaded = self.micro_batch(index)?;
+            let place = loaded.place;
+            (tally.samples, tally.ends_epoch) = (place.step_samples, place.ends_epoch);
+            let Some(batch) = &loaded.batch else { break };
+            let batch = batch.to_device(self.model.params().device())?;
             let batch = batch.cast(self.model.params().dtype())?;
-            let (name, images_due) = (&self.turns[turn].name, images_due && micro_batch == 0);
-            let mut told = Step::training(done, micro_batch as u64, seed, name, images_due);
+            let (name, images_due) = (&self.turns[turn].name, images_due && place.number == 0);
+            let mut told = Step::training(done, place.number as u64, seed, name, images_due);
             let loss = {
                 let _phase = phase!("forward");
                 let loss = self.model.training().training_step(&batch, &mut told);
@@ -282,17 +323,20 @@ impl<'a, B: Batch> Fit<'a, B> {
                 let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
                 grads.add(&self.turns[turn].working, scaled.backward()?)?;
             }
+            tally.losses.push((place.number, loss.detach()));
+            tally.own_samples += batch.len();
             self.tell(told, turn, &loss, batch.len(), tally)?;
-            seen += batch.len();
-            if seen >= tally.samples {
+            if place.ends_step {
                 break;
             }
-            // By the clock, a validation may be due inside a step that takes minutes.
-            if turn == 0 && self.is_validation_due(true) {
+            // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
+            // each may be somewhere else in it.
+            if turn == 0 && self.ranks.is_alone() && self.is_validation_due(true)? {
                 tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
             }
         }
-        grads.complete(&self.turns[turn].params)
+        let _phase = (!self.ranks.is_alone()).then(|| phase!("all_reduce"));
+        grads.over_ranks(&*self.ranks, &self.turns[turn].params)?.complete(&self.turns[turn].params)
     }
 
     /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
@@ -314,15 +358,13 @@ impl<'a, B: Batch> Fit<'a, B> {
         if !self.trainer.config.nan_guard || norm.is_finite() {
             return Ok(None);
         }
-        let mut what = None;
-        for (i, loss) in tally.losses.iter().enumerate() {
-            let value = loss.to_scalar::<f32>()?;
-            if !value.is_finite() {
-                let micro_batch =
-                    if tally.losses.len() > 1 { format!(" of micro-batch {i}") } else { String::new() };
-                what.get_or_insert(format!("the loss{micro_batch} is {value}"));
+        let mut what = match self.first_loss_not_finite(tally)? {
+            Some((_, value)) if self.ranks.is_alone() && tally.losses.len() == 1 => {
+                Some(format!("the loss is {value}"))
             }
-        }
+            Some((number, value)) => Some(format!("the loss of micro-batch {number} is {value}")),
+            None => None,
+        };
         if let Some(name) = first_not_finite(&self.turns[turn].params, gradients)? {
             what.get_or_insert(format!("the gradient of `{name}` is not finite"));
         }
@@ -339,6 +381,20 @@ impl<'a, B: Batch> Fit<'a, B> {
         ))))
     }
 
+    /// Number and loss of the first micro-batch, of all ranks, whose loss is not finite.
+    fn first_loss_not_finite(&self, tally: &Tally) -> Result<Option<(usize, f64)>> {
+        let mut own = [f64::INFINITY, 0.];
+        for (number, loss) in tally.losses.iter().rev() {
+            let value = f64::from(loss.to_scalar::<f32>()?);
+            if !value.is_finite() {
+                own = [*number as f64, value];
+            }
+        }
+        let all = self.ranks.gather_numbers(&own)?.into_iter().map(|pair| (pair[0], pair[1]));
+        let first = all.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(number, _)| number.is_finite());
+        Ok(first.map(|(number, value)| (number as usize, value)))
+    }
+
     /// What is due after a step: telling, logging, validating, saving.
     fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
@@ -349,24 +405,31 @@ impl<'a, B: Batch> Fit<'a, B> {
         {
             let _phase = phase!("logging");
             let epoch = progress.epoch_of_last_step();
-            let mut record =
-                Record { step: progress.step, epoch, split: Split::Train, metrics: means.read()? };
+            let mut record = Record {
+                step: progress.step,
+                epoch,
+                split: Split::Train,
+                metrics: means.read_over(&*self.ranks)?,
+            };
             flow = flow.or(self.trainer.ask(|callback| callback.on_train_metrics(&mut record))?);
         }
-        if self.is_validation_due(false) {
+        if self.is_validation_due(false)? {
             flow = flow.or(self.validate()?);
         }
-        if flow == Flow::Save || self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) {
-            self.save()?;
-        }
-        let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
-        self.tell_saved(saved)?;
+        let saves =
+            self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) || flow == Flow::Save;
         if let Some(limit) = self.trainer.config.max_time
             && self.seconds() >= limit.as_secs_f64()
         {
             let why = format!("max_time, {}, is over", humantime::format_duration(limit));
             flow = flow.or(Flow::Stop(StopReason::Callback(why)));
         }
+        let (flow, saves) = agree_on_flow(&*self.ranks, flow, saves)?;
+        if saves {
+            self.save()?;
+        }
+        let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
+        self.tell_saved(saved)?;
         Ok(flow)
     }
 
@@ -433,7 +496,6 @@ impl<'a, B: Batch> Fit<'a, B> {
         tally: &mut Tally,
     ) -> Result<()> {
         let (metrics, pictures) = told.into_logged();
-        tally.losses.push(loss.detach());
         tally.note(&self.metric_name(turn, "loss"), loss, samples)?;
         metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
         let step = self.progress.step + 1;
@@ -442,11 +504,16 @@ impl<'a, B: Batch> Fit<'a, B> {
     }
 
     /// Whether a validation is due after the step, or, `inside` the next one, by the clock.
-    fn is_validation_due(&self, inside: bool) -> bool {
-        match self.trainer.config.val_every {
+    fn is_validation_due(&self, inside: bool) -> Result<bool> {
+        let is_due = match self.trainer.config.val_every {
             None => !inside && self.progress.step_in_epoch == 0,
             Some(every) if inside && !matches!(every, Every::Time(_)) => false,
             Some(every) => every.is_due(&self.progress, self.steps_per_epoch, || self.validated_at.elapsed()),
+        };
+        match self.trainer.config.val_every {
+            // Clocks differ from rank to rank.
+            Some(Every::Time(_)) => self.ranks.decide(is_due),
+            _ => Ok(is_due),
         }
     }
 
@@ -469,7 +536,8 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
         let metric = |name: &str| record.metrics.get(name).copied();
-        if self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))? {
+        let is_best = self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))?;
+        if self.ranks.decide(is_best)? {
             self.save()?;
         }
         self.validated_at = Instant::now();
@@ -490,13 +558,27 @@ impl<'a, B: Batch> Fit<'a, B> {
 
     /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
     fn save(&mut self) -> Result<()> {
+        let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
+        // Rank 0 saves; of an optimizer's state that is shared out, all have a part.
+        let optimizer = if self.ranks.decide(is_wanted)? { Some(self.optimizer_state()?) } else { None };
         let Some(saver) = &self.saver else { return Ok(()) };
-        let snapshot = if saver.has(self.progress.step) { None } else { Some(self.snapshot(saver)?) };
+        let snapshot = optimizer.map(|optimizer| self.snapshot(saver, &optimizer)).transpose()?;
         let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
         self.tell_saved(before)
     }
 
-    fn snapshot(&self, saver: &Saver) -> Result<Snapshot> {
+    /// What the optimizers of all ranks remember, by name.
+    fn optimizer_state(&self) -> Result<Vec<(String, Var)>> {
+        let own: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
+        if !self.sharded {
+            return Ok(own);
+        }
+        let whole = shard::Whole::new(&*self.ranks, &own)?;
+        whole.gather(&*self.ranks)?;
+        Ok(whole.vars)
+    }
+
+    fn snapshot(&self, saver: &Saver, optimizer: &[(String, Var)]) -> Result<Snapshot> {
         let _phase = phase!("checkpoint");
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
@@ -512,8 +594,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             callbacks: trainer.callback_states(),
         };
-        let optimizer: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
-        Snapshot::take(&self.model.params().state_dict(), &optimizer, average.map(Average::averages), state)
+        Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
     }
 
     /// Tells the callbacks of a checkpoint that is complete.
@@ -533,6 +614,10 @@ impl<'a, B: Batch> Fit<'a, B> {
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
+}
+
+fn bytes(var: &Var) -> usize {
+    var.elem_count() * var.dtype().size_in_bytes()
 }
 
 /// What to say of fp16 that no loss scale helps.

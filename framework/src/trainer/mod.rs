@@ -4,8 +4,10 @@ mod config;
 mod evaluate;
 mod fit;
 mod limits;
+mod ranks;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::{DType, Tensor};
 use indexmap::IndexMap;
@@ -18,6 +20,7 @@ pub use limits::{Every, Limit};
 use crate::batch::Batch;
 use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
+use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::data::{Data, Pass, Split};
 use crate::error::Result;
 use crate::module::{Model, Step};
@@ -52,6 +55,11 @@ pub struct Trainer {
     plateau: Option<Plateau>,
     checkpoint: CheckpointConfig,
     checkpoint_dir: Option<PathBuf>,
+    distributed: DistributedConfig,
+    /// This trainer's rank among those that train together.
+    ranks: Arc<dyn Collective>,
+    /// What is configured, a setting a line, where that is known in more detail than here.
+    description: Option<String>,
     seed: u64,
     image_every: u64,
     callbacks: Vec<Box<dyn Callback>>,
@@ -80,6 +88,9 @@ impl Trainer {
             plateau: None,
             checkpoint: CheckpointConfig::default(),
             checkpoint_dir: None,
+            distributed: DistributedConfig::default(),
+            ranks: Arc::new(Solo),
+            description: None,
             seed: 0,
             image_every: 0,
             callbacks: Vec::new(),
@@ -157,6 +168,21 @@ impl Trainer {
         self
     }
 
+    /// Sets how ranks work together.
+    pub fn distributed(mut self, config: DistributedConfig) -> Self {
+        self.distributed = config;
+        self
+    }
+
+    /// Trains as one rank of several that are there already, for example processes. Rank 0 alone resumes, writes files and
+    /// has callbacks, but for those that want to be asked [everywhere](Callback::on_every_rank).
+    ///
+    /// Without it, `devices` in the configuration makes as many ranks of this process.
+    pub fn ranks(mut self, ranks: Arc<dyn Collective>) -> Self {
+        self.ranks = ranks;
+        self
+    }
+
     /// A trainer that takes `steps` of this one's steps from the start and does nothing else: it validates nothing,
     /// writes nothing, and nobody watches it.
     pub(crate) fn trial(&self, steps: u64) -> Trainer {
@@ -178,7 +204,43 @@ impl Trainer {
             .optimizers(self.turns.clone())
             .average(self.average.clone())
             .schedule(self.schedule.clone())
+            .distributed(self.distributed.clone())
+            .ranks(self.ranks.clone())
             .seed(self.seed)
+    }
+
+    /// The trainer of another rank that is at rank 0's side: the same training, and nobody watches it.
+    fn replica(&self, ranks: Arc<dyn Collective>) -> Trainer {
+        let mut replica = Trainer::new(self.config.clone())
+            .optimizers(self.turns.clone())
+            .average(self.average.clone())
+            .schedule(self.schedule.clone())
+            .plateau(self.plateau.clone())
+            .distributed(self.distributed.clone())
+            .ranks(ranks)
+            .seed(self.seed)
+            .image_every(self.image_every);
+        (replica.checkpoint, replica.description) = (self.checkpoint.clone(), self.description.clone());
+        replica
+    }
+
+    /// Sets what ranks must agree on before they train.
+    pub(crate) fn described(mut self, configuration: String) -> Self {
+        self.description = Some(configuration);
+        self
+    }
+
+    /// Everything that ranks must agree on before they train, a line each.
+    fn configuration(&self) -> String {
+        if let Some(description) = &self.description {
+            return description.clone();
+        }
+        let (optimizers, average, seed) = (&self.turns, &self.average, self.seed);
+        format!(
+            "{:#?}\noptimizers: {optimizers:#?}\nschedule: {:#?}\nplateau: {:#?}\naverage: {average:#?}\n{:#?}\n\
+             seed: {seed}",
+            self.config, self.schedule, self.plateau, self.distributed
+        )
     }
 
     /// Trains until the configured end, a callback's stop, or an error.
@@ -187,7 +249,11 @@ impl Trainer {
         self.turns.iter().try_for_each(TurnConfig::check)?;
         self.schedule.check()?;
         self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
-        self.in_pool(|trainer| fit::Fit::new(trainer, model, data)?.run())
+        self.distributed.check()?;
+        if self.config.devices > 1 && self.ranks.world_size() == 1 {
+            return ranks::fit_on_threads(self, model, data);
+        }
+        ranks::fit_as_rank(self, model, data)
     }
 
     /// The metrics of a model on a split, every sample counted once. Callbacks see them as a validation's.
@@ -283,7 +349,10 @@ impl Trainer {
     ) -> Result<T> {
         const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
         candlepower_kernels::keep_freed_memory();
-        let (threads, kernels) = (self.config.threads.unwrap_or(0), self.config.kernels);
+        let threads = self.config.threads.or(std::thread::available_parallelism().ok().map(usize::from));
+        // Ranks side by side share the processor's cores.
+        let threads = threads.map_or(0, |threads| (threads / self.ranks.ranks_here()).max(1));
+        let kernels = self.config.kernels;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
         let pool = pool.thread_name(|i| format!("compute-{i}")).build();
         let pool =

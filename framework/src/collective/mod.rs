@@ -1,0 +1,166 @@
+//! Ranks that train together: what they must be able to do with each other ([`Collective`]), and who they are.
+//!
+//! A rank is one replica of the model on one device. Whatever it cannot know alone (the gradient of the whole batch,
+//! metrics over all samples, whether to stop) it learns through a collective operation, which all ranks call in the same
+//! order.
+
+mod agreement;
+mod config;
+mod environment;
+mod failure;
+mod flat;
+#[cfg(feature = "mpi")]
+mod mpi;
+pub(crate) mod shard;
+mod threads;
+
+use candle_core::{DType, Device, Tensor};
+
+#[cfg(feature = "mpi")]
+pub use self::mpi::Mpi;
+pub(crate) use agreement::{Identity, check};
+pub use config::{Backend, DistributedConfig, Shard};
+pub use environment::{Environment, Starter};
+pub use failure::FAILURE_FILE;
+pub(crate) use failure::report;
+pub(crate) use flat::{all_reduce, broadcast};
+pub use threads::Threads;
+
+use crate::error::{Error, Result};
+
+/// What ranks can do together. Every rank calls the same operations in the same order, with tensors of one length.
+///
+/// Tensors are flat, (n); f32 and f64 are added, u8 can be gathered and broadcast besides. An operation returns the same
+/// bits on all ranks that it promises the same values. Where a rank has failed, the others get an error instead of
+/// waiting for it.
+pub trait Collective: Send + Sync {
+    /// Which rank this is, from 0.
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are.
+    fn world_size(&self) -> usize;
+
+    /// How many of them share this machine's processors.
+    fn ranks_here(&self) -> usize {
+        self.world_size()
+    }
+
+    /// The sum over all ranks, on each of them.
+    fn all_reduce(&self, flat: &Tensor) -> Result<Tensor>;
+
+    /// Of the sum over all ranks this rank's part: the length is divided evenly, in the order of ranks.
+    fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor>;
+
+    /// The parts of all ranks, one after the other; they are equally long.
+    fn all_gather(&self, part: &Tensor) -> Result<Tensor>;
+
+    /// What rank 0 has, on each rank.
+    fn broadcast(&self, flat: &Tensor) -> Result<Tensor>;
+
+    /// Waits until all ranks have come here.
+    fn barrier(&self) -> Result<()>;
+
+    /// Tells the others that this rank is out, and why: whatever they wait for fails.
+    fn abort(&self, why: &str);
+}
+
+/// One rank alone: every operation returns what it is given.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Solo;
+
+impl Collective for Solo {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn world_size(&self) -> usize {
+        1
+    }
+
+    fn all_reduce(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat.clone())
+    }
+
+    fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat.clone())
+    }
+
+    fn all_gather(&self, part: &Tensor) -> Result<Tensor> {
+        Ok(part.clone())
+    }
+
+    fn broadcast(&self, flat: &Tensor) -> Result<Tensor> {
+        Ok(flat.clone())
+    }
+
+    fn barrier(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn abort(&self, _: &str) {}
+}
+
+impl dyn Collective + '_ {
+    /// Whether there is no other rank.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.world_size() == 1
+    }
+
+    /// What each rank says, in their order: bytes of any length.
+    pub(crate) fn gather_bytes(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
+        let lengths = self.gather_numbers(&[own.len() as f64])?;
+        let longest = lengths.iter().map(|length| length[0] as usize).max().unwrap_or(0).max(1);
+        let mut padded = own.to_vec();
+        padded.resize(longest, 0);
+        let all = self.all_gather(&Tensor::from_vec(padded, longest, &Device::Cpu)?)?.to_vec1::<u8>()?;
+        let cut = |(bytes, length): (&[u8], &Vec<f64>)| bytes[..length[0] as usize].to_vec();
+        Ok(all.chunks(longest).zip(&lengths).map(cut).collect())
+    }
+
+    /// The numbers of each rank, in their order: equally many of each, at least one.
+    pub(crate) fn gather_numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>> {
+        let all = self.all_gather(&Tensor::new(own, &Device::Cpu)?)?.to_vec1::<f64>()?;
+        Ok(all.chunks(own.len()).map(<[_]>::to_vec).collect())
+    }
+
+    /// What rank 0 says, on each rank: bytes of any length.
+    pub(crate) fn broadcast_bytes(&self, own: &[u8]) -> Result<Vec<u8>> {
+        let length = Tensor::new(&[own.len() as f64], &Device::Cpu)?;
+        let length = self.broadcast(&length)?.to_vec1::<f64>()?[0] as usize;
+        let mut bytes = own.to_vec();
+        bytes.resize(length.max(1), 0);
+        let mut bytes =
+            self.broadcast(&Tensor::from_vec(bytes, length.max(1), &Device::Cpu)?)?.to_vec1::<u8>()?;
+        bytes.truncate(length);
+        Ok(bytes)
+    }
+
+    /// What rank 0 has decided.
+    pub(crate) fn decide(&self, own: bool) -> Result<bool> {
+        if self.is_alone() {
+            return Ok(own);
+        }
+        let decision = self.broadcast(&Tensor::new(&[f64::from(u8::from(own))], &Device::Cpu)?)?;
+        Ok(decision.to_vec1::<f64>()?[0] != 0.)
+    }
+}
+
+/// The bounds of `rank`'s part of `len` things, or an error where they cannot be divided evenly.
+fn even_part(len: usize, rank: usize, world_size: usize) -> Result<(usize, usize)> {
+    if !len.is_multiple_of(world_size) {
+        return Err(Error::msg(format!("{len} numbers cannot be divided evenly among {world_size} ranks")));
+    }
+    let part = len / world_size;
+    Ok((rank * part, part))
+}
+
+/// Refuses what a sum over ranks is not defined for.
+fn check_addable(flat: &Tensor) -> Result<()> {
+    match (flat.dtype(), flat.rank()) {
+        (DType::F32 | DType::F64, 1) => Ok(()),
+        (dtype, _) => Err(Error::msg(format!(
+            "ranks add flat tensors of f32 or f64; found {dtype:?} of shape {:?}",
+            flat.dims()
+        ))),
+    }
+}

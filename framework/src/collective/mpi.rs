@@ -1,0 +1,185 @@
+//! Ranks that are processes, on one host or many, through MPI.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use candle_core::{DType, Device, Tensor, WithDType};
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded, unbounded};
+use mpi::Threading;
+use mpi::collective::{CommunicatorCollectives, Root, SystemOperation};
+use mpi::datatype::Equivalence;
+use mpi::topology::{Communicator, SimpleCommunicator};
+
+use super::{Collective, check_addable, even_part, report};
+use crate::error::{Error, Result};
+
+/// This process as one of those that `mpirun` or `srun` has started.
+///
+/// MPI is called from one thread, which is all that every MPI is sure to allow; the ranks' own threads ask it. When this is
+/// dropped, MPI is told that the process is done with it, which waits for the others.
+pub struct Mpi {
+    rank: usize,
+    world_size: usize,
+    ranks_here: usize,
+    patience: Duration,
+    calls: Sender<Call>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    /// MPI is not to be waited for any more.
+    failed: AtomicBool,
+}
+
+/// Something to be done by the thread that may call MPI.
+type Call = Box<dyn FnOnce(&SimpleCommunicator) + Send>;
+
+impl Mpi {
+    /// Joins the others. A rank that is waited for longer than `patience` counts as failed. A process can do it once.
+    pub fn join(patience: Duration) -> Result<Self> {
+        let (calls, to_do): (Sender<Call>, Receiver<Call>) = unbounded();
+        let (ready, place) = bounded(1);
+        let work = move || {
+            let Some((universe, _)) = mpi::initialize_with_threading(Threading::Funneled) else { return };
+            let world = universe.world();
+            let here = world.split_shared(world.rank());
+            let _ = ready.send((world.rank() as usize, world.size() as usize, here.size() as usize));
+            to_do.into_iter().for_each(|call| call(&world));
+        };
+        let thread = std::thread::Builder::new().name("mpi".into()).spawn(work);
+        let thread = thread.map_err(Error::file("the thread of MPI"))?;
+        let place = place.recv();
+        let (rank, world_size, ranks_here) =
+            place.map_err(|_| Error::msg("MPI cannot start, or has been started by this process before"))?;
+        let thread = Mutex::new(Some(thread));
+        Ok(Self { rank, world_size, ranks_here, patience, calls, thread, failed: AtomicBool::new(false) })
+    }
+
+    /// What MPI's thread makes of this call.
+    fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
+    ) -> Result<T> {
+        let gone = || Error::msg("MPI has ended");
+        let (done, result) = bounded(1);
+        // Nobody listens any more only where the others have been waited for too long.
+        let call = Box::new(move |world: &SimpleCommunicator| drop(done.send(call(world))));
+        self.calls.send(call).map_err(|_| gone())?;
+        result.recv_timeout(self.patience).map_err(|error| match error {
+            RecvTimeoutError::Disconnected => gone(),
+            RecvTimeoutError::Timeout => {
+                self.failed.store(true, Ordering::Relaxed);
+                let waited = humantime::format_duration(self.patience);
+                Error::msg(format!("another rank hangs: rank {} has waited for {waited}", self.rank))
+            }
+        })
+    }
+
+    /// What MPI's thread makes of a tensor's values.
+    fn on_values<T: WithDType + Equivalence>(
+        &self,
+        flat: &Tensor,
+        operation: impl FnOnce(&SimpleCommunicator, Vec<T>) -> Vec<T> + Send + 'static,
+    ) -> Result<Tensor> {
+        let values = flat.to_vec1::<T>()?;
+        let values = self.call(move |world| operation(world, values))?;
+        let len = values.len();
+        Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_device(flat.device())?)
+    }
+}
+
+/// A call with the values of a tensor of any type that travels between ranks.
+macro_rules! of_any_type {
+    ($self:ident, $flat:ident, $operation:expr) => {
+        match $flat.dtype() {
+            DType::F32 => $self.on_values::<f32>($flat, $operation),
+            DType::F64 => $self.on_values::<f64>($flat, $operation),
+            DType::U8 => $self.on_values::<u8>($flat, $operation),
+            dtype => Err(Error::msg(format!("ranks exchange f32, f64 and u8; found {dtype:?}"))),
+        }
+    };
+}
+
+impl Collective for Mpi {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn world_size(&self) -> usize {
+        self.world_size
+    }
+
+    fn ranks_here(&self) -> usize {
+        self.ranks_here
+    }
+
+    /// Made of the two operations that together are sure to give the same bits everywhere: each sum is added on one rank.
+    fn all_reduce(&self, flat: &Tensor) -> Result<Tensor> {
+        check_addable(flat)?;
+        let len = flat.elem_count();
+        let padded = flat.pad_with_zeros(0, 0, len.next_multiple_of(self.world_size) - len)?;
+        let sum = self.all_gather(&self.reduce_scatter(&padded)?)?;
+        Ok(sum.narrow(0, 0, len)?)
+    }
+
+    fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor> {
+        check_addable(flat)?;
+        let (_, part) = even_part(flat.elem_count(), self.rank, self.world_size)?;
+        macro_rules! sum {
+            () => {
+                move |world, values| {
+                    let mut sums = vec![Default::default(); part];
+                    world.reduce_scatter_block_into(&values[..], &mut sums[..], SystemOperation::sum());
+                    sums
+                }
+            };
+        }
+        match flat.dtype() {
+            DType::F64 => self.on_values::<f64>(flat, sum!()),
+            _ => self.on_values::<f32>(flat, sum!()),
+        }
+    }
+
+    fn all_gather(&self, part: &Tensor) -> Result<Tensor> {
+        let len = part.elem_count() * self.world_size;
+        of_any_type!(self, part, move |world, values| {
+            let mut all = vec![Default::default(); len];
+            world.all_gather_into(&values[..], &mut all[..]);
+            all
+        })
+    }
+
+    fn broadcast(&self, flat: &Tensor) -> Result<Tensor> {
+        of_any_type!(self, flat, |world, mut values| {
+            world.process_at_rank(0).broadcast_into(&mut values[..]);
+            values
+        })
+    }
+
+    fn barrier(&self) -> Result<()> {
+        self.call(|world| world.barrier())
+    }
+
+    /// Ends the processes of all ranks, this one included: MPI knows no other way to let the others go.
+    fn abort(&self, why: &str) {
+        report(self.rank, why);
+        tracing::error!("rank {} failed: {why}", self.rank);
+        if !self.failed.swap(true, Ordering::Relaxed) {
+            let _ = self.calls.send(Box::new(|world: &SimpleCommunicator| {
+                world.abort(1);
+            }));
+            // It does not come back from that.
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    }
+}
+
+impl Drop for Mpi {
+    fn drop(&mut self) {
+        // Without a call to wait for, the thread ends, and MPI with it. One that still waits for a failed rank is left.
+        self.calls = unbounded().0;
+        let thread = self.thread.lock().map(|mut thread| thread.take());
+        if let (false, Ok(Some(thread))) = (self.failed.load(Ordering::Relaxed), thread) {
+            let _ = thread.join();
+        }
+    }
+}

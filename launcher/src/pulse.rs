@@ -1,0 +1,59 @@
+//! What a launched run tells its supervisor: that it lives, and which checkpoint is its newest.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use candlepower::callback::{Callback, Flow, Plan, StepEnd};
+use candlepower::{Error, Result};
+
+/// The environment variable that names the file which a launched run keeps young.
+pub(crate) const PULSE_FILE: &str = "CANDLEPOWER_PULSE_FILE";
+
+/// Keeps a file young while the run goes on; its content is the path of the newest complete checkpoint.
+pub(crate) struct Pulse {
+    path: PathBuf,
+    file: File,
+}
+
+impl Pulse {
+    /// Where a supervisor asks for it.
+    pub(crate) fn asked_for() -> Result<Option<Self>> {
+        let Some(path) = std::env::var_os(PULSE_FILE).map(PathBuf::from) else { return Ok(None) };
+        let file = File::options().append(true).create(true).open(&path).map_err(Error::file(&path))?;
+        Ok(Some(Self { path, file }))
+    }
+
+    fn beat(&self) -> Result<()> {
+        self.file.set_modified(SystemTime::now()).map_err(Error::file(&self.path))
+    }
+}
+
+impl Callback for Pulse {
+    fn on_fit_start(&mut self, _: &Plan) -> Result<()> {
+        self.beat()
+    }
+
+    fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
+        self.beat()?;
+        Ok(Flow::Continue)
+    }
+
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
+        self.beat()
+    }
+
+    fn on_checkpoint(&mut self, checkpoint: &Path) -> Result<()> {
+        let beside = self.path.with_extension("new");
+        fs::write(&beside, checkpoint.as_os_str().as_encoded_bytes()).map_err(Error::file(&beside))?;
+        fs::rename(&beside, &self.path).map_err(Error::file(&self.path))?;
+        // The file has another place on the disk now.
+        self.file = File::options().append(true).open(&self.path).map_err(Error::file(&self.path))?;
+        Ok(())
+    }
+}
+
+/// The newest checkpoint that a run has told of.
+pub(crate) fn checkpoint_in(pulse: &Path) -> Option<PathBuf> {
+    fs::read_to_string(pulse).ok().filter(|text| !text.is_empty()).map(PathBuf::from)
+}

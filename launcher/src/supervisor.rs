@@ -1,0 +1,219 @@
+//! `candlepower launch`: `train` under supervision. Whatever ends a run before its time ends all of it within seconds, and
+//! the run is started again from its last good checkpoint.
+
+use std::ffi::OsString;
+use std::fs;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::time::{Duration, Instant, SystemTime};
+
+use candlepower::collective::{Backend, DistributedConfig, FAILURE_FILE};
+use candlepower::{Error, Result};
+use rustix::process::{Pid, Signal, kill_process_group};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::iterator::Signals;
+
+use crate::pulse::{PULSE_FILE, checkpoint_in};
+
+/// How often the run is looked at.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a run that has failed may take to end by itself.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// A run that is to be watched over.
+pub(crate) struct Launch {
+    /// Arguments of `train`, the configuration first.
+    pub(crate) train: Vec<OsString>,
+    /// What `--resume` says.
+    pub(crate) resume: Option<String>,
+    pub(crate) devices: usize,
+    pub(crate) distributed: DistributedConfig,
+}
+
+/// How one attempt ended.
+enum End {
+    /// By itself, with this code: done, interrupted after saving, or not worth another try.
+    Exit(u8),
+    /// Too early: why.
+    Failure(String),
+}
+
+impl Launch {
+    /// Runs until the training is done, has failed too often, or is told to end.
+    pub(crate) fn run(mut self) -> Result<ExitCode> {
+        let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]);
+        let mut signals = signals.map_err(|error| Error::msg(format!("signals: {error}")))?;
+        let (mut restarts, mut last_checkpoint) = (0, None);
+        loop {
+            let files = tempfile::tempdir().map_err(Error::file("the folder for temporary files"))?;
+            let end = self.attempt(files.path(), &mut signals)?;
+            let why = match end {
+                End::Exit(code) => return Ok(ExitCode::from(code)),
+                End::Failure(why) => why,
+            };
+            if restarts == self.distributed.max_restarts {
+                return Err(Error::msg(format!(
+                    "{why}; not started again: `distributed.max_restarts` is {restarts}"
+                )));
+            }
+            restarts += 1;
+            let checkpoint = checkpoint_in(&files.path().join(PULSE));
+            if checkpoint.is_none() && restarts > 1 && self.devices > self.fewest_devices() {
+                self.devices -= 1;
+            }
+            last_checkpoint = checkpoint.or(last_checkpoint);
+            // The run's folder, not the checkpoint: it may hold a newer one.
+            let run = last_checkpoint.as_deref().and_then(|checkpoint: &Path| checkpoint.parent()?.parent());
+            let from = match (run, &self.resume) {
+                (Some(run), _) => format!("from the last good checkpoint of {}", run.display()),
+                (None, Some(resume)) => format!("with --resume {resume}"),
+                (None, None) => "from the start: there is no checkpoint yet".into(),
+            };
+            if let Some(run) = run {
+                self.resume = Some(run.display().to_string());
+            }
+            eprintln!(
+                "{why}\nrestart {restarts} of {}, on {} device(s), {from}",
+                self.distributed.max_restarts, self.devices
+            );
+        }
+    }
+
+    fn fewest_devices(&self) -> usize {
+        self.distributed.min_devices.unwrap_or(self.devices)
+    }
+
+    /// Starts `train` and watches it to its end; after it, no process of it is left.
+    fn attempt(&self, files: &Path, signals: &mut Signals) -> Result<End> {
+        let (failure, pulse) = (files.join("failure"), files.join(PULSE));
+        let mut command = self.command()?;
+        command.env(FAILURE_FILE, &failure).env(PULSE_FILE, &pulse).process_group(0);
+        let child = command.spawn().map_err(Error::file(command.get_program().to_owned()))?;
+        let mut run = Run { child, ended: None };
+        let started = SystemTime::now();
+        let mut told_to_end = false;
+        let why = loop {
+            for signal in signals.pending() {
+                // As `train` does: the first lets it end its step and save, the second ends it at once.
+                run.signal(if told_to_end && signal != SIGUSR1 { Signal::KILL } else { named(signal) });
+                told_to_end |= signal != SIGUSR1;
+            }
+            if let Some(status) = run.poll()? {
+                match code(status) {
+                    Some(code @ (0 | 2)) => return Ok(End::Exit(code)),
+                    Some(code)
+                        if told_to_end || code == interrupted(SIGINT) || code == interrupted(SIGTERM) =>
+                    {
+                        return Ok(End::Exit(code));
+                    }
+                    None if told_to_end => return Ok(End::Exit(interrupted(SIGTERM))),
+                    _ => break first_failure(&failure).unwrap_or_else(|| describe(status)),
+                }
+            }
+            if let Some(why) = first_failure(&failure) {
+                break why;
+            }
+            let seen = fs::metadata(&pulse).and_then(|pulse| pulse.modified()).unwrap_or(started);
+            let patience = self.distributed.patience() + GRACE;
+            if seen.elapsed().is_ok_and(|waited| waited > patience) {
+                break format!("the run hangs: no step for {}", humantime::format_duration(patience));
+            }
+            std::thread::sleep(LOOK);
+        };
+        run.end()?;
+        Ok(End::Failure(format!("the run failed: {why}")))
+    }
+
+    /// `train` on as many devices as there are: threads of one process, or the processes of `mpirun`.
+    fn command(&self) -> Result<Command> {
+        let program = std::env::current_exe().map_err(Error::file("this program"))?;
+        let mut command = match self.distributed.backend {
+            Backend::Mpi => {
+                let mut command = Command::new("mpirun");
+                command.args(["-n", &self.devices.to_string()]).arg(program);
+                command
+            }
+            Backend::Auto | Backend::Threads => Command::new(program),
+        };
+        command.arg("train").args(&self.train).args(["--devices", &self.devices.to_string()]);
+        command.args(self.resume.iter().flat_map(|resume| ["--resume", resume]));
+        Ok(command)
+    }
+}
+
+const PULSE: &str = "pulse";
+
+/// A started `train`, with all processes that it has started.
+struct Run {
+    child: Child,
+    ended: Option<ExitStatus>,
+}
+
+impl Run {
+    fn poll(&mut self) -> Result<Option<ExitStatus>> {
+        if self.ended.is_none() {
+            self.ended = self.child.try_wait().map_err(Error::file("the run's process"))?;
+        }
+        Ok(self.ended)
+    }
+
+    fn signal(&self, signal: Signal) {
+        // What has ended already needs no signal.
+        if let (None, Some(group)) = (self.ended, Pid::from_raw(self.child.id() as i32)) {
+            let _ = kill_process_group(group, signal);
+        }
+    }
+
+    /// Waits a little for all to end, then ends them.
+    fn end(&mut self) -> Result<()> {
+        let since = Instant::now();
+        while self.poll()?.is_none() {
+            match since.elapsed() {
+                // A hanging rank may hold up the rest of its process, which has said all it has to say.
+                waited if waited > GRACE => self.signal(Signal::KILL),
+                _ => self.signal(Signal::TERM),
+            }
+            std::thread::sleep(LOOK);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // After an error of the supervisor's own: nothing is left behind.
+        let _ = self.end();
+    }
+}
+
+/// The first failure that a rank has written down.
+fn first_failure(path: &Path) -> Option<String> {
+    fs::read_to_string(path).ok().filter(|text| !text.is_empty())
+}
+
+/// The exit code of what ended by itself.
+fn code(status: ExitStatus) -> Option<u8> {
+    status.code().map(|code| code as u8)
+}
+
+/// The exit code of `train` after this signal.
+fn interrupted(signal: i32) -> u8 {
+    128 + signal as u8
+}
+
+fn describe(status: ExitStatus) -> String {
+    match (status.signal(), status.code()) {
+        (Some(signal), _) => format!("its process was killed by signal {signal}"),
+        (_, Some(code)) => format!("its process ended with code {code}; its message is above"),
+        _ => status.to_string(),
+    }
+}
+
+fn named(signal: i32) -> Signal {
+    match signal {
+        SIGINT => Signal::INT,
+        SIGUSR1 => Signal::USR1,
+        _ => Signal::TERM,
+    }
+}

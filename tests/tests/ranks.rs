@@ -1,0 +1,713 @@
+//! Training on several ranks is the training on one: the same samples, gradients, weights, metrics, events.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use candlepower::checkpoint::{self, Checkpoint, CheckpointConfig};
+use candlepower::collective::{Collective, DistributedConfig, Shard, Threads};
+use candlepower::optim::{
+    AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RmspropConfig, TurnConfig,
+};
+use candlepower::params::Buffer;
+use candlepower::precision::Precision;
+use candlepower::prelude::*;
+use candlepower::trainer::{Every, Limit, Outcome};
+use candlepower_models::ConvLstm;
+use candlepower_models::conv_lstm::ConvLstmConfig;
+use candlepower_tests::blobs::Blobs;
+use candlepower_tests::points::{Dropped, PointStream, Points, weights};
+use candlepower_tests::recorder::Recorder;
+use candlepower_tests::relative_error;
+
+/// What a pass over few numbers in another order may differ by.
+const TOLERANCE: f64 = 1e-6;
+
+fn conv_lstm() -> Model<Video> {
+    let config = ConvLstmConfig { hidden: 4, ..Default::default() };
+    Model::build::<ConvLstm>(&config, &Blobs { samples: 1 }.spec(), 1, &Device::Cpu).unwrap()
+}
+
+/// 20 samples in batches of 7, micro-batches of 2: steps of 4, 4 and 3 micro-batches, the last of them smaller.
+fn config(devices: usize, steps: u64) -> TrainerConfig {
+    TrainerConfig {
+        batch_size: 7,
+        micro_batch_size: Some(2),
+        max_steps: Some(steps),
+        devices,
+        log_every: 1,
+        ..Default::default()
+    }
+}
+
+fn sgd() -> SgdConfig {
+    SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() }
+}
+
+fn points() -> Data<Tensors> {
+    Data::new(Points { samples: 20 }).val(Points { samples: 9 })
+}
+
+/// Keeps the gradients of every step.
+#[derive(Clone, Default)]
+struct Gradients(Arc<Mutex<Vec<Vec<Tensor>>>>);
+
+impl Callback for Gradients {
+    fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+        self.0.lock().unwrap().push(step.gradients.to_vec());
+        Ok(Flow::Continue)
+    }
+}
+
+#[track_caller]
+fn assert_same_weights<B: Batch>(what: &str, actual: &Model<B>, expected: &Model<B>) {
+    for ((name, actual), (_, expected)) in actual.params().vars().iter().zip(expected.params().vars()) {
+        let error = relative_error(actual, &expected);
+        assert!(error <= TOLERANCE, "{what}, {name}: relative error {error:.1e}");
+    }
+}
+
+#[test]
+fn several_ranks_train_as_one_does() {
+    // Without a size the micro-batches are the ranks' own: 4 and 3 samples on two, 2, 2, 2 and 1 on four.
+    for micro_batch_size in [Some(2), Some(3), None] {
+        let train = |devices| {
+            let model = conv_lstm();
+            Trainer::new(TrainerConfig { micro_batch_size, ..config(devices, 4) })
+                .optimizer(sgd())
+                .fit(&model, &Data::new(Blobs { samples: 20 }))
+                .unwrap();
+            model
+        };
+        let alone = train(1);
+        for devices in [2, 4] {
+            assert_same_weights(&format!("{devices} ranks of {micro_batch_size:?}"), &train(devices), &alone);
+        }
+    }
+}
+
+#[test]
+fn dropout_is_the_same_and_so_is_a_stream() {
+    // A mask is a function of the micro-batch, whichever rank has it. Augmentation is one of the sample.
+    let stream = || Data::stream(PointStream { samples: 20 });
+    for data in [points as fn() -> Data<Tensors>, stream] {
+        let train = |devices| {
+            let model = Dropped::model(3);
+            Trainer::new(config(devices, 7)).optimizer(sgd()).fit(&model, &data()).unwrap();
+            model
+        };
+        let alone = train(1);
+        // The epoch's last step has three micro-batches: with four and with five ranks some have no part in it.
+        for devices in [2, 3, 4, 5] {
+            assert_same_weights(&format!("{devices} ranks"), &train(devices), &alone);
+        }
+    }
+}
+
+fn every_optimizer() -> [OptimizerConfig; 9] {
+    let lr = 0.01;
+    [
+        AdamConfig { lr, ..Default::default() }.into(),
+        AdamWConfig { lr, ..Default::default() }.into(),
+        sgd().into(),
+        OptimizerConfig::Rmsprop(RmspropConfig { lr, ..Default::default() }),
+        OptimizerConfig::Adagrad(AdagradConfig { lr, ..Default::default() }),
+        OptimizerConfig::Adadelta(AdadeltaConfig { lr, ..Default::default() }),
+        OptimizerConfig::Adamax(MomentsConfig { lr, ..Default::default() }),
+        OptimizerConfig::Nadam(MomentsConfig { lr, ..Default::default() }),
+        OptimizerConfig::Radam(MomentsConfig { lr, ..Default::default() }),
+    ]
+}
+
+#[test]
+fn the_first_gradients_are_one_ranks_for_every_optimizer_and_clipped_alike() {
+    for (clip_norm, clip_value) in [(None, None), (Some(0.1), None), (None, Some(0.05))] {
+        for optimizer in every_optimizer() {
+            let gradients = |devices| {
+                let gradients = Gradients::default();
+                Trainer::new(TrainerConfig { clip_norm, clip_value, ..config(devices, 1) })
+                    .optimizer(optimizer.clone())
+                    .callback(gradients.clone())
+                    .fit(&Dropped::model(3), &points())
+                    .unwrap();
+                gradients.0.lock().unwrap().remove(0)
+            };
+            let alone = gradients(1);
+            for devices in [2, 4] {
+                for (gradient, expected) in gradients(devices).iter().zip(&alone) {
+                    let error = relative_error(gradient, expected);
+                    assert!(error <= TOLERANCE, "{optimizer:?}, {devices} ranks: relative error {error:.1e}");
+                }
+            }
+        }
+    }
+}
+
+/// Trains each rank with a trainer and a model of its own; returns what became of them.
+fn each_rank<B: Batch, T: Send>(
+    world_size: usize,
+    trainer: impl Fn(usize) -> Trainer + Sync,
+    model: impl Fn(usize) -> Model<B> + Sync,
+    data: impl Fn() -> Data<B> + Sync,
+    look: impl Fn(Result<Outcome>, &Model<B>) -> T + Sync,
+) -> Vec<T> {
+    let train = |ranks: Threads| {
+        let (rank, model) = (ranks.rank(), model(ranks.rank()));
+        look(trainer(rank).ranks(Arc::new(ranks)).fit(&model, &data()), &model)
+    };
+    let (ranks, train) = (Threads::new(world_size, Duration::from_secs(60)), &train);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(move || train(rank))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn all_ranks_end_with_the_same_bits() {
+    for optimizer in every_optimizer() {
+        for world_size in [2, 4] {
+            let trainer = |_| Trainer::new(config(1, 7)).optimizer(optimizer.clone());
+            // Whatever they start from: rank 0's values count.
+            let model = |rank| Dropped::model(3 + rank as u64);
+            let all = each_rank(world_size, trainer, model, points, |outcome, model| {
+                assert_eq!(outcome.unwrap().progress.samples, 20 + 20 + 7);
+                weights(model)
+            });
+            assert!(all.iter().all(|weights| *weights == all[0]), "{optimizer:?} on {world_size} ranks");
+        }
+    }
+}
+
+#[test]
+fn the_events_and_the_metrics_are_one_ranks() {
+    let run = |devices: usize| {
+        let recorder = Recorder::default();
+        let dir = tempfile::tempdir().unwrap();
+        let outcome = Trainer::new(TrainerConfig { val_every: Some(Every::Steps(2)), ..config(devices, 7) })
+            .optimizer(sgd())
+            .average(Some(AverageConfig::Ema(EmaConfig { decay: 0.5, ..Default::default() })))
+            .callback(recorder.clone())
+            .checkpoints(dir.path(), CheckpointConfig { every_steps: Some(3), ..Default::default() })
+            .fit(&Dropped::model(3), &points())
+            .unwrap();
+        // How far a validation is, is told for all ranks together: less often.
+        let mut lines = recorder.lines();
+        lines.retain(|line| !line.starts_with("batch"));
+        let folders = |dir: &Path| {
+            let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut names: Vec<_> = names.collect();
+            names.sort();
+            names
+        };
+        (lines, recorder.checkpoints(), outcome, recorder.records(), folders(dir.path()))
+    };
+    let alone = run(1);
+    for devices in [2, 4] {
+        let several = run(devices);
+        assert_eq!(several.0, alone.0);
+        assert_eq!((several.1, several.4), (alone.1.clone(), alone.4.clone()));
+        assert_eq!(several.2.progress, alone.2.progress);
+        for (record, expected) in several.3.iter().zip(&alone.3) {
+            let names = |record: &Record| record.metrics.keys().cloned().collect::<Vec<_>>();
+            assert_eq!(names(record), names(expected));
+            for (name, value) in &record.metrics {
+                let expected = expected.metrics[name];
+                assert!((value - expected).abs() <= 2e-6 * expected.abs(), "{name}: {value}, {expected}");
+            }
+        }
+    }
+}
+
+#[test]
+fn evaluation_counts_every_sample_once_for_any_number_of_ranks() {
+    // 9 samples in batches of 2, 4, 7 and 9: fewer batches than ranks, too; and the first two batches alone.
+    for micro in [2, 4, 7, 9] {
+        for limit in [None, Some(Limit::Batches(2))] {
+            let mean = |devices: usize| {
+                let config = TrainerConfig {
+                    batch_size: 9,
+                    micro_batch_size: Some(micro),
+                    limit_val_batches: limit,
+                    sanity_val_batches: 0,
+                    ..config(devices, 1)
+                };
+                let outcome = Trainer::new(config).fit(&Dropped::model(3), &points()).unwrap();
+                outcome.validation.unwrap()["mean_index"]
+            };
+            let samples = limit.map_or(9, |_| (2 * micro).min(9));
+            let expected = (samples - 1) as f64 / 2.;
+            for devices in [1, 2, 3, 5] {
+                let error = (mean(devices) / expected - 1.).abs();
+                assert!(
+                    error < TOLERANCE,
+                    "batches of {micro} on {devices} ranks, {limit:?}: off by {error:.1e}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_devices() {
+    let train = |dir: &Path, devices, steps, resume: bool| {
+        let model = Dropped::model(if resume { 77 } else { 3 });
+        let ema = AverageConfig::Ema(EmaConfig { decay: 0.5, ..Default::default() });
+        let mut trainer = Trainer::new(config(devices, steps))
+            .optimizer(AdamConfig { lr: 0.01, ..Default::default() })
+            .average(Some(ema))
+            .checkpoints(dir, CheckpointConfig::default());
+        if resume {
+            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap()).unwrap());
+        }
+        let outcome = trainer.fit(&model, &points()).unwrap();
+        assert_eq!(outcome.progress.step, steps);
+        let load =
+            |file: &str| candle_core::safetensors::load(dir.join("last").join(file), &Device::Cpu).unwrap();
+        ["model.safetensors", "optimizer.safetensors", "average.safetensors"].map(load)
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let whole: [HashMap<String, Tensor>; 3] = train(whole.path(), 1, 8, false);
+    for (first, second) in [(2, 4), (4, 1), (1, 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        train(dir.path(), first, 5, false);
+        let resumed = train(dir.path(), second, 8, true);
+        for (resumed, whole) in resumed.iter().zip(&whole) {
+            assert_eq!(resumed.len(), whole.len());
+            for (name, expected) in whole {
+                // Adam's first steps magnify rounding: what is divided by its own root is of any size.
+                let error = relative_error(&resumed[name], expected);
+                assert!(error < 1e-4, "{first} then {second}, {name}: relative error {error:.1e}");
+            }
+        }
+    }
+    // On as many devices the bits are the same.
+    let [undisturbed, stopped] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let expected = train(undisturbed.path(), 3, 8, false);
+    train(stopped.path(), 3, 5, false);
+    for (resumed, expected) in train(stopped.path(), 3, 8, true).iter().zip(&expected) {
+        for (name, expected) in expected {
+            assert_eq!(relative_error(&resumed[name], expected), 0., "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_stop_that_one_rank_wants_stops_all_after_the_same_step() {
+    /// Asks to stop on one rank.
+    struct Stop(StopReason);
+    impl Callback for Stop {
+        fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+            Ok(if step.progress.step == 3 { Flow::Stop(self.0.clone()) } else { Flow::Continue })
+        }
+        fn on_every_rank(&self) -> bool {
+            true
+        }
+    }
+    for rank_that_stops in [0, 2] {
+        for reason in [StopReason::Signal(15), StopReason::Callback("enough".into())] {
+            let trainer = |rank| {
+                let trainer = Trainer::new(config(1, 7));
+                if rank == rank_that_stops { trainer.callback(Stop(reason.clone())) } else { trainer }
+            };
+            let stops = each_rank(
+                3,
+                trainer,
+                |_| Dropped::model(3),
+                points,
+                |outcome, _| {
+                    let Outcome { progress, reason, .. } = outcome.unwrap();
+                    (progress.step, reason)
+                },
+            );
+            for (rank, (step, heard)) in stops.into_iter().enumerate() {
+                let asked = StopReason::Callback(format!("rank {rank_that_stops} asked for it"));
+                let expected = match &reason {
+                    StopReason::Callback(_) if rank != rank_that_stops => &asked,
+                    own => own,
+                };
+                assert_eq!((step, &heard), (3, expected), "rank {rank}");
+            }
+        }
+    }
+}
+
+#[test]
+fn only_rank_0_has_callbacks_and_files() {
+    let dir = tempfile::tempdir().unwrap();
+    let recorders = [Recorder::default(), Recorder::default()];
+    let trainer = |rank: usize| {
+        let folder = dir.path().join(rank.to_string());
+        let keep = CheckpointConfig::default();
+        Trainer::new(config(1, 2)).callback(recorders[rank].clone()).checkpoints(folder, keep)
+    };
+    each_rank(2, trainer, |_| Dropped::model(3), points, |outcome, _| outcome.map(drop).unwrap());
+    assert!(dir.path().join("0/last/manifest.json").exists() && !dir.path().join("1").exists());
+    assert!(!recorders[0].lines().is_empty() && recorders[1].lines().is_empty());
+}
+
+/// Points whose sample 13 ends badly.
+struct Bad {
+    how: fn() -> Result<()>,
+}
+
+impl Dataset for Bad {
+    type Batch = Tensors;
+    fn len(&self) -> usize {
+        20
+    }
+    fn spec(&self) {}
+    fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+        if samples.iter().any(|sample| sample.index == 13) {
+            (self.how)()?;
+        }
+        Points { samples: 20 }.batch(samples)
+    }
+}
+
+/// Makes a step of its own of everything that a rank can meet.
+struct Steps(Tensor, fn(&Tensors, &Step) -> Result<()>);
+
+impl Steps {
+    fn model(meet: fn(&Tensors, &Step) -> Result<()>) -> Model<Tensors> {
+        Model::new(move |vb: VarBuilder| Ok(Self(vb.get(4, "w")?, meet)), 0, &Device::Cpu).unwrap()
+    }
+}
+
+impl Module for Steps {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        (self.1)(batch, step)?;
+        Ok(batch.0[0].broadcast_mul(&self.0)?.sum(1)?.mean_all()?)
+    }
+}
+
+/// Whether a micro-batch holds sample 13, which is on one rank alone.
+fn holds_13(batch: &Tensors) -> bool {
+    batch.0[2].to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap().contains(&13.)
+}
+
+#[test]
+fn a_rank_that_fails_ends_all_and_is_named() {
+    let error = |model: &Model<Tensors>, data: Data<Tensors>, devices| {
+        let config = TrainerConfig { micro_batch_size: Some(1), ..config(devices, 3) };
+        Trainer::new(config).fit(model, &data).unwrap_err().to_string()
+    };
+    let unreadable = || Err(candlepower::Error::msg("the disk is gone"));
+    for devices in [1, 2, 4] {
+        let data = Data::new(Bad { how: unreadable });
+        let text = error(&Dropped::model(3), data, devices);
+        assert!(text.ends_with("cannot read sample(s) 13: the disk is gone"), "{devices} devices: {text}");
+    }
+    let panics = |batch: &Tensors, step: &Step| {
+        assert!(!(step.is_training() && holds_13(batch)), "sample 13 is unlucky");
+        Ok(())
+    };
+    let text = error(&Steps::model(panics), points(), 4);
+    assert!(text.contains("it panicked: sample 13 is unlucky"), "{text}");
+    // What is wrong on all ranks is said as by one alone.
+    let config = |devices| TrainerConfig { precision: Precision::Bf16Mixed, ..config(devices, 1) };
+    let wrong = |devices| {
+        let mut trainer = Trainer::new(config(devices));
+        trainer.fit(&Dropped::model(3), &points()).unwrap_err().to_string()
+    };
+    assert_eq!(wrong(2), wrong(1));
+}
+
+#[test]
+fn a_rank_that_hangs_is_named() {
+    let hangs = |batch: &Tensors, step: &Step| {
+        if step.is_training() && holds_13(batch) {
+            std::thread::sleep(Duration::from_secs(4));
+        }
+        Ok(())
+    };
+    let config = TrainerConfig { micro_batch_size: Some(1), batch_size: 20, ..config(4, 1) };
+    let distributed = DistributedConfig { hang_timeout: Some(Duration::from_secs(2)), ..Default::default() };
+    let mut trainer = Trainer::new(config).distributed(distributed);
+    let error = trainer.fit(&Steps::model(hangs), &points()).unwrap_err().to_string();
+    assert!(error.ends_with("failed: it hangs: the others have waited for 2s"), "{error}");
+}
+
+#[test]
+fn ranks_that_would_train_something_else_are_refused_before_the_first_step() {
+    let errors = |trainer: &(dyn Fn(usize) -> Trainer + Sync),
+                  model: &(dyn Fn(usize) -> Model<Tensors> + Sync)| {
+        each_rank(2, trainer, model, points, |outcome, _| outcome.unwrap_err().to_string())
+    };
+    let batch = |rank| Trainer::new(TrainerConfig { batch_size: 7 + rank, ..config(1, 1) });
+    for error in errors(&batch, &|_| Dropped::model(3)) {
+        let expected = "rank 1 is not about to train what rank 0 is: it has `batch_size: 8,`, rank 0 has `batch_size: 7,`.";
+        assert!(error.starts_with(expected), "{error}");
+    }
+    let model = |rank| if rank == 1 { Steps::model(|_, _| Ok(())) } else { Dropped::model(3) };
+    for error in errors(&|_| Trainer::new(config(1, 1)), &model) {
+        let expected =
+            "it has `parameter `w` of shape [4]`, rank 0 has `parameter `first.weight` of shape [8, 4]`";
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_a_number_on_one_rank_stops_all_before_the_weights_move() {
+    struct Poisoned(Tensor);
+    impl Module for Poisoned {
+        type Batch = Tensors;
+        fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+            let loss = batch.0[0].broadcast_mul(&self.0)?.sum(1)?.mean_all()?;
+            Ok(if step.is_training() && holds_13(batch) { (loss * f64::NAN)? } else { loss })
+        }
+    }
+    let run = |devices| {
+        let model = Model::new(|vb: VarBuilder| Ok(Poisoned(vb.get(4, "w")?)), 0, &Device::Cpu).unwrap();
+        let config = TrainerConfig { micro_batch_size: Some(1), ..config(devices, 9) };
+        let outcome = Trainer::new(config).optimizer(sgd()).fit(&model, &points()).unwrap();
+        assert!(weights(&model).iter().all(|(_, values)| values.iter().all(|x| x.is_finite())));
+        outcome
+    };
+    let alone = run(1);
+    let StopReason::Failed(expected) = &alone.reason else { panic!("{:?}", alone.reason) };
+    assert!(expected.contains("the loss of micro-batch"), "{expected}");
+    for devices in [2, 4] {
+        let several = run(devices);
+        assert_eq!((several.progress, several.reason), (alone.progress, alone.reason.clone()));
+    }
+}
+
+#[test]
+fn an_overflow_on_one_rank_is_one_for_all() {
+    /// Its gradient is far over fp16's largest number where the loss scale is large, in one micro-batch alone.
+    struct Steep(Tensor);
+    impl Module for Steep {
+        type Batch = Tensors;
+        fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
+            let factor = if holds_13(batch) { 1024. } else { 1. };
+            Ok(((&self.0 * 1.)?.to_dtype(DType::F32)?.sum_all()? * factor)?)
+        }
+    }
+    let run = |devices| {
+        let build = |vb: VarBuilder| Ok(Steep(vb.get(4, "w")?));
+        let model = Model::with_precision(build, 0, &Device::Cpu, Precision::Fp16Mixed).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let config = TrainerConfig {
+            micro_batch_size: Some(1),
+            precision: Precision::Fp16Mixed,
+            sanity_val_batches: 0,
+            ..config(devices, 4)
+        };
+        let outcome = Trainer::new(config)
+            .optimizer(SgdConfig { lr: 1e-3, ..Default::default() })
+            .checkpoints(dir.path(), CheckpointConfig::default())
+            .fit(&model, &Data::new(Points { samples: 20 }))
+            .unwrap();
+        let scale = Checkpoint::load(&dir.path().join("last")).unwrap().state().loss_scale.unwrap();
+        (outcome.progress, scale, weights(&model))
+    };
+    let (progress, scale, weights) = run(1);
+    assert!(scale.scale < 65536., "the test overflows nowhere");
+    for devices in [2, 4] {
+        let several = run(devices);
+        assert_eq!((several.0, several.1), (progress, scale));
+        for ((_, actual), (_, expected)) in several.2.iter().zip(&weights) {
+            assert!(actual.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-6 * b.abs()));
+        }
+    }
+}
+
+#[test]
+fn optimizers_take_turns_on_several_ranks_too() {
+    let train = |devices| {
+        let model = Dropped::model(3);
+        let turn = |name: &str| TurnConfig {
+            name: name.into(),
+            params: format!("{name}.*"),
+            ..TurnConfig::only(sgd().into(), Vec::new())
+        };
+        Trainer::new(config(devices, 5))
+            .optimizers(vec![turn("first"), turn("second")])
+            .fit(&model, &points())
+            .unwrap();
+        model
+    };
+    let alone = train(1);
+    for devices in [2, 4] {
+        assert_same_weights(&format!("{devices} ranks"), &train(devices), &alone);
+    }
+}
+
+#[test]
+fn a_parameter_without_gradient_is_refused_by_name_also_where_a_rank_has_no_samples() {
+    struct Unused(Tensor);
+    impl Module for Unused {
+        type Batch = Tensors;
+        fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
+            Ok((batch.0[0].mean_all()? + self.0.detach().mean_all()?)?)
+        }
+    }
+    let model = Model::new(|vb: VarBuilder| Ok(Unused(vb.get(4, "lonely")?)), 0, &Device::Cpu).unwrap();
+    // One micro-batch for three ranks.
+    let config = TrainerConfig { batch_size: 2, ..config(3, 1) };
+    let error = Trainer::new(config).fit(&model, &points()).unwrap_err().to_string();
+    assert!(error.starts_with("no gradient reaches 1 of 1 parameters: lonely\n"), "{error}");
+}
+
+fn sharded() -> DistributedConfig {
+    DistributedConfig { shard: Shard::Optimizer, ..Default::default() }
+}
+
+#[test]
+fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
+    /// Notes how many bytes the optimizer has on its rank.
+    #[derive(Clone, Default)]
+    struct Bytes(Arc<Mutex<Vec<usize>>>);
+    impl Callback for Bytes {
+        fn on_fit_start(&mut self, plan: &Plan) -> Result<()> {
+            self.0.lock().unwrap().push(plan.optimizer_bytes);
+            Ok(())
+        }
+        fn on_every_rank(&self) -> bool {
+            true
+        }
+    }
+    let groups = || {
+        let group = |params: &str, lr| candlepower::optim::GroupConfig {
+            params: params.into(),
+            lr,
+            weight_decay: None,
+            frozen: false,
+        };
+        vec![group("first.*", Some(0.02))]
+    };
+    for optimizer in every_optimizer() {
+        let run = |distributed: &DistributedConfig| {
+            let bytes = Bytes::default();
+            let trainer = |_| {
+                Trainer::new(config(1, 5))
+                    .optimizer_with_groups(optimizer.clone(), groups())
+                    .distributed(distributed.clone())
+                    .callback(bytes.clone())
+            };
+            let all = each_rank(
+                2,
+                trainer,
+                |_| Dropped::model(3),
+                points,
+                |outcome, model| {
+                    outcome.map(drop).unwrap();
+                    weights(model)
+                },
+            );
+            let bytes = bytes.0.lock().unwrap().clone();
+            (all, bytes)
+        };
+        let (whole, shared) = (run(&DistributedConfig::default()), run(&sharded()));
+        assert_eq!(whole.0, shared.0, "{optimizer:?}");
+        // Together as much as one rank had; 32 + 8 and 8 + 1 numbers are as even as whole tensors can be.
+        let one = whole.1[0];
+        assert_eq!((whole.1[1], shared.1.iter().sum::<usize>()), (one, one), "{optimizer:?}");
+        assert_eq!(shared.1.iter().max().unwrap() * 49, one * 40, "{optimizer:?}");
+    }
+    // The tutorial's module is shared out more evenly.
+    let bytes = Bytes::default();
+    let trainer = |_| Trainer::new(config(1, 1)).distributed(sharded()).callback(bytes.clone());
+    let blobs = || Data::new(Blobs { samples: 8 });
+    each_rank(2, trainer, |_| conv_lstm(), blobs, |outcome, _| outcome.map(drop).unwrap());
+    let all = 2 * 4 * conv_lstm().params().count();
+    let largest = *bytes.0.lock().unwrap().iter().max().unwrap();
+    assert!(largest as f64 <= 0.55 * all as f64, "{largest} of {all} bytes on one rank");
+}
+
+#[test]
+fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
+    let train = |dir: &Path, devices, distributed: DistributedConfig, steps, resume: bool| {
+        let mut trainer = Trainer::new(config(devices, steps))
+            .optimizer(AdamConfig { lr: 0.01, ..Default::default() })
+            .distributed(distributed)
+            .checkpoints(dir, CheckpointConfig { every_steps: Some(2), ..Default::default() });
+        if resume {
+            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap()).unwrap());
+        }
+        trainer.fit(&Dropped::model(3), &points()).unwrap();
+        ["model.safetensors", "optimizer.safetensors"]
+            .map(|file| std::fs::read(dir.join("last").join(file)).unwrap())
+    };
+    let plain = DistributedConfig::default;
+    let whole = tempfile::tempdir().unwrap();
+    let expected = train(whole.path(), 2, plain(), 8, false);
+    for (first, second) in [(sharded(), sharded()), (sharded(), plain()), (plain(), sharded())] {
+        let dir = tempfile::tempdir().unwrap();
+        train(dir.path(), 2, first, 5, false);
+        assert_eq!(train(dir.path(), 2, second, 8, true), expected);
+    }
+    // On three, and then alone: to rounding.
+    let dir = tempfile::tempdir().unwrap();
+    train(dir.path(), 3, sharded(), 5, false);
+    train(dir.path(), 1, sharded(), 8, true);
+    let load = |dir: &Path| {
+        candle_core::safetensors::load(dir.join("last/model.safetensors"), &Device::Cpu).unwrap()
+    };
+    let (resumed, whole) = (load(dir.path()), load(whole.path()));
+    for (name, expected) in &whole {
+        assert!(relative_error(&resumed[name], expected) < 1e-4, "{name}");
+    }
+}
+
+/// Learns a slope, and keeps the mean of what it has seen, and in how many micro-batches.
+struct Running {
+    slope: Tensor,
+    mean: Buffer,
+    count: Buffer,
+}
+
+impl Running {
+    fn model() -> Model<Tensors> {
+        let build = |vb: VarBuilder| {
+            let (mean, count) = ("mean", "count");
+            Ok(Self {
+                slope: vb.get(4, "slope")?,
+                mean: Buffer::new(1, mean, 0., DType::F32, &vb)?,
+                count: Buffer::new(1, count, 0., DType::I64, &vb)?,
+            })
+        };
+        Model::new(build, 0, &Device::Cpu).unwrap()
+    }
+}
+
+impl Module for Running {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        if step.is_training() {
+            self.mean.set(&((self.mean.value() * 0.5)? + (batch.0[2].mean_keepdim(0)? * 0.5)?)?)?;
+            self.count.set(&(self.count.value() + 1.)?)?;
+        }
+        Ok(batch.0[0].broadcast_mul(&self.slope)?.sum(1)?.mean_all()?)
+    }
+}
+
+#[test]
+fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
+    // 3 samples in turn, micro-batches of 2 and 1: 0 and 1 on the first rank, 2 on the second, none on the third.
+    let config = TrainerConfig {
+        batch_size: 3,
+        overfit_batches: Some(Limit::Batches(1)),
+        sanity_val_batches: 0,
+        ..config(1, 2)
+    };
+    let data = || Data::new(Points { samples: 3 });
+    let all = each_rank(
+        3,
+        |_| Trainer::new(config.clone()),
+        |_| Running::model(),
+        data,
+        |outcome, model| {
+            outcome.map(drop).unwrap();
+            let buffers = model.params().buffers();
+            (buffers[0].1.to_vec1::<f32>().unwrap()[0], buffers[1].1.to_vec1::<i64>().unwrap()[0])
+        },
+    );
+    // After the first step 0.25 and 1, together (2 * 0.25 + 1) / 3 = 0.5; then 0.5 and 1.25: 0.75.
+    assert_eq!(all, [(0.75, 2); 3]);
+}
