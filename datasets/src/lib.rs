@@ -9,9 +9,11 @@
 //! both get them.
 #![warn(clippy::print_stdout)]
 
+mod bytes;
 pub mod digits;
 pub mod mnist;
 pub mod moving_mnist;
+mod npy;
 mod parts;
 
 pub use digits::Digits;

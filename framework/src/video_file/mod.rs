@@ -53,7 +53,7 @@ pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
         let shape = (frames.dim(0)?, spec.frames_out, channels, height, width);
         Tensor::zeros(shape, frames.dtype(), frames.device())?
     };
-    Ok(Video { input, target })
+    Ok(Video::new(input, target))
 }
 
 /// Writes predicted frames (B, T_out, C, H, W) that follow `input` (B, T_in, C, H, W), whole or not at all.
@@ -123,7 +123,7 @@ mod tests {
     fn one_clip_of_bytes_becomes_input_and_target() {
         let (_folder, path) = folder();
         save(&path, &Array3::from_shape_fn((5, 3, 4), |(t, y, x)| (20 * t + 4 * y + x) as u8));
-        let Video { input, target } = read(&path, &SPEC).unwrap();
+        let Video { input, target, .. } = read(&path, &SPEC).unwrap();
         assert_eq!((input.dims(), target.dims()), ([1, 2, 1, 3, 4].as_slice(), [1, 2, 1, 3, 4].as_slice()));
         let pixels = |from: u8| (0..12).map(move |i| f32::from(from + i) / 255.);
         assert_eq!(flat(&input), pixels(0).chain(pixels(20)).collect::<Vec<_>>());
@@ -138,7 +138,7 @@ mod tests {
         let mut clips = Array4::<f32>::zeros(ndarray::ShapeBuilder::f((2, 3, 3, 4)));
         clips.indexed_iter_mut().for_each(|((n, t, y, x), pixel)| *pixel = value(n, t, y, x));
         save(&path, &clips);
-        let Video { input, target } = read(&path, &SPEC).unwrap();
+        let Video { input, target, .. } = read(&path, &SPEC).unwrap();
         let expected: Vec<f32> =
             [0., 100.].into_iter().flat_map(|n| (0..24).map(move |i| (n + i as f32) / 200.)).collect();
         assert_eq!(flat(&input), expected);
