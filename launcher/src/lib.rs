@@ -27,6 +27,8 @@ pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
+        .dataset::<candlepower_datasets::Frames>("frames")
+        .dataset::<candlepower_datasets::Radar>("radar")
         .dataset::<candlepower_datasets::Digits>("digits")
         .callback::<candlepower::callbacks::EarlyStopping>("early_stopping")
         .callback::<candlepower::callbacks::Throughput>("throughput")

@@ -155,7 +155,8 @@ impl Sums {
         self.frames.resize_with(times, IndexMap::new);
         self.events.resize_with(times, Vec::new);
 
-        let whole = batch.mse(&prediction.to_dtype(DType::F64)?)?.to_scalar::<f64>()?;
+        let exact = Video { target: batch.target.to_dtype(DType::F64)?, ..batch.clone() };
+        let whole = exact.mse(&prediction.to_dtype(DType::F64)?)?.to_scalar::<f64>()?;
         self.mse.sum += whole * samples as f64;
         self.mse.count += samples as f64;
 
