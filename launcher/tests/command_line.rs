@@ -162,7 +162,7 @@ did you mean `conv_lstm`?"#,
     assert_text(
         &error_with("moving_mnist", "moving_minst"),
         r#"
-error: tiny.toml:15:8: unknown data `moving_minst`, expected one of `moving_mnist`, `digits`
+error: tiny.toml:15:8: unknown data `moving_minst`, expected one of `moving_mnist`, `frames`, `radar`, `digits`
    |
 15 | name = "moving_minst"
    |        ^^^^^^^^^^^^^^
@@ -200,7 +200,7 @@ fn data_of_another_kind() {
     assert_text(
         &error_with("moving_mnist", "digits"),
         r#"
-error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` learns from, expected one of `moving_mnist`
+error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` learns from, expected one of `moving_mnist`, `frames`, `radar`
    |
 15 | name = "digits"
    |        ^^^^^^^^"#,
@@ -327,9 +327,14 @@ fn a_run_writes_its_folder_and_is_validated_and_predicts() {
     assert_eq!(steps, [1, 2, 3, 4]);
     let last = records(&place, run, "val").pop().unwrap();
     assert_eq!(last["step"], 4);
-    for file in
-        ["config.toml", "metrics.csv", "checkpoints/4/manifest.json", "checkpoints/last", "checkpoints/best"]
-    {
+    for file in [
+        "config.toml",
+        "metrics.csv",
+        "checkpoints/4/manifest.json",
+        "checkpoints/last",
+        "checkpoints/best",
+        "lead_times/ssim_range_1.svg",
+    ] {
         assert!(place.path(run).join(file).exists(), "{file} is missing");
     }
     for picture in ["train_prediction_000002.png", "val_prediction_000004.png"] {
@@ -345,6 +350,16 @@ fn a_run_writes_its_folder_and_is_validated_and_predicts() {
     let metrics: serde_json::Value = serde_json::from_str(&place.succeed(&validate)).unwrap();
     let (found, logged) = (metrics["mse"].as_f64().unwrap(), last["mse"].as_f64().unwrap());
     assert!((found / logged - 1.).abs() < 1e-6, "validate says {found}, the run said {logged}");
+
+    let table = place.succeed(&["validate", "tiny.toml", "--checkpoint", run, "--lead-times", "scores"]);
+    assert!(
+        said.contains(table.split_once("by lead time").unwrap().1.trim_end()),
+        "not what the run said: {table}"
+    );
+    assert_eq!(place.read("scores/scores.json"), place.read(&format!("{run}/lead_times/scores.json")));
+    let scores: serde_json::Value = serde_json::from_str(&place.read("scores/scores.json")).unwrap();
+    let overall = scores["predictors"]["this model"]["mse"].as_f64().unwrap();
+    assert!((overall / logged - 1.).abs() < 1e-5, "by lead time {overall}, at validation {logged}");
 
     let clip = ndarray_npy_of_zeros();
     std::fs::write(place.path("clip.npy"), clip).unwrap();
@@ -695,14 +710,47 @@ fn every_configuration_of_the_project_is_read_and_its_module_built() {
     use candlepower::experiment::Experiment;
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let registry = candlepower_launcher::registry();
+    let frames = tempfile::tempdir().unwrap();
+    for i in 0..120 {
+        let picture = candlepower::picture::png_bytes(&gray_picture()).unwrap();
+        std::fs::write(frames.path().join(format!("{i}.png")), picture).unwrap();
+    }
+    let radar = std::env::var_os("CANDLEPOWER_DATA")
+        .map_or(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from)
+        .join("radar-mch");
     let mut names = Vec::new();
     for entry in std::fs::read_dir(configs).unwrap() {
         let path = entry.unwrap().path();
-        let parameters = Experiment::read(&registry, &path, &[]).unwrap().build().unwrap();
-        names.push((path.file_stem().unwrap().to_str().unwrap().to_string(), parameters));
+        let name = path.file_stem().unwrap().to_str().unwrap().to_string();
+        // Data that is not in the project.
+        let folder = match name.as_str() {
+            "frames" => Some(frames.path()),
+            "radar" => Some(radar.as_path()),
+            _ => None,
+        };
+        let sets: Vec<String> =
+            folder.iter().map(|folder| format!("data.path={:?}", folder.display())).collect();
+        let experiment = Experiment::read(&registry, &path, &sets).unwrap();
+        if name == "radar" && !radar.exists() {
+            eprintln!(
+                "skipped: there is no {}: the data of {} is not opened",
+                radar.display(),
+                path.display()
+            );
+            names.push((name, 0));
+            continue;
+        }
+        names.push((name, experiment.build().unwrap()));
     }
     assert!(
         names.contains(&("moving_mnist".into(), 1_036_097)),
         "the tutorial's model has other sizes: {names:?}"
     );
+    for known in ["quickstart", "frames", "radar"] {
+        assert!(names.iter().any(|(name, _)| name == known), "there is no {known}: {names:?}");
+    }
+}
+
+fn gray_picture() -> candle_core::Tensor {
+    candle_core::Tensor::full(0.5f32, (1, 9, 12), &candle_core::Device::Cpu).unwrap()
 }
