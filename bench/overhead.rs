@@ -236,7 +236,9 @@ fn main() -> Result<()> {
     println!("{} blocks of {BLOCK} steps", turns.len());
     for (i, kind) in ["time", "processor time"].into_iter().enumerate() {
         let [framework, candle, by_hand] = [0, 1, 3].map(|side| of(&|turn| ms(turn[side][i]))[1]);
-        println!("{kind}, ms a step: framework {framework:.4}, candle alone {candle:.4}, with our Adam {by_hand:.4}");
+        println!(
+            "{kind}, ms a step: framework {framework:.4}, candle alone {candle:.4}, with our Adam {by_hand:.4}"
+        );
         for (name, side, of_what) in [
             ("framework over candle alone", 0, 1),
             ("framework over the loop with our Adam", 0, 3),

@@ -67,7 +67,7 @@ impl Dataset for Waves {
         }
         let all = Tensor::from_vec(pixels, (samples.len(), frames, 1, 32, 32), &Device::Cpu)?;
         let input = all.narrow(1, 0, SPEC.frames_in)?.contiguous()?;
-        Ok(Video { input, target: all.narrow(1, SPEC.frames_in, SPEC.frames_out)?.contiguous()? })
+        Ok(Video::new(input, all.narrow(1, SPEC.frames_in, SPEC.frames_out)?.contiguous()?))
     }
 }
 
@@ -98,6 +98,7 @@ fn main() -> Result<()> {
     // A program of your own would be `candlepower_launcher::run(registry)`: the whole command line, with your names.
     let document = Document::parse("waves.toml", CONFIG.into(), &[])?;
     let report = Experiment::new(&registry, document)?.train(&Resume::No, Vec::new())?;
-    println!("{:?} beside {:?}", report.outcome.validation, report.baselines);
+    println!("{:?}", report.outcome.validation);
+    report.lead_times.iter().for_each(|scores| println!("{scores}"));
     Ok(())
 }

@@ -1,14 +1,15 @@
 //! Batches: where a module and a dataset meet. Neither knows the other; both know the batch.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::data::Dataset;
 use crate::error::{Error, Result};
-use crate::metrics::video::{self, Baseline};
-use crate::video_file;
+use crate::metrics::video::{self, LeadTimes};
+use crate::{nn, video_file};
 
 /// A kind of batch: samples collated into tensors.
 pub trait Batch: Send + Sync + Sized + 'static {
@@ -45,23 +46,111 @@ pub trait Batch: Send + Sync + Sized + 'static {
         Err(Error::msg(format!("{}: predictions of this kind cannot be written to a file", path.display())))
     }
 
-    /// The losses of predictors that learn nothing, to set a trained module's result beside.
-    fn baselines(
+    /// How what a module predicts from `held_out` compares with predictors that learn nothing, some of which look at
+    /// `train`. `predict` is the module; it takes `batch_size` samples at once.
+    fn compare(
+        _predict: &mut dyn FnMut(&Self) -> Result<Tensor>,
         _train: &dyn Dataset<Batch = Self>,
-        _val: &dyn Dataset<Batch = Self>,
+        _held_out: &dyn Dataset<Batch = Self>,
+        _batch_size: usize,
         _seed: u64,
-    ) -> Result<Vec<Baseline>> {
-        Ok(Vec::new())
+    ) -> Result<Option<LeadTimes>> {
+        Ok(None)
     }
 }
 
 /// Frames to predict from and the frames that follow them. Values are in `[0, 1]`.
+///
+/// Nearly all data knows every pixel, and [`Video::new`] is all that it needs. A module whose loss is [`Video::mse`] or
+/// [`Video::mae`] also learns from data that does not.
 #[derive(Debug, Clone)]
 pub struct Video {
     /// (B, T_in, C, H, W), f32.
     pub input: Tensor,
     /// (B, T_out, C, H, W), f32.
     pub target: Tensor,
+    /// (B, T_in + T_out, 1, H, W), f32: 1 where a pixel of the input or the target is known and 0 where it is not; not set
+    /// where all are known. What is not known has some value within range, and no error.
+    pub mask: Option<Tensor>,
+    /// What the values stand for, where they are more than brightness.
+    pub quantity: Option<Arc<Quantity>>,
+}
+
+/// A measured quantity that frames show.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantity {
+    /// The unit of the thresholds, for example `mm/h`.
+    pub unit: &'static str,
+    /// From where on there is an event that should have been predicted; any number of such.
+    pub thresholds: Vec<Threshold>,
+    /// Minutes from one frame to the next.
+    pub minutes: f64,
+}
+
+/// A value that a quantity reaches or does not.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Threshold {
+    /// The value in the quantity's unit.
+    pub value: f64,
+    /// The value in `[0, 1]` that stands for it in frames.
+    pub level: f32,
+}
+
+impl Video {
+    /// Frames whose every pixel is known: `input` (B, T_in, C, H, W) and `target` (B, T_out, C, H, W), f32.
+    pub fn new(input: Tensor, target: Tensor) -> Self {
+        Self { input, target, mask: None, quantity: None }
+    }
+
+    /// The mean squared error of frames (B, T, C, H, W) that were predicted for the last T of input and target: the target,
+    /// or more, for a module that also learns from what it predicts for the frames that it was given.
+    ///
+    /// Each sample's error is the mean over its known pixels, and the loss is the mean over the samples, so that a batch
+    /// counts as its micro-batches do.
+    pub fn mse(&self, prediction: &Tensor) -> Result<Tensor> {
+        let (came, mask) = self.last(prediction.dim(1)?)?;
+        match mask {
+            None => nn::mse(prediction, &came),
+            Some(mask) => known_mean(&difference(prediction, &came)?.sqr()?, &mask),
+        }
+    }
+
+    /// The mean absolute error, otherwise as [`Video::mse`].
+    pub fn mae(&self, prediction: &Tensor) -> Result<Tensor> {
+        let (came, mask) = self.last(prediction.dim(1)?)?;
+        let error = difference(prediction, &came)?.abs()?;
+        mask.map_or_else(|| Ok(error.mean_all()?), |mask| known_mean(&error, &mask))
+    }
+
+    /// The last `times` frames of input and target, and which of their pixels are known, (B, times, 1, H, W).
+    pub fn last(&self, times: usize) -> Result<(Tensor, Option<Tensor>)> {
+        let (inputs, targets) = (self.input.dim(1)?, self.target.dim(1)?);
+        let Some(first) = (inputs + targets).checked_sub(times) else {
+            let message = format!("{times} frames were predicted for samples of {inputs} + {targets} frames");
+            return Err(Error::msg(message));
+        };
+        let came = if times == targets {
+            self.target.clone()
+        } else {
+            let input = self.input.to_dtype(self.target.dtype())?;
+            Tensor::cat(&[&input, &self.target], 1)?.narrow(1, first, times)?
+        };
+        let mask = self.mask.as_ref().map(|mask| mask.narrow(1, first, times)).transpose()?;
+        Ok((came, mask))
+    }
+}
+
+fn difference(prediction: &Tensor, came: &Tensor) -> Result<Tensor> {
+    let wide = |x: &Tensor| if x.dtype() == DType::F64 { Ok(x.clone()) } else { x.to_dtype(DType::F32) };
+    Ok((wide(prediction)? - wide(came)?)?)
+}
+
+/// The mean over samples of each one's mean over its known pixels: `error` (B, T, C, H, W), `mask` (B, T, 1, H, W). A
+/// sample of which nothing is known has no error.
+fn known_mean(error: &Tensor, mask: &Tensor) -> Result<Tensor> {
+    let mask = mask.to_dtype(error.dtype())?;
+    let known = (mask.flatten_from(1)?.sum(1)? * error.dim(2)? as f64)?.maximum(1.)?;
+    Ok((error.broadcast_mul(&mask)?.flatten_from(1)?.sum(1)? / known)?.mean_all()?)
 }
 
 /// The sizes of [`Video`] batches.
@@ -87,7 +176,9 @@ impl Batch for Video {
     }
 
     fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self { input: self.input.to_device(device)?, target: self.target.to_device(device)? })
+        let mask = self.mask.as_ref().map(|mask| mask.to_device(device)).transpose()?;
+        let (input, target) = (self.input.to_device(device)?, self.target.to_device(device)?);
+        Ok(Self { input, target, mask, quantity: self.quantity.clone() })
     }
 
     fn cast(self, dtype: DType) -> Result<Self> {
@@ -102,12 +193,14 @@ impl Batch for Video {
         video_file::write(&self.input, prediction, path)
     }
 
-    fn baselines(
+    fn compare(
+        predict: &mut dyn FnMut(&Self) -> Result<Tensor>,
         train: &dyn Dataset<Batch = Self>,
-        val: &dyn Dataset<Batch = Self>,
+        held_out: &dyn Dataset<Batch = Self>,
+        batch_size: usize,
         seed: u64,
-    ) -> Result<Vec<Baseline>> {
-        video::baselines(train, val, seed)
+    ) -> Result<Option<LeadTimes>> {
+        video::compare(predict, train, held_out, batch_size, seed)
     }
 }
 
@@ -167,5 +260,57 @@ impl Batch for Tensors {
         let cast =
             |tensor: Tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) };
         Ok(Self(self.0.into_iter().map(cast).collect::<candle_core::Result<_>>()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frames(values: &[f32], times: usize) -> Tensor {
+        let samples = values.len() / times / 2;
+        Tensor::from_slice(values, (samples, times, 1, 1, 2), &Device::Cpu).unwrap()
+    }
+
+    /// Two samples, one frame in and one out, two pixels a frame.
+    fn video(mask: Option<&[f32]>) -> Video {
+        let video = Video::new(frames(&[0.5; 4], 1), frames(&[0., 0., 1., 1.], 1));
+        Video { mask: mask.map(|mask| frames(mask, 2)), ..video }
+    }
+
+    fn number(tensor: Tensor) -> f32 {
+        tensor.to_scalar().unwrap()
+    }
+
+    #[test]
+    fn what_is_not_known_has_no_error_and_samples_count_alike() {
+        let prediction = frames(&[0.5, 1., 0., 0.], 1);
+        assert_eq!(number(video(None).mse(&prediction).unwrap()), (0.25 + 1. + 1. + 1.) / 4.);
+        assert_eq!(number(video(None).mae(&prediction).unwrap()), (0.5 + 1. + 1. + 1.) / 4.);
+        // Of the first sample's target one pixel is known, of the second's both.
+        let masked = video(Some(&[1., 1., 1., 0., 1., 1., 1., 1.]));
+        assert_eq!(number(masked.mse(&prediction).unwrap()), (0.25 + 1.) / 2.);
+        assert_eq!(number(masked.mae(&prediction).unwrap()), (0.5 + 1.) / 2.);
+        let nothing = video(Some(&[1., 1., 0., 0., 1., 1., 0., 0.]));
+        assert_eq!(number(nothing.mse(&prediction).unwrap()), 0.);
+    }
+
+    #[test]
+    fn predictions_of_frames_that_were_given_count_too() {
+        let prediction = frames(&[0.5, 0., 0.5, 1., 1., 0.5, 1., 1.], 2);
+        assert_eq!(number(video(None).mse(&prediction).unwrap()), (0.25 + 0.25 + 1. + 0.25) / 8.);
+        let masked = video(Some(&[1., 0., 1., 1., 0., 0., 1., 1.]));
+        assert_eq!(number(masked.mse(&prediction).unwrap()), ((0.25 + 1.) / 3. + 0.) / 2.);
+        assert!(video(None).mse(&frames(&[0.; 12], 3)).is_err());
+    }
+
+    #[test]
+    fn no_gradient_comes_from_what_is_not_known() {
+        let prediction = candle_core::Var::from_tensor(&frames(&[0.5, 1., 0., 0.], 1)).unwrap();
+        let masked = video(Some(&[1., 1., 1., 0., 1., 1., 1., 1.]));
+        let gradients = masked.mse(&prediction).unwrap().backward().unwrap();
+        let gradient: Vec<f32> =
+            gradients.get(&prediction).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        assert_eq!(gradient, [0.5, 0., -0.5, -0.5]);
     }
 }

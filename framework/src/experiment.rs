@@ -20,7 +20,7 @@ use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
 use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
 use crate::logger::{Loggers, LoggingConfig};
-use crate::metrics::video::Baseline;
+use crate::metrics::video::LeadTimes;
 use crate::module::Model;
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 use crate::run_dir::{RunConfig, RunDir};
@@ -80,8 +80,9 @@ pub struct Report {
     pub dir: Option<PathBuf>,
     /// How training ended.
     pub outcome: Outcome,
-    /// What predictors that learn nothing reach on the validation data.
-    pub baselines: Vec<Baseline>,
+    /// How the module does on the validation data by lead time, beside predictors that learn nothing; of data and runs
+    /// that have no such thing, none.
+    pub lead_times: Option<LeadTimes>,
 }
 
 impl Experiment {
@@ -229,6 +230,12 @@ impl Experiment {
     /// The metrics of a checkpoint on a split of the data.
     pub fn validate(&self, checkpoint: &Path, split: Split) -> Result<IndexMap<String, f64>> {
         self.job.validate(self, checkpoint, split)
+    }
+
+    /// How a checkpoint does on a split of the data by lead time, beside predictors that learn nothing; none for data that
+    /// has no such thing.
+    pub fn compare(&self, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>> {
+        self.job.compare(self, checkpoint, split)
     }
 
     /// Predicts from the file `input` with a checkpoint's weights, and writes the prediction to `output`.
@@ -488,6 +495,7 @@ pub(crate) trait Job: Send + Sync {
         checkpoint: &Path,
         split: Split,
     ) -> Result<IndexMap<String, f64>>;
+    fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>>;
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()>;
     fn predict_split(
         &self,
@@ -515,11 +523,29 @@ impl<B: Batch> Pair<B> {
 
     fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
         let (model, data) = self.model_and_data(experiment)?;
-        let (_, checkpoint) = RunDir::containing(checkpoint)?;
-        Checkpoint::load(&checkpoint)?.restore_for_evaluation(&model.params().state_dict())?;
-        model.params().publish()?;
+        restore(&model, &RunDir::containing(checkpoint)?.1)?;
         Ok((model, data))
     }
+
+    /// The same with the data of this split too.
+    fn trained_on(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+    ) -> Result<(Model<B>, Data<B>)> {
+        let (model, mut data) = self.trained(experiment, checkpoint)?;
+        if split == Split::Test {
+            data.test = Some(experiment.open(&*self.data, split)?);
+        }
+        Ok((model, data))
+    }
+}
+
+/// Gives the model a checkpoint's weights: their average, where it has one.
+fn restore<B: Batch>(model: &Model<B>, checkpoint: &Path) -> Result<()> {
+    Checkpoint::load(checkpoint)?.restore_for_evaluation(&model.params().state_dict())?;
+    model.params().publish()
 }
 
 impl<B: Batch> Job for Pair<B> {
@@ -565,13 +591,19 @@ impl<B: Batch> Job for Pair<B> {
         }
         let outcome = trainer.fit(&model, &data).map_err(|error| experiment.place_training_error(error))?;
         let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
-        let baselines = match (&data.train, &data.val) {
-            (Source::Indexed(train), Some(Source::Indexed(val))) if trained && dir.is_some() => {
-                B::baselines(&**train, &**val, experiment.run.seed)?
+        let lead_times = match &dir {
+            Some(dir) if trained => {
+                if experiment.average.is_some() {
+                    // What was validated, and is the run's result, is the average.
+                    restore(&model, &RunDir::containing(dir)?.1)?;
+                }
+                let lead_times = trainer.compare(&model, &data, Split::Val)?;
+                lead_times.as_ref().map_or(Ok(()), |scores| scores.save(&dir.join("lead_times")))?;
+                lead_times
             }
-            _ => Vec::new(),
+            _ => None,
         };
-        Ok(Report { dir, outcome, baselines })
+        Ok(Report { dir, outcome, lead_times })
     }
 
     fn validate(
@@ -580,11 +612,13 @@ impl<B: Batch> Job for Pair<B> {
         checkpoint: &Path,
         split: Split,
     ) -> Result<IndexMap<String, f64>> {
-        let (model, mut data) = self.trained(experiment, checkpoint)?;
-        if split == Split::Test {
-            data.test = Some(experiment.open(&*self.data, split)?);
-        }
+        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
         experiment.trainer().validate(&model, &data, split)
+    }
+
+    fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>> {
+        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
+        experiment.trainer().compare(&model, &data, split)
     }
 
     fn predict_split(
@@ -594,10 +628,7 @@ impl<B: Batch> Job for Pair<B> {
         split: Split,
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<usize> {
-        let (model, mut data) = self.trained(experiment, checkpoint)?;
-        if split == Split::Test {
-            data.test = Some(experiment.open(&*self.data, split)?);
-        }
+        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
         let mut trainer = callbacks.into_iter().fold(experiment.trainer(), Trainer::boxed_callback);
         trainer.predict_split(&model, &data, split)
     }

@@ -64,6 +64,10 @@ pub(crate) enum Command {
         /// The data to measure it on.
         #[arg(long, value_enum, default_value_t = SplitName::Val)]
         split: SplitName,
+        /// Also score what it predicts by lead time, beside predictors that learn nothing: prints a table, and writes plots
+        /// and numbers into this folder.
+        #[arg(long, value_name = "FOLDER")]
+        lead_times: Option<PathBuf>,
         /// Print one JSON object instead of a table.
         #[arg(long)]
         json: bool,

@@ -2,13 +2,14 @@
 
 use std::process::ExitCode;
 
-use candlepower::Result;
 use candlepower::bench::{Benchmark, Pass};
 use candlepower::callback::{Callback, StopReason};
 use candlepower::callbacks::PredictionWriter;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
 use candlepower::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
+use candlepower::metrics::video::LeadTimes;
+use candlepower::{Error, Result};
 use serde_json::json;
 
 use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
@@ -47,12 +48,21 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             let (devices, distributed) = (experiment.devices(), experiment.distributed().clone());
             return Launch { train, resume, devices, distributed }.run();
         }
-        Command::Validate { config, checkpoint, split, json } => {
-            let metrics = read(&config)?.validate(&checkpoint, split.into())?;
+        Command::Validate { config, checkpoint, split, lead_times, json } => {
+            let experiment = read(&config)?;
+            let metrics = experiment.validate(&checkpoint, split.into())?;
             if json {
                 println!("{}", json!(metrics));
             } else {
                 metrics.iter().for_each(|(name, value)| println!("{name:12} {value:.6}"));
+            }
+            if let Some(dir) = lead_times {
+                let scores = experiment.compare(&checkpoint, split.into())?;
+                let scores = scores.ok_or_else(|| Error::msg("--lead-times: this data has no lead times"))?;
+                scores.save(&dir)?;
+                if !json {
+                    print_lead_times(&scores);
+                }
             }
         }
         Command::Predict { config, checkpoint, source: Source { input: Some(input), .. }, output } => {
@@ -141,21 +151,31 @@ fn print_report(report: &Report) {
     if let Some(metrics) = &outcome.validation {
         let all: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.5}")).collect();
         println!("validation: {}", all.join("  "));
-        let best = report.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
-        if let (Some(mse), Some(best)) = (metrics.get("mse"), best) {
+        if let (Some(mse), Some(lead_times)) = (metrics.get("mse"), &report.lead_times) {
+            let best = lead_times.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
             println!("mean squared error on the validation data, beside predictors that learn nothing:");
             println!("  {:18} {mse:.5}", "this model");
-            for baseline in &report.baselines {
+            for baseline in &lead_times.baselines {
                 println!("  {:18} {:.5}", baseline.name, baseline.mse);
             }
-            let change = 100. * (1. - mse / best.mse);
-            let (amount, side) = (change.abs(), if change >= 0. { "below" } else { "above" });
-            println!("{amount:.1} % {side} the best of them, \"{}\"", best.name);
+            if let Some(best) = best {
+                let change = 100. * (1. - mse / best.mse);
+                let (amount, side) = (change.abs(), if change >= 0. { "below" } else { "above" });
+                println!("{amount:.1} % {side} the best of them, \"{}\"", best.name);
+            }
+            print_lead_times(lead_times);
         }
     }
     match &report.dir {
         Some(dir) => println!("everything is in {}", dir.display()),
         None => println!("this was a try-out (trainer.fast_dev_run): nothing was written"),
+    }
+}
+
+fn print_lead_times(lead_times: &LeadTimes) {
+    if lead_times.module.is_some() {
+        println!("by lead time, this model / the last frame copied (persistence):");
+        println!("{lead_times}");
     }
 }
 

@@ -33,6 +33,8 @@ pub fn registry() -> Registry {
         .module::<candlepower_models::SvgLp>("svg_lp")
         .module::<candlepower_models::Tau>("tau")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
+        .dataset::<candlepower_datasets::Frames>("frames")
+        .dataset::<candlepower_datasets::Radar>("radar")
         .dataset::<candlepower_datasets::Digits>("digits")
         .callback::<candlepower::callbacks::EarlyStopping>("early_stopping")
         .callback::<candlepower::callbacks::Throughput>("throughput")

@@ -162,7 +162,7 @@ did you mean `conv_lstm`?"#,
     assert_text(
         &error_with("moving_mnist", "moving_minst"),
         r#"
-error: tiny.toml:15:8: unknown data `moving_minst`, expected one of `moving_mnist`, `digits`
+error: tiny.toml:15:8: unknown data `moving_minst`, expected one of `moving_mnist`, `frames`, `radar`, `digits`
    |
 15 | name = "moving_minst"
    |        ^^^^^^^^^^^^^^
@@ -200,7 +200,7 @@ fn data_of_another_kind() {
     assert_text(
         &error_with("moving_mnist", "digits"),
         r#"
-error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` learns from, expected one of `moving_mnist`
+error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` learns from, expected one of `moving_mnist`, `frames`, `radar`
    |
 15 | name = "digits"
    |        ^^^^^^^^"#,
@@ -345,9 +345,14 @@ fn a_run_writes_its_folder_and_is_validated_and_predicts() {
     assert_eq!(steps, [1, 2, 3, 4]);
     let last = records(&place, run, "val").pop().unwrap();
     assert_eq!(last["step"], 4);
-    for file in
-        ["config.toml", "metrics.csv", "checkpoints/4/manifest.json", "checkpoints/last", "checkpoints/best"]
-    {
+    for file in [
+        "config.toml",
+        "metrics.csv",
+        "checkpoints/4/manifest.json",
+        "checkpoints/last",
+        "checkpoints/best",
+        "lead_times/ssim_range_1.svg",
+    ] {
         assert!(place.path(run).join(file).exists(), "{file} is missing");
     }
     for picture in ["train_prediction_000002.png", "val_prediction_000004.png"] {
@@ -363,6 +368,16 @@ fn a_run_writes_its_folder_and_is_validated_and_predicts() {
     let metrics: serde_json::Value = serde_json::from_str(&place.succeed(&validate)).unwrap();
     let (found, logged) = (metrics["mse"].as_f64().unwrap(), last["mse"].as_f64().unwrap());
     assert!((found / logged - 1.).abs() < 1e-6, "validate says {found}, the run said {logged}");
+
+    let table = place.succeed(&["validate", "tiny.toml", "--checkpoint", run, "--lead-times", "scores"]);
+    assert!(
+        said.contains(table.split_once("by lead time").unwrap().1.trim_end()),
+        "not what the run said: {table}"
+    );
+    assert_eq!(place.read("scores/scores.json"), place.read(&format!("{run}/lead_times/scores.json")));
+    let scores: serde_json::Value = serde_json::from_str(&place.read("scores/scores.json")).unwrap();
+    let overall = scores["predictors"]["this model"]["mse"].as_f64().unwrap();
+    assert!((overall / logged - 1.).abs() < 1e-5, "by lead time {overall}, at validation {logged}");
 
     let clip = ndarray_npy_of_zeros();
     std::fs::write(place.path("clip.npy"), clip).unwrap();
@@ -728,14 +743,35 @@ fn every_configuration_of_the_project_is_read_and_its_module_stepped() {
     use candlepower::experiment::{Experiment, Resume};
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let registry = candlepower_launcher::registry();
+    let frames = tempfile::tempdir().unwrap();
+    for i in 0..120 {
+        let picture = candlepower::picture::png_bytes(&gray_picture()).unwrap();
+        std::fs::write(frames.path().join(format!("{i}.png")), picture).unwrap();
+    }
+    let radar = std::env::var_os("CANDLEPOWER_DATA")
+        .map_or(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/data"), PathBuf::from)
+        .join("radar-mch");
     let mut stepped = Vec::new();
     for entry in std::fs::read_dir(configs).unwrap() {
         let path = entry.unwrap().path();
-        let module = Experiment::read(&registry, &path, &[]).unwrap().resolved().unwrap();
+        // Data that is not in the project.
+        let folder = match path.file_stem().unwrap().to_str().unwrap() {
+            "frames" => Some(frames.path()),
+            "radar" => Some(radar.as_path()),
+            _ => None,
+        };
+        let data: Vec<String> =
+            folder.iter().map(|folder| format!("data.path={:?}", folder.display())).collect();
+        let module = Experiment::read(&registry, &path, &data).unwrap().resolved().unwrap();
         let module: toml::Table = module.parse().unwrap();
         let module = module["module"]["name"].as_str().unwrap().to_string();
+        if folder.is_some_and(|folder| !folder.exists()) {
+            eprintln!("skipped: there is no {}: no step of {}", radar.display(), path.display());
+            continue;
+        }
         let quick = ["trainer.fast_dev_run=1", "trainer.batch_size=2", "logging.progress=false"];
-        let sets: Vec<String> = small(&module).iter().chain(&quick).map(ToString::to_string).collect();
+        let quick = small(&module).iter().chain(&quick).map(ToString::to_string);
+        let sets: Vec<String> = quick.chain(data).collect();
         let report = Experiment::read(&registry, &path, &sets).unwrap().train(&Resume::No, Vec::new());
         let outcome = report.unwrap_or_else(|error| panic!("{}: {error}", path.display())).outcome;
         assert_eq!(outcome.progress.step, 1, "{}", path.display());
@@ -755,4 +791,8 @@ fn the_tutorials_model_has_the_tutorials_size() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/moving_mnist.toml");
     let experiment = Experiment::read(&candlepower_launcher::registry(), &path, &[]).unwrap();
     assert_eq!(experiment.build().unwrap(), 1_036_097);
+}
+
+fn gray_picture() -> candle_core::Tensor {
+    candle_core::Tensor::full(0.5f32, (1, 9, 12), &candle_core::Device::Cpu).unwrap()
 }

@@ -12,7 +12,7 @@ fn the_readme_shows_the_example_and_it_is_at_most_45_lines() {
     assert!(EXAMPLE.lines().count() <= 45);
 }
 
-/// What an example prints, on both streams. `cargo test` has built it beside this test.
+/// What an example prints, on both streams, in a folder of its own. `cargo test` has built it beside this test.
 fn run(example: &str) -> String {
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples").join(example);
@@ -20,7 +20,8 @@ fn run(example: &str) -> String {
         program.with_extension(std::env::consts::EXE_EXTENSION).exists(),
         "run `cargo build --examples` first"
     );
-    let output = Command::new(program).output().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let output = Command::new(program).current_dir(&folder).output().unwrap();
     let text = String::from_utf8_lossy(&output.stderr) + String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{text}");
     text.into_owned()
@@ -40,4 +41,40 @@ fn a_network_that_is_not_for_video_learns_with_the_same_trainer() {
     let (_, percent) = said.rsplit_once("accuracy on held-out digits: ").unwrap();
     let percent: f64 = percent.split_whitespace().next().unwrap().parse().unwrap();
     assert!(percent > 85., "{said}");
+}
+
+#[test]
+fn datasets_over_a_vector_a_folder_and_a_stream_are_learned_from() {
+    let number = |said: &str, name: &str| -> f64 {
+        let (_, rest) = said.rsplit_once(name).expect(said);
+        let number: String = rest
+            .chars()
+            .skip_while(|c| " [".contains(*c))
+            .take_while(|c| "-.0123456789".contains(*c))
+            .collect();
+        number.parse().expect(said)
+    };
+    // y = 3 x + 0.5
+    let said = run("data_vector");
+    assert!(
+        (number(&said, "weight") - 3.).abs() < 0.05 && (number(&said, "bias") - 0.5).abs() < 0.05,
+        "{said}"
+    );
+    let said = run("data_folder");
+    assert!(number(&said, "\"accuracy\":") > 0.95, "{said}");
+    // 2 a + b
+    let said = run("data_stream");
+    assert!((number(&said, "weight") - 2.).abs() < 0.1 && number(&said, "bias").abs() < 0.3, "{said}");
+}
+
+/// A dataset outside our crates, registered and named in TOML, trains a module of ours.
+#[test]
+fn a_dataset_of_ones_own_trains_from_toml() {
+    let said = run("custom_dataset");
+    let rows = said.lines().filter(|line| line.contains(" %")).count();
+    assert_eq!(rows, 4, "a row for each of four frames ahead: {said}");
+    assert!(
+        said.lines().last().unwrap().contains(" -"),
+        "the last frame copied is better than the model: {said}"
+    );
 }

@@ -100,7 +100,7 @@ impl ConvLstm {
                 &video_grid(&batch.input, &prediction, &batch.target, SAMPLES_DRAWN)?,
             );
         }
-        nn::mse(&prediction, &batch.target)
+        batch.mse(&prediction)
     }
 }
 

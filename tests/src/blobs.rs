@@ -38,9 +38,6 @@ impl Dataset for Blobs {
             }
         }
         let frames = Tensor::from_vec(pixels, (samples.len(), 5, 1, 8, 8), &Device::Cpu)?;
-        Ok(Video {
-            input: frames.narrow(1, 0, 3)?.contiguous()?,
-            target: frames.narrow(1, 3, 2)?.contiguous()?,
-        })
+        Ok(Video::new(frames.narrow(1, 0, 3)?.contiguous()?, frames.narrow(1, 3, 2)?.contiguous()?))
     }
 }

@@ -21,6 +21,18 @@ pub fn golden_dir() -> PathBuf {
     }
 }
 
+/// The path `part` of the folder that `variable` names, or else of `beside` in the folder `shared` beside the
+/// repository; says so where there is no such thing.
+pub fn outside(variable: &str, beside: &str, part: &str) -> Option<PathBuf> {
+    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared").join(beside);
+    let path = std::env::var_os(variable).map_or(shared, PathBuf::from).join(part);
+    if !path.exists() {
+        eprintln!("skipped: there is no {}; set {variable} to the folder that holds {part}", path.display());
+        return None;
+    }
+    Some(path)
+}
+
 /// A fixture: tensors by name, and the hyper-parameters they were made with.
 pub struct Golden {
     /// Every tensor of the file.

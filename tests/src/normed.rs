@@ -20,7 +20,7 @@ pub struct Normed {
 impl Normed {
     /// The module with its parameters `first.*`, `norm.*` and `second.*`; its gradients are so many times as steep.
     pub fn model(seed: u64, precision: Precision, steepness: f64) -> Model<Tensors> {
-        let build = |vb: VarBuilder| {
+        let build = move |vb: VarBuilder| {
             Ok(Self {
                 first: linear(4, 8, vb.pp("first"))?,
                 norm: BatchNorm::new(8, Init::Const(1.), vb.pp("norm"))?,

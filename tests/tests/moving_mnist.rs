@@ -4,29 +4,15 @@
 //! `$CANDLEPOWER_GOLDEN` and `$CANDLEPOWER_DATA`, or beside the repository.
 #![allow(clippy::unwrap_used)]
 
-use std::path::{Path, PathBuf};
-
 use candle_core::{DType, Device, IndexOp, Tensor};
 use candlepower::data::{Dataset, Open, Sample, Split};
 use candlepower_datasets::mnist::{self, Images};
 use candlepower_datasets::moving_mnist::{Config, Generator, Protocol, Track, openstl, svg};
 use candlepower_datasets::{Digits, MovingMnist, digits};
-use candlepower_tests::Golden;
+use candlepower_tests::{Golden, outside};
 
 const SIZE: usize = 64;
 const FRAMES: usize = 20;
-
-/// The path `part` of the folder that `variable` names, or else of `beside` in the folder `shared` beside the
-/// repository; says so where there is no such thing.
-fn outside(variable: &str, beside: &str, part: &str) -> Option<PathBuf> {
-    let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared").join(beside);
-    let path = std::env::var_os(variable).map_or(shared, PathBuf::from).join(part);
-    if !path.exists() {
-        eprintln!("skipped: there is no {}; set {variable} to the folder that holds {part}", path.display());
-        return None;
-    }
-    Some(path)
-}
 
 fn fixture() -> Option<Golden> {
     let path = outside("CANDLEPOWER_GOLDEN", "golden", "moving_mnist.safetensors")?;

@@ -225,7 +225,7 @@ fn the_tutorials_model_is_close_to_f64_in_half_types() {
         let input = golden.get("in.x").to_dtype(DType::F32).unwrap();
         let target = input.clone();
         let output = Trainer::new(TrainerConfig { precision, ..Default::default() })
-            .predict(&model, &Video { input, target })
+            .predict(&model, &Video::new(input, target))
             .unwrap();
         assert_eq!(output.dtype(), DType::F32);
         assert_close(

@@ -118,7 +118,7 @@ fn the_loss_that_is_trained_is_the_fixtures() {
     let (config, spec) = (tau_config(&golden), spec(&golden));
     let model = Model::build::<Tau>(&config, &spec, 0, &Device::Cpu).unwrap();
     golden.load(model.params());
-    let batch = Video { input: golden.get("in.x").clone(), target: golden.get("target").clone() };
+    let batch = Video::new(golden.get("in.x").clone(), golden.get("target").clone());
     // The training build normalises by the batch only in training; a step for evaluation cannot ask for that, a trainer can.
     let dir = tempfile::tempdir().unwrap();
     let recorder = candlepower_tests::recorder::Recorder::default();
@@ -154,10 +154,7 @@ impl Dataset for One {
     fn batch(&self, samples: &[Sample]) -> Result<Video> {
         let index = samples.iter().map(|sample| sample.index as u32);
         let index = Tensor::from_iter(index, &Device::Cpu)?;
-        Ok(Video {
-            input: self.0.input.index_select(&index, 0)?,
-            target: self.0.target.index_select(&index, 0)?,
-        })
+        Ok(Video::new(self.0.input.index_select(&index, 0)?, self.0.target.index_select(&index, 0)?))
     }
 }
 

@@ -202,7 +202,7 @@ impl Dataset for MovingMnist {
         let tensor = |frames: Vec<f32>, time| {
             Tensor::from_vec(frames, (samples.len(), time, channels, height, width), &Device::Cpu)
         };
-        Ok(Video { input: tensor(input, frames_in)?, target: tensor(target, frames_out)? })
+        Ok(Video::new(tensor(input, frames_in)?, tensor(target, frames_out)?))
     }
 }
 

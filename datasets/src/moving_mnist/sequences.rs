@@ -1,47 +1,25 @@
 //! Finished sequences: `mnist_test_seq.npy`, unsigned bytes (time, sequence, row, column).
 
-use std::fs::File;
-use std::io::Read;
-use std::ops::Deref;
 use std::path::Path;
 
 use candlepower::batch::VideoSpec;
 use candlepower::data::Split;
 use candlepower::error::{Error, Result};
-use flate2::read::MultiGzDecoder;
-use memmap2::Mmap;
-use ndarray::ArrayView4;
-use ndarray_npy::ViewNpyExt;
 
+use crate::bytes::Bytes;
+use crate::npy::{Array, Element};
 use crate::parts::part;
 
 /// The sequences of one split.
 pub(super) struct Sequences {
     bytes: Bytes,
     /// Where in `bytes` the first frame of the split's first sequence starts.
-    start: usize,
+    start: u64,
     /// Bytes from one frame of a sequence to its next: the file has time as its outermost axis.
     stride: usize,
     /// Bytes of a frame.
     frame: usize,
     len: usize,
-}
-
-/// A file's content, in memory or mapped.
-enum Bytes {
-    Mapped(Mmap),
-    Read(Vec<u8>),
-}
-
-impl Deref for Bytes {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        match self {
-            Bytes::Mapped(map) => map,
-            Bytes::Read(bytes) => bytes,
-        }
-    }
 }
 
 /// Whether the name says that this is a file of sequences.
@@ -51,7 +29,7 @@ pub(super) fn is_sequence_file(path: &Path) -> bool {
 }
 
 impl Sequences {
-    /// Opens a split of an .npy file, which is mapped, or of an .npy.gz file, which is read.
+    /// Opens a split of an .npy file, which is read as it is needed, or of an .npy.gz file, which is unpacked.
     ///
     /// # Errors
     /// Where the file is missing or broken, and where its sequences are too short or of another size than `spec`.
@@ -66,9 +44,17 @@ impl Sequences {
                 ),
             ));
         }
-        let bytes = read(path)?;
-        let (shape, start) = layout(&bytes).map_err(Error::content(path))?;
-        let [time, sequences, height, width] = shape;
+        let expected = "expected an .npy array of unsigned bytes, (time, sequence, row, column)";
+        let array = Array::open(path, None).map_err(|error| match error {
+            Error::Message(message) => Error::msg(format!("{message}; {expected}")),
+            error => error,
+        })?;
+        let &[time, sequences, height, width] = array.shape.as_slice() else {
+            return Err(Error::msg(format!("{shown}: its axes are {:?}; {expected}", array.shape)));
+        };
+        if array.element != Element::U8 {
+            return Err(Error::msg(format!("{shown}: its values are {:?}; {expected}", array.element)));
+        }
         if [height, width] != [spec.height, spec.width] {
             return Err(Error::setting(
                 "image_size",
@@ -95,8 +81,8 @@ impl Sequences {
         }
         let frame = height * width;
         let whole = Self {
-            bytes,
-            start: start + part.start * frame,
+            bytes: array.bytes,
+            start: array.start + (part.start * frame) as u64,
             stride: sequences * frame,
             frame,
             len: part.len(),
@@ -104,12 +90,12 @@ impl Sequences {
         Ok(whole.trimmed(time))
     }
 
-    /// Leaves in memory only what belongs to the split. A mapped file is left as it is: it takes no memory.
+    /// Leaves in memory only what belongs to the split. What stays in a file takes no memory.
     fn trimmed(self, time: usize) -> Self {
-        let Bytes::Read(bytes) = &self.bytes else { return self };
+        let Bytes::Memory(bytes) = &self.bytes else { return self };
         let stride = self.len * self.frame;
-        let frames = (0..time).flat_map(|time| &bytes[self.start + time * self.stride..][..stride]);
-        Self { bytes: Bytes::Read(frames.copied().collect()), start: 0, stride, ..self }
+        let frames = (0..time).flat_map(|time| &bytes[self.start as usize + time * self.stride..][..stride]);
+        Self { bytes: Bytes::Memory(frames.copied().collect()), start: 0, stride, ..self }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -121,38 +107,15 @@ impl Sequences {
         if index >= self.len {
             return Err(Error::msg(format!("there is no sequence {index}: the split has {}", self.len)));
         }
+        let mut bytes = vec![0; self.frame];
         for (time, frame) in frames.enumerate() {
-            let bytes = &self.bytes[self.start + time * self.stride + index * self.frame..][..self.frame];
-            for (pixel, &byte) in frame.iter_mut().zip(bytes) {
+            self.bytes.read(self.start + (time * self.stride + index * self.frame) as u64, &mut bytes)?;
+            for (pixel, &byte) in frame.iter_mut().zip(&bytes) {
                 *pixel = f32::from(byte) / 255.;
             }
         }
         Ok(())
     }
-}
-
-fn read(path: &Path) -> Result<Bytes> {
-    let mut file = File::open(path).map_err(Error::file(path))?;
-    if path.extension().is_some_and(|extension| extension == "gz") {
-        let mut bytes = Vec::new();
-        let unpacked = MultiGzDecoder::new(&mut file).read_to_end(&mut bytes);
-        unpacked.map_err(|error| Error::msg(format!("{}: a broken gzip file: {error}", path.display())))?;
-        return Ok(Bytes::Read(bytes));
-    }
-    // SAFETY: the map is only read, and any bytes are valid. It must not be changed or cut short while it is open, as
-    // with every memory map: a data set on disk is not.
-    let map = unsafe { Mmap::map(&file) };
-    Ok(Bytes::Mapped(map.map_err(Error::file(path))?))
-}
-
-/// The shape of the array in an .npy file, and where its first element is.
-fn layout(bytes: &[u8]) -> Result<([usize; 4], usize), String> {
-    let expected = "expected an .npy array of unsigned bytes, (time, sequence, row, column)";
-    let array = ArrayView4::<u8>::view_npy(bytes).map_err(|error| format!("{error}; {expected}"))?;
-    let elements =
-        array.as_slice().ok_or_else(|| format!("the array is in Fortran order; {expected} in C order"))?;
-    // The elements are what follows the header, to the end of the file.
-    Ok((array.dim().into(), bytes.len() - elements.len()))
 }
 
 #[cfg(test)]
@@ -230,7 +193,7 @@ mod tests {
         let config = config(&folder, "seq.npy.gz", &gz(&npy(&array())));
         let spec = MovingMnist::open(&config, Split::Val).unwrap().spec();
         let sequences = Sequences::open(config.digits.as_ref(), Split::Val, &spec).unwrap();
-        assert_eq!(sequences.bytes.len(), 6 * 2 * SIZE * SIZE);
+        assert_eq!(sequences.bytes.len(), (6 * 2 * SIZE * SIZE) as u64);
     }
 
     #[test]
@@ -256,10 +219,11 @@ mod tests {
         let expected = "expected an .npy array of unsigned bytes, (time, sequence, row, column)";
         let whole = npy(&array());
         for (content, reason) in [
-            (whole[..5000].to_vec(), "missing 125808 bytes"),
-            (b"PK\x03\x04 not an array".to_vec(), "start does not match magic string"),
-            (npy(&Array4::<f32>::zeros((6, 20, 3, 3))), "incorrect descriptor"),
-            (npy(&Array::<u8, _>::zeros((6, 20, 3))), "ndim"),
+            (whole[..5000].to_vec(), "has 4872 bytes after its header, which promises 130680"),
+            (b"PK\x03\x04 not an array".to_vec(), "not an .npy array"),
+            (npy(&Array4::<f32>::zeros((6, 20, 3, 3))), "its values are F32"),
+            (npy(&Array4::<i32>::zeros((6, 20, 3, 3))), "its values are '<i4'"),
+            (npy(&Array::<u8, _>::zeros((6, 20, 3))), "its axes are [6, 20, 3]"),
             (npy(&Array4::<u8>::zeros((6, 20, 3, 3).f())), "Fortran order"),
             (Vec::new(), ""),
         ] {

@@ -51,7 +51,9 @@ fn main() -> Result<()> {
     if let &[batch, size, inputs, outputs, kernel, stride, groups] = &*args {
         shapes = vec![(batch, size, inputs, outputs, kernel, stride, groups)];
     }
-    println!("batch size inputs outputs kernel stride groups: forward ms, backward ms, both through the graph ms");
+    println!(
+        "batch size inputs outputs kernel stride groups: forward ms, backward ms, both through the graph ms"
+    );
     for (batch, size, inputs, outputs, kernel, stride, groups) in shapes {
         let random = |shape: &[usize]| -> Result<Var> {
             Var::from_tensor(&Tensor::rand(-1f32, 1., shape, &Device::Cpu)?)
@@ -64,7 +66,9 @@ fn main() -> Result<()> {
         let dy = conv2d(&x, &w, Some(&b), options)?.detach();
         let backward = fastest(|| conv2d_backward(&x, &w, &dy, options).map(drop))?;
         let both = fastest(|| conv2d(&x, &w, Some(&b), options)?.sum_all()?.backward().map(|_| ()))?;
-        println!("{batch} {size} {inputs} {outputs} {kernel} {stride} {groups}: {forward:.3} {backward:.3} {both:.3}");
+        println!(
+            "{batch} {size} {inputs} {outputs} {kernel} {stride} {groups}: {forward:.3} {backward:.3} {both:.3}"
+        );
     }
     Ok(())
 }

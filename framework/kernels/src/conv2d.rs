@@ -351,9 +351,7 @@ impl Conv2d {
         wanted: &Wanted,
     ) -> Result<[Option<Tensor>; 3]> {
         let gradients = with_values(x, |xs| {
-            with_values(weight, |ws| {
-                with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, wanted)))
-            })
+            with_values(weight, |ws| with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, wanted))))
         })?;
         let tensor = |values: Option<Vec<f32>>, shape: &Shape| {
             values.map(|values| Tensor::from_vec(values, shape, &Device::Cpu)).transpose()

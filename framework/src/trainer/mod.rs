@@ -21,8 +21,9 @@ use crate::batch::Batch;
 use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
 use crate::collective::{Collective, DistributedConfig, Solo};
-use crate::data::{Data, Pass, Split};
+use crate::data::{Data, Pass, Source, Split};
 use crate::error::Result;
+use crate::metrics::video::LeadTimes;
 use crate::module::{Model, Step};
 use crate::nn;
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
@@ -293,12 +294,32 @@ impl Trainer {
 
     /// What a model predicts from one batch.
     pub fn predict<B: Batch>(&mut self, model: &Model<B>, batch: &B) -> Result<Tensor> {
+        self.in_pool(|trainer| trainer.predicted(model, batch))
+    }
+
+    /// How what a model predicts from a split compares, by lead time, with predictors that learn nothing. None where the
+    /// batches have no such thing, and for streams.
+    pub fn compare<B: Batch>(
+        &mut self,
+        model: &Model<B>,
+        data: &Data<B>,
+        split: Split,
+    ) -> Result<Option<LeadTimes>> {
+        let (Source::Indexed(train), Source::Indexed(held_out)) = (&data.train, data.split(split)?) else {
+            return Ok(None);
+        };
         self.in_pool(|trainer| {
-            let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
-            let prediction =
-                model.evaluation().predict_step(&batch, &mut Step::evaluation(0, 0, trainer.seed, false))?;
-            Ok(prediction.to_dtype(DType::F32)?)
+            let (config, seed) = (&trainer.config, trainer.seed);
+            let batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
+            let mut predict = |batch: &B| trainer.predicted(model, batch);
+            B::compare(&mut predict, &**train, &**held_out, batch_size, seed)
         })
+    }
+
+    fn predicted<B: Batch>(&self, model: &Model<B>, batch: &B) -> Result<Tensor> {
+        let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+        let mut step = Step::evaluation(0, 0, self.seed, false);
+        Ok(model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?)
     }
 
     fn show(&mut self, picture: &Picture) -> Result<()> {

@@ -1,14 +1,13 @@
 //! Animated `.gif` files.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, ErrorKind};
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
-use gif::{ColorOutput, DecodeOptions, DecodingError, DisposalMethod, Encoder, Frame, Repeat};
+use candle_core::Tensor;
+use gif::{ColorOutput, DecodeOptions, Decoder, DecodingError, DisposalMethod, Encoder, Frame, Repeat};
 
-use super::SHOWN_SAMPLES;
-use crate::batch::VideoSpec;
+use super::{Pictures, SHOWN_SAMPLES};
 use crate::error::{Error, Result};
 use crate::picture::{self, Canvas, Frames};
 
@@ -23,45 +22,57 @@ const PREDICTION_BORDER: [f32; 3] = [1., 0.55, 0.];
 /// Samples side by side before the next row begins.
 const COLUMNS: usize = 4;
 
-/// The clip (1, T, C, H, W) of a file, f32, of no more frames than `spec` can use.
-pub(super) fn read(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
-    if !matches!(spec.channels, 1 | 3) {
-        return Err(Error::msg(format!(
-            "{}: a .gif has 1 or 3 channels; expected {}; .npy files have any",
-            path.display(),
-            spec.channels
-        )));
-    }
-    let unreadable = |error: DecodingError| match error {
-        DecodingError::Io(source) => Error::File { path: path.to_path_buf(), source },
-        error => Error::msg(format!("{}: cannot be read as .gif: {error}", path.display())),
-    };
+/// The frames of a file, at most `limit`.
+pub(super) fn read(path: &Path, limit: usize) -> Result<Pictures> {
     let mut options = DecodeOptions::new();
     options.set_color_output(ColorOutput::RGBA);
     // A frame that reaches over the edge of the screen is refused instead of painted outside.
     options.check_frame_consistency(true);
-    let file = File::open(path).map_err(Error::file(path))?;
-    let mut decoder = options.read_info(BufReader::new(file)).map_err(unreadable)?;
+    let mut decoder = open(path, options)?;
     let mut screen = Screen::new(decoder.width().into(), decoder.height().into());
-    let (mut values, mut times) = (Vec::new(), 0);
-    while times < spec.frames_in + spec.frames_out {
-        let Some(frame) = decoder.read_next_frame().map_err(unreadable)? else { break };
+    let mut frames = Vec::new();
+    while frames.len() < limit {
+        let Some(frame) = decoder.read_next_frame().map_err(unreadable(path))? else { break };
         let before = (frame.dispose == DisposalMethod::Previous).then(|| screen.pixels.clone());
         screen.paint(frame, |under, over| {
             if over[3] > 0 {
                 under.copy_from_slice(&over[..3])
             }
         });
-        screen.push_planes(spec.channels, &mut values);
-        times += 1;
+        frames.push(screen.pixels.clone());
         match (frame.dispose, before) {
             (_, Some(before)) => screen.pixels = before,
             (DisposalMethod::Background, _) => screen.paint(frame, |under, _| under.fill(0)),
             _ => {}
         }
     }
-    let shape = (1, times, spec.channels, screen.height, screen.width);
-    Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
+    Ok(Pictures { height: screen.height, width: screen.width, frames })
+}
+
+/// How many frames a file has.
+pub(super) fn count(path: &Path) -> Result<usize> {
+    let mut options = DecodeOptions::new();
+    options.skip_frame_decoding(true);
+    let mut decoder = open(path, options)?;
+    let mut frames = 0;
+    while decoder.next_frame_info().map_err(unreadable(path))?.is_some() {
+        frames += 1;
+    }
+    Ok(frames)
+}
+
+fn open(path: &Path, options: DecodeOptions) -> Result<Decoder<BufReader<File>>> {
+    let file = File::open(path).map_err(Error::file(path))?;
+    options.read_info(BufReader::new(file)).map_err(unreadable(path))
+}
+
+fn unreadable(path: &Path) -> impl Fn(DecodingError) -> Error {
+    move |error| match error {
+        DecodingError::Io(source) if source.kind() != ErrorKind::UnexpectedEof => {
+            Error::File { path: path.to_path_buf(), source }
+        }
+        error => Error::msg(format!("{}: cannot be read as .gif: {error}", path.display())),
+    }
 }
 
 /// What a viewer shows: frames of an animation may cover a part of it and let the rest show through. Starts black.
@@ -84,20 +95,6 @@ impl Screen {
             let start = 3 * ((top + row) * self.width + left);
             let under = self.pixels[start..start + 3 * width].chunks_exact_mut(3);
             under.zip(over.chunks_exact(4)).for_each(|(under, over)| paint(under, over));
-        }
-    }
-
-    fn push_planes(&self, channels: usize, values: &mut Vec<f32>) {
-        let pixels = self.pixels.chunks_exact(3);
-        if channels == 1 {
-            // The weights of ITU-R BT.601, in whole numbers: a gray pixel keeps its exact value.
-            let luma =
-                |rgb: &[u8]| 299 * u32::from(rgb[0]) + 587 * u32::from(rgb[1]) + 114 * u32::from(rgb[2]);
-            values.extend(pixels.map(|rgb| luma(rgb) as f32 / 255e3));
-        } else {
-            for channel in 0..channels {
-                values.extend(pixels.clone().map(|rgb| f32::from(rgb[channel]) / 255.));
-            }
         }
     }
 }
@@ -146,13 +143,18 @@ pub(super) fn bytes(input: &Tensor, prediction: &Tensor) -> Result<Vec<u8>> {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use candle_core::Device;
+
+    use super::super::read_frames;
     use super::*;
+    use crate::batch::VideoSpec;
 
     fn read_back(bytes: &[u8], spec: &VideoSpec) -> Tensor {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("clip.gif");
         std::fs::write(&path, bytes).unwrap();
-        read(&path, spec).unwrap()
+        assert_eq!(count(&path).unwrap(), read(&path, usize::MAX).unwrap().frames.len());
+        read_frames(&path, spec).unwrap()
     }
 
     fn at(clip: &Tensor, time: usize, channel: usize, y: usize, x: usize) -> f32 {

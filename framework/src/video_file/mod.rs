@@ -2,10 +2,12 @@
 
 mod gif;
 mod npy;
+mod pictures;
 
 use std::path::Path;
 
 use candle_core::Tensor;
+pub use pictures::{Pictures, count, is_picture, pictures, size};
 
 use crate::batch::{Video, VideoSpec};
 use crate::error::{Error, Result};
@@ -20,14 +22,11 @@ const SHOWN_SAMPLES: usize = 8;
 ///
 /// - `.npy`: uint8 (0 to 255), float32 or float64 (0 to 1), with the axes (T, H, W), (N, T, H, W) or (N, T, C, H, W).
 /// - `.gif`: one clip, in gray for a model of one channel and in colour for one of three.
+/// - a folder of pictures (PNG, JPEG, GIF): one clip, in the order of their names, numbers in them taken as numbers.
 ///
 /// Fails, naming the file, where the frames are too few or of another size than `spec` says, or cannot be read.
 pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
-    let frames = match extension(path).as_str() {
-        "npy" => npy::read(path, spec)?,
-        "gif" => gif::read(path, spec)?,
-        _ => return Err(unknown(path, "frames are read from .npy and .gif files")),
-    };
+    let frames = read_frames(path, spec)?;
     let (_, times, channels, height, width) = frames.dims5()?;
     let expected = (spec.channels, spec.height, spec.width);
     if (channels, height, width) != expected {
@@ -53,7 +52,17 @@ pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
         let shape = (frames.dim(0)?, spec.frames_out, channels, height, width);
         Tensor::zeros(shape, frames.dtype(), frames.device())?
     };
-    Ok(Video { input, target })
+    Ok(Video::new(input, target))
+}
+
+/// The clips (N, T, C, H, W) of a file or folder, f32, of no more frames than `spec` can use.
+fn read_frames(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
+    match extension(path).as_str() {
+        _ if path.is_dir() => pictures::clip(path, spec),
+        "npy" => npy::read(path, spec),
+        "gif" => pictures::clip(path, spec),
+        _ => Err(unknown(path, "frames are read from .npy and .gif files, and folders of pictures")),
+    }
 }
 
 /// Writes predicted frames (B, T_out, C, H, W) that follow `input` (B, T_in, C, H, W), whole or not at all.
@@ -123,7 +132,7 @@ mod tests {
     fn one_clip_of_bytes_becomes_input_and_target() {
         let (_folder, path) = folder();
         save(&path, &Array3::from_shape_fn((5, 3, 4), |(t, y, x)| (20 * t + 4 * y + x) as u8));
-        let Video { input, target } = read(&path, &SPEC).unwrap();
+        let Video { input, target, .. } = read(&path, &SPEC).unwrap();
         assert_eq!((input.dims(), target.dims()), ([1, 2, 1, 3, 4].as_slice(), [1, 2, 1, 3, 4].as_slice()));
         let pixels = |from: u8| (0..12).map(move |i| f32::from(from + i) / 255.);
         assert_eq!(flat(&input), pixels(0).chain(pixels(20)).collect::<Vec<_>>());
@@ -138,7 +147,7 @@ mod tests {
         let mut clips = Array4::<f32>::zeros(ndarray::ShapeBuilder::f((2, 3, 3, 4)));
         clips.indexed_iter_mut().for_each(|((n, t, y, x), pixel)| *pixel = value(n, t, y, x));
         save(&path, &clips);
-        let Video { input, target } = read(&path, &SPEC).unwrap();
+        let Video { input, target, .. } = read(&path, &SPEC).unwrap();
         let expected: Vec<f32> =
             [0., 100.].into_iter().flat_map(|n| (0..24).map(move |i| (n + i as f32) / 200.)).collect();
         assert_eq!(flat(&input), expected);
@@ -193,7 +202,7 @@ mod tests {
         assert!(complaint(&gif, &SPEC).starts_with("cannot be read as .gif: "));
         assert_eq!(
             complaint(&gif, &VideoSpec { channels: 2, ..SPEC }),
-            "a .gif has 1 or 3 channels; expected 2; .npy files have any"
+            "pictures have 1 or 3 channels; expected 2; .npy files have any"
         );
         assert!(matches!(read(&folder.path().join("none.npy"), &SPEC), Err(Error::File { .. })));
         assert!(matches!(read(&folder.path().join("none.gif"), &SPEC), Err(Error::File { .. })));
@@ -204,7 +213,7 @@ mod tests {
         let clip = Tensor::zeros((1, 1, 1, 3, 4), DType::F32, &Device::Cpu).unwrap();
         assert_eq!(
             read(Path::new("clip.mp4"), &SPEC).unwrap_err().to_string(),
-            "clip.mp4: `.mp4` is not an extension known here; frames are read from .npy and .gif files"
+            "clip.mp4: `.mp4` is not an extension known here; frames are read from .npy and .gif files, and folders of pictures"
         );
         assert_eq!(
             write(&clip, &clip, Path::new("clip")).unwrap_err().to_string(),

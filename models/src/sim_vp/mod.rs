@@ -254,7 +254,7 @@ pub(crate) fn compare(batch: &Video, prediction: &Tensor, step: &mut Step) -> Re
         let grid = video_grid(&batch.input, prediction, &batch.target, SAMPLES_DRAWN)?;
         step.log_image("prediction", &grid);
     }
-    let mse = nn::mse(prediction, &batch.target)?;
+    let mse = batch.mse(prediction)?;
     if !step.is_training() {
         step.log("mse", &mse);
         let ssim = candlepower::metrics::video::ssim(prediction, &batch.target, 1.)?.mean();

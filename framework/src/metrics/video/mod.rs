@@ -3,15 +3,18 @@
 //! Every metric takes the prediction, then the target, of the same shape, any float dtype, on any device, values in
 //! `[0, 1]`. It computes in f64 on the CPU and gives one number a frame; [`PerFrame::mean`] is the number that papers
 //! print. [`psnr`], [`snr`] and the SSIMs clip the prediction to `[0, 1]` first; the errors take it as it is. These are
-//! the conventions of OpenSTL.
+//! the conventions of OpenSTL. [`Contingency`] has the scores of forecasts of events, such as rain. [`compare`] gathers all
+//! of them by lead time.
 
-mod baselines;
+mod events;
+mod lead_times;
 mod ssim;
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-pub use baselines::{Baseline, baselines};
+pub use events::{Contingency, contingency};
+pub use lead_times::{LeadTimes, Predictor, compare};
 pub use ssim::{gaussian_ssim, ssim};
 
 use crate::error::{Error, Result};
@@ -41,12 +44,12 @@ pub enum Pixels {
 
 /// The squared error of each frame. The prediction is not clipped.
 pub fn mse(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<PerFrame> {
-    error(prediction, target, pixels, |difference| difference * difference)
+    Ok(Pair::new(prediction, target)?.error(pixels, |difference| difference * difference))
 }
 
 /// The absolute error of each frame. The prediction is not clipped.
 pub fn mae(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<PerFrame> {
-    error(prediction, target, pixels, f64::abs)
+    Ok(Pair::new(prediction, target)?.error(pixels, f64::abs))
 }
 
 /// The root of the mean [`mse`], which is not the mean of each frame's root.
@@ -56,8 +59,7 @@ pub fn rmse(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<f64>
 
 /// The peak signal-to-noise ratio of each frame, in dB for a peak of 1; infinite where nothing differs.
 pub fn psnr(prediction: &Tensor, target: &Tensor) -> Result<PerFrame> {
-    let frames = Pair::new(prediction, target)?.clipped();
-    Ok(frames.per_frame(|prediction, target| -10. * mean_square(differences(prediction, target)).log10()))
+    Ok(Pair::new(prediction, target)?.clipped().psnr())
 }
 
 /// The signal-to-noise ratio of each frame, in dB: the target's mean square over the error's.
@@ -66,17 +68,6 @@ pub fn snr(prediction: &Tensor, target: &Tensor) -> Result<PerFrame> {
     Ok(frames.per_frame(|prediction, target| {
         let noise = mean_square(differences(prediction, target));
         10. * (mean_square(target.iter().copied()) / noise).log10()
-    }))
-}
-
-fn error(prediction: &Tensor, target: &Tensor, pixels: Pixels, of: fn(f64) -> f64) -> Result<PerFrame> {
-    let frames = Pair::new(prediction, target)?;
-    Ok(frames.per_frame(|prediction, target| {
-        let sum: f64 = differences(prediction, target).map(of).sum();
-        match pixels {
-            Pixels::Sum => sum,
-            Pixels::Mean => sum / target.len() as f64,
-        }
     }))
 }
 
@@ -93,9 +84,18 @@ fn mean_square(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 struct Pair {
     prediction: Vec<f64>,
     target: Vec<f64>,
+    /// Which pixels are known, (B, T, H, W); not set where all are.
+    known: Option<Vec<bool>>,
     channels: usize,
     height: usize,
     width: usize,
+}
+
+/// One frame of a [`Pair`], (C, H, W) row after row, and which of its pixels are known, (H, W).
+struct FramePair<'a> {
+    prediction: &'a [f64],
+    target: &'a [f64],
+    known: Option<&'a [bool]>,
 }
 
 impl Pair {
@@ -107,10 +107,20 @@ impl Pair {
         if !same || prediction.elem_count() == 0 {
             return Err(misfit(prediction, target));
         }
-        let values = |tensor: &Tensor| {
-            tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()
-        };
-        Ok(Self { prediction: values(prediction)?, target: values(target)?, channels, height, width })
+        let (prediction, target) = (numbers(prediction)?, numbers(target)?);
+        Ok(Self { prediction, target, known: None, channels, height, width })
+    }
+
+    /// With the mask (B, T, 1, H, W) of what is known: what is not plays no part, and a frame of which nothing is known has
+    /// no score, which is NaN.
+    fn masked(mut self, mask: Option<&Tensor>) -> Result<Self> {
+        let Some(mask) = mask else { return Ok(self) };
+        let known: Vec<bool> = numbers(mask)?.into_iter().map(|known| known > 0.5).collect();
+        if known.len() * self.channels != self.target.len() {
+            return Err(Error::msg(format!("the mask {:?} does not fit the frames", mask.dims())));
+        }
+        self.known = Some(known);
+        Ok(self)
     }
 
     fn clipped(mut self) -> Self {
@@ -118,12 +128,53 @@ impl Pair {
         self
     }
 
-    /// Calls `metric` with the predicted and the true values of each frame, (C, H, W) row after row.
-    fn per_frame(&self, metric: impl Fn(&[f64], &[f64]) -> f64 + Sync) -> PerFrame {
-        let frame = self.channels * self.height * self.width;
-        let pairs = self.prediction.par_chunks_exact(frame).zip(self.target.par_chunks_exact(frame));
-        PerFrame { values: pairs.map(|(prediction, target)| metric(prediction, target)).collect() }
+    fn error(&self, pixels: Pixels, of: fn(f64) -> f64) -> PerFrame {
+        self.per_frame(|prediction, target| {
+            let sum: f64 = differences(prediction, target).map(of).sum();
+            match pixels {
+                Pixels::Sum => sum,
+                Pixels::Mean => sum / target.len() as f64,
+            }
+        })
     }
+
+    /// Of clipped frames.
+    fn psnr(&self) -> PerFrame {
+        self.per_frame(|prediction, target| -10. * mean_square(differences(prediction, target)).log10())
+    }
+
+    /// Calls `metric` with the predicted and the true values of each frame's known pixels.
+    fn per_frame(&self, metric: impl Fn(&[f64], &[f64]) -> f64 + Sync) -> PerFrame {
+        self.per_whole_frame(|frame| {
+            let Some(known) = frame.known else { return metric(frame.prediction, frame.target) };
+            let of_known = |values: &[f64]| -> Vec<f64> {
+                values
+                    .iter()
+                    .zip(known.iter().cycle())
+                    .filter(|(_, known)| **known)
+                    .map(|(value, _)| *value)
+                    .collect()
+            };
+            let (prediction, target) = (of_known(frame.prediction), of_known(frame.target));
+            if target.is_empty() { f64::NAN } else { metric(&prediction, &target) }
+        })
+    }
+
+    /// Calls `metric` with each frame.
+    fn per_whole_frame(&self, metric: impl Fn(FramePair<'_>) -> f64 + Sync) -> PerFrame {
+        let plane = self.height * self.width;
+        let frame = self.channels * plane;
+        let pairs = self.prediction.par_chunks_exact(frame).zip(self.target.par_chunks_exact(frame));
+        let values = pairs.enumerate().map(|(i, (prediction, target))| {
+            let known = self.known.as_ref().map(|known| &known[i * plane..][..plane]);
+            metric(FramePair { prediction, target, known })
+        });
+        PerFrame { values: values.collect() }
+    }
+}
+
+fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
+    Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>()?)
 }
 
 fn misfit(prediction: &Tensor, target: &Tensor) -> Error {

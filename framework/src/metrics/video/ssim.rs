@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::{Pair, PerFrame};
+use super::{FramePair, Pair, PerFrame};
 use crate::error::{Error, Result};
 
 /// The structural similarity of each frame: a uniform 7x7 window, sample covariance, windows that lie inside the frame.
@@ -11,9 +11,7 @@ use crate::error::{Error, Result};
 /// The tables of OpenSTL and its relatives were made with 2, which gives larger numbers: say which one you print.
 /// It is scikit-image's default `structural_similarity`, per channel, averaged. Fails on frames smaller than a window.
 pub fn ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> Result<PerFrame> {
-    const SIDE: usize = 7;
-    let samples = (SIDE * SIDE) as f64;
-    similarity(prediction, target, &[1. / SIDE as f64; SIDE], samples / (samples - 1.), data_range)
+    Pair::new(prediction, target)?.clipped().ssim(data_range)
 }
 
 /// The structural similarity of each frame under a Gaussian 11x11 window of sigma 1.5, the one of the original paper
@@ -24,48 +22,59 @@ pub fn gaussian_ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> R
     let bell = |at: usize| (-0.5 * ((at as f64 - (SIDE / 2) as f64) / SIGMA).powi(2)).exp();
     let sum: f64 = (0..SIDE).map(bell).sum();
     let window: [f64; SIDE] = std::array::from_fn(|at| bell(at) / sum);
-    similarity(prediction, target, &window, 1., data_range)
+    Pair::new(prediction, target)?.clipped().similarity(&window, 1., data_range)
 }
 
-/// `window` holds the weights along one axis; a window over the frame is their product along both.
-fn similarity(
-    prediction: &Tensor,
-    target: &Tensor,
-    window: &[f64],
-    covariance_scale: f64,
-    data_range: f64,
-) -> Result<PerFrame> {
-    let frames = Pair::new(prediction, target)?.clipped();
-    let (height, width, side) = (frames.height, frames.width, window.len());
-    if height.min(width) < side {
-        return Err(Error::msg(format!(
-            "this SSIM looks through windows of {side}x{side} pixels, and the frames have {height}x{width}"
-        )));
+/// The side of the uniform window.
+pub(super) const SIDE: usize = 7;
+
+impl Pair {
+    /// [`ssim()`] of clipped frames. Only windows whose pixels are all known count.
+    pub(super) fn ssim(&self, data_range: f64) -> Result<PerFrame> {
+        let samples = (SIDE * SIDE) as f64;
+        self.similarity(&[1. / SIDE as f64; SIDE], samples / (samples - 1.), data_range)
     }
-    if !(data_range > 0. && data_range.is_finite()) {
-        return Err(Error::msg(format!(
-            "the data range of an SSIM is above 0, for example 1; it is {data_range}"
-        )));
-    }
-    let (luminance, contrast) = ((0.01 * data_range).powi(2), (0.03 * data_range).powi(2));
-    let plane = |x: &[f64], y: &[f64]| {
+
+    /// `window` holds the weights along one axis; a window over the frame is their product along both.
+    fn similarity(&self, window: &[f64], covariance_scale: f64, data_range: f64) -> Result<PerFrame> {
+        let (height, width, side) = (self.height, self.width, window.len());
+        if height.min(width) < side {
+            return Err(Error::msg(format!(
+                "this SSIM looks through windows of {side}x{side} pixels, and the frames have {height}x{width}"
+            )));
+        }
+        if !(data_range > 0. && data_range.is_finite()) {
+            return Err(Error::msg(format!(
+                "the data range of an SSIM is above 0, for example 1; it is {data_range}"
+            )));
+        }
+        let (luminance, contrast) = ((0.01 * data_range).powi(2), (0.03 * data_range).powi(2));
         let blur = |values: Vec<f64>| windowed_means(&values, width, window);
-        let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).collect();
-        let (mean_x, mean_y) = (blur(x.to_vec()), blur(y.to_vec()));
-        let (xx, yy, xy) = (blur(product(x, x)), blur(product(y, y)), blur(product(x, y)));
-        let index = |i: usize| {
-            let (mx, my) = (mean_x[i], mean_y[i]);
-            let variances = covariance_scale * (xx[i] - mx * mx + yy[i] - my * my);
-            let covariance = covariance_scale * (xy[i] - mx * my);
-            (2. * mx * my + luminance) / (mx * mx + my * my + luminance) * (2. * covariance + contrast)
-                / (variances + contrast)
+        let plane = |x: &[f64], y: &[f64], known: Option<&[f64]>| {
+            let product = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).collect();
+            let (mean_x, mean_y) = (blur(x.to_vec()), blur(y.to_vec()));
+            let (xx, yy, xy) = (blur(product(x, x)), blur(product(y, y)), blur(product(x, y)));
+            let index = |i: usize| {
+                let (mx, my) = (mean_x[i], mean_y[i]);
+                let variances = covariance_scale * (xx[i] - mx * mx + yy[i] - my * my);
+                let covariance = covariance_scale * (xy[i] - mx * my);
+                (2. * mx * my + luminance) / (mx * mx + my * my + luminance) * (2. * covariance + contrast)
+                    / (variances + contrast)
+            };
+            let Some(known) = known else {
+                return (0..mean_x.len()).map(index).sum::<f64>() / mean_x.len() as f64;
+            };
+            // Where a pixel is missing, the window's mean of what is known is clearly below 1.
+            let whole: Vec<f64> = (0..mean_x.len()).filter(|&i| known[i] > 1. - 1e-9).map(index).collect();
+            whole.iter().sum::<f64>() / whole.len() as f64
         };
-        (0..mean_x.len()).map(index).sum::<f64>() / mean_x.len() as f64
-    };
-    Ok(frames.per_frame(|x, y| {
-        let planes = x.chunks_exact(height * width).zip(y.chunks_exact(height * width));
-        planes.map(|(x, y)| plane(x, y)).sum::<f64>() / frames.channels as f64
-    }))
+        Ok(self.per_whole_frame(|FramePair { prediction, target, known }| {
+            let known =
+                known.map(|known| blur(known.iter().map(|&known| f64::from(u8::from(known))).collect()));
+            let planes = prediction.chunks_exact(height * width).zip(target.chunks_exact(height * width));
+            planes.map(|(x, y)| plane(x, y, known.as_deref())).sum::<f64>() / self.channels as f64
+        }))
+    }
 }
 
 /// The weighted mean in every window that lies inside the plane: one pass along the rows, one along the columns.

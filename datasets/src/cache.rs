@@ -1,0 +1,152 @@
+//! What was decoded from files, kept in a folder for the next time.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use candlepower::error::{Error, Result};
+use sha2::{Digest, Sha256};
+
+use crate::bytes::Bytes;
+
+/// Where decoded bytes go.
+pub(crate) enum Sink {
+    Memory(Vec<u8>),
+    File { file: BufWriter<File>, path: PathBuf },
+}
+
+impl Sink {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        match self {
+            Self::Memory(all) => all.extend_from_slice(bytes),
+            Self::File { file, path } => file.write_all(bytes).map_err(Error::file(path))?,
+        }
+        Ok(())
+    }
+}
+
+/// The `len` bytes that `decode` makes of these files: in memory, or, with a folder, in a file that the next run reads.
+///
+/// The file's name is a digest of everything that the bytes depend on: `settings`, the names, sizes and times of the files
+/// (when they were changed, and when the system last touched what it knows of them, which no program can set back). So what
+/// is stale is never found. It is written whole or not at all.
+pub(crate) fn decoded(
+    folder: Option<&Path>,
+    settings: &str,
+    files: &[PathBuf],
+    len: u64,
+    decode: impl FnOnce(&mut Sink) -> Result<()>,
+) -> Result<Bytes> {
+    let Some(folder) = folder else {
+        let mut sink = Sink::Memory(Vec::with_capacity(len as usize));
+        decode(&mut sink)?;
+        let Sink::Memory(bytes) = sink else {
+            return Err(Error::msg("what was decoded into memory is gone"));
+        };
+        return Ok(Bytes::Memory(bytes));
+    };
+    std::fs::create_dir_all(folder).map_err(Error::file(folder))?;
+    let path = folder.join(format!("{}.frames", digest(settings, files)?));
+    if let Ok(known) = Bytes::open(&path)
+        && known.len() == len
+    {
+        return Ok(known);
+    }
+    tracing::info!("decoding {} files into {}", files.len(), path.display());
+    let partial = path.with_extension(format!("{}.partial", std::process::id()));
+    let written = write(&partial, decode)
+        .and_then(|()| std::fs::rename(&partial, &path).map_err(Error::file(&path)))
+        .and_then(|()| Bytes::open(&path));
+    if written.is_err() {
+        // What could not be written may not be there to remove: the first error is the one to tell.
+        let _ = std::fs::remove_file(&partial);
+    }
+    written
+}
+
+fn write(path: &Path, decode: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
+    let file = BufWriter::new(File::create(path).map_err(Error::file(path))?);
+    let mut sink = Sink::File { file, path: path.to_path_buf() };
+    decode(&mut sink)?;
+    let Sink::File { mut file, .. } = sink else { return Ok(()) };
+    file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::file(path))
+}
+
+fn digest(settings: &str, files: &[PathBuf]) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut add = |part: &[u8]| {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part);
+    };
+    add(env!("CARGO_PKG_VERSION").as_bytes());
+    add(settings.as_bytes());
+    for file in files {
+        let known = std::fs::metadata(file).map_err(Error::file(file))?;
+        add(file.as_os_str().as_encoded_bytes());
+        for number in
+            [known.len() as i64, known.mtime(), known.mtime_nsec(), known.ctime(), known.ctime_nsec()]
+        {
+            add(&number.to_le_bytes());
+        }
+    }
+    Ok(hash.finalize()[..16].iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    /// The content of these files, one after the other, and whether it was decoded just now.
+    fn content(folder: Option<&Path>, settings: &str, files: &[PathBuf], len: u64) -> (Vec<u8>, bool) {
+        let mut fresh = false;
+        let bytes = decoded(folder, settings, files, len, |sink| {
+            fresh = true;
+            files.iter().try_for_each(|file| sink.write(&std::fs::read(file).unwrap()))
+        });
+        let bytes = bytes.unwrap();
+        let mut all = vec![0; bytes.len() as usize];
+        bytes.read(0, &mut all).unwrap();
+        (all, fresh)
+    }
+
+    #[test]
+    fn what_is_stale_is_never_found() {
+        let dir = tempfile::tempdir().unwrap();
+        let (cache, file) = (dir.path().join("cache"), dir.path().join("a"));
+        std::fs::write(&file, "abc").unwrap();
+        let files = [file.clone()];
+        let cached = |settings: &str| content(Some(&cache), settings, &files, 3);
+        assert_eq!(cached("x"), (b"abc".to_vec(), true));
+        assert_eq!(cached("x"), (b"abc".to_vec(), false));
+        assert_eq!(cached("y"), (b"abc".to_vec(), true));
+        // As long as before, and, by its own account, as old.
+        let modified = file.metadata().unwrap().modified().unwrap();
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        std::fs::write(&file, "xyz").unwrap();
+        File::options().write(true).open(&file).unwrap().set_modified(modified).unwrap();
+        assert_eq!(cached("x"), (b"xyz".to_vec(), true));
+        assert_eq!(cached("x"), (b"xyz".to_vec(), false));
+        // A file of the cache that somebody cut short.
+        for entry in std::fs::read_dir(&cache).unwrap() {
+            std::fs::write(entry.unwrap().path(), "x").unwrap();
+        }
+        assert_eq!(cached("x"), (b"xyz".to_vec(), true));
+        assert_eq!(content(None, "x", &files, 3), (b"xyz".to_vec(), true));
+    }
+
+    #[test]
+    fn nothing_half_written_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let failed = decoded(Some(dir.path()), "", &[], 9, |sink| {
+            sink.write(b"some")?;
+            Err(Error::msg("broken"))
+        });
+        assert_eq!(failed.err().unwrap().to_string(), "broken");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let missing = [dir.path().join("none")];
+        assert!(matches!(decoded(Some(dir.path()), "", &missing, 0, |_| Ok(())), Err(Error::File { .. })));
+    }
+}

@@ -1,0 +1,246 @@
+//! Frames that somebody has: folders of pictures, animations, arrays.
+
+mod clips;
+mod sequences;
+
+use std::path::PathBuf;
+
+use candle_core::{Device, Tensor};
+use candlepower::batch::{Video, VideoSpec};
+use candlepower::data::{Dataset, Open, Sample, Split};
+use candlepower::error::{Error, Result};
+use clips::Clips;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::augment::Augment;
+use crate::windows::Windows;
+
+/// The fields of `[data]` for `name = "frames"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// A folder, with those in it, or one file. The pictures of a folder (.png, .jpg, .gif) are one sequence, in the order
+    /// of their names, numbers in them taken as numbers; an animation (.gif) is a sequence; an array (.npy, .npy.gz, .npz)
+    /// of (N, T, H, W), (N, T, H, W, C) or (N, T, C, H, W) is N, one of (T, H, W) is one.
+    pub path: String,
+    /// Which array of an .npz archive that holds several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub array: Option<String>,
+    /// Channels of a frame: pictures can be gray, 1, or have colours, 3; arrays must have as many.
+    pub channels: usize,
+    /// The values of an array that become 0 and 1. Default: of bytes 0 and 255, of 16 bits 0 and 65535, of floats 0 and 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub range: Option<[f32; 2]>,
+    /// Rows and columns that frames are scaled to, with a triangle filter. Default: as they are, all alike.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resize: Option<[usize; 2]>,
+    /// Rows and columns that are cut out of the middle, after scaling. Default: all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crop: Option<[usize; 2]>,
+    /// Frames to predict from.
+    pub frames_in: usize,
+    /// Frames to predict.
+    pub frames_out: usize,
+    /// Frames from the start of one sample to the start of the next: 1 takes every sample that there is.
+    pub stride: usize,
+    /// Frames from one frame of a sample to its next: 1 takes all.
+    pub every: usize,
+    /// Frames, of those that are taken, left out between the input and the target.
+    pub gap: usize,
+    /// How the frames are divided among the splits.
+    pub split: Division,
+    /// The share of the sequences, or of each one's frames, that is validated on; at least one sequence.
+    pub val_share: f64,
+    /// The same for testing. 0: tested is on what is validated on.
+    pub test_share: f64,
+    /// Leaves out sequences that are too short for a sample, instead of refusing them.
+    pub skip_short: bool,
+    /// A folder to keep decoded pictures in, where they do not fit into memory or take long to decode. What is found
+    /// there is never stale: its name depends on the files' sizes and times and on these settings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// Random changes of training samples.
+    pub augment: Augment,
+}
+
+/// How frames are divided among the splits. No frame is in two of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Division {
+    /// By sequence, in the order of their names: the first are learned from, then come those to validate and to test on.
+    Sequence,
+    /// By time: the first part of each sequence is learned from, then come those to validate and to test on.
+    Time,
+    /// By folder: `path` holds the folders `train`, `val` and `test`; without the last, tested is on `val`.
+    Folder,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            array: None,
+            channels: 1,
+            range: None,
+            resize: None,
+            crop: None,
+            frames_in: 10,
+            frames_out: 10,
+            stride: 1,
+            every: 1,
+            gap: 0,
+            split: Division::Sequence,
+            val_share: 0.1,
+            test_share: 0.1,
+            skip_short: false,
+            cache: None,
+            augment: Augment::default(),
+        }
+    }
+}
+
+impl Config {
+    fn windows(&self) -> Windows {
+        let Self { frames_in, frames_out, stride, every, gap, .. } = *self;
+        Windows { frames_in, frames_out, stride, every, gap }
+    }
+
+    /// Refuses what no file could make right.
+    fn check(&self) -> Result<()> {
+        self.windows().check()?;
+        if self.path.is_empty() {
+            return Err(Error::setting("path", "expected a folder of frames, or a file of them"));
+        }
+        if self.channels == 0 {
+            return Err(Error::setting("channels", "expected at least 1, found 0"));
+        }
+        for (key, size) in [("resize", self.resize), ("crop", self.crop)] {
+            if size.is_some_and(|size| size.contains(&0)) {
+                return Err(Error::setting(key, "expected rows and columns of at least 1"));
+            }
+        }
+        if let Some([low, high]) =
+            self.range.filter(|[low, high]| !(low.is_finite() && high.is_finite() && low < high))
+        {
+            return Err(Error::setting(
+                "range",
+                format!("expected two rising values, found {low} and {high}"),
+            ));
+        }
+        for (key, share) in [("val_share", self.val_share), ("test_share", self.test_share)] {
+            if !(0. ..1.).contains(&share) {
+                return Err(Error::setting(key, format!("expected a share of 0 to below 1, found {share}")));
+            }
+        }
+        if self.val_share == 0. {
+            return Err(Error::setting(
+                "val_share",
+                "expected a share above 0: there has to be something to validate on",
+            ));
+        }
+        if self.val_share + self.test_share >= 1. {
+            let message =
+                "with `test_share` nothing is left to learn from; expected less than 1 of both together";
+            return Err(Error::setting("val_share", message));
+        }
+        Ok(())
+    }
+}
+
+/// Windows over sequences of frames that were found in files.
+///
+/// Batches: input (B, T_in, C, H, W) and target (B, T_out, C, H, W), f32 in `[0, 1]`. Everything that can be wrong with
+/// pictures is found when they are opened; an array's values are looked at when they are read.
+pub struct Frames {
+    spec: VideoSpec,
+    windows: Windows,
+    augment: Augment,
+    clips: Clips,
+    /// The clip and the first frame of each sample.
+    samples: Vec<(usize, usize)>,
+}
+
+impl Open for Frames {
+    type Config = Config;
+
+    fn open(config: &Config, split: Split) -> Result<Self> {
+        config.check()?;
+        let windows = config.windows();
+        let sequences = sequences::find(config)?;
+        let parts = sequences::parts(config, &sequences, split)?;
+        let clips = Clips::open(config, &sequences, &parts)?;
+        let starts = |(clip, part): (usize, &sequences::Part)| {
+            windows.starts(part.frames.clone()).map(move |start| (clip, start)).collect::<Vec<_>>()
+        };
+        let samples: Vec<_> = parts.iter().enumerate().flat_map(starts).collect();
+        if samples.is_empty() {
+            return Err(Error::msg(format!(
+                "{}: the {} split holds no sample; one takes {} frames of a sequence",
+                config.path,
+                split.name(),
+                windows.span()
+            )));
+        }
+        let size = clips.size();
+        let [height, width] = config.crop.unwrap_or(size);
+        if height > size[0] || width > size[1] {
+            let message = format!(
+                "expected at most {}x{}, the size of the frames, found {height}x{width}",
+                size[0], size[1]
+            );
+            return Err(Error::setting("crop", message));
+        }
+        config.augment.check([height, width])?;
+        let (frames_in, frames_out, channels) = (config.frames_in, config.frames_out, config.channels);
+        let spec = VideoSpec { frames_in, frames_out, channels, height, width };
+        Ok(Self { spec, windows, augment: config.augment.clone(), clips, samples })
+    }
+}
+
+impl Dataset for Frames {
+    type Batch = Video;
+
+    fn len(&self) -> usize {
+        self.samples.len()
+    }
+
+    fn spec(&self) -> VideoSpec {
+        self.spec
+    }
+
+    fn batch(&self, samples: &[Sample]) -> Result<Video> {
+        let VideoSpec { frames_in, frames_out, channels, height, width } = self.spec;
+        let (size, crop) = (self.clips.size(), [height, width]);
+        let (mut input, mut target, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+        for sample in samples {
+            let &(clip, start) = self.samples.get(sample.index).ok_or_else(|| {
+                Error::msg(format!(
+                    "there is no sample {}: the split has {}",
+                    sample.index,
+                    self.samples.len()
+                ))
+            })?;
+            let change = self.augment.draw(sample);
+            let [top, left] = change.corner(size, crop);
+            for (i, frame) in self.windows.frames(start).enumerate() {
+                let planes = self.clips.read(clip, frame)?;
+                let out = if i < frames_in { &mut input } else { &mut target };
+                for plane in planes.chunks_exact(size[0] * size[1]) {
+                    let from = out.len();
+                    let rows = plane.chunks_exact(size[1]).skip(top).take(height);
+                    rows.for_each(|row| out.extend_from_slice(&row[left..left + width]));
+                    change.turn(&mut out[from..], crop, &mut scratch);
+                    change.brighten(&mut out[from..]);
+                }
+            }
+        }
+        let tensor = |values: Vec<f32>, times| {
+            Tensor::from_vec(values, (samples.len(), times, channels, height, width), &Device::Cpu)
+        };
+        Ok(Video::new(tensor(input, frames_in)?, tensor(target, frames_out)?))
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,454 @@
+//! Rain that was: radar composites of whole events, to forecast the next hour from the last minutes (nowcasting; X. Shi
+//! et al., "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting", NeurIPS 2015).
+
+pub mod composite;
+mod event;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use candlepower::batch::{Quantity, Threshold, Video, VideoSpec};
+use candlepower::data::{Dataset, Open, Sample, Split};
+use candlepower::error::{Error, Result};
+use event::Event;
+use rayon::prelude::*;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::augment::Augment;
+use crate::bytes::Bytes;
+use crate::cache;
+use crate::windows::Windows;
+
+/// The fields of `[data]` for `name = "radar"`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Config {
+    /// The folder that holds a folder of composites for each event.
+    pub path: String,
+    /// The events to learn from, by the names of their folders.
+    pub train_events: Vec<String>,
+    /// The events to validate on.
+    pub val_events: Vec<String>,
+    /// The events to test on. None: those to validate on.
+    pub test_events: Vec<String>,
+    /// Minutes from one composite to the next.
+    pub minutes: usize,
+    /// Frames to predict from.
+    pub frames_in: usize,
+    /// Frames to predict.
+    pub frames_out: usize,
+    /// Frames from the start of one sample to the start of the next.
+    pub stride: usize,
+    /// Composites of a sample that may be missing; the loss does not see them, and an input shows the one before.
+    pub max_missing: usize,
+    /// Pixels along each side that are averaged into one.
+    pub pool: usize,
+    /// Rows and columns that a sample shows, in averaged pixels.
+    pub crop: usize,
+    /// Averaged pixels from one crop to the next, along rows and columns.
+    pub crop_stride: usize,
+    /// Samples show rain, of 0.1 mm/h or more, on at least this share of their pixels, over all of their frames.
+    pub min_rain: f64,
+    /// Rain rates, in mm/h, whose forecasts are scored.
+    pub thresholds: Vec<f64>,
+    /// A folder to keep decoded composites in. Default: they are decoded into memory every time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<PathBuf>,
+    /// Random changes of training samples; `crop` moves crops by up to half of `crop_stride`.
+    pub augment: Augment,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            path: String::new(),
+            train_events: Vec::new(),
+            val_events: Vec::new(),
+            test_events: Vec::new(),
+            minutes: 5,
+            frames_in: 6,
+            frames_out: 12,
+            stride: 1,
+            max_missing: 2,
+            pool: 2,
+            crop: 64,
+            crop_stride: 32,
+            min_rain: 0.2,
+            thresholds: vec![0.5, 2., 5.],
+            cache: None,
+            augment: Augment::default(),
+        }
+    }
+}
+
+/// Rain that counts as some, in mm/h.
+const SOME_RAIN: f32 = 0.1;
+
+impl Config {
+    fn windows(&self) -> Windows {
+        Windows {
+            frames_in: self.frames_in,
+            frames_out: self.frames_out,
+            stride: self.stride,
+            every: 1,
+            gap: 0,
+        }
+    }
+
+    /// Refuses what no file could make right.
+    fn check(&self) -> Result<()> {
+        self.windows().check()?;
+        let least = [
+            ("minutes", self.minutes),
+            ("pool", self.pool),
+            ("crop", self.crop),
+            ("crop_stride", self.crop_stride),
+        ];
+        if let Some((key, _)) = least.into_iter().find(|(_, value)| *value == 0) {
+            return Err(Error::setting(key, "expected at least 1, found 0"));
+        }
+        if !(0. ..=1.).contains(&self.min_rain) {
+            return Err(Error::setting(
+                "min_rain",
+                format!("expected a share of 0 to 1, found {}", self.min_rain),
+            ));
+        }
+        if let Some(rate) = self.thresholds.iter().find(|rate| !(rate.is_finite() && **rate > 0.)) {
+            return Err(Error::setting(
+                "thresholds",
+                format!("expected rain rates above 0 mm/h, found {rate}"),
+            ));
+        }
+        for (key, events) in [("train_events", &self.train_events), ("val_events", &self.val_events)] {
+            if events.is_empty() {
+                return Err(Error::setting(key, "expected the name of at least one folder of composites"));
+            }
+        }
+        self.augment.check([self.crop; 2])
+    }
+
+    fn events(&self, split: Split) -> &[String] {
+        match split {
+            Split::Train => &self.train_events,
+            Split::Test if !self.test_events.is_empty() => &self.test_events,
+            Split::Val | Split::Test => &self.val_events,
+        }
+    }
+
+    /// Lists the composites of a split's events.
+    fn list(&self, split: Split) -> Result<Vec<Event>> {
+        let open = |name: &String| Event::list(&Path::new(&self.path).join(name), self.minutes as i64);
+        self.events(split).iter().map(open).collect()
+    }
+
+    /// Refuses events of one time in two splits, under whatever names.
+    fn check_apart(&self) -> Result<()> {
+        let all = [("train_events", Split::Train), ("val_events", Split::Val), ("test_events", Split::Test)];
+        let splits = if self.test_events.is_empty() { &all[..2] } else { &all[..] };
+        let events = splits.iter().map(|(_, split)| self.list(*split)).collect::<Result<Vec<_>>>()?;
+        for (i, (key, _)) in splits.iter().enumerate() {
+            for (j, (other, _)) in splits.iter().enumerate().take(i) {
+                let pairs = events[i].iter().flat_map(|a| events[j].iter().map(move |b| (a, b)));
+                if let Some((a, b)) = pairs.into_iter().find(|(a, b)| a.overlaps(b)) {
+                    let message = format!(
+                        "{} is of the same time as {} of `{other}`: no event may be in two splits",
+                        a.path.display(),
+                        b.path.display()
+                    );
+                    return Err(Error::setting(*key, message));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Radar composites of rain events, as crops with enough rain.
+///
+/// Batches: input (B, T_in, 1, H, W) and target (B, T_out, 1, H, W), f32: 0 is no rain, 1 is 100 mm/h or more, with a
+/// logarithm between them ([`composite::to_value`]); `mask` is 0 where no radar sees and where a composite is missing;
+/// `quantity` has the thresholds in mm/h.
+pub struct Radar {
+    spec: VideoSpec,
+    config: Config,
+    quantity: Arc<Quantity>,
+    events: Vec<Event>,
+    /// The palette indices of all composites, one event after the other.
+    indices: Bytes,
+    /// (rows, columns) of a composite.
+    size: [usize; 2],
+    places: Vec<Place>,
+    /// Rain rates in mm/h by palette index; NaN where no radar sees.
+    rates: [f32; 256],
+}
+
+/// Where a sample is: its event, its first frame, its corner in averaged pixels, (row, column).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Place {
+    event: usize,
+    start: usize,
+    corner: [usize; 2],
+}
+
+impl Open for Radar {
+    type Config = Config;
+
+    fn open(config: &Config, split: Split) -> Result<Self> {
+        config.check()?;
+        if !Path::new(&config.path).is_dir() {
+            let message =
+                format!("{}: no such folder; expected one that holds a folder an event", config.path);
+            return Err(Error::setting("path", message));
+        }
+        config.check_apart()?;
+        let windows = config.windows();
+        let mut events = config.list(split)?;
+        let mut composites = 0;
+        for event in &mut events {
+            event.first = composites;
+            composites += event.files.len();
+            if event.slots.len() < windows.span() {
+                return Err(Error::msg(format!(
+                    "{}: its composites span {} times of {} minutes; expected at least {}, which a sample takes",
+                    event.path.display(),
+                    event.slots.len(),
+                    config.minutes,
+                    windows.span()
+                )));
+            }
+        }
+        let (size, indices) = decoded(config, &events)?;
+        let pooled = size.map(|side| side / config.pool);
+        if config.crop > pooled[0] || config.crop > pooled[1] {
+            let message = format!(
+                "expected at most {}, found {}: a composite has {}x{} pixels, averaged by {}",
+                pooled[0].min(pooled[1]),
+                config.crop,
+                size[0],
+                size[1],
+                config.pool
+            );
+            return Err(Error::setting("crop", message));
+        }
+        let threshold = |&value: &f64| Threshold { value, level: composite::to_value(value) };
+        let thresholds = config.thresholds.iter().map(threshold).collect();
+        let mut radar = Self {
+            spec: VideoSpec {
+                frames_in: config.frames_in,
+                frames_out: config.frames_out,
+                channels: 1,
+                height: config.crop,
+                width: config.crop,
+            },
+            quantity: Arc::new(Quantity { unit: "mm/h", thresholds, minutes: config.minutes as f64 }),
+            config: config.clone(),
+            events,
+            indices,
+            size,
+            places: Vec::new(),
+            rates: std::array::from_fn(|index| composite::rain_rate(index as u8).unwrap_or(f32::NAN)),
+        };
+        radar.places = radar.rainy_places(&windows)?;
+        if radar.places.is_empty() {
+            let message = format!(
+                "no crop of the {} events has rain on {} of its pixels; expected a lower share",
+                split.name(),
+                config.min_rain
+            );
+            return Err(Error::setting("min_rain", message));
+        }
+        Ok(radar)
+    }
+}
+
+/// The size and the palette indices of all composites.
+fn decoded(config: &Config, events: &[Event]) -> Result<([usize; 2], Bytes)> {
+    let files: Vec<PathBuf> = events.iter().flat_map(|event| event.files.clone()).collect();
+    let Some(first) = files.first() else { return Err(Error::msg("there are no composites")) };
+    let size = composite::read(first)?.0;
+    let read = |path: &PathBuf| {
+        let (found, indices) = composite::read(path)?;
+        if found != size {
+            return Err(Error::msg(format!(
+                "{}: has {}x{} pixels; expected {}x{}, as {}",
+                path.display(),
+                found[0],
+                found[1],
+                size[0],
+                size[1],
+                first.display()
+            )));
+        }
+        Ok(indices)
+    };
+    let len = (files.len() * size[0] * size[1]) as u64;
+    let settings = json!({"radar": size}).to_string();
+    let indices = cache::decoded(config.cache.as_deref(), &settings, &files, len, |sink| {
+        let composites: Vec<_> = files.par_iter().map(read).collect();
+        composites.into_iter().try_for_each(|indices| sink.write(&indices?))
+    })?;
+    Ok((size, indices))
+}
+
+impl Radar {
+    /// All crops that have enough rain and lack few enough composites.
+    fn rainy_places(&self, windows: &Windows) -> Result<Vec<Place>> {
+        let Config { pool, crop, crop_stride, frames_in, .. } = self.config;
+        let along = |axis: usize| (0..=self.size[axis] / pool - crop).step_by(crop_stride);
+        let corners: Vec<[usize; 2]> = along(0).flat_map(|y| along(1).map(move |x| [y, x])).collect();
+        let mut places = Vec::new();
+        for (number, event) in self.events.iter().enumerate() {
+            // Pixels with rain, by composite and corner.
+            let count = |i: usize| -> Result<Vec<u32>> {
+                let sums = self.rain_sums(event.first + i)?;
+                let corners = corners.iter().map(|corner| corner.map(|at| at * pool));
+                Ok(corners.map(|[y, x]| sums.within(y..y + crop * pool, x..x + crop * pool)).collect())
+            };
+            let counts = (0..event.files.len()).into_par_iter().map(count).collect::<Result<Vec<_>>>()?;
+            for start in windows.starts(0..event.slots.len()) {
+                let slots: Vec<Option<usize>> = windows.frames(start).map(|slot| event.slots[slot]).collect();
+                let (input, target) = slots.split_at(frames_in);
+                let missing = slots.iter().filter(|slot| slot.is_none()).count();
+                let some = |part: &[Option<usize>]| part.iter().any(Option::is_some);
+                if missing > self.config.max_missing || !some(input) || !some(target) {
+                    continue;
+                }
+                let pixels = (slots.len() - missing) * (crop * pool).pow(2);
+                for (i, &corner) in corners.iter().enumerate() {
+                    let rainy: u32 = slots.iter().flatten().map(|&composite| counts[composite][i]).sum();
+                    if f64::from(rainy) >= self.config.min_rain * pixels as f64 {
+                        places.push(Place { event: number, start, corner });
+                    }
+                }
+            }
+        }
+        Ok(places)
+    }
+
+    /// How many pixels of a composite have rain, within any rectangle.
+    fn rain_sums(&self, composite: usize) -> Result<Sums> {
+        let [height, width] = self.size;
+        let mut indices = vec![0; height * width];
+        self.indices.read((composite * height * width) as u64, &mut indices)?;
+        let mut sums = Sums { columns: width + 1, values: vec![0; (height + 1) * (width + 1)] };
+        for (y, row) in indices.chunks_exact(width).enumerate() {
+            let mut in_row = 0;
+            for (x, &index) in row.iter().enumerate() {
+                in_row += u32::from(self.rates[usize::from(index)] >= SOME_RAIN);
+                sums.values[(y + 1) * sums.columns + x + 1] = sums.values[y * sums.columns + x + 1] + in_row;
+            }
+        }
+        Ok(sums)
+    }
+
+    /// The values of a crop of a composite, (H, W), and which are known.
+    fn crop(&self, composite: usize, [top, left]: [usize; 2]) -> Result<(Vec<f32>, Vec<f32>)> {
+        let Config { pool, crop, .. } = self.config;
+        let [height, width] = self.size;
+        let (mut values, mut known) = (Vec::with_capacity(crop * crop), Vec::with_capacity(crop * crop));
+        let mut rows = vec![0; pool * crop * pool];
+        for y in top * pool..(top + crop) * pool {
+            let row = &mut rows[y % pool * crop * pool..][..crop * pool];
+            self.indices.read(((composite * height + y) * width + left * pool) as u64, row)?;
+            if y % pool < pool - 1 {
+                continue;
+            }
+            for x in 0..crop {
+                let (mut sum, mut count) = (0., 0);
+                for row in rows.chunks_exact(crop * pool) {
+                    for &index in &row[x * pool..(x + 1) * pool] {
+                        let rate = self.rates[usize::from(index)];
+                        if !rate.is_nan() {
+                            sum += f64::from(rate);
+                            count += 1;
+                        }
+                    }
+                }
+                values.push(composite::to_value(sum / f64::from(count.max(1))));
+                known.push(if count > 0 { 1. } else { 0. });
+            }
+        }
+        Ok((values, known))
+    }
+
+    /// Where a crop lies, moved by up to half a stride where the change asks for it.
+    fn corner(&self, place: &Place, change: &crate::augment::Change) -> [usize; 2] {
+        let Config { pool, crop, crop_stride, .. } = self.config;
+        let moved = change.corner([crop + crop_stride; 2], [crop; 2]);
+        [0, 1].map(|axis| {
+            let most = self.size[axis] / pool - crop;
+            (place.corner[axis] + moved[axis]).saturating_sub(crop_stride / 2).min(most)
+        })
+    }
+}
+
+/// Sums over rectangles, from sums over those that begin at the first pixel (a summed-area table).
+struct Sums {
+    columns: usize,
+    values: Vec<u32>,
+}
+
+impl Sums {
+    fn within(&self, rows: Range<usize>, columns: Range<usize>) -> u32 {
+        let at = |y: usize, x: usize| self.values[y * self.columns + x];
+        at(rows.end, columns.end) + at(rows.start, columns.start)
+            - at(rows.start, columns.end)
+            - at(rows.end, columns.start)
+    }
+}
+
+impl Dataset for Radar {
+    type Batch = Video;
+
+    fn len(&self) -> usize {
+        self.places.len()
+    }
+
+    fn spec(&self) -> VideoSpec {
+        self.spec
+    }
+
+    fn batch(&self, samples: &[Sample]) -> Result<Video> {
+        let (frames_in, side) = (self.spec.frames_in, self.spec.height);
+        let windows = self.config.windows();
+        let (mut input, mut target, mut mask, mut scratch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for sample in samples {
+            let place = self.places.get(sample.index).ok_or_else(|| {
+                Error::msg(format!(
+                    "there is no sample {}: the split has {}",
+                    sample.index,
+                    self.places.len()
+                ))
+            })?;
+            let event = &self.events[place.event];
+            let change = self.config.augment.draw(sample);
+            let corner = self.corner(place, &change);
+            for (i, slot) in windows.frames(place.start).enumerate() {
+                let (composite, came) = event.at(slot);
+                let (mut values, mut known) = self.crop(event.first + composite, corner)?;
+                if !came {
+                    known.fill(0.);
+                }
+                change.turn(&mut values, [side; 2], &mut scratch);
+                change.brighten(&mut values);
+                change.turn(&mut known, [side; 2], &mut scratch);
+                if i < frames_in { &mut input } else { &mut target }.append(&mut values);
+                mask.append(&mut known);
+            }
+        }
+        let tensor =
+            |values, times| Tensor::from_vec(values, (samples.len(), times, 1, side, side), &Device::Cpu);
+        Ok(Video {
+            mask: Some(tensor(mask, frames_in + self.spec.frames_out)?),
+            quantity: Some(self.quantity.clone()),
+            ..Video::new(tensor(input, frames_in)?, tensor(target, self.spec.frames_out)?)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests;
