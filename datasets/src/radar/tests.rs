@@ -246,7 +246,7 @@ fn broken_events_are_named() {
     assert!(set(&|config| config.train_events = vec!["z".into()]).starts_with("z: "));
     assert_eq!(
         set(&|config| config.path = "no/where".into()),
-        "`path`: no/where: no such folder; expected one that holds a folder an event"
+        "`path`: ROOT: no such folder; expected one that holds a folder an event"
     );
     assert_eq!(
         set(&|config| config.val_events = Vec::new()),
