@@ -15,8 +15,8 @@ impl Dataset for Points {
     }
     fn spec(&self) {}
     fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
-        let points: Vec<[f32; 2]> = samples.iter().map(|sample| self.0[sample.index]).collect();
-        let points = Tensor::new(points, &Device::Cpu)?;
+        let points = samples.iter().flat_map(|sample| self.0[sample.index]);
+        let points = Tensor::from_iter(points, &Device::Cpu)?.reshape(((), 2))?;
         Ok(Tensors(vec![points.narrow(1, 0, 1)?, points.narrow(1, 1, 1)?]))
     }
 }

@@ -385,7 +385,7 @@ impl Radar {
         let moved = change.corner([crop + crop_stride; 2], [crop; 2]);
         [0, 1].map(|axis| {
             let most = self.size[axis] / pool - crop;
-            (place.corner[axis] + moved[axis]).saturating_sub(crop_stride / 2).min(most)
+            (place.corner[axis] + moved[axis]).saturating_sub(crop_stride.div_ceil(2)).min(most)
         })
     }
 }

@@ -91,6 +91,7 @@ fn pixels_are_rain_averaged_and_on_a_logarithm() {
                 mean_of([above, above, above + 1, above + 1]),
                 "{time}, {row}"
             );
+            assert_eq!(at(tensor, 0, i, row, 2), at(tensor, 0, i, row, 0), "{time}, {row}");
             assert_eq!(at(tensor, 0, i, row, 3), 0., "it does not rain in the right half");
         }
     }
