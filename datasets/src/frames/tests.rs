@@ -232,7 +232,7 @@ fn a_cache_changes_nothing_and_is_never_stale() {
     let frames = dir.path().join("frames");
     pictures(&frames, 20);
     animation(&frames.join("last.gif"), 20);
-    let plain = timed(&frames);
+    let plain = Config { val_share: 0.2, test_share: 0.2, ..timed(&frames) };
     let cached = Config { cache: Some(dir.path().join("cache")), ..plain.clone() };
     for split in [Split::Train, Split::Val, Split::Test, Split::Train] {
         assert_eq!(shades(&cached, split), shades(&plain, split));

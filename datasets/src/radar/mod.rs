@@ -85,6 +85,8 @@ impl Default for Config {
     }
 }
 
+/// Composites that are decoded at once, before any of them is kept.
+const AT_ONCE: usize = 64;
 /// Rain that counts as some, in mm/h.
 const SOME_RAIN: f32 = 0.1;
 
@@ -288,8 +290,10 @@ fn decoded(config: &Config, events: &[Event]) -> Result<([usize; 2], Bytes)> {
     let len = (files.len() * size[0] * size[1]) as u64;
     let settings = json!({"radar": size}).to_string();
     let indices = cache::decoded(config.cache.as_deref(), &settings, &files, len, |sink| {
-        let composites: Vec<_> = files.par_iter().map(read).collect();
-        composites.into_iter().try_for_each(|indices| sink.write(&indices?))
+        files.chunks(AT_ONCE).try_for_each(|files| {
+            let composites: Vec<_> = files.par_iter().map(read).collect();
+            composites.into_iter().try_for_each(|indices| sink.write(&indices?))
+        })
     })?;
     Ok((size, indices))
 }
@@ -381,7 +385,7 @@ impl Radar {
         let moved = change.corner([crop + crop_stride; 2], [crop; 2]);
         [0, 1].map(|axis| {
             let most = self.size[axis] / pool - crop;
-            (place.corner[axis] + moved[axis]).saturating_sub(crop_stride / 2).min(most)
+            (place.corner[axis] + moved[axis]).saturating_sub(crop_stride.div_ceil(2)).min(most)
         })
     }
 }

@@ -91,6 +91,7 @@ fn pixels_are_rain_averaged_and_on_a_logarithm() {
                 mean_of([above, above, above + 1, above + 1]),
                 "{time}, {row}"
             );
+            assert_eq!(at(tensor, 0, i, row, 2), at(tensor, 0, i, row, 0), "{time}, {row}");
             assert_eq!(at(tensor, 0, i, row, 3), 0., "it does not rain in the right half");
         }
     }
@@ -246,7 +247,7 @@ fn broken_events_are_named() {
     assert!(set(&|config| config.train_events = vec!["z".into()]).starts_with("z: "));
     assert_eq!(
         set(&|config| config.path = "no/where".into()),
-        "`path`: no/where: no such folder; expected one that holds a folder an event"
+        "`path`: ROOT: no such folder; expected one that holds a folder an event"
     );
     assert_eq!(
         set(&|config| config.val_events = Vec::new()),

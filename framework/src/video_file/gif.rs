@@ -49,6 +49,12 @@ pub(super) fn read(path: &Path, limit: usize) -> Result<Pictures> {
     Ok(Pictures { height: screen.height, width: screen.width, frames })
 }
 
+/// (rows, columns) of a file's frames.
+pub(super) fn size(path: &Path) -> Result<[usize; 2]> {
+    let decoder = open(path, DecodeOptions::new())?;
+    Ok([decoder.height().into(), decoder.width().into()])
+}
+
 /// How many frames a file has.
 pub(super) fn count(path: &Path) -> Result<usize> {
     let mut options = DecodeOptions::new();

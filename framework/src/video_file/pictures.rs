@@ -47,6 +47,9 @@ fn at_most(path: &Path, limit: usize) -> Result<Pictures> {
 
 /// (rows, columns) of a picture or an animation, of which no more than that is read.
 pub fn size(path: &Path) -> Result<[usize; 2]> {
+    if extension(path) == "gif" {
+        return gif::size(path);
+    }
     let (width, height) = reader(path)?.into_dimensions().map_err(unreadable(path))?;
     Ok([height as usize, width as usize])
 }
