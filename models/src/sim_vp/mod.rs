@@ -347,11 +347,10 @@ mod tests {
             refused(SimVpConfig { temporal_layers: 1, ..config() }),
             "`temporal_layers`: expected at least 2, found 1"
         );
-        let odd = SimVpConfig { translator: TranslatorKind::Incepu, spatial_channels: 6, ..config() };
-        assert!(
-            refused(odd).starts_with("`spatial_channels`: 12 channels of 2 frames do not make"),
-            "{}",
-            refused(SimVpConfig { translator: TranslatorKind::Incepu, spatial_channels: 6, ..config() })
+        let translator = TranslatorKind::Incepu;
+        assert_eq!(
+            refused(SimVpConfig { translator, spatial_channels: 6, temporal_channels: 16, ..config() }),
+            "`spatial_channels`: 12 channels of 2 frames do not make 8 groups"
         );
     }
 }

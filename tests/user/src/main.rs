@@ -34,7 +34,10 @@ impl Open for Bars {
 
     fn open(config: &BarsConfig, split: Split) -> Result<Self> {
         if config.noise < 0. {
-            return Err(Error::setting("noise", format!("expected a number from 0 up, found {}", config.noise)));
+            return Err(Error::setting(
+                "noise",
+                format!("expected a number from 0 up, found {}", config.noise),
+            ));
         }
         let samples = if split == Split::Train { config.samples } else { 100 };
         Ok(Self { samples, noise: config.noise })
