@@ -10,7 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use candlepower::collective::{Backend, DistributedConfig, FAILURE_FILE};
 use candlepower::{Error, Result};
-use rustix::process::{Pid, Signal, kill_process_group};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
@@ -96,7 +97,7 @@ impl Launch {
         let why = loop {
             for signal in signals.pending() {
                 // As `train` does: the first lets it end its step and save, the second ends it at once.
-                run.signal(if told_to_end && signal != SIGUSR1 { Signal::KILL } else { named(signal) });
+                run.signal(if told_to_end && signal != SIGUSR1 { Signal::SIGKILL } else { named(signal) });
                 told_to_end |= signal != SIGUSR1;
             }
             if let Some(status) = run.poll()? {
@@ -160,8 +161,8 @@ impl Run {
 
     fn signal(&self, signal: Signal) {
         // What has ended already needs no signal.
-        if let (None, Some(group)) = (self.ended, Pid::from_raw(self.child.id() as i32)) {
-            let _ = kill_process_group(group, signal);
+        if self.ended.is_none() {
+            let _ = killpg(Pid::from_raw(self.child.id() as i32), signal);
         }
     }
 
@@ -171,8 +172,8 @@ impl Run {
         while self.poll()?.is_none() {
             match since.elapsed() {
                 // A hanging rank may hold up the rest of its process, which has said all it has to say.
-                waited if waited > GRACE => self.signal(Signal::KILL),
-                _ => self.signal(Signal::TERM),
+                waited if waited > GRACE => self.signal(Signal::SIGKILL),
+                _ => self.signal(Signal::SIGTERM),
             }
             std::thread::sleep(LOOK);
         }
@@ -212,8 +213,8 @@ fn describe(status: ExitStatus) -> String {
 
 fn named(signal: i32) -> Signal {
     match signal {
-        SIGINT => Signal::INT,
-        SIGUSR1 => Signal::USR1,
-        _ => Signal::TERM,
+        SIGINT => Signal::SIGINT,
+        SIGUSR1 => Signal::SIGUSR1,
+        _ => Signal::SIGTERM,
     }
 }

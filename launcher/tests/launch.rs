@@ -250,7 +250,7 @@ fn too_many_failures_end_it() {
         "error: the run failed: rank 1: out of paper; not started again: `distributed.max_restarts` is 2\n",
     );
     // What was good is still there.
-    assert!(place.checkpoint(0).ends_with("4"), "{}", place.checkpoint(0).display());
+    assert!(place.checkpoint(0).ends_with("5"), "{}", place.checkpoint(0).display());
 }
 
 fn fewer_devices_where_allowed() {
