@@ -26,6 +26,12 @@ use tracing_subscriber::{EnvFilter, fmt};
 pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
+        .module::<candlepower_models::ConvLstmStack>("conv_lstm_stack")
+        .module::<candlepower_models::PredRnn>("predrnn")
+        .module::<candlepower_models::PredRnnV2>("predrnn_v2")
+        .module::<candlepower_models::PredRnnPp>("predrnn_pp")
+        .module::<candlepower_models::E3dLstm>("e3d_lstm")
+        .module::<candlepower_models::Mim>("mim")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
         .dataset::<candlepower_datasets::Digits>("digits")
         .callback::<candlepower::callbacks::EarlyStopping>("early_stopping")

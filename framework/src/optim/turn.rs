@@ -89,6 +89,8 @@ pub(crate) struct Turn {
     pub(crate) params: Vec<(String, Var)>,
     /// The variables that gradients are of, in the same order.
     pub(crate) working: Vec<Var>,
+    /// Those that the module says it does not use, with the variables of their gradients.
+    pub(crate) unused: Vec<(String, Var)>,
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
     schedule: Schedule,
@@ -105,11 +107,22 @@ struct Group {
 
 impl Turn {
     /// Shares out parameters among optimizers and their groups. Every parameter needs exactly one optimizer, and every
-    /// pattern must fit a parameter.
-    pub(crate) fn share(configs: &[TurnConfig], schedule: &Schedule, params: &Params) -> Result<Vec<Self>> {
+    /// pattern must fit a parameter. Nobody moves what is `unused`: see [`Module::unused`](crate::module::Module::unused).
+    pub(crate) fn share(
+        configs: &[TurnConfig],
+        schedule: &Schedule,
+        params: &Params,
+        unused: &[&str],
+    ) -> Result<Vec<Self>> {
+        let names: Vec<String> = params.vars().into_iter().map(|(name, _)| name).collect();
+        if let Some(pattern) = unused.iter().find(|pattern| !names.iter().any(|name| fits(pattern, name))) {
+            return Err(Error::msg(format!(
+                "the module says that `{pattern}` is unused: it fits no parameter"
+            )));
+        }
         for (name, _) in params.vars() {
-            let fits = |config: &&TurnConfig| WildMatch::new(&config.params).matches(&name);
-            let takers: Vec<&str> = configs.iter().filter(fits).map(|config| config.name.as_str()).collect();
+            let takes = |config: &&TurnConfig| fits(&config.params, &name);
+            let takers: Vec<&str> = configs.iter().filter(takes).map(|config| config.name.as_str()).collect();
             match takers[..] {
                 [_] => {}
                 [] => {
@@ -126,18 +139,19 @@ impl Turn {
                 }
             }
         }
-        configs.iter().map(|config| Self::new(config, schedule, params)).collect()
+        configs.iter().map(|config| Self::new(config, schedule, params, unused)).collect()
     }
 
-    fn new(config: &TurnConfig, schedule: &Schedule, store: &Params) -> Result<Self> {
+    fn new(config: &TurnConfig, schedule: &Schedule, store: &Params, unused: &[&str]) -> Result<Self> {
         let params = &store.vars()[..];
         let mut rest: Vec<(String, Var)> = take(&config.params, &mut params.to_vec());
         if rest.is_empty() && !params.is_empty() {
             return Err(no_parameter(&config.params, params));
         }
         let lr = config.optimizer.lr();
-        let (mut moved, mut groups) = (Vec::new(), Vec::new());
-        let mut add = |params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
+        let (mut moved, mut groups, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+        let mut add = |mut params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
+            unused.iter().for_each(|pattern| idle.extend(take(pattern, &mut params)));
             let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
             groups.push(Group { len: params.len(), optimizer: optimizer.build(&params)?, ratio });
             moved.extend(params);
@@ -155,7 +169,9 @@ impl Turn {
         add(rest, config.optimizer.clone())?;
         let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
         let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
-        Ok(Self { name: config.name.clone(), params: moved, working, lr, schedule, groups })
+        let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
+        let unused = idle.map(|(var, name)| (name, var)).collect();
+        Ok(Self { name: config.name.clone(), params: moved, working, unused, lr, schedule, groups })
     }
 
     /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
@@ -180,10 +196,13 @@ impl Turn {
     }
 }
 
+fn fits(pattern: &str, name: &str) -> bool {
+    WildMatch::new(pattern).matches(name)
+}
+
 /// Takes the parameters whose names fit out of `from`.
 fn take(pattern: &str, from: &mut Vec<(String, Var)>) -> Vec<(String, Var)> {
-    let pattern = WildMatch::new(pattern);
-    let (taken, left) = from.drain(..).partition(|(name, _)| pattern.matches(name));
+    let (taken, left) = from.drain(..).partition(|(name, _)| fits(pattern, name));
     *from = left;
     taken
 }
@@ -232,7 +251,7 @@ mod tests {
             GroupConfig { lr: Some(0.01), ..group("encoder.*") },
         ];
         let schedule = Schedule::Exponential { gamma: 0.5 };
-        let mut turns = Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all).unwrap();
+        let mut turns = Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all, &[]).unwrap();
         let turn = &mut turns[0];
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
@@ -252,7 +271,7 @@ mod tests {
             ..TurnConfig::only(sgd(0.1), Vec::new())
         };
         let error = |configs: &[TurnConfig]| {
-            Turn::share(configs, &Schedule::default(), &all).err().unwrap().to_string()
+            Turn::share(configs, &Schedule::default(), &all, &[]).err().unwrap().to_string()
         };
         assert_eq!(error(&[turn("x", "a.*")]), "no optimizer moves parameter `b.w`: `x` moves `a.*`");
         assert_eq!(

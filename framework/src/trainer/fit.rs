@@ -105,7 +105,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             return Err(Error::setting("precision", message));
         }
         let params = model.params().vars();
-        let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params())?;
+        let unused = model.training().unused();
+        let turns = Turn::share(&trainer.turns, &trainer.schedule, model.params(), unused)?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
@@ -275,7 +276,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 let share = batch.len() as f64 / tally.samples as f64;
                 let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
                 let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
-                grads.add(&self.turns[turn].working, scaled.backward()?)?;
+                grads.add(&self.turns[turn], scaled.backward()?)?;
             }
             self.tell(told, turn, &loss, batch.len(), tally)?;
             seen += batch.len();

@@ -1,0 +1,230 @@
+//! What recurrent models are made of: convolutions that every step of a roll-out uses, gates, memories.
+//!
+//! Tensors are channels last, (B, H, W, C), or (B, H, W, D, C) where a state has a depth D, because that is what the
+//! kernels run on; parameters keep PyTorch's shapes. [`channels_last`] and [`channels_first`] are the way in and out.
+//! `prepare` does what a roll-out needs once, not once a step: call it at the start of each.
+
+use candle_core::{D, DType, Tensor};
+use candle_nn::ops::sigmoid;
+use candle_nn::{Init, VarBuilder};
+use candlepower_kernels::{self as kernels, Conv2dOptions};
+
+use crate::error::{Error, Result};
+use crate::nn::{fast, widened};
+
+/// (.., C, H, W) to (.., H, W, C), contiguous.
+pub fn channels_last(x: &Tensor) -> Result<Tensor> {
+    Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)?.contiguous()?)
+}
+
+/// (.., H, W, C) to (.., C, H, W), contiguous.
+pub fn channels_first(x: &Tensor) -> Result<Tensor> {
+    Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus2)?.contiguous()?)
+}
+
+/// A 'same' convolution of stride 1, whose weight all steps of a roll-out share.
+#[derive(Debug, Clone)]
+pub struct StepConv {
+    /// (Cout, Cin, k, k), or a Conv3d's (Cout, Cin, D, k, k).
+    weight: Tensor,
+    /// (Cout).
+    bias: Option<Tensor>,
+}
+
+impl StepConv {
+    /// A parameter `weight` of this shape with the initial values of PyTorch's convolutions: (Cout, Cin, k, k), or
+    /// (Cout, Cin, D, k, k) for a Conv3d that sees all of a state's depth D at once.
+    pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        Self::with_init(shape, uniform(shape), vb)
+    }
+
+    /// The same with other initial values.
+    pub fn with_init(shape: &[usize], init: Init, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None })
+    }
+
+    /// The same as [`Self::new`] with a parameter `bias`.
+    pub fn with_bias(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        let bias = vb.get_with_hints(shape[0], "bias", uniform(shape))?;
+        Ok(Self { bias: Some(bias), ..Self::new(shape, vb)? })
+    }
+
+    /// Output channels.
+    pub fn outputs(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// How many weights it has: multiply-adds a pixel.
+    pub fn weights(&self) -> usize {
+        self.weight.elem_count()
+    }
+
+    /// The same for one roll-out.
+    pub fn prepare(&self) -> Result<Self> {
+        let weight = match self.weight.dims() {
+            // The channels of all depths side by side, as they lie in a state (.., D, C).
+            &[outputs, inputs, depth, rows, columns] => {
+                self.weight.transpose(1, 2)?.reshape((outputs, depth * inputs, rows, columns))?
+            }
+            _ => self.weight.clone(),
+        };
+        let bias = self.bias.as_ref().map(wide).transpose()?;
+        Ok(Self { weight: wide(&weight)?, bias })
+    }
+
+    /// (.., H, W, Cin) to (.., H, W, Cout).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.weight.rank() == 5 {
+            return self.prepare()?.forward(x);
+        }
+        let padding = self.weight.dims()[2] / 2;
+        if fast(x) && fast(&self.weight) {
+            let options = Conv2dOptions { padding, ..Default::default() };
+            return Ok(kernels::conv2d(x, &self.weight, self.bias.as_ref(), options)?);
+        }
+        let planes = x.flatten_to(x.rank() - 4)?.permute((0, 3, 1, 2))?.to_dtype(self.weight.dtype())?;
+        let y = planes.contiguous()?.conv2d(&self.weight, padding, 1, 1, 1)?;
+        let y = match &self.bias {
+            Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
+            None => y,
+        };
+        let shape = [&x.dims()[..x.rank() - 1], &[self.outputs()]].concat();
+        Ok(y.permute((0, 2, 3, 1))?.reshape(shape)?.to_dtype(x.dtype())?)
+    }
+}
+
+fn uniform(shape: &[usize]) -> Init {
+    let bound = 1. / (shape[1..].iter().product::<usize>() as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
+/// A parameter in the type that is computed in: 32 bits for half types on the CPU.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    Ok(if widened(x) { x.to_dtype(DType::F32)? } else { x.clone() })
+}
+
+/// Layer normalisation over everything but the batch, with a weight and a bias for each value.
+#[derive(Debug, Clone)]
+pub struct StateNorm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl StateNorm {
+    const EPSILON: f64 = 1e-5;
+
+    /// Parameters `weight`, one at first, and `bias`, zero at first, of PyTorch's shape (C, H, W) or (C, D, H, W).
+    pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        let parameter = |name: &str, value: f64| -> Result<Tensor> {
+            let parameter = vb.get_with_hints(shape, name, Init::Const(value))?;
+            Ok(if shape.len() == 4 {
+                parameter.permute((2, 3, 1, 0))?
+            } else {
+                parameter.permute((1, 2, 0))?
+            })
+        };
+        Ok(Self { weight: parameter("weight", 1.)?, bias: parameter("bias", 0.)? })
+    }
+
+    /// The same for one roll-out.
+    pub fn prepare(&self) -> Result<Self> {
+        Ok(Self { weight: wide(&self.weight)?.contiguous()?, bias: wide(&self.bias)?.contiguous()? })
+    }
+
+    /// (B, H, W, C) or (B, H, W, D, C) to the same. Candle's own layer norm has no gradient.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let flat = x.flatten_from(1)?;
+        let centred = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(1)?;
+        let normal = centred.broadcast_div(&(variance + Self::EPSILON)?.sqrt()?)?.reshape(x.shape())?;
+        let [weight, bias] = [&self.weight, &self.bias].map(|parameter| parameter.to_dtype(x.dtype()));
+        Ok(normal.broadcast_mul(&weight?)?.broadcast_add(&bias?)?)
+    }
+}
+
+/// The pre-activations of gates: what several convolutions say, added up gate by gate.
+///
+/// Each term is (.., k N), k gates of N channels side by side, and the place of each among the `gates` of the result,
+/// (.., gates N). Terms need not have all gates; together they must.
+pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
+    let mut sums: Vec<Option<Tensor>> = vec![None; gates];
+    for (values, places) in terms {
+        let width = values.dim(D::Minus1)? / places.len();
+        for (gate, &place) in places.iter().enumerate() {
+            let values = values.narrow(D::Minus1, gate * width, width)?;
+            sums[place] = Some(match sums[place].take() {
+                Some(sum) => (sum + values)?,
+                None => values,
+            });
+        }
+    }
+    let sums: Option<Vec<Tensor>> = sums.into_iter().collect();
+    let sums = sums.ok_or_else(|| Error::msg(format!("{gates} gates, of which not all have a value")))?;
+    Ok(Tensor::cat(&sums, D::Minus1)?)
+}
+
+/// How a memory m forgets and what it takes in: m' = σ(f + bias) φ(m) + σ(i) tanh(g).
+#[derive(Debug, Clone, Copy)]
+pub struct MemoryGates {
+    /// The place of i among the gates.
+    pub input: usize,
+    /// The place of g.
+    pub candidate: usize,
+    /// The place of f, and what is added to it; without, nothing is forgotten: σ(f + bias) = 1.
+    pub forget: Option<(usize, f64)>,
+    /// Whether φ is tanh, instead of nothing.
+    pub squash: bool,
+}
+
+impl MemoryGates {
+    /// The memory (.., N) after this step, from the pre-activations (.., gates N).
+    pub fn update(&self, gates: &Tensor, memory: &Tensor) -> Result<Tensor> {
+        let kept = if self.squash { memory.tanh()? } else { memory.clone() };
+        let kept = match self.forget {
+            Some((place, bias)) => (sigmoid(&(gate(gates, place, memory)? + bias)?)? * kept)?,
+            None => kept,
+        };
+        Ok((kept + self.taken_in(gates, memory.dim(D::Minus1)?)?)?)
+    }
+
+    /// σ(i) tanh(g), (.., N).
+    pub fn taken_in(&self, gates: &Tensor, width: usize) -> Result<Tensor> {
+        let gate = |place: usize| gates.narrow(D::Minus1, place * width, width);
+        Ok((sigmoid(&gate(self.input)?)? * gate(self.candidate)?.tanh()?)?)
+    }
+}
+
+/// What an output gate makes of its pre-activation o.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OutputGate {
+    /// σ(o)
+    Sigmoid,
+    /// tanh(o)
+    Tanh,
+    /// σ(tanh(o))
+    SigmoidOfTanh,
+}
+
+impl OutputGate {
+    /// The gate, times tanh(y): (.., N). The gate's pre-activation is the sum of the gate at `place` of `gates`,
+    /// (.., gates N), and of `more`, (.., N).
+    pub fn open(self, gates: &Tensor, place: usize, more: Option<&Tensor>, y: &Tensor) -> Result<Tensor> {
+        let o = gate(gates, place, y)?;
+        let o = match more {
+            Some(more) => (o + more)?,
+            None => o,
+        };
+        let open = match self {
+            Self::Sigmoid => sigmoid(&o)?,
+            Self::Tanh => o.tanh()?,
+            Self::SigmoidOfTanh => sigmoid(&o.tanh()?)?,
+        };
+        Ok((open * y.tanh()?)?)
+    }
+}
+
+/// One gate of as many channels as `like` has.
+fn gate(gates: &Tensor, place: usize, like: &Tensor) -> Result<Tensor> {
+    let width = like.dim(D::Minus1)?;
+    Ok(gates.narrow(D::Minus1, place * width, width)?)
+}
