@@ -7,7 +7,7 @@
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::sigmoid;
 use candle_nn::{Init, VarBuilder};
-use candlepower_kernels::{self as kernels, Conv2dOptions};
+use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions};
 
 use crate::error::{Error, Result};
 use crate::nn::{fast, widened};
@@ -22,13 +22,14 @@ pub fn channels_first(x: &Tensor) -> Result<Tensor> {
     Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus2)?.contiguous()?)
 }
 
-/// A 'same' convolution of stride 1, whose weight all steps of a roll-out share.
+/// A 'same' convolution whose weight all steps of a roll-out share.
 #[derive(Debug, Clone)]
 pub struct StepConv {
     /// (Cout, Cin, k, k), or a Conv3d's (Cout, Cin, D, k, k).
     weight: Tensor,
     /// (Cout).
     bias: Option<Tensor>,
+    stride: usize,
 }
 
 impl StepConv {
@@ -40,13 +41,18 @@ impl StepConv {
 
     /// The same with other initial values.
     pub fn with_init(shape: &[usize], init: Init, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None })
+        Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None, stride: 1 })
     }
 
     /// The same as [`Self::new`] with a parameter `bias`.
     pub fn with_bias(shape: &[usize], vb: VarBuilder) -> Result<Self> {
         let bias = vb.get_with_hints(shape[0], "bias", uniform(shape))?;
         Ok(Self { bias: Some(bias), ..Self::new(shape, vb)? })
+    }
+
+    /// The same that looks at every `stride`th pixel of a row and of a column.
+    pub fn strided(self, stride: usize) -> Self {
+        Self { stride, ..self }
     }
 
     /// Output channels.
@@ -69,30 +75,90 @@ impl StepConv {
             _ => self.weight.clone(),
         };
         let bias = self.bias.as_ref().map(wide).transpose()?;
-        Ok(Self { weight: wide(&weight)?, bias })
+        Ok(Self { weight: wide(&weight)?, bias, stride: self.stride })
     }
 
-    /// (.., H, W, Cin) to (.., H, W, Cout).
+    /// (.., H, W, Cin) to (.., H / stride, W / stride, Cout).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.weight.rank() == 5 {
             return self.prepare()?.forward(x);
         }
         let padding = self.weight.dims()[2] / 2;
         if fast(x) && fast(&self.weight) {
-            let options = Conv2dOptions { padding, ..Default::default() };
+            let options = Conv2dOptions { padding, stride: self.stride, ..Default::default() };
             return Ok(kernels::conv2d(x, &self.weight, self.bias.as_ref(), options)?);
         }
-        let planes = x.flatten_to(x.rank() - 4)?.permute((0, 3, 1, 2))?.to_dtype(self.weight.dtype())?;
-        let y = planes.contiguous()?.conv2d(&self.weight, padding, 1, 1, 1)?;
-        let y = match &self.bias {
-            Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
-            None => y,
-        };
-        let shape = [&x.dims()[..x.rank() - 1], &[self.outputs()]].concat();
-        Ok(y.permute((0, 2, 3, 1))?.reshape(shape)?.to_dtype(x.dtype())?)
+        let y = planes(x, self.weight.dtype())?.conv2d(&self.weight, padding, self.stride, 1, 1)?;
+        pixels(y, self.bias.as_ref(), x)
     }
 }
 
+/// A transposed convolution that doubles rows and columns: kernel 3, stride 2.
+#[derive(Debug, Clone)]
+pub struct DoublingConv {
+    /// (Cin, Cout, 3, 3).
+    weight: Tensor,
+    /// (Cout).
+    bias: Tensor,
+}
+
+impl DoublingConv {
+    const STRIDE: usize = 2;
+    const PADDING: usize = 1;
+    const OUTPUT_PADDING: usize = 1;
+
+    /// Parameters `weight` (Cin, Cout, 3, 3) and `bias` with the initial values of PyTorch's `nn.ConvTranspose2d`.
+    pub fn new(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Self> {
+        let shape = [inputs, outputs, 3, 3];
+        let weight = vb.get_with_hints(&shape, "weight", uniform(&shape))?;
+        Ok(Self { weight, bias: vb.get_with_hints(outputs, "bias", uniform(&shape))? })
+    }
+
+    /// How many weights it has: multiply-adds a pixel of its input.
+    pub fn weights(&self) -> usize {
+        self.weight.elem_count()
+    }
+
+    /// The same for one roll-out.
+    pub fn prepare(&self) -> Result<Self> {
+        Ok(Self { weight: wide(&self.weight)?, bias: wide(&self.bias)? })
+    }
+
+    /// (B, H, W, Cin) to (B, 2H, 2W, Cout).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Self { weight, bias } = self;
+        if fast(x) && fast(weight) {
+            let options = ConvTranspose2dOptions {
+                stride: Self::STRIDE,
+                padding: Self::PADDING,
+                output_padding: Self::OUTPUT_PADDING,
+                ..Default::default()
+            };
+            return Ok(kernels::conv_transpose2d(x, weight, Some(bias), options)?);
+        }
+        let (padding, more, stride) = (Self::PADDING, Self::OUTPUT_PADDING, Self::STRIDE);
+        let y = planes(x, weight.dtype())?.conv_transpose2d(weight, padding, more, stride, 1)?;
+        pixels(y, Some(bias), x)
+    }
+}
+
+/// (.., H, W, C) as (B, C, H, W) of this type.
+fn planes(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    Ok(x.flatten_to(x.rank() - 4)?.permute((0, 3, 1, 2))?.to_dtype(dtype)?.contiguous()?)
+}
+
+/// Undoes [`planes`] after a bias was added: with the leading axes and the type of `like`.
+fn pixels(y: Tensor, bias: Option<&Tensor>, like: &Tensor) -> Result<Tensor> {
+    let y = match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
+        None => y,
+    };
+    let y = y.permute((0, 2, 3, 1))?.contiguous()?;
+    let shape = [&like.dims()[..like.rank() - 3], &y.dims()[1..]].concat();
+    Ok(y.reshape(shape)?.to_dtype(like.dtype())?)
+}
+
+/// Within 1/sqrt(fan-in), the initial values of PyTorch's convolutions.
 fn uniform(shape: &[usize]) -> Init {
     let bound = 1. / (shape[1..].iter().product::<usize>() as f64).sqrt();
     Init::Uniform { lo: -bound, up: bound }

@@ -32,6 +32,7 @@ pub fn registry() -> Registry {
         .module::<candlepower_models::PredRnnPp>("predrnn_pp")
         .module::<candlepower_models::E3dLstm>("e3d_lstm")
         .module::<candlepower_models::Mim>("mim")
+        .module::<candlepower_models::Mau>("mau")
         .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
         .dataset::<candlepower_datasets::Digits>("digits")
         .callback::<candlepower::callbacks::EarlyStopping>("early_stopping")

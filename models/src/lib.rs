@@ -4,6 +4,7 @@
 pub mod conv_lstm;
 pub mod conv_lstm_stack;
 pub mod e3d_lstm;
+pub mod mau;
 pub mod mim;
 pub mod predrnn;
 pub mod predrnn_pp;
@@ -13,6 +14,7 @@ pub mod recurrent;
 pub use conv_lstm::ConvLstm;
 pub use conv_lstm_stack::ConvLstmStack;
 pub use e3d_lstm::E3dLstm;
+pub use mau::Mau;
 pub use mim::Mim;
 pub use predrnn::PredRnn;
 pub use predrnn_pp::PredRnnPp;

@@ -6,6 +6,7 @@ use candlepower::params::Params;
 use candlepower::prelude::*;
 use candlepower::trainer::Kernels;
 use candlepower_models::e3d_lstm::{E3dLstmConfig, EideticLayers};
+use candlepower_models::mau::{MauConfig, MauLayers};
 use candlepower_models::predrnn_v2::{DecoupledLayers, PredRnnV2Config};
 use candlepower_models::recurrent::roll_out::{Feed, Mask};
 use candlepower_models::recurrent::sampling::{Linear, Reverse, Sampling};
@@ -182,6 +183,18 @@ fn e3d_lstm_agrees() {
 #[test]
 fn mim_agrees() {
     agrees::<MimLayers>("openstl_mim", recurrent);
+}
+
+#[test]
+fn mau_agrees() {
+    agrees::<MauLayers>("openstl_mau", |golden| MauConfig {
+        hidden: hidden(golden),
+        kernel: golden.size("filter_size"),
+        patch: golden.size("patch_size"),
+        reduction: golden.size("sr_size"),
+        window: golden.size("tau"),
+        sampling: Sampling::default(),
+    });
 }
 
 #[test]
