@@ -7,7 +7,9 @@
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::sigmoid;
 use candle_nn::{Init, VarBuilder};
-use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions};
+pub use candlepower_kernels::MemoryUpdate;
+pub use candlepower_kernels::OutputGate;
+use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions, SharedConv};
 
 use crate::error::{Error, Result};
 use crate::nn::{fast, widened};
@@ -30,6 +32,8 @@ pub struct StepConv {
     /// (Cout).
     bias: Option<Tensor>,
     stride: usize,
+    /// For one roll-out.
+    shared: Option<SharedConv>,
 }
 
 impl StepConv {
@@ -41,7 +45,7 @@ impl StepConv {
 
     /// The same with other initial values.
     pub fn with_init(shape: &[usize], init: Init, vb: VarBuilder) -> Result<Self> {
-        Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None, stride: 1 })
+        Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None, stride: 1, shared: None })
     }
 
     /// The same as [`Self::new`] with a parameter `bias`.
@@ -75,13 +79,21 @@ impl StepConv {
             _ => self.weight.clone(),
         };
         let bias = self.bias.as_ref().map(wide).transpose()?;
-        Ok(Self { weight: wide(&weight)?, bias, stride: self.stride })
+        let weight = wide(&weight)?;
+        let shares = fast(&weight) && bias.is_none() && self.stride == 1;
+        let shared = shares.then(|| SharedConv::new(&weight)).transpose()?;
+        Ok(Self { weight, bias, stride: self.stride, shared })
     }
 
     /// (.., H, W, Cin) to (.., H / stride, W / stride, Cout).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if self.weight.rank() == 5 {
             return self.prepare()?.forward(x);
+        }
+        if let Some(shared) = &self.shared
+            && fast(x)
+        {
+            return Ok(shared.forward(x)?);
         }
         let padding = self.weight.dims()[2] / 2;
         if fast(x) && fast(&self.weight) {
@@ -213,6 +225,9 @@ impl StateNorm {
 /// Each term is (.., k N), k gates of N channels side by side, and the place of each among the `gates` of the result,
 /// (.., gates N). Terms need not have all gates; together they must.
 pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
+    if terms.iter().all(|(values, _)| fast(values)) {
+        return Ok(kernels::sum_gates(gates, terms)?);
+    }
     let mut sums: Vec<Option<Tensor>> = vec![None; gates];
     for (values, places) in terms {
         let width = values.dim(D::Minus1)? / places.len();
@@ -229,64 +244,44 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
     Ok(Tensor::cat(&sums, D::Minus1)?)
 }
 
-/// How a memory m forgets and what it takes in: m' = σ(f + bias) φ(m) + σ(i) tanh(g).
-#[derive(Debug, Clone, Copy)]
-pub struct MemoryGates {
-    /// The place of i among the gates.
-    pub input: usize,
-    /// The place of g.
-    pub candidate: usize,
-    /// The place of f, and what is added to it; without, nothing is forgotten: σ(f + bias) = 1.
-    pub forget: Option<(usize, f64)>,
-    /// Whether φ is tanh, instead of nothing.
-    pub squash: bool,
+/// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the memory before it:
+/// m' = σ(f + bias) m + σ(i) tanh(g).
+pub fn update_memory(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> Result<Tensor> {
+    if fast(gates) && fast(memory) {
+        return Ok(kernels::memory_update(gates, memory, update)?);
+    }
+    let kept = if update.squash { memory.tanh()? } else { memory.clone() };
+    let kept = match update.forget {
+        Some((place, bias)) => (sigmoid(&(gate(gates, place, memory)? + f64::from(bias))?)? * kept)?,
+        None => kept,
+    };
+    let taken_in =
+        (sigmoid(&gate(gates, update.input, memory)?)? * gate(gates, update.candidate, memory)?.tanh()?)?;
+    Ok((kept + taken_in)?)
 }
 
-impl MemoryGates {
-    /// The memory (.., N) after this step, from the pre-activations (.., gates N).
-    pub fn update(&self, gates: &Tensor, memory: &Tensor) -> Result<Tensor> {
-        let kept = if self.squash { memory.tanh()? } else { memory.clone() };
-        let kept = match self.forget {
-            Some((place, bias)) => (sigmoid(&(gate(gates, place, memory)? + bias)?)? * kept)?,
-            None => kept,
-        };
-        Ok((kept + self.taken_in(gates, memory.dim(D::Minus1)?)?)?)
+/// An output gate times tanh(y), (.., N): of the sum of the gate at `place` of `gates`, (.., gates N), and of `more`, (.., N).
+pub fn open_output(
+    output: OutputGate,
+    gates: &Tensor,
+    place: usize,
+    more: Option<&Tensor>,
+    y: &Tensor,
+) -> Result<Tensor> {
+    if fast(gates) && fast(y) {
+        return Ok(kernels::open_output(output, gates, place, more, y)?);
     }
-
-    /// σ(i) tanh(g), (.., N).
-    pub fn taken_in(&self, gates: &Tensor, width: usize) -> Result<Tensor> {
-        let gate = |place: usize| gates.narrow(D::Minus1, place * width, width);
-        Ok((sigmoid(&gate(self.input)?)? * gate(self.candidate)?.tanh()?)?)
-    }
-}
-
-/// What an output gate makes of its pre-activation o.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OutputGate {
-    /// σ(o)
-    Sigmoid,
-    /// tanh(o)
-    Tanh,
-    /// σ(tanh(o))
-    SigmoidOfTanh,
-}
-
-impl OutputGate {
-    /// The gate, times tanh(y): (.., N). The gate's pre-activation is the sum of the gate at `place` of `gates`,
-    /// (.., gates N), and of `more`, (.., N).
-    pub fn open(self, gates: &Tensor, place: usize, more: Option<&Tensor>, y: &Tensor) -> Result<Tensor> {
-        let o = gate(gates, place, y)?;
-        let o = match more {
-            Some(more) => (o + more)?,
-            None => o,
-        };
-        let open = match self {
-            Self::Sigmoid => sigmoid(&o)?,
-            Self::Tanh => o.tanh()?,
-            Self::SigmoidOfTanh => sigmoid(&o.tanh()?)?,
-        };
-        Ok((open * y.tanh()?)?)
-    }
+    let o = gate(gates, place, y)?;
+    let o = match more {
+        Some(more) => (o + more)?,
+        None => o,
+    };
+    let open = match output {
+        OutputGate::Sigmoid => sigmoid(&o)?,
+        OutputGate::Tanh => o.tanh()?,
+        OutputGate::SigmoidOfTanh => sigmoid(&o.tanh()?)?,
+    };
+    Ok((open * y.tanh()?)?)
 }
 
 /// One gate of as many channels as `like` has.

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryGates, OutputGate, StepConv};
+use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::recurrent::gates::{GateConv, Gates};
 use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack};
@@ -17,7 +17,7 @@ const G: usize = 2;
 const O: usize = 3;
 
 /// c' = σ(f) c + σ(i) tanh(g). The reference defines a bias of f, and does not add it.
-const CELL: MemoryGates = MemoryGates { input: I, candidate: G, forget: Some((F, 0.)), squash: false };
+const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((F, 0.)), squash: false };
 
 struct Layer {
     gates: Gates,
@@ -94,8 +94,8 @@ impl Stack for ConvLstmLayers {
         let mut input = frame.clone();
         for (layer, (h, c)) in self.layers.iter().zip(state) {
             let gates = layer.gates.forward(&[&input, h])?;
-            *c = CELL.update(&gates, c)?;
-            *h = OutputGate::Sigmoid.open(&gates, O, None, c)?;
+            *c = update_memory(&gates, c, CELL)?;
+            *h = open_output(OutputGate::Sigmoid, &gates, O, None, c)?;
             input = h.clone();
         }
         self.to_frame.forward(&input)

@@ -4,7 +4,9 @@
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryGates, OutputGate, StateNorm, StepConv, sum_gates};
+use candlepower::recurrent::{
+    MemoryUpdate, OutputGate, StateNorm, StepConv, open_output, sum_gates, update_memory,
+};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -29,9 +31,10 @@ const M: usize = 7;
 const GATES: usize = 8;
 
 /// c' = what is recalled + σ(i) tanh(g)
-const CELL: MemoryGates = MemoryGates { input: I, candidate: G, forget: None, squash: false };
+const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: None, squash: false };
 /// m' = σ(f' + 1) tanh(W m) + σ(i') tanh(g')
-const MEMORY: MemoryGates = MemoryGates { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: true };
+const MEMORY: MemoryUpdate =
+    MemoryUpdate { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: true };
 
 /// Fields of `[module]` for `e3d_lstm`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -209,11 +212,11 @@ impl Eidetic {
         let asked = candle_nn::ops::sigmoid(&gates.narrow(4, R * width, width)?)?;
         past.push(self.tokens(c)?);
         let recalled = self.recalled.forward(&(&*c + self.recall(&asked, past)?)?)?;
-        *c = CELL.update(&gates, &recalled)?;
-        let written = MEMORY.update(&gates, &gates.narrow(4, M * width, width)?)?;
+        *c = update_memory(&gates, &recalled, CELL)?;
+        let written = update_memory(&gates, &gates.narrow(4, M * width, width)?, MEMORY)?;
         let more = (self.cell_to_output.forward(c)? + self.memory_to_output.forward(&written)?)?;
         let y = self.to_hidden.forward(&Tensor::cat(&[&*c, &written], 4)?)?;
-        *h = OutputGate::SigmoidOfTanh.open(&gates, O, Some(&more), &y)?;
+        *h = open_output(OutputGate::SigmoidOfTanh, &gates, O, Some(&more), &y)?;
         if self.update_global_memory {
             *memory = written;
         }

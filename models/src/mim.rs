@@ -4,7 +4,7 @@
 use candle_core::Tensor;
 use candle_nn::Init;
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryGates, OutputGate, StepConv};
+use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::predrnn::StLstm;
 use crate::recurrent::gates::{GateConv, Gates};
@@ -26,13 +26,13 @@ const F_M: usize = 4;
 const O_B: usize = 5;
 
 /// c' = σ(f + 1) c + σ(i) tanh(g)
-const PEEPHOLE_CELL: MemoryGates =
-    MemoryGates { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
+const PEEPHOLE_CELL: MemoryUpdate =
+    MemoryUpdate { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
 /// c' = what stays + σ(i) tanh(g)
-const CELL: MemoryGates = MemoryGates { input: I_C, candidate: G_C, forget: None, squash: false };
+const CELL: MemoryUpdate = MemoryUpdate { input: I_C, candidate: G_C, forget: None, squash: false };
 /// m' = σ(f' + 1) m + σ(i') tanh(g')
-const MEMORY: MemoryGates =
-    MemoryGates { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: false };
+const MEMORY: MemoryUpdate =
+    MemoryUpdate { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: false };
 
 /// An LSTM with peepholes, a weight for each value of the cell: MIM-N and MIM-S (equations 2 and 3 of the paper).
 struct PeepholeLstm {
@@ -66,9 +66,9 @@ impl PeepholeLstm {
         let weight = |weight: &Tensor| weight.to_dtype(c.dtype());
         let before = Tensor::cat(&[c, c], 3)?.broadcast_mul(&weight(&self.before)?)?;
         let gates = self.gates.forward_with(&[h, x], &[(&before, &[I, F])])?;
-        let c = PEEPHOLE_CELL.update(&gates, c)?;
+        let c = update_memory(&gates, c, PEEPHOLE_CELL)?;
         let after = c.broadcast_mul(&weight(&self.after)?)?;
-        Ok((OutputGate::Sigmoid.open(&gates, O, Some(&after), &c)?, c))
+        Ok((open_output(OutputGate::Sigmoid, &gates, O, Some(&after), &c)?, c))
     }
 }
 
@@ -114,13 +114,13 @@ impl Block {
         let of_cell = said.narrow(3, 0, 2 * width)?;
         let gates =
             self.gates.forward_with(&[h, m], &[(&of_cell, &[I_C, G_C]), (&said, &[I_M, G_M, F_M, O_B])])?;
-        *m = MEMORY.update(&gates, m)?;
+        *m = update_memory(&gates, m, MEMORY)?;
         // The reference lets no gradient through the cell of what stays, from step to step.
         let (staying, after) = self.stays.step(change, c, &stays.detach())?;
         *stays = after;
-        *c = CELL.update(&gates, &staying)?;
+        *c = update_memory(&gates, &staying, CELL)?;
         let y = self.to_hidden.forward(&Tensor::cat(&[&*c, &*m], 3)?)?;
-        *h = OutputGate::Sigmoid.open(&gates, O_B, None, &y)?;
+        *h = open_output(OutputGate::Sigmoid, &gates, O_B, None, &y)?;
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryGates, OutputGate, StepConv};
+use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::recurrent::gates::{GateConv, Gates};
 use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};
@@ -21,10 +21,10 @@ const G_M: usize = 5;
 const O: usize = 6;
 
 /// c' = σ(f + 1) c + σ(i) tanh(g)
-const CELL: MemoryGates = MemoryGates { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
+const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
 /// m' = σ(f' + 1) m + σ(i') tanh(g')
-const MEMORY: MemoryGates =
-    MemoryGates { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: false };
+const MEMORY: MemoryUpdate =
+    MemoryUpdate { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: false };
 
 /// A spatiotemporal LSTM (ST-LSTM, equation 3 of the paper).
 pub(crate) struct StLstm {
@@ -74,18 +74,22 @@ impl StLstm {
     /// Moves h, c and the memory on by one step; returns the gates' pre-activations.
     pub(crate) fn step(&self, x: &Tensor, h: &mut Tensor, c: &mut Tensor, m: &mut Tensor) -> Result<Tensor> {
         let gates = self.gates.forward(&[x, h, m])?;
-        *c = CELL.update(&gates, c)?;
-        *m = MEMORY.update(&gates, m)?;
+        *c = update_memory(&gates, c, CELL)?;
+        *m = update_memory(&gates, m, MEMORY)?;
         let both = Tensor::cat(&[&*c, &*m], 3)?;
         let more = self.to_output.forward(&both)?;
-        *h = OutputGate::Sigmoid.open(&gates, O, Some(&more), &self.to_hidden.forward(&both)?)?;
+        *h = open_output(OutputGate::Sigmoid, &gates, O, Some(&more), &self.to_hidden.forward(&both)?)?;
         Ok(gates)
     }
 
     /// What the step that had these gates took in.
     pub(crate) fn increments(&self, gates: &Tensor) -> Result<Increments> {
         let width = gates.dim(3)? / 7;
-        Ok(Increments { cell: CELL.taken_in(gates, width)?, memory: MEMORY.taken_in(gates, width)? })
+        let (batch, height, columns, _) = gates.dims4()?;
+        let nothing = Tensor::zeros((batch, height, columns, width), gates.dtype(), gates.device())?;
+        let taken_in =
+            |update: MemoryUpdate| update_memory(gates, &nothing, MemoryUpdate { forget: None, ..update });
+        Ok(Increments { cell: taken_in(CELL)?, memory: taken_in(MEMORY)? })
     }
 
     pub(crate) fn weights(&self) -> usize {

@@ -5,7 +5,7 @@ use candle_core::Tensor;
 use candle_nn::Init;
 use candle_nn::ops::sigmoid;
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryGates, OutputGate, StepConv};
+use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::recurrent::gates::{GateConv, Gates};
 use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};
@@ -24,9 +24,10 @@ const O: usize = 6;
 const M: usize = 7;
 
 /// c' = σ(f + 1) c + σ(i) tanh(g)
-const CELL: MemoryGates = MemoryGates { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
+const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
 /// m' = σ(f' + 1) tanh(W m) + σ(i') tanh(g')
-const MEMORY: MemoryGates = MemoryGates { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: true };
+const MEMORY: MemoryUpdate =
+    MemoryUpdate { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: true };
 
 /// A causal LSTM (equation 1 of the paper): the memory sees what the cell has become.
 struct CausalLstm {
@@ -80,12 +81,12 @@ impl CausalLstm {
 
     fn step(&self, x: &Tensor, h: &mut Tensor, c: &mut Tensor, m: &mut Tensor) -> Result<()> {
         let gates = self.first.forward(&[x, h, c])?;
-        *c = CELL.update(&gates, c)?;
+        *c = update_memory(&gates, c, CELL)?;
         let gates = self.second.forward_with(&[m, c], &[(&gates, &[I, F, G, I_M, F_M, G_M, O])])?;
         let width = c.dim(3)?;
-        *m = MEMORY.update(&gates, &gates.narrow(3, M * width, width)?)?;
+        *m = update_memory(&gates, &gates.narrow(3, M * width, width)?, MEMORY)?;
         let y = self.to_hidden.forward(&Tensor::cat(&[&*c, &*m], 3)?)?;
-        *h = OutputGate::Tanh.open(&gates, O, Some(&self.to_output.forward(m)?), &y)?;
+        *h = open_output(OutputGate::Tanh, &gates, O, Some(&self.to_output.forward(m)?), &y)?;
         Ok(())
     }
 
