@@ -690,19 +690,56 @@ fn real_handwriting_trains_where_it_is_at_hand() {
     assert!(loss(&records[7]) < loss(&records[0]), "nothing was learned: {records:?}");
 }
 
+/// The project's configurations: name and path.
+fn configurations() -> Vec<(String, PathBuf)> {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
+    let paths = std::fs::read_dir(configs).unwrap().map(|entry| entry.unwrap().path());
+    paths.map(|path| (path.file_stem().unwrap().to_str().unwrap().to_string(), path)).collect()
+}
+
 #[test]
 fn every_configuration_of_the_project_is_read_and_its_module_built() {
     use candlepower::experiment::Experiment;
-    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let registry = candlepower_launcher::registry();
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(configs).unwrap() {
-        let path = entry.unwrap().path();
-        let parameters = Experiment::read(&registry, &path, &[]).unwrap().build().unwrap();
-        names.push((path.file_stem().unwrap().to_str().unwrap().to_string(), parameters));
+    let built = |(name, path): (String, PathBuf)| {
+        (name, Experiment::read(&registry, &path, &[]).unwrap().build().unwrap())
+    };
+    let built: Vec<(String, usize)> = configurations().into_iter().map(built).collect();
+    // The tutorial's model, and those of OpenSTL as its own code counts them.
+    for (name, parameters) in [
+        ("moving_mnist", 1_036_097),
+        ("conv_lstm_stack", 15_083_520),
+        ("predrnn", 23_838_720),
+        ("predrnn_v2", 23_855_104),
+        ("predrnn_pp", 38_584_320),
+        ("e3d_lstm", 51_347_456),
+        ("mim", 38_043_648),
+        ("mau", 4_483_588),
+    ] {
+        assert!(built.contains(&(name.into(), parameters)), "{name} has other sizes: {built:?}");
     }
-    assert!(
-        names.contains(&("moving_mnist".into(), 1_036_097)),
-        "the tutorial's model has other sizes: {names:?}"
-    );
+}
+
+#[test]
+fn every_configuration_of_the_project_trains_and_validates() {
+    use candlepower::experiment::{Experiment, Resume};
+    let registry = candlepower_launcher::registry();
+    for (name, path) in configurations() {
+        // As narrow and short as it gets: what is tried is whether the parts fit.
+        let many = std::fs::read_to_string(&path).unwrap().contains("hidden = [");
+        let hidden = if many { "module.hidden=[2, 2]" } else { "module.hidden=2" };
+        let sets = [
+            hidden,
+            "data.frames_in=2",
+            "data.frames_out=2",
+            "data.val_samples=2",
+            "trainer.batch_size=2",
+            "trainer.fast_dev_run=1",
+        ];
+        let experiment = Experiment::read(&registry, &path, &sets.map(String::from)).unwrap();
+        let report =
+            experiment.train(&Resume::No, Vec::new()).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let metrics = report.outcome.validation.unwrap();
+        assert!(metrics["loss"].is_finite() && metrics["mse"] > 0., "{name}: {metrics:?}");
+    }
 }

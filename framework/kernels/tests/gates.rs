@@ -43,9 +43,7 @@ fn check_memory(rows: usize, width: usize, update: MemoryUpdate, seed: u64) {
         |x| {
             let kept = if update.squash { x[1].tanh()? } else { x[1].as_tensor().clone() };
             let kept = match update.forget {
-                Some((place, bias)) => {
-                    (sigmoid(&(gate(&x[0], place, width)? + f64::from(bias))?)? * kept)?
-                }
+                Some((place, bias)) => (sigmoid(&(gate(&x[0], place, width)? + f64::from(bias))?)? * kept)?,
                 None => kept,
             };
             let taken = gate(&x[0], update.candidate, width)?.tanh()?;
@@ -86,8 +84,9 @@ fn memories_and_outputs_at_each_level() {
                     check_memory(rows, width, MemoryUpdate { input: 2, candidate: 1, forget, squash }, 1);
                 }
             }
-            OUTPUTS.map(|output| check_output(rows, width, output, true, 2));
-            OUTPUTS.map(|output| check_output(rows, width, output, false, 3));
+            for (output, more) in OUTPUTS.iter().flat_map(|&output| [(output, true), (output, false)]) {
+                check_output(rows, width, output, more, 2);
+            }
         }
     });
 }
