@@ -5,7 +5,7 @@ use candle_core::{DType, Tensor, Var};
 
 use crate::collective::{self, Collective};
 use crate::error::{Error, Result};
-use crate::optim;
+use crate::optim::{self, Turn};
 
 /// One slot for each parameter, in the parameters' order.
 pub(crate) struct Grads {
@@ -20,8 +20,13 @@ impl Grads {
 
     /// Adds what one backward pass found. A micro-batch's loss carries its share of the step's samples as a factor,
     /// so the plain sum is the gradient of the mean over all samples.
-    pub(crate) fn add(&mut self, working: &[Var], mut found: GradStore) -> Result<()> {
-        for (sum, var) in self.sums.iter_mut().zip(working) {
+    pub(crate) fn add(&mut self, turn: &Turn, mut found: GradStore) -> Result<()> {
+        if let Some((name, _)) = turn.unused.iter().find(|(_, var)| found.get(var).is_some()) {
+            return Err(Error::msg(format!(
+                "the module says that `{name}` is unused, but a gradient reaches it: correct `Module::unused`"
+            )));
+        }
+        for (sum, var) in self.sums.iter_mut().zip(&turn.working) {
             let Some(gradient) = found.remove(var) else { continue };
             let gradient = gradient.to_dtype(DType::F32)?;
             *sum = Some(match sum.take() {
@@ -64,7 +69,8 @@ impl Grads {
                 "no gradient reaches {} of {} parameters: {}\n\
                  the loss does not depend on them, or an operation on the way has no backward pass \
                  (in candle: LayerNorm's fast path, `softmax_last_dim`, `rms_norm`, `detach`)\n\
-                 where that is meant, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer]",
+                 where that is meant, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer], or \
+                 `Module::unused` in code",
                 missing.len(),
                 params.len(),
                 missing.join(", "),

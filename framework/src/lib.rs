@@ -34,6 +34,7 @@ pub mod picture;
 pub mod plot;
 pub mod precision;
 pub mod profiler;
+pub mod recurrent;
 pub mod run_dir;
 pub mod schedule;
 pub mod seed;

@@ -30,6 +30,13 @@ pub trait Module: Send + Sync {
         Err(Error::msg("this module does not implement `predict_step`, which `predict` needs"))
     }
 
+    /// Parameters that no loss of this module depends on, as patterns in which `*` stands for any text: they are in every
+    /// checkpoint and are never moved. A parameter without gradient that is not among them is an error, and so is one
+    /// among them that gets a gradient.
+    fn unused(&self) -> &[&str] {
+        &[]
+    }
+
     /// Floating-point operations of one sample's forward pass, a multiply-add counted as two; none where nobody has
     /// counted them. A training step counts as three forward passes.
     fn flops(&self) -> Option<f64> {

@@ -36,13 +36,13 @@ pub fn with_kernels<T>(choice: Kernels, work: impl FnOnce() -> T) -> T {
 }
 
 /// Whether our kernels are wanted, and take this tensor.
-fn fast(x: &Tensor) -> bool {
+pub(crate) fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
 /// Whether this is computed in 32 bits and narrowed afterwards: half types on the CPU, whose products and recurrent states
 /// need the width and gain no speed without it.
-fn widened(x: &Tensor) -> bool {
+pub(crate) fn widened(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 

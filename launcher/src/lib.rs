@@ -29,6 +29,13 @@ use tracing_subscriber::{EnvFilter, fmt};
 pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
+        .module::<candlepower_models::ConvLstmStack>("conv_lstm_stack")
+        .module::<candlepower_models::PredRnn>("predrnn")
+        .module::<candlepower_models::PredRnnV2>("predrnn_v2")
+        .module::<candlepower_models::PredRnnPp>("predrnn_pp")
+        .module::<candlepower_models::E3dLstm>("e3d_lstm")
+        .module::<candlepower_models::Mim>("mim")
+        .module::<candlepower_models::Mau>("mau")
         .module::<candlepower_models::SimVp>("sim_vp")
         .module::<candlepower_models::SvgLp>("svg_lp")
         .module::<candlepower_models::Tau>("tau")

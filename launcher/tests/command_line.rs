@@ -727,6 +727,9 @@ fn real_handwriting_trains_where_it_is_at_hand() {
 fn small(module: &str) -> &'static [&'static str] {
     match module {
         "conv_lstm" => &["module.hidden=4"],
+        "conv_lstm_stack" | "predrnn" | "predrnn_v2" | "predrnn_pp" | "e3d_lstm" | "mim" | "mau" => {
+            &["module.hidden=[2, 2]", "data.frames_in=2", "data.frames_out=2"]
+        }
         "sim_vp" | "tau" => &[
             "module.spatial_channels=4",
             "module.temporal_channels=16",
@@ -779,18 +782,37 @@ fn every_configuration_of_the_project_is_read_and_its_module_stepped() {
         assert!(validation["mse"].is_finite() && validation["loss"].is_finite(), "{}", path.display());
         stepped.push(module);
     }
-    for module in ["conv_lstm", "sim_vp", "svg_lp", "tau"] {
+    for module in
+        ["conv_lstm", "conv_lstm_stack", "e3d_lstm", "mau", "mim", "predrnn", "predrnn_pp", "predrnn_v2"]
+            .into_iter()
+            .chain(["sim_vp", "svg_lp", "tau"])
+    {
         let configs = stepped.iter().filter(|name| *name == module).count();
         assert!(configs >= 2, "`{module}` has no published and no small configuration: {stepped:?}");
     }
 }
 
 #[test]
-fn the_tutorials_model_has_the_tutorials_size() {
+fn models_have_the_sizes_that_their_authors_count() {
     use candlepower::experiment::Experiment;
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/moving_mnist.toml");
-    let experiment = Experiment::read(&candlepower_launcher::registry(), &path, &[]).unwrap();
-    assert_eq!(experiment.build().unwrap(), 1_036_097);
+    // The tutorial's model, and those of OpenSTL as its own code counts them.
+    for (name, parameters) in [
+        ("moving_mnist", 1_036_097),
+        ("conv_lstm_stack", 15_083_520),
+        ("predrnn", 23_838_720),
+        ("predrnn_v2", 23_855_104),
+        ("predrnn_pp", 38_584_320),
+        ("e3d_lstm", 51_347_456),
+        ("mim", 38_043_648),
+        ("mau", 4_483_588),
+        ("sim_vp", 46_769_665),
+        ("tau", 44_656_001),
+        ("svg_lp", 12_614_057),
+    ] {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));
+        let experiment = Experiment::read(&candlepower_launcher::registry(), &path, &[]).unwrap();
+        assert_eq!(experiment.build().unwrap(), parameters, "{name}");
+    }
 }
 
 fn gray_picture() -> candle_core::Tensor {

@@ -150,6 +150,50 @@ fn a_parameter_that_the_loss_does_not_reach_is_refused_by_name() {
     assert!(error.starts_with("no gradient reaches 2 of 4 parameters: cut.weight, cut.bias\n"), "{error}");
 }
 
+/// The same layers; says which parameters it does not use, and perhaps is wrong.
+struct Says(CutOff, &'static [&'static str]);
+
+impl Module for Says {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        self.0.training_step(batch, step)
+    }
+
+    fn unused(&self) -> &[&str] {
+        self.1
+    }
+}
+
+fn train_saying(unused: &'static [&'static str]) -> Result<Model<Tensors>> {
+    let build = move |vb: VarBuilder| {
+        Ok(Says(CutOff(linear(3, 3, vb.pp("used"))?, linear(3, 3, vb.pp("cut"))?), unused))
+    };
+    let model = Model::new(build, 0, &Device::Cpu)?;
+    Trainer::new(config(2, 1)).fit(&model, &Data::new(Ones))?;
+    Ok(model)
+}
+
+#[test]
+fn what_a_module_says_is_unused_needs_no_gradient_and_is_not_moved() {
+    let before = Model::new(
+        |vb| Ok(CutOff(linear(3, 3, vb.pp("used"))?, linear(3, 3, vb.pp("cut"))?)),
+        0,
+        &Device::Cpu,
+    );
+    let after = train_saying(&["cut.*"]).unwrap();
+    for ((name, before), (_, after)) in before.unwrap().params().vars().iter().zip(after.params().vars()) {
+        let moved = relative_error(&after, before) > 0.;
+        assert_eq!(moved, name.starts_with("used"), "{name}");
+    }
+    let said = |unused| train_saying(unused).err().unwrap().to_string();
+    assert!(said(&["cut.weight"]).starts_with("no gradient reaches 1 of 3 parameters: cut.bias\n"));
+    let error = said(&["*"]);
+    assert!(error.starts_with("the module says that `used.weight` is unused, but a gradient"), "{error}");
+    let error = said(&["cut.*", "gone"]);
+    assert_eq!(error, "the module says that `gone` is unused: it fits no parameter");
+}
+
 /// Says in validation how bright its input is.
 struct Brightness(Tensor);
 

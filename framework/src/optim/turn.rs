@@ -92,6 +92,8 @@ pub(crate) struct Turn {
     pub(crate) working: Vec<Var>,
     /// Which rank moves each of them; none: every rank moves all.
     owners: Option<Vec<usize>>,
+    /// Those that the module says it does not use, with the variables of their gradients.
+    pub(crate) unused: Vec<(String, Var)>,
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
     schedule: Schedule,
@@ -109,16 +111,24 @@ struct Group {
 
 impl Turn {
     /// Shares out parameters among optimizers and their groups. Every parameter needs exactly one optimizer, and every
-    /// pattern must fit a parameter. Where the ranks `shard` the optimizers' states, each moves a part of the parameters.
+    /// pattern must fit a parameter. Nobody moves what is `unused`: see [`Module::unused`](crate::module::Module::unused).
+    /// Where the ranks `shard` the optimizers' states, each moves a part of the parameters.
     pub(crate) fn share(
         configs: &[TurnConfig],
         schedule: &Schedule,
         params: &Params,
+        unused: &[&str],
         shard: Option<&dyn Collective>,
     ) -> Result<Vec<Self>> {
+        let names: Vec<String> = params.vars().into_iter().map(|(name, _)| name).collect();
+        if let Some(pattern) = unused.iter().find(|pattern| !names.iter().any(|name| fits(pattern, name))) {
+            return Err(Error::msg(format!(
+                "the module says that `{pattern}` is unused: it fits no parameter"
+            )));
+        }
         for (name, _) in params.vars() {
-            let fits = |config: &&TurnConfig| WildMatch::new(&config.params).matches(&name);
-            let takers: Vec<&str> = configs.iter().filter(fits).map(|config| config.name.as_str()).collect();
+            let takes = |config: &&TurnConfig| fits(&config.params, &name);
+            let takers: Vec<&str> = configs.iter().filter(takes).map(|config| config.name.as_str()).collect();
             match takers[..] {
                 [_] => {}
                 [] => {
@@ -135,13 +145,14 @@ impl Turn {
                 }
             }
         }
-        configs.iter().map(|config| Self::new(config, schedule, params, shard)).collect()
+        configs.iter().map(|config| Self::new(config, schedule, params, unused, shard)).collect()
     }
 
     fn new(
         config: &TurnConfig,
         schedule: &Schedule,
         store: &Params,
+        unused: &[&str],
         shard: Option<&dyn Collective>,
     ) -> Result<Self> {
         let params = &store.vars()[..];
@@ -150,8 +161,10 @@ impl Turn {
             return Err(no_parameter(&config.params, params));
         }
         let lr = config.optimizer.lr();
-        let (mut moved, mut groups, mut all_owners) = (Vec::new(), Vec::new(), Vec::new());
-        let mut add = |params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
+        let (mut moved, mut groups, mut idle) = (Vec::new(), Vec::new(), Vec::new());
+        let mut all_owners = Vec::new();
+        let mut add = |mut params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
+            unused.iter().for_each(|pattern| idle.extend(take(pattern, &mut params)));
             let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
             let (rank, world_size) = shard.map_or((0, 1), |ranks| (ranks.rank(), ranks.world_size()));
             let owners = shard::owners(&params, world_size);
@@ -175,7 +188,9 @@ impl Turn {
         let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
         let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
         let owners = shard.map(|_| all_owners);
-        Ok(Self { name: config.name.clone(), params: moved, working, owners, lr, schedule, groups })
+        let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
+        let unused = idle.map(|(var, name)| (name, var)).collect();
+        Ok(Self { name: config.name.clone(), params: moved, working, owners, unused, lr, schedule, groups })
     }
 
     /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
@@ -213,10 +228,13 @@ impl Turn {
     }
 }
 
+fn fits(pattern: &str, name: &str) -> bool {
+    WildMatch::new(pattern).matches(name)
+}
+
 /// Takes the parameters whose names fit out of `from`.
 fn take(pattern: &str, from: &mut Vec<(String, Var)>) -> Vec<(String, Var)> {
-    let pattern = WildMatch::new(pattern);
-    let (taken, left) = from.drain(..).partition(|(name, _)| pattern.matches(name));
+    let (taken, left) = from.drain(..).partition(|(name, _)| fits(pattern, name));
     *from = left;
     taken
 }
@@ -266,7 +284,8 @@ mod tests {
             GroupConfig { lr: Some(0.01), ..group("encoder.*") },
         ];
         let schedule = Schedule::Exponential { gamma: 0.5 };
-        let mut turns = Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all, None).unwrap();
+        let mut turns =
+            Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all, &[], None).unwrap();
         let turn = &mut turns[0];
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
@@ -286,7 +305,7 @@ mod tests {
             ..TurnConfig::only(sgd(0.1), Vec::new())
         };
         let error = |configs: &[TurnConfig]| {
-            Turn::share(configs, &Schedule::default(), &all, None).err().unwrap().to_string()
+            Turn::share(configs, &Schedule::default(), &all, &[], None).err().unwrap().to_string()
         };
         assert_eq!(error(&[turn("x", "a.*")]), "no optimizer moves parameter `b.w`: `x` moves `a.*`");
         assert_eq!(

@@ -120,6 +120,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             &trainer.turns,
             &trainer.schedule,
             model.params(),
+            model.training().unused(),
             sharded.then_some(&*ranks as &dyn Collective),
         )?;
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
@@ -321,7 +322,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 let share = batch.len() as f64 / tally.samples as f64;
                 let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
                 let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
-                grads.add(&self.turns[turn].working, scaled.backward()?)?;
+                grads.add(&self.turns[turn], scaled.backward()?)?;
             }
             tally.losses.push((place.number, loss.detach()));
             tally.own_samples += batch.len();

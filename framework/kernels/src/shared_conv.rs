@@ -1,0 +1,230 @@
+//! A convolution whose weight the steps of a roll-out share.
+
+use crate::conv2d::{Conv2dOptions, conv2d};
+use crate::parallel::{Shared, on_pool};
+use crate::simd::{LANES, Level};
+use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+
+/// A 'same' convolution of stride 1 without bias, as [`conv2d`], for a weight that is used many times before it changes.
+///
+/// The weight is transformed once for all uses, and so is its gradient: between the uses' backward passes it is summed in
+/// Winograd's domain, and handed to the weight after the last of them. Kernels that Winograd does not serve are left to
+/// [`conv2d`].
+#[derive(Debug, Clone)]
+pub struct SharedConv {
+    weight: Tensor,
+    transformed: Option<(Arc<Transformed>, Tensor)>,
+}
+
+impl SharedConv {
+    /// With a weight (Cout, Cin, k, k), k odd, as it is now: changes after this are not seen.
+    ///
+    /// # Errors
+    /// Where the weight has another shape, or is not f32 on the CPU.
+    pub fn new(weight: &Tensor) -> Result<SharedConv> {
+        check_supported("shared_conv", "weight", weight)?;
+        let &[outputs, inputs, kernel, kernel_width] = weight.dims() else {
+            bail!("shared_conv: weight must be (outputs, inputs, k, k), got {:?}", weight.dims());
+        };
+        if kernel != kernel_width || kernel % 2 == 0 {
+            bail!("shared_conv: expected a square kernel of odd size, got {:?}", weight.dims());
+        }
+        if !matches!(kernel, 3 | 5) || inputs < LANES || outputs < LANES {
+            return Ok(SharedConv { weight: weight.clone(), transformed: None });
+        }
+        let values = weight.detach().contiguous()?;
+        let order = (0..outputs.next_multiple_of(LANES)).map(|o| (o < outputs).then_some(o)).collect();
+        let transformed = Transformed {
+            values,
+            outputs,
+            inputs,
+            kernel,
+            order,
+            filters: OnceLock::new(),
+            transposed: OnceLock::new(),
+            sums: Mutex::default(),
+        };
+        let transformed = Arc::new(transformed);
+        let use_of = UseOf(transformed.clone());
+        let token =
+            if tracked(weight) { weight.apply_op1(use_of)? } else { weight.apply_op1_no_bwd(&use_of)? };
+        Ok(SharedConv { weight: weight.clone(), transformed: Some((transformed, token)) })
+    }
+
+    /// (.., H, W, Cin) to (.., H, W, Cout). Differentiable in x, and in the weight.
+    ///
+    /// # Errors
+    /// Where the shapes do not fit together, or x is not f32 on the CPU.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Some((transformed, token)) = &self.transformed else {
+            let options = Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() };
+            return conv2d(x, &self.weight, None, options);
+        };
+        check_supported("shared_conv", "x", x)?;
+        let &[ref leading @ .., height, width, inputs] = x.dims() else {
+            bail!("shared_conv: x must be (.., height, width, channels), got {:?}", x.dims());
+        };
+        if inputs != transformed.inputs {
+            bail!("shared_conv: x is {:?}, weight is {:?}", x.dims(), self.weight.dims());
+        }
+        let kernel = transformed.kernel;
+        let tiling = Tiling { batch: leading.iter().product(), height, width, padding: kernel / 2, kernel };
+        let op = Use { transformed: transformed.clone(), tiling };
+        if tracked(x) || tracked(token) { x.apply_op2(token, op) } else { x.apply_op2_no_bwd(token, &op) }
+    }
+}
+
+/// The weight in Winograd's domain, and its gradient.
+#[derive(Debug)]
+struct Transformed {
+    values: Tensor,
+    outputs: usize,
+    inputs: usize,
+    kernel: usize,
+    order: ColumnOrder,
+    filters: OnceLock<Panels>,
+    transposed: OnceLock<Panels>,
+    /// What the uses so far have added up, for each number of parts that they cut their batch into.
+    sums: Mutex<Vec<Vec<Panels>>>,
+}
+
+impl Transformed {
+    fn with_filters<R>(&self, f: impl FnOnce(Filters) -> R) -> Result<R> {
+        with_values(&self.values, |data| Ok(f(Filters { data, inputs: self.inputs, kernel: self.kernel })))
+    }
+
+    fn filters(&self, level: Level) -> Result<&Panels> {
+        if self.filters.get().is_none() {
+            let panels = self.with_filters(|filters| on_pool(|| filters.transform(level, &self.order)))?;
+            let _ = self.filters.set(panels);
+        }
+        self.filters.get().ok_or_else(|| candle_core::Error::Msg("shared_conv: no filters".into()))
+    }
+
+    fn transposed(&self, level: Level) -> Result<&Panels> {
+        if self.transposed.get().is_none() {
+            let panels = self.with_filters(|filters| {
+                on_pool(|| filters.transform_transposed(level, &self.order, 0, self.inputs))
+            })?;
+            let _ = self.transposed.set(panels);
+        }
+        self.transposed.get().ok_or_else(|| candle_core::Error::Msg("shared_conv: no filters".into()))
+    }
+
+    fn sums(&self) -> MutexGuard<'_, Vec<Vec<Panels>>> {
+        self.sums.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Stands for the weight in the graph: a number that every use depends on. By the time its gradient is asked for, all uses
+/// have added theirs.
+struct UseOf(Arc<Transformed>);
+
+impl CustomOp1 for UseOf {
+    fn name(&self) -> &'static str {
+        "shared_conv weight"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.]), Shape::from(())))
+    }
+
+    fn bwd(&self, weight: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        let Transformed { order, inputs, kernel, .. } = &*self.0;
+        let level = Level::current();
+        let mut gradient = vec![0f32; weight.elem_count()];
+        let sums = std::mem::take(&mut *self.0.sums());
+        on_pool(|| {
+            for sums in sums.iter().flatten() {
+                winograd::add_filter_gradient(level, sums, order, 0, &mut gradient, *inputs, *kernel);
+            }
+        });
+        Ok(Some(Tensor::from_vec(gradient, weight.shape(), &Device::Cpu)?))
+    }
+}
+
+/// One use.
+struct Use {
+    transformed: Arc<Transformed>,
+    tiling: Tiling,
+}
+
+impl Use {
+    fn images(&self, x: &[f32]) -> Images {
+        let channels = self.transformed.inputs;
+        Images { data: x.as_ptr(), image: self.tiling.height * self.tiling.width * channels, channels }
+    }
+}
+
+impl CustomOp2 for Use {
+    fn name(&self) -> &'static str {
+        "shared_conv"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = packed(x, lx)?;
+        let Transformed { outputs, kernel, order, .. } = &*self.transformed;
+        let Tiling { batch, height, width, .. } = self.tiling;
+        let level = Level::current();
+        let filters = self.transformed.filters(level)?;
+        let bias = vec![0f32; order.len()];
+        let fill = |output: Shared| {
+            let epilogue =
+                winograd::Store { output, bias: &bias, height, width, channels: *outputs, kernel: *kernel };
+            winograd::forward(level, &self.tiling, &[self.images(&x)], filters, epilogue);
+        };
+        // SAFETY: every pixel of the output is stored, and none is read.
+        let y = unsafe { crate::buffer::filled(batch * height * width * outputs, |y| on_pool(|| fill(y))) };
+        let dims = lx.dims();
+        Ok((CpuStorage::F32(y), [&dims[..dims.len() - 1], &[*outputs]].concat().into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        token: &Tensor,
+        _: &Tensor,
+        d: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Transformed { outputs, inputs, kernel, order, .. } = &*self.transformed;
+        let Tiling { height, width, .. } = self.tiling;
+        let level = Level::current();
+        let parts = winograd::parts(&self.tiling, *inputs, *outputs);
+        let mut sums = self.transformed.sums();
+        if token.track_op() && !sums.iter().any(|sums| sums.len() == parts) {
+            sums.push(Panels::zeroed_parts(parts, *inputs, order.len()));
+        }
+        let sums = sums.iter_mut().find(|sums| token.track_op() && sums.len() == parts);
+        let mut dx = x.track_op().then(|| vec![0f32; x.elem_count()]);
+        let transposed = x.track_op().then(|| self.transformed.transposed(level)).transpose()?;
+        with_values(x, |x| {
+            with_values(d, |gradient| {
+                let images = self.images(x);
+                let input = transposed.zip(dx.as_deref_mut()).map(|(filters, dx)| InputGradient {
+                    filters,
+                    data: Shared::new(dx),
+                    image: images.image,
+                });
+                let mut sources = [Source { images, filters: sums.map(Vec::as_mut_slice), input }];
+                let load = winograd::Load { gradient, height, width, channels: *outputs, kernel: *kernel };
+                let vectors = order.len() / LANES;
+                on_pool(|| {
+                    winograd::backward(level, &self.tiling, vectors, load, &mut sources, parts, None);
+                });
+                Ok(())
+            })
+        })?;
+        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), &Device::Cpu)).transpose()?;
+        let token = token.track_op().then(|| token.zeros_like()).transpose()?;
+        Ok((dx, token))
+    }
+}

@@ -1,0 +1,291 @@
+//! What recurrent models are made of: convolutions that every step of a roll-out uses, gates, memories.
+//!
+//! Tensors are channels last, (B, H, W, C), or (B, H, W, D, C) where a state has a depth D, because that is what the
+//! kernels run on; parameters keep PyTorch's shapes. [`channels_last`] and [`channels_first`] are the way in and out.
+//! `prepare` does what a roll-out needs once, not once a step: call it at the start of each.
+
+use candle_core::{D, DType, Tensor};
+use candle_nn::ops::sigmoid;
+use candle_nn::{Init, VarBuilder};
+pub use candlepower_kernels::MemoryUpdate;
+pub use candlepower_kernels::OutputGate;
+use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions, SharedConv};
+
+use crate::error::{Error, Result};
+use crate::nn::{fast, widened};
+
+/// (.., C, H, W) to (.., H, W, C), contiguous.
+pub fn channels_last(x: &Tensor) -> Result<Tensor> {
+    Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)?.contiguous()?)
+}
+
+/// (.., H, W, C) to (.., C, H, W), contiguous.
+pub fn channels_first(x: &Tensor) -> Result<Tensor> {
+    Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus2)?.contiguous()?)
+}
+
+/// A 'same' convolution whose weight all steps of a roll-out share.
+#[derive(Debug, Clone)]
+pub struct StepConv {
+    /// (Cout, Cin, k, k), or a Conv3d's (Cout, Cin, D, k, k).
+    weight: Tensor,
+    /// (Cout).
+    bias: Option<Tensor>,
+    stride: usize,
+    /// For one roll-out.
+    shared: Option<SharedConv>,
+}
+
+impl StepConv {
+    /// A parameter `weight` of this shape with the initial values of PyTorch's convolutions: (Cout, Cin, k, k), or
+    /// (Cout, Cin, D, k, k) for a Conv3d that sees all of a state's depth D at once.
+    pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        Self::with_init(shape, uniform(shape), vb)
+    }
+
+    /// The same with other initial values.
+    pub fn with_init(shape: &[usize], init: Init, vb: VarBuilder) -> Result<Self> {
+        Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None, stride: 1, shared: None })
+    }
+
+    /// The same as [`Self::new`] with a parameter `bias`.
+    pub fn with_bias(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        let bias = vb.get_with_hints(shape[0], "bias", uniform(shape))?;
+        Ok(Self { bias: Some(bias), ..Self::new(shape, vb)? })
+    }
+
+    /// The same that looks at every `stride`th pixel of a row and of a column.
+    pub fn strided(self, stride: usize) -> Self {
+        Self { stride, ..self }
+    }
+
+    /// Output channels.
+    pub fn outputs(&self) -> usize {
+        self.weight.dims()[0]
+    }
+
+    /// How many weights it has: multiply-adds a pixel.
+    pub fn weights(&self) -> usize {
+        self.weight.elem_count()
+    }
+
+    /// The same for one roll-out.
+    pub fn prepare(&self) -> Result<Self> {
+        let weight = match self.weight.dims() {
+            // The channels of all depths side by side, as they lie in a state (.., D, C).
+            &[outputs, inputs, depth, rows, columns] => {
+                self.weight.transpose(1, 2)?.reshape((outputs, depth * inputs, rows, columns))?
+            }
+            _ => self.weight.clone(),
+        };
+        let bias = self.bias.as_ref().map(wide).transpose()?;
+        let weight = wide(&weight)?;
+        let shares = fast(&weight) && bias.is_none() && self.stride == 1;
+        let shared = shares.then(|| SharedConv::new(&weight)).transpose()?;
+        Ok(Self { weight, bias, stride: self.stride, shared })
+    }
+
+    /// (.., H, W, Cin) to (.., H / stride, W / stride, Cout).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if self.weight.rank() == 5 {
+            return self.prepare()?.forward(x);
+        }
+        if let Some(shared) = &self.shared
+            && fast(x)
+        {
+            return Ok(shared.forward(x)?);
+        }
+        let padding = self.weight.dims()[2] / 2;
+        if fast(x) && fast(&self.weight) {
+            let options = Conv2dOptions { padding, stride: self.stride, ..Default::default() };
+            return Ok(kernels::conv2d(x, &self.weight, self.bias.as_ref(), options)?);
+        }
+        let y = planes(x, self.weight.dtype())?.conv2d(&self.weight, padding, self.stride, 1, 1)?;
+        pixels(y, self.bias.as_ref(), x)
+    }
+}
+
+/// A transposed convolution that doubles rows and columns: kernel 3, stride 2.
+#[derive(Debug, Clone)]
+pub struct DoublingConv {
+    /// (Cin, Cout, 3, 3).
+    weight: Tensor,
+    /// (Cout).
+    bias: Tensor,
+}
+
+impl DoublingConv {
+    const STRIDE: usize = 2;
+    const PADDING: usize = 1;
+    const OUTPUT_PADDING: usize = 1;
+
+    /// Parameters `weight` (Cin, Cout, 3, 3) and `bias` with the initial values of PyTorch's `nn.ConvTranspose2d`.
+    pub fn new(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Self> {
+        let shape = [inputs, outputs, 3, 3];
+        let weight = vb.get_with_hints(&shape, "weight", uniform(&shape))?;
+        Ok(Self { weight, bias: vb.get_with_hints(outputs, "bias", uniform(&shape))? })
+    }
+
+    /// How many weights it has: multiply-adds a pixel of its input.
+    pub fn weights(&self) -> usize {
+        self.weight.elem_count()
+    }
+
+    /// The same for one roll-out.
+    pub fn prepare(&self) -> Result<Self> {
+        Ok(Self { weight: wide(&self.weight)?, bias: wide(&self.bias)? })
+    }
+
+    /// (B, H, W, Cin) to (B, 2H, 2W, Cout).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let Self { weight, bias } = self;
+        if fast(x) && fast(weight) {
+            let options = ConvTranspose2dOptions {
+                stride: Self::STRIDE,
+                padding: Self::PADDING,
+                output_padding: Self::OUTPUT_PADDING,
+                ..Default::default()
+            };
+            return Ok(kernels::conv_transpose2d(x, weight, Some(bias), options)?);
+        }
+        let (padding, more, stride) = (Self::PADDING, Self::OUTPUT_PADDING, Self::STRIDE);
+        let y = planes(x, weight.dtype())?.conv_transpose2d(weight, padding, more, stride, 1)?;
+        pixels(y, Some(bias), x)
+    }
+}
+
+/// (.., H, W, C) as (B, C, H, W) of this type.
+fn planes(x: &Tensor, dtype: DType) -> Result<Tensor> {
+    Ok(x.flatten_to(x.rank() - 4)?.permute((0, 3, 1, 2))?.to_dtype(dtype)?.contiguous()?)
+}
+
+/// Undoes [`planes`] after a bias was added: with the leading axes and the type of `like`.
+fn pixels(y: Tensor, bias: Option<&Tensor>, like: &Tensor) -> Result<Tensor> {
+    let y = match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
+        None => y,
+    };
+    let y = y.permute((0, 2, 3, 1))?.contiguous()?;
+    let shape = [&like.dims()[..like.rank() - 3], &y.dims()[1..]].concat();
+    Ok(y.reshape(shape)?.to_dtype(like.dtype())?)
+}
+
+/// Within 1/sqrt(fan-in), the initial values of PyTorch's convolutions.
+fn uniform(shape: &[usize]) -> Init {
+    let bound = 1. / (shape[1..].iter().product::<usize>() as f64).sqrt();
+    Init::Uniform { lo: -bound, up: bound }
+}
+
+/// A parameter in the type that is computed in: 32 bits for half types on the CPU.
+fn wide(x: &Tensor) -> Result<Tensor> {
+    Ok(if widened(x) { x.to_dtype(DType::F32)? } else { x.clone() })
+}
+
+/// Layer normalisation over everything but the batch, with a weight and a bias for each value.
+#[derive(Debug, Clone)]
+pub struct StateNorm {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+impl StateNorm {
+    const EPSILON: f64 = 1e-5;
+
+    /// Parameters `weight`, one at first, and `bias`, zero at first, of PyTorch's shape (C, H, W) or (C, D, H, W).
+    pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
+        let parameter = |name: &str, value: f64| -> Result<Tensor> {
+            let parameter = vb.get_with_hints(shape, name, Init::Const(value))?;
+            Ok(if shape.len() == 4 {
+                parameter.permute((2, 3, 1, 0))?
+            } else {
+                parameter.permute((1, 2, 0))?
+            })
+        };
+        Ok(Self { weight: parameter("weight", 1.)?, bias: parameter("bias", 0.)? })
+    }
+
+    /// The same for one roll-out.
+    pub fn prepare(&self) -> Result<Self> {
+        Ok(Self { weight: wide(&self.weight)?.contiguous()?, bias: wide(&self.bias)?.contiguous()? })
+    }
+
+    /// (B, H, W, C) or (B, H, W, D, C) to the same. Candle's own layer norm has no gradient.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let flat = x.flatten_from(1)?;
+        let centred = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
+        let variance = centred.sqr()?.mean_keepdim(1)?;
+        let normal = centred.broadcast_div(&(variance + Self::EPSILON)?.sqrt()?)?.reshape(x.shape())?;
+        let [weight, bias] = [&self.weight, &self.bias].map(|parameter| parameter.to_dtype(x.dtype()));
+        Ok(normal.broadcast_mul(&weight?)?.broadcast_add(&bias?)?)
+    }
+}
+
+/// The pre-activations of gates: what several convolutions say, added up gate by gate.
+///
+/// Each term is (.., k N), k gates of N channels side by side, and the place of each among the `gates` of the result,
+/// (.., gates N). Terms need not have all gates; together they must.
+pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
+    if terms.iter().all(|(values, _)| fast(values)) {
+        return Ok(kernels::sum_gates(gates, terms)?);
+    }
+    let mut sums: Vec<Option<Tensor>> = vec![None; gates];
+    for (values, places) in terms {
+        let width = values.dim(D::Minus1)? / places.len();
+        for (gate, &place) in places.iter().enumerate() {
+            let values = values.narrow(D::Minus1, gate * width, width)?;
+            sums[place] = Some(match sums[place].take() {
+                Some(sum) => (sum + values)?,
+                None => values,
+            });
+        }
+    }
+    let sums: Option<Vec<Tensor>> = sums.into_iter().collect();
+    let sums = sums.ok_or_else(|| Error::msg(format!("{gates} gates, of which not all have a value")))?;
+    Ok(Tensor::cat(&sums, D::Minus1)?)
+}
+
+/// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the memory before it:
+/// m' = σ(f + bias) m + σ(i) tanh(g).
+pub fn update_memory(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> Result<Tensor> {
+    if fast(gates) && fast(memory) {
+        return Ok(kernels::memory_update(gates, memory, update)?);
+    }
+    let kept = if update.squash { memory.tanh()? } else { memory.clone() };
+    let kept = match update.forget {
+        Some((place, bias)) => (sigmoid(&(gate(gates, place, memory)? + f64::from(bias))?)? * kept)?,
+        None => kept,
+    };
+    let taken_in =
+        (sigmoid(&gate(gates, update.input, memory)?)? * gate(gates, update.candidate, memory)?.tanh()?)?;
+    Ok((kept + taken_in)?)
+}
+
+/// An output gate times tanh(y), (.., N): of the sum of the gate at `place` of `gates`, (.., gates N), and of `more`, (.., N).
+pub fn open_output(
+    output: OutputGate,
+    gates: &Tensor,
+    place: usize,
+    more: Option<&Tensor>,
+    y: &Tensor,
+) -> Result<Tensor> {
+    if fast(gates) && fast(y) {
+        return Ok(kernels::open_output(output, gates, place, more, y)?);
+    }
+    let o = gate(gates, place, y)?;
+    let o = match more {
+        Some(more) => (o + more)?,
+        None => o,
+    };
+    let open = match output {
+        OutputGate::Sigmoid => sigmoid(&o)?,
+        OutputGate::Tanh => o.tanh()?,
+        OutputGate::SigmoidOfTanh => sigmoid(&o.tanh()?)?,
+    };
+    Ok((open * y.tanh()?)?)
+}
+
+/// One gate of as many channels as `like` has.
+fn gate(gates: &Tensor, place: usize, like: &Tensor) -> Result<Tensor> {
+    let width = like.dim(D::Minus1)?;
+    Ok(gates.narrow(D::Minus1, place * width, width)?)
+}

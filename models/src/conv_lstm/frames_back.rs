@@ -1,0 +1,81 @@
+//! The tutorial's second way: a decoder that reads each frame that it has predicted.
+
+use candle_core::{DType, Tensor};
+use candlepower::nn::Conv;
+use candlepower::prelude::*;
+use candlepower::recurrent::{
+    MemoryUpdate, OutputGate, channels_first, channels_last, open_output, update_memory,
+};
+
+use super::ToFrame;
+
+// Places of the gates.
+const I: usize = 0;
+const F: usize = 1;
+const O: usize = 2;
+const G: usize = 3;
+
+/// c' = σ(f) c + σ(i) tanh(g)
+const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((F, 0.)), squash: false };
+
+/// The cells of both halves, a step at a time: what each step reads is known after the one before.
+pub(super) struct FramesBack {
+    encoder: [Conv; 2],
+    decoder: [Conv; 2],
+}
+
+/// h as (B, N, H, W), c channels last.
+type State = (Tensor, Tensor);
+
+impl FramesBack {
+    pub(super) fn new(encoder: &[Conv; 2], decoder: &[Conv; 2]) -> Self {
+        Self { encoder: encoder.clone(), decoder: decoder.clone() }
+    }
+
+    /// Frames (B, T_in, C, H, W) to the `steps` that follow, (B, steps, C, H, W).
+    pub(super) fn forward(&self, frames: &Tensor, steps: usize, to_frame: &ToFrame) -> Result<Tensor> {
+        let frame_at = |t: usize| -> Result<Tensor> { Ok(frames.narrow(1, t, 1)?.squeeze(1)?) };
+        let frames_in = frames.dim(1)?;
+        let mut states = [None, None];
+        let mut encoded = Vec::with_capacity(frames_in);
+        for t in 0..frames_in {
+            encoded.push(step(&self.encoder, &frame_at(t)?, &mut states)?);
+        }
+        let encoded = Tensor::stack(&encoded, 1)?;
+        let mut frame = frame_at(frames_in - 1)?;
+        let mut predicted = Vec::with_capacity(steps);
+        for _ in 0..steps {
+            let output = step(&self.decoder, &frame, &mut states)?;
+            frame = to_frame.forward(&output.unsqueeze(1)?, &encoded)?.squeeze(1)?;
+            predicted.push(frame.clone());
+        }
+        Ok(Tensor::stack(&predicted, 1)?)
+    }
+}
+
+/// One step of both cells; returns the upper one's output, (B, N, H, W). States are zero at first.
+fn step(cells: &[Conv; 2], frame: &Tensor, states: &mut [Option<State>; 2]) -> Result<Tensor> {
+    let mut input = frame.clone();
+    for (conv, state) in cells.iter().zip(states) {
+        let (h, c) = match state.take() {
+            Some(state) => state,
+            None => zeros(conv, frame)?,
+        };
+        let gates = conv.same(&Tensor::cat(&[&input, &h], 1)?)?;
+        // Memories never leave 32 bits.
+        let gates = channels_last(&gates.to_dtype(c.dtype())?)?;
+        let c = update_memory(&gates, &c, CELL)?;
+        let h = open_output(OutputGate::Sigmoid, &gates, O, None, &c)?;
+        input = channels_first(&h)?.to_dtype(frame.dtype())?;
+        *state = Some((input.clone(), c));
+    }
+    Ok(input)
+}
+
+fn zeros(conv: &Conv, frame: &Tensor) -> Result<State> {
+    let (batch, _, height, width) = frame.dims4()?;
+    let hidden = conv.bias.elem_count() / 4;
+    let wide = if frame.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+    let h = Tensor::zeros((batch, hidden, height, width), frame.dtype(), frame.device())?;
+    Ok((h, Tensor::zeros((batch, height, width, hidden), wide, frame.device())?))
+}

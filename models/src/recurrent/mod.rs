@@ -1,0 +1,260 @@
+//! What the recurrent models that feed their frames back share: gates, the roll-out, scheduled sampling, and the module
+//! around a stack of cells.
+
+pub mod gates;
+pub mod roll_out;
+pub mod sampling;
+
+use candle_core::{DType, Tensor};
+use candlepower::picture::video_grid;
+use candlepower::prelude::*;
+use candlepower::recurrent::{channels_first, channels_last};
+use candlepower::{data::Settings, rand::Rng};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use roll_out::{Feed, Mask, RollOut, roll_out};
+use sampling::Sampling;
+
+/// How many samples of a batch are drawn.
+const SAMPLES_DRAWN: usize = 2;
+
+/// Cells on top of each other that turn a frame into a prediction of the next one. Frames and states are channels last.
+pub trait Stack: Sized + Send + Sync + 'static {
+    /// The fields of its `[module]` section.
+    type Config: Settings;
+    /// What it remembers from step to step.
+    type State;
+
+    /// Those of its fields that all recurrent models have.
+    fn recurrent(config: &Self::Config) -> RecurrentConfig;
+
+    /// Makes it for frames of this size; `config` has passed [`RecurrentConfig::check`].
+    fn build(config: &Self::Config, frame: FrameSize, vb: VarBuilder) -> Result<Self>;
+
+    /// The same for one roll-out.
+    fn prepare(&self) -> Result<Self>;
+
+    /// The state before the first frame, (B, H, W, C), of a roll-out.
+    fn start(&self, frame: &Tensor) -> Result<Self::State>;
+
+    /// A frame (B, H, W, C) to what is expected next, (B, H, W, C).
+    fn step(&self, frame: &Tensor, state: &mut Self::State) -> Result<Tensor>;
+
+    /// The loss of predictions (T, B, H, W, C), given what came and the state at the end.
+    fn loss(&self, predictions: &Tensor, truth: &Tensor, _state: &Self::State) -> Result<Tensor> {
+        nn::mse(predictions, truth)
+    }
+
+    /// Multiply-adds of a sample's step.
+    fn multiply_adds(&self) -> usize;
+
+    /// Parameters that the reference has and never uses, as patterns: [`Module::unused`].
+    fn unused(&self) -> &'static [&'static str] {
+        &[]
+    }
+}
+
+/// The size of the frames that a stack sees: folded into patches.
+#[derive(Debug, Clone, Copy)]
+pub struct FrameSize {
+    /// Channels, those of all pixels of a patch.
+    pub channels: usize,
+    /// Rows.
+    pub height: usize,
+    /// Columns.
+    pub width: usize,
+}
+
+impl FrameSize {
+    /// How many patches there are.
+    pub fn pixels(&self) -> usize {
+        self.height * self.width
+    }
+}
+
+/// Fields of `[module]` that most recurrent models have.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RecurrentConfig {
+    /// Channels of the hidden states, a number for each layer.
+    pub hidden: Vec<usize>,
+    /// Side of the convolution kernels, odd.
+    pub kernel: usize,
+    /// Side of the patches of pixels that are folded into channels.
+    pub patch: usize,
+    /// Layer normalisation after each convolution of gates, over channels and pixels together.
+    pub layer_norm: bool,
+    /// How training is weaned from the true frames.
+    pub sampling: Sampling,
+}
+
+impl Default for RecurrentConfig {
+    fn default() -> Self {
+        Self { hidden: vec![128; 4], kernel: 5, patch: 4, layer_norm: false, sampling: Sampling::default() }
+    }
+}
+
+impl RecurrentConfig {
+    fn check(&self, spec: &VideoSpec) -> Result<()> {
+        let VideoSpec { height, width, .. } = *spec;
+        if self.hidden.is_empty() || self.hidden.contains(&0) {
+            let message = format!("expected a number from 1 up for each layer, found {:?}", self.hidden);
+            return Err(Error::setting("hidden", message));
+        }
+        if self.kernel.is_multiple_of(2) {
+            return Err(Error::setting("kernel", format!("expected an odd number, found {}", self.kernel)));
+        }
+        if self.patch == 0 || !height.is_multiple_of(self.patch) || !width.is_multiple_of(self.patch) {
+            let message = format!("patches of {0}x{0} do not tile frames of {height}x{width}", self.patch);
+            return Err(Error::setting("patch", message));
+        }
+        self.sampling.check()
+    }
+
+    /// The width of all layers, where one memory goes through all of them.
+    pub(crate) fn equal_widths(&self) -> Result<usize> {
+        let width = self.hidden[0];
+        if self.hidden.iter().any(|&other| other != width) {
+            let message =
+                format!("one memory goes through all layers: expected equal widths, found {:?}", self.hidden);
+            return Err(Error::setting("hidden", message));
+        }
+        Ok(width)
+    }
+}
+
+/// A state of zeros with this many channels, of as many pixels as a frame (B, H, W, C) has.
+pub(crate) fn zeros(frame: &Tensor, channels: usize) -> Result<Tensor> {
+    let (batch, height, width, _) = frame.dims4()?;
+    Ok(Tensor::zeros((batch, height, width, channels), frame.dtype(), frame.device())?)
+}
+
+/// A model that sees a frame at a time and predicts the next; beyond the given frames it sees its own predictions.
+pub struct Recurrent<S> {
+    stack: S,
+    sampling: Sampling,
+    patch: usize,
+    spec: VideoSpec,
+}
+
+impl<S: Stack> Recurrent<S> {
+    /// Frames (B, T_in, C, H, W) to the T_out frames that follow, (B, T_out, C, H, W). They are not clipped.
+    pub fn forward(&self, frames: &Tensor) -> Result<Tensor> {
+        self.last_frames(&self.roll_out(frames, Feed::FreeRunning)?.predictions)
+    }
+
+    /// The loss of one roll-out over frames (B, T_in + T_out, C, H, W), and its predictions of all frames but the first,
+    /// (B, T_in + T_out - 1, C, H, W).
+    pub fn train(&self, frames: &Tensor, feed: Feed) -> Result<(Tensor, Tensor)> {
+        let RollOut { predictions, state } = self.roll_out(frames, feed)?;
+        let truth = self.fold(frames)?.narrow(0, 1, predictions.dim(0)?)?;
+        Ok((self.stack.loss(&predictions, &truth, &state)?, self.unfold(&predictions)?))
+    }
+
+    /// (B, T, C, H, W) to (T, B, H/p, W/p, p*p*C).
+    fn fold(&self, frames: &Tensor) -> Result<Tensor> {
+        let dtype = if frames.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
+        let folded = nn::space_to_depth(&frames.to_dtype(dtype)?, self.patch)?;
+        channels_last(&folded.transpose(0, 1)?)
+    }
+
+    /// Undoes [`Self::fold`].
+    fn unfold(&self, frames: &Tensor) -> Result<Tensor> {
+        nn::depth_to_space(&channels_first(&frames.transpose(0, 1)?)?, self.patch)
+    }
+
+    /// The predictions of the frames after the given ones.
+    fn last_frames(&self, predictions: &Tensor) -> Result<Tensor> {
+        let frames_out = self.spec.frames_out;
+        self.unfold(&predictions.narrow(0, predictions.dim(0)? - frames_out, frames_out)?)
+    }
+
+    fn roll_out(&self, frames: &Tensor, feed: Feed) -> Result<RollOut<S>> {
+        let steps = self.spec.frames_in + self.spec.frames_out - 1;
+        roll_out(&self.stack.prepare()?, &self.fold(frames)?, self.spec.frames_in, steps, feed)
+    }
+
+    /// The loss of a training step, whose mask is drawn from the step's own generator.
+    fn scheduled(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        let VideoSpec { frames_in, frames_out, .. } = self.spec;
+        let mut rng = step.rng("scheduled sampling");
+        let mut draw =
+            |probabilities: Vec<f64>| Mask::new(batch.len(), &probabilities, |p| rng.random::<f64>() < p);
+        let probabilities = self.sampling.probabilities(step.index(), frames_in, frames_out);
+        let mask;
+        let feed = match &self.sampling {
+            Sampling::None => Feed::FreeRunning,
+            Sampling::Linear(_) => {
+                mask = draw(probabilities);
+                Feed::Teacher(&mask)
+            }
+            Sampling::Reverse(_) => {
+                mask = draw(probabilities);
+                Feed::Reverse(&mask)
+            }
+        };
+        let frames = Tensor::cat(&[&batch.input, &batch.target.to_dtype(batch.input.dtype())?], 1)?;
+        let (loss, predictions) = self.train(&frames, feed)?;
+        if step.images_due() {
+            let first = predictions.dim(1)? - frames_out;
+            let prediction = predictions.narrow(1, first, frames_out)?.clamp(0., 1.)?;
+            step.log_image(
+                "prediction",
+                &video_grid(&batch.input, &prediction, &batch.target, SAMPLES_DRAWN)?,
+            );
+        }
+        Ok(loss)
+    }
+}
+
+impl<S: Stack> Build for Recurrent<S> {
+    type Config = S::Config;
+
+    fn build(config: &S::Config, spec: &VideoSpec, vb: VarBuilder) -> Result<Self> {
+        let recurrent = S::recurrent(config);
+        recurrent.check(spec)?;
+        let RecurrentConfig { patch, sampling, .. } = recurrent;
+        let frame = FrameSize {
+            channels: spec.channels * patch * patch,
+            height: spec.height / patch,
+            width: spec.width / patch,
+        };
+        let stack = S::build(config, frame, vb)?;
+        Ok(Self { stack, sampling, patch, spec: *spec })
+    }
+}
+
+impl<S: Stack> Module for Recurrent<S> {
+    type Batch = Video;
+
+    /// The reference's: over all predictions, of the given frames too.
+    fn training_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        self.scheduled(batch, step)
+    }
+
+    /// The mean squared error of the frames after the given ones, without any help.
+    fn validation_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        let prediction = self.forward(&batch.input)?;
+        if step.images_due() {
+            let clipped = prediction.clamp(0., 1.)?;
+            step.log_image("prediction", &video_grid(&batch.input, &clipped, &batch.target, SAMPLES_DRAWN)?);
+        }
+        let mse = nn::mse(&prediction, &batch.target)?;
+        step.log("mse", &mse);
+        Ok(mse)
+    }
+
+    fn predict_step(&self, batch: &Video, _: &mut Step) -> Result<Tensor> {
+        self.forward(&batch.input)
+    }
+
+    fn flops(&self) -> Option<f64> {
+        let steps = self.spec.frames_in + self.spec.frames_out - 1;
+        Some(2. * (steps * self.stack.multiply_adds()) as f64)
+    }
+
+    fn unused(&self) -> &[&str] {
+        self.stack.unused()
+    }
+}
