@@ -34,7 +34,6 @@ pub mod picture;
 pub mod plot;
 pub mod precision;
 pub mod profiler;
-pub mod recurrent;
 pub mod run_dir;
 pub mod schedule;
 pub mod seed;

@@ -8,6 +8,7 @@ pub mod channels_last;
 mod lstm;
 mod noise;
 mod norm;
+pub mod recurrent;
 
 use std::cell::Cell;
 
@@ -36,13 +37,13 @@ pub fn with_kernels<T>(choice: Kernels, work: impl FnOnce() -> T) -> T {
 }
 
 /// Whether our kernels are wanted, and take this tensor.
-pub(crate) fn fast(x: &Tensor) -> bool {
+fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
 /// Whether this is computed in 32 bits and narrowed afterwards: half types on the CPU, whose products and recurrent states
 /// need the width and gain no speed without it.
-pub(crate) fn widened(x: &Tensor) -> bool {
+fn widened(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 

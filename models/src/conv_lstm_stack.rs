@@ -1,8 +1,8 @@
 //! Stacked ConvLSTM on patches that feeds its frames back: the form of OpenSTL (cells: Shi et al. 2015, without peepholes).
 
 use candle_core::Tensor;
+use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::recurrent::gates::{GateConv, Gates};
 use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack};

@@ -3,10 +3,10 @@
 
 use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
-use candlepower::prelude::*;
-use candlepower::recurrent::{
+use candlepower::nn::recurrent::{
     MemoryUpdate, OutputGate, StateNorm, StepConv, open_output, sum_gates, update_memory,
 };
+use candlepower::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -288,8 +288,8 @@ impl Stack for EideticLayers {
         self.to_frame.forward(&input.flatten_from(3)?)
     }
 
-    fn loss(&self, predictions: &Tensor, truth: &Tensor, _: &EideticStates) -> Result<Tensor> {
-        Ok((nn::mse(predictions, truth)? + (predictions - truth)?.abs()?.mean_all()?)?)
+    fn loss(&self, predictions: &Tensor, batch: &Video, _: &EideticStates) -> Result<Tensor> {
+        Ok((batch.mse(predictions)? + batch.mae(predictions)?)?)
     }
 
     fn multiply_adds(&self) -> usize {

@@ -3,8 +3,8 @@
 
 use candle_core::Tensor;
 use candle_nn::ops::{sigmoid, softmax};
+use candlepower::nn::recurrent::{DoublingConv, StateNorm, StepConv};
 use candlepower::prelude::*;
-use candlepower::recurrent::{DoublingConv, StateNorm, StepConv};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -3,8 +3,8 @@
 
 use candle_core::Tensor;
 use candle_nn::Init;
+use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::predrnn::StLstm;
 use crate::recurrent::gates::{GateConv, Gates};

@@ -2,8 +2,8 @@
 //! neural networks for predictive learning using spatiotemporal LSTMs").
 
 use candle_core::Tensor;
+use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::recurrent::gates::{GateConv, Gates};
 use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};

@@ -4,8 +4,8 @@
 use candle_core::Tensor;
 use candle_nn::Init;
 use candle_nn::ops::sigmoid;
+use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 use candlepower::prelude::*;
-use candlepower::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
 
 use crate::recurrent::gates::{GateConv, Gates};
 use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};

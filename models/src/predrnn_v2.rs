@@ -2,8 +2,8 @@
 //! al. 2021, "PredRNN: A recurrent neural network for spatiotemporal predictive learning").
 
 use candle_core::Tensor;
+use candlepower::nn::recurrent::StepConv;
 use candlepower::prelude::*;
-use candlepower::recurrent::StepConv;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -112,8 +112,8 @@ impl Stack for DecoupledLayers {
         })
     }
 
-    fn loss(&self, predictions: &Tensor, truth: &Tensor, state: &DecoupledState) -> Result<Tensor> {
-        let mse = nn::mse(predictions, truth)?;
+    fn loss(&self, predictions: &Tensor, batch: &Video, state: &DecoupledState) -> Result<Tensor> {
+        let mse = batch.mse(predictions)?;
         Ok((mse + (self.likeness(&state.increments)? * self.decoupling)?)?)
     }
 

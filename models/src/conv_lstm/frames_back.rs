@@ -2,10 +2,10 @@
 
 use candle_core::{DType, Tensor};
 use candlepower::nn::Conv;
-use candlepower::prelude::*;
-use candlepower::recurrent::{
+use candlepower::nn::recurrent::{
     MemoryUpdate, OutputGate, channels_first, channels_last, open_output, update_memory,
 };
+use candlepower::prelude::*;
 
 use super::ToFrame;
 

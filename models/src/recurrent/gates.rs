@@ -1,8 +1,8 @@
 //! Convolutions that say what gates do, and which gate stands where in each.
 
 use candle_core::Tensor;
+use candlepower::nn::recurrent::{StateNorm, StepConv, sum_gates};
 use candlepower::prelude::*;
-use candlepower::recurrent::{StateNorm, StepConv, sum_gates};
 
 use super::{FrameSize, RecurrentConfig};
 

@@ -6,9 +6,9 @@ pub mod roll_out;
 pub mod sampling;
 
 use candle_core::{DType, Tensor};
+use candlepower::nn::recurrent::{channels_first, channels_last};
 use candlepower::picture::video_grid;
 use candlepower::prelude::*;
-use candlepower::recurrent::{channels_first, channels_last};
 use candlepower::{data::Settings, rand::Rng};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -41,9 +41,9 @@ pub trait Stack: Sized + Send + Sync + 'static {
     /// A frame (B, H, W, C) to what is expected next, (B, H, W, C).
     fn step(&self, frame: &Tensor, state: &mut Self::State) -> Result<Tensor>;
 
-    /// The loss of predictions (T, B, H, W, C), given what came and the state at the end.
-    fn loss(&self, predictions: &Tensor, truth: &Tensor, _state: &Self::State) -> Result<Tensor> {
-        nn::mse(predictions, truth)
+    /// The loss of predictions of all frames but the first, (B, T - 1, C, H, W), and of the state at the end.
+    fn loss(&self, predictions: &Tensor, batch: &Video, _state: &Self::State) -> Result<Tensor> {
+        batch.mse(predictions)
     }
 
     /// Multiply-adds of a sample's step.
@@ -144,12 +144,13 @@ impl<S: Stack> Recurrent<S> {
         self.last_frames(&self.roll_out(frames, Feed::FreeRunning)?.predictions)
     }
 
-    /// The loss of one roll-out over frames (B, T_in + T_out, C, H, W), and its predictions of all frames but the first,
+    /// The loss of one roll-out over all frames of the batch, and its predictions of all but the first,
     /// (B, T_in + T_out - 1, C, H, W).
-    pub fn train(&self, frames: &Tensor, feed: Feed) -> Result<(Tensor, Tensor)> {
-        let RollOut { predictions, state } = self.roll_out(frames, feed)?;
-        let truth = self.fold(frames)?.narrow(0, 1, predictions.dim(0)?)?;
-        Ok((self.stack.loss(&predictions, &truth, &state)?, self.unfold(&predictions)?))
+    pub fn train(&self, batch: &Video, feed: Feed) -> Result<(Tensor, Tensor)> {
+        let frames = Tensor::cat(&[&batch.input, &batch.target.to_dtype(batch.input.dtype())?], 1)?;
+        let RollOut { predictions, state } = self.roll_out(&frames, feed)?;
+        let predictions = self.unfold(&predictions)?;
+        Ok((self.stack.loss(&predictions, batch, &state)?, predictions))
     }
 
     /// (B, T, C, H, W) to (T, B, H/p, W/p, p*p*C).
@@ -194,8 +195,7 @@ impl<S: Stack> Recurrent<S> {
                 Feed::Reverse(&mask)
             }
         };
-        let frames = Tensor::cat(&[&batch.input, &batch.target.to_dtype(batch.input.dtype())?], 1)?;
-        let (loss, predictions) = self.train(&frames, feed)?;
+        let (loss, predictions) = self.train(batch, feed)?;
         if step.images_due() {
             let first = predictions.dim(1)? - frames_out;
             let prediction = predictions.narrow(1, first, frames_out)?.clamp(0., 1.)?;
@@ -240,7 +240,7 @@ impl<S: Stack> Module for Recurrent<S> {
             let clipped = prediction.clamp(0., 1.)?;
             step.log_image("prediction", &video_grid(&batch.input, &clipped, &batch.target, SAMPLES_DRAWN)?);
         }
-        let mse = nn::mse(&prediction, &batch.target)?;
+        let mse = batch.mse(&prediction)?;
         step.log("mse", &mse);
         Ok(mse)
     }
