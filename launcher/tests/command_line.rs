@@ -95,7 +95,7 @@ fn an_unknown_key() {
     assert_text(
         &error_with("hidden = 4", "hiden = 4"),
         r"
-error: tiny.toml:11:1: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`
+error: tiny.toml:11:1: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`, `feed_frames_back`, `attention`
    |
 11 | hiden = 4
    | ^^^^^
@@ -153,7 +153,7 @@ fn an_unknown_module_or_data() {
     assert_text(
         &error_with("conv_lstm", "conv_ltsm"),
         r#"
-error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`
+error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`, `conv_lstm_stack`, `predrnn`, `predrnn_v2`, `predrnn_pp`, `e3d_lstm`, `mim`, `mau`
    |
 10 | name = "conv_ltsm"
    |        ^^^^^^^^^^^
@@ -268,7 +268,7 @@ fn a_wrong_override() {
     assert_text(
         &train("module.hiden=3"),
         r"
-error: --set:1:8: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`
+error: --set:1:8: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`, `feed_frames_back`, `attention`
   |
 1 | module.hiden=3
   |        ^^^^^
