@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use candlepower::error::{Error, Result};
 use sha2::{Digest, Sha256};
@@ -30,7 +31,8 @@ impl Sink {
 ///
 /// The file's name is a digest of everything that the bytes depend on: `settings`, the names, sizes and times of the files
 /// (when they were changed, and when the system last touched what it knows of them, which no program can set back). So what
-/// is stale is never found. It is written whole or not at all.
+/// is stale is never found. It is written whole or not at all. Times are as coarse as the system's clock ticks: what was
+/// decoded within [`TICK`] of a change may be of before or after it, so it is decoded again.
 pub(crate) fn decoded(
     folder: Option<&Path>,
     settings: &str,
@@ -50,6 +52,7 @@ pub(crate) fn decoded(
     let path = folder.join(format!("{}.frames", digest(settings, files)?));
     if let Ok(known) = Bytes::open(&path)
         && known.len() == len
+        && is_settled(&path, files)?
     {
         return Ok(known);
     }
@@ -63,6 +66,23 @@ pub(crate) fn decoded(
         let _ = std::fs::remove_file(&partial);
     }
     written
+}
+
+/// Files that are changed twice within this time may keep the time of the first change.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Whether a cache was written well after the last change of any file, as the system knows it.
+fn is_settled(cache: &Path, files: &[PathBuf]) -> Result<bool> {
+    let changed = |path: &Path| {
+        let known = std::fs::metadata(path).map_err(Error::file(path))?;
+        Ok(Duration::new(known.ctime().max(0) as u64, known.ctime_nsec().clamp(0, 999_999_999) as u32))
+    };
+    let written = changed(cache)?;
+    let newest = files
+        .iter()
+        .map(|file| changed(file))
+        .try_fold(Duration::ZERO, |newest, time: Result<_>| Ok::<_, Error>(newest.max(time?)))?;
+    Ok(written > newest + TICK)
 }
 
 fn write(path: &Path, decode: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
@@ -119,14 +139,19 @@ mod tests {
         std::fs::write(&file, "abc").unwrap();
         let files = [file.clone()];
         let cached = |settings: &str| content(Some(&cache), settings, &files, 3);
+        // So soon after a change nobody knows whether another followed.
+        assert_eq!(cached("x"), (b"abc".to_vec(), true));
+        assert_eq!(cached("x"), (b"abc".to_vec(), true));
+        let settle = || std::thread::sleep(TICK + TICK / 2);
+        settle();
         assert_eq!(cached("x"), (b"abc".to_vec(), true));
         assert_eq!(cached("x"), (b"abc".to_vec(), false));
         assert_eq!(cached("y"), (b"abc".to_vec(), true));
         // As long as before, and, by its own account, as old.
         let modified = file.metadata().unwrap().modified().unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(20));
         std::fs::write(&file, "xyz").unwrap();
         File::options().write(true).open(&file).unwrap().set_modified(modified).unwrap();
+        settle();
         assert_eq!(cached("x"), (b"xyz".to_vec(), true));
         assert_eq!(cached("x"), (b"xyz".to_vec(), false));
         // A file of the cache that somebody cut short.

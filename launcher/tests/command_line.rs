@@ -95,7 +95,7 @@ fn an_unknown_key() {
     assert_text(
         &error_with("hidden = 4", "hiden = 4"),
         r"
-error: tiny.toml:11:1: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`
+error: tiny.toml:11:1: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`, `feed_frames_back`, `attention`
    |
 11 | hiden = 4
    | ^^^^^
@@ -153,7 +153,7 @@ fn an_unknown_module_or_data() {
     assert_text(
         &error_with("conv_lstm", "conv_ltsm"),
         r#"
-error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`, `sim_vp`, `svg_lp`, `tau`
+error: tiny.toml:10:8: unknown module `conv_ltsm`, expected one of `conv_lstm`, `conv_lstm_stack`, `predrnn`, `predrnn_v2`, `predrnn_pp`, `e3d_lstm`, `mim`, `mau`, `sim_vp`, `svg_lp`, `tau`
    |
 10 | name = "conv_ltsm"
    |        ^^^^^^^^^^^
@@ -286,7 +286,7 @@ fn a_wrong_override() {
     assert_text(
         &train("module.hiden=3"),
         r"
-error: --set:1:8: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`
+error: --set:1:8: unknown field `hiden`, expected one of `hidden`, `kernel`, `patch`, `frames_in`, `frames_out`, `mean_pixel`, `feed_frames_back`, `attention`
   |
 1 | module.hiden=3
   |        ^^^^^
@@ -374,8 +374,9 @@ fn a_run_writes_its_folder_and_is_validated_and_predicts() {
         said.contains(table.split_once("by lead time").unwrap().1.trim_end()),
         "not what the run said: {table}"
     );
-    assert_eq!(place.read("scores/scores.json"), place.read(&format!("{run}/lead_times/scores.json")));
-    let scores: serde_json::Value = serde_json::from_str(&place.read("scores/scores.json")).unwrap();
+    let read = |path: &str| serde_json::from_str::<serde_json::Value>(&place.read(path)).unwrap();
+    let scores = read("scores/scores.json");
+    assert_alike(&scores, &read(&format!("{run}/lead_times/scores.json")));
     let overall = scores["predictors"]["this model"]["mse"].as_f64().unwrap();
     assert!((overall / logged - 1.).abs() < 1e-5, "by lead time {overall}, at validation {logged}");
 
@@ -721,6 +722,25 @@ fn real_handwriting_trains_where_it_is_at_hand() {
     let records = records(&place, "runs/tiny/version_0", "train");
     let loss = |record: &serde_json::Value| record["loss"].as_f64().unwrap();
     assert!(loss(&records[7]) < loss(&records[0]), "nothing was learned: {records:?}");
+}
+
+/// Equal but for the rounding of sums in f64.
+fn assert_alike(a: &serde_json::Value, b: &serde_json::Value) {
+    match (a, b) {
+        (serde_json::Value::Object(a), serde_json::Value::Object(b)) => {
+            assert!(a.keys().eq(b.keys()), "{a:?} and {b:?}");
+            a.values().zip(b.values()).for_each(|(a, b)| assert_alike(a, b));
+        }
+        (serde_json::Value::Array(a), serde_json::Value::Array(b)) => {
+            assert_eq!(a.len(), b.len());
+            a.iter().zip(b).for_each(|(a, b)| assert_alike(a, b));
+        }
+        (serde_json::Value::Number(a), serde_json::Value::Number(b)) => {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            assert!((a - b).abs() <= 1e-12 * a.abs(), "{a} and {b}");
+        }
+        _ => assert_eq!(a, b),
+    }
 }
 
 /// What makes a module small, so that a step of it is quick.

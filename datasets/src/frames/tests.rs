@@ -232,6 +232,8 @@ fn a_cache_changes_nothing_and_is_never_stale() {
     let frames = dir.path().join("frames");
     pictures(&frames, 20);
     animation(&frames.join("last.gif"), 20);
+    let settle = || std::thread::sleep(std::time::Duration::from_millis(200));
+    settle();
     let plain = Config { val_share: 0.2, test_share: 0.2, ..timed(&frames) };
     let cached = Config { cache: Some(dir.path().join("cache")), ..plain.clone() };
     for split in [Split::Train, Split::Val, Split::Test, Split::Train] {
@@ -240,6 +242,7 @@ fn a_cache_changes_nothing_and_is_never_stale() {
     let files = || std::fs::read_dir(dir.path().join("cache")).unwrap().count();
     assert_eq!(files(), 1, "one file serves all splits");
     shade(99).save(frames.join("frame0.png")).unwrap();
+    settle();
     assert_eq!(shades(&cached, Split::Train)[0][0], 99);
     assert_eq!(
         shades(&Config { resize: Some([3, 4]), ..cached }, Split::Train).len(),

@@ -258,3 +258,34 @@ impl<S: Stack> Module for Recurrent<S> {
         self.stack.unused()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conv_lstm_stack::ConvLstmLayers;
+    use crate::predrnn::PredRnnLayers;
+    use crate::predrnn_pp::CausalLayers;
+    use crate::predrnn_v2::DecoupledLayers;
+    use crate::{mau::MauLayers, mim::MimLayers};
+
+    /// Multiply-adds of a sample's forward pass at the published size, in 10^9.
+    fn gmac<S: Stack>(config: &S::Config) -> f64 {
+        let spec = VideoSpec { frames_in: 10, frames_out: 10, channels: 1, height: 64, width: 64 };
+        let model = Model::build::<Recurrent<S>>(config, &spec, 1, &Device::Cpu).unwrap();
+        model.evaluation().flops().unwrap() / 2e9
+    }
+
+    #[test]
+    fn operations_are_those_that_openstl_counts() {
+        for (name, counted, expected) in [
+            ("conv_lstm_stack", gmac::<ConvLstmLayers>(&Default::default()), 56.79),
+            ("predrnn", gmac::<PredRnnLayers>(&Default::default()), 115.95),
+            ("predrnn_v2", gmac::<DecoupledLayers>(&Default::default()), 116.59),
+            ("predrnn_pp", gmac::<CausalLayers>(&Default::default()), 171.74),
+            ("mim", gmac::<MimLayers>(&Default::default()), 181.70),
+            ("mau", gmac::<MauLayers>(&Default::default()), 17.74),
+        ] {
+            assert!((counted / expected - 1.).abs() < 0.02, "{name}: {counted}, not {expected}");
+        }
+    }
+}
