@@ -269,7 +269,7 @@ mod tests {
     use crate::{mau::MauLayers, mim::MimLayers};
 
     /// Multiply-adds of a sample's forward pass at the published size, in 10^9.
-    fn gmac<S: Stack>(config: &S::Config) -> f64 {
+    fn gmac<S: Stack<Config: Clone>>(config: &S::Config) -> f64 {
         let spec = VideoSpec { frames_in: 10, frames_out: 10, channels: 1, height: 64, width: 64 };
         let model = Model::build::<Recurrent<S>>(config, &spec, 1, &Device::Cpu).unwrap();
         model.evaluation().flops().unwrap() / 2e9
