@@ -29,7 +29,7 @@ pub trait Stack: Sized + Send + Sync + 'static {
     /// Those of its fields that all recurrent models have.
     fn recurrent(config: &Self::Config) -> RecurrentConfig;
 
-    /// Makes it for frames of this size; `config` has passed [`RecurrentConfig::check`].
+    /// Makes it for frames of this size; `config` has been checked.
     fn build(config: &Self::Config, frame: FrameSize, vb: VarBuilder) -> Result<Self>;
 
     /// The same for one roll-out.
