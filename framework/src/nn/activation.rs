@@ -111,9 +111,9 @@ mod tests {
         let x: Vec<f32> = (0..n).map(|i| (i as f32 - 19_999.5) * 5e-4).collect();
         let x = Var::from_vec(x, n, &Device::Cpu).unwrap();
         let wide = Var::from_tensor(&x.to_dtype(DType::F64).unwrap()).unwrap();
-        let activations: [(&str, fn(&Tensor) -> Result<Tensor>); 3] =
-            [("gelu", gelu), ("silu", silu), ("leaky_relu", |x| leaky_relu(x, 0.2))];
-        for (name, f) in activations {
+        type Activation = fn(&Tensor) -> Result<Tensor>;
+        let leaky: Activation = |x| leaky_relu(x, 0.2);
+        for (name, f) in [("gelu", gelu as Activation), ("silu", silu), ("leaky_relu", leaky)] {
             let run = |x: &Var| {
                 let y = f(x).unwrap();
                 let dx =
