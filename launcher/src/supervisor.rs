@@ -90,7 +90,7 @@ impl Launch {
         let (failure, pulse) = (files.join("failure"), files.join(PULSE));
         let mut command = self.command()?;
         command.env(FAILURE_FILE, &failure).env(PULSE_FILE, &pulse).process_group(0);
-        let child = command.spawn().map_err(Error::file(command.get_program().to_owned()))?;
+        let child = command.spawn().map_err(Error::file(command.get_program()))?;
         let mut run = Run { child, ended: None };
         let started = SystemTime::now();
         let mut told_to_end = false;
