@@ -351,7 +351,16 @@ fn a_run_writes_its_folder_and_is_validated_and_predicts() {
     let (found, logged) = (metrics["mse"].as_f64().unwrap(), last["mse"].as_f64().unwrap());
     assert!((found / logged - 1.).abs() < 1e-6, "validate says {found}, the run said {logged}");
 
-    let table = place.succeed(&["validate", "tiny.toml", "--checkpoint", run, "--lead-times", "scores"]);
+    let table = place.succeed(&[
+        "validate",
+        "tiny.toml",
+        "--batch-size",
+        "3",
+        "--checkpoint",
+        run,
+        "--lead-times",
+        "scores",
+    ]);
     assert!(
         said.contains(table.split_once("by lead time").unwrap().1.trim_end()),
         "not what the run said: {table}"
