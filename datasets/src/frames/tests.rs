@@ -243,7 +243,7 @@ fn a_cache_changes_nothing_and_is_never_stale() {
     assert_eq!(files(), 1, "one file serves all splits");
     shade(99).save(frames.join("frame0.png")).unwrap();
     settle();
-    assert!(shades(&cached, Split::Train).iter().any(|clip| clip[0] == 99));
+    assert!(shades(&cached, Split::Train).iter().any(|sample| sample[0] == 99));
     assert_eq!(
         shades(&Config { resize: Some([3, 4]), ..cached }, Split::Train).len(),
         shades(&plain, Split::Train).len()
