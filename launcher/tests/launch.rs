@@ -3,6 +3,7 @@
 //! This program is its own `candlepower`, with a module that gets into trouble when it is told to.
 #![allow(clippy::unwrap_used)]
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -173,6 +174,16 @@ impl Place {
         (status.code(), String::from_utf8(stderr).unwrap())
     }
 
+    /// A file for what a command says while it runs.
+    fn said(&self) -> File {
+        File::create(self.0.path().join("said")).unwrap()
+    }
+
+    /// How many restarts it tells of.
+    fn restarts(&self) -> usize {
+        std::fs::read_to_string(self.0.path().join("said")).unwrap().matches("\nrestart ").count()
+    }
+
     /// The weights of a run's last checkpoint.
     fn weights(&self, version: usize) -> Vec<u8> {
         let checkpoint = self.checkpoint(version);
@@ -279,7 +290,7 @@ fn killed_at_random() {
     let expected = undisturbed();
     let place = Place::new();
     let mut launch = place.command("launch", &["module.pause=10", "distributed.max_restarts=100"]);
-    let mut launch = launch.stderr(Stdio::null()).spawn().unwrap();
+    let mut launch = launch.stderr(place.said()).spawn().unwrap();
     // Moments spread over start, steps and saving, the same in every run of this test.
     let mut moment = 0u64;
     for _ in 0..12 {
@@ -293,6 +304,7 @@ fn killed_at_random() {
         }
     }
     assert!(launch.wait().unwrap().success());
+    assert!(place.restarts() > 0, "nothing was killed");
     let versions = std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count();
     assert_eq!(place.weights(versions - 1), expected);
 }
@@ -319,10 +331,12 @@ fn a_configuration_error_is_not_tried_again() {
     assert_says(&said, "`distributed.min_devices`: expected at most `trainer.devices`, which is 2");
 }
 
-/// What lets `mpirun` run in a container, on fewer cores than processes.
-fn allow_mpi(command: &mut Command) -> &mut Command {
+/// What lets `mpirun` run in a container, on fewer cores than processes. Each has a folder of its own for its files: two that
+/// start at once would both make the usual one, and one of them would fail.
+fn allow_mpi<'c>(command: &'c mut Command, place: &Place) -> &'c mut Command {
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
-    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_btl_base_warn_component_unused", "0")
+    command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_btl_base_warn_component_unused", "0");
+    command.env("TMPDIR", place.0.path())
 }
 
 /// Trains with so many processes; returns the exit code and what is said.
@@ -332,7 +346,7 @@ fn mpirun(place: &Place, processes: usize, sets: &[&str]) -> (Option<i32>, Strin
     command.arg(std::env::current_exe().unwrap()).args(["train", "run.toml"]);
     command.args(["--devices", "1"]);
     command.args(sets.iter().flat_map(|set| ["--set", set]));
-    let output = allow_mpi(&mut command).output().unwrap();
+    let output = allow_mpi(&mut command, place).output().unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
@@ -384,7 +398,7 @@ fn processes_that_differ_are_refused() {
         }
         command.args(["-n", "1"]).arg(&program).args(["train", config]);
     }
-    let output = allow_mpi(&mut command).output().unwrap();
+    let output = allow_mpi(&mut command, &place).output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr);
     assert!(!output.status.success(), "{said}");
     assert_says(
@@ -396,9 +410,9 @@ fn processes_that_differ_are_refused() {
 fn processes_killed_at_random() {
     let expected = undisturbed();
     let place = Place::new();
-    let sets = ["distributed.backend=\"mpi\"", "distributed.max_restarts=100", "module.pause=10"];
+    let sets = ["distributed.backend=\"mpi\"", "distributed.max_restarts=100", "module.pause=60"];
     let mut launch = place.command("launch", &sets);
-    let mut launch = allow_mpi(&mut launch).stderr(Stdio::null()).spawn().unwrap();
+    let mut launch = allow_mpi(&mut launch, &place).stderr(place.said()).spawn().unwrap();
     let mut moment = 0u64;
     for i in 0..20 {
         moment = (moment * 7919 + 104_729) % 900;
@@ -413,6 +427,7 @@ fn processes_killed_at_random() {
         }
     }
     assert!(launch.wait().unwrap().success());
+    assert!(place.restarts() > 0, "nothing was killed");
     let versions = std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count();
     // To the bit: with two ranks, threads and processes add the same two numbers.
     assert_eq!(place.weights(versions - 1), expected);
