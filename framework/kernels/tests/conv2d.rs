@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::Tensor;
-use candlepower_kernels::{Conv2dOptions, conv2d};
+use candlepower_kernels::{Conv2dOptions, conv2d, conv2d_backward};
 use common::*;
 use proptest::prelude::*;
 
@@ -137,6 +137,24 @@ fn the_same_bits_on_any_threads() {
             let grads = loss(&y, 4).backward().unwrap();
             vec![y, grad(&grads, &x), grad(&grads, &w), grad(&grads, &b)]
         });
+    }
+}
+
+#[test]
+fn backward_alone_gives_the_gradients_of_the_graph() {
+    for (kernel, groups, stride) in [(1, 1, 1), (3, 1, 1), (3, 1, 2), (5, 1, 1), (3, 32, 1)] {
+        let o = Conv2dOptions { stride, padding: kernel / 2, groups, ..Default::default() };
+        let (x, b) = (var(&random(&[2, 9, 10, 32], 1)), var(&random(&[32], 3)));
+        let w = var(&random(&[32, 32 / groups, kernel, kernel], 2));
+        let y = conv2d(&x, &w, Some(&b), o).unwrap();
+        let dy = random(y.dims(), 4);
+        let graph = (&y * &dy).unwrap().sum_all().unwrap().backward().unwrap();
+        let (dx, dw, db) = conv2d_backward(&x, &w, &dy, o).unwrap();
+        for (alone, var) in [(dx, &x), (dw, &w), (db, &b)] {
+            assert_eq!(bits(&alone), bits(&grad(&graph, var)), "kernel {kernel}, {groups} groups");
+        }
+        let error = conv2d_backward(&x, &w, &dy.narrow(0, 0, 1).unwrap(), o).unwrap_err().to_string();
+        assert!(error.starts_with("conv2d_backward: dy must be [2, "), "{error}");
     }
 }
 
