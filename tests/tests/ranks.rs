@@ -220,6 +220,24 @@ fn the_events_and_the_metrics_are_one_ranks() {
     }
 }
 
+/// Points that note which samples are asked for.
+struct Asked(Points, Arc<Mutex<Vec<usize>>>);
+
+impl Dataset for Asked {
+    type Batch = Tensors;
+
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn spec(&self) {}
+
+    fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+        self.1.lock().unwrap().extend(samples.iter().map(|sample| sample.index));
+        self.0.batch(samples)
+    }
+}
+
 #[test]
 fn evaluation_counts_every_sample_once_for_any_number_of_ranks() {
     // 9 samples in batches of 2, 4, 7 and 9: fewer batches than ranks, too; and the first two batches alone.
@@ -233,13 +251,20 @@ fn evaluation_counts_every_sample_once_for_any_number_of_ranks() {
                     sanity_val_batches: 0,
                     ..config(devices, 1)
                 };
-                let outcome = Trainer::new(config).fit(&Dropped::model(3), &points()).unwrap();
-                outcome.validation.unwrap()["mean_index"]
+                let asked = Arc::<Mutex<Vec<usize>>>::default();
+                let data = Data::new(Points { samples: 20 }).val(Asked(Points { samples: 9 }, asked.clone()));
+                let outcome = Trainer::new(config).fit(&Dropped::model(3), &data).unwrap();
+                let mut asked = asked.lock().unwrap().clone();
+                asked.sort_unstable();
+                (outcome.validation.unwrap()["mean_index"], asked)
             };
             let samples = limit.map_or(9, |_| (2 * micro).min(9));
             let expected = (samples - 1) as f64 / 2.;
             for devices in [1, 2, 3, 5] {
-                let error = (mean(devices) / expected - 1.).abs();
+                let (mean, asked) = mean(devices);
+                let all: Vec<usize> = (0..samples).collect();
+                assert_eq!(asked, all, "batches of {micro} on {devices} ranks, {limit:?}");
+                let error = (mean / expected - 1.).abs();
                 assert!(
                     error < TOLERANCE,
                     "batches of {micro} on {devices} ranks, {limit:?}: off by {error:.1e}"
@@ -689,14 +714,15 @@ impl Module for Running {
 
 #[test]
 fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
-    // 3 samples in turn, micro-batches of 2 and 1: 0 and 1 on the first rank, 2 on the second, none on the third.
+    // 5 samples in turn, batches of 3 and of 2, micro-batches of 2: in the first step 0 and 1 on the first rank, 2 on the
+    // second, none on the third; in the second step 3 and 4 on the first alone.
     let config = TrainerConfig {
         batch_size: 3,
-        overfit_batches: Some(Limit::Batches(1)),
+        overfit_batches: Some(Limit::Batches(2)),
         sanity_val_batches: 0,
         ..config(1, 2)
     };
-    let data = || Data::new(Points { samples: 3 });
+    let data = || Data::new(Points { samples: 5 });
     let all = each_rank(
         3,
         |_| Trainer::new(config.clone()),
@@ -708,6 +734,6 @@ fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
             (buffers[0].1.to_vec1::<f32>().unwrap()[0], buffers[1].1.to_vec1::<i64>().unwrap()[0])
         },
     );
-    // After the first step 0.25 and 1, together (2 * 0.25 + 1) / 3 = 0.5; then 0.5 and 1.25: 0.75.
-    assert_eq!(all, [(0.75, 2); 3]);
+    // After the first step 0.25 and 1, together (2 * 0.25 + 1) / 3 = 0.5, on which the second goes on: (0.5 + 3.5) / 2.
+    assert_eq!(all, [(2., 2); 3]);
 }
