@@ -9,6 +9,7 @@ mod conv_lstm;
 mod conv_transpose2d;
 mod direct;
 pub mod elementwise;
+mod float;
 mod gemm;
 mod parallel;
 mod simd;
