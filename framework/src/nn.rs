@@ -30,8 +30,12 @@ fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
-/// Whether this is computed in 32 bits and narrowed afterwards: half types in plain candle operations on the CPU. Our kernels
-/// do the same number by number.
+/// The same for a half type, which only `conv2d` and `conv_lstm` take.
+fn fast_half(x: &Tensor) -> bool {
+    KERNELS.get() == Kernels::Fast && kernels::supported_half(x)
+}
+
+/// Whether what no kernel takes is computed in 32 bits and narrowed afterwards: half types on the CPU.
 fn widened(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
@@ -88,7 +92,7 @@ impl Conv {
     /// 'Same' convolution of (.., Cin, H, W) to (.., Cout, H, W), stride 1; the kernel's sides are odd.
     pub fn same(&self, x: &Tensor) -> Result<Tensor> {
         let padding = self.weight.dims()[2] / 2;
-        if fast(x) {
+        if fast(x) || fast_half(x) {
             let options = Conv2dOptions { padding, ..Default::default() };
             let y = kernels::conv2d(&channels_last(x)?, &self.weight, Some(&self.bias), options)?;
             return Ok(channels_first(&y)?);
@@ -128,7 +132,7 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
         Feed::Frames(frames) => frames,
         Feed::Feedback { first, .. } => first,
     };
-    if fast(x) {
+    if fast(x) || fast_half(x) {
         let x = channels_last(x)?;
         let input = match feed {
             Feed::Frames(_) => ConvLstmInput::Frames(&x),

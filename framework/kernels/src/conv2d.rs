@@ -5,7 +5,7 @@ use crate::direct::{self, Geometry, OutputImages};
 use crate::float::Float;
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, check_type, packed, tracked, with_values};
+use crate::tensors::{check_floating, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
@@ -79,7 +79,7 @@ pub fn conv2d_backward(
 
 fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
     let op = "conv2d";
-    check_supported(op, "x", x)?;
+    check_floating(op, "x", x)?;
     check_type(op, "weight", weight, x.dtype())?;
     let &[ref leading @ .., height, width, inputs] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());

@@ -6,7 +6,7 @@ use crate::direct::{self, Geometry, OutputImages};
 use crate::float::{Float, convert};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, check_type, packed, tracked, with_values};
+use crate::tensors::{check_floating, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, OUT, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
@@ -131,7 +131,7 @@ impl RollOut {
             ConvLstmInput::Frames(x) => (x, false),
             ConvLstmInput::Feedback { first, .. } => (first, true),
         };
-        check_supported(op, "the input", x)?;
+        check_floating(op, "the input", x)?;
         let (batch, steps, height, width, channels) = match (input, x.dims()) {
             (ConvLstmInput::Frames(_), &[b, t, h, w, c]) => (b, t, h, w, c),
             (ConvLstmInput::Frames(_), dims) => {

@@ -22,4 +22,4 @@ pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[doc(hidden)]
 pub use simd::Level;
-pub use tensors::{no_grad, supported};
+pub use tensors::{no_grad, supported, supported_half};

@@ -6,16 +6,23 @@ use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use std::borrow::Cow;
 use std::cell::Cell;
 
-/// Whether [`conv2d`](crate::conv2d()) and [`conv_lstm`](crate::conv_lstm()) take this tensor: f32, bf16 or f16 on the CPU.
+/// Whether these kernels take this tensor: f32 on the CPU.
 ///
-/// Elsewhere every op of this crate is an error; compose it from candle's own ops instead.
+/// Elsewhere every op of this crate is an error, but for what [`supported_half`] says; compose it from candle's own ops
+/// instead.
 pub fn supported(x: &Tensor) -> bool {
-    x.device().is_cpu() && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
+    x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// An error that names the op and the tensor, unless it is [`supported`] and has elements.
-pub(crate) fn check_supported(op: &str, name: &str, x: &Tensor) -> Result<()> {
-    if !supported(x) {
+/// Whether [`conv2d`](crate::conv2d()) and [`conv_lstm`](crate::conv_lstm()) take this tensor although it is not f32: bf16 or
+/// f16 on the CPU.
+pub fn supported_half(x: &Tensor) -> bool {
+    x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
+}
+
+/// An error that names the op and the tensor, unless it is supported, or as a half type, and has elements.
+pub(crate) fn check_floating(op: &str, name: &str, x: &Tensor) -> Result<()> {
+    if !supported(x) && !supported_half(x) {
         bail!(
             "{op}: {name} must be f32, bf16 or f16 on the CPU, got {:?} on {:?}",
             x.dtype(),
