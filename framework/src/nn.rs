@@ -41,8 +41,12 @@ fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
-/// Whether this is computed in 32 bits and narrowed afterwards: half types on the CPU, whose products and recurrent states
-/// need the width and gain no speed without it.
+/// The same for a half type, which only `conv2d` and `conv_lstm` take.
+fn fast_half(x: &Tensor) -> bool {
+    KERNELS.get() == Kernels::Fast && kernels::supported_half(x)
+}
+
+/// Whether what no kernel takes is computed in 32 bits and narrowed afterwards: half types on the CPU.
 fn widened(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
@@ -104,14 +108,14 @@ impl Conv {
 
     /// 'Same' convolution of (.., Cin, H, W) to (.., Cout, H, W), stride 1; the kernel's sides are odd.
     pub fn same(&self, x: &Tensor) -> Result<Tensor> {
-        if widened(x) {
-            return Ok(self.to_dtype(DType::F32)?.same(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
-        }
         let padding = self.weight.dims()[2] / 2;
-        if fast(x) {
+        if fast(x) || fast_half(x) {
             let options = Conv2dOptions { padding, ..Default::default() };
             let y = kernels::conv2d(&channels_last(x)?, &self.weight, Some(&self.bias), options)?;
             return Ok(channels_first(&y)?);
+        }
+        if widened(x) {
+            return Ok(self.to_dtype(DType::F32)?.same(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
         }
         let folded = x.flatten_to(x.rank() - 4)?;
         let y = folded.conv2d(&self.weight, padding, 1, 1, 1)?;
@@ -145,6 +149,16 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
         Feed::Frames(frames) => frames,
         Feed::Feedback { first, .. } => first,
     };
+    if fast(x) || fast_half(x) {
+        let x = channels_last(x)?;
+        let input = match feed {
+            Feed::Frames(_) => ConvLstmInput::Frames(&x),
+            Feed::Feedback { steps, .. } => ConvLstmInput::Feedback { first: &x, steps },
+        };
+        let layers: Vec<ConvLstmLayer> =
+            layers.iter().map(|conv| ConvLstmLayer { weight: &conv.weight, bias: &conv.bias }).collect();
+        return Ok(channels_first(&kernels::conv_lstm(input, &layers, keep)?)?);
+    }
     if widened(x) {
         let wide = x.to_dtype(DType::F32)?;
         let feed = match feed {
@@ -152,19 +166,9 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
             Feed::Feedback { steps, .. } => Feed::Feedback { first: &wide, steps },
         };
         let layers = layers.iter().map(|layer| layer.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
-        return Ok(conv_lstm(feed, &layers, keep)?.to_dtype(x.dtype())?);
+        return Ok(conv_lstm_reference(feed, &layers, keep)?.to_dtype(x.dtype())?);
     }
-    if !fast(x) {
-        return conv_lstm_reference(feed, layers, keep);
-    }
-    let x = channels_last(x)?;
-    let input = match feed {
-        Feed::Frames(_) => ConvLstmInput::Frames(&x),
-        Feed::Feedback { steps, .. } => ConvLstmInput::Feedback { first: &x, steps },
-    };
-    let layers: Vec<ConvLstmLayer> =
-        layers.iter().map(|conv| ConvLstmLayer { weight: &conv.weight, bias: &conv.bias }).collect();
-    Ok(channels_first(&kernels::conv_lstm(input, &layers, keep)?)?)
+    conv_lstm_reference(feed, layers, keep)
 }
 
 /// The same, one candle operation after the other.

@@ -7,10 +7,12 @@
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::collections::VecDeque;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::float::Float;
 use crate::parallel::Shared;
 
 /// Sizes are rounded up to whole pages, large ones to whole 64 KiB.
@@ -136,29 +138,26 @@ pub fn keep_freed_memory() -> bool {
 /// small convolution as much as its products.
 ///
 /// # Safety
-/// `fill` writes every one of the `len` floats before it reads it.
-pub(crate) unsafe fn filled(len: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
+/// `fill` writes every one of the `len` values before it reads it.
+pub(crate) unsafe fn filled<T: Float>(len: usize, fill: impl FnOnce(Shared<T>)) -> Vec<T> {
     let mut values = Vec::with_capacity(len);
     fill(Shared::capacity(&mut values));
-    // SAFETY: there is room for `len` floats, and `fill` has written them all: the caller's promise.
+    // SAFETY: there is room for `len` values, and `fill` has written them all: the caller's promise.
     unsafe { values.set_len(len) };
     values
 }
 
-/// `len` floats, aligned for vectors, from the pool.
-pub(crate) struct Buffer {
+/// `len` numbers, aligned for vectors, from the pool.
+pub(crate) struct Buffer<T = f32> {
     block: Option<Block>,
     len: usize,
+    values: PhantomData<T>,
 }
 
 impl Buffer {
     /// Floats of unspecified value.
     pub(crate) fn new(len: usize) -> Buffer {
-        let bytes = (len * size_of::<f32>()).max(1);
-        let bytes = bytes.next_multiple_of(if bytes >= LARGE { LARGE } else { PAGE });
-        let lent = pool().lend(bytes);
-        let block = lent.unwrap_or_else(|| Block::allocate(bytes));
-        Buffer { block: Some(block), len }
+        Buffer::of(len)
     }
 
     /// Zeros.
@@ -167,16 +166,27 @@ impl Buffer {
         crate::parallel::fill(&mut buffer, 0.);
         buffer
     }
+}
 
-    fn start(&self) -> *mut f32 {
+impl<T: Float> Buffer<T> {
+    /// Numbers of unspecified value.
+    pub(crate) fn of(len: usize) -> Buffer<T> {
+        let bytes = (len * size_of::<T>()).max(1);
+        let bytes = bytes.next_multiple_of(if bytes >= LARGE { LARGE } else { PAGE });
+        let lent = pool().lend(bytes);
+        let block = lent.unwrap_or_else(|| Block::allocate(bytes));
+        Buffer { block: Some(block), len, values: PhantomData }
+    }
+
+    fn start(&self) -> *mut T {
         match &self.block {
-            Some(block) => block.start.as_ptr(),
+            Some(block) => block.start.as_ptr().cast(),
             None => NonNull::dangling().as_ptr(),
         }
     }
 }
 
-impl Drop for Buffer {
+impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
         if let Some(block) = self.block.take() {
             pool().take_back(block);
@@ -184,24 +194,24 @@ impl Drop for Buffer {
     }
 }
 
-impl Deref for Buffer {
-    type Target = [f32];
-    fn deref(&self) -> &[f32] {
-        // SAFETY: the block has room for `len` floats, initialised (zeros) when it was allocated.
+impl<T: Float> Deref for Buffer<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: the block has room for `len` numbers, initialised (zeros) when it was allocated; any bits are a number.
         unsafe { std::slice::from_raw_parts(self.start(), self.len) }
     }
 }
 
-impl DerefMut for Buffer {
-    fn deref_mut(&mut self) -> &mut [f32] {
+impl<T: Float> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as for `deref`, and borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start(), self.len) }
     }
 }
 
-impl std::fmt::Debug for Buffer {
+impl<T> std::fmt::Debug for Buffer<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Buffer({} floats)", self.len)
+        write!(f, "Buffer({} numbers)", self.len)
     }
 }
 

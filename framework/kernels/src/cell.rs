@@ -5,6 +5,7 @@
 //! cell states; tanh(c') is computed again.
 
 use crate::activations::{sigmoid, tanh};
+use crate::float::Float;
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::winograd::{
@@ -80,24 +81,24 @@ impl Order {
     }
 }
 
-/// Hidden states of all pixels at one time step: (batch, pixels, channels), images `image` floats apart.
+/// Hidden states of all pixels at one time step: (batch, pixels, channels), images `image` values apart.
 #[derive(Clone, Copy)]
-pub(crate) struct States {
-    pub(crate) data: Shared,
+pub(crate) struct States<T = f32> {
+    pub(crate) data: Shared<T>,
     pub(crate) image: usize,
 }
 
-impl States {
+impl<T> States<T> {
     #[inline(always)]
-    unsafe fn at(&self, image: usize, offset: usize) -> *mut f32 {
+    unsafe fn at(&self, image: usize, offset: usize) -> *mut T {
         // SAFETY: the caller asks for a pixel that exists.
         unsafe { self.data.at(image * self.image + offset) }
     }
 }
 
-/// One step forwards.
+/// One step forwards, whose states are kept as `T`.
 #[derive(Clone, Copy)]
-pub(crate) struct Forward<'a> {
+pub(crate) struct Forward<'a, T> {
     /// Added to the pre-activations; in the packed order.
     pub(crate) bias: &'a [f32],
     /// Zero where there is none.
@@ -105,14 +106,17 @@ pub(crate) struct Forward<'a> {
     pub(crate) c: Shared,
     pub(crate) h: States,
     /// Where the activations are kept for backward.
-    pub(crate) kept: Option<Shared>,
+    pub(crate) kept: Option<Shared<T>>,
+    /// Where the states are written a second time, to be kept.
+    pub(crate) c_kept: Option<Shared<T>>,
+    pub(crate) h_kept: Option<States<T>>,
     pub(crate) hidden: usize,
     /// Pixels of an image, and of a row.
     pub(crate) pixels: usize,
     pub(crate) width: usize,
 }
 
-impl Forward<'_> {
+impl<T: Float> Forward<'_, T> {
     /// A pixel's 16 channels, given the pre-activations with bias.
     /// # Safety
     /// The pixel exists; no other task has it and the group.
@@ -130,17 +134,24 @@ impl Forward<'_> {
                 c = f.mul_add(S::load_lanes(before.at(at.c), at.lanes), c);
             }
             c.store_lanes(self.c.at(at.c), at.lanes);
-            o.mul(tanh(c)).store_lanes(self.h.at(image, offset), lanes);
+            let h = o.mul(tanh(c));
+            h.store_lanes(self.h.at(image, offset), lanes);
             if let Some(kept) = self.kept {
                 for (gate, x) in [i, f, o, g].into_iter().enumerate() {
-                    x.store_lanes(kept.at(at.gates + gate * at.gate), at.lanes);
+                    T::store_lanes(x, kept.at(at.gates + gate * at.gate), at.lanes);
                 }
+            }
+            if let Some(kept) = self.c_kept {
+                T::store_lanes(c, kept.at(at.c), at.lanes);
+            }
+            if let Some(kept) = self.h_kept {
+                T::store_lanes(h, kept.at(image, offset), lanes);
             }
         }
     }
 }
 
-impl Epilogue for Forward<'_> {
+impl<T: Float> Epilogue for Forward<'_, T> {
     const PANELS: usize = 2;
 
     #[inline(always)]
@@ -169,17 +180,17 @@ impl Epilogue for Forward<'_> {
     }
 }
 
-/// One step backwards.
+/// One step backwards, from what forward kept as `T`.
 #[derive(Clone, Copy)]
-pub(crate) struct Backward {
+pub(crate) struct Backward<T> {
     /// The activations that forward kept.
-    pub(crate) kept: Shared,
-    pub(crate) c_before: Option<Shared>,
-    pub(crate) c: Shared,
+    pub(crate) kept: Shared<T>,
+    pub(crate) c_before: Option<Shared<T>>,
+    pub(crate) c: Shared<T>,
     /// The gradient of h; taken: zeros are left, for the sum of the step before.
     pub(crate) dh: Option<States>,
     /// More of it, only read.
-    pub(crate) dh_output: Option<States>,
+    pub(crate) dh_output: Option<States<T>>,
     /// The gradient of c' from later steps; becomes that of c.
     pub(crate) dc: Shared,
     pub(crate) hidden: usize,
@@ -187,7 +198,7 @@ pub(crate) struct Backward {
     pub(crate) width: usize,
 }
 
-impl Backward {
+impl<T: Float> Backward<T> {
     /// The gradients of a pixel's pre-activations, 16 channels.
     /// # Safety
     /// The pixel exists; no other task has it and the group.
@@ -200,11 +211,11 @@ impl Backward {
         unsafe {
             let mut gates = [S::zero(); GATES];
             for gate in 0..GATES {
-                gates[gate] = S::load_lanes(self.kept.at(at.gates + gate * at.gate), at.lanes);
+                gates[gate] = T::load_lanes(self.kept.at(at.gates + gate * at.gate), at.lanes);
             }
             let [i, f, o, g] = gates;
             let one = S::splat(1.);
-            let tanh_c = tanh(S::load_lanes(self.c.at(at.c), at.lanes));
+            let tanh_c = tanh::<S>(T::load_lanes(self.c.at(at.c), at.lanes));
             let mut dh = S::zero();
             if let Some(states) = self.dh {
                 let taken = states.at(image, offset);
@@ -212,13 +223,13 @@ impl Backward {
                 S::zero().store_lanes(taken, lanes);
             }
             if let Some(states) = self.dh_output {
-                dh = dh.add(S::load_lanes(states.at(image, offset), lanes));
+                dh = dh.add(T::load_lanes(states.at(image, offset), lanes));
             }
             let later = self.dc.at(at.c);
             let dc = dh.mul(o).mul_add(tanh_c.neg_mul_add(tanh_c, one), S::load_lanes(later, at.lanes));
             dc.mul(f).store_lanes(later, at.lanes);
             let before = match self.c_before {
-                Some(before) => S::load_lanes(before.at(at.c), at.lanes),
+                Some(before) => T::load_lanes(before.at(at.c), at.lanes),
                 None => S::zero(),
             };
             // The derivative of the sigmoid is s - s s, that of tanh 1 - t t.
@@ -232,7 +243,7 @@ impl Backward {
     }
 }
 
-impl Backward {
+impl<T: Float> Backward<T> {
     /// Asks for the values of the tile or group that comes next: it begins on another page, where the processor does not
     /// look by itself.
     #[inline(always)]
@@ -247,7 +258,7 @@ impl Backward {
     }
 }
 
-impl Gradient for Backward {
+impl<T: Float> Gradient for Backward<T> {
     const VECTORS: usize = GATES;
 
     #[inline(always)]
@@ -279,21 +290,21 @@ impl Gradient for Backward {
 const PIXELS: usize = 256;
 
 /// One step forwards from pre-activations in memory.
-pub(crate) fn forward(level: Level, images: usize, gates: &[f32], order: Order, step: Forward) {
+pub(crate) fn forward<T: Float>(level: Level, images: usize, gates: &[f32], order: Order, step: Forward<T>) {
     parallel::for_each((images * step.pixels).div_ceil(PIXELS), |task| {
         let pixels = task * PIXELS..(images * step.pixels).min((task + 1) * PIXELS);
         level.run(ForwardPixels { step, gates, order, pixels });
     });
 }
 
-struct ForwardPixels<'a> {
-    step: Forward<'a>,
+struct ForwardPixels<'a, T> {
+    step: Forward<'a, T>,
     gates: &'a [f32],
     order: Order,
     pixels: std::ops::Range<usize>,
 }
 
-impl Kernel for ForwardPixels<'_> {
+impl<T: Float> Kernel for ForwardPixels<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for pixel in self.pixels {
@@ -313,21 +324,27 @@ impl Kernel for ForwardPixels<'_> {
 }
 
 /// One step backwards: writes the gradients of the pre-activations, which may take the activations' place.
-pub(crate) fn backward(level: Level, images: usize, gradients: Shared, order: Order, step: Backward) {
+pub(crate) fn backward<T: Float>(
+    level: Level,
+    images: usize,
+    gradients: Shared,
+    order: Order,
+    step: Backward<T>,
+) {
     parallel::for_each((images * step.pixels).div_ceil(PIXELS), |task| {
         let pixels = task * PIXELS..(images * step.pixels).min((task + 1) * PIXELS);
         level.run(BackwardPixels { step, gradients, order, pixels });
     });
 }
 
-struct BackwardPixels {
-    step: Backward,
+struct BackwardPixels<T> {
+    step: Backward<T>,
     gradients: Shared,
     order: Order,
     pixels: std::ops::Range<usize>,
 }
 
-impl Kernel for BackwardPixels {
+impl<T: Float> Kernel for BackwardPixels<T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for pixel in self.pixels {

@@ -2,11 +2,14 @@
 
 use crate::buffer::filled;
 use crate::direct::{self, Geometry, OutputImages};
+use crate::float::Float;
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_floating, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
+use std::marker::PhantomData;
 
 /// How a convolution moves over its input; as PyTorch's arguments of these names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,30 +33,29 @@ impl Default for Conv2dOptions {
 /// Two-dimensional convolution, channels last.
 ///
 /// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in PyTorch; `bias` is
-/// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All f32 on the
-/// CPU, of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
+/// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All f32, bf16 or
+/// f16 on the CPU, of any strides; sums are f32 in any case. Differentiable in all three; gradients that nobody tracks are
+/// not computed.
 ///
 /// 3x3 and 5x5 kernels of stride 1 run as Winograd F(4x4, 3x3) and F(2x2, 5x5) (Lavin and Gray, "Fast algorithms for
 /// convolutional neural networks", 2015) where there are enough channels, everything else by definition.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// Where the shapes do not fit together, or the tensors are not of one such type on the CPU.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
     let geometry = geometry(x, weight, bias, options)?;
-    let op = Conv2d { geometry, leading: x.dims()[..x.rank() - 3].to_vec() };
-    let gradients = tracked(x) || tracked(weight) || bias.is_some_and(tracked);
-    match (bias, gradients) {
-        (None, true) => x.apply_op2(weight, op),
-        (None, false) => x.apply_op2_no_bwd(weight, &op),
-        (Some(bias), true) => x.apply_op3(weight, bias, op),
-        (Some(bias), false) => x.apply_op3_no_bwd(weight, bias, &op),
+    let leading = x.dims()[..x.rank() - 3].to_vec();
+    match x.dtype() {
+        DType::BF16 => Conv2d::<bf16>::new(geometry, leading).apply(x, weight, bias),
+        DType::F16 => Conv2d::<f16>::new(geometry, leading).apply(x, weight, bias),
+        _ => Conv2d::<f32>::new(geometry, leading).apply(x, weight, bias),
     }
 }
 
 /// The gradients of `x`, `weight` and the bias, from that of the result: [`conv2d`]'s backward pass, outside a graph.
 ///
 /// # Errors
-/// As [`conv2d`]'s, and where `dy` does not have the shape of its result.
+/// As [`conv2d`]'s, where the tensors are not f32, and where `dy` does not have the shape of its result.
 pub fn conv2d_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -61,8 +63,10 @@ pub fn conv2d_backward(
     options: Conv2dOptions,
 ) -> Result<(Tensor, Tensor, Tensor)> {
     let geometry = geometry(x, weight, None, options)?;
-    let conv = Conv2d { geometry, leading: x.dims()[..x.rank() - 3].to_vec() };
-    check_supported("conv2d_backward", "dy", dy)?;
+    let leading = x.dims()[..x.rank() - 3].to_vec();
+    let conv = Conv2d::<f32>::new(geometry, leading);
+    check_type("conv2d_backward", "x", x, DType::F32)?;
+    check_type("conv2d_backward", "dy", dy, DType::F32)?;
     if dy.shape() != &conv.shape() {
         bail!("conv2d_backward: dy must be {:?}, got {:?}", conv.shape(), dy.dims());
     }
@@ -75,8 +79,8 @@ pub fn conv2d_backward(
 
 fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
     let op = "conv2d";
-    check_supported(op, "x", x)?;
-    check_supported(op, "weight", weight)?;
+    check_floating(op, "x", x)?;
+    check_type(op, "weight", weight, x.dtype())?;
     let &[ref leading @ .., height, width, inputs] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
     };
@@ -94,7 +98,7 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
             weight.dims()
         );
     }
-    check_bias(op, bias, outputs)?;
+    check_bias(op, bias, outputs, x.dtype())?;
     let size = |size: usize, kernel: usize| (size + 2 * padding).checked_sub(dilation * (kernel - 1) + 1);
     let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width))
     else {
@@ -121,9 +125,9 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
     })
 }
 
-pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize) -> Result<()> {
+pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize, dtype: DType) -> Result<()> {
     let Some(bias) = bias else { return Ok(()) };
-    check_supported(op, "bias", bias)?;
+    check_type(op, "bias", bias, dtype)?;
     if bias.dims() != [outputs] {
         bail!("{op}: bias must be ({outputs}) for {outputs} output channels, got {:?}", bias.dims());
     }
@@ -143,25 +147,25 @@ fn tiling(g: &Geometry) -> Tiling {
     Tiling { batch: g.batch, height: g.height, width: g.width, padding: g.padding, kernel: g.kernel_height }
 }
 
-fn images(data: &[f32], pixels: usize, channels: usize) -> Images {
+fn images<T>(data: &[T], pixels: usize, channels: usize) -> Images<T> {
     Images { data: data.as_ptr(), image: pixels * channels, channels }
 }
 
 /// What the unsafe code below relies on.
-fn check_lengths(g: &Geometry, x: Option<&[f32]>, weight: &[f32], dy: Option<&[f32]>) {
+fn check_lengths<T>(g: &Geometry, x: Option<&[T]>, weight: &[f32], dy: Option<&[T]>) {
     assert!(x.is_none_or(|x| x.len() == g.batch * g.height * g.width * g.inputs));
     assert_eq!(weight.len(), g.outputs * g.inputs / g.groups * g.kernel_height * g.kernel_width);
     assert!(dy.is_none_or(|dy| dy.len() == g.batch * g.out_height * g.out_width * g.outputs));
 }
 
 /// y = x * w + bias
-pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
+pub(crate) fn forward<T: Float>(g: &Geometry, x: &[T], weight: &[f32], bias: Option<&[f32]>) -> Vec<T> {
     check_lengths(g, Some(x), weight, None);
     let level = Level::current();
     let len = g.batch * g.out_height * g.out_width * g.outputs;
-    let fill = |y: Shared| {
-        let x = images(x, g.height * g.width, g.inputs);
-        if winograd_pays(g) {
+    let x = images(x, g.height * g.width, g.inputs);
+    if winograd_pays(g) {
+        let fill = |y: Shared<T>| {
             let order = order(g.outputs);
             let filters =
                 Filters { data: weight, inputs: g.inputs, kernel: g.kernel_height }.transform(level, &order);
@@ -178,13 +182,16 @@ pub(crate) fn forward(g: &Geometry, x: &[f32], weight: &[f32], bias: Option<&[f3
                 kernel: g.kernel_height,
             };
             winograd::forward(level, &tiling(g), &[x], &filters, epilogue);
-        } else {
-            let y = OutputImages::contiguous(y, g.out_height * g.out_width * g.outputs);
-            direct::forward(level, g, x, weight, bias, y);
-        }
+        };
+        // SAFETY: the algorithm stores every pixel of the output, and reads none.
+        return unsafe { filled(len, |y| on_pool(|| fill(y))) };
+    }
+    let fill = |y: Shared| {
+        let y = OutputImages::contiguous(y, g.out_height * g.out_width * g.outputs);
+        direct::forward(level, g, x, weight, bias, y);
     };
-    // SAFETY: both algorithms store every pixel of the output, and read none.
-    unsafe { filled(len, |y| on_pool(|| fill(y))) }
+    // SAFETY: as above.
+    T::narrowed(level, unsafe { filled(len, |y| on_pool(|| fill(y))) })
 }
 
 /// The output channels as they are, in whole vectors.
@@ -199,14 +206,20 @@ pub(crate) struct Wanted {
     pub(crate) bias: bool,
 }
 
-pub(crate) struct Gradients {
-    pub(crate) x: Option<Vec<f32>>,
+pub(crate) struct Gradients<T> {
+    pub(crate) x: Option<Vec<T>>,
     pub(crate) weight: Option<Vec<f32>>,
     pub(crate) bias: Option<Vec<f32>>,
 }
 
 /// The gradients of x, weight and bias.
-pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], wanted: &Wanted) -> Gradients {
+pub(crate) fn backward<T: Float>(
+    g: &Geometry,
+    x: &[T],
+    weight: &[f32],
+    dy: &[T],
+    wanted: &Wanted,
+) -> Gradients<T> {
     check_lengths(g, Some(x), weight, Some(dy));
     let level = Level::current();
     let winograd = winograd_pays(g) && (wanted.x || wanted.weight);
@@ -221,6 +234,7 @@ pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], want
             winograd_backward(level, g, x, weight, dy, &mut dx, &mut dw, &mut db);
             return;
         }
+        let dy = &*T::widened(level, dy);
         let dy_images = images(dy, g.out_height * g.out_width, g.outputs);
         dx = wanted.x.then(|| direct_backward_input(level, g, dy_images, weight, None));
         if let Some(dw) = &mut dw {
@@ -230,12 +244,12 @@ pub(crate) fn backward(g: &Geometry, x: &[f32], weight: &[f32], dy: &[f32], want
             direct::backward_bias(level, dy, db);
         }
     });
-    Gradients { x: dx, weight: dw, bias: db }
+    Gradients { x: dx.map(|dx| T::narrowed(level, dx)), weight: dw, bias: db }
 }
 
 /// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
 pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
-    check_lengths(g, None, weight, Some(dy));
+    check_lengths::<f32>(g, None, weight, Some(dy));
     let level = Level::current();
     on_pool(|| {
         if !winograd_pays(g) {
@@ -247,7 +261,7 @@ pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Opt
         if let Some(bias) = bias {
             dx.chunks_exact_mut(g.inputs).for_each(|pixel| pixel.copy_from_slice(bias));
         }
-        let x = images(&[], g.height * g.width, g.inputs);
+        let x = images::<f32>(&[], g.height * g.width, g.inputs);
         let mut gradient = Some(dx.as_mut_slice());
         winograd_backward(level, g, x, weight, dy, &mut gradient, &mut None, &mut None);
         dx
@@ -277,12 +291,12 @@ pub(crate) fn backward_bias(channels: usize, dy: &[f32]) -> Vec<f32> {
 }
 
 #[expect(clippy::too_many_arguments, reason = "the Winograd half of `backward`")]
-fn winograd_backward(
+fn winograd_backward<T: Float>(
     level: Level,
     g: &Geometry,
-    x: Images,
+    x: Images<T>,
     weight: &[f32],
-    dy: &[f32],
+    dy: &[T],
     dx: &mut Option<&mut [f32]>,
     dw: &mut Option<&mut [f32]>,
     db: &mut Option<&mut [f32]>,
@@ -326,20 +340,38 @@ fn winograd_backward(
     }
 }
 
-struct Conv2d {
+/// The op on tensors of `T`.
+struct Conv2d<T> {
     geometry: Geometry,
     leading: Vec<usize>,
+    values: PhantomData<T>,
 }
 
-impl Conv2d {
+impl<T: Float> Conv2d<T> {
+    fn new(geometry: Geometry, leading: Vec<usize>) -> Self {
+        Conv2d { geometry, leading, values: PhantomData }
+    }
+
+    fn apply(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let gradients = tracked(x) || tracked(weight) || bias.is_some_and(tracked);
+        match (bias, gradients) {
+            (None, true) => x.apply_op2(weight, self),
+            (None, false) => x.apply_op2_no_bwd(weight, &self),
+            (Some(bias), true) => x.apply_op3(weight, bias, self),
+            (Some(bias), false) => x.apply_op3_no_bwd(weight, bias, &self),
+        }
+    }
+
     /// Of the result.
     fn shape(&self) -> Shape {
         let g = &self.geometry;
         [&self.leading[..], &[g.out_height, g.out_width, g.outputs]].concat().into()
     }
 
-    fn run(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
-        (CpuStorage::F32(forward(&self.geometry, x, weight, bias)), self.shape())
+    fn run(&self, x: &[T], weight: &[T], bias: Option<&[T]>) -> (CpuStorage, Shape) {
+        let wide = |x| T::widened(Level::current(), x);
+        let y = forward(&self.geometry, x, &wide(weight), bias.map(wide).as_deref());
+        (T::to_cpu_storage_owned(y), self.shape())
     }
 
     /// The gradients of x, weight and bias that are wanted.
@@ -350,21 +382,26 @@ impl Conv2d {
         dy: &Tensor,
         wanted: &Wanted,
     ) -> Result<[Option<Tensor>; 3]> {
-        let gradients = with_values(x, |xs| {
-            with_values(weight, |ws| with_values(dy, |dys| Ok(backward(&self.geometry, xs, ws, dys, wanted))))
+        let level = Level::current();
+        let gradients = with_values(x, |xs: &[T]| {
+            with_values(weight, |ws| {
+                let ws = T::widened(level, ws);
+                with_values(dy, |dys| Ok(backward(&self.geometry, xs, &ws, dys, wanted)))
+            })
         })?;
-        let tensor = |values: Option<Vec<f32>>, shape: &Shape| {
+        let narrow = |values: Option<Vec<f32>>| values.map(|values| T::narrowed(level, values));
+        let tensor = |values: Option<Vec<T>>, shape: &Shape| {
             values.map(|values| Tensor::from_vec(values, shape, &Device::Cpu)).transpose()
         };
         Ok([
             tensor(gradients.x, x.shape())?,
-            tensor(gradients.weight, weight.shape())?,
-            tensor(gradients.bias, &Shape::from(self.geometry.outputs))?,
+            tensor(narrow(gradients.weight), weight.shape())?,
+            tensor(narrow(gradients.bias), &Shape::from(self.geometry.outputs))?,
         ])
     }
 }
 
-impl CustomOp2 for Conv2d {
+impl<T: Float> CustomOp2 for Conv2d<T> {
     fn name(&self) -> &'static str {
         "conv2d"
     }
@@ -392,7 +429,7 @@ impl CustomOp2 for Conv2d {
     }
 }
 
-impl CustomOp3 for Conv2d {
+impl<T: Float> CustomOp3 for Conv2d<T> {
     fn name(&self) -> &'static str {
         "conv2d"
     }

@@ -3,11 +3,13 @@
 use crate::buffer::Buffer;
 use crate::cell::{self, GROUP, Order, States, packed_order};
 use crate::direct::{self, Geometry, OutputImages};
+use crate::float::{Float, convert};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_floating, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, OUT, Panels, Source, Tiling};
-use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
 
 /// The weights of a ConvLSTM layer with N hidden channels.
@@ -50,12 +52,15 @@ pub enum Keep {
 /// 3, without peepholes). The input of a layer above the first is the h' of the layer below.
 ///
 /// The whole roll-out is one op of the graph. Its backward sums the weights' gradient over the steps before transforming it
-/// back once. Where something is tracked, about 6 floats a pixel, hidden channel, layer and step are kept until backward has
+/// back once. Where something is tracked, about 6 numbers a pixel, hidden channel, layer and step are kept until backward has
 /// run, or the result is dropped; otherwise, and inside [`no_grad`](crate::no_grad), only the current states.
 ///
+/// All tensors are f32, bf16 or f16. Of a half type is what is returned and what is kept for backward; sums, and the states
+/// that one step hands to the next, are f32 in any case.
+///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU; and on a second backward through one result,
-/// because the first has used up what was kept.
+/// Where the shapes do not fit together, or the tensors are not of one such type on the CPU; and on a second backward
+/// through one result, because the first has used up what was kept.
 pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<Tensor> {
     let roll_out = RollOut::new(input, layers, keep)?;
     let (ConvLstmInput::Frames(x) | ConvLstmInput::Feedback { first: x, .. }) = input;
@@ -65,9 +70,11 @@ pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> 
         parameters.push(layer.bias.clone());
     }
     let parameters = Tensor::cat(&parameters, 0)?;
-    let gradients = tracked(x) || tracked(&parameters);
-    let op = ConvLstm { roll_out, gradients, kept: Mutex::new(None) };
-    if gradients { x.apply_op2(&parameters, op) } else { x.apply_op2_no_bwd(&parameters, &op) }
+    match x.dtype() {
+        DType::BF16 => ConvLstm::<bf16>::apply(roll_out, x, &parameters),
+        DType::F16 => ConvLstm::<f16>::apply(roll_out, x, &parameters),
+        _ => ConvLstm::<f32>::apply(roll_out, x, &parameters),
+    }
 }
 
 /// The sizes of a layer, and where its weights begin among the parameters (the bias follows them).
@@ -124,7 +131,7 @@ impl RollOut {
             ConvLstmInput::Frames(x) => (x, false),
             ConvLstmInput::Feedback { first, .. } => (first, true),
         };
-        check_supported(op, "the input", x)?;
+        check_floating(op, "the input", x)?;
         let (batch, steps, height, width, channels) = match (input, x.dims()) {
             (ConvLstmInput::Frames(_), &[b, t, h, w, c]) => (b, t, h, w, c),
             (ConvLstmInput::Frames(_), dims) => {
@@ -145,8 +152,8 @@ impl RollOut {
             RollOut { batch, height, width, steps, feedback, keep, layers: Vec::new(), parameters: 0 };
         let mut inputs = channels;
         for (index, layer) in layers.iter().enumerate() {
-            check_supported(op, "weight", layer.weight)?;
-            check_supported(op, "bias", layer.bias)?;
+            check_type(op, "weight", layer.weight, x.dtype())?;
+            check_type(op, "bias", layer.bias, x.dtype())?;
             let (weight, bias) = (layer.weight.dims(), layer.bias.dims());
             let &[outputs, channels, kernel, kernel_width] = weight else {
                 bail!("{op}: weight of layer {index} must be (4 N, inputs + N, k, k), got {weight:?}");
@@ -208,6 +215,11 @@ impl RollOut {
             if layer.winograd() { self.tiling().tiles() * OUT * OUT } else { self.batch * self.pixels() };
         pixels * layer.hidden.div_ceil(LANES)
     }
+    /// Room for each layer's last `depth` hidden states; none for the top layer's where they lie in the output.
+    fn hidden_buffers<T: Float>(&self, depth: usize, top_in_output: bool) -> Vec<Buffer<T>> {
+        let len = |layer| if top_in_output && layer == self.top() { 0 } else { depth * self.state(layer) };
+        (0..self.layers.len()).map(|layer| Buffer::of(len(layer))).collect()
+    }
     /// The top layer's states, where all are returned.
     fn output_at(&self, step: usize) -> (usize, usize) {
         let image = self.pixels() * self.layers[self.top()].hidden;
@@ -234,17 +246,28 @@ impl RollOut {
             out_width: self.width,
         }
     }
-    /// The input of a layer at a step.
-    fn input(&self, layer: usize, step: usize, input: &[f32], hidden: &Hidden) -> Images {
+    /// The input of a layer at a step, given that of the whole stack.
+    fn input<T>(&self, layer: usize, step: usize, frame: Images<T>, hidden: &Hidden<T>) -> Images<T> {
         if layer > 0 {
             return hidden.images(self, layer - 1, step);
         }
         if self.feedback && step > 0 {
             return hidden.images(self, self.top(), step - 1);
         }
-        let channels = self.layers[0].inputs;
+        frame
+    }
+    /// The input of the stack at a step; with feedback, at the first.
+    fn images<T>(&self, step: usize, input: &[T]) -> Images<T> {
         let (offset, image) = self.frame(step);
-        Images { data: input[offset..].as_ptr(), image, channels }
+        Images { data: input[offset..].as_ptr(), image, channels: self.layers[0].inputs }
+    }
+    /// Copies the stack's input at a step, image after image.
+    fn widen_frame<T: Float>(&self, level: Level, step: usize, input: &[T], wide: &mut [f32]) {
+        let (offset, image) = self.frame(step);
+        let len = self.pixels() * self.layers[0].inputs;
+        for (from, to) in input[offset..].chunks(image).zip(wide.chunks_exact_mut(len)) {
+            convert(level, &from[..len], to);
+        }
     }
     /// Where the input of a step begins, and floats from an image to the next.
     fn frame(&self, step: usize) -> (usize, usize) {
@@ -254,14 +277,14 @@ impl RollOut {
 }
 
 /// Hidden states: of each layer the last `depth` steps; those of the top layer may lie in the output itself.
-struct Hidden {
-    layers: Vec<Shared>,
+struct Hidden<T> {
+    layers: Vec<Shared<T>>,
     depth: usize,
-    output: Option<Shared>,
+    output: Option<Shared<T>>,
 }
 
-impl Hidden {
-    fn states(&self, r: &RollOut, layer: usize, step: usize) -> States {
+impl<T> Hidden<T> {
+    fn states(&self, r: &RollOut, layer: usize, step: usize) -> States<T> {
         let image = r.pixels() * r.layers[layer].hidden;
         let (data, offset, image) = match self.output {
             Some(output) if layer == r.top() => {
@@ -273,7 +296,7 @@ impl Hidden {
         // SAFETY: the step lies inside the buffer.
         States { data: unsafe { data.offset(offset) }, image }
     }
-    fn images(&self, r: &RollOut, layer: usize, step: usize) -> Images {
+    fn images(&self, r: &RollOut, layer: usize, step: usize) -> Images<T> {
         let states = self.states(r, layer, step);
         // SAFETY: only the address is taken.
         Images { data: unsafe { states.data.at(0) }, image: states.image, channels: r.layers[layer].hidden }
@@ -281,11 +304,87 @@ impl Hidden {
 }
 
 /// What backward needs of the forward pass: for each layer, all steps.
-struct Kept {
-    activations: Vec<Buffer>,
-    c: Vec<Buffer>,
+struct Kept<T> {
+    activations: Vec<Buffer<T>>,
+    c: Vec<Buffer<T>>,
     /// Empty for a top layer whose states are all in the output.
-    h: Vec<Buffer>,
+    h: Vec<Buffer<T>>,
+}
+
+impl<T: Float> Kept<T> {
+    fn new(r: &RollOut) -> Self {
+        Kept {
+            activations: r.layers.iter().map(|l| Buffer::of(r.steps * r.cells(l) * GROUP)).collect(),
+            c: r.layers.iter().map(|l| Buffer::of(r.steps * r.cells(l) * LANES)).collect(),
+            h: r.hidden_buffers(r.steps, r.keep == Keep::All),
+        }
+    }
+}
+
+fn shared<T: Float>(buffers: &mut [Buffer<T>]) -> Vec<Shared<T>> {
+    buffers.iter_mut().map(|buffer| Shared::new(buffer)).collect()
+}
+
+/// Where the forward pass has its states. Those that a step hands to the next are 32 bits wide: either those that are kept
+/// or returned, if they are as wide, or others, beside which the kept ones are copies.
+struct Memory<T> {
+    h: Hidden<f32>,
+    c: Vec<Shared>,
+    c_depth: usize,
+    /// What is kept; these two are empty where nothing is.
+    activations: Vec<Shared<T>>,
+    c_kept: Vec<Shared<T>>,
+    h_kept: Hidden<T>,
+    /// Keeps alive the states that are not kept.
+    _own: [Vec<Buffer>; 2],
+}
+
+impl<T: Float> Memory<T> {
+    fn new(r: &RollOut, kept: Option<&mut Kept<T>>, output: &mut [T]) -> Self {
+        let output = (r.keep == Keep::All).then(|| Shared::new(output));
+        let (activations, c_kept, h) = match kept {
+            Some(kept) => (shared(&mut kept.activations), shared(&mut kept.c), shared(&mut kept.h)),
+            None => Default::default(),
+        };
+        let h_kept = Hidden { layers: h, depth: r.steps, output };
+        let output = output.and_then(Shared::wide);
+        if T::WIDE && !activations.is_empty() {
+            let wide = |x: &[Shared<T>]| x.iter().copied().filter_map(Shared::wide).collect();
+            let h = Hidden { layers: wide(&h_kept.layers), depth: r.steps, output };
+            let c = wide(&c_kept);
+            return Memory { h, c, c_depth: r.steps, activations, c_kept, h_kept, _own: Default::default() };
+        }
+        // Two hidden states, of which one is read and one written, and a cell state.
+        let mut h_own = r.hidden_buffers(2, output.is_some());
+        let mut c_own: Vec<Buffer> = r.layers.iter().map(|l| Buffer::new(r.cells(l) * LANES)).collect();
+        let h = Hidden { layers: shared(&mut h_own), depth: 2, output };
+        let c = shared(&mut c_own);
+        Memory { h, c, c_depth: 1, activations, c_kept, h_kept, _own: [h_own, c_own] }
+    }
+
+    /// A step of a layer's cells.
+    fn step<'a>(&self, r: &RollOut, index: usize, step: usize, bias: &'a [f32]) -> cell::Forward<'a, T> {
+        let layer = &r.layers[index];
+        let c_len = r.cells(layer) * LANES;
+        // SAFETY: the step lies inside the buffer.
+        let c_at = |step: usize| unsafe { self.c[index].offset(step % self.c_depth * c_len) };
+        let copied = !T::WIDE && !self.activations.is_empty();
+        let returned = !T::WIDE && index == r.top() && r.keep == Keep::All;
+        cell::Forward {
+            bias,
+            c_before: (step > 0).then(|| c_at(step - 1)),
+            c: c_at(step),
+            h: self.h.states(r, index, step),
+            // SAFETY: as above.
+            kept: self.activations.get(index).map(|a| unsafe { a.offset(step * r.cells(layer) * GROUP) }),
+            // SAFETY: as above.
+            c_kept: copied.then(|| unsafe { self.c_kept[index].offset(step * c_len) }),
+            h_kept: (copied || returned).then(|| self.h_kept.states(r, index, step)),
+            hidden: layer.hidden,
+            pixels: r.pixels(),
+            width: r.width,
+        }
+    }
 }
 
 /// A layer's weights, as the forward pass reads them.
@@ -322,14 +421,22 @@ fn add_selected(layer: &Layer, selected: &[f32], first: usize, count: usize, wei
     }
 }
 
-/// The op: input and all parameters, flat, to the top layer's hidden states.
-struct ConvLstm {
+/// The op: input and all parameters, flat, to the top layer's hidden states; all of type `T`.
+struct ConvLstm<T> {
     roll_out: RollOut,
     gradients: bool,
-    kept: Mutex<Option<Kept>>,
+    kept: Mutex<Option<Kept<T>>>,
 }
 
-impl CustomOp2 for ConvLstm {
+impl<T: Float> ConvLstm<T> {
+    fn apply(roll_out: RollOut, x: &Tensor, parameters: &Tensor) -> Result<Tensor> {
+        let gradients = tracked(x) || tracked(parameters);
+        let op = ConvLstm::<T> { roll_out, gradients, kept: Mutex::new(None) };
+        if gradients { x.apply_op2(parameters, op) } else { x.apply_op2_no_bwd(parameters, &op) }
+    }
+}
+
+impl<T: Float> CustomOp2 for ConvLstm<T> {
     fn name(&self) -> &'static str {
         "conv_lstm"
     }
@@ -342,16 +449,19 @@ impl CustomOp2 for ConvLstm {
         lp: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let r = &self.roll_out;
-        let (x, parameters) = (packed(x, lx)?, packed(p, lp)?);
+        let (x, parameters) = (packed::<T>(x, lx)?, packed(p, lp)?);
         let level = Level::current();
-        let (output, kept) = on_pool(|| forward(level, r, self.gradients, &x, &parameters));
+        let (output, kept) = on_pool(|| {
+            let parameters = T::widened(level, &parameters);
+            forward(level, r, self.gradients, &x, &parameters)
+        });
         *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = kept;
         let channels = r.layers[r.top()].hidden;
         let shape = match r.keep {
             Keep::All => Shape::from((r.batch, r.steps, r.height, r.width, channels)),
             Keep::Last => Shape::from((r.batch, r.height, r.width, channels)),
         };
-        Ok((CpuStorage::F32(output), shape))
+        Ok((T::to_cpu_storage_owned(output), shape))
     }
 
     fn bwd(
@@ -369,11 +479,16 @@ impl CustomOp2 for ConvLstm {
         };
         let wants = (x.track_op(), p.track_op());
         let level = Level::current();
-        let (dx, dp) = with_values(x, |x| {
-            with_values(p, |p| {
+        let (dx, dp) = with_values(x, |x: &[T]| {
+            with_values(p, |p: &[T]| {
                 with_values(y, |y| {
                     with_values(dy, |dy| {
-                        Ok(on_pool(|| backward(level, &self.roll_out, kept, x, p, y, dy, wants)))
+                        Ok(on_pool(|| {
+                            let p = T::widened(level, p);
+                            let (dx, dp) = backward(level, &self.roll_out, kept, x, &p, y, dy, wants);
+                            let narrow = |d| T::narrowed(level, d);
+                            (dx.map(narrow), dp.map(narrow))
+                        }))
                     })
                 })
             })
@@ -384,13 +499,13 @@ impl CustomOp2 for ConvLstm {
     }
 }
 
-fn forward(
+fn forward<T: Float>(
     level: Level,
     r: &RollOut,
     gradients: bool,
-    input: &[f32],
+    input: &[T],
     parameters: &[f32],
-) -> (Vec<f32>, Option<Kept>) {
+) -> (Vec<T>, Option<Kept<T>>) {
     // What the unsafe code below relies on.
     assert_eq!((input.len(), parameters.len()), (r.input_len(), r.parameters));
     let orders: Vec<ColumnOrder> = r.layers.iter().map(|l| packed_order(l.hidden)).collect();
@@ -412,44 +527,24 @@ fn forward(
         .collect();
     let biases: Vec<Vec<f32>> = r.layers.iter().map(|l| l.bias(parameters)).collect();
 
-    // All steps where backward needs them, otherwise the two (h) or one (c) in use.
-    let (h_depth, c_depth) = if gradients { (r.steps, r.steps) } else { (2, 1) };
-    let mut output = vec![0f32; r.output_len()];
-    let mut c: Vec<Buffer> = r.layers.iter().map(|l| Buffer::new(c_depth * r.cells(l) * LANES)).collect();
-    let mut h: Vec<Buffer> = (0..r.layers.len()).map(|layer| Buffer::new(h_depth * r.state(layer))).collect();
-    if r.keep == Keep::All {
-        h[r.top()] = Buffer::new(0);
-    }
-    let mut activations: Vec<Buffer> = match gradients {
-        true => r.layers.iter().map(|l| Buffer::new(r.steps * r.cells(l) * GROUP)).collect(),
-        false => Vec::new(),
-    };
-    let hidden = Hidden {
-        layers: h.iter_mut().map(|h| Shared::new(h)).collect(),
-        depth: h_depth,
-        output: (r.keep == Keep::All).then(|| Shared::new(&mut output)),
-    };
-    let cells: Vec<Shared> = c.iter_mut().map(|c| Shared::new(c)).collect();
-    let kept: Vec<Shared> = activations.iter_mut().map(|a| Shared::new(a)).collect();
+    let mut output = vec![T::zero(); r.output_len()];
+    let mut kept = gradients.then(|| Kept::<T>::new(r));
+    let memory = Memory::new(r, kept.as_mut(), &mut output);
+    let mut wide_frame = Buffer::new(if T::WIDE { 0 } else { r.batch * r.pixels() * r.layers[0].inputs });
 
     for step in 0..r.steps {
+        let frame = r.images(step, input);
+        let frame = frame.wide().unwrap_or_else(|| {
+            if step == 0 || !r.feedback {
+                r.widen_frame(level, step, input, &mut wide_frame);
+            }
+            Images { data: wide_frame.as_ptr(), image: r.pixels() * frame.channels, channels: frame.channels }
+        });
         for (index, layer) in r.layers.iter().enumerate() {
-            // SAFETY: the step lies inside the buffer.
-            let c_at = |step: usize| unsafe { cells[index].offset(step % c_depth * r.cells(layer) * LANES) };
-            let cell = cell::Forward {
-                bias: &biases[index],
-                c_before: (step > 0).then(|| c_at(step - 1)),
-                c: c_at(step),
-                h: hidden.states(r, index, step),
-                // SAFETY: the step lies inside the buffer.
-                kept: kept.get(index).map(|k| unsafe { k.offset(step * r.cells(layer) * GROUP) }),
-                hidden: layer.hidden,
-                pixels: r.pixels(),
-                width: r.width,
-            };
-            let x = r.input(index, step, input, &hidden);
+            let cell = memory.step(r, index, step, &biases[index]);
+            let x = r.input(index, step, frame, &memory.h);
             // The first state is zero: its half of the convolution is left out.
-            let before = (step > 0).then(|| hidden.images(r, index, step - 1));
+            let before = (step > 0).then(|| memory.h.images(r, index, step - 1));
             match &weights[index] {
                 Weights::Winograd(panels) => match before {
                     Some(before) => winograd::forward(level, &r.tiling(), &[x, before], panels, cell),
@@ -477,10 +572,12 @@ fn forward(
         }
     }
     if r.keep == Keep::Last {
-        let len = output.len();
-        output.copy_from_slice(&h[r.top()][(r.steps - 1) % h_depth * len..][..len]);
+        let last = memory.h.states(r, r.top(), r.steps - 1).data;
+        // SAFETY: the states of a step are as many as are returned; nobody writes them any more.
+        let last = unsafe { std::slice::from_raw_parts(last.at(0), r.output_len()) };
+        convert(level, last, &mut output);
     }
-    (output, gradients.then_some(Kept { activations, c, h }))
+    (output, kept)
 }
 
 /// The weights and their gradients of one of a layer's two inputs: x or its own hidden state.
@@ -522,7 +619,7 @@ impl Side {
     }
 
     /// As a source of the Winograd backward pass: its values, and where the gradient of them is added, if anywhere.
-    fn source(&mut self, images: Images, to: Option<States>) -> Source<'_> {
+    fn source<T>(&mut self, images: Images<T>, to: Option<States>) -> Source<'_, T> {
         let input = match (&self.panels, to) {
             (Some(filters), Some(to)) => Some(InputGradient { filters, data: to.data, image: to.image }),
             _ => None,
@@ -531,7 +628,14 @@ impl Side {
     }
 
     /// The same by definition, from the gradient of the gates.
-    fn direct(&mut self, level: Level, g: &Geometry, images: Images, gates: Images, to: Option<States>) {
+    fn direct<T: Float>(
+        &mut self,
+        level: Level,
+        g: &Geometry,
+        images: Images<T>,
+        gates: Images,
+        to: Option<States>,
+    ) {
         if let (Some(weights), Some(to)) = (&self.weights, to) {
             let to = OutputImages { data: to.data, image: to.image, add: true };
             direct::backward_input(level, g, gates, weights, None, to);
@@ -565,14 +669,14 @@ type MaybeGradients = (Option<Vec<f32>>, Option<Vec<f32>>);
 
 /// The gradients of the input and of the parameters.
 #[expect(clippy::too_many_arguments, reason = "the arguments of the op's backward")]
-fn backward(
+fn backward<T: Float>(
     level: Level,
     r: &RollOut,
-    mut kept: Kept,
-    input: &[f32],
+    mut kept: Kept<T>,
+    input: &[T],
     parameters: &[f32],
-    output: &[f32],
-    d_output: &[f32],
+    output: &[T],
+    d_output: &[T],
     (wants_input, wants_parameters): (bool, bool),
 ) -> MaybeGradients {
     // What the unsafe code below relies on.
@@ -618,11 +722,14 @@ fn backward(
     let (mut dh_now, mut dh_before) = (states(), states());
     let mut dc: Vec<Buffer> = r.layers.iter().map(|l| Buffer::zeroed(r.cells(l) * LANES)).collect();
     let hidden = Hidden {
-        layers: kept.h.iter_mut().map(|h| Shared::new(h)).collect(),
+        layers: shared(&mut kept.h),
         depth: r.steps,
         output: (r.keep == Keep::All).then(|| Shared::read(output)),
     };
     let d_output = Shared::read(d_output);
+    // Of one step, for layers whose kernel is not 3x3.
+    let direct = r.layers.iter().filter(|layer| !layer.winograd());
+    let mut gates = Buffer::new(direct.map(|layer| r.cells(layer) * GROUP).max().unwrap_or(0));
 
     for step in (0..r.steps).rev() {
         for index in (0..r.layers.len()).rev() {
@@ -667,7 +774,7 @@ fn backward(
             };
             let to_h = States { data: Shared::new(&mut dh_before[index]), image };
 
-            let x = r.input(index, step, input, &hidden);
+            let x = r.input(index, step, r.images(step, input), &hidden);
             let before = (step > 0).then(|| hidden.images(r, index, step - 1));
             let [side_x, side_h] = &mut sides[index];
             if layer.winograd() {
@@ -684,9 +791,9 @@ fn backward(
                     biases[index].as_deref_mut(),
                 );
             } else {
-                // The gradients of the gates take the activations' place.
-                cell::backward(level, r.batch, activations, Order::Packed, cell);
-                let gates = &kept.activations[index][step * gates_len..][..gates_len];
+                let gates = &mut gates[..gates_len];
+                cell::backward(level, r.batch, Shared::new(gates), Order::Packed, cell);
+                let gates = &*gates;
                 let images = Images {
                     data: gates.as_ptr(),
                     image: r.pixels() * layer.gates(),
@@ -730,8 +837,8 @@ fn backward(
 /// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
 pub fn conv_lstm_cell(gates: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
     let op = "conv_lstm_cell";
-    check_supported(op, "gates", gates)?;
-    check_supported(op, "c", c)?;
+    check_type(op, "gates", gates, DType::F32)?;
+    check_type(op, "c", c, DType::F32)?;
     let fits = match (gates.dims(), c.dims()) {
         ([leading @ .., gates], [leading_c @ .., c]) => leading == leading_c && *gates == 4 * c,
         _ => false,
@@ -811,6 +918,8 @@ fn cell_forward(
         c: Shared::new(c_after),
         h: States { data: Shared::new(h), image: 0 },
         kept,
+        c_kept: None,
+        h_kept: None,
         hidden,
         pixels,
         width: 1,

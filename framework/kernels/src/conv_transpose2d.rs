@@ -2,8 +2,8 @@
 
 use crate::conv2d::{self, Wanted, check_bias};
 use crate::direct::Geometry;
-use crate::tensors::{check_supported, packed, tracked, with_values};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
+use crate::tensors::{check_type, packed, tracked, with_values};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 /// How a transposed convolution moves over its output; as PyTorch's arguments of these names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,8 +59,8 @@ fn adjoint(
     options: ConvTranspose2dOptions,
 ) -> Result<Geometry> {
     let op = "conv_transpose2d";
-    check_supported(op, "x", x)?;
-    check_supported(op, "weight", weight)?;
+    check_type(op, "x", x, DType::F32)?;
+    check_type(op, "weight", weight, DType::F32)?;
     let &[ref leading @ .., height, width, channels] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
     };
@@ -82,7 +82,7 @@ fn adjoint(
         );
     }
     let outputs = group_outputs * groups;
-    check_bias(op, bias, outputs)?;
+    check_bias(op, bias, outputs, DType::F32)?;
     let size = |size: usize, kernel: usize| {
         ((size - 1) * stride + dilation * (kernel - 1) + output_padding + 1)
             .checked_sub(2 * padding)

@@ -12,6 +12,7 @@
 //! channels), and everything else (register-blocked products).
 
 use crate::buffer::Buffer;
+use crate::float::{Convert, Float};
 use crate::gemm::{Product, ProductTransposed, Run, Start, product, product_transposed};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
@@ -107,7 +108,7 @@ fn backward_passes(g: &Geometry) -> Vec<Pass> {
     passes
 }
 
-/// An image with the frame of zeros that a set of passes reads beyond its edges.
+/// An image in 32 bits, with the frame of zeros that a set of passes reads beyond its edges.
 struct Framed {
     data: *const f32,
     /// Floats from an image to the next.
@@ -117,7 +118,7 @@ struct Framed {
     channels: usize,
     /// Rows above, columns to the left.
     before: [usize; 2],
-    /// Keeps a framed copy alive; none where the image itself needs no frame.
+    /// Keeps a framed copy alive; none where the image itself is wide and needs no frame.
     _copy: Option<Buffer>,
 }
 
@@ -127,7 +128,14 @@ unsafe impl Sync for Framed {}
 unsafe impl Send for Framed {}
 
 impl Framed {
-    fn new(images: Images, batch: usize, height: usize, width: usize, passes: &[Pass]) -> Framed {
+    fn new<T: Float>(
+        level: Level,
+        images: Images<T>,
+        batch: usize,
+        height: usize,
+        width: usize,
+        passes: &[Pass],
+    ) -> Framed {
         let (mut before, mut after) = ([0; 2], [0; 2]);
         for pass in passes {
             for tap in &pass.taps {
@@ -139,8 +147,9 @@ impl Framed {
             }
         }
         let channels = images.channels;
-        if before == [0, 0] && after == [0, 0] {
-            return Framed { data: images.data, image: images.image, width, channels, before, _copy: None };
+        if T::WIDE && before == [0, 0] && after == [0, 0] {
+            let data = images.data.cast();
+            return Framed { data, image: images.image, width, channels, before, _copy: None };
         }
         let full_height = before[0] + height + after[0];
         let full_width = before[1] + width + after[1];
@@ -162,7 +171,8 @@ impl Framed {
                 let from = images.data.add(image * images.image + (row - before[0]) * width * channels);
                 let (start, len) = (before[1] * channels, width * channels);
                 out[..start].fill(0.);
-                out[start..start + len].copy_from_slice(std::slice::from_raw_parts(from, len));
+                let row = Shared::new(&mut out[start..start + len]);
+                level.run(Convert { from: std::slice::from_raw_parts(from, len), to: row, part: 0..len });
                 out[start + len..].fill(0.);
             }
         });
@@ -228,10 +238,10 @@ impl Output {
 }
 
 /// y = x * w + bias, or y += x * w (then without bias).
-pub(crate) fn forward(
+pub(crate) fn forward<T: Float>(
     level: Level,
     g: &Geometry,
-    x: Images,
+    x: Images<T>,
     weight: &[f32],
     bias: Option<&[f32]>,
     y: OutputImages,
@@ -242,10 +252,10 @@ pub(crate) fn forward(
 }
 
 /// The gradient of the input: dx = dy * w' (+ bias, for the transposed convolution), or dx += dy * w'.
-pub(crate) fn backward_input(
+pub(crate) fn backward_input<T: Float>(
     level: Level,
     g: &Geometry,
-    dy: Images,
+    dy: Images<T>,
     weight: &[f32],
     bias: Option<&[f32]>,
     dx: OutputImages,
@@ -282,11 +292,11 @@ const SEGMENT: usize = 96;
 const TASK_WORK: usize = 1 << 20;
 
 #[expect(clippy::too_many_arguments, reason = "one private driver for both directions")]
-fn run_passes(
+fn run_passes<T: Float>(
     level: Level,
     batch: usize,
     [height, width]: [usize; 2],
-    images: Images,
+    images: Images<T>,
     mut passes: Vec<Pass>,
     weights: Weights,
     bias: Option<&[f32]>,
@@ -294,12 +304,11 @@ fn run_passes(
 ) {
     let g = weights.geometry;
     let (from, to) = weights.channels();
-    let framed = Framed::new(images, batch, height, width, &passes);
+    let framed = Framed::new(level, images, batch, height, width, &passes);
     let mut batch = batch;
     if let [pass] = &mut *passes
         && g.taps() == 1
         && pass.in_step == 1
-        && framed._copy.is_none()
         && framed.image == height * width * framed.channels
         && pass.count == [height, width]
         && output.images.image == height * width * output.channels
@@ -652,9 +661,15 @@ unsafe fn dot<S: Simd, const N: usize>(
 }
 
 /// Adds to dw, in PyTorch's layout, the gradient of the weights.
-pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images, dw: &mut [f32]) {
+pub(crate) fn backward_weight<T: Float>(
+    level: Level,
+    g: &Geometry,
+    x: Images<T>,
+    dy: Images,
+    dw: &mut [f32],
+) {
     let pass = forward_pass(g);
-    let framed = Framed::new(x, g.batch, g.height, g.width, std::slice::from_ref(&pass));
+    let framed = Framed::new(level, x, g.batch, g.height, g.width, std::slice::from_ref(&pass));
     let (from, to) = (g.group_inputs(), g.group_outputs());
     let runs = framed.runs(&pass, from);
     let depth = from * g.taps();
@@ -687,8 +702,7 @@ pub(crate) fn backward_weight(level: Level, g: &Geometry, x: Images, dy: Images,
     let flat = g.taps() == 1
         && g.stride == 1
         && (g.height, g.width) == (g.out_height, g.out_width)
-        && framed._copy.is_none()
-        && x.image == g.height * g.width * g.inputs
+        && framed.image == g.height * g.width * g.inputs
         && dy.image == g.out_height * g.out_width * g.outputs;
     let (rows, line) =
         if flat { (1, g.batch * g.height * g.width) } else { (g.batch * g.out_height, g.out_width) };

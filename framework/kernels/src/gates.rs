@@ -7,9 +7,9 @@ use crate::activations::{sigmoid, tanh};
 use crate::buffer::filled;
 use crate::parallel::{self, GRAIN, Shared, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_type, packed, tracked, with_values};
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, Device, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
 use std::ops::Range;
 
@@ -25,7 +25,7 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
     let Some((first, places)) = terms.first() else { bail!("{op}: needs at least one term") };
     let width = first.dim(D::Minus1)? / places.len().max(1);
     for (values, places) in terms {
-        check_supported(op, "a term", values)?;
+        check_type(op, "a term", values, DType::F32)?;
         let leading = &values.dims()[..values.rank() - 1];
         if leading != &first.dims()[..first.rank() - 1] || values.dim(D::Minus1)? != places.len() * width {
             bail!(
@@ -255,8 +255,8 @@ pub fn memory_update(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> R
 
 /// How many gates (.., gates N) there are beside `like`, (.., N).
 fn count(op: &str, gates: &Tensor, like: &Tensor) -> Result<usize> {
-    check_supported(op, "gates", gates)?;
-    check_supported(op, "the state", like)?;
+    check_type(op, "gates", gates, DType::F32)?;
+    check_type(op, "the state", like, DType::F32)?;
     match (gates.dims(), like.dims()) {
         ([a @ .., gates], [b @ .., width]) if a == b && gates % width == 0 => Ok(gates / width),
         (gates, like) => {
@@ -460,7 +460,7 @@ pub fn open_output(
     let count = count(op, gates, y)?;
     check_place(op, count, place)?;
     if let Some(more) = more {
-        check_supported(op, "more", more)?;
+        check_type(op, "more", more, DType::F32)?;
         if more.dims() != y.dims() {
             bail!("{op}: expected {:?} as y, got {:?}", y.dims(), more.dims());
         }

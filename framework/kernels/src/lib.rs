@@ -9,6 +9,7 @@ mod conv_lstm;
 mod conv_transpose2d;
 mod direct;
 pub mod elementwise;
+mod float;
 mod gates;
 mod gemm;
 mod parallel;
@@ -25,4 +26,4 @@ pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates}
 pub use shared_conv::SharedConv;
 #[doc(hidden)]
 pub use simd::Level;
-pub use tensors::{no_grad, supported};
+pub use tensors::{no_grad, supported, supported_half};

@@ -3,6 +3,7 @@
 //! Every result is a function of the inputs alone: work is cut by output, or into parts whose sums are added in a fixed
 //! order; never by thread.
 
+use crate::float::Float;
 use crate::simd::Simd;
 use rayon::prelude::*;
 
@@ -57,44 +58,58 @@ pub(crate) fn add_all(total: &mut [f32], others: &[f32]) {
 }
 
 /// A pointer that tasks share; what each writes must not overlap what others touch.
-#[derive(Clone, Copy)]
-pub(crate) struct Shared(*mut f32);
+pub(crate) struct Shared<T = f32>(*mut T);
+
+impl<T> Clone for Shared<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Shared<T> {}
 
 // SAFETY: whoever dereferences the pointer promises that tasks do not overlap.
-unsafe impl Send for Shared {}
+unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl<T: Send> Sync for Shared<T> {}
 
-impl Shared {
-    pub(crate) fn new(x: &mut [f32]) -> Shared {
+impl<T> Shared<T> {
+    pub(crate) fn new(x: &mut [T]) -> Self {
         Shared(x.as_mut_ptr())
     }
     /// Of memory that is only read.
-    pub(crate) fn read(x: &[f32]) -> Shared {
+    pub(crate) fn read(x: &[T]) -> Self {
         Shared(x.as_ptr().cast_mut())
     }
     /// Of a vector that has capacity, and no elements yet.
-    pub(crate) fn capacity(x: &mut Vec<f32>) -> Shared {
+    pub(crate) fn capacity(x: &mut Vec<T>) -> Self {
         Shared(x.as_mut_ptr())
     }
     /// The rest of the slice.
     /// # Safety
     /// As for `at`.
-    pub(crate) unsafe fn offset(self, offset: usize) -> Shared {
+    pub(crate) unsafe fn offset(self, offset: usize) -> Self {
         // SAFETY: the caller's promise.
         Shared(unsafe { self.0.add(offset) })
     }
-    /// The address `offset` floats further.
+    /// The address `offset` values further.
     /// # Safety
     /// Within the slice that this was made from.
     #[inline(always)]
-    pub(crate) unsafe fn at(self, offset: usize) -> *mut f32 {
+    pub(crate) unsafe fn at(self, offset: usize) -> *mut T {
         // SAFETY: the caller's promise.
         unsafe { self.0.add(offset) }
     }
-    /// Asks for the cache line `offset` floats further, which need not exist.
+    /// Asks for the cache line `offset` values further, which need not exist.
     #[inline(always)]
     pub(crate) fn prefetch<S: Simd>(self, offset: usize) {
         S::prefetch(self.0.wrapping_add(offset));
+    }
+}
+
+impl<T: Float> Shared<T> {
+    /// The same memory as `f32`, where that is what it holds.
+    pub(crate) fn wide(self) -> Option<Shared> {
+        T::WIDE.then(|| Shared(self.0.cast()))
     }
 }

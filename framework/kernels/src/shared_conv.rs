@@ -3,9 +3,9 @@
 use crate::conv2d::{Conv2dOptions, conv2d};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// A 'same' convolution of stride 1 without bias, as [`conv2d`], for a weight that is used many times before it changes.
@@ -25,7 +25,7 @@ impl SharedConv {
     /// # Errors
     /// Where the weight has another shape, or is not f32 on the CPU.
     pub fn new(weight: &Tensor) -> Result<SharedConv> {
-        check_supported("shared_conv", "weight", weight)?;
+        check_type("shared_conv", "weight", weight, DType::F32)?;
         let &[outputs, inputs, kernel, kernel_width] = weight.dims() else {
             bail!("shared_conv: weight must be (outputs, inputs, k, k), got {:?}", weight.dims());
         };
@@ -63,7 +63,7 @@ impl SharedConv {
             let options = Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() };
             return conv2d(x, &self.weight, None, options);
         };
-        check_supported("shared_conv", "x", x)?;
+        check_type("shared_conv", "x", x, DType::F32)?;
         let &[ref leading @ .., height, width, inputs] = x.dims() else {
             bail!("shared_conv: x must be (.., height, width, channels), got {:?}", x.dims());
         };
@@ -207,7 +207,7 @@ impl CustomOp2 for Use {
         let mut dx = x.track_op().then(|| vec![0f32; x.elem_count()]);
         let transposed = x.track_op().then(|| self.transformed.transposed(level)).transpose()?;
         with_values(x, |x| {
-            with_values(d, |gradient| {
+            with_values(d, |gradient: &[f32]| {
                 let images = self.images(x);
                 let input = transposed.zip(dx.as_deref_mut()).map(|(filters, dx)| InputGradient {
                     filters,

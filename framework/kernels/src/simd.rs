@@ -7,6 +7,7 @@
 //! Everything below `Level::run` must be `#[inline(always)]`: a function that is not inlined is compiled without the wide
 //! instructions.
 
+use half::{bf16, f16};
 use std::cell::Cell;
 
 /// Lanes of a vector: the channel block of every layout in this crate.
@@ -18,7 +19,7 @@ pub(crate) const LANES: usize = 16;
 pub enum Level {
     /// No assumption on the processor.
     Portable,
-    /// AVX2 with fused multiply-add: a vector is two registers.
+    /// AVX2 with fused multiply-add and F16C: a vector is two registers.
     Avx2,
     /// AVX-512F: a vector is one register.
     Avx512,
@@ -40,7 +41,10 @@ impl Level {
             if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
                 return Level::Avx512;
             }
-            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+            {
                 return Level::Avx2;
             }
         }
@@ -109,9 +113,25 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `n <= 16` floats are writable at `p`.
     unsafe fn store_first(self, p: *mut f32, n: usize);
+    /// Widens 16 bfloat16.
+    /// # Safety
+    /// As for `splat`; 16 values are readable at `p`.
+    unsafe fn load_bf16(p: *const bf16) -> Self;
+    /// Rounds to the nearest bfloat16, or the even one of two; not-a-numbers stay what they are.
+    /// # Safety
+    /// 16 values are writable at `p`.
+    unsafe fn store_bf16(self, p: *mut bf16);
+    /// Widens 16 float16.
+    /// # Safety
+    /// As for `splat`; 16 values are readable at `p`.
+    unsafe fn load_f16(p: *const f16) -> Self;
+    /// Rounds to the nearest float16, or the even one of two; what is too large becomes infinite.
+    /// # Safety
+    /// 16 values are writable at `p`.
+    unsafe fn store_f16(self, p: *mut f16);
 
     /// Asks for the cache line of an address, which need not exist.
-    fn prefetch(p: *const f32);
+    fn prefetch<T>(p: *const T);
     /// The same, in order to write it.
     fn prefetch_write(p: *const f32);
 
@@ -216,7 +236,31 @@ impl Simd for Portable {
         unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), p, n) }
     }
     #[inline(always)]
-    fn prefetch(_: *const f32) {}
+    unsafe fn load_bf16(p: *const bf16) -> Self {
+        // SAFETY: 16 readable values, by the caller's promise.
+        let x = unsafe { p.cast::<[u16; LANES]>().read() };
+        Portable(x.map(|x| f32::from_bits(u32::from(x) << 16)))
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, p: *mut bf16) {
+        let narrow = self.0.map(bf16::from_f32);
+        // SAFETY: 16 writable values, by the caller's promise.
+        unsafe { p.cast::<[bf16; LANES]>().write(narrow) }
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Self {
+        // SAFETY: 16 readable values, by the caller's promise.
+        let x = unsafe { p.cast::<[f16; LANES]>().read() };
+        Portable(x.map(f16::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn store_f16(self, p: *mut f16) {
+        let narrow = self.0.map(f16::from_f32);
+        // SAFETY: 16 writable values, by the caller's promise.
+        unsafe { p.cast::<[f16; LANES]>().write(narrow) }
+    }
+    #[inline(always)]
+    fn prefetch<T>(_: *const T) {}
     #[inline(always)]
     fn prefetch_write(_: *const f32) {}
     #[inline(always)]
@@ -273,6 +317,7 @@ impl Simd for Portable {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Kernel, LANES, Simd};
+    use half::{bf16, f16};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx512f,avx2,fma")]
@@ -281,7 +326,7 @@ mod x86 {
         unsafe { kernel.run::<Avx512>() }
     }
 
-    #[target_feature(enable = "avx2,fma")]
+    #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) {
         // SAFETY: the instructions are there: the caller's promise.
         unsafe { kernel.run::<Avx2>() }
@@ -324,7 +369,36 @@ mod x86 {
             op!(_mm512_mask_storeu_ps(p, ((1u32 << n) - 1) as u16, self.0))
         }
         #[inline(always)]
-        fn prefetch(p: *const f32) {
+        unsafe fn load_bf16(p: *const bf16) -> Self {
+            op!({
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()));
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+            })
+        }
+        #[inline(always)]
+        unsafe fn store_bf16(self, p: *mut bf16) {
+            op!({
+                // Half a unit of the last place that stays, less one bit where that place is even.
+                let bits = _mm512_castps_si512(self.0);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+                // A not-a-number must not round to infinity.
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
+                let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+                let narrow = _mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(rounded, nan, quiet));
+                _mm256_storeu_si256(p.cast(), _mm512_cvtepi32_epi16(narrow));
+            })
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const f16) -> Self {
+            Avx512(op!(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))))
+        }
+        #[inline(always)]
+        unsafe fn store_f16(self, p: *mut f16) {
+            op!(_mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)))
+        }
+        #[inline(always)]
+        fn prefetch<T>(p: *const T) {
             op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
         }
         #[inline(always)]
@@ -390,6 +464,23 @@ mod x86 {
         }
     }
 
+    /// The bits of 8 floats rounded to bfloat16, in the low half of each lane: half a unit of the last place that stays is
+    /// added, less one bit where that place is even, and the rest is cut off.
+    /// # Safety
+    /// The processor has AVX2.
+    #[inline(always)]
+    unsafe fn bf16_bits(x: __m256) -> __m256i {
+        op!({
+            let bits = _mm256_castps_si256(x);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            // A not-a-number must not round to infinity.
+            let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+            let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+            _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
+        })
+    }
+
     impl Simd for Avx2 {
         const ROWS: usize = 6;
         const COLUMNS: usize = 1;
@@ -424,7 +515,39 @@ mod x86 {
             })
         }
         #[inline(always)]
-        fn prefetch(p: *const f32) {
+        unsafe fn load_bf16(p: *const bf16) -> Self {
+            op!({
+                let p = p.cast::<__m128i>();
+                let widen = |x| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x)));
+                Avx2(widen(_mm_loadu_si128(p)), widen(_mm_loadu_si128(p.add(1))))
+            })
+        }
+        #[inline(always)]
+        unsafe fn store_bf16(self, p: *mut bf16) {
+            op!({
+                let (low, high) = (bf16_bits(self.0), bf16_bits(self.1));
+                // Packs within the halves of the registers: their quarters come out as 0, 2, 1, 3.
+                let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+                _mm256_storeu_si256(p.cast(), packed);
+            })
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const f16) -> Self {
+            op!({
+                let p = p.cast::<__m128i>();
+                Avx2(_mm256_cvtph_ps(_mm_loadu_si128(p)), _mm256_cvtph_ps(_mm_loadu_si128(p.add(1))))
+            })
+        }
+        #[inline(always)]
+        unsafe fn store_f16(self, p: *mut f16) {
+            op!({
+                let p = p.cast::<__m128i>();
+                _mm_storeu_si128(p, _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0));
+                _mm_storeu_si128(p.add(1), _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.1));
+            })
+        }
+        #[inline(always)]
+        fn prefetch<T>(p: *const T) {
             op!(_mm_prefetch::<_MM_HINT_T0>(p.cast()))
         }
         #[inline(always)]

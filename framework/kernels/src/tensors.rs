@@ -1,5 +1,6 @@
 //! Between candle's tensors and the slices that kernels run on.
 
+use crate::float::Float;
 use crate::parallel::{self, Shared};
 use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 use std::borrow::Cow;
@@ -7,15 +8,39 @@ use std::cell::Cell;
 
 /// Whether these kernels take this tensor: f32 on the CPU.
 ///
-/// Elsewhere every op of this crate is an error; compose it from candle's own ops instead.
+/// Elsewhere every op of this crate is an error, but for what [`supported_half`] says; compose it from candle's own ops
+/// instead.
 pub fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// An error that names the op and the tensor, unless these kernels take it.
-pub(crate) fn check_supported(op: &str, name: &str, x: &Tensor) -> Result<()> {
-    if !supported(x) {
-        bail!("{op}: {name} must be f32 on the CPU, got {:?} on {:?}", x.dtype(), x.device().location());
+/// Whether [`conv2d`](crate::conv2d()) and [`conv_lstm`](crate::conv_lstm()) take this tensor although it is not f32: bf16 or
+/// f16 on the CPU.
+pub fn supported_half(x: &Tensor) -> bool {
+    x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
+}
+
+/// An error that names the op and the tensor, unless it is supported, or as a half type, and has elements.
+pub(crate) fn check_floating(op: &str, name: &str, x: &Tensor) -> Result<()> {
+    if !supported(x) && !supported_half(x) {
+        bail!(
+            "{op}: {name} must be f32, bf16 or f16 on the CPU, got {:?} on {:?}",
+            x.dtype(),
+            x.device().location()
+        );
+    }
+    check_type(op, name, x, x.dtype())
+}
+
+/// An error that names the op and the tensor, unless it is on the CPU, of this type, and has elements.
+pub(crate) fn check_type(op: &str, name: &str, x: &Tensor, dtype: DType) -> Result<()> {
+    if !x.device().is_cpu() || x.dtype() != dtype {
+        bail!(
+            "{op}: {name} must be {} on the CPU, got {:?} on {:?}",
+            dtype.as_str(),
+            x.dtype(),
+            x.device().location()
+        );
     }
     if x.elem_count() == 0 {
         bail!("{op}: {name} has no elements, its shape is {:?}", x.dims());
@@ -46,8 +71,8 @@ pub(crate) fn tracked(x: &Tensor) -> bool {
 }
 
 /// The values in row-major order: borrowed where they lie so, otherwise copied.
-pub(crate) fn packed<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [f32]>> {
-    let data = storage.as_slice::<f32>()?;
+pub(crate) fn packed<'a, T: Float>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [T]>> {
+    let data = storage.as_slice::<T>()?;
     if let Some((start, end)) = layout.contiguous_offsets() {
         return Ok(Cow::Borrowed(&data[start..end]));
     }
@@ -58,7 +83,7 @@ pub(crate) fn packed<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow
     };
     let outer = &dims[..dims.len() - 1];
     let rows: usize = outer.iter().product();
-    let mut copy = vec![0f32; rows * len];
+    let mut copy = vec![T::zero(); rows * len];
     let out = Shared::new(&mut copy);
     let rows_in_task = (parallel::GRAIN / len.max(1)).clamp(1, rows.max(1));
     parallel::for_each(rows.div_ceil(rows_in_task), |task| {
@@ -79,10 +104,10 @@ pub(crate) fn packed<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow
 }
 
 /// `f` of a tensor's values in row-major order.
-pub(crate) fn with_values<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+pub(crate) fn with_values<T: Float, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     match &*storage {
-        Storage::Cpu(storage) => f(&packed(storage, layout)?),
+        Storage::Cpu(storage) => f(&packed::<T>(storage, layout)?),
         _ => bail!("expected a tensor on the CPU, got one on {:?}", x.device().location()),
     }
 }

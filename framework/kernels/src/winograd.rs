@@ -22,24 +22,32 @@ pub(crate) use transform::{
     OUT, load_positions, output_tile, output_tile_adjoint, prefetch_positions, store_positions,
 };
 
+use crate::float::Float;
 use crate::simd::LANES;
 use transform::IN;
 
 /// Added to strides that are powers of two otherwise, so that what is read together spreads over the cache's sets.
 const SPREAD: usize = LANES;
 
-/// Channels-last images to read: (batch, height, width, channels), pixels packed, images `image` floats apart.
+/// Channels-last images to read: (batch, height, width, channels), pixels packed, images `image` values apart.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Images {
-    pub(crate) data: *const f32,
+pub(crate) struct Images<T = f32> {
+    pub(crate) data: *const T,
     pub(crate) image: usize,
     pub(crate) channels: usize,
 }
 
 // SAFETY: read only, from every thread.
-unsafe impl Send for Images {}
+unsafe impl<T: Sync> Send for Images<T> {}
 // SAFETY: as above.
-unsafe impl Sync for Images {}
+unsafe impl<T: Sync> Sync for Images<T> {}
+
+impl<T: Float> Images<T> {
+    /// The same images as `f32`, where that is what they hold.
+    pub(crate) fn wide(self) -> Option<Images> {
+        T::WIDE.then(|| Images { data: self.data.cast(), image: self.image, channels: self.channels })
+    }
+}
 
 /// The sizes of a convolution, and its tiles, counted image after image, row after row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candlepower_kernels::{Conv2dOptions, conv2d, conv2d_backward};
 use common::*;
 use proptest::prelude::*;
@@ -52,6 +52,38 @@ fn larger_images_take_several_chunks() {
     check(&[2, 30, 50, 130], 40, (3, 3), Conv2dOptions { padding: 0, ..SAME }, true, 7);
     check(&[2, 40, 300, 8], 12, (1, 1), Conv2dOptions::default(), true, 8);
     check(&[1, 20, 300, 4], 2, (3, 3), SAME, true, 9);
+}
+
+/// In a half type the op gives what the f32 op gives, rounded: output and gradients.
+fn check_half(x: &[usize; 4], outputs: usize, kernel: usize, o: Conv2dOptions, dtype: DType) {
+    let what = format!("x {x:?}, {outputs} outputs, kernel {kernel}, {o:?}, {dtype:?}");
+    let (x, x32) = rounded(&random(x, 1), dtype);
+    let (w, w32) = rounded(&random(&[outputs, x.dims()[3] / o.groups, kernel, kernel], 2), dtype);
+    let (b, b32) = rounded(&random(&[outputs], 3), dtype);
+    let got = conv2d(&x, &w, Some(&b), o).unwrap();
+    let wanted = conv2d(&x32, &w32, Some(&b32), o).unwrap();
+    assert_eq!(got.dtype(), dtype);
+    assert_rounded(&format!("output, {what}"), &got, &wanted);
+    let got = rounded_loss(&got, 4, dtype).backward().unwrap();
+    let wanted = rounded_loss(&wanted, 4, dtype).backward().unwrap();
+    for (name, half, wide) in [("dx", &x, &x32), ("dw", &w, &w32), ("db", &b, &b32)] {
+        assert_rounded(&format!("{name}, {what}"), &grad(&got, half), &grad(&wanted, wide));
+    }
+}
+
+#[test]
+fn half_types_at_each_level() {
+    at_each_level(|_| {
+        for dtype in HALVES {
+            for (inputs, outputs) in [(16, 16), (17, 33), (48, 20), (1, 16), (64, 1), (3, 5)] {
+                check_half(&[2, 5, 9, inputs], outputs, 3, SAME, dtype);
+            }
+            check_half(&[2, 6, 7, 20], 20, 5, Conv2dOptions { padding: 2, ..SAME }, dtype);
+            check_half(&[2, 5, 7, 40], 70, 1, Conv2dOptions::default(), dtype);
+            check_half(&[2, 5, 70, 33], 2, 1, Conv2dOptions { stride: 2, ..Default::default() }, dtype);
+            check_half(&[1, 9, 8, 6], 6, 3, Conv2dOptions { groups: 6, stride: 2, ..SAME }, dtype);
+        }
+    });
 }
 
 proptest! {
@@ -205,7 +237,9 @@ fn errors_name_what_does_not_fit() {
             .contains("x must be (.., height, width, channels), got [5, 4]")
     );
     assert!(message(&x, &w, None, Conv2dOptions { stride: 0, ..SAME }).contains("at least 1"));
-    let double = x.to_dtype(candle_core::DType::F64).unwrap();
-    assert!(message(&double, &w, None, SAME).contains("x must be f32 on the CPU, got F64"));
+    let double = x.to_dtype(DType::F64).unwrap();
+    assert!(message(&double, &w, None, SAME).contains("x must be f32, bf16 or f16 on the CPU, got F64"));
+    let half = x.to_dtype(DType::BF16).unwrap();
+    assert!(message(&half, &w, None, SAME).contains("weight must be bf16 on the CPU, got F32"));
     assert!(message(&random(&[0, 5, 5, 4], 1), &w, None, SAME).contains("no elements"));
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use candlepower_kernels::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
 use common::*;
 use proptest::prelude::*;
@@ -101,6 +101,56 @@ fn the_tutorials_two_halves_at_each_level() {
 #[test]
 fn images_of_several_chunks() {
     Case { batch: 3, steps: 2, size: (34, 41), inputs: 20, hidden: &[20], ..CASE }.check(1);
+}
+
+/// In a half type: the f32 op's output, rounded, and its gradients within the rounding of what is kept.
+fn check_half(case: &Case, dtype: DType, tolerance: f64) {
+    let m = case.model(1);
+    let (x, x32) = rounded(&m.x, dtype);
+    let (layers, layers32) = m
+        .layers
+        .iter()
+        .map(|(w, b)| {
+            let ((w, w32), (b, b32)) = (rounded(w, dtype), rounded(b, dtype));
+            ((w, b), (w32, b32))
+        })
+        .unzip();
+    let (half, wide) = (Model { x, layers }, Model { x: x32, layers: layers32 });
+    let (got, wanted) = (case.run(&half).unwrap(), case.run(&wide).unwrap());
+    assert_eq!(got.dtype(), dtype);
+    assert_rounded(&format!("output, {case:?}, {dtype:?}"), &got, &wanted);
+    let inference = candlepower_kernels::no_grad(|| case.run(&half).unwrap());
+    assert_rounded(&format!("output without gradients, {case:?}, {dtype:?}"), &inference, &wanted);
+    let got = rounded_loss(&got, 3, dtype).backward().unwrap();
+    let wanted = rounded_loss(&wanted, 3, dtype).backward().unwrap();
+    let mut pairs = vec![(&half.x, &wide.x)];
+    for ((w, b), (w32, b32)) in half.layers.iter().zip(&wide.layers) {
+        pairs.extend([(w, w32), (b, b32)]);
+    }
+    for (i, (half, wide)) in pairs.into_iter().enumerate() {
+        let gradient = grad(&got, half);
+        assert_eq!(gradient.dtype(), dtype);
+        let e = error(&gradient, &grad(&wanted, wide));
+        assert!(e <= tolerance, "gradient {i}, {case:?}, {dtype:?}: off by {e:.2e} of the largest value");
+    }
+}
+
+#[test]
+fn half_types_at_each_level() {
+    at_each_level(|_| {
+        // Two or three units in the last place.
+        for (dtype, tolerance) in [(DType::BF16, 1e-2), (DType::F16, 1.5e-3)] {
+            for (feedback, keep) in
+                [(false, Keep::Last), (false, Keep::All), (true, Keep::Last), (true, Keep::All)]
+            {
+                let case = Case { inputs: 17, hidden: &[20, 17], steps: 4, feedback, keep, ..CASE };
+                for kernel in [1, 3, 5] {
+                    check_half(&Case { kernel, ..case }, dtype, tolerance);
+                }
+                check_half(&Case { inputs: 16, hidden: &[16], steps: 1, ..case }, dtype, tolerance);
+            }
+        }
+    });
 }
 
 proptest! {

@@ -18,6 +18,7 @@ use super::transform::{
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
+use crate::float::Float;
 use crate::gemm::{Product, ProductTransposed, Run, Start, product, product_transposed};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
@@ -34,8 +35,8 @@ pub(crate) trait Gradient: Copy + Send + Sync {
 
 /// The gradient is a tensor, (batch, height, width, channels).
 #[derive(Clone, Copy)]
-pub(crate) struct Load<'a> {
-    pub(crate) gradient: &'a [f32],
+pub(crate) struct Load<'a, T> {
+    pub(crate) gradient: &'a [T],
     pub(crate) height: usize,
     pub(crate) width: usize,
     pub(crate) channels: usize,
@@ -43,7 +44,7 @@ pub(crate) struct Load<'a> {
     pub(crate) kernel: usize,
 }
 
-impl Load<'_> {
+impl<T: Float> Load<'_, T> {
     /// A vector of channels of a tile's pixels.
     /// # Safety
     /// The caller has vectors.
@@ -57,7 +58,7 @@ impl Load<'_> {
                 for c in 0..tile.columns {
                     let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
                     y[r][c] =
-                        S::load_lanes(self.gradient.as_ptr().add(pixel * self.channels + channel), lanes);
+                        T::load_lanes(self.gradient.as_ptr().add(pixel * self.channels + channel), lanes);
                 }
             }
             y
@@ -65,7 +66,7 @@ impl Load<'_> {
     }
 }
 
-impl Gradient for Load<'_> {
+impl<T: Float> Gradient for Load<'_, T> {
     const VECTORS: usize = 1;
 
     #[inline(always)]
@@ -84,8 +85,8 @@ impl Gradient for Load<'_> {
 }
 
 /// An input of the convolution, and what is wanted for it.
-pub(crate) struct Source<'a> {
-    pub(crate) images: Images,
+pub(crate) struct Source<'a, T> {
+    pub(crate) images: Images<T>,
     /// The gradient of its rows of U, to add to: one for each of the [`parts`].
     pub(crate) filters: Option<&'a mut [Panels]>,
     pub(crate) input: Option<InputGradient<'a>>,
@@ -111,16 +112,16 @@ pub(crate) fn parts(tiling: &Tiling, inputs: usize, outputs: usize) -> usize {
 
 /// Adds the gradients that `sources` ask for, and that of the bias, in the order of the panels' columns; for the latter,
 /// `bias` has a row of whole vectors for each of the `parts`.
-pub(crate) fn backward<G: Gradient>(
+pub(crate) fn backward<T: Float, G: Gradient>(
     level: Level,
     tiling: &Tiling,
     vectors: usize,
     gradient: G,
-    sources: &mut [Source],
+    sources: &mut [Source<T>],
     parts: usize,
     mut bias: Option<&mut [f32]>,
 ) {
-    let mut work: Vec<Part> = (0..parts)
+    let mut work: Vec<Part<T>> = (0..parts)
         .map(|part| Part {
             level,
             tiling,
@@ -149,24 +150,24 @@ pub(crate) fn backward<G: Gradient>(
 }
 
 /// Some images of a batch.
-struct Part<'a> {
+struct Part<'a, T> {
     level: Level,
     tiling: &'a Tiling,
     /// Rows of tiles, counted over all images.
     rows: std::ops::Range<usize>,
     vectors: usize,
-    sources: Vec<PartSource<'a>>,
+    sources: Vec<PartSource<'a, T>>,
     bias: Option<Shared>,
 }
 
-struct PartSource<'a> {
-    images: Images,
+struct PartSource<'a, T> {
+    images: Images<T>,
     /// The part's sums; their data are written through the pointer alone.
     filters: Option<(&'a Panels, Shared)>,
     input: Option<&'a InputGradient<'a>>,
 }
 
-impl Part<'_> {
+impl<T: Float> Part<'_, T> {
     fn run<G: Gradient>(&self, gradient: G) {
         let Part { level, tiling, vectors, .. } = *self;
         let across = tiling.across();
@@ -274,7 +275,7 @@ struct Transformed {
     stride: usize,
 }
 
-struct Transforms<'a, G> {
+struct Transforms<'a, T, G> {
     tiling: &'a Tiling,
     gradient: G,
     /// The chunk's first tile.
@@ -285,11 +286,11 @@ struct Transforms<'a, G> {
     d_stride: usize,
     d_block: usize,
     vectors: usize,
-    sources: &'a [PartSource<'a>],
+    sources: &'a [PartSource<'a, T>],
     v: &'a [Transformed],
 }
 
-impl<G: Gradient> Kernel for Transforms<'_, G> {
+impl<T: Float, G: Gradient> Kernel for Transforms<'_, T, G> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         for i in self.tiles {
@@ -306,7 +307,7 @@ impl<G: Gradient> Kernel for Transforms<'_, G> {
                     }
                     for channel in (0..source.images.channels).step_by(LANES) {
                         let to = v.data.at(i * v.row + channel);
-                        transform_input::<S>(self.tiling, &tile, &source.images, channel, to, v.stride);
+                        transform_input::<S, T>(self.tiling, &tile, &source.images, channel, to, v.stride);
                     }
                 }
             }
@@ -314,14 +315,14 @@ impl<G: Gradient> Kernel for Transforms<'_, G> {
     }
 }
 
-struct Products<'a> {
+struct Products<'a, T> {
     position: usize,
     tiles: usize,
     /// Of this position.
     d: *const f32,
     d_block: usize,
     runs: &'a [Run],
-    sources: &'a [PartSource<'a>],
+    sources: &'a [PartSource<'a, T>],
     v: &'a [Transformed],
     bias: Option<Shared>,
 }
@@ -329,7 +330,7 @@ struct Products<'a> {
 /// Tiles that a panel of D and the rows of V keep in the first-level cache.
 const DEPTH: usize = 128;
 
-impl Kernel for Products<'_> {
+impl<T: Float> Kernel for Products<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         // SAFETY: this task alone has this position of D, V, dU; all are large enough for the chunk.

@@ -13,6 +13,7 @@ use super::transform::{
 };
 use super::{Images, SPREAD, Tile, Tiling};
 use crate::buffer::Buffer;
+use crate::float::Float;
 use crate::gemm::{Product, Run, Start, product};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
@@ -29,8 +30,8 @@ pub(crate) trait Epilogue: Copy + Send + Sync {
 
 /// The output, (batch, height, width, channels), is stored; `bias` has as many floats as there are whole vectors.
 #[derive(Clone, Copy)]
-pub(crate) struct Store<'a> {
-    pub(crate) output: Shared,
+pub(crate) struct Store<'a, T> {
+    pub(crate) output: Shared<T>,
     pub(crate) bias: &'a [f32],
     pub(crate) height: usize,
     pub(crate) width: usize,
@@ -39,7 +40,7 @@ pub(crate) struct Store<'a> {
     pub(crate) kernel: usize,
 }
 
-impl Store<'_> {
+impl<T: Float> Store<'_, T> {
     /// A vector of channels of a tile's pixels.
     /// # Safety
     /// The pixels exist, and belong to this task.
@@ -52,14 +53,14 @@ impl Store<'_> {
             for r in 0..tile.rows {
                 for c in 0..tile.columns {
                     let pixel = (tile.image * self.height + tile.y + r) * self.width + tile.x + c;
-                    y[r][c].add(bias).store_lanes(self.output.at(pixel * self.channels + channel), lanes);
+                    T::store_lanes(y[r][c].add(bias), self.output.at(pixel * self.channels + channel), lanes);
                 }
             }
         }
     }
 }
 
-impl Epilogue for Store<'_> {
+impl<T: Float> Epilogue for Store<'_, T> {
     const PANELS: usize = 1;
 
     #[inline(always)]
@@ -80,10 +81,10 @@ impl Epilogue for Store<'_> {
 }
 
 /// Convolves the channels of `sources`, one after the other, with the first rows of `filters`.
-pub(crate) fn forward<E: Epilogue>(
+pub(crate) fn forward<T: Float, E: Epilogue>(
     level: Level,
     tiling: &Tiling,
-    sources: &[Images],
+    sources: &[Images<T>],
     filters: &Panels,
     epilogue: E,
 ) {
@@ -128,9 +129,9 @@ fn block_tiles(inputs: usize, group: usize) -> usize {
     (FLOATS / (POSITIONS * (inputs + group)) / 12 * 12).clamp(12, 48)
 }
 
-struct Block<'a, E> {
+struct Block<'a, T, E> {
     tiling: &'a Tiling,
-    sources: &'a [Images],
+    sources: &'a [Images<T>],
     filters: &'a Panels,
     epilogue: E,
     runs: &'a [Run],
@@ -143,7 +144,7 @@ struct Block<'a, E> {
     m_row: usize,
 }
 
-impl<E: Epilogue> Kernel for Block<'_, E> {
+impl<T: Float, E: Epilogue> Kernel for Block<'_, T, E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let count = self.tiles.len();
@@ -154,7 +155,7 @@ impl<E: Epilogue> Kernel for Block<'_, E> {
                 let mut to = self.v.add(i * LANES);
                 for source in self.sources {
                     for channel in (0..source.channels).step_by(LANES) {
-                        transform_input::<S>(self.tiling, &tile, source, channel, to, self.v_stride);
+                        transform_input::<S, T>(self.tiling, &tile, source, channel, to, self.v_stride);
                         to = to.add(self.v_block);
                     }
                 }
@@ -195,10 +196,10 @@ impl<E: Epilogue> Kernel for Block<'_, E> {
 /// # Safety
 /// The images cover `tiling`; `to` is writable.
 #[inline(always)]
-pub(super) unsafe fn transform_input<S: Simd>(
+pub(super) unsafe fn transform_input<S: Simd, T: Float>(
     tiling: &Tiling,
     tile: &Tile,
-    images: &Images,
+    images: &Images<T>,
     channel: usize,
     to: *mut f32,
     stride: usize,
@@ -214,19 +215,19 @@ pub(super) unsafe fn transform_input<S: Simd>(
             let y = (tile.y + r).wrapping_sub(tiling.padding);
             let x = (tile.x + c).wrapping_sub(tiling.padding);
             let inside = all_inside || (y < tiling.height && x < tiling.width);
-            if inside { image.add((y * tiling.width + x) * images.channels) } else { ZEROS.as_ptr() }
+            if inside { image.add((y * tiling.width + x) * images.channels) } else { ZEROS.as_ptr().cast() }
         };
         if lanes == LANES {
             input_tile(
                 #[inline(always)]
-                |r, c| S::load(pixel(r, c)),
+                |r, c| T::load::<S>(pixel(r, c)),
                 #[inline(always)]
                 |r, c, x| x.store(to.add((r * IN + c) * stride)),
             );
         } else {
             input_tile(
                 #[inline(always)]
-                |r, c| S::load_first(pixel(r, c), lanes),
+                |r, c| T::load_first::<S>(pixel(r, c), lanes),
                 #[inline(always)]
                 |r, c, x| x.store(to.add((r * IN + c) * stride)),
             );
@@ -234,5 +235,5 @@ pub(super) unsafe fn transform_input<S: Simd>(
     }
 }
 
-/// What lies outside an image.
+/// What lies outside an image, of any type.
 static ZEROS: [f32; LANES] = [0.; LANES];

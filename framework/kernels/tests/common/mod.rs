@@ -52,6 +52,28 @@ pub fn loss(y: &Tensor, seed: u64) -> Tensor {
     (y * w).unwrap().sum_all().unwrap()
 }
 
+/// The half types.
+pub const HALVES: [DType; 2] = [DType::BF16, DType::F16];
+
+/// The same values, rounded to a half type: a variable of that type, and one of 32 bits.
+pub fn rounded(x: &Tensor, dtype: DType) -> (Var, Var) {
+    let half = x.detach().to_dtype(dtype).unwrap();
+    (var(&half), var(&half.to_dtype(DType::F32).unwrap()))
+}
+
+/// As `loss`, in f32, where what flows back has no more bits than a half type.
+pub fn rounded_loss(y: &Tensor, seed: u64, dtype: DType) -> Tensor {
+    let (_, w) = rounded(&random(y.dims(), seed), dtype);
+    (y.to_dtype(DType::F32).unwrap() * w.as_tensor()).unwrap().sum_all().unwrap()
+}
+
+/// Asserts that a tensor of a half type has the rounded values of another.
+#[track_caller]
+pub fn assert_rounded(what: &str, got: &Tensor, wanted: &Tensor) {
+    let wide = |x: &Tensor| bits(&x.to_dtype(DType::F32).unwrap());
+    assert!(wide(got) == wide(&wanted.to_dtype(got.dtype()).unwrap()), "{what}: not the rounded values");
+}
+
 /// The convolution as a sum over taps; channels last.
 pub fn conv2d(x: &Tensor, w: &Tensor, bias: Option<&Tensor>, o: Conv2dOptions) -> Result<Tensor> {
     let (b, h, width, c) = x.dims4()?;
