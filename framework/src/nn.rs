@@ -1,7 +1,8 @@
 //! Layer functions that modules call: our kernels where they apply, plain candle operations everywhere else.
 //!
-//! Tensors are (B, C, H, W), or (B, T, C, H, W) for frames. Where our kernels ran, results are views whose memory is
-//! channels-last, which is what the kernels run on: handing such a view on costs no copy.
+//! What modules get and give, frames, is (B, T, C, H, W). Between its first layer and its last a network is channels last,
+//! (B, H, W, C) or (B, T, H, W, C), the order that the kernels run on: so nothing is turned around, neither forward nor
+//! backward. [`channels_last()`] and [`channels_first()`] are the way in and out.
 
 mod activation;
 pub mod channels_last;
@@ -12,8 +13,9 @@ pub mod recurrent;
 
 use std::cell::Cell;
 
+pub use self::channels_last::{channels_first, channels_last};
 pub use activation::{gelu, leaky_relu, silu};
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 pub use candlepower_kernels::Keep;
 use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLstmLayer};
@@ -49,16 +51,6 @@ fn fast_half(x: &Tensor) -> bool {
 /// Whether what no kernel takes is computed in 32 bits and narrowed afterwards: half types on the CPU.
 fn widened(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
-}
-
-/// (.., C, H, W) seen as (.., H, W, C).
-fn channels_last(x: &Tensor) -> candle_core::Result<Tensor> {
-    x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)
-}
-
-/// (.., H, W, C) seen as (.., C, H, W).
-fn channels_first(x: &Tensor) -> candle_core::Result<Tensor> {
-    x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus2)
 }
 
 /// A convolution's weight (Cout, Cin, ..) and bias (Cout), with PyTorch's initial values.
@@ -106,31 +98,21 @@ impl Conv {
         Ok(Self { weight: self.weight.to_dtype(dtype)?, bias: self.bias.to_dtype(dtype)? })
     }
 
-    /// 'Same' convolution of (.., Cin, H, W) to (.., Cout, H, W), stride 1; the kernel's sides are odd.
+    /// 'Same' convolution of (.., H, W, Cin) to (.., H, W, Cout), stride 1; the kernel's sides are odd.
     pub fn same(&self, x: &Tensor) -> Result<Tensor> {
-        let padding = self.weight.dims()[2] / 2;
-        if fast(x) || fast_half(x) {
-            let options = Conv2dOptions { padding, ..Default::default() };
-            let y = kernels::conv2d(&channels_last(x)?, &self.weight, Some(&self.bias), options)?;
-            return Ok(channels_first(&y)?);
-        }
-        if widened(x) {
-            return Ok(self.to_dtype(DType::F32)?.same(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
-        }
-        let folded = x.flatten_to(x.rank() - 4)?;
-        let y = folded.conv2d(&self.weight, padding, 1, 1, 1)?;
-        let y = y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
-        let mut dims = x.dims().to_vec();
-        dims[x.rank() - 3] = self.bias.dims()[0];
-        Ok(y.reshape(dims)?)
+        self.channels_last(x, self.same_padded())
+    }
+
+    fn same_padded(&self) -> Conv2dOptions {
+        Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() }
     }
 }
 
 /// What a stack of ConvLSTM layers is fed with.
 pub enum Feed<'a> {
-    /// (B, T, C, H, W): one frame a step.
+    /// (B, T, H, W, C): one frame a step.
     Frames(&'a Tensor),
-    /// (B, C, H, W) as the first step's input, and the top layer's last output as each later one's.
+    /// (B, H, W, C) as the first step's input, and the top layer's last output as each later one's.
     Feedback {
         /// The first step's input.
         first: &'a Tensor,
@@ -139,39 +121,43 @@ pub enum Feed<'a> {
     },
 }
 
-/// Rolls a stack of ConvLSTM layers over time, all states starting at zero; returns the top layer's outputs: (B, T, N, H, W)
-/// where all are kept, (B, N, H, W) where only the last is.
+impl Feed<'_> {
+    /// The tensor in it.
+    fn first(&self) -> &Tensor {
+        match self {
+            Self::Frames(x) | Self::Feedback { first: x, .. } => x,
+        }
+    }
+}
+
+/// Rolls a stack of ConvLSTM layers over time, all states starting at zero; returns the top layer's outputs: (B, T, H, W, N)
+/// where all are kept, (B, H, W, N) where only the last is.
 ///
 /// A layer's weight is (4N, C + N, k, k) over its input and its own last output; gates i, f, o, g:
 /// `c' = σ(f) c + σ(i) tanh(g)`, `h' = σ(o) tanh(c')` (Shi et al. 2015, equation 3, without peepholes).
 pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
-    let x = match feed {
-        Feed::Frames(frames) => frames,
-        Feed::Feedback { first, .. } => first,
-    };
+    let x = feed.first();
     if fast(x) || fast_half(x) {
-        let x = channels_last(x)?;
         let input = match feed {
-            Feed::Frames(_) => ConvLstmInput::Frames(&x),
-            Feed::Feedback { steps, .. } => ConvLstmInput::Feedback { first: &x, steps },
+            Feed::Frames(frames) => ConvLstmInput::Frames(frames),
+            Feed::Feedback { first, steps } => ConvLstmInput::Feedback { first, steps },
         };
         let layers: Vec<ConvLstmLayer> =
             layers.iter().map(|conv| ConvLstmLayer { weight: &conv.weight, bias: &conv.bias }).collect();
-        return Ok(channels_first(&kernels::conv_lstm(input, &layers, keep)?)?);
+        return Ok(kernels::conv_lstm(input, &layers, keep)?);
     }
-    if widened(x) {
-        let wide = x.to_dtype(DType::F32)?;
-        let feed = match feed {
-            Feed::Frames(_) => Feed::Frames(&wide),
-            Feed::Feedback { steps, .. } => Feed::Feedback { first: &wide, steps },
-        };
-        let layers = layers.iter().map(|layer| layer.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
-        return Ok(conv_lstm_reference(feed, &layers, keep)?.to_dtype(x.dtype())?);
-    }
-    conv_lstm_reference(feed, layers, keep)
+    // Here candle's operations run, whose order is channels first: it is changed once for all steps.
+    let dtype = if widened(x) { DType::F32 } else { x.dtype() };
+    let first = channels_first(&x.to_dtype(dtype)?)?;
+    let feed = match feed {
+        Feed::Frames(_) => Feed::Frames(&first),
+        Feed::Feedback { steps, .. } => Feed::Feedback { first: &first, steps },
+    };
+    let layers = layers.iter().map(|layer| layer.to_dtype(dtype)).collect::<Result<Vec<_>>>()?;
+    channels_last(&conv_lstm_reference(feed, &layers, keep)?.to_dtype(x.dtype())?)
 }
 
-/// The same, one candle operation after the other.
+/// The same on tensors that are channels first, one candle operation after the other.
 fn conv_lstm_reference(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
     let (steps, mut input) = match feed {
         Feed::Frames(frames) => (frames.dim(1)?, frames.narrow(1, 0, 1)?.squeeze(1)?),
@@ -204,7 +190,7 @@ fn conv_lstm_cell(conv: &Conv, x: &Tensor, state: Option<(Tensor, Tensor)>) -> R
             (zeros.clone(), zeros)
         }
     };
-    let gates = conv.same(&Tensor::cat(&[x, &h], 1)?)?;
+    let gates = conv.channels_first(&Tensor::cat(&[x, &h], 1)?, conv.same_padded())?;
     let gate = |i: usize| gates.narrow(1, i * width, width);
     let sigmoid = candle_nn::ops::sigmoid;
     let (i, f, o, g) = (sigmoid(&gate(0)?)?, sigmoid(&gate(1)?)?, sigmoid(&gate(2)?)?, gate(3)?.tanh()?);

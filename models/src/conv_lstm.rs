@@ -109,7 +109,7 @@ struct ToFrame {
 }
 
 impl ToFrame {
-    /// Outputs of the decoder (B, T, N, H, W), and of the encoder, to frames (B, T, C, H, W) in `[0, 1]`.
+    /// Outputs of the decoder (B, T, H, W, N), and of the encoder, to frames (B, T, H, W, C) in `[0, 1]`.
     fn forward(&self, outputs: &Tensor, encoded: &Tensor) -> Result<Tensor> {
         let outputs = match &self.attention {
             Some(attention) => attention.forward(outputs, encoded)?,
@@ -122,7 +122,8 @@ impl ToFrame {
 impl ConvLstm {
     /// Frames (B, T_in, C, H, W) in `[0, 1]` to the T_out frames that follow, (B, T_out, C, H, W).
     pub fn forward(&self, frames: &Tensor) -> Result<Tensor> {
-        let (frames, steps) = (nn::space_to_depth(frames, self.patch)?, self.spec.frames_out);
+        let frames = nn::channels_last(&nn::space_to_depth(frames, self.patch)?)?;
+        let steps = self.spec.frames_out;
         let predicted = match &self.frames_back {
             Some(frames_back) => frames_back.forward(&frames, steps, &self.to_frame)?,
             None => {
@@ -132,7 +133,7 @@ impl ConvLstm {
                 self.to_frame.forward(&outputs, &encoded)?
             }
         };
-        nn::depth_to_space(&predicted, self.patch)
+        nn::depth_to_space(&nn::channels_first(&predicted)?, self.patch)
     }
 
     /// The encoder's last output, and, where they are looked at, all of them.

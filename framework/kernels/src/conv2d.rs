@@ -191,7 +191,7 @@ pub(crate) fn forward<T: Float>(g: &Geometry, x: &[T], weight: &[f32], bias: Opt
         direct::forward(level, g, x, weight, bias, y);
     };
     // SAFETY: as above.
-    T::narrowed(level, unsafe { filled(len, |y| on_pool(|| fill(y))) })
+    T::narrowed(level, unsafe { T::wide_filled(len, |y| on_pool(|| fill(y))) })
 }
 
 /// The output channels as they are, in whole vectors.
@@ -208,8 +208,8 @@ pub(crate) struct Wanted {
 
 pub(crate) struct Gradients<T> {
     pub(crate) x: Option<Vec<T>>,
-    pub(crate) weight: Option<Vec<f32>>,
-    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) weight: Option<Vec<T>>,
+    pub(crate) bias: Option<Vec<T>>,
 }
 
 /// The gradients of x, weight and bias.
@@ -224,9 +224,9 @@ pub(crate) fn backward<T: Float>(
     let level = Level::current();
     let winograd = winograd_pays(g) && (wanted.x || wanted.weight);
     // Winograd's gradient is added to what is there.
-    let mut dx = (wanted.x && winograd).then(|| vec![0f32; g.batch * g.height * g.width * g.inputs]);
-    let mut dw = wanted.weight.then(|| vec![0f32; weight.len()]);
-    let mut db = wanted.bias.then(|| vec![0f32; g.outputs]);
+    let mut dx = (wanted.x && winograd).then(|| T::wide_zeros(g.batch * g.height * g.width * g.inputs));
+    let mut dw = wanted.weight.then(|| T::wide_zeros(weight.len()));
+    let mut db = wanted.bias.then(|| T::wide_zeros(g.outputs));
     on_pool(|| {
         let x = images(x, g.height * g.width, g.inputs);
         if winograd {
@@ -236,7 +236,7 @@ pub(crate) fn backward<T: Float>(
         }
         let dy = &*T::widened(level, dy);
         let dy_images = images(dy, g.out_height * g.out_width, g.outputs);
-        dx = wanted.x.then(|| direct_backward_input(level, g, dy_images, weight, None));
+        dx = wanted.x.then(|| direct_backward_input::<T>(level, g, dy_images, weight, None));
         if let Some(dw) = &mut dw {
             direct::backward_weight(level, g, x, dy_images, dw);
         }
@@ -244,7 +244,8 @@ pub(crate) fn backward<T: Float>(
             direct::backward_bias(level, dy, db);
         }
     });
-    Gradients { x: dx.map(|dx| T::narrowed(level, dx)), weight: dw, bias: db }
+    let narrow = |wide| T::narrowed(level, wide);
+    Gradients { x: dx.map(narrow), weight: dw.map(narrow), bias: db.map(narrow) }
 }
 
 /// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
@@ -254,7 +255,7 @@ pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Opt
     on_pool(|| {
         if !winograd_pays(g) {
             let dy = images(dy, g.out_height * g.out_width, g.outputs);
-            return direct_backward_input(level, g, dy, weight, bias);
+            return direct_backward_input::<f32>(level, g, dy, weight, bias);
         }
         // The gradient is added to what is there.
         let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
@@ -269,17 +270,17 @@ pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Opt
 }
 
 /// The same by direct sums.
-fn direct_backward_input(
+fn direct_backward_input<T: Float>(
     level: Level,
     g: &Geometry,
     dy: Images,
     weight: &[f32],
     bias: Option<&[f32]>,
-) -> Vec<f32> {
+) -> T::Wide {
     let image = g.height * g.width * g.inputs;
     let fill = |dx| direct::backward_input(level, g, dy, weight, bias, OutputImages::contiguous(dx, image));
     // SAFETY: every pixel belongs to the pass of its phase, which stores it, and none is read.
-    unsafe { filled(g.batch * image, fill) }
+    unsafe { T::wide_filled(g.batch * image, fill) }
 }
 
 /// The sum over all pixels of `dy`.
@@ -382,21 +383,19 @@ impl<T: Float> Conv2d<T> {
         dy: &Tensor,
         wanted: &Wanted,
     ) -> Result<[Option<Tensor>; 3]> {
-        let level = Level::current();
         let gradients = with_values(x, |xs: &[T]| {
             with_values(weight, |ws| {
-                let ws = T::widened(level, ws);
+                let ws = T::widened(Level::current(), ws);
                 with_values(dy, |dys| Ok(backward(&self.geometry, xs, &ws, dys, wanted)))
             })
         })?;
-        let narrow = |values: Option<Vec<f32>>| values.map(|values| T::narrowed(level, values));
         let tensor = |values: Option<Vec<T>>, shape: &Shape| {
             values.map(|values| Tensor::from_vec(values, shape, &Device::Cpu)).transpose()
         };
         Ok([
             tensor(gradients.x, x.shape())?,
-            tensor(narrow(gradients.weight), weight.shape())?,
-            tensor(narrow(gradients.bias), &Shape::from(self.geometry.outputs))?,
+            tensor(gradients.weight, weight.shape())?,
+            tensor(gradients.bias, &Shape::from(self.geometry.outputs))?,
         ])
     }
 }

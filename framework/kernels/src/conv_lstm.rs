@@ -485,9 +485,7 @@ impl<T: Float> CustomOp2 for ConvLstm<T> {
                     with_values(dy, |dy| {
                         Ok(on_pool(|| {
                             let p = T::widened(level, p);
-                            let (dx, dp) = backward(level, &self.roll_out, kept, x, &p, y, dy, wants);
-                            let narrow = |d| T::narrowed(level, d);
-                            (dx.map(narrow), dp.map(narrow))
+                            backward(level, &self.roll_out, kept, x, &p, y, dy, wants)
                         }))
                     })
                 })
@@ -665,7 +663,7 @@ impl Side {
     }
 }
 
-type MaybeGradients = (Option<Vec<f32>>, Option<Vec<f32>>);
+type MaybeGradients<T> = (Option<Vec<T>>, Option<Vec<T>>);
 
 /// The gradients of the input and of the parameters.
 #[expect(clippy::too_many_arguments, reason = "the arguments of the op's backward")]
@@ -678,12 +676,12 @@ fn backward<T: Float>(
     output: &[T],
     d_output: &[T],
     (wants_input, wants_parameters): (bool, bool),
-) -> MaybeGradients {
+) -> MaybeGradients<T> {
     // What the unsafe code below relies on.
     assert_eq!((input.len(), parameters.len()), (r.input_len(), r.parameters));
     assert_eq!((output.len(), d_output.len()), (r.output_len(), r.output_len()));
-    let mut d_input = wants_input.then(|| vec![0f32; input.len()]);
-    let mut d_parameters = wants_parameters.then(|| vec![0f32; parameters.len()]);
+    let mut d_input = wants_input.then(|| T::wide_zeros(input.len()));
+    let mut d_parameters = wants_parameters.then(|| T::wide_zeros(parameters.len()));
     let d_input_shared = d_input.as_mut().map(|d| Shared::new(d));
 
     let parts: Vec<usize> =
@@ -825,7 +823,8 @@ fn backward<T: Float>(
             }
         }
     }
-    (d_input, d_parameters)
+    let narrow = |wide| T::narrowed(level, wide);
+    (d_input.map(narrow), d_parameters.map(narrow))
 }
 
 /// The pointwise half of an LSTM cell, fused: for models that make their gates in another way.

@@ -3,16 +3,20 @@
 //! Kernels compute on vectors of `f32` and are generic over the [`Float`] that they load and store; halves are widened and
 //! rounded on the way.
 
+use crate::buffer::{Buffer, filled};
 use crate::parallel::{self, GRAIN, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use candle_core::WithDType;
 use half::{bf16, f16};
 use std::borrow::Cow;
+use std::ops::DerefMut;
 
 /// A number in memory. All bits zero is the number zero.
 pub(crate) trait Float: WithDType {
     /// Whether this is `f32` itself: what is computed is then what is stored.
     const WIDE: bool = false;
+    /// What a tensor is computed in, in 32 bits: its own values where that is its type, scratch memory otherwise.
+    type Wide: DerefMut<Target = [f32]> + Send;
 
     /// # Safety
     /// As for [`Simd::load`].
@@ -68,16 +72,19 @@ pub(crate) trait Float: WithDType {
         convert(level, x, &mut wide);
         Cow::Owned(wide)
     }
-    /// Numbers of 32 bits, rounded to this type.
-    fn narrowed(level: Level, x: Vec<f32>) -> Vec<Self> {
-        let mut narrow = vec![Self::zero(); x.len()];
-        convert(level, &x, &mut narrow);
-        narrow
-    }
+    /// Zeros in 32 bits.
+    fn wide_zeros(len: usize) -> Self::Wide;
+    /// Numbers in 32 bits, all of which `fill` writes.
+    /// # Safety
+    /// `fill` writes every one of the `len` values before it reads it.
+    unsafe fn wide_filled(len: usize, fill: impl FnOnce(Shared)) -> Self::Wide;
+    /// Those numbers, rounded to this type.
+    fn narrowed(level: Level, x: Self::Wide) -> Vec<Self>;
 }
 
 impl Float for f32 {
     const WIDE: bool = true;
+    type Wide = Vec<f32>;
 
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const f32) -> S {
@@ -102,12 +109,42 @@ impl Float for f32 {
     fn widened(_: Level, x: &[f32]) -> Cow<'_, [f32]> {
         Cow::Borrowed(x)
     }
+    fn wide_zeros(len: usize) -> Vec<f32> {
+        vec![0.; len]
+    }
+    unsafe fn wide_filled(len: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
+        // SAFETY: the caller's promise.
+        unsafe { filled(len, fill) }
+    }
     fn narrowed(_: Level, x: Vec<f32>) -> Vec<f32> {
         x
     }
 }
 
+/// What both half types do in scratch memory.
+macro_rules! through_scratch {
+    () => {
+        type Wide = Buffer;
+
+        fn wide_zeros(len: usize) -> Buffer {
+            Buffer::zeroed(len)
+        }
+        unsafe fn wide_filled(len: usize, fill: impl FnOnce(Shared)) -> Buffer {
+            let mut wide = Buffer::new(len);
+            fill(Shared::new(&mut wide));
+            wide
+        }
+        fn narrowed(level: Level, x: Buffer) -> Vec<Self> {
+            let mut narrow = vec![Self::ZERO; x.len()];
+            convert(level, &x, &mut narrow);
+            narrow
+        }
+    };
+}
+
 impl Float for bf16 {
+    through_scratch!();
+
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const bf16) -> S {
         // SAFETY: the caller's promise.
@@ -121,6 +158,8 @@ impl Float for bf16 {
 }
 
 impl Float for f16 {
+    through_scratch!();
+
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const f16) -> S {
         // SAFETY: the caller's promise.
@@ -173,6 +212,12 @@ impl<A: Float, B: Float> Kernel for Convert<'_, A, B> {
 mod tests {
     use super::*;
 
+    fn narrowed<T: Float>(level: Level, values: &[f32]) -> Vec<T> {
+        let mut wide = T::wide_zeros(values.len());
+        wide.copy_from_slice(values);
+        T::narrowed(level, wide)
+    }
+
     /// Every value of a half type there and back, and what lies around the middle between two neighbours.
     fn check<T: Float>(from_bits: impl Fn(u16) -> T, to_bits: impl Fn(T) -> u16, narrow: impl Fn(f32) -> T) {
         let all: Vec<T> = (0..=u16::MAX).map(from_bits).collect();
@@ -193,7 +238,7 @@ mod tests {
                 }
             }
             values.push(f32::from_bits(u32::MAX));
-            for (x, narrowed) in values.iter().zip(T::narrowed(level, values.clone())) {
+            for (x, narrowed) in values.iter().zip(narrowed::<T>(level, &values)) {
                 let wanted = narrow(*x);
                 let same = to_bits(narrowed) == to_bits(wanted);
                 assert!(same || x.is_nan() && narrowed.to_f64().is_nan(), "{level:?}: {x:e} {narrowed}");

@@ -7,7 +7,7 @@ use candlepower_kernels::{self as kernels};
 pub use candlepower_kernels::{Conv2dOptions, ConvTranspose2dOptions};
 
 pub use super::norm::{BatchNorm, GroupNorm};
-use super::{Conv, fast, widened};
+use super::{Conv, fast, fast_half, widened};
 use crate::error::{Error, Result};
 
 /// (B, T, C, H, W) to (B * T, H, W, C).
@@ -24,29 +24,49 @@ pub fn unfold_frames(folded: &Tensor, times: usize) -> Result<Tensor> {
     Ok(frames.reshape((images / times, times, channels, height, width))?)
 }
 
-/// (B, H, W, C) seen as (B, C, H, W).
-fn channels_first(x: &Tensor) -> Result<Tensor> {
-    Ok(x.permute((0, 3, 1, 2))?.contiguous()?)
+/// (.., C, H, W) to (.., H, W, C), contiguous.
+pub fn channels_last(x: &Tensor) -> Result<Tensor> {
+    reordered(x, [1, 2, 0])
 }
 
-/// (B, C, H, W) seen as (B, H, W, C).
-fn channels_last(x: &Tensor) -> Result<Tensor> {
-    Ok(x.permute((0, 2, 3, 1))?.contiguous()?)
+/// (.., H, W, C) to (.., C, H, W), contiguous.
+pub fn channels_first(x: &Tensor) -> Result<Tensor> {
+    reordered(x, [2, 0, 1])
+}
+
+/// With the last three axes in another order.
+fn reordered(x: &Tensor, order: [usize; 3]) -> Result<Tensor> {
+    let Some(leading) = x.rank().checked_sub(3) else {
+        return Err(Error::msg(format!(
+            "expected an image, three axes at least, found shape {:?}",
+            x.dims()
+        )));
+    };
+    let axes: Vec<usize> = (0..leading).chain(order.map(|axis| leading + axis)).collect();
+    Ok(x.permute(axes)?.contiguous()?)
 }
 
 impl Conv {
-    /// Convolution of (B, H, W, Cin) to (B, H', W', Cout), with PyTorch's options.
+    /// Convolution of (.., H, W, Cin) to (.., H', W', Cout), with PyTorch's options.
     pub fn channels_last(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {
+        if fast(x) || fast_half(x) {
+            return Ok(kernels::conv2d(x, &self.weight, Some(&self.bias), options)?);
+        }
         if widened(x) {
             let y = self.to_dtype(DType::F32)?.channels_last(&x.to_dtype(DType::F32)?, options)?;
             return Ok(y.to_dtype(x.dtype())?);
         }
-        if fast(x) {
-            return Ok(kernels::conv2d(x, &self.weight, Some(&self.bias), options)?);
-        }
+        channels_last(&self.channels_first(&channels_first(x)?, options)?)
+    }
+
+    /// The same by candle, of (.., Cin, H, W) to (.., Cout, H', W').
+    pub(super) fn channels_first(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {
         let Conv2dOptions { stride, padding, dilation, groups } = options;
-        let y = channels_first(x)?.conv2d(&self.weight, padding, stride, dilation, groups)?;
-        Ok(channels_last(&y)?.broadcast_add(&self.bias)?)
+        let images = x.flatten_to(x.rank() - 4)?;
+        let y = images.conv2d(&self.weight, padding, stride, dilation, groups)?;
+        let y = y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
+        let leading = &x.dims()[..x.rank() - 3];
+        Ok(y.reshape([leading, &y.dims()[1..]].concat())?)
     }
 }
 

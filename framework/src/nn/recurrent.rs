@@ -1,8 +1,7 @@
 //! What recurrent models are made of: convolutions that every step of a roll-out uses, gates, memories.
 //!
 //! Tensors are channels last, (B, H, W, C), or (B, H, W, D, C) where a state has a depth D, because that is what the
-//! kernels run on; parameters keep PyTorch's shapes. [`channels_last`] and [`channels_first`] are the way in and out.
-//! `prepare` does what a roll-out needs once, not once a step: call it at the start of each.
+//! kernels run on; parameters keep PyTorch's shapes. `prepare` does what a roll-out needs once, not once a step: call it at the start of each.
 
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::sigmoid;
@@ -13,16 +12,6 @@ use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions
 
 use crate::error::{Error, Result};
 use crate::nn::{fast, widened};
-
-/// (.., C, H, W) to (.., H, W, C), contiguous.
-pub fn channels_last(x: &Tensor) -> Result<Tensor> {
-    Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus1)?.contiguous()?)
-}
-
-/// (.., H, W, C) to (.., C, H, W), contiguous.
-pub fn channels_first(x: &Tensor) -> Result<Tensor> {
-    Ok(x.transpose(D::Minus2, D::Minus1)?.transpose(D::Minus(3), D::Minus2)?.contiguous()?)
-}
 
 /// A 'same' convolution whose weight all steps of a roll-out share.
 #[derive(Debug, Clone)]

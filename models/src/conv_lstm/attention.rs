@@ -1,6 +1,6 @@
 //! Attention of the decoder over the encoder's outputs, pixel by pixel.
 
-use candle_core::Tensor;
+use candle_core::{D, Tensor};
 use candle_nn::ops::softmax;
 use candlepower::nn::Conv;
 use candlepower::prelude::*;
@@ -24,17 +24,17 @@ impl Attention {
         })
     }
 
-    /// Outputs (B, T_out, N, H, W) with what is seen of `encoded`, (B, T_in, N, H, W): (B, T_out, N, H, W).
+    /// Outputs (B, T_out, H, W, N) with what is seen of `encoded`, (B, T_in, H, W, N): (B, T_out, H, W, N).
     pub(super) fn forward(&self, outputs: &Tensor, encoded: &Tensor) -> Result<Tensor> {
         let (queries, keys) = (self.query.same(outputs)?, self.key.same(encoded)?);
-        let scale = (outputs.dim(2)? as f64).sqrt();
+        let scale = (outputs.dim(D::Minus1)? as f64).sqrt();
         let mut seen = Vec::new();
         for t in 0..outputs.dim(1)? {
-            // (B, T_in, 1, H, W)
-            let scores = (keys.broadcast_mul(&queries.narrow(1, t, 1)?)?.sum_keepdim(2)? / scale)?;
+            // (B, T_in, H, W, 1)
+            let scores = (keys.broadcast_mul(&queries.narrow(1, t, 1)?)?.sum_keepdim(D::Minus1)? / scale)?;
             seen.push(encoded.broadcast_mul(&softmax(&scores, 1)?)?.sum(1)?);
         }
-        let both = Tensor::cat(&[outputs, &Tensor::stack(&seen, 1)?], 2)?;
+        let both = Tensor::cat(&[outputs, &Tensor::stack(&seen, 1)?], D::Minus1)?;
         Ok(self.combine.same(&both)?.tanh()?)
     }
 

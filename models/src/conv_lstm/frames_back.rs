@@ -1,10 +1,8 @@
 //! The tutorial's second way: a decoder that reads each frame that it has predicted.
 
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 use candlepower::nn::Conv;
-use candlepower::nn::recurrent::{
-    MemoryUpdate, OutputGate, channels_first, channels_last, open_output, update_memory,
-};
+use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, open_output, update_memory};
 use candlepower::prelude::*;
 
 use super::ToFrame;
@@ -24,7 +22,7 @@ pub(super) struct FramesBack {
     decoder: [Conv; 2],
 }
 
-/// h as (B, N, H, W), c channels last.
+/// h and c.
 type State = (Tensor, Tensor);
 
 impl FramesBack {
@@ -32,7 +30,7 @@ impl FramesBack {
         Self { encoder: encoder.clone(), decoder: decoder.clone() }
     }
 
-    /// Frames (B, T_in, C, H, W) to the `steps` that follow, (B, steps, C, H, W).
+    /// Frames (B, T_in, H, W, C) to the `steps` that follow, (B, steps, H, W, C).
     pub(super) fn forward(&self, frames: &Tensor, steps: usize, to_frame: &ToFrame) -> Result<Tensor> {
         let frame_at = |t: usize| -> Result<Tensor> { Ok(frames.narrow(1, t, 1)?.squeeze(1)?) };
         let frames_in = frames.dim(1)?;
@@ -53,7 +51,7 @@ impl FramesBack {
     }
 }
 
-/// One step of both cells; returns the upper one's output, (B, N, H, W). States are zero at first.
+/// One step of both cells; returns the upper one's output, (B, H, W, N). States are zero at first.
 fn step(cells: &[Conv; 2], frame: &Tensor, states: &mut [Option<State>; 2]) -> Result<Tensor> {
     let mut input = frame.clone();
     for (conv, state) in cells.iter().zip(states) {
@@ -61,21 +59,21 @@ fn step(cells: &[Conv; 2], frame: &Tensor, states: &mut [Option<State>; 2]) -> R
             Some(state) => state,
             None => zeros(conv, frame)?,
         };
-        let gates = conv.same(&Tensor::cat(&[&input, &h], 1)?)?;
+        let gates = conv.same(&Tensor::cat(&[&input, &h], D::Minus1)?)?;
         // Memories never leave 32 bits.
-        let gates = channels_last(&gates.to_dtype(c.dtype())?)?;
+        let gates = gates.to_dtype(c.dtype())?;
         let c = update_memory(&gates, &c, CELL)?;
         let h = open_output(OutputGate::Sigmoid, &gates, O, None, &c)?;
-        input = channels_first(&h)?.to_dtype(frame.dtype())?;
+        input = h.to_dtype(frame.dtype())?;
         *state = Some((input.clone(), c));
     }
     Ok(input)
 }
 
 fn zeros(conv: &Conv, frame: &Tensor) -> Result<State> {
-    let (batch, _, height, width) = frame.dims4()?;
-    let hidden = conv.bias.elem_count() / 4;
+    let (batch, height, width, _) = frame.dims4()?;
+    let size = (batch, height, width, conv.bias.elem_count() / 4);
     let wide = if frame.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let h = Tensor::zeros((batch, hidden, height, width), frame.dtype(), frame.device())?;
-    Ok((h, Tensor::zeros((batch, height, width, hidden), wide, frame.device())?))
+    let h = Tensor::zeros(size, frame.dtype(), frame.device())?;
+    Ok((h, Tensor::zeros(size, wide, frame.device())?))
 }

@@ -6,7 +6,7 @@ pub mod roll_out;
 pub mod sampling;
 
 use candle_core::{DType, Tensor};
-use candlepower::nn::recurrent::{channels_first, channels_last};
+use candlepower::nn::{channels_first, channels_last};
 use candlepower::picture::video_grid;
 use candlepower::prelude::*;
 use candlepower::{data::Settings, rand::Rng};
