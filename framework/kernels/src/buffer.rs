@@ -1,16 +1,21 @@
 //! Scratch memory: aligned, and kept between calls.
 //!
 //! Touching fresh pages costs as much as the arithmetic of a small op, and training asks for the same sizes at every
-//! step. A dropped [`Buffer`] therefore stays in a pool until a buffer of the same size is asked for. Lent and idle memory
-//! together stay below what was once lent at the same time, and a quarter more: before a fresh allocation would pass that,
-//! the blocks that were idle for longest are freed. [`release_scratch`] frees all that is idle.
+//! step. A dropped [`Buffer`] therefore stays in a pool until a buffer of the same size, or a little less, is asked for. Lent
+//! and idle memory together stay below what was once lent at the same time, and a quarter more: before a fresh allocation
+//! would pass that, the blocks that were idle for longest are freed. [`release_scratch`] frees all that is idle.
 
-use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+
+#[cfg(target_os = "linux")]
+use memmap2::Advice;
+use memmap2::MmapMut;
 
 use crate::float::Float;
 use crate::parallel::Shared;
@@ -21,9 +26,12 @@ const LARGE: usize = 64 << 10;
 /// Buffers from here on are aligned to, and made of, huge pages where the system has them.
 const HUGE: usize = 2 << 20;
 
-/// A block of memory that the pool owns or has lent.
+/// A block of memory that the pool owns or has lent: pages of its own, so that it leaves no holes among tensors, and goes
+/// back to the system as a whole.
 struct Block {
-    start: NonNull<f32>,
+    /// Unmapped when this is dropped.
+    _pages: MmapMut,
+    start: NonNull<u8>,
     bytes: usize,
 }
 
@@ -33,33 +41,22 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    fn layout(bytes: usize) -> Layout {
-        let align = if bytes >= HUGE { HUGE } else { PAGE };
-        match Layout::from_size_align(bytes, align) {
-            Ok(layout) => layout,
-            Err(_) => handle_alloc_error(Layout::new::<f32>()),
-        }
-    }
-
+    /// Zeros.
     fn allocate(bytes: usize) -> Block {
-        let layout = Self::layout(bytes);
-        // SAFETY: `bytes` is not zero.
-        let p = unsafe { alloc(layout) };
-        let Some(start) = NonNull::new(p.cast::<f32>()) else { handle_alloc_error(layout) };
+        let align = if bytes >= HUGE { HUGE } else { 1 };
+        let Ok(mut pages) = MmapMut::map_anon(bytes + align - 1) else {
+            handle_alloc_error(Layout::array::<u8>(bytes).unwrap_or(Layout::new::<u8>()))
+        };
+        let start = pages.as_ptr().align_offset(align);
         #[cfg(target_os = "linux")]
         if bytes >= HUGE {
-            // SAFETY: the memory is ours; this is a hint, whose failure changes nothing.
-            unsafe { libc::madvise(p.cast(), bytes, libc::MADV_HUGEPAGE) };
+            // A hint, whose failure changes nothing.
+            let _ = pages.advise_range(Advice::HugePage, start, bytes);
         }
+        let block = &mut pages[start..start + bytes];
         // After the hint, since this touches the pages.
-        // SAFETY: `bytes` bytes were allocated.
-        unsafe { p.write_bytes(0, bytes) };
-        Block { start, bytes }
-    }
-
-    fn free(self) {
-        // SAFETY: allocated by `allocate` with the same layout, and owned.
-        unsafe { dealloc(self.start.as_ptr().cast(), Self::layout(self.bytes)) }
+        block.fill(0);
+        Block { start: NonNull::from(block).cast(), bytes, _pages: pages }
     }
 }
 
@@ -81,21 +78,23 @@ fn pool() -> MutexGuard<'static, Pool> {
 }
 
 impl Pool {
-    /// Takes an idle block of this size, or makes room for a fresh one.
+    /// Takes an idle block of this size, or of a little more, or makes room for a fresh one.
     fn lend(&mut self, bytes: usize) -> Option<Block> {
-        self.lent_bytes += bytes;
+        let fits = |block: &Block| (bytes..=bytes + bytes / 8).contains(&block.bytes);
+        // The tightest, and of these the most recent one: it may still be in a cache.
+        let fitting = self.idle.iter().enumerate().filter(|(_, block)| fits(block));
+        let found = fitting.min_by_key(|(i, block)| (block.bytes, Reverse(*i))).map(|(i, _)| i);
+        let found = found.and_then(|i| self.idle.remove(i));
+        self.lent_bytes += found.as_ref().map_or(bytes, |block| block.bytes);
         self.peak_bytes = self.peak_bytes.max(self.lent_bytes);
-        // The most recent one: it may still be in a cache.
-        let found = self.idle.iter().rposition(|b| b.bytes == bytes).and_then(|i| self.idle.remove(i));
-        if found.is_some() {
-            self.idle_bytes -= bytes;
-            return found;
+        if let Some(block) = found {
+            self.idle_bytes -= block.bytes;
+            return Some(block);
         }
         while self.lent_bytes + self.idle_bytes > self.peak_bytes + self.peak_bytes / 4
             && let Some(old) = self.idle.pop_front()
         {
             self.idle_bytes -= old.bytes;
-            old.free();
         }
         None
     }
@@ -112,7 +111,7 @@ pub fn release_scratch() {
     let mut pool = pool();
     pool.idle_bytes = 0;
     pool.peak_bytes = pool.lent_bytes;
-    pool.idle.drain(..).for_each(Block::free);
+    pool.idle.clear();
 }
 
 /// Tells the C library's allocator to keep what tensors free for the next ones, instead of giving it back to the system and

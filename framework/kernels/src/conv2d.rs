@@ -223,29 +223,31 @@ pub(crate) fn backward<T: Float>(
     check_lengths(g, Some(x), weight, Some(dy));
     let level = Level::current();
     let winograd = winograd_pays(g) && (wanted.x || wanted.weight);
-    // Winograd's gradient is added to what is there.
-    let mut dx = (wanted.x && winograd).then(|| T::wide_zeros(g.batch * g.height * g.width * g.inputs));
+    let narrow = |wide| T::narrowed(level, wide);
     let mut dw = wanted.weight.then(|| T::wide_zeros(weight.len()));
     let mut db = wanted.bias.then(|| T::wide_zeros(g.outputs));
-    on_pool(|| {
+    let dx = on_pool(|| {
         let x = images(x, g.height * g.width, g.inputs);
         if winograd {
-            let (mut dx, mut dw, mut db) = (dx.as_deref_mut(), dw.as_deref_mut(), db.as_deref_mut());
-            winograd_backward(level, g, x, weight, dy, &mut dx, &mut dw, &mut db);
-            return;
+            // The gradient is added to what is there.
+            let mut dx = wanted.x.then(|| T::wide_zeros(g.batch * g.height * g.width * g.inputs));
+            let (mut dx_sums, mut dw, mut db) = (dx.as_deref_mut(), dw.as_deref_mut(), db.as_deref_mut());
+            winograd_backward(level, g, x, weight, dy, &mut dx_sums, &mut dw, &mut db);
+            return dx.map(narrow);
         }
         let dy = &*T::widened(level, dy);
         let dy_images = images(dy, g.out_height * g.out_width, g.outputs);
-        dx = wanted.x.then(|| direct_backward_input::<T>(level, g, dy_images, weight, None));
+        // Narrowed at once: the weights' gradient can have the scratch memory.
+        let dx = wanted.x.then(|| narrow(direct_backward_input::<T>(level, g, dy_images, weight, None)));
         if let Some(dw) = &mut dw {
             direct::backward_weight(level, g, x, dy_images, dw);
         }
         if let Some(db) = &mut db {
             direct::backward_bias(level, dy, db);
         }
+        dx
     });
-    let narrow = |wide| T::narrowed(level, wide);
-    Gradients { x: dx.map(narrow), weight: dw.map(narrow), bias: db.map(narrow) }
+    Gradients { x: dx, weight: dw.map(narrow), bias: db.map(narrow) }
 }
 
 /// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
