@@ -2,7 +2,7 @@
 //!
 //! Touching fresh pages costs as much as the arithmetic of a small op, and training asks for the same sizes at every
 //! step. A dropped [`Buffer`] therefore stays in a pool until a buffer of the same size, or a little less, is asked for. Lent
-//! and idle memory together stay below what was once lent at the same time, and a quarter more: before a fresh allocation
+//! and idle memory together stay below what was once lent at the same time, and an eighth more: before a fresh allocation
 //! would pass that, the blocks that were idle for longest are freed. [`release_scratch`] frees all that is idle.
 
 use std::alloc::{Layout, handle_alloc_error};
@@ -91,7 +91,7 @@ impl Pool {
             self.idle_bytes -= block.bytes;
             return Some(block);
         }
-        while self.lent_bytes + self.idle_bytes > self.peak_bytes + self.peak_bytes / 4
+        while self.lent_bytes + self.idle_bytes > self.peak_bytes + self.peak_bytes / 8
             && let Some(old) = self.idle.pop_front()
         {
             self.idle_bytes -= old.bytes;

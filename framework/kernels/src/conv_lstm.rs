@@ -714,10 +714,12 @@ fn backward<T: Float>(
         .map(|(l, p)| wants_parameters.then(|| vec![0f32; p * l.gates()]))
         .collect();
 
-    // The gradients of the hidden states of this step and of the one before (cell::Backward leaves zeros behind, so the two
-    // buffers change places), and of the cell states.
-    let states = || -> Vec<Buffer> { (0..r.layers.len()).map(|l| Buffer::zeroed(r.state(l))).collect() };
-    let (mut dh_now, mut dh_before) = (states(), states());
+    // The gradients of the hidden states of this step and of the one before, by turns (cell::Backward leaves zeros behind), and
+    // of the cell states.
+    let mut dh: Vec<Buffer> = (0..r.layers.len()).map(|l| Buffer::zeroed(2 * r.state(l))).collect();
+    let dh = shared(&mut dh);
+    // SAFETY: a layer's gradients are those of two steps.
+    let dh_at = |layer: usize, step: usize| unsafe { dh[layer].offset(step % 2 * r.state(layer)) };
     let mut dc: Vec<Buffer> = r.layers.iter().map(|l| Buffer::zeroed(r.cells(l) * LANES)).collect();
     let hidden = Hidden {
         layers: shared(&mut kept.h),
@@ -749,7 +751,7 @@ fn backward<T: Float>(
                 kept: activations,
                 c_before: (step > 0).then(|| c_at(step - 1)),
                 c: c_at(step),
-                dh: Some(States { data: Shared::new(&mut dh_now[index]), image }),
+                dh: Some(States { data: dh_at(index, step), image }),
                 dh_output,
                 dc: Shared::new(&mut dc[index]),
                 hidden: layer.hidden,
@@ -759,10 +761,10 @@ fn backward<T: Float>(
             // Where the gradients of x and of the last hidden state go.
             let to_x = if index > 0 {
                 let image = r.pixels() * layer.inputs;
-                Some(States { data: Shared::new(&mut dh_now[index - 1]), image })
+                Some(States { data: dh_at(index - 1, step), image })
             } else if r.feedback && step > 0 {
                 let image = r.pixels() * layer.inputs;
-                Some(States { data: Shared::new(&mut dh_before[r.top()]), image })
+                Some(States { data: dh_at(r.top(), step - 1), image })
             } else {
                 d_input_shared.map(|d| {
                     let (offset, image) = r.frame(step);
@@ -770,14 +772,14 @@ fn backward<T: Float>(
                     States { data: unsafe { d.offset(offset) }, image }
                 })
             };
-            let to_h = States { data: Shared::new(&mut dh_before[index]), image };
+            let to_h = (step > 0).then(|| States { data: dh_at(index, step - 1), image });
 
             let x = r.input(index, step, r.images(step, input), &hidden);
             let before = (step > 0).then(|| hidden.images(r, index, step - 1));
             let [side_x, side_h] = &mut sides[index];
             if layer.winograd() {
                 let mut sources = vec![side_x.source(x, to_x)];
-                sources.extend(before.map(|before| side_h.source(before, Some(to_h))));
+                sources.extend(before.map(|before| side_h.source(before, to_h)));
                 let vectors = layer.gates() / LANES;
                 winograd::backward(
                     level,
@@ -799,14 +801,13 @@ fn backward<T: Float>(
                 };
                 side_x.direct(level, &r.geometry(layer, layer.inputs), x, images, to_x);
                 if let Some(before) = before {
-                    side_h.direct(level, &r.geometry(layer, layer.hidden), before, images, Some(to_h));
+                    side_h.direct(level, &r.geometry(layer, layer.hidden), before, images, to_h);
                 }
                 if let Some(bias) = &mut biases[index] {
                     direct::backward_bias(level, gates, bias);
                 }
             }
         }
-        std::mem::swap(&mut dh_now, &mut dh_before);
     }
 
     if let Some(gradient) = &mut d_parameters {
