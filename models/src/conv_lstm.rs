@@ -310,8 +310,8 @@ mod tests {
     fn attention_to_equal_states_is_one_look_at_them() {
         let params = candlepower::params::Params::new(3, DType::F32, &Device::Cpu);
         let attention = Attention::new(4, params.var_builder()).unwrap();
-        let outputs = Tensor::rand(-1f32, 1., (2, 3, 4, 5, 6), &Device::Cpu).unwrap();
-        let state = Tensor::rand(-1f32, 1., (2, 1, 4, 5, 6), &Device::Cpu).unwrap();
+        let outputs = Tensor::rand(-1f32, 1., (2, 3, 5, 6, 4), &Device::Cpu).unwrap();
+        let state = Tensor::rand(-1f32, 1., (2, 1, 5, 6, 4), &Device::Cpu).unwrap();
         let often = attention.forward(&outputs, &state.repeat((1, 7, 1, 1, 1)).unwrap()).unwrap();
         let once = attention.forward(&outputs, &state).unwrap();
         let difference = (often - once).unwrap().abs().unwrap().max_all().unwrap();

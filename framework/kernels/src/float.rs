@@ -233,8 +233,8 @@ mod tests {
             for x in &*wide {
                 // A quarter, half, three quarters of the way to the next value of bfloat16 and of float16, and a bit off.
                 for part in [0, 1, 1 << 12, 1 << 13, 1 << 14, 1 << 15, 3 << 14] {
-                    values.extend([part, part + 1].map(|p| f32::from_bits(x.to_bits() + p)));
-                    values.push(f32::from_bits((x.to_bits() + part).wrapping_sub(1)));
+                    values.extend([part, part + 1].map(|p| f32::from_bits(x.to_bits().wrapping_add(p))));
+                    values.push(f32::from_bits(x.to_bits().wrapping_add(part).wrapping_sub(1)));
                 }
             }
             values.push(f32::from_bits(u32::MAX));
