@@ -1,7 +1,7 @@
 //! How many samples a second data workers make: `cargo run --release --example loader [FOLDER]`.
 //!
 //! Of the data of `configs/quickstart.toml`, and, with the folder of composites, of `configs/radar.toml`: batches of 8, made
-//! by one thread and by two, for three seconds each. What a step needs is its batch size over its time.
+//! by one thread and by two, for three seconds each, every pixel then read once. What a step needs is its batch size over its time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -16,6 +16,14 @@ use candlepower_datasets::{Augment, frames};
 const BATCH: usize = 8;
 const TIME: Duration = Duration::from_secs(3);
 
+/// Looks at every pixel, as a step does: of fresh memory the zeros exist from then on.
+fn read(batch: &Video) -> Result<()> {
+    for frames in [&batch.input, &batch.target] {
+        std::hint::black_box(frames.sum_all()?);
+    }
+    Ok(())
+}
+
 /// Samples a second.
 fn speed(data: &dyn Dataset<Batch = Video>, threads: usize) -> f64 {
     let batches: Vec<_> =
@@ -26,7 +34,7 @@ fn speed(data: &dyn Dataset<Batch = Video>, threads: usize) -> f64 {
             scope.spawn(|| {
                 while start.elapsed() < TIME {
                     let samples = &batches[next.fetch_add(1, Ordering::Relaxed) % batches.len()];
-                    if let Err(error) = data.batch(samples) {
+                    if let Err(error) = data.batch(samples).and_then(|batch| read(&batch)) {
                         eprintln!("{error}");
                         return;
                     }
