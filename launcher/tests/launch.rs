@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::path::PathBuf;
-use std::process::{Command, ExitCode, Output, Stdio};
+use std::process::{Child, Command, ExitCode, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use candlepower::prelude::*;
@@ -286,27 +286,31 @@ fn fewer_devices_where_allowed() {
     assert_says(&said, "its process ended with code 1; its message is above; not started again");
 }
 
-fn killed_at_random() {
-    let expected = undisturbed();
-    let place = Place::new();
-    let mut launch = place.command("launch", &["module.pause=10", "distributed.max_restarts=100"]);
-    let mut launch = launch.stderr(place.said()).spawn().unwrap();
-    // Moments spread over start, steps and saving, the same in every run of this test.
-    let mut moment = 0u64;
-    for _ in 0..12 {
+/// Launches the run and kills what `victim` finds, 20 times, at moments spread over start, steps and saving that are the same
+/// in every run of the test. Each must bring a restart, and all of them must leave no trace in the weights.
+fn kill_at_random(place: &Place, mut launch: Child, victim: impl Fn(usize, u32) -> Option<u32>) {
+    const KILLS: usize = 20;
+    let mut moment = 0;
+    for kill in 0..KILLS {
         moment = (moment * 7919 + 104_729) % 700;
-        std::thread::sleep(Duration::from_millis(150 + moment));
-        if launch.try_wait().unwrap().is_some() {
-            break;
-        }
-        if let Some(pid) = child_of(launch.id()) {
-            signal("KILL", pid);
-        }
+        std::thread::sleep(Duration::from_millis(100 + moment));
+        signal("KILL", wait_for(|| victim(kill, launch.id())));
+        wait_for(|| (place.restarts() > kill).then_some(()));
     }
     assert!(launch.wait().unwrap().success());
-    assert!(place.restarts() > 0, "nothing was killed");
+    assert_eq!(place.restarts(), KILLS);
     let versions = std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count();
-    assert_eq!(place.weights(versions - 1), expected);
+    // To the bit, for processes too: with two ranks, they add the same two numbers as threads do.
+    assert_eq!(place.weights(versions - 1), undisturbed());
+}
+
+/// So slow that no run ends before it has been killed 20 times.
+const SLOW: [&str; 2] = ["module.pause=90", "distributed.max_restarts=100"];
+
+fn killed_at_random() {
+    let place = Place::new();
+    let launch = place.command("launch", &SLOW).stderr(place.said()).spawn().unwrap();
+    kill_at_random(&place, launch, |_, launch| child_of(launch));
 }
 
 fn a_signal_saves_and_ends_it() {
@@ -408,29 +412,12 @@ fn processes_that_differ_are_refused() {
 }
 
 fn processes_killed_at_random() {
-    let expected = undisturbed();
     let place = Place::new();
-    let sets = ["distributed.backend=\"mpi\"", "distributed.max_restarts=100", "module.pause=60"];
-    let mut launch = place.command("launch", &sets);
-    let mut launch = allow_mpi(&mut launch, &place).stderr(place.said()).spawn().unwrap();
-    let mut moment = 0u64;
-    for i in 0..20 {
-        moment = (moment * 7919 + 104_729) % 900;
-        std::thread::sleep(Duration::from_millis(300 + moment));
-        if launch.try_wait().unwrap().is_some() {
-            break;
-        }
-        // One rank or the other.
-        let ranks = child_of(launch.id()).map(children_of).unwrap_or_default();
-        if let Some(rank) = ranks.get(i % 2) {
-            signal("KILL", *rank);
-        }
-    }
-    assert!(launch.wait().unwrap().success());
-    assert!(place.restarts() > 0, "nothing was killed");
-    let versions = std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count();
-    // To the bit: with two ranks, threads and processes add the same two numbers.
-    assert_eq!(place.weights(versions - 1), expected);
+    let mut launch = place.command("launch", &[&SLOW[..], &["distributed.backend=\"mpi\""]].concat());
+    let launch = allow_mpi(&mut launch, &place).stderr(place.said()).spawn().unwrap();
+    // One rank or the other.
+    let rank = |kill: usize, launch| children_of(child_of(launch)?).get(kill % 2).copied();
+    kill_at_random(&place, launch, rank);
 }
 
 /// The process that a supervisor has started.
