@@ -41,6 +41,11 @@ fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
+/// The same for convolutions and ConvLSTM roll-outs, which also run on CUDA devices.
+fn convolves(x: &Tensor) -> bool {
+    KERNELS.get() == Kernels::Fast && kernels::convolves(x)
+}
+
 /// Whether this is computed in 32 bits and narrowed afterwards: half types on the CPU, whose products and recurrent states
 /// need the width and gain no speed without it.
 fn widened(x: &Tensor) -> bool {
@@ -108,7 +113,7 @@ impl Conv {
             return Ok(self.to_dtype(DType::F32)?.same(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
         }
         let padding = self.weight.dims()[2] / 2;
-        if fast(x) {
+        if convolves(x) {
             let options = Conv2dOptions { padding, ..Default::default() };
             let y = kernels::conv2d(&channels_last(x)?, &self.weight, Some(&self.bias), options)?;
             return Ok(channels_first(&y)?);
@@ -154,7 +159,7 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
         let layers = layers.iter().map(|layer| layer.to_dtype(DType::F32)).collect::<Result<Vec<_>>>()?;
         return Ok(conv_lstm(feed, &layers, keep)?.to_dtype(x.dtype())?);
     }
-    if !fast(x) {
+    if !convolves(x) {
         return conv_lstm_reference(feed, layers, keep);
     }
     let x = channels_last(x)?;

@@ -4,7 +4,7 @@ use crate::buffer::filled;
 use crate::direct::{self, Geometry, OutputImages};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_supported, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 
@@ -31,7 +31,7 @@ impl Default for Conv2dOptions {
 ///
 /// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in PyTorch; `bias` is
 /// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All f32 on the
-/// CPU, of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
+/// CPU, or of one type on a CUDA device ([`convolves`](crate::convolves)), of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
 ///
 /// 3x3 and 5x5 kernels of stride 1 run as Winograd F(4x4, 3x3) and F(2x2, 5x5) (Lavin and Gray, "Fast algorithms for
 /// convolutional neural networks", 2015) where there are enough channels, everything else by definition.
@@ -40,6 +40,10 @@ impl Default for Conv2dOptions {
 /// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
     let geometry = geometry(x, weight, bias, options)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv2d(x, weight, bias, geometry);
+    }
     let op = Conv2d { geometry, leading: x.dims()[..x.rank() - 3].to_vec() };
     let gradients = tracked(x) || tracked(weight) || bias.is_some_and(tracked);
     match (bias, gradients) {
@@ -75,8 +79,8 @@ pub fn conv2d_backward(
 
 fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
     let op = "conv2d";
-    check_supported(op, "x", x)?;
-    check_supported(op, "weight", weight)?;
+    check_convolves(op, "x", x)?;
+    check_convolves(op, "weight", weight)?;
     let &[ref leading @ .., height, width, inputs] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
     };
@@ -123,7 +127,7 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
 
 pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize) -> Result<()> {
     let Some(bias) = bias else { return Ok(()) };
-    check_supported(op, "bias", bias)?;
+    check_convolves(op, "bias", bias)?;
     if bias.dims() != [outputs] {
         bail!("{op}: bias must be ({outputs}) for {outputs} output channels, got {:?}", bias.dims());
     }

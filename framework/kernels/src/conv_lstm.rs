@@ -5,7 +5,7 @@ use crate::cell::{self, GROUP, Order, States, packed_order};
 use crate::direct::{self, Geometry, OutputImages};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_supported, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, OUT, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Mutex, PoisonError};
@@ -59,6 +59,10 @@ pub enum Keep {
 pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<Tensor> {
     let roll_out = RollOut::new(input, layers, keep)?;
     let (ConvLstmInput::Frames(x) | ConvLstmInput::Feedback { first: x, .. }) = input;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv_lstm(input, layers, keep);
+    }
     let mut parameters = Vec::with_capacity(2 * layers.len());
     for layer in layers {
         parameters.push(layer.weight.flatten_all()?);
@@ -124,7 +128,7 @@ impl RollOut {
             ConvLstmInput::Frames(x) => (x, false),
             ConvLstmInput::Feedback { first, .. } => (first, true),
         };
-        check_supported(op, "the input", x)?;
+        check_convolves(op, "the input", x)?;
         let (batch, steps, height, width, channels) = match (input, x.dims()) {
             (ConvLstmInput::Frames(_), &[b, t, h, w, c]) => (b, t, h, w, c),
             (ConvLstmInput::Frames(_), dims) => {
@@ -145,8 +149,8 @@ impl RollOut {
             RollOut { batch, height, width, steps, feedback, keep, layers: Vec::new(), parameters: 0 };
         let mut inputs = channels;
         for (index, layer) in layers.iter().enumerate() {
-            check_supported(op, "weight", layer.weight)?;
-            check_supported(op, "bias", layer.bias)?;
+            check_convolves(op, "weight", layer.weight)?;
+            check_convolves(op, "bias", layer.bias)?;
             let (weight, bias) = (layer.weight.dims(), layer.bias.dims());
             let &[outputs, channels, kernel, kernel_width] = weight else {
                 bail!("{op}: weight of layer {index} must be (4 N, inputs + N, k, k), got {weight:?}");

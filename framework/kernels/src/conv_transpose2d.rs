@@ -2,7 +2,7 @@
 
 use crate::conv2d::{self, Wanted, check_bias};
 use crate::direct::Geometry;
-use crate::tensors::{check_supported, packed, tracked, with_values};
+use crate::tensors::{check_convolves, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
 
 /// How a transposed convolution moves over its output; as PyTorch's arguments of these names.
@@ -30,7 +30,7 @@ impl Default for ConvTranspose2dOptions {
 ///
 /// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cin, Cout / groups, kh, kw), as in PyTorch; `bias` is
 /// (Cout). The result is (.., H', W', Cout) with H' = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding + 1. All
-/// f32 on the CPU, of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
+/// f32 on the CPU, or of one type on a CUDA device ([`convolves`](crate::convolves)), of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
 ///
 /// # Errors
 /// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
@@ -41,6 +41,10 @@ pub fn conv_transpose2d(
     options: ConvTranspose2dOptions,
 ) -> Result<Tensor> {
     let adjoint = adjoint(x, weight, bias, options)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv_transpose2d(x, weight, bias, adjoint);
+    }
     let op = ConvTranspose2d { adjoint, leading: x.dims()[..x.rank() - 3].to_vec() };
     let gradients = tracked(x) || tracked(weight) || bias.is_some_and(tracked);
     match (bias, gradients) {
@@ -59,8 +63,8 @@ fn adjoint(
     options: ConvTranspose2dOptions,
 ) -> Result<Geometry> {
     let op = "conv_transpose2d";
-    check_supported(op, "x", x)?;
-    check_supported(op, "weight", weight)?;
+    check_convolves(op, "x", x)?;
+    check_convolves(op, "weight", weight)?;
     let &[ref leading @ .., height, width, channels] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
     };

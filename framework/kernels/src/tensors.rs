@@ -23,6 +23,17 @@ pub(crate) fn check_supported(op: &str, name: &str, x: &Tensor) -> Result<()> {
     Ok(())
 }
 
+/// Whether convolutions and ConvLSTM roll-outs take this tensor: f32 on the CPU; f32, bf16 and f16 on a CUDA device.
+pub fn convolves(x: &Tensor) -> bool {
+    let on_device = cfg!(feature = "cuda") && x.device().is_cuda();
+    supported(x) || on_device && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
+}
+
+/// An error that names the op and the tensor, unless convolutions take it.
+pub(crate) fn check_convolves(op: &str, name: &str, x: &Tensor) -> Result<()> {
+    if convolves(x) && x.elem_count() > 0 { Ok(()) } else { check_supported(op, name, x) }
+}
+
 thread_local! {
     static GRADIENTS: Cell<bool> = const { Cell::new(true) };
 }

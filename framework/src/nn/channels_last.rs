@@ -7,7 +7,7 @@ use candlepower_kernels::{self as kernels};
 pub use candlepower_kernels::{Conv2dOptions, ConvTranspose2dOptions};
 
 pub use super::norm::{BatchNorm, GroupNorm};
-use super::{Conv, fast, widened};
+use super::{Conv, convolves, widened};
 use crate::error::{Error, Result};
 
 /// (B, T, C, H, W) to (B * T, H, W, C).
@@ -41,7 +41,7 @@ impl Conv {
             let y = self.to_dtype(DType::F32)?.channels_last(&x.to_dtype(DType::F32)?, options)?;
             return Ok(y.to_dtype(x.dtype())?);
         }
-        if fast(x) {
+        if convolves(x) {
             return Ok(kernels::conv2d(x, &self.weight, Some(&self.bias), options)?);
         }
         let Conv2dOptions { stride, padding, dilation, groups } = options;
@@ -73,7 +73,7 @@ impl ConvTranspose {
             let wide = Self { weight, bias: self.bias.to_dtype(DType::F32)? };
             return Ok(wide.channels_last(&x.to_dtype(DType::F32)?, options)?.to_dtype(x.dtype())?);
         }
-        if fast(x) {
+        if convolves(x) {
             return Ok(kernels::conv_transpose2d(x, &self.weight, Some(&self.bias), options)?);
         }
         let ConvTranspose2dOptions { stride, padding, output_padding, dilation, groups } = options;

@@ -158,7 +158,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             share,
         };
         let workers = data.workers.div_ceil(ranks.ranks_here());
-        let micro_batches = Loader::new(data.train.training(order, start), workers, workers * data.prefetch);
+        let jobs = data.train.training(order, start);
+        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
         let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
         if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
             && epochs.fract() != 0.
