@@ -34,7 +34,8 @@ impl Accelerator {
     /// Refuses what this program was not built for.
     pub fn check(self) -> Result<()> {
         if self == Self::Cuda && !kernels::BUILT_WITH_CUDA {
-            let message = "this program has no CUDA: expected \"auto\" or \"cpu\", or build it with `--features cuda`";
+            let message =
+                "this program has no CUDA: expected \"auto\" or \"cpu\", or build it with `--features cuda`";
             return Err(Error::setting("accelerator", message));
         }
         Ok(())

@@ -18,13 +18,13 @@
 
 use crate::parallel::GRAIN;
 use crate::simd::{Kernel, LANES, Level, Simd};
+use candle_core::{
+    CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, WithDType, bail,
+};
 #[cfg(feature = "cuda")]
 use candle_core::{
     CudaStorage,
     backend::{BackendDevice, BackendStorage},
-};
-use candle_core::{
-    CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, WithDType, bail,
 };
 use rayon::prelude::*;
 

@@ -59,7 +59,12 @@ impl<B: Batch> Loader<B> {
     pub(crate) fn new(jobs: Jobs<B>, workers: usize, ahead: usize, device: &Device) -> Self {
         let device = device.clone();
         if workers == 0 {
-            return Self { device, inline: Some(jobs), answers: crossbeam_channel::never(), workers: Vec::new() };
+            return Self {
+                device,
+                inline: Some(jobs),
+                answers: crossbeam_channel::never(),
+                workers: Vec::new(),
+            };
         }
         let (to_loader, answers) = bounded(ahead.max(1));
         let jobs = Arc::new(Mutex::new(jobs));
@@ -312,7 +317,8 @@ mod tests {
         {
             let count = |limit| {
                 let jobs = source.evaluation(pass, 3, limit, Share::default()).unwrap();
-                let sizes = Loader::new(jobs, 2, 4, &Device::Cpu).map(|l| l.unwrap().batch.unwrap().0[0].elem_count());
+                let sizes = Loader::new(jobs, 2, 4, &Device::Cpu)
+                    .map(|l| l.unwrap().batch.unwrap().0[0].elem_count());
                 sizes.collect::<Vec<_>>()
             };
             let samples: usize = count(usize::MAX).iter().sum();

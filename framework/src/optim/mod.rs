@@ -217,7 +217,7 @@ pub fn clip_value(gradients: &mut [Tensor], max: f64) -> Result<()> {
 
 /// The L2 norm of all gradients together.
 pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
-    if gradients.iter().all(|gradient| takes(gradient)) {
+    if gradients.iter().all(takes) {
         return Ok(sum_squares_of(gradients)?.sqrt());
     }
     let mut sum = 0.;

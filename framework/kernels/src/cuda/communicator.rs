@@ -151,7 +151,8 @@ impl Communicator {
         let Some(Link(comm)) = link.as_ref() else { bail!("NCCL: an earlier exchange was given up") };
         {
             let (storage, layout) = x.storage_and_layout();
-            let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
+            let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+            else {
                 bail!("NCCL: expected a tensor on a CUDA device, got one on {:?}", x.device().location());
             };
             if storage.device().id() != self.device.id() {

@@ -98,8 +98,12 @@ impl Convolution {
         }
         if let Some((bias, layout)) = bias {
             let (count, columns) = (self.shape.elem_count(), self.channels());
-            let arguments =
-                AddBias { y: to, bias: address_of(bias, layout)?, count: count as u32, columns: columns as u32 };
+            let arguments = AddBias {
+                y: to,
+                bias: address_of(bias, layout)?,
+                count: count as u32,
+                columns: columns as u32,
+            };
             // SAFETY: y is (count / columns, columns), and the bias (columns).
             unsafe {
                 launch(device, &COLUMNS, &format!("add_bias_{}", type_name(dtype)?), count, arguments)?

@@ -12,7 +12,9 @@ use crate::direct::Geometry;
 use crate::tensors::tracked;
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
-use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail,
+};
 use std::sync::{Mutex, PoisonError};
 
 /// [`conv_lstm`](crate::conv_lstm) on a device; shapes have been checked.
@@ -29,7 +31,11 @@ pub(crate) fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Ke
     let mut sizes = Vec::with_capacity(layers.len());
     for ConvLstmLayer { weight, bias } in layers {
         if weight.dtype() != x.dtype() || bias.dtype() != x.dtype() {
-            bail!("conv_lstm: input and parameters must be of one type, got {:?} and {:?}", x.dtype(), weight.dtype());
+            bail!(
+                "conv_lstm: input and parameters must be of one type, got {:?} and {:?}",
+                x.dtype(),
+                weight.dtype()
+            );
         }
         let (outputs, channels, kernel, _) = weight.dims4()?;
         sizes.push(Layer { inputs: channels - outputs / 4, hidden: outputs / 4, kernel });

@@ -215,7 +215,9 @@ fn with_plan(
 }
 
 fn found<A>(algorithm: Option<A>, g: &Geometry, dtype: DType) -> Result<A> {
-    algorithm.ok_or_else(|| Error::Msg(format!("cuDNN has no algorithm, in {dtype:?} and channels last, for {g:?}")))
+    algorithm.ok_or_else(|| {
+        Error::Msg(format!("cuDNN has no algorithm, in {dtype:?} and channels last, for {g:?}"))
+    })
 }
 
 fn memory(at: u64) -> *const c_void {
@@ -281,7 +283,8 @@ fn plan(handle: sys::cudnnHandle_t, g: &Geometry, dtype: DType, tf32: bool) -> R
         other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
     };
     let size = |size: usize| {
-        c_int::try_from(size).map_err(|_| Error::Msg(format!("cuDNN: {size} is too large for a size, in {g:?}")))
+        c_int::try_from(size)
+            .map_err(|_| Error::Msg(format!("cuDNN: {size} is too large for a size, in {g:?}")))
     };
     let dims = |dims: [usize; 4]| -> Result<[c_int; 4]> {
         let [a, b, c, d] = dims;

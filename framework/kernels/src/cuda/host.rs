@@ -32,7 +32,8 @@ impl Host {
             }
             let dir = std::env::temp_dir().join(format!("candlepower-kernels-{}", std::process::id()));
             std::fs::create_dir_all(&dir).unwrap();
-            let libraries = [GATES, COLUMNS, OPTIMIZER].iter().map(|source| (source.name, compile(source, &dir)));
+            let libraries =
+                [GATES, COLUMNS, OPTIMIZER].iter().map(|source| (source.name, compile(source, &dir)));
             let host = Host { libraries: libraries.collect() };
             std::fs::remove_dir_all(&dir).unwrap();
             Some(Mutex::new(host))
@@ -149,7 +150,9 @@ impl Engine for Mutex<Host> {
         let v = width(a.hidden, &[a.gates, a.c, a.dh[0].at, a.dh[1].at, a.dh[2].at]);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.
-        unsafe { host.run(&GATES, &format!("gates_backward_float_{v}"), (a.rows * a.hidden) as usize / v, a) };
+        unsafe {
+            host.run(&GATES, &format!("gates_backward_float_{v}"), (a.rows * a.hidden) as usize / v, a)
+        };
         Ok(())
     }
     unsafe fn copy_columns(&self, a: CopyColumns) -> Result<()> {
@@ -176,7 +179,9 @@ fn products(g: &Geometry, mut product: impl FnMut(usize, usize, usize)) {
     for b in 0..g.batch {
         for (oy, ox) in (0..g.out_height).flat_map(|y| (0..g.out_width).map(move |x| (y, x))) {
             for (ky, kx) in (0..g.kernel_height).flat_map(|y| (0..g.kernel_width).map(move |x| (y, x))) {
-                let (Some(iy), Some(ix)) = (inside(oy, ky, g.height), inside(ox, kx, g.width)) else { continue };
+                let (Some(iy), Some(ix)) = (inside(oy, ky, g.height), inside(ox, kx, g.width)) else {
+                    continue;
+                };
                 for (o, c) in (0..g.outputs).flat_map(|o| (0..g.inputs).map(move |c| (o, c))) {
                     let x = ((b * g.height + iy) * g.width + ix) * g.inputs + c;
                     let w = ((o * g.kernel_height + ky) * g.kernel_width + kx) * g.inputs + c;

@@ -61,8 +61,7 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     // A module that is loaded already is found by its name; the text is needed for the first time alone.
     let function = device.get_or_load_custom_func(kernel, source.name, &compiled(device, source)?)?;
     let blocks = (count as u32).div_ceil(THREADS);
-    let config =
-        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+    let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
     let mut call = function.builder();
     call.arg(&arguments);
     // SAFETY: the caller's promise.

@@ -33,9 +33,9 @@ pub(crate) mod upload;
 #[cfg(feature = "cuda")]
 pub use communicator::Communicator;
 #[cfg(feature = "cuda")]
-pub(crate) use conv2d::{conv_transpose2d, conv2d};
-#[cfg(feature = "cuda")]
 pub(crate) use conv_lstm::conv_lstm;
+#[cfg(feature = "cuda")]
+pub(crate) use conv2d::{conv_transpose2d, conv2d};
 
 /// What one of CUDA's libraries says, as an error of candle.
 #[cfg(feature = "cuda")]

@@ -16,7 +16,8 @@ pub(crate) fn adam(
     second: &Tensor,
     largest: Option<&Tensor>,
 ) -> Result<()> {
-    let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } = *step;
+    let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
+        *step;
     let count = w.elem_count();
     let gradient = packed(gradient)?;
     let at = |x: &Tensor| with_address(x, Ok);

@@ -177,16 +177,16 @@ impl RollOut {
     /// A step of a tensor (B, steps, H, W, channels).
     fn step_of(&self, at: u64, item: u64, steps: usize, step: usize, channels: usize) -> Plane {
         let frame = self.pixels() * channels;
-        Plane {
-            at: at + item * (step * frame) as u64,
-            image: (steps * frame) as i64,
-            pixel: channels as i64,
-        }
+        Plane { at: at + item * (step * frame) as u64, image: (steps * frame) as i64, pixel: channels as i64 }
     }
     /// The first layer's x of a step, in the input or in its gradient.
     fn frame(&self, at: u64, item: u64, step: usize) -> Plane {
         let channels = self.layers[0].inputs;
-        if self.feedback { self.plane(at, channels) } else { self.step_of(at, item, self.steps, step, channels) }
+        if self.feedback {
+            self.plane(at, channels)
+        } else {
+            self.step_of(at, item, self.steps, step, channels)
+        }
     }
     /// The top layer's output of a step, in the output or in its gradient; nowhere where it is not returned.
     fn returned(&self, at: u64, item: u64, step: usize) -> Plane {
@@ -309,10 +309,14 @@ impl RollOut {
         let dc = self.layers.iter().map(|layer| engine.floats(rows * layer.hidden, true));
         let dc = dc.collect::<Result<Vec<_>>>()?;
         let d_input_of = |index: usize, channel: usize| {
-            self.plane(engine.address(&d_inputs[index]) + item * channel as u64, self.layers[index].channels())
+            self.plane(
+                engine.address(&d_inputs[index]) + item * channel as u64,
+                self.layers[index].channels(),
+            )
         };
         let gates_of = |index: usize, step: usize| {
-            engine.address(&kept.layers[index].gates) + item * (step * rows * self.layers[index].gates()) as u64
+            engine.address(&kept.layers[index].gates)
+                + item * (step * rows * self.layers[index].gates()) as u64
         };
         let c_of = |index: usize, step: usize| {
             let at = step * rows * self.layers[index].hidden;
@@ -420,7 +424,14 @@ mod tests {
     }
 
     /// A roll-out through the kernels' sources and by the CPU's own op.
-    fn compare(host: &Mutex<Host>, hidden: &[usize], inputs: usize, kernel: usize, feedback: bool, keep: Keep) {
+    fn compare(
+        host: &Mutex<Host>,
+        hidden: &[usize],
+        inputs: usize,
+        kernel: usize,
+        feedback: bool,
+        keep: Keep,
+    ) {
         const STEPS: usize = 4;
         let (batch, height, width) = (2, 3, 5);
         let case = format!("hidden {hidden:?} of {inputs}, kernel {kernel}, feedback {feedback}, {keep:?}");
@@ -434,7 +445,8 @@ mod tests {
             .iter()
             .enumerate()
             .map(|(i, &hidden)| {
-                let weight = (random((4 * hidden, below + hidden, kernel, kernel), 2 + i as u64) * 0.3).unwrap();
+                let weight =
+                    (random((4 * hidden, below + hidden, kernel, kernel), 2 + i as u64) * 0.3).unwrap();
                 below = hidden;
                 let bias = random(4 * hidden, 20 + i as u64);
                 (Var::from_tensor(&weight).unwrap(), Var::from_tensor(&bias).unwrap())

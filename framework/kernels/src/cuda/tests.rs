@@ -1,7 +1,7 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    AddBias, Adam, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Narrow, Plane, Sums,
+    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Narrow, Plane, Sums,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
@@ -80,7 +80,19 @@ fn numbers_are_rounded_as_half_does() {
     let Some(host) = Host::new() else { return };
     let mut x: Vec<f32> = random(1000, 1).iter().map(|x| x * 1e4f32.powf(x.fract())).collect();
     // Ties, the largest numbers, small ones, and what is none.
-    x.extend([1.00390625, 1.01171875, 65504., 65519., 65520., 3.4e38, 1e-7, -6e-8, -0., f32::INFINITY, f32::NAN]);
+    x.extend([
+        1. + 1. / 256.,
+        1. + 3. / 256.,
+        65504.,
+        65519.,
+        65520.,
+        3.4e38,
+        1e-7,
+        -6e-8,
+        -0.,
+        f32::INFINITY,
+        f32::NAN,
+    ]);
     fn narrow<T: Half + Default>(host: &Mutex<Host>, x: &[f32]) {
         let mut to = vec![T::new(7.); x.len()];
         let arguments = Narrow { from: at(x), to: to.as_mut_ptr() as u64, count: x.len() as u32 };
@@ -165,8 +177,7 @@ fn columns_are_summed_copied_and_shifted() {
     let x = random((rows * columns) as usize, 1);
     let (stretch, parts) = (10, 4);
     let mut sums = vec![f32::NAN; (parts * columns) as usize];
-    let arguments =
-        ColumnSums { x: at(&x), sums: sums.as_mut_ptr() as u64, rows, columns, stretch, parts };
+    let arguments = ColumnSums { x: at(&x), sums: sums.as_mut_ptr() as u64, rows, columns, stretch, parts };
     run(host, &COLUMNS, "column_sums_float", sums.len(), arguments);
     for (i, sum) in sums.iter().enumerate() {
         let (part, column) = (i as u32 / columns, i as u32 % columns);
@@ -182,7 +193,7 @@ fn columns_are_summed_copied_and_shifted() {
     assert_eq!(y, expected);
 
     // Three channels of (2, 4 pixels, 5 channels), from the second on, to the last three of (4 pixels, 2 images, 4 channels).
-    let mut to = vec![0f32; 2 * 4 * 4];
+    let mut to = [0f32; 2 * 4 * 4];
     let arguments = CopyColumns {
         from: Plane { at: at(&x[1..]), image: 20, pixel: 5 },
         to: Plane { at: to[1..].as_mut_ptr() as u64, image: 4, pixel: 8 },
@@ -220,7 +231,8 @@ fn parameters_move_as_on_the_cpu() {
         let of_cpu = Tensor::new(&gradient[..], &Device::Cpu).unwrap();
         step.apply(w, &of_cpu, first, second, amsgrad.then_some(largest)).unwrap();
         let [w, first, second, largest] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
-        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } = step;
+        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
+            step;
         let arguments = Adam {
             w,
             gradient: at(&gradient),
@@ -246,8 +258,7 @@ fn parameters_move_as_on_the_cpu() {
     let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
     let moved = tensor(&x);
     approach(&moved, &tensor(&target), 0.25).unwrap();
-    let arguments =
-        Approach { x: x.as_mut_ptr() as u64, target: at(&target), count: N as u32, share: 0.25 };
+    let arguments = Approach { x: x.as_mut_ptr() as u64, target: at(&target), count: N as u32, share: 0.25 };
     run(host, &OPTIMIZER, "approach", N, arguments);
     assert_eq!(x, moved.to_vec1::<f32>().unwrap());
 }
@@ -256,7 +267,8 @@ fn parameters_move_as_on_the_cpu() {
 fn squares_are_summed_in_64_bits() {
     let Some(host) = Host::new() else { return };
     // Of very different sizes, whose squares do not fit into 32 bits.
-    let x: Vec<f32> = random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
+    let x: Vec<f32> =
+        random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
     let (mut sums, mut total) = (vec![f64::NAN; 7], vec![f64::NAN; 1]);
     let (count, parts) = (x.len() as u32, sums.len() as u32);
     run(host, &OPTIMIZER, "square_sums", 7, Sums { x: at(&x), sums: sums.as_mut_ptr() as u64, count, parts });
