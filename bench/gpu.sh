@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
 # Candlepower beside PyTorch on this machine's first CUDA device: first checks, then the tutorial's step, a table last.
 #
-#   bench/gpu.sh CANDLEPOWER [KERNEL_TESTS]     a program that was built with `--features cuda`; if there is one, the test program
-#                                               of framework/kernels/tests/cuda.rs, built with the same feature
+#   bench/gpu.sh CANDLEPOWER [TESTS...]         a program that was built with `--features cuda`, and test programs built with it:
+#                                               of framework/kernels/tests/cuda.rs, and of tests/tests/, whose reference
+#                                               numbers from PyTorch are then compared with what the device computes
 #   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --quick: one size, without torch.compile
 #   --steps N   timed steps (30)                --out DIR: where full logs go (a temporary folder)
 #
-# It builds nothing. It needs the two programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
+# The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
+# `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
+# recurrent --test sim_vp --test svg_lp`, which names the test programs.
+#
+# It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
 # names another). Each measurement is a process of its own. Exits with 1 where a check fails.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -25,7 +30,10 @@ while (($#)); do
     shift
 done
 (($#)) || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
-candlepower=$(realpath "$1") kernel_tests=${2:+$(realpath "$2")}
+candlepower=$(realpath "$1")
+shift
+tests=()
+for test in "$@"; do tests+=("$(realpath "$test")"); done
 python=${CANDLEPOWER_BENCH_PYTHON:-python3}
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
@@ -53,9 +61,10 @@ check() { # WHAT COMMAND...: runs it, its words in a log
 "$candlepower" devices | grep -q '^cuda:0' || { echo "there is no CUDA device" >&2; exit 1; }
 
 echo "== checks"
-if [[ -n $kernel_tests ]]; then
-    check "kernels against the CPU's" "$kernel_tests" --test-threads 1 --nocapture
-fi
+for test in ${tests[@]+"${tests[@]}"}; do
+    check "$(basename "$test")" env CANDLEPOWER_TEST_DEVICE=cuda CANDLEPOWER_GOLDEN="$repository/tests/golden" \
+        "$test" --test-threads 1 --nocapture
+done
 
 train() { # NAME CONFIG STEPS ACCELERATOR [ARGUMENT...]: a training without pictures, every step logged
     local name=$1 config=$2 steps=$3 accelerator=$4

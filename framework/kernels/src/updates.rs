@@ -63,6 +63,45 @@ impl AdamStep {
     }
 }
 
+/// A step of stochastic gradient descent, with or without momentum (Sutskever et al. 2013), as PyTorch computes it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SgdStep {
+    /// The learning rate.
+    pub lr: f32,
+    /// The share of the last update that goes on.
+    pub momentum: f32,
+    /// The share of the gradient that enters the momentum.
+    pub entering: f32,
+    /// Times the parameter, added to its gradient.
+    pub l2: f32,
+    /// Looks ahead along the momentum.
+    pub nesterov: bool,
+}
+
+impl SgdStep {
+    /// Moves a parameter, and its momentum, where it has one.
+    ///
+    /// # Errors
+    /// As for [`AdamStep::apply`].
+    pub fn apply(&self, param: &Tensor, gradient: &Tensor, momentum_buffer: Option<&Tensor>) -> Result<()> {
+        check([Some(param), Some(gradient), momentum_buffer, None, None])?;
+        #[cfg(feature = "cuda")]
+        if param.device().is_cuda() {
+            return crate::cuda::optimizer::sgd(self, param, gradient, momentum_buffer);
+        }
+        let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
+        let Some(buffer) = momentum_buffer else {
+            return zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (g + l2 * *w));
+        };
+        zip3(buffer, gradient, param, move |b: &mut f32, g, w| *b = momentum * *b + entering * (g + l2 * w))?;
+        if nesterov {
+            zip3(param, gradient, buffer, move |w: &mut f32, g, b| *w -= lr * (g + l2 * *w + momentum * b))
+        } else {
+            zip2(param, buffer, move |w: &mut f32, b| *w -= lr * b)
+        }
+    }
+}
+
 /// Moves x this share of the way to `target`.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::elementwise::zip3;
-use candlepower_kernels::updates::{AdamStep, approach, sum_squares_of};
+use candlepower_kernels::updates::{AdamStep, SgdStep, approach, sum_squares_of};
 use candlepower_kernels::{
     Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Keep, allow_tf32,
     conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, reset_peak_memory, to_device,
@@ -198,6 +198,10 @@ fn updates() {
         for (cpu, cuda) in [(&w, &w2), (&m, &m2), (&v, &v2), (&w, &view.reshape(n).unwrap())] {
             assert!(error(cuda, cpu) < 1e-6);
         }
+        let sgd = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
+        sgd.apply(&w, &g, Some(&m)).unwrap();
+        sgd.apply(&w2, &g2, Some(&m2)).unwrap();
+        assert!(error(&w2, &w) < 1e-6 && error(&m2, &m) < 1e-6);
         approach(&m, &target, 0.3).unwrap();
         approach(&m2, &there(&target), 0.3).unwrap();
         assert!(error(&m2, &m) < 1e-6);

@@ -104,6 +104,21 @@ pub(crate) struct Adam {
     pub(crate) keep: f32,
 }
 
+/// Of `sgd`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sgd {
+    pub(crate) w: u64,
+    pub(crate) gradient: u64,
+    pub(crate) momentum_buffer: u64,
+    pub(crate) count: u32,
+    pub(crate) lr: f32,
+    pub(crate) momentum: f32,
+    pub(crate) entering: f32,
+    pub(crate) l2: f32,
+    pub(crate) nesterov: u32,
+}
+
 /// Of `approach`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -135,5 +150,5 @@ mod device {
             unsafe impl DeviceRepr for super::$name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Adam Approach Sums);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Adam Sgd Approach Sums);
 }

@@ -2,6 +2,7 @@
 
 use super::failed;
 use super::sources::Source;
+use candle_core::cuda_backend::DeviceId;
 use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
 use candle_core::{CudaDevice, DType, Error, Result, bail};
@@ -13,18 +14,19 @@ const THREADS: u32 = 256;
 /// More threads than kernels count to.
 const TOO_MANY: usize = 1 << 31;
 
-/// What was compiled: by the source's name and the device's compute capability.
-static COMPILED: Mutex<Option<HashMap<(&'static str, (i32, i32)), String>>> = Mutex::new(None);
+type Compiled = HashMap<(&'static str, DeviceId), &'static str>;
 
-fn compiled(device: &CudaDevice, source: &Source) -> Result<String> {
-    let capability =
-        device.cuda_stream().context().compute_capability().map_err(failed("compute capability"))?;
+/// What was compiled, by the source's name and the device: a few texts, which stay.
+static COMPILED: Mutex<Option<Compiled>> = Mutex::new(None);
+
+fn compiled(device: &CudaDevice, source: &Source) -> Result<&'static str> {
     let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
     let compiled = compiled.get_or_insert_default();
-    if let Some(ptx) = compiled.get(&(source.name, capability)) {
-        return Ok(ptx.clone());
+    if let Some(ptx) = compiled.get(&(source.name, device.id())) {
+        return Ok(ptx);
     }
-    let (major, minor) = capability;
+    let stream = device.cuda_stream();
+    let (major, minor) = stream.context().compute_capability().map_err(failed("compute capability"))?;
     let options = CompileOptions {
         options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
         name: Some(format!("{}.cu", source.name)),
@@ -36,8 +38,8 @@ fn compiled(device: &CudaDevice, source: &Source) -> Result<String> {
         }
         other => Error::Msg(format!("{}.cu does not compile: {other:?}", source.name)),
     })?;
-    let ptx = ptx.to_src();
-    compiled.insert((source.name, capability), ptx.clone());
+    let ptx: &'static str = Box::leak(ptx.to_src().into_boxed_str());
+    compiled.insert((source.name, device.id()), ptx);
     Ok(ptx)
 }
 
@@ -59,7 +61,7 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
         return Ok(());
     }
     // A module that is loaded already is found by its name; the text is needed for the first time alone.
-    let function = device.get_or_load_custom_func(kernel, source.name, &compiled(device, source)?)?;
+    let function = device.get_or_load_custom_func(kernel, source.name, compiled(device, source)?)?;
     let blocks = (count as u32).div_ceil(THREADS);
     let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
     let mut call = function.builder();

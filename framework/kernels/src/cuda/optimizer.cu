@@ -29,6 +29,29 @@ extern "C" __global__ void adam(Adam a) {
     a.w[at] = w * a.keep - a.step_size * (m / (sqrtf(v) / a.root_correction + a.eps));
 }
 
+// A step of SGD (Sutskever et al. 2013), as PyTorch computes it. `momentum_buffer` is null without momentum.
+struct Sgd {
+    float* w;
+    const float* gradient;
+    float* momentum_buffer;
+    unsigned count;
+    float lr, momentum;
+    float entering; // the share of the gradient that enters the momentum
+    float l2;       // times the parameter, added to its gradient
+    unsigned nesterov;
+};
+extern "C" __global__ void sgd(Sgd a) {
+    unsigned at = thread_index();
+    if (at >= a.count) return;
+    float w = a.w[at], g = a.gradient[at] + a.l2 * w;
+    if (a.momentum_buffer) {
+        float b = a.momentum * a.momentum_buffer[at] + a.entering * g;
+        a.momentum_buffer[at] = b;
+        g = a.nesterov ? g + a.momentum * b : b;
+    }
+    a.w[at] = w - a.lr * g;
+}
+
 // Moves x a share of the way to `target`.
 struct Approach {
     float* x;

@@ -1,10 +1,10 @@
 //! Updates of parameters in place, and the norm of gradients.
 
-use super::arguments::{Adam, Approach, Sums};
+use super::arguments::{Adam, Approach, Sgd, Sums};
 use super::launch::launch;
 use super::memory::{address, allocate, packed, read, with_address};
 use super::sources::OPTIMIZER;
-use crate::updates::AdamStep;
+use crate::updates::{AdamStep, SgdStep};
 use candle_core::{DType, Result, Tensor};
 
 /// As [`AdamStep::apply`]; all are f32, contiguous, and of one shape.
@@ -40,6 +40,31 @@ pub(crate) fn adam(
     // SAFETY: all have as many values as the parameter, which the caller has checked; each is written by nobody else on the
     // device's one stream.
     unsafe { launch(w.device().as_cuda_device()?, &OPTIMIZER, "adam", count, arguments) }
+}
+
+/// As [`SgdStep::apply`].
+pub(crate) fn sgd(
+    step: &SgdStep,
+    w: &Tensor,
+    gradient: &Tensor,
+    momentum_buffer: Option<&Tensor>,
+) -> Result<()> {
+    let SgdStep { lr, momentum, entering, l2, nesterov } = *step;
+    let (count, gradient) = (w.elem_count(), packed(gradient)?);
+    let at = |x: &Tensor| with_address(x, Ok);
+    let arguments = Sgd {
+        w: at(w)?,
+        gradient: at(&gradient)?,
+        momentum_buffer: momentum_buffer.map_or(Ok(0), at)?,
+        count: count as u32,
+        lr,
+        momentum,
+        entering,
+        l2,
+        nesterov: u32::from(nesterov),
+    };
+    // SAFETY: as in `adam`.
+    unsafe { launch(w.device().as_cuda_device()?, &OPTIMIZER, "sgd", count, arguments) }
 }
 
 /// As [`approach`](crate::updates::approach).

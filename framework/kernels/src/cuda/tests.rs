@@ -1,11 +1,11 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Narrow, Plane, Sums,
+    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Narrow, Plane, Sgd, Sums,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
-use crate::updates::{AdamStep, approach};
+use crate::updates::{AdamStep, SgdStep, approach};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -253,6 +253,27 @@ fn parameters_move_as_on_the_cpu() {
         for (ours, cpu) in own.iter().zip(&tensors) {
             assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
         }
+    }
+    for (with_momentum, nesterov) in [(false, false), (true, false), (true, true)] {
+        let step = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov };
+        let (gradient, mut w, mut buffer) = (random(N, 1), random(N, 2), random(N, 3));
+        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let [w2, buffer2] = [&w, &buffer].map(|values| tensor(values));
+        step.apply(&w2, &tensor(&gradient), with_momentum.then_some(&buffer2)).unwrap();
+        let SgdStep { lr, momentum, entering, l2, .. } = step;
+        let arguments = Sgd {
+            w: w.as_mut_ptr() as u64,
+            gradient: at(&gradient),
+            momentum_buffer: if with_momentum { buffer.as_mut_ptr() as u64 } else { 0 },
+            count: N as u32,
+            lr,
+            momentum,
+            entering,
+            l2,
+            nesterov: u32::from(nesterov),
+        };
+        run(host, &OPTIMIZER, "sgd", N, arguments);
+        assert_eq!((w, buffer), (w2.to_vec1().unwrap(), buffer2.to_vec1().unwrap()));
     }
     let (mut x, target) = (random(N, 6), random(N, 7));
     let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
