@@ -4,6 +4,7 @@ use super::failed;
 use super::memory::{allocate, tensor};
 use crate::tensors::with_values;
 use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::cuda_backend::cudarc::driver::{CudaStream, PinnedHostSlice};
 use candle_core::{CudaDevice, DType, Result, Tensor, bail};
 use std::collections::HashMap;
@@ -63,7 +64,8 @@ pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
         uploader.stream.memcpy_htod(&values[..len], slice)
     };
     // Also where the copy failed: nothing may still be under way when the memory goes back.
-    let done = uploader.stream.synchronize();
+    let event = uploader.stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)); // Waiting sleeps.
+    let done = event.and_then(|event| event.synchronize());
     copied.map_err(failed("copying to a CUDA device"))?;
     done.map_err(failed("copying to a CUDA device"))?;
     uploader.idle.lock().unwrap_or_else(PoisonError::into_inner).push(staging);
