@@ -1,5 +1,6 @@
 //! What needs a CUDA device: the same operations there and on the CPU. Without a device each test says so and passes.
 #![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::elementwise::zip3;

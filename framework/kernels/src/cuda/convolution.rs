@@ -357,10 +357,10 @@ macro_rules! best {
             });
             usable
                 .filter_map(|it| {
+                    let algorithm = it.algo;
                     // SAFETY: the caller's promise.
-                    let bytes =
-                        unsafe { $workspace(handle, plan.$a, plan.$b, plan.$c, plan.$d, it.algo) }.ok()?;
-                    Some((it.algo, bytes))
+                    let bytes = unsafe { $workspace(handle, plan.$a, plan.$b, plan.$c, plan.$d, algorithm) };
+                    Some((algorithm, bytes.ok()?))
                 })
                 .find(|(_, bytes)| *bytes <= MOST_WORKSPACE)
         }

@@ -8,7 +8,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// What alignment kernels that move several values at once, and cuDNN's quick ones, ask of a tensor.
-const ALIGNMENT: u64 = 16;
+const ALIGNMENT: usize = 16;
 
 /// Where a storage's memory begins.
 pub(crate) fn address(storage: &CudaStorage) -> Result<u64> {
@@ -46,7 +46,7 @@ pub(crate) fn with_address<R>(x: &Tensor, f: impl FnOnce(u64) -> Result<R>) -> R
 /// The same values contiguous, and aligned for kernels.
 pub(crate) fn packed(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
-    let is_aligned = (x.layout().start_offset() * x.dtype().size_in_bytes()) as u64 % ALIGNMENT == 0;
+    let is_aligned = (x.layout().start_offset() * x.dtype().size_in_bytes()).is_multiple_of(ALIGNMENT);
     if is_aligned { Ok(x) } else { x.copy() }
 }
 
