@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
+use candlepower_kernels::to_device;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Dataset;
@@ -19,7 +20,7 @@ pub trait Batch: Send + Sync + Sized + 'static {
     /// How many samples it holds.
     fn len(&self) -> usize;
 
-    /// The same batch on another device.
+    /// The same batch on another device. Data workers call it ahead of time, for the device that trains.
     fn to_device(&self, device: &Device) -> Result<Self>;
 
     /// The same batch with its floating-point inputs in the type that the module computes in. Targets keep theirs, so that
@@ -176,8 +177,8 @@ impl Batch for Video {
     }
 
     fn to_device(&self, device: &Device) -> Result<Self> {
-        let mask = self.mask.as_ref().map(|mask| mask.to_device(device)).transpose()?;
-        let (input, target) = (self.input.to_device(device)?, self.target.to_device(device)?);
+        let mask = self.mask.as_ref().map(|mask| to_device(mask, device)).transpose()?;
+        let (input, target) = (to_device(&self.input, device)?, to_device(&self.target, device)?);
         Ok(Self { input, target, mask, quantity: self.quantity.clone() })
     }
 
@@ -230,7 +231,7 @@ impl Batch for Labelled {
     }
 
     fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self { input: self.input.to_device(device)?, label: self.label.to_device(device)? })
+        Ok(Self { input: to_device(&self.input, device)?, label: to_device(&self.label, device)? })
     }
 
     fn cast(self, dtype: DType) -> Result<Self> {
@@ -253,7 +254,7 @@ impl Batch for Tensors {
     }
 
     fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self(self.0.iter().map(|tensor| tensor.to_device(device)).collect::<candle_core::Result<_>>()?))
+        Ok(Self(self.0.iter().map(|tensor| to_device(tensor, device)).collect::<candle_core::Result<_>>()?))
     }
 
     fn cast(self, dtype: DType) -> Result<Self> {

@@ -5,6 +5,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::time::Instant;
 
 use candle_core::Device;
+use candlepower_kernels as kernels;
 use serde::Serialize;
 
 use crate::batch::Batch;
@@ -36,6 +37,8 @@ pub struct Benchmark {
     pub samples_per_second: f64,
     /// The most memory that this process has held so far, in 10^6 bytes; known on Linux.
     pub peak_rss_mb: Option<f64>,
+    /// The most memory that tensors have held on a CUDA device in the steps that were timed, in 10^6 bytes.
+    pub peak_device_mb: Option<f64>,
     /// Floating-point operations of one sample's step by [`Module::flops`](crate::module::Module::flops): one forward
     /// pass, or three times that where steps train. Faster algorithms do fewer; the number stays, so that speeds compare.
     pub flops_per_sample: Option<f64>,
@@ -64,6 +67,7 @@ pub(crate) fn measure<B: Batch>(
         return Err(Error::msg("the training data is empty"));
     }
     let device = model.params().device().clone();
+    kernels::reset_peak_memory(&device);
     let (ends, receiver) = channel();
     let total = WARM_UP + steps;
     let mut trainer = trainer.trial(total).callback(Stopwatch { device: device.clone(), ends });
@@ -98,6 +102,7 @@ pub(crate) fn measure<B: Batch>(
         ms_per_step: 1e3 * seconds,
         samples_per_second,
         peak_rss_mb: memory::peak().map(|bytes| bytes as f64 / 1e6),
+        peak_device_mb: kernels::peak_memory(&device).map(|bytes| bytes as f64 / 1e6),
         flops_per_sample,
         tflops: flops_per_sample.map(|flops| flops * samples_per_second / 1e12),
         device: match device {

@@ -281,10 +281,21 @@ impl Experiment {
         recipe.open(split).map_err(|error| self.document.place("data", error))
     }
 
-    fn model<B: Batch>(&self, recipe: &Arc<dyn ModuleRecipe<B>>, spec: B::Spec) -> Result<Model<B>> {
+    /// The device of this process's first rank.
+    fn device(&self) -> Result<Device> {
+        let here = if self.ranks.world_size() > 1 { 1 } else { self.trainer.devices };
+        self.trainer.accelerator.open(here).map_err(|error| self.document.place("trainer", error))
+    }
+
+    fn model<B: Batch>(
+        &self,
+        recipe: &Arc<dyn ModuleRecipe<B>>,
+        spec: B::Spec,
+        device: &Device,
+    ) -> Result<Model<B>> {
         let recipe = recipe.clone();
         let build = move |vb: VarBuilder| recipe.build(&spec, vb);
-        let model = Model::boxed(build, self.run.seed, &Device::Cpu, self.trainer.precision);
+        let model = Model::boxed(build, self.run.seed, device, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -517,8 +528,10 @@ pub(crate) struct Pair<B: Batch> {
 
 impl<B: Batch> Pair<B> {
     fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
+        // Before anything is read: what cannot be trained on is known at once.
+        let device = experiment.device()?;
         let data = experiment.data(&*self.data)?;
-        Ok((experiment.model(&self.module, data.train.spec())?, data))
+        Ok((experiment.model(&self.module, data.train.spec(), &device)?, data))
     }
 
     fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {

@@ -11,6 +11,7 @@
 //! from a TOML file, with a [`Registry`](config::Registry) that gives the names in it a meaning.
 #![warn(clippy::print_stdout)]
 
+pub mod accelerator;
 pub mod batch;
 pub mod bench;
 pub mod callback;

@@ -1,4 +1,6 @@
-//! How much memory this process holds, and how much more it could have.
+//! How much memory this process holds, how much more it could have, and what to do where there is none left.
+
+use crate::error::Error;
 
 /// What Linux says of this process, in bytes.
 fn status(key: &str) -> Option<u64> {
@@ -36,10 +38,37 @@ pub(crate) fn available() -> Option<u64> {
     Some(of_group.map_or(system.available_memory(), |of_group| of_group.min(system.available_memory())))
 }
 
-#[cfg(all(test, target_os = "linux"))]
+/// Whether this is a device's memory that is full. Devices say it in words alone: `CUDA_ERROR_OUT_OF_MEMORY`, "out of memory".
+pub(crate) fn is_full(error: &Error) -> bool {
+    error.to_string().to_lowercase().replace('_', " ").contains("out of memory")
+}
+
+/// The same error; where a device's memory is full, with what to change. A device takes `at_once` samples at once.
+pub(crate) fn explain(error: Error, at_once: usize) -> Error {
+    if !is_full(&error) {
+        return error;
+    }
+    Error::msg(format!(
+        "{error}\nthe device's memory is full: set `trainer.micro_batch_size` below {at_once}, the samples that it takes at \
+         once now; the training stays the same, since a step adds up its micro-batches. `precision = \"bf16-mixed\"` halves \
+         what is kept"
+    ))
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[test]
+    fn a_full_device_is_understood() {
+        let full = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let explained = explain(Error::msg(full), 16).to_string();
+        assert!(explained.starts_with(full) && explained.contains("set `trainer.micro_batch_size` below 16"));
+        assert!(is_full(&Error::msg("Out of memory")));
+        assert_eq!(explain(Error::msg("shape mismatch"), 16).to_string(), "shape mismatch");
+    }
+
+    #[cfg(target_os = "linux")]
     #[test]
     fn the_peak_sees_what_is_gone_again() {
         const SIZE: u64 = 64 << 20;

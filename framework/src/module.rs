@@ -198,9 +198,9 @@ impl<B: Batch> Model<B> {
         Ok(Self { build, seed, params, training, evaluation })
     }
 
-    /// The same module with parameters of its own, at their initial values: what another rank trains.
-    pub(crate) fn replica(&self) -> Result<Self> {
-        let params = Params::new(self.seed, self.params.dtype(), self.params.device());
+    /// The same module on this device, with parameters of its own, at their initial values: what another rank trains.
+    pub(crate) fn replica(&self, device: &Device) -> Result<Self> {
+        let params = Params::new(self.seed, self.params.dtype(), device);
         Self::on(self.build.clone(), self.seed, params)
     }
 

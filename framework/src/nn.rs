@@ -43,9 +43,9 @@ fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
-/// The same for a half type, which only `conv2d` and `conv_lstm` take.
-fn fast_half(x: &Tensor) -> bool {
-    KERNELS.get() == Kernels::Fast && kernels::supported_half(x)
+/// The same for convolutions and ConvLSTM roll-outs, which also take half types, and run on CUDA devices.
+fn convolves(x: &Tensor) -> bool {
+    KERNELS.get() == Kernels::Fast && kernels::convolves(x)
 }
 
 /// Whether what no kernel takes is computed in 32 bits and narrowed afterwards: half types on the CPU.
@@ -137,7 +137,7 @@ impl Feed<'_> {
 /// `c' = σ(f) c + σ(i) tanh(g)`, `h' = σ(o) tanh(c')` (Shi et al. 2015, equation 3, without peepholes).
 pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
     let x = feed.first();
-    if fast(x) || fast_half(x) {
+    if convolves(x) {
         let input = match feed {
             Feed::Frames(frames) => ConvLstmInput::Frames(frames),
             Feed::Feedback { first, steps } => ConvLstmInput::Feedback { first, steps },

@@ -163,6 +163,8 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// List the devices that this program can train on.
+    Devices,
     /// Print a configuration with every default written out.
     Config {
         #[command(flatten)]
@@ -230,6 +232,9 @@ pub(crate) struct Changes {
     /// Short for --set trainer.devices=N.
     #[arg(long, value_name = "N")]
     devices: Option<String>,
+    /// Short for --set trainer.accelerator=A: auto, cpu or cuda.
+    #[arg(long, value_name = "A")]
+    accelerator: Option<String>,
     /// Short for --set trainer.precision=P.
     #[arg(long, value_name = "P")]
     precision: Option<String>,
@@ -252,10 +257,13 @@ impl Changes {
     /// All changes as overrides, in the order in which they win.
     pub(crate) fn sets(&self) -> Vec<String> {
         let mut sets = self.sets.clone();
-        let quoted = self.precision.as_ref().map(|precision| format!("{precision:?}"));
-        for (key, value) in
-            [("devices", &self.devices), ("precision", &quoted), ("batch_size", &self.batch_size)]
-        {
+        let quoted = |text: &Option<String>| text.as_ref().map(|text| format!("{text:?}"));
+        for (key, value) in [
+            ("devices", &self.devices),
+            ("accelerator", &quoted(&self.accelerator)),
+            ("precision", &quoted(&self.precision)),
+            ("batch_size", &self.batch_size),
+        ] {
             sets.extend(value.as_ref().map(|value| format!("trainer.{key}={value}")));
         }
         sets.extend(self.tensorboard.then(|| "logging.tensorboard=true".to_string()));

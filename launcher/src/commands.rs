@@ -2,6 +2,7 @@
 
 use std::process::ExitCode;
 
+use candlepower::accelerator::describe_devices;
 use candlepower::bench::{Benchmark, Pass};
 use candlepower::callback::{Callback, StopReason};
 use candlepower::callbacks::PredictionWriter;
@@ -117,6 +118,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
                 print_batch_sizes(&finding);
             }
         }
+        Command::Devices => describe_devices().iter().for_each(|line| println!("{line}")),
         Command::Config { schema: true, .. } => println!("{:#}", experiment::schema(registry)),
         Command::Config { config, .. } => {
             let path = config.path.unwrap_or_default();
@@ -189,6 +191,9 @@ fn print_benchmark(benchmark: &Benchmark, steps: u64) {
     }
     if let Some(megabytes) = peak_rss_mb {
         println!("memory      {megabytes:.0} MB at most");
+    }
+    if let Some(megabytes) = benchmark.peak_device_mb {
+        println!("            {megabytes:.0} MB at most on the device");
     }
     println!("on          {}, {} threads", benchmark.device, benchmark.threads);
 }

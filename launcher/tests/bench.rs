@@ -43,6 +43,7 @@ fn json_is_one_object_with_the_promised_keys() {
         "device",
         "flops_per_sample",
         "ms_per_step",
+        "peak_device_mb",
         "peak_rss_mb",
         "precision",
         "samples_per_second",

@@ -648,6 +648,29 @@ error: tiny.toml:6:21: invalid value: floating point `1.5`, expected a number of
 }
 
 #[test]
+fn devices_are_listed_and_one_that_is_not_there_is_refused_before_anything_is_done() {
+    let place = Place::new();
+    let listed = place.succeed(&["devices"]);
+    assert!(listed.starts_with("cpu       "), "{listed}");
+    place.succeed(&["train", "tiny.toml", "--accelerator", "cpu", "--set", "run.name=\"there\""]);
+    assert!(
+        place
+            .fail(2, &["train", "tiny.toml", "--accelerator", "gpu"])
+            .contains("trainer.accelerator=\"gpu\"")
+    );
+    if listed.contains("cuda:0") {
+        return;
+    }
+    let error = place.fail(2, &["train", "tiny.toml", "--accelerator", "cuda"]);
+    let expected = match cfg!(feature = "cuda") {
+        true => "no CUDA device is found: ",
+        false => "this program has no CUDA: expected \"auto\" or \"cpu\", or build it with `--features cuda`",
+    };
+    assert!(error.contains("trainer.accelerator=\"cuda\"") && error.contains(expected), "{error}");
+    assert!(!place.path("runs/tiny").exists());
+}
+
+#[test]
 fn every_precision_trains_and_an_unknown_one_is_refused() {
     let place = Place::new();
     for precision in ["32", "bf16-mixed", "16-mixed"] {

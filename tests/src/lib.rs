@@ -8,10 +8,23 @@ pub mod recorder;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Tensor};
+use candlepower::accelerator::Accelerator;
 use candlepower::params::Params;
+
+/// Where the models of the reference numbers run: on the CPU, or, with `CANDLEPOWER_TEST_DEVICE=cuda`, on the first CUDA
+/// device.
+pub fn device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let open = || match std::env::var("CANDLEPOWER_TEST_DEVICE").as_deref() {
+        Ok("cuda") => Accelerator::Cuda.open(1).unwrap(),
+        _ => Device::Cpu,
+    };
+    DEVICE.get_or_init(open).clone()
+}
 
 /// The folder of the fixtures: `$CANDLEPOWER_GOLDEN` where set, else the ones kept beside the tests.
 pub fn golden_dir() -> PathBuf {
@@ -49,7 +62,7 @@ impl Golden {
         let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
         let hparams = header.metadata().as_ref().and_then(|m| m.get("hparams")).map(String::as_str);
         Self {
-            tensors: candle_core::safetensors::load_buffer(&bytes, &Device::Cpu).unwrap(),
+            tensors: candle_core::safetensors::load_buffer(&bytes, &device()).unwrap(),
             hparams: serde_json::from_str(hparams.unwrap_or("{}")).unwrap(),
         }
     }
@@ -140,7 +153,8 @@ pub fn relative_error(actual: &Tensor, expected: &Tensor) -> f64 {
         let flat = t.abs().unwrap().flatten_all().unwrap();
         flat.to_vec1::<f64>().unwrap().into_iter().fold(0., f64::max)
     };
-    let (actual, expected) = (actual.to_dtype(DType::F64).unwrap(), expected.to_dtype(DType::F64).unwrap());
+    let exact = |x: &Tensor| x.to_device(&Device::Cpu).unwrap().to_dtype(DType::F64).unwrap();
+    let (actual, expected) = (exact(actual), exact(expected));
     largest(&(actual - &expected).unwrap()) / largest(&expected).max(f64::MIN_POSITIVE)
 }
 

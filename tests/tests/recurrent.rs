@@ -1,7 +1,7 @@
 //! The recurrent models agree with PyTorch's: predictions under a mask and without one, loss, and all gradients.
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candlepower::params::Params;
 use candlepower::prelude::*;
 use candlepower::trainer::Kernels;
@@ -13,7 +13,7 @@ use candlepower_models::recurrent::sampling::{Linear, Reverse, Sampling};
 use candlepower_models::recurrent::{Recurrent, RecurrentConfig, Stack};
 use candlepower_models::{conv_lstm_stack::ConvLstmLayers, mim::MimLayers};
 use candlepower_models::{predrnn::PredRnnLayers, predrnn_pp::CausalLayers};
-use candlepower_tests::{Golden, assert_close, golden, golden_dir};
+use candlepower_tests::{Golden, assert_close, device, golden, golden_dir};
 
 /// The suggested tolerances of outputs and gradients, relative to a tensor's largest value.
 const OUTPUT: f64 = 2e-5;
@@ -48,7 +48,7 @@ fn spec(golden: &Golden) -> VideoSpec {
 
 /// The fixture's model with the fixture's parameters, all of them, and no others.
 fn model<S: Stack>(golden: &Golden, config: &S::Config, dtype: DType) -> (Recurrent<S>, Params) {
-    let params = Params::new(0, dtype, &Device::Cpu);
+    let params = Params::new(0, dtype, &device());
     let model = Recurrent::<S>::build(config, &spec(golden), params.var_builder()).unwrap();
     let values = golden.under("param.");
     let vars = params.vars();

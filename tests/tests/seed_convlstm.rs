@@ -1,14 +1,14 @@
 //! The tutorial's model agrees with PyTorch: output, loss, gradients, and three steps of three optimizers.
 #![allow(clippy::unwrap_used)]
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use candlepower::optim::{self, OptimizerConfig};
 use candlepower::params::Params;
 use candlepower::prelude::*;
 use candlepower::trainer::Kernels;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
-use candlepower_tests::{Golden, assert_close, golden};
+use candlepower_tests::{Golden, assert_close, device, golden};
 use serde_json::Value;
 
 /// The fixture's model with the fixture's parameters.
@@ -23,7 +23,7 @@ fn model(golden: &Golden, dtype: DType) -> (ConvLstm, Params) {
     };
     let config =
         ConvLstmConfig { hidden: golden.size("nf"), kernel: golden.size("kernel"), ..Default::default() };
-    let params = Params::new(0, dtype, &Device::Cpu);
+    let params = Params::new(0, dtype, &device());
     let model = ConvLstm::build(&config, &spec, params.var_builder()).unwrap();
     let values = golden.under("param.");
     let vars = params.vars();

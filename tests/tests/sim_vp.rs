@@ -9,7 +9,7 @@ use candlepower::trainer::Kernels;
 use candlepower_models::sim_vp::{SimVpConfig, TranslatorKind};
 use candlepower_models::tau::{TauConfig, divergence};
 use candlepower_models::{SimVp, Tau};
-use candlepower_tests::{Golden, assert_close, golden};
+use candlepower_tests::{Golden, assert_close, device, golden};
 
 fn spec(golden: &Golden) -> VideoSpec {
     let shape: Vec<usize> = serde_json::from_value(golden.hparams["in_shape"].clone()).unwrap();
@@ -61,7 +61,7 @@ fn agrees<M>(
 ) {
     for kernels in [Kernels::Fast, Kernels::Reference] {
         candlepower::nn::with_kernels(kernels, || {
-            let params = Params::new(0, DType::F32, &Device::Cpu);
+            let params = Params::new(0, DType::F32, &device());
             let (training, evaluation) =
                 (build(params.var_builder()).unwrap(), build(params.detached_var_builder()).unwrap());
             golden.load(&params);
@@ -116,7 +116,7 @@ fn tau_agrees() {
 fn the_loss_that_is_trained_is_the_fixtures() {
     let golden = golden("openstl_tau");
     let (config, spec) = (tau_config(&golden), spec(&golden));
-    let model = Model::build::<Tau>(&config, &spec, 0, &Device::Cpu).unwrap();
+    let model = Model::build::<Tau>(&config, &spec, 0, &device()).unwrap();
     golden.load(model.params());
     let batch = Video::new(golden.get("in.x").clone(), golden.get("target").clone());
     // The training build normalises by the batch only in training; a step for evaluation cannot ask for that, a trainer can.
@@ -153,7 +153,7 @@ impl Dataset for One {
 
     fn batch(&self, samples: &[Sample]) -> Result<Video> {
         let index = samples.iter().map(|sample| sample.index as u32);
-        let index = Tensor::from_iter(index, &Device::Cpu)?;
+        let index = Tensor::from_iter(index, &device())?;
         Ok(Video::new(self.0.input.index_select(&index, 0)?, self.0.target.index_select(&index, 0)?))
     }
 }
@@ -162,7 +162,7 @@ impl Dataset for One {
 fn more_frames_than_came_in_are_made_of_the_models_own() {
     let golden = golden("openstl_simvp_gsta");
     let (config, spec) = (config(&golden, TranslatorKind::Gsta), spec(&golden));
-    let params = Params::new(0, DType::F32, &Device::Cpu);
+    let params = Params::new(0, DType::F32, &device());
     let frames = |frames_out: usize| {
         let spec = VideoSpec { frames_out, ..spec };
         let model = SimVp::build(&config, &spec, params.detached_var_builder()).unwrap();

@@ -8,7 +8,7 @@ use candlepower::prelude::*;
 use candlepower::trainer::Kernels;
 use candlepower_models::SvgLp;
 use candlepower_models::svg_lp::{Gaussian, Reconstruction, Statistics, SvgLpConfig};
-use candlepower_tests::{Golden, assert_close, golden};
+use candlepower_tests::{Golden, assert_close, device, golden};
 
 fn config(golden: &Golden) -> SvgLpConfig {
     SvgLpConfig {
@@ -37,7 +37,7 @@ fn spec(golden: &Golden) -> VideoSpec {
 }
 
 fn model(golden: &Golden) -> (SvgLp, Params) {
-    let params = Params::new(0, DType::F32, &Device::Cpu);
+    let params = Params::new(0, DType::F32, &device());
     let model = SvgLp::build(&config(golden), &spec(golden), params.var_builder()).unwrap();
     golden.load(&params);
     (model, params)

@@ -5,7 +5,7 @@ use crate::direct::{self, Geometry, OutputImages};
 use crate::float::Float;
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_floating, check_type, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_like, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
@@ -33,17 +33,21 @@ impl Default for Conv2dOptions {
 /// Two-dimensional convolution, channels last.
 ///
 /// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in PyTorch; `bias` is
-/// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All f32, bf16 or
-/// f16 on the CPU, of any strides; sums are f32 in any case. Differentiable in all three; gradients that nobody tracks are
-/// not computed.
+/// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All of one type that
+/// [`convolves`](crate::convolves), of any strides; sums are f32 in any case. Differentiable in all three; gradients that
+/// nobody tracks are not computed.
 ///
 /// 3x3 and 5x5 kernels of stride 1 run as Winograd F(4x4, 3x3) and F(2x2, 5x5) (Lavin and Gray, "Fast algorithms for
 /// convolutional neural networks", 2015) where there are enough channels, everything else by definition.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or the tensors are not of one such type on the CPU.
+/// Where the shapes do not fit together, or the tensors are not of one such type on one device.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
     let geometry = geometry(x, weight, bias, options)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv2d(x, weight, bias, geometry);
+    }
     let leading = x.dims()[..x.rank() - 3].to_vec();
     match x.dtype() {
         DType::BF16 => Conv2d::<bf16>::new(geometry, leading).apply(x, weight, bias),
@@ -79,8 +83,8 @@ pub fn conv2d_backward(
 
 fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
     let op = "conv2d";
-    check_floating(op, "x", x)?;
-    check_type(op, "weight", weight, x.dtype())?;
+    check_convolves(op, "x", x)?;
+    check_like(op, "weight", weight, x)?;
     let &[ref leading @ .., height, width, inputs] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
     };
@@ -98,7 +102,7 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
             weight.dims()
         );
     }
-    check_bias(op, bias, outputs, x.dtype())?;
+    check_bias(op, bias, outputs, x)?;
     let size = |size: usize, kernel: usize| (size + 2 * padding).checked_sub(dilation * (kernel - 1) + 1);
     let (Some(free_height), Some(free_width)) = (size(height, kernel_height), size(width, kernel_width))
     else {
@@ -125,9 +129,10 @@ fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dO
     })
 }
 
-pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize, dtype: DType) -> Result<()> {
+/// `x` is of the type that the bias must have, and where it must be.
+pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize, x: &Tensor) -> Result<()> {
     let Some(bias) = bias else { return Ok(()) };
-    check_type(op, "bias", bias, dtype)?;
+    check_like(op, "bias", bias, x)?;
     if bias.dims() != [outputs] {
         bail!("{op}: bias must be ({outputs}) for {outputs} output channels, got {:?}", bias.dims());
     }

@@ -6,7 +6,7 @@ use crate::direct::{self, Geometry, OutputImages};
 use crate::float::{Float, convert};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_floating, check_type, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_like, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, OUT, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
@@ -59,11 +59,15 @@ pub enum Keep {
 /// that one step hands to the next, are f32 in any case.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or the tensors are not of one such type on the CPU; and on a second backward
+/// Where the shapes do not fit together, or the tensors are not of one such type on one device; and on a second backward
 /// through one result, because the first has used up what was kept.
 pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<Tensor> {
     let roll_out = RollOut::new(input, layers, keep)?;
     let (ConvLstmInput::Frames(x) | ConvLstmInput::Feedback { first: x, .. }) = input;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv_lstm(input, layers, keep);
+    }
     let mut parameters = Vec::with_capacity(2 * layers.len());
     for layer in layers {
         parameters.push(layer.weight.flatten_all()?);
@@ -131,7 +135,7 @@ impl RollOut {
             ConvLstmInput::Frames(x) => (x, false),
             ConvLstmInput::Feedback { first, .. } => (first, true),
         };
-        check_floating(op, "the input", x)?;
+        check_convolves(op, "the input", x)?;
         let (batch, steps, height, width, channels) = match (input, x.dims()) {
             (ConvLstmInput::Frames(_), &[b, t, h, w, c]) => (b, t, h, w, c),
             (ConvLstmInput::Frames(_), dims) => {
@@ -152,8 +156,8 @@ impl RollOut {
             RollOut { batch, height, width, steps, feedback, keep, layers: Vec::new(), parameters: 0 };
         let mut inputs = channels;
         for (index, layer) in layers.iter().enumerate() {
-            check_type(op, "weight", layer.weight, x.dtype())?;
-            check_type(op, "bias", layer.bias, x.dtype())?;
+            check_like(op, "weight", layer.weight, x)?;
+            check_like(op, "bias", layer.bias, x)?;
             let (weight, bias) = (layer.weight.dims(), layer.bias.dims());
             let &[outputs, channels, kernel, kernel_width] = weight else {
                 bail!("{op}: weight of layer {index} must be (4 N, inputs + N, k, k), got {weight:?}");

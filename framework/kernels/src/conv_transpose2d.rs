@@ -2,7 +2,7 @@
 
 use crate::conv2d::{self, Wanted, check_bias};
 use crate::direct::Geometry;
-use crate::tensors::{check_type, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_like, check_type, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 
 /// How a transposed convolution moves over its output; as PyTorch's arguments of these names.
@@ -30,7 +30,8 @@ impl Default for ConvTranspose2dOptions {
 ///
 /// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cin, Cout / groups, kh, kw), as in PyTorch; `bias` is
 /// (Cout). The result is (.., H', W', Cout) with H' = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding + 1. All
-/// f32 on the CPU, of any strides. Differentiable in all three; gradients that nobody tracks are not computed.
+/// f32 on the CPU, or of one type on a CUDA device, of any strides. Differentiable in all three; gradients that nobody tracks
+/// are not computed.
 ///
 /// # Errors
 /// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
@@ -41,6 +42,10 @@ pub fn conv_transpose2d(
     options: ConvTranspose2dOptions,
 ) -> Result<Tensor> {
     let adjoint = adjoint(x, weight, bias, options)?;
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::conv_transpose2d(x, weight, bias, adjoint);
+    }
     let op = ConvTranspose2d { adjoint, leading: x.dims()[..x.rank() - 3].to_vec() };
     let gradients = tracked(x) || tracked(weight) || bias.is_some_and(tracked);
     match (bias, gradients) {
@@ -59,8 +64,12 @@ fn adjoint(
     options: ConvTranspose2dOptions,
 ) -> Result<Geometry> {
     let op = "conv_transpose2d";
-    check_type(op, "x", x, DType::F32)?;
-    check_type(op, "weight", weight, DType::F32)?;
+    if x.device().is_cpu() {
+        check_type(op, "x", x, DType::F32)?;
+    } else {
+        check_convolves(op, "x", x)?;
+    }
+    check_like(op, "weight", weight, x)?;
     let &[ref leading @ .., height, width, channels] = x.dims() else {
         bail!("{op}: x must be (.., height, width, channels), got {:?}", x.dims());
     };
@@ -82,7 +91,7 @@ fn adjoint(
         );
     }
     let outputs = group_outputs * groups;
-    check_bias(op, bias, outputs, DType::F32)?;
+    check_bias(op, bias, outputs, x)?;
     let size = |size: usize, kernel: usize| {
         ((size - 1) * stride + dilation * (kernel - 1) + output_padding + 1)
             .checked_sub(2 * padding)

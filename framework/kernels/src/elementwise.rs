@@ -1,4 +1,4 @@
-//! In-place passes over tensors on the CPU, for optimizers: no allocation, all threads, no graph.
+//! In-place passes over tensors, for optimizers: on the CPU no allocation, all threads, no graph.
 //!
 //! One step of Adam, for example, is three passes over each parameter:
 //!
@@ -13,12 +13,18 @@
 //! # Ok::<(), candle_core::Error>(())
 //! ```
 //!
-//! A pass writes the storage that a tensor shares with its views, and with a `Var` made from it.
+//! A pass writes the storage that a tensor shares with its views, and with a `Var` made from it. A function of Rust does not
+//! run on a CUDA device: there, a pass copies its tensors to the CPU and its result back.
 
 use crate::parallel::GRAIN;
 use crate::simd::{Kernel, LANES, Level, Simd};
 use candle_core::{
     CpuStorage, InplaceOp1, InplaceOp2, InplaceOp3, Layout, Result, Storage, Tensor, WithDType, bail,
+};
+#[cfg(feature = "cuda")]
+use candle_core::{
+    CudaStorage,
+    backend::{BackendDevice, BackendStorage},
 };
 use rayon::prelude::*;
 
@@ -49,25 +55,25 @@ impl Element for f64 {
     }
 }
 
-/// f(x) for each x of `dst`, a contiguous tensor of `T` on the CPU.
+/// f(x) for each x of `dst`, a contiguous tensor of `T`.
 ///
 /// # Errors
-/// Where the tensor is of another type, elsewhere, or not contiguous.
+/// Where the tensor is of another type, or not contiguous.
 pub fn for_each<T: Element>(dst: &Tensor, f: impl Fn(&mut T) + Sync) -> Result<()> {
     dst.inplace_op1(&Pass(Zip1(f), std::marker::PhantomData::<T>))
 }
 
-/// f(x, a) for each x of `dst` and the value of `a` at its place; both contiguous tensors of `T`, of one shape, on the CPU.
+/// f(x, a) for each x of `dst` and the value of `a` at its place; both contiguous tensors of `T`, of one shape, on one device.
 ///
 /// # Errors
-/// Where a tensor is of another type, elsewhere, not contiguous, or of another shape, or where both share their storage.
+/// Where a tensor is of another type, not contiguous, or of another shape, or where both share their storage.
 pub fn zip2<T: Element>(dst: &Tensor, a: &Tensor, f: impl Fn(&mut T, T) + Sync) -> Result<()> {
     same_shape(dst, a)?;
     dst.inplace_op2(a, &Pass(Zip2(f), std::marker::PhantomData::<T>))
 }
 
 /// f(x, a, b) for each x of `dst` and the values of `a` and `b` at its place; all contiguous tensors of `T`, of one shape, on
-/// the CPU.
+/// one device.
 ///
 /// # Errors
 /// As for [`zip2`].
@@ -181,6 +187,15 @@ impl<F: FnOnce()> Kernel for Loop<F> {
     }
 }
 
+/// Runs a pass on a copy of a device's storage, and puts what it made in the storage's place.
+#[cfg(feature = "cuda")]
+fn through_the_cpu(dst: &mut CudaStorage, pass: impl FnOnce(&mut CpuStorage) -> Result<()>) -> Result<()> {
+    let mut copy = dst.to_cpu_storage()?;
+    pass(&mut copy)?;
+    *dst = dst.device().storage_from_cpu_storage_owned(copy)?;
+    Ok(())
+}
+
 struct Zip1<F>(F);
 struct Zip2<F>(F);
 struct Zip3<F>(F);
@@ -206,6 +221,10 @@ impl<T: Element, F: Fn(&mut T) + Sync> InplaceOp1 for Pass<Zip1<F>, T> {
             dst.par_chunks_mut(GRAIN).for_each(part)
         }
         Ok(())
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, dst: &mut CudaStorage, ld: &Layout) -> Result<()> {
+        through_the_cpu(dst, |dst| self.cpu_fwd(dst, ld))
     }
 }
 
@@ -234,6 +253,11 @@ impl<T: Element, F: Fn(&mut T, T) + Sync> InplaceOp2 for Pass<Zip2<F>, T> {
             dst.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN)).for_each(part);
         }
         Ok(())
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, dst: &mut CudaStorage, ld: &Layout, a: &CudaStorage, la: &Layout) -> Result<()> {
+        let a = a.to_cpu_storage()?;
+        through_the_cpu(dst, |dst| self.cpu_fwd(dst, ld, &a, la))
     }
 }
 
@@ -271,5 +295,18 @@ impl<T: Element, F: Fn(&mut T, T, T) + Sync> InplaceOp3 for Pass<Zip3<F>, T> {
             dst.par_chunks_mut(GRAIN).zip(a.par_chunks(GRAIN)).zip(b.par_chunks(GRAIN)).for_each(part);
         }
         Ok(())
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        dst: &mut CudaStorage,
+        ld: &Layout,
+        a: &CudaStorage,
+        la: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<()> {
+        let (a, b) = (a.to_cpu_storage()?, b.to_cpu_storage()?);
+        through_the_cpu(dst, |dst| self.cpu_fwd(dst, ld, &a, la, &b, lb))
     }
 }

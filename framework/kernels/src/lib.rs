@@ -1,4 +1,5 @@
-//! Fast differentiable operations for [candle](https://docs.rs/candle-core) on the CPU: convolutions and ConvLSTM roll-outs.
+//! Fast differentiable operations for [candle](https://docs.rs/candle-core): convolutions and ConvLSTM roll-outs, on the CPU
+//! and, with the feature `cuda`, on NVIDIA's devices.
 #![expect(clippy::needless_range_loop, reason = "in kernels, an index names a row, a tap or a lane")]
 
 mod activations;
@@ -7,6 +8,9 @@ mod cell;
 mod conv2d;
 mod conv_lstm;
 mod conv_transpose2d;
+#[cfg(any(feature = "cuda", test))]
+mod cuda;
+mod devices;
 mod direct;
 pub mod elementwise;
 mod float;
@@ -16,14 +20,21 @@ mod parallel;
 mod shared_conv;
 mod simd;
 mod tensors;
+pub mod updates;
 mod winograd;
 
 pub use buffer::{keep_freed_memory, release_scratch};
 pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
+#[cfg(feature = "cuda")]
+pub use cuda::Communicator;
+pub use devices::{
+    BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
+    to_device,
+};
 pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
 pub use shared_conv::SharedConv;
 #[doc(hidden)]
 pub use simd::Level;
-pub use tensors::{no_grad, supported, supported_half};
+pub use tensors::{convolves, no_grad, supported};

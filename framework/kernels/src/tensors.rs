@@ -8,28 +8,40 @@ use std::cell::Cell;
 
 /// Whether these kernels take this tensor: f32 on the CPU.
 ///
-/// Elsewhere every op of this crate is an error, but for what [`supported_half`] says; compose it from candle's own ops
-/// instead.
+/// Elsewhere every op of this crate is an error, but for what [`convolves`] says; compose it from candle's own ops instead.
 pub fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Whether [`conv2d`](crate::conv2d()) and [`conv_lstm`](crate::conv_lstm()) take this tensor although it is not f32: bf16 or
-/// f16 on the CPU.
-pub fn supported_half(x: &Tensor) -> bool {
-    x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
+/// Whether [`conv2d`](crate::conv2d()) and [`conv_lstm`](crate::conv_lstm()) take this tensor: f32, bf16 or f16, on the CPU or, with
+/// the feature `cuda`, on a CUDA device.
+pub fn convolves(x: &Tensor) -> bool {
+    let device = x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda();
+    device && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
-/// An error that names the op and the tensor, unless it is supported, or as a half type, and has elements.
-pub(crate) fn check_floating(op: &str, name: &str, x: &Tensor) -> Result<()> {
-    if !supported(x) && !supported_half(x) {
+/// An error that names the op and the tensor, unless convolutions take it, and it has elements.
+pub(crate) fn check_convolves(op: &str, name: &str, x: &Tensor) -> Result<()> {
+    if !convolves(x) {
+        let place = if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" };
+        let (dtype, location) = (x.dtype(), x.device().location());
+        bail!("{op}: {name} must be f32, bf16 or f16 on {place}, got {dtype:?} on {location:?}");
+    }
+    check_elements(op, name, x)
+}
+
+/// An error that names the op and the tensor, unless it is of the type of `x`, where that is, and has elements.
+pub(crate) fn check_like(op: &str, name: &str, tensor: &Tensor, x: &Tensor) -> Result<()> {
+    if tensor.dtype() != x.dtype() || !tensor.device().same_device(x.device()) {
         bail!(
-            "{op}: {name} must be f32, bf16 or f16 on the CPU, got {:?} on {:?}",
-            x.dtype(),
-            x.device().location()
+            "{op}: {name} must be {} on {:?} as the input is, got {:?} on {:?}",
+            x.dtype().as_str(),
+            x.device().location(),
+            tensor.dtype(),
+            tensor.device().location()
         );
     }
-    check_type(op, name, x, x.dtype())
+    check_elements(op, name, tensor)
 }
 
 /// An error that names the op and the tensor, unless it is on the CPU, of this type, and has elements.
@@ -42,6 +54,10 @@ pub(crate) fn check_type(op: &str, name: &str, x: &Tensor, dtype: DType) -> Resu
             x.device().location()
         );
     }
+    check_elements(op, name, x)
+}
+
+fn check_elements(op: &str, name: &str, x: &Tensor) -> Result<()> {
     if x.elem_count() == 0 {
         bail!("{op}: {name} has no elements, its shape is {:?}", x.dims());
     }

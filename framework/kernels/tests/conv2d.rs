@@ -240,6 +240,6 @@ fn errors_name_what_does_not_fit() {
     let double = x.to_dtype(DType::F64).unwrap();
     assert!(message(&double, &w, None, SAME).contains("x must be f32, bf16 or f16 on the CPU, got F64"));
     let half = x.to_dtype(DType::BF16).unwrap();
-    assert!(message(&half, &w, None, SAME).contains("weight must be bf16 on the CPU, got F32"));
+    assert!(message(&half, &w, None, SAME).contains("weight must be bf16 on Cpu as the input is, got F32"));
     assert!(message(&random(&[0, 5, 5, 4], 1), &w, None, SAME).contains("no elements"));
 }

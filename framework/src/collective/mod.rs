@@ -11,6 +11,8 @@ mod failure;
 mod flat;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "cuda")]
+mod nccl;
 pub(crate) mod shard;
 mod threads;
 
@@ -24,6 +26,8 @@ pub use environment::{Environment, Starter};
 pub use failure::FAILURE_FILE;
 pub(crate) use failure::report;
 pub(crate) use flat::{all_reduce, broadcast};
+#[cfg(feature = "cuda")]
+pub use nccl::Nccl;
 pub use threads::Threads;
 
 use crate::error::{Error, Result};
@@ -59,6 +63,11 @@ pub trait Collective: Send + Sync {
 
     /// Waits until all ranks have come here.
     fn barrier(&self) -> Result<()>;
+
+    /// An error where a rank is known to have failed; waits for nobody.
+    fn check_ranks(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// Tells the others that this rank is out, and why: whatever they wait for fails.
     fn abort(&self, why: &str);

@@ -157,6 +157,10 @@ impl Collective for Threads {
         self.exchange(&Tensor::zeros(1, candle_core::DType::U8, &candle_core::Device::Cpu)?).map(drop)
     }
 
+    fn check_ranks(&self) -> Result<()> {
+        self.check(&self.table.lock())
+    }
+
     fn abort(&self, why: &str) {
         let mut state = self.table.lock();
         if state.failed.is_none() {
@@ -266,11 +270,13 @@ mod tests {
     fn a_failed_rank_ends_the_others_waiting() {
         let results = on_ranks(3, PATIENCE, |c| {
             if c.rank() == 1 {
+                c.check_ranks().unwrap();
                 c.abort("no disk");
                 return "out".to_string();
             }
             let first = c.all_reduce(&flat(&[1.])).unwrap_err().to_string();
             assert_eq!(first, c.barrier().unwrap_err().to_string());
+            assert_eq!(first, c.check_ranks().unwrap_err().to_string());
             first
         });
         assert_eq!(results, ["rank 1 failed: no disk", "out", "rank 1 failed: no disk"]);

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use candle_core::Device;
 use crossbeam_channel::{Receiver, Sender, bounded};
 
 use super::source::Jobs;
@@ -41,6 +42,7 @@ pub(crate) struct Loaded<B> {
 /// loader's queue: so batches come in the order of the jobs whatever the number of workers. The queue is short, which
 /// bounds how many batches are held.
 pub(crate) struct Loader<B: Batch> {
+    device: Device,
     /// Without workers: made when asked for.
     inline: Option<Jobs<B>>,
     answers: Receiver<Answer<B>>,
@@ -53,23 +55,30 @@ type Request<B> = (Result<Job<B>>, Sender<Result<Loaded<B>>>);
 
 impl<B: Batch> Loader<B> {
     /// Starts `workers` threads (0: batches are made when they are asked for), which together are at most `ahead`
-    /// micro-batches ahead.
-    pub(crate) fn new(jobs: Jobs<B>, workers: usize, ahead: usize) -> Self {
+    /// micro-batches ahead. They hand them over on this device.
+    pub(crate) fn new(jobs: Jobs<B>, workers: usize, ahead: usize, device: &Device) -> Self {
+        let device = device.clone();
         if workers == 0 {
-            return Self { inline: Some(jobs), answers: crossbeam_channel::never(), workers: Vec::new() };
+            return Self {
+                device,
+                inline: Some(jobs),
+                answers: crossbeam_channel::never(),
+                workers: Vec::new(),
+            };
         }
         let (to_loader, answers) = bounded(ahead.max(1));
         let jobs = Arc::new(Mutex::new(jobs));
         let work = |_| {
-            let (jobs, to_loader) = (jobs.clone(), to_loader.clone());
+            let (jobs, to_loader, device) = (jobs.clone(), to_loader.clone(), device.clone());
             std::thread::spawn(move || {
                 while let Some((job, answer)) = take(&jobs, &to_loader) {
                     // Nobody is waiting any more when the loader was dropped: not an error.
-                    let _ = answer.send(job.and_then(made));
+                    let _ = answer.send(job.and_then(|job| made(job, &device)));
                 }
             })
         };
-        Self { inline: None, answers, workers: (0..workers).map(work).collect() }
+        let workers = (0..workers).map(work).collect();
+        Self { device, inline: None, answers, workers }
     }
 }
 
@@ -82,9 +91,10 @@ fn take<B: Batch>(jobs: &Mutex<Jobs<B>>, to_loader: &Sender<Answer<B>>) -> Optio
     Some((job, answer))
 }
 
-fn made<B>(job: Job<B>) -> Result<Loaded<B>> {
+fn made<B: Batch>(job: Job<B>, device: &Device) -> Result<Loaded<B>> {
     let Job { make, place } = job;
-    Ok(Loaded { batch: make.map(|make| make()).transpose()?, place })
+    let batch = make.map(|make| make()?.to_device(device)).transpose()?;
+    Ok(Loaded { batch, place })
 }
 
 impl<B: Batch> Iterator for Loader<B> {
@@ -92,7 +102,8 @@ impl<B: Batch> Iterator for Loader<B> {
 
     fn next(&mut self) -> Option<Result<Loaded<B>>> {
         if let Some(jobs) = &mut self.inline {
-            return Some(jobs.next()?.and_then(made));
+            let device = &self.device;
+            return Some(jobs.next()?.and_then(|job| made(job, device)));
         }
         let answer = self.answers.recv().ok()?.recv();
         Some(answer.unwrap_or_else(|_| Err(Error::msg("a data worker panicked; its message is above"))))
@@ -114,7 +125,7 @@ impl<B: Batch> Drop for Loader<B> {
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
-    use candle_core::{Device, Tensor};
+    use candle_core::Tensor;
 
     use super::*;
     use crate::batch::Tensors;
@@ -185,7 +196,7 @@ mod tests {
         share: Share,
     ) -> Loader<Tensors> {
         let start = Start { epoch: from.0, step_in_epoch: from.1, micro_batch_size: 2, share };
-        Loader::new(source.training(order, start), workers, 4)
+        Loader::new(source.training(order, start), workers, 4, &Device::Cpu)
     }
 
     #[test]
@@ -306,7 +317,8 @@ mod tests {
         {
             let count = |limit| {
                 let jobs = source.evaluation(pass, 3, limit, Share::default()).unwrap();
-                let sizes = Loader::new(jobs, 2, 4).map(|l| l.unwrap().batch.unwrap().0[0].elem_count());
+                let sizes = Loader::new(jobs, 2, 4, &Device::Cpu)
+                    .map(|l| l.unwrap().batch.unwrap().0[0].elem_count());
                 sizes.collect::<Vec<_>>()
             };
             let samples: usize = count(usize::MAX).iter().sum();

@@ -7,7 +7,7 @@ use candlepower_kernels::{self as kernels};
 pub use candlepower_kernels::{Conv2dOptions, ConvTranspose2dOptions};
 
 pub use super::norm::{BatchNorm, GroupNorm};
-use super::{Conv, fast, fast_half, widened};
+use super::{Conv, convolves, widened};
 use crate::error::{Error, Result};
 
 /// (B, T, C, H, W) to (B * T, H, W, C).
@@ -49,7 +49,7 @@ fn reordered(x: &Tensor, order: [usize; 3]) -> Result<Tensor> {
 impl Conv {
     /// Convolution of (.., H, W, Cin) to (.., H', W', Cout), with PyTorch's options.
     pub fn channels_last(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {
-        if fast(x) || fast_half(x) {
+        if convolves(x) {
             return Ok(kernels::conv2d(x, &self.weight, Some(&self.bias), options)?);
         }
         if widened(x) {
@@ -93,7 +93,7 @@ impl ConvTranspose {
             let wide = Self { weight, bias: self.bias.to_dtype(DType::F32)? };
             return Ok(wide.channels_last(&x.to_dtype(DType::F32)?, options)?.to_dtype(x.dtype())?);
         }
-        if fast(x) {
+        if convolves(x) {
             return Ok(kernels::conv_transpose2d(x, &self.weight, Some(&self.bias), options)?);
         }
         let ConvTranspose2dOptions { stride, padding, output_padding, dilation, groups } = options;

@@ -11,7 +11,7 @@ pub use candlepower_kernels::OutputGate;
 use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions, SharedConv};
 
 use crate::error::{Error, Result};
-use crate::nn::{fast, widened};
+use crate::nn::{convolves, fast, widened};
 
 /// A 'same' convolution whose weight all steps of a roll-out share.
 #[derive(Debug, Clone)]
@@ -85,9 +85,12 @@ impl StepConv {
             return Ok(shared.forward(x)?);
         }
         let padding = self.weight.dims()[2] / 2;
-        if fast(x) && fast(&self.weight) {
+        if convolves(x) && convolves(&self.weight) {
             let options = Conv2dOptions { padding, stride: self.stride, ..Default::default() };
-            return Ok(kernels::conv2d(x, &self.weight, self.bias.as_ref(), options)?);
+            // States may be wider than what is computed in.
+            let narrow = x.to_dtype(self.weight.dtype())?;
+            let y = kernels::conv2d(&narrow, &self.weight, self.bias.as_ref(), options)?;
+            return Ok(y.to_dtype(x.dtype())?);
         }
         let y = planes(x, self.weight.dtype())?.conv2d(&self.weight, padding, self.stride, 1, 1)?;
         pixels(y, self.bias.as_ref(), x)
@@ -128,14 +131,15 @@ impl DoublingConv {
     /// (B, H, W, Cin) to (B, 2H, 2W, Cout).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Self { weight, bias } = self;
-        if fast(x) && fast(weight) {
+        if convolves(x) && convolves(weight) && !widened(weight) {
             let options = ConvTranspose2dOptions {
                 stride: Self::STRIDE,
                 padding: Self::PADDING,
                 output_padding: Self::OUTPUT_PADDING,
                 ..Default::default()
             };
-            return Ok(kernels::conv_transpose2d(x, weight, Some(bias), options)?);
+            let y = kernels::conv_transpose2d(&x.to_dtype(weight.dtype())?, weight, Some(bias), options)?;
+            return Ok(y.to_dtype(x.dtype())?);
         }
         let (padding, more, stride) = (Self::PADDING, Self::OUTPUT_PADDING, Self::STRIDE);
         let y = planes(x, weight.dtype())?.conv_transpose2d(weight, padding, more, stride, 1)?;
@@ -200,6 +204,10 @@ impl StateNorm {
 
     /// (B, H, W, C) or (B, H, W, D, C) to the same. Candle's own layer norm has no gradient.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if matches!(x.dtype(), DType::BF16 | DType::F16) {
+            // Sums of half types lose what they add up.
+            return Ok(self.forward(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
+        }
         let flat = x.flatten_from(1)?;
         let centred = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
         let variance = centred.sqr()?.mean_keepdim(1)?;

@@ -1,7 +1,7 @@
 //! Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes them.
 
 use candle_core::{Tensor, Var};
-use candlepower_kernels::elementwise::{zip2, zip3};
+use candlepower_kernels::updates::AdamStep;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -100,29 +100,23 @@ impl Optimizer for Adam {
         let correction = |beta: f64| 1. - beta.powf(t as f64);
         let step_size = (lr / correction(beta1)) as f32;
         let root_correction = correction(beta2).sqrt() as f32;
-        let (one_minus_beta1, one_minus_beta2) = ((1. - beta1) as f32, (1. - beta2) as f32);
-        let (beta2, eps) = (beta2 as f32, self.eps as f32);
         let (l2, keep) = match self.decay {
             Decay::Gradient(decay) => (decay, 1.),
             Decay::Parameter(decay) => (0., (1. - lr * decay) as f32),
         };
+        let step = AdamStep {
+            one_minus_beta1: (1. - beta1) as f32,
+            beta2: beta2 as f32,
+            one_minus_beta2: (1. - beta2) as f32,
+            eps: self.eps as f32,
+            step_size,
+            root_correction,
+            l2,
+            keep,
+        };
         for (i, gradient) in gradients.iter().enumerate() {
-            let (param, first, second) = (&self.params[i].1, &self.first[i], &self.second[i]);
-            zip3(first, gradient, param, move |m: &mut f32, g, w| *m += (g + l2 * w - *m) * one_minus_beta1)?;
-            zip3(second, gradient, param, move |v: &mut f32, g, w| {
-                let g = g + l2 * w;
-                *v = *v * beta2 + one_minus_beta2 * g * g;
-            })?;
-            let second = match self.largest.get(i) {
-                None => second,
-                Some(largest) => {
-                    zip2(largest, second, |max: &mut f32, v| *max = max.max(v))?;
-                    largest
-                }
-            };
-            zip3(param, first, second, move |w: &mut f32, m, v| {
-                *w = *w * keep - step_size * (m / (v.sqrt() / root_correction + eps));
-            })?;
+            let largest = self.largest.get(i).map(Var::as_tensor);
+            step.apply(&self.params[i].1, gradient, &self.first[i], &self.second[i], largest)?;
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Averages of the weights over training: evaluated and saved beside the weights that are trained.
 
 use candle_core::{Tensor, Var};
-use candlepower_kernels::elementwise::zip2;
+use candlepower_kernels::updates::approach;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -106,9 +106,7 @@ impl Average {
             if share == 1. {
                 average.set(param)?;
             } else {
-                zip2(average, param, move |average: &mut f32, weight| {
-                    *average += (weight - *average) * share
-                })?;
+                approach(average, param, share)?;
             }
         }
         self.updates += 1;

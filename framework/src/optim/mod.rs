@@ -12,7 +12,7 @@ pub use adaptive::{Adadelta, AdadeltaConfig, Adagrad, AdagradConfig, Moments, Mo
 pub(crate) use average::Average;
 pub use average::{AverageConfig, EmaConfig, SwaConfig};
 use candle_core::{DType, Tensor, Var};
-use candlepower_kernels::elementwise;
+use candlepower_kernels::updates::sum_squares_of;
 pub use rmsprop::{Rmsprop, RmspropConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -217,17 +217,21 @@ pub fn clip_value(gradients: &mut [Tensor], max: f64) -> Result<()> {
 
 /// The L2 norm of all gradients together.
 pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
+    if gradients.iter().all(takes) {
+        return Ok(sum_squares_of(gradients)?.sqrt());
+    }
     let mut sum = 0.;
     for gradient in gradients {
-        sum += sum_squares(gradient)?;
+        sum += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
     }
     Ok(sum.sqrt())
 }
 
-/// The sum of a gradient's squares, in f64.
-fn sum_squares(gradient: &Tensor) -> Result<f64> {
-    if gradient.device().is_cpu() && matches!(gradient.dtype(), DType::F32 | DType::F64) {
-        return Ok(elementwise::sum_squares(gradient)?);
+/// Whether the kernels add up the squares of this gradient.
+fn takes(gradient: &Tensor) -> bool {
+    match gradient.dtype() {
+        DType::F32 => true,
+        DType::F64 => gradient.device().is_cpu(),
+        _ => false,
     }
-    Ok(gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar()?)
 }

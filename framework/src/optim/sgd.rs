@@ -1,7 +1,7 @@
 //! Stochastic gradient descent with momentum (Sutskever et al. 2013), as PyTorch computes it.
 
 use candle_core::{Tensor, Var};
-use candlepower_kernels::elementwise::{zip2, zip3};
+use candlepower_kernels::updates::SgdStep;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -51,25 +51,12 @@ impl Optimizer for Sgd {
     fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
         let SgdConfig { momentum, dampening, weight_decay, nesterov, .. } = self.config;
         let momentum = rates.momentum.unwrap_or(momentum) as f32;
-        let (lr, decay) = (rates.lr as f32, weight_decay as f32);
         // The first gradient enters whole: there is no update yet that it could dampen.
         let entering = if t == 1 { 1. } else { (1. - dampening) as f32 };
+        let step = SgdStep { lr: rates.lr as f32, momentum, entering, l2: weight_decay as f32, nesterov };
         for (i, gradient) in gradients.iter().enumerate() {
-            let param = &self.params[i].1;
-            let Some(buffer) = self.momentum_buffers.get(i) else {
-                zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (g + decay * *w))?;
-                continue;
-            };
-            zip3(buffer, gradient, param, move |b: &mut f32, g, w| {
-                *b = momentum * *b + entering * (g + decay * w)
-            })?;
-            if nesterov {
-                zip3(param, gradient, buffer, move |w: &mut f32, g, b| {
-                    *w -= lr * (g + decay * *w + momentum * b)
-                })?;
-            } else {
-                zip2(param, buffer, move |w: &mut f32, b| *w -= lr * b)?;
-            }
+            let buffer = self.momentum_buffers.get(i).map(Var::as_tensor);
+            step.apply(&self.params[i].1, gradient, buffer)?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::limits::{Every, Limit, duration};
+use crate::accelerator::{Accelerator, MatmulPrecision};
 use crate::callback::Progress;
 use crate::data::Split;
 use crate::error::{Error, Result};
@@ -70,6 +71,10 @@ pub struct TrainerConfig {
     pub clip_value: Option<f64>,
     /// Number format of the computation.
     pub precision: Precision,
+    /// What the computation runs on.
+    pub accelerator: Accelerator,
+    /// How exactly CUDA devices compute with 32-bit numbers.
+    pub float32_matmul_precision: MatmulPrecision,
     /// Replicas of the model, one a device.
     pub devices: usize,
     /// CPU threads of the computation. Default: one a core.
@@ -113,6 +118,8 @@ impl Default for TrainerConfig {
             clip_norm: None,
             clip_value: None,
             precision: Precision::Full,
+            accelerator: Accelerator::Auto,
+            float32_matmul_precision: MatmulPrecision::Highest,
             devices: 1,
             threads: None,
             kernels: Kernels::Fast,
@@ -141,6 +148,7 @@ impl TrainerConfig {
                 return Err(Error::setting(key, format!("expected a number above 0, found {value}")));
             }
         }
+        self.accelerator.check()?;
         if self.micro_batch_size.is_some_and(|micro| micro > self.batch_size) {
             let message = format!("expected at most `batch_size`, which is {}", self.batch_size);
             return Err(Error::setting("micro_batch_size", message));

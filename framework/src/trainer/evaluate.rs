@@ -1,6 +1,6 @@
 //! Evaluation and prediction: every sample of a source exactly once over all ranks, or its first batches.
 
-use candle_core::DType;
+use candle_core::{DType, Device};
 use indexmap::IndexMap;
 
 use super::Trainer;
@@ -23,6 +23,7 @@ fn batches<B: Batch>(
     limit: Option<Limit>,
     workers: usize,
     share: Share,
+    device: &Device,
 ) -> Result<(Loader<B>, Option<usize>)> {
     // The same batches for any number of ranks.
     let batch_size = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
@@ -34,7 +35,7 @@ fn batches<B: Batch>(
     }
     let limit = limit.map_or(usize::MAX, |limit| limit.of(all.unwrap_or(usize::MAX)));
     let jobs = source.evaluation(pass, batch_size, limit, share)?;
-    Ok((Loader::new(jobs, workers, workers * AHEAD), all.map(|all| all.min(limit))))
+    Ok((Loader::new(jobs, workers, workers * AHEAD, device), all.map(|all| all.min(limit))))
 }
 
 /// The metrics of `model` on `source`; pictures of the first batch where they are due.
@@ -51,7 +52,7 @@ pub(super) fn evaluate<B: Batch>(
 ) -> Result<IndexMap<String, f64>> {
     let ranks = trainer.ranks.clone();
     let share = Share { rank: ranks.rank(), of: ranks.world_size() };
-    let (batches, total) = batches(trainer, source, pass, limit, workers, share)?;
+    let (batches, total) = batches(trainer, source, pass, limit, workers, share, model.params().device())?;
     let mut means = Means::default();
     for (i, loaded) in (share.rank..).step_by(share.of).zip(batches) {
         let Some(batch) = loaded?.batch else { continue };
@@ -84,13 +85,15 @@ pub(super) fn predict<B: Batch>(
     workers: usize,
 ) -> Result<usize> {
     let limit = trainer.config.limit_predict_batches;
-    let (batches, _) = batches(trainer, source, pass, limit, workers, Share::default())?;
+    let device = model.params().device();
+    let (batches, _) = batches(trainer, source, pass, limit, workers, Share::default(), device)?;
     let mut done = 0;
     for (i, loaded) in batches.enumerate() {
         let Some(batch) = loaded?.batch else { continue };
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(0, i as u64, trainer.seed, false);
         let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
+        let prediction = prediction.to_device(&Device::Cpu)?;
         trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_prediction(i, &prediction))?;
         done += 1;
     }

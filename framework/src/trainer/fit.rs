@@ -17,6 +17,7 @@ use crate::collective::{self, Collective, Identity, Shard, shard};
 use crate::data::{Data, Loaded, Loader, Order, Pass, Share, Source, Split, Start};
 use crate::error::{Error, Result};
 use crate::grads::{Grads, first_not_finite};
+use crate::memory;
 use crate::metrics::Means;
 use crate::module::{Model, Step};
 use crate::optim::{self, Average, Turn};
@@ -158,7 +159,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             share,
         };
         let workers = data.workers.div_ceil(ranks.ranks_here());
-        let micro_batches = Loader::new(data.train.training(order, start), workers, workers * data.prefetch);
+        let jobs = data.train.training(order, start);
+        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
         let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
         if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
             && epochs.fract() != 0.
@@ -206,7 +208,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         self.start()?;
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
-            let flow = match self.step()? {
+            let flow = match self.step().map_err(|error| self.explain_memory(error))? {
                 Stepped::Moved(tally) => self.after_step(tally)?,
                 Stepped::Refused(Refusal::Overflow) => Flow::Continue,
                 Stepped::Refused(Refusal::Hopeless(why)) => Flow::Stop(StopReason::Failed(why)),
@@ -471,9 +473,17 @@ impl<'a, B: Batch> Fit<'a, B> {
         Ok(norm)
     }
 
+    /// Adds to a device's error, where its memory is full, what to change.
+    fn explain_memory(&self, error: Error) -> Error {
+        let config = &self.trainer.config;
+        let share = config.batch_size.div_ceil(self.ranks.world_size());
+        memory::explain(error, config.micro_batch_size.unwrap_or(share))
+    }
+
     /// Adds to a module's error, in half precision, what is probably wrong.
     fn explain_precision(&self, error: Error) -> Error {
         match self.trainer.config.precision.dtype() {
+            _ if memory::is_full(&error) => error,
             DType::F32 => error,
             dtype => Error::msg(format!(
                 "{error}\nthe module computes in {dtype:?}: an operation that has no kernel for it, or that mixes types, \

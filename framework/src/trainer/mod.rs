@@ -9,7 +9,7 @@ mod ranks;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use tracing::{Dispatch, dispatcher};
 
@@ -17,6 +17,7 @@ pub use config::{Kernels, TrainerConfig};
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
 
+use crate::accelerator;
 use crate::batch::Batch;
 use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
@@ -292,7 +293,7 @@ impl Trainer {
         self.in_pool(|trainer| evaluate::predict(trainer, model, &source, pass, data.workers))
     }
 
-    /// What a model predicts from one batch.
+    /// What a model predicts from one batch, on the CPU.
     pub fn predict<B: Batch>(&mut self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         self.in_pool(|trainer| trainer.predicted(model, batch))
     }
@@ -319,7 +320,8 @@ impl Trainer {
     fn predicted<B: Batch>(&self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(0, 0, self.seed, false);
-        Ok(model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?)
+        let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
+        Ok(prediction.to_device(&Device::Cpu)?)
     }
 
     fn show(&mut self, picture: &Picture) -> Result<()> {
@@ -370,6 +372,7 @@ impl Trainer {
     ) -> Result<T> {
         const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
         candlepower_kernels::keep_freed_memory();
+        accelerator::set_matmul_precision(self.config.float32_matmul_precision);
         let threads = self.config.threads.or(std::thread::available_parallelism().ok().map(usize::from));
         // Ranks side by side share the processor's cores.
         let threads = threads.map_or(0, |threads| (threads / self.ranks.ranks_here()).max(1));

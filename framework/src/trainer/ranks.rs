@@ -3,12 +3,14 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::Duration;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use tracing::{Dispatch, dispatcher};
 
 use super::fit::Fit;
 use super::{Outcome, Trainer};
+use crate::accelerator;
 use crate::batch::Batch;
 use crate::callback::{Flow, StopReason};
 use crate::checkpoint::State;
@@ -29,7 +31,14 @@ pub(super) fn fit_as_rank<B: Batch>(
         (trainer.checkpoint_dir, trainer.resume) = (None, None);
     }
     let ranks = trainer.ranks.clone();
-    let mut trained = || trainer.in_pool(|trainer| Fit::new(trainer, model, data)?.run());
+    let mut trained = || {
+        trainer.in_pool(|trainer| {
+            trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
+            let outcome = Fit::new(trainer, model, data)?.run();
+            trainer.ranks = ranks.clone();
+            outcome
+        })
+    };
     if ranks.world_size() == 1 {
         return trained();
     }
@@ -37,6 +46,20 @@ pub(super) fn fit_as_rank<B: Batch>(
     let result = catch_unwind(AssertUnwindSafe(trained))
         .unwrap_or_else(|panic| Err(Error::msg(format!("it panicked: {}", text_of(&*panic)))));
     result.inspect_err(|error| ranks.abort(&error.to_string()))
+}
+
+/// The same ranks, able to exchange what lies on their devices.
+fn on_devices(
+    ranks: &Arc<dyn Collective>,
+    device: &Device,
+    patience: Duration,
+) -> Result<Arc<dyn Collective>> {
+    #[cfg(feature = "cuda")]
+    if ranks.world_size() > 1 && device.is_cuda() {
+        return Ok(Arc::new(collective::Nccl::join(ranks.clone(), device, patience)?));
+    }
+    let _ = (device, patience);
+    Ok(ranks.clone())
 }
 
 /// Trains on as many ranks as there are devices, each a thread with a replica of the model. Rank 0 is this very trainer
@@ -49,7 +72,10 @@ pub(super) fn fit_on_threads<B: Batch>(
     let mut ranks = Threads::new(trainer.config.devices, trainer.distributed.patience()).into_iter();
     let first =
         Arc::new(ranks.next().ok_or_else(|| Error::setting("devices", "expected at least 1, found 0"))?);
-    let others = ranks.map(|rank| Ok((trainer.replica(Arc::new(rank)), model.replica()?)));
+    let others = ranks.map(|rank| {
+        let device = accelerator::of_rank(rank.rank(), model.params().device())?;
+        Ok((trainer.replica(Arc::new(rank)), model.replica(&device)?))
+    });
     let others: Vec<(Trainer, Model<B>)> = others.collect::<Result<_>>()?;
     trainer.ranks = first.clone();
     let mut results: Vec<Result<Outcome>> = std::thread::scope(|scope| {

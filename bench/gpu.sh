@@ -1,0 +1,181 @@
+#!/usr/bin/env bash
+# Candlepower beside PyTorch on this machine's first CUDA device: first checks, then the tutorial's step, a table last.
+#
+#   bench/gpu.sh CANDLEPOWER [TESTS...]         a program that was built with `--features cuda`, and test programs built with it:
+#                                               of framework/kernels/tests/cuda.rs, and of tests/tests/, whose reference
+#                                               numbers from PyTorch are then compared with what the device computes
+#   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --quick: one size, without torch.compile
+#   --steps N   timed steps (30)                --out DIR: where full logs go (a temporary folder)
+#
+# The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
+# `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
+# recurrent --test sim_vp --test svg_lp`, which names the test programs.
+#
+# It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
+# names another). Each measurement is a process of its own. Exits with 1 where a check fails.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+repository=$(dirname "$here")
+
+checks_alone=0 quick=0 steps=30 out=
+while (($#)); do
+    case $1 in
+        --checks) checks_alone=1 ;;
+        --quick) quick=1 ;;
+        --steps) steps=$2 && shift ;;
+        --out) out=$2 && shift ;;
+        -h | --help) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' && exit ;;
+        *) break ;;
+    esac
+    shift
+done
+(($#)) || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+candlepower=$(realpath "$1")
+shift
+tests=()
+for test in "$@"; do tests+=("$(realpath "$test")"); done
+python=${CANDLEPOWER_BENCH_PYTHON:-python3}
+out=${out:-$(mktemp -d)}
+mkdir -p "$out"
+out=$(realpath "$out")
+cd "$repository" || exit 1
+
+# Lines of the last table.
+summary=$out/summary.txt
+: >"$summary"
+failures=0
+note() { echo "$*" | tee -a "$summary"; }
+check() { # WHAT COMMAND...: runs it, its words in a log
+    local what=$1 log
+    log=$out/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$1").log
+    shift
+    if "$@" >"$log" 2>&1; then
+        note "ok      $what"
+    else
+        note "FAILED  $what: $(tail -1 "$log" | cut -c1-150)"
+        failures=$((failures + 1))
+    fi
+}
+
+"$candlepower" devices | tee -a "$summary"
+"$candlepower" devices | grep -q '^cuda:0' || { echo "there is no CUDA device" >&2; exit 1; }
+
+echo "== checks"
+for test in ${tests[@]+"${tests[@]}"}; do
+    check "$(basename "$test")" env CANDLEPOWER_TEST_DEVICE=cuda CANDLEPOWER_GOLDEN="$repository/tests/golden" \
+        "$test" --test-threads 1 --nocapture
+done
+
+train() { # NAME CONFIG STEPS ACCELERATOR [ARGUMENT...]: a training without pictures, every step logged
+    local name=$1 config=$2 steps=$3 accelerator=$4
+    shift 4
+    "$candlepower" train "$config" --accelerator "$accelerator" --set run.dir="\"$out/runs\"" --set run.name="\"$name\"" \
+        --set trainer.max_steps="$steps" --set trainer.log_every=1 --set trainer.limit_val_batches=1 \
+        --set trainer.sanity_val_batches=0 --set logging.image_every=0 --set logging.progress=false "$@"
+}
+metrics() { echo "$out/runs/$1/version_0/metrics.jsonl"; }
+same_losses() { # CONFIG TOLERANCE [ARGUMENT...]: three steps on the CPU and on the device
+    local name tolerance=$2 config=$1
+    name=$(basename "$config" .toml)
+    shift 2
+    rm -rf "$out/runs/$name-cpu" "$out/runs/$name-cuda"
+    train "$name-cpu" "$config" 3 cpu "$@" && train "$name-cuda" "$config" 3 cuda "$@" || return 1
+    "$python" - "$(metrics "$name-cpu")" "$(metrics "$name-cuda")" "$tolerance" <<'PYTHON'
+import json, sys
+cpu, cuda = ([json.loads(line) for line in open(path)] for path in sys.argv[1:3])
+assert len(cpu) == len(cuda) > 0, (len(cpu), len(cuda))
+worst = 0
+for a, b in zip(cpu, cuda):
+    for key in ("loss", "grad_norm", "mse"):
+        if key in a:
+            worst = max(worst, abs(a[key] - b[key]) / abs(a[key]))
+print(f"largest relative difference {worst:.1e}")
+sys.exit(not worst <= float(sys.argv[3]))
+PYTHON
+}
+small="--set trainer.batch_size=2"
+for config in configs/quickstart.toml configs/*_small.toml; do
+    # shellcheck disable=SC2086
+    check "three steps of $config as on the CPU" same_losses "$config" 2e-3 $small
+done
+
+weights() { sha256sum "$out/runs/$1/version_0/checkpoints/$2/model.safetensors" | cut -d' ' -f1; }
+same_after_resuming() { # PRECISION: six steps, and three and three
+    local arguments=(--precision "$1" --set checkpoint.every_steps=3)
+    rm -rf "$out/runs/whole-$1" "$out/runs/halves-$1"
+    train "whole-$1" configs/quickstart.toml 6 cuda "${arguments[@]}" &&
+        train "halves-$1" configs/quickstart.toml 3 cuda "${arguments[@]}" &&
+        train "halves-$1" configs/quickstart.toml 6 cuda "${arguments[@]}" --resume auto || return 1
+    echo "$(weights "whole-$1" 6) $(weights "halves-$1" 6)"
+    [[ $(weights "whole-$1" 6) == "$(weights "halves-$1" 6)" ]]
+}
+for precision in 32 bf16-mixed 16-mixed; do
+    check "resuming in $precision is exact to the bit" same_after_resuming "$precision"
+done
+
+full() { # a batch that no device has memory for
+    local words
+    words=$("$candlepower" bench bench/tutorial.toml --accelerator cuda --steps 1 --set trainer.batch_size=4000 2>&1) &&
+        { echo "it fitted"; return 1; }
+    echo "$words"
+    grep -q 'trainer.micro_batch_size' <<<"$words"
+}
+check "a full device says what to change" full
+((checks_alone)) && exit $((failures > 0))
+
+echo "== benchmark"
+results=$out/results.tsv
+: >"$results"
+measure() { # WHAT COMMAND...
+    local what=$1 json log
+    log=$out/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$1").log
+    shift
+    if json=$("$@" 2>"$log") && json=$(tail -1 <<<"$json") && [[ $json == \{* ]]; then
+        printf '%s\t%s\n' "$what" "$json" >>"$results"
+        echo "  $what: $json"
+    else
+        echo "  $what: failed: $(tail -1 "$log" | cut -c1-150)"
+    fi
+}
+ours() { # WHAT BATCH [ARGUMENT...]
+    local what=$1 batch=$2
+    shift 2
+    measure "$what" "$candlepower" bench bench/tutorial.toml --json --steps "$steps" --accelerator cuda \
+        --batch-size "$batch" --set data.workers=4 "$@"
+}
+torch() { # WHAT BATCH [ARGUMENT...]
+    local what=$1 batch=$2
+    shift 2
+    measure "$what" "$python" bench/pytorch_gpu.py --steps "$steps" --batch "$batch" "$@"
+}
+batches=(16 64)
+((quick)) && batches=(16)
+for batch in "${batches[@]}"; do
+    ours "$batch bf16-mixed|candlepower" "$batch" --precision bf16-mixed
+    torch "$batch bf16-mixed|eager" "$batch" --precision bf16-mixed
+    ((quick)) || torch "$batch bf16-mixed|compile, channels last" "$batch" --precision bf16-mixed --channels-last --compile
+done
+ours "16 32|candlepower" 16 --precision 32
+torch "16 32|eager" 16 --precision 32
+ours "16 32 TF32|candlepower" 16 --precision 32 --set 'trainer.float32_matmul_precision="high"'
+torch "16 32 TF32|eager" 16 --precision 32 --tf32
+
+"$python" - "$results" <<'PYTHON' | tee -a "$summary"
+import json, sys
+rows = {}
+for line in open(sys.argv[1]):
+    what, result = line.rstrip("\n").split("\t")
+    case, who = what.split("|")
+    rows.setdefault(case, {})[who] = json.loads(result)
+print("\n| batch, precision | of | ms a step | TFLOP/s | MB on the device | Candlepower is |")
+print("|---|---|---|---|---|---|")
+for case, all in rows.items():
+    ours = all.get("candlepower")
+    for who, it in all.items():
+        times = "" if who == "candlepower" or not ours else f"{it['ms_per_step'] / ours['ms_per_step']:.2f}x as fast"
+        memory = it.get("peak_device_mb") or 0
+        print(f"| {case} | {who} | {it['ms_per_step']:.2f} | {it['tflops'] or 0:.0f} | {memory:.0f} | {times} |")
+PYTHON
+echo "== summary (logs in $out)"
+cat "$summary"
+exit $((failures > 0))

@@ -1,0 +1,154 @@
+//! What kernels are called with: each takes one of these, laid out as the struct of the same name in its source.
+//!
+//! Addresses are those of the device's memory, 0 for nothing; offsets and strides count values, not bytes.
+
+/// Pixels of images within a larger tensor.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Plane {
+    pub(crate) at: u64,
+    /// From an image to the next.
+    pub(crate) image: i64,
+    /// From a pixel to the next.
+    pub(crate) pixel: i64,
+}
+
+/// Of `gates_forward`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GatesForward {
+    pub(crate) gates: u64,
+    pub(crate) bias: u64,
+    pub(crate) c_before: u64,
+    pub(crate) c: u64,
+    pub(crate) h: [Plane; 3],
+    pub(crate) rows: u32,
+    pub(crate) hidden: u32,
+    pub(crate) pixels: u32,
+    pub(crate) keep: u32,
+}
+
+/// Of `gates_backward`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GatesBackward {
+    pub(crate) gates: u64,
+    pub(crate) c_before: u64,
+    pub(crate) c: u64,
+    pub(crate) dc: u64,
+    pub(crate) dh: [Plane; 3],
+    pub(crate) rows: u32,
+    pub(crate) hidden: u32,
+    pub(crate) pixels: u32,
+}
+
+/// Of `add_bias`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AddBias {
+    pub(crate) y: u64,
+    pub(crate) bias: u64,
+    pub(crate) count: u32,
+    pub(crate) columns: u32,
+}
+
+/// Of `column_sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ColumnSums {
+    pub(crate) x: u64,
+    pub(crate) sums: u64,
+    pub(crate) rows: u32,
+    pub(crate) columns: u32,
+    pub(crate) stretch: u32,
+    pub(crate) parts: u32,
+}
+
+/// Of `copy_columns`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CopyColumns {
+    pub(crate) from: Plane,
+    pub(crate) to: Plane,
+    pub(crate) rows: u32,
+    pub(crate) columns: u32,
+    pub(crate) pixels: u32,
+}
+
+/// Of `narrow`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Narrow {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) count: u32,
+}
+
+/// Of `adam`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Adam {
+    pub(crate) w: u64,
+    pub(crate) gradient: u64,
+    pub(crate) first: u64,
+    pub(crate) second: u64,
+    pub(crate) largest: u64,
+    pub(crate) count: u32,
+    pub(crate) one_minus_beta1: f32,
+    pub(crate) beta2: f32,
+    pub(crate) one_minus_beta2: f32,
+    pub(crate) eps: f32,
+    pub(crate) step_size: f32,
+    pub(crate) root_correction: f32,
+    pub(crate) l2: f32,
+    pub(crate) keep: f32,
+}
+
+/// Of `sgd`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sgd {
+    pub(crate) w: u64,
+    pub(crate) gradient: u64,
+    pub(crate) momentum_buffer: u64,
+    pub(crate) count: u32,
+    pub(crate) lr: f32,
+    pub(crate) momentum: f32,
+    pub(crate) entering: f32,
+    pub(crate) l2: f32,
+    pub(crate) nesterov: u32,
+}
+
+/// Of `approach`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Approach {
+    pub(crate) x: u64,
+    pub(crate) target: u64,
+    pub(crate) count: u32,
+    pub(crate) share: f32,
+}
+
+/// Of `square_sums` and of `sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sums {
+    pub(crate) x: u64,
+    pub(crate) sums: u64,
+    pub(crate) count: u32,
+    pub(crate) parts: u32,
+}
+
+/// Structs of plain numbers, which a kernel takes by value.
+#[cfg(feature = "cuda")]
+mod device {
+    use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+
+    macro_rules! device_repr {
+        ($($name:ident)*) => { $(
+            // SAFETY: laid out as C does, of numbers alone.
+            unsafe impl DeviceRepr for super::$name {}
+        )* };
+    }
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Adam Sgd Approach Sums);
+}

@@ -1,0 +1,283 @@
+//! Convolutions, and transposed ones, as ops of the graph.
+
+use super::arguments::{AddBias, ColumnSums, Narrow};
+use super::convolution::{self, is_supported};
+use super::launch::{launch, type_name};
+use super::memory::{address, address_of, allocate, packed, tensor, with_address};
+use super::sources::COLUMNS;
+use crate::direct::Geometry;
+use crate::tensors::tracked;
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail,
+};
+
+/// [`conv2d`](crate::conv2d) on a device. Shapes that cuDNN has no algorithm for, channels last, are left to candle.
+pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: Geometry) -> Result<Tensor> {
+    if !is_supported(x.device().as_cuda_device()?, &g, x.dtype())? {
+        return by_candle(x, weight, bias, &g);
+    }
+    let shape = Shape::from([&x.dims()[..x.rank() - 3], &[g.out_height, g.out_width, g.outputs]].concat());
+    apply(x, &taps_last(weight)?, bias, Convolution { g, shape, transposed: false })
+}
+
+/// [`conv_transpose2d`](crate::conv_transpose2d) on a device; `g` is the convolution that it undoes, whose input is the result.
+pub(crate) fn conv_transpose2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    g: Geometry,
+) -> Result<Tensor> {
+    if !is_supported(x.device().as_cuda_device()?, &g, x.dtype())? {
+        bail!("conv_transpose2d: cuDNN has no algorithm, in {:?} and channels last, for {g:?}", x.dtype());
+    }
+    let shape = Shape::from([&x.dims()[..x.rank() - 3], &[g.height, g.width, g.inputs]].concat());
+    apply(x, &taps_last(weight)?, bias, Convolution { g, shape, transposed: true })
+}
+
+/// (outputs, inputs, height, width), as PyTorch has it, to (outputs, height, width, inputs), as cuDNN wants it.
+fn taps_last(weight: &Tensor) -> Result<Tensor> {
+    weight.permute((0, 2, 3, 1))?.contiguous()
+}
+
+fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, op: Convolution) -> Result<Tensor> {
+    let (x, weight) = (packed(x)?, packed(weight)?);
+    match bias {
+        None if tracked(&x) || tracked(&weight) => x.apply_op2(&weight, op),
+        None => x.apply_op2_no_bwd(&weight, &op),
+        Some(bias) => {
+            let bias = packed(bias)?;
+            match tracked(&x) || tracked(&weight) || tracked(&bias) {
+                true => x.apply_op3(&weight, &bias, op),
+                false => x.apply_op3_no_bwd(&weight, &bias, &op),
+            }
+        }
+    }
+}
+
+/// The same by candle's own operations.
+fn by_candle(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: &Geometry) -> Result<Tensor> {
+    let planes = x.reshape((g.batch, g.height, g.width, g.inputs))?.permute((0, 3, 1, 2))?.contiguous()?;
+    let y = planes.conv2d(weight, g.padding, g.stride, g.dilation, g.groups)?;
+    let y = y.permute((0, 2, 3, 1))?.contiguous()?;
+    let y = y.reshape([&x.dims()[..x.rank() - 3], &y.dims()[1..]].concat())?;
+    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
+}
+
+/// A convolution, or the transposed one: what the gradient of a convolution's input is to that of its output.
+struct Convolution {
+    g: Geometry,
+    /// Of the result.
+    shape: Shape,
+    transposed: bool,
+}
+
+impl Convolution {
+    /// Channels of the result.
+    fn channels(&self) -> usize {
+        if self.transposed { self.g.inputs } else { self.g.outputs }
+    }
+
+    fn run(
+        &self,
+        [(x, lx), (w, lw)]: [(&CudaStorage, &Layout); 2],
+        bias: Option<(&CudaStorage, &Layout)>,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (device, dtype) = (x.device(), x.dtype());
+        if w.dtype() != dtype || bias.is_some_and(|(bias, _)| bias.dtype() != dtype) {
+            bail!("conv2d: x, weight and bias must be of one type, got {dtype:?} and {:?}", w.dtype());
+        }
+        let y = allocate(device, self.shape.elem_count(), dtype, false)?;
+        let (x, w, to) = (address_of(x, lx)?, address_of(w, lw)?, address(&y)?);
+        // SAFETY: the shapes were checked against the geometry, and y was made for it.
+        unsafe {
+            match self.transposed {
+                false => convolution::forward(device, &self.g, dtype, [x, w, to])?,
+                true => convolution::backward_data(device, &self.g, dtype, [w, x, to])?,
+            }
+        }
+        if let Some((bias, layout)) = bias {
+            let (count, columns) = (self.shape.elem_count(), self.channels());
+            let arguments = AddBias {
+                y: to,
+                bias: address_of(bias, layout)?,
+                count: count as u32,
+                columns: columns as u32,
+            };
+            // SAFETY: y is (count / columns, columns), and the bias (columns).
+            unsafe {
+                launch(device, &COLUMNS, &format!("add_bias_{}", type_name(dtype)?), count, arguments)?
+            };
+        }
+        Ok((y, self.shape.clone()))
+    }
+
+    /// The gradients of x and weight.
+    fn gradients(&self, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 2]> {
+        let (device, dtype, g) = (x.device().as_cuda_device()?, x.dtype(), &self.g);
+        let (x, w, dy) = (&packed(x)?, &packed(w)?, &packed(&dy.to_dtype(dtype)?)?);
+        let gradient = |of: &Tensor, pass: &dyn Fn(u64) -> Result<()>| {
+            let storage = allocate(device, of.elem_count(), dtype, false)?;
+            pass(address(&storage)?)?;
+            Ok::<_, candle_core::Error>(tensor(storage, of.shape()))
+        };
+        let of_x = |to: u64| {
+            with_address(w, |w| {
+                with_address(dy, |dy| {
+                    // SAFETY: as in `run`.
+                    unsafe {
+                        match self.transposed {
+                            false => convolution::backward_data(device, g, dtype, [w, dy, to]),
+                            true => convolution::forward(device, g, dtype, [dy, w, to]),
+                        }
+                    }
+                })
+            })
+        };
+        let of_w = |to: u64| {
+            with_address(x, |x| {
+                with_address(dy, |dy| {
+                    let sides = if self.transposed { [dy, x, to] } else { [x, dy, to] };
+                    // SAFETY: as in `run`.
+                    unsafe { convolution::backward_filter(device, g, dtype, sides, false) }
+                })
+            })
+        };
+        let dx = x.track_op().then(|| gradient(x, &of_x)).transpose()?;
+        let dw = w.track_op().then(|| gradient(w, &of_w)).transpose()?;
+        Ok([dx, dw])
+    }
+}
+
+/// The sums over all axes but the last, in 32 bits, of the tensor's type.
+pub(crate) fn sums_of_channels(x: &Tensor) -> Result<Tensor> {
+    let (x, channels) = (packed(x)?, x.dim(D::Minus1)?);
+    let device = x.device().as_cuda_device()?;
+    let sums = allocate(device, channels, x.dtype(), false)?;
+    let to = address(&sums)?;
+    with_address(&x, |at| {
+        // SAFETY: x is (rows, channels).
+        unsafe { column_sums(device, x.dtype(), at, x.elem_count() / channels, channels, to) }
+    })?;
+    Ok(tensor(sums, channels))
+}
+
+/// The sums of all columns of x (rows, columns), in 32 bits, to this type.
+///
+/// # Safety
+/// The addresses are of memory of this device, type and size.
+pub(crate) unsafe fn column_sums(
+    device: &CudaDevice,
+    dtype: DType,
+    x: u64,
+    rows: usize,
+    columns: usize,
+    to: u64,
+) -> Result<()> {
+    /// Rows that a thread adds up: few enough that there are many threads.
+    const STRETCH: usize = 128;
+    let (mut from, mut name, mut rows) = (x, type_name(dtype)?, rows);
+    // What is read may be freed as soon as its reader is queued; it is kept to the end for simplicity.
+    let mut held = Vec::new();
+    loop {
+        let parts = rows.div_ceil(STRETCH).max(1);
+        let sums = allocate(device, parts * columns, DType::F32, false)?;
+        let arguments = ColumnSums {
+            x: from,
+            sums: address(&sums)?,
+            rows: rows as u32,
+            columns: columns as u32,
+            stretch: STRETCH as u32,
+            parts: parts as u32,
+        };
+        // SAFETY: x is (rows, columns), and the sums (parts, columns).
+        unsafe {
+            launch(device, &COLUMNS, &format!("column_sums_{name}"), parts * columns, arguments)?;
+        }
+        held.push(sums);
+        (from, name, rows) = (arguments.sums, "float", parts);
+        if parts == 1 {
+            break;
+        }
+    }
+    let arguments = Narrow { from, to, count: columns as u32 };
+    // SAFETY: both are (columns).
+    unsafe {
+        launch(device, &COLUMNS, &format!("narrow_{}", type_name(dtype)?), columns, arguments)?;
+    }
+    Ok(())
+}
+
+impl CustomOp2 for Convolution {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("conv2d: expected tensors on one CUDA device")
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.run([(x, lx), (w, lw)], None)
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [dx, dw] = self.gradients(x, w, dy)?;
+        Ok((dx, dw))
+    }
+}
+
+impl CustomOp3 for Convolution {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("conv2d: expected tensors on one CUDA device")
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        w: &CudaStorage,
+        lw: &Layout,
+        bias: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.run([(x, lx), (w, lw)], Some((bias, lb)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [dx, dw] = self.gradients(x, w, dy)?;
+        let db = bias.track_op().then(|| sums_of_channels(&dy.to_dtype(bias.dtype())?)).transpose()?;
+        Ok((dx, dw, db))
+    }
+}

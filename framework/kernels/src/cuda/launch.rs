@@ -1,0 +1,82 @@
+//! Kernels of our own: compiled when they are first needed, for the device that needs them.
+
+use super::failed;
+use super::sources::Source;
+use candle_core::cuda_backend::DeviceId;
+use candle_core::cuda_backend::cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::nvrtc::{CompileError, CompileOptions, compile_ptx_with_opts};
+use candle_core::{CudaDevice, DType, Error, Result, bail};
+use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
+
+/// Threads of a block.
+const THREADS: u32 = 256;
+/// More threads than kernels count to.
+const TOO_MANY: usize = 1 << 31;
+
+type Compiled = HashMap<(&'static str, DeviceId), &'static str>;
+
+/// What was compiled, by the source's name and the device: a few texts, which stay.
+static COMPILED: Mutex<Option<Compiled>> = Mutex::new(None);
+
+fn compiled(device: &CudaDevice, source: &Source) -> Result<&'static str> {
+    let mut compiled = COMPILED.lock().unwrap_or_else(PoisonError::into_inner);
+    let compiled = compiled.get_or_insert_default();
+    if let Some(ptx) = compiled.get(&(source.name, device.id())) {
+        return Ok(ptx);
+    }
+    let stream = device.cuda_stream();
+    let (major, minor) = stream.context().compute_capability().map_err(failed("compute capability"))?;
+    let options = CompileOptions {
+        options: vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".into()],
+        name: Some(format!("{}.cu", source.name)),
+        ..Default::default()
+    };
+    let ptx = compile_ptx_with_opts(source.text, options).map_err(|error| match error {
+        CompileError::CompileError { log, .. } => {
+            Error::Msg(format!("{}.cu does not compile: {}", source.name, log.to_string_lossy()))
+        }
+        other => Error::Msg(format!("{}.cu does not compile: {other:?}", source.name)),
+    })?;
+    let ptx: &'static str = Box::leak(ptx.to_src().into_boxed_str());
+    compiled.insert((source.name, device.id()), ptx);
+    Ok(ptx)
+}
+
+/// Asks for a kernel with at least `count` threads; it takes one struct, by value.
+///
+/// # Safety
+/// `arguments` is the kernel's, and its addresses are those of memory that is as large as it says, on this device.
+pub(crate) unsafe fn launch<A: DeviceRepr>(
+    device: &CudaDevice,
+    source: &Source,
+    kernel: &str,
+    count: usize,
+    arguments: A,
+) -> Result<()> {
+    if count >= TOO_MANY {
+        bail!("{kernel}: {count} values are too many at once: lower `trainer.micro_batch_size`");
+    }
+    if count == 0 {
+        return Ok(());
+    }
+    // A module that is loaded already is found by its name; the text is needed for the first time alone.
+    let function = device.get_or_load_custom_func(kernel, source.name, compiled(device, source)?)?;
+    let blocks = (count as u32).div_ceil(THREADS);
+    let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+    let mut call = function.builder();
+    call.arg(&arguments);
+    // SAFETY: the caller's promise.
+    unsafe { call.launch(config) }.map_err(failed(kernel))?;
+    Ok(())
+}
+
+/// What kernels call a type.
+pub(crate) fn type_name(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("float"),
+        DType::BF16 => Ok("bf16"),
+        DType::F16 => Ok("f16"),
+        other => bail!("expected f32, bf16 or f16, got {other:?}"),
+    }
+}

@@ -1,0 +1,74 @@
+//! Between candle's tensors and addresses of a device's memory.
+
+use super::failed;
+use candle_core::backend::{BackendDevice, BackendStorage};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
+use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
+
+/// What alignment kernels that move several values at once, and cuDNN's quick ones, ask of a tensor.
+const ALIGNMENT: usize = 16;
+
+/// Where a storage's memory begins.
+pub(crate) fn address(storage: &CudaStorage) -> Result<u64> {
+    fn of<T>(slice: &CudaSlice<T>) -> u64 {
+        // No events are tracked: there is nothing that the guard would record.
+        slice.device_ptr(slice.stream()).0
+    }
+    Ok(match &storage.slice {
+        CudaStorageSlice::F32(slice) => of(slice),
+        CudaStorageSlice::F64(slice) => of(slice),
+        CudaStorageSlice::F16(slice) => of(slice),
+        CudaStorageSlice::BF16(slice) => of(slice),
+        _ => bail!("expected f32, f64, f16 or bf16 on a CUDA device, got {:?}", storage.dtype()),
+    })
+}
+
+/// Where the values of a contiguous layout begin.
+pub(crate) fn address_of(storage: &CudaStorage, layout: &Layout) -> Result<u64> {
+    let Some((start, _)) = layout.contiguous_offsets() else {
+        bail!("expected a contiguous tensor on a CUDA device, got {layout:?}");
+    };
+    Ok(address(storage)? + (start * storage.dtype().size_in_bytes()) as u64)
+}
+
+/// Calls `f` with where a contiguous tensor's values begin. What `f` asks the device for is done before the tensor's memory is
+/// used for anything else, even when the tensor is dropped right away.
+pub(crate) fn with_address<R>(x: &Tensor, f: impl FnOnce(u64) -> Result<R>) -> Result<R> {
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cuda(storage) => f(address_of(storage, layout)?),
+        _ => bail!("expected a tensor on a CUDA device, got one on {:?}", x.device().location()),
+    }
+}
+
+/// The same values contiguous, and aligned for kernels.
+pub(crate) fn packed(x: &Tensor) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let is_aligned = (x.layout().start_offset() * x.dtype().size_in_bytes()).is_multiple_of(ALIGNMENT);
+    if is_aligned { Ok(x) } else { x.copy() }
+}
+
+/// Memory of this type, of any value or zero.
+pub(crate) fn allocate(device: &CudaDevice, len: usize, dtype: DType, zeroed: bool) -> Result<CudaStorage> {
+    let shape = Shape::from(len);
+    if zeroed {
+        return device.zeros_impl(&shape, dtype);
+    }
+    // SAFETY: numbers of any value are numbers; what they are is up to the caller.
+    unsafe { device.alloc_uninit(&shape, dtype) }
+}
+
+/// A tensor that belongs to no graph.
+pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// The values of a storage, once everything asked for before is done.
+pub(crate) fn read<T: CudaDType + candle_core::cuda_backend::cudarc::driver::DeviceRepr>(
+    storage: &CudaStorage,
+) -> Result<Vec<T>> {
+    let slice = storage.as_cuda_slice::<T>()?;
+    storage.device().cuda_stream().clone_dtoh(slice).map_err(failed("reading from a CUDA device"))
+}

@@ -1,0 +1,44 @@
+//! Tensors on CUDA devices: what the CPU kernels do, by cuDNN and by kernels of our own.
+//!
+//! A device has one stream: its operations run in the order in which they are asked for, so that none of them waits for
+//! another, and memory may be handed from one to the next as soon as both are queued. What needs no device, the order of a
+//! roll-out and the kernels' own sources, is tested on the CPU.
+
+pub(crate) mod arguments;
+#[cfg(feature = "cuda")]
+mod communicator;
+#[cfg(feature = "cuda")]
+mod conv2d;
+#[cfg(feature = "cuda")]
+mod conv_lstm;
+#[cfg(feature = "cuda")]
+mod convolution;
+#[cfg(feature = "cuda")]
+pub(crate) mod device;
+#[cfg(test)]
+mod host;
+#[cfg(feature = "cuda")]
+mod launch;
+#[cfg(feature = "cuda")]
+mod memory;
+#[cfg(feature = "cuda")]
+pub(crate) mod optimizer;
+pub(crate) mod roll_out;
+pub(crate) mod sources;
+#[cfg(test)]
+mod tests;
+#[cfg(feature = "cuda")]
+pub(crate) mod upload;
+
+#[cfg(feature = "cuda")]
+pub use communicator::Communicator;
+#[cfg(feature = "cuda")]
+pub(crate) use conv_lstm::conv_lstm;
+#[cfg(feature = "cuda")]
+pub(crate) use conv2d::{conv_transpose2d, conv2d};
+
+/// What one of CUDA's libraries says, as an error of candle.
+#[cfg(feature = "cuda")]
+pub(crate) fn failed<E: std::fmt::Debug>(what: &str) -> impl Fn(E) -> candle_core::Error + '_ {
+    move |error| candle_core::Error::Msg(format!("{what}: {error:?}"))
+}

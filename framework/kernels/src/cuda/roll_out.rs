@@ -1,0 +1,523 @@
+//! Roll-outs of ConvLSTM layers on a device: what is computed when, and where it lies.
+//!
+//! A layer's input of a step is one tensor (B, H, W, P): its own last output, then its x, then zeros up to a multiple of 8
+//! channels, which is what tensor cores want. So a step of a layer is one convolution and one kernel for the gates, which
+//! writes its output where it is read next: into the inputs of its own next step, and of the layer above. Backward keeps the
+//! gates' gradients of all steps, and makes that of the weights in one convolution over all of them.
+//!
+//! The same code runs on the processor, for tests: what a device does is behind [`Engine`].
+
+use super::arguments::{CopyColumns, GatesBackward, GatesForward, Plane};
+use crate::conv_lstm::ConvLstmLayer;
+use crate::direct::Geometry;
+use candle_core::{Result, Tensor};
+
+/// What a device does. Operations run in the order in which they are asked for. "Storage" is memory of the type that is
+/// trained in, 16 or 32 bits.
+pub(crate) trait Engine {
+    /// Memory that is freed when dropped, after all that was asked for before.
+    type Memory;
+
+    /// So many values of the storage type, of any value or zero.
+    fn storage(&self, len: usize, zeroed: bool) -> Result<Self::Memory>;
+    /// So many f32, of any value or zero.
+    fn floats(&self, len: usize, zeroed: bool) -> Result<Self::Memory>;
+    /// Where memory begins.
+    fn address(&self, memory: &Self::Memory) -> u64;
+    /// Bytes of a value of the storage type.
+    fn item(&self) -> u64;
+
+    /// y = x * w, all storage; x and y channels last, w (outputs, kernel height, kernel width, inputs).
+    ///
+    /// # Safety
+    /// All addresses are of memory as large as the geometry says.
+    unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()>;
+    /// The gradient of x.
+    ///
+    /// # Safety
+    /// As for `convolve`.
+    unsafe fn backward_data(&self, geometry: &Geometry, w: u64, dy: u64, dx: u64) -> Result<()>;
+    /// The gradient of w, put in its place or added to it.
+    ///
+    /// # Safety
+    /// As for `convolve`.
+    unsafe fn backward_filter(&self, geometry: &Geometry, x: u64, dy: u64, dw: u64, add: bool) -> Result<()>;
+    /// # Safety
+    /// All addresses are of memory as large as the arguments say.
+    unsafe fn gates_forward(&self, arguments: GatesForward) -> Result<()>;
+    /// # Safety
+    /// As for `gates_forward`.
+    unsafe fn gates_backward(&self, arguments: GatesBackward) -> Result<()>;
+    /// # Safety
+    /// As for `gates_forward`.
+    unsafe fn copy_columns(&self, arguments: CopyColumns) -> Result<()>;
+    /// The sums of all columns of x (rows, columns), storage, to storage.
+    ///
+    /// # Safety
+    /// As for `gates_forward`.
+    unsafe fn column_sums(&self, x: u64, rows: usize, columns: usize, to: u64) -> Result<()>;
+}
+
+/// The sizes of a layer: its x has `inputs` channels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layer {
+    pub(crate) inputs: usize,
+    pub(crate) hidden: usize,
+    pub(crate) kernel: usize,
+}
+
+impl Layer {
+    /// Channels of its input of a step: h, x, zeros.
+    pub(crate) fn channels(&self) -> usize {
+        (self.hidden + self.inputs).next_multiple_of(8)
+    }
+    fn gates(&self) -> usize {
+        4 * self.hidden
+    }
+    /// Values of its weight, (gates, kernel, kernel, channels).
+    fn weight_len(&self) -> usize {
+        self.gates() * self.kernel * self.kernel * self.channels()
+    }
+}
+
+/// The sizes of a roll-out.
+///
+/// Its parameters are one tensor: all weights, one after the other, then all biases. Its input is (B, T, H, W, C), or
+/// (B, H, W, C) with `feedback`: the first step's x; later ones' is the top layer's last output.
+#[derive(Clone, Debug)]
+pub(crate) struct RollOut {
+    pub(crate) batch: usize,
+    pub(crate) height: usize,
+    pub(crate) width: usize,
+    pub(crate) steps: usize,
+    pub(crate) feedback: bool,
+    /// Whether the output is that of all steps, (B, T, H, W, N), or of the last, (B, H, W, N).
+    pub(crate) keep_all: bool,
+    pub(crate) layers: Vec<Layer>,
+}
+
+/// The parameters of layers in a roll-out's order. Differentiable.
+pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
+    let mut parts = Vec::with_capacity(2 * layers.len());
+    for ConvLstmLayer { weight, .. } in layers {
+        let (hidden, all) = (weight.dim(0)? / 4, weight.dim(1)?);
+        let (x, h) = (weight.narrow(1, 0, all - hidden)?, weight.narrow(1, all - hidden, hidden)?);
+        let rest = all.next_multiple_of(8) - all;
+        let channels = Tensor::cat(&[&h, &x], 1)?;
+        let channels = if rest > 0 { channels.pad_with_zeros(1, 0, rest)? } else { channels };
+        parts.push(channels.permute((0, 2, 3, 1))?.flatten_all()?);
+    }
+    parts.extend(layers.iter().map(|layer| layer.bias.clone()));
+    Tensor::cat(&parts, 0)
+}
+
+/// What backward needs of a forward pass.
+pub(crate) struct Kept<M> {
+    layers: Vec<LayerMemory<M>>,
+}
+
+/// A layer's memory, one step after the other.
+struct LayerMemory<M> {
+    /// (steps, B, H, W, channels).
+    inputs: M,
+    /// (steps, B, H, W, gates): activations, in backward gradients.
+    gates: M,
+    /// (steps, B, H, W, hidden), f32.
+    c: M,
+}
+
+impl RollOut {
+    fn top(&self) -> usize {
+        self.layers.len() - 1
+    }
+    fn pixels(&self) -> usize {
+        self.height * self.width
+    }
+    /// Pixels of a step.
+    pub(crate) fn rows(&self) -> usize {
+        self.batch * self.pixels()
+    }
+    /// Values of input, parameters and output.
+    pub(crate) fn sizes(&self) -> [usize; 3] {
+        let frames = self.rows() * if self.feedback { 1 } else { self.steps };
+        let outputs = self.rows() * if self.keep_all { self.steps } else { 1 };
+        let parameters = self.layers.iter().map(|layer| layer.weight_len() + layer.gates()).sum();
+        [frames * self.layers[0].inputs, parameters, outputs * self.layers[self.top()].hidden]
+    }
+    /// Where a layer's weight and bias begin.
+    fn weight(&self, index: usize) -> usize {
+        self.layers[..index].iter().map(Layer::weight_len).sum()
+    }
+    fn bias(&self, index: usize) -> usize {
+        let weights = self.weight(self.layers.len());
+        weights + self.layers[..index].iter().map(Layer::gates).sum::<usize>()
+    }
+    /// The convolution of a layer over so many steps at once.
+    fn geometry(&self, layer: &Layer, steps: usize) -> Geometry {
+        Geometry {
+            batch: steps * self.batch,
+            height: self.height,
+            width: self.width,
+            inputs: layer.channels(),
+            outputs: layer.gates(),
+            kernel_height: layer.kernel,
+            kernel_width: layer.kernel,
+            stride: 1,
+            padding: layer.kernel / 2,
+            dilation: 1,
+            groups: 1,
+            out_height: self.height,
+            out_width: self.width,
+        }
+    }
+    /// A tensor (B, H, W, channels) at an address, from a channel on.
+    fn plane(&self, at: u64, channels: usize) -> Plane {
+        Plane { at, image: (self.pixels() * channels) as i64, pixel: channels as i64 }
+    }
+    /// A step of a tensor (B, steps, H, W, channels).
+    fn step_of(&self, at: u64, item: u64, steps: usize, step: usize, channels: usize) -> Plane {
+        let frame = self.pixels() * channels;
+        Plane { at: at + item * (step * frame) as u64, image: (steps * frame) as i64, pixel: channels as i64 }
+    }
+    /// The first layer's x of a step, in the input or in its gradient.
+    fn frame(&self, at: u64, item: u64, step: usize) -> Plane {
+        let channels = self.layers[0].inputs;
+        if self.feedback {
+            self.plane(at, channels)
+        } else {
+            self.step_of(at, item, self.steps, step, channels)
+        }
+    }
+    /// The top layer's output of a step, in the output or in its gradient; nowhere where it is not returned.
+    fn returned(&self, at: u64, item: u64, step: usize) -> Plane {
+        let hidden = self.layers[self.top()].hidden;
+        match self.keep_all {
+            true => self.step_of(at, item, self.steps, step, hidden),
+            false if step + 1 == self.steps => self.plane(at, hidden),
+            false => Plane::default(),
+        }
+    }
+    /// How many steps a convolution over several takes at once: what counts values has 31 bits.
+    fn steps_at_once(&self, layer: &Layer) -> usize {
+        const MOST: usize = 1 << 30;
+        (MOST / (self.rows() * layer.channels().max(layer.gates()))).clamp(1, self.steps)
+    }
+
+    /// The output, and, where `gradients` will be asked for, what they need.
+    ///
+    /// # Safety
+    /// The addresses are of storage as large as input, parameters and output are.
+    pub(crate) unsafe fn forward<E: Engine>(
+        &self,
+        engine: &E,
+        gradients: bool,
+        input: u64,
+        parameters: u64,
+        output: u64,
+    ) -> Result<Option<Kept<E::Memory>>> {
+        let (rows, item) = (self.rows(), engine.item());
+        // Without gradients the step before is all that is needed; the state is then updated in place.
+        let [input_slots, gate_slots] = if gradients { [self.steps, self.steps] } else { [2, 1] };
+        let memory = |layer: &Layer| -> Result<LayerMemory<E::Memory>> {
+            Ok(LayerMemory {
+                // The first state, and the channels that are there for their number, stay zero.
+                inputs: engine.storage(input_slots * rows * layer.channels(), true)?,
+                gates: engine.storage(gate_slots * rows * layer.gates(), false)?,
+                c: engine.floats(gate_slots * rows * layer.hidden, false)?,
+            })
+        };
+        let memories = self.layers.iter().map(memory).collect::<Result<Vec<_>>>()?;
+        // A layer's input of a step, from one of its channels on.
+        let input_of = |index: usize, step: usize, channel: usize| {
+            let channels = self.layers[index].channels();
+            let at = step % input_slots * rows * channels + channel;
+            self.plane(engine.address(&memories[index].inputs) + item * at as u64, channels)
+        };
+        let gates_of = |index: usize, step: usize| {
+            let at = step % gate_slots * rows * self.layers[index].gates();
+            engine.address(&memories[index].gates) + item * at as u64
+        };
+        let c_of = |index: usize, step: usize| {
+            let at = step % gate_slots * rows * self.layers[index].hidden;
+            engine.address(&memories[index].c) + size_of::<f32>() as u64 * at as u64
+        };
+        for step in 0..self.steps {
+            if !self.feedback || step == 0 {
+                let first = &self.layers[0];
+                let copy = CopyColumns {
+                    from: self.frame(input, item, step),
+                    to: input_of(0, step, first.hidden),
+                    rows: rows as u32,
+                    columns: first.inputs as u32,
+                    pixels: self.pixels() as u32,
+                };
+                // SAFETY: both lie within the input, and the first layer's inputs.
+                unsafe { engine.copy_columns(copy)? };
+            }
+            for (index, layer) in self.layers.iter().enumerate() {
+                let (top, last) = (index == self.top(), step + 1 == self.steps);
+                let h = [
+                    if last { Plane::default() } else { input_of(index, step + 1, 0) },
+                    match (top, self.feedback && !last) {
+                        (false, _) => input_of(index + 1, step, self.layers[index + 1].hidden),
+                        (true, true) => input_of(0, step + 1, self.layers[0].hidden),
+                        (true, false) => Plane::default(),
+                    },
+                    if top { self.returned(output, item, step) } else { Plane::default() },
+                ];
+                let gates = GatesForward {
+                    gates: gates_of(index, step),
+                    bias: parameters + item * self.bias(index) as u64,
+                    c_before: if step > 0 { c_of(index, step - 1) } else { 0 },
+                    c: c_of(index, step),
+                    h,
+                    rows: rows as u32,
+                    hidden: layer.hidden as u32,
+                    pixels: self.pixels() as u32,
+                    keep: u32::from(gradients),
+                };
+                let weight = parameters + item * self.weight(index) as u64;
+                let x = input_of(index, step, 0).at;
+                // SAFETY: all addresses are of this step and layer, within memory made for them.
+                unsafe {
+                    engine.convolve(&self.geometry(layer, 1), x, weight, gates.gates)?;
+                    engine.gates_forward(gates)?;
+                }
+            }
+        }
+        Ok(gradients.then_some(Kept { layers: memories }))
+    }
+
+    /// The gradients of input and parameters, put at these addresses; 0 for one that is not wanted. That of the input must
+    /// be asked for to be computed at all.
+    ///
+    /// # Safety
+    /// The addresses are of storage as large as parameters, output and input are.
+    pub(crate) unsafe fn backward<E: Engine>(
+        &self,
+        engine: &E,
+        kept: Kept<E::Memory>,
+        parameters: u64,
+        d_output: u64,
+        d_input: u64,
+        d_parameters: u64,
+    ) -> Result<()> {
+        let (rows, item) = (self.rows(), engine.item());
+        // Of each layer the gradient of its input of the step that was last looked at, and of its state.
+        let d_inputs = |layer: &Layer| engine.storage(rows * layer.channels(), false);
+        let d_inputs = self.layers.iter().map(d_inputs).collect::<Result<Vec<_>>>()?;
+        let dc = self.layers.iter().map(|layer| engine.floats(rows * layer.hidden, true));
+        let dc = dc.collect::<Result<Vec<_>>>()?;
+        let d_input_of = |index: usize, channel: usize| {
+            self.plane(
+                engine.address(&d_inputs[index]) + item * channel as u64,
+                self.layers[index].channels(),
+            )
+        };
+        let gates_of = |index: usize, step: usize| {
+            engine.address(&kept.layers[index].gates)
+                + item * (step * rows * self.layers[index].gates()) as u64
+        };
+        let c_of = |index: usize, step: usize| {
+            let at = step * rows * self.layers[index].hidden;
+            engine.address(&kept.layers[index].c) + size_of::<f32>() as u64 * at as u64
+        };
+        for step in (0..self.steps).rev() {
+            for (index, layer) in self.layers.iter().enumerate().rev() {
+                let (top, last) = (index == self.top(), step + 1 == self.steps);
+                // Who read this output: the layer itself at the next step, whose gradient is still the one of that step;
+                // the layer above at this one, or the first layer at the next; and whoever has the result.
+                let dh = [
+                    if last { Plane::default() } else { d_input_of(index, 0) },
+                    match (top, self.feedback && !last) {
+                        (false, _) => d_input_of(index + 1, self.layers[index + 1].hidden),
+                        (true, true) => d_input_of(0, self.layers[0].hidden),
+                        (true, false) => Plane::default(),
+                    },
+                    if top { self.returned(d_output, item, step) } else { Plane::default() },
+                ];
+                let gates = GatesBackward {
+                    gates: gates_of(index, step),
+                    c_before: if step > 0 { c_of(index, step - 1) } else { 0 },
+                    c: c_of(index, step),
+                    dc: engine.address(&dc[index]),
+                    dh,
+                    rows: rows as u32,
+                    hidden: layer.hidden as u32,
+                    pixels: self.pixels() as u32,
+                };
+                let weight = parameters + item * self.weight(index) as u64;
+                // SAFETY: all addresses are of this step and layer, within memory made for them.
+                unsafe {
+                    engine.gates_backward(gates)?;
+                    if index > 0 || step > 0 || d_input != 0 {
+                        let to = engine.address(&d_inputs[index]);
+                        engine.backward_data(&self.geometry(layer, 1), weight, gates.gates, to)?;
+                    }
+                }
+            }
+            if d_input != 0 && (!self.feedback || step == 0) {
+                let first = &self.layers[0];
+                let copy = CopyColumns {
+                    from: d_input_of(0, first.hidden),
+                    to: self.frame(d_input, item, step),
+                    rows: rows as u32,
+                    columns: first.inputs as u32,
+                    pixels: self.pixels() as u32,
+                };
+                // SAFETY: both lie within the first layer's gradient, and the input's.
+                unsafe { engine.copy_columns(copy)? };
+            }
+        }
+        if d_parameters == 0 {
+            return Ok(());
+        }
+        for (index, (layer, memory)) in self.layers.iter().zip(&kept.layers).enumerate() {
+            let (inputs, gates) = (engine.address(&memory.inputs), engine.address(&memory.gates));
+            let at_once = self.steps_at_once(layer);
+            for first in (0..self.steps).step_by(at_once) {
+                let steps = at_once.min(self.steps - first);
+                let x = inputs + item * (first * rows * layer.channels()) as u64;
+                let dy = gates + item * (first * rows * layer.gates()) as u64;
+                let dw = d_parameters + item * self.weight(index) as u64;
+                // SAFETY: the steps lie one after the other in memory.
+                unsafe { engine.backward_filter(&self.geometry(layer, steps), x, dy, dw, first > 0)? };
+            }
+            let to = d_parameters + item * self.bias(index) as u64;
+            // SAFETY: all steps' gates are one matrix.
+            unsafe { engine.column_sums(gates, self.steps * rows, layer.gates(), to)? };
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::conv_lstm::{ConvLstmInput, Keep, conv_lstm};
+    use crate::cuda::host::Host;
+    use crate::tensors::with_values;
+    use candle_core::{Device, Var};
+    use std::sync::Mutex;
+
+    const DEVICE: Device = Device::Cpu;
+
+    fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
+        use rand::{Rng, SeedableRng};
+        let (shape, mut rng) = (shape.into(), rand_chacha::ChaCha8Rng::seed_from_u64(seed));
+        let values: Vec<f32> = (0..shape.elem_count()).map(|_| rng.random_range(-1f32..1.)).collect();
+        Tensor::from_vec(values, shape, &DEVICE).unwrap()
+    }
+
+    fn values(x: &Tensor) -> Vec<f32> {
+        x.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn assert_close(name: &str, ours: &[f32], expected: &[f32]) {
+        assert_eq!(ours.len(), expected.len(), "{name}");
+        let scale = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+        let worst = ours.iter().zip(expected).fold(0f32, |worst, (a, b)| {
+            // Not a number is as bad as it gets.
+            if a.is_finite() { worst.max((a - b).abs()) } else { f32::INFINITY }
+        });
+        assert!(scale > 0. && worst <= 2e-5 * scale, "{name}: {worst:e} of {scale:e}");
+    }
+
+    /// A roll-out through the kernels' sources and by the CPU's own op.
+    fn compare(
+        host: &Mutex<Host>,
+        hidden: &[usize],
+        inputs: usize,
+        kernel: usize,
+        feedback: bool,
+        keep: Keep,
+    ) {
+        const STEPS: usize = 4;
+        let (batch, height, width) = (2, 3, 5);
+        let case = format!("hidden {hidden:?} of {inputs}, kernel {kernel}, feedback {feedback}, {keep:?}");
+        let x = match feedback {
+            true => random((batch, height, width, inputs), 1),
+            false => random((batch, STEPS, height, width, inputs), 1),
+        };
+        let x = Var::from_tensor(&x).unwrap();
+        let mut below = inputs;
+        let parameters: Vec<(Var, Var)> = hidden
+            .iter()
+            .enumerate()
+            .map(|(i, &hidden)| {
+                let weight =
+                    (random((4 * hidden, below + hidden, kernel, kernel), 2 + i as u64) * 0.3).unwrap();
+                below = hidden;
+                let bias = random(4 * hidden, 20 + i as u64);
+                (Var::from_tensor(&weight).unwrap(), Var::from_tensor(&bias).unwrap())
+            })
+            .collect();
+        let layers: Vec<ConvLstmLayer> =
+            parameters.iter().map(|(weight, bias)| ConvLstmLayer { weight, bias }).collect();
+        let input = match feedback {
+            true => ConvLstmInput::Feedback { first: &x, steps: STEPS },
+            false => ConvLstmInput::Frames(&x),
+        };
+        let expected = conv_lstm(input, &layers, keep).unwrap();
+        let d = random(expected.shape(), 40);
+        let of_expected = (&expected * &d).unwrap().sum_all().unwrap().backward().unwrap();
+
+        let layer = |(hidden, inputs): (&usize, usize)| Layer { hidden: *hidden, inputs, kernel };
+        let all_inputs = std::iter::once(inputs).chain(hidden.iter().copied());
+        let roll_out = RollOut {
+            batch,
+            height,
+            width,
+            steps: STEPS,
+            feedback,
+            keep_all: keep == Keep::All,
+            layers: hidden.iter().zip(all_inputs).map(layer).collect(),
+        };
+        let packed = pack(&layers).unwrap();
+        let sizes = roll_out.sizes();
+        assert_eq!(sizes, [x.elem_count(), packed.elem_count(), d.elem_count()]);
+        let [mut dx, mut dp, mut y] = sizes.map(|len| vec![f32::NAN; len]);
+        let mut alone = y.clone();
+        with_values(&packed, |p| {
+            with_values(&x, |x| {
+                with_values(&d, |d| {
+                    let at = |values: &[f32]| values.as_ptr() as u64;
+                    // SAFETY: all have the roll-out's sizes.
+                    unsafe {
+                        let kept = roll_out.forward(host, true, at(x), at(p), y.as_mut_ptr() as u64)?;
+                        let (dx, dp) = (dx.as_mut_ptr() as u64, dp.as_mut_ptr() as u64);
+                        roll_out.backward(host, kept.unwrap(), at(p), at(d), dx, dp)?;
+                        let none = roll_out.forward(host, false, at(x), at(p), alone.as_mut_ptr() as u64)?;
+                        assert!(none.is_none());
+                    }
+                    Ok(())
+                })
+            })
+        })
+        .unwrap();
+        assert_close(&format!("{case}: output"), &y, &values(&expected));
+        assert_eq!(y, alone, "{case}: without gradients");
+        assert_close(&format!("{case}: input's gradient"), &dx, &values(of_expected.get(&x).unwrap()));
+        // The way back through the packing hands each parameter its own.
+        let dp = Tensor::from_vec(dp, packed.shape(), &DEVICE).unwrap();
+        let of_packed = (packed * dp).unwrap().sum_all().unwrap().backward().unwrap();
+        for (i, (weight, bias)) in parameters.iter().enumerate() {
+            for (what, var) in [("weight", weight), ("bias", bias)] {
+                let (ours, expected) = (of_packed.get(var).unwrap(), of_expected.get(var).unwrap());
+                assert_close(&format!("{case}: {what} {i}"), &values(ours), &values(expected));
+            }
+        }
+    }
+
+    #[test]
+    fn is_the_cpu_op() {
+        let Some(host) = Host::new() else { return };
+        // Widths that four channels at once divide, and that they do not; one layer that reads its own output.
+        compare(host, &[4, 8], 1, 3, false, Keep::Last);
+        compare(host, &[4, 8], 3, 3, false, Keep::All);
+        compare(host, &[8, 4], 4, 3, true, Keep::All);
+        compare(host, &[3, 5], 5, 5, true, Keep::Last);
+        compare(host, &[4], 4, 1, true, Keep::All);
+        compare(host, &[3, 2, 4], 2, 3, false, Keep::All);
+    }
+}

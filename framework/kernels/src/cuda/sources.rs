@@ -1,0 +1,15 @@
+//! The kernels' sources.
+
+/// A file of kernels that are compiled together.
+#[derive(Debug)]
+pub(crate) struct Source {
+    pub(crate) name: &'static str,
+    pub(crate) text: &'static str,
+}
+
+pub(crate) const GATES: Source =
+    Source { name: "gates", text: concat!(include_str!("prelude.cuh"), include_str!("gates.cu")) };
+pub(crate) const COLUMNS: Source =
+    Source { name: "columns", text: concat!(include_str!("prelude.cuh"), include_str!("columns.cu")) };
+pub(crate) const OPTIMIZER: Source =
+    Source { name: "optimizer", text: concat!(include_str!("prelude.cuh"), include_str!("optimizer.cu")) };

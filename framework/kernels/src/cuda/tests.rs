@@ -1,0 +1,300 @@
+//! The kernels' sources, run on the processor, against what they should compute.
+
+use super::arguments::{
+    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Narrow, Plane, Sgd, Sums,
+};
+use super::host::Host;
+use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
+use crate::updates::{AdamStep, SgdStep, approach};
+use candle_core::{Device, Tensor};
+use half::{bf16, f16};
+use rand::{Rng, SeedableRng};
+use std::sync::{Mutex, PoisonError};
+
+fn run<A: Copy>(host: &Mutex<Host>, source: &Source, name: &str, count: usize, arguments: A) {
+    let host = host.lock().unwrap_or_else(PoisonError::into_inner);
+    // SAFETY: the tests hand over vectors of the sizes that they name.
+    unsafe { host.run(source, name, count, arguments) };
+}
+
+fn random(len: usize, seed: u64) -> Vec<f32> {
+    let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
+    (0..len).map(|_| rng.random_range(-2f32..2.)).collect()
+}
+
+fn at<T>(values: &[T]) -> u64 {
+    values.as_ptr() as u64
+}
+
+/// 16 or 32 bits.
+trait Half: Copy {
+    const NAME: &'static str;
+    /// The largest error of a rounded number near 1.
+    const ROUNDING: f32;
+    fn new(x: f32) -> Self;
+    fn wide(self) -> f32;
+}
+impl Half for f32 {
+    const NAME: &'static str = "float";
+    const ROUNDING: f32 = 1e-6;
+    fn new(x: f32) -> f32 {
+        x
+    }
+    fn wide(self) -> f32 {
+        self
+    }
+}
+impl Half for bf16 {
+    const NAME: &'static str = "bf16";
+    const ROUNDING: f32 = 1. / 256.;
+    fn new(x: f32) -> bf16 {
+        bf16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+impl Half for f16 {
+    const NAME: &'static str = "f16";
+    const ROUNDING: f32 = 1. / 2048.;
+    fn new(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+    fn wide(self) -> f32 {
+        self.to_f32()
+    }
+}
+
+fn wide<T: Half>(values: &[T]) -> Vec<f32> {
+    values.iter().map(|x| x.wide()).collect()
+}
+
+fn assert_close(what: &str, ours: &[f32], expected: &[f32], tolerance: f32) {
+    for (i, (a, b)) in ours.iter().zip(expected).enumerate() {
+        assert!((a - b).abs() <= tolerance * (1. + b.abs()), "{what}, {i}: {a} instead of {b}");
+    }
+}
+
+#[test]
+fn numbers_are_rounded_as_half_does() {
+    let Some(host) = Host::new() else { return };
+    let mut x: Vec<f32> = random(1000, 1).iter().map(|x| x * 1e4f32.powf(x.fract())).collect();
+    // Ties, the largest numbers, small ones, and what is none.
+    x.extend([
+        1. + 1. / 256.,
+        1. + 3. / 256.,
+        65504.,
+        65519.,
+        65520.,
+        3.4e38,
+        1e-7,
+        -6e-8,
+        -0.,
+        f32::INFINITY,
+        f32::NAN,
+    ]);
+    fn narrow<T: Half + Default>(host: &Mutex<Host>, x: &[f32]) {
+        let mut to = vec![T::new(7.); x.len()];
+        let arguments = Narrow { from: at(x), to: to.as_mut_ptr() as u64, count: x.len() as u32 };
+        run(host, &COLUMNS, &format!("narrow_{}", T::NAME), x.len(), arguments);
+        for (to, x) in wide(&to).iter().zip(x) {
+            let expected = T::new(*x).wide();
+            assert!(to.to_bits() == expected.to_bits() || to.is_nan() && x.is_nan(), "{x}: {to}");
+        }
+    }
+    narrow::<bf16>(host, &x);
+    narrow::<f16>(host, &x);
+    narrow::<f32>(host, &x);
+}
+
+/// A step of a cell and its gradients: values that are returned, in the order of the outputs.
+fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
+    let (rows, pixels, hidden) = (6u32, 3u32, 8usize);
+    let n = rows as usize * hidden;
+    let narrow = |x: Vec<f32>| -> Vec<T> { x.into_iter().map(T::new).collect() };
+    let (mut gates, bias) = (narrow(random(4 * n, 2)), narrow(random(4 * hidden, 3)));
+    let (before, mut c, mut dc) = (random(n, 4), vec![0f32; n], random(n, 5));
+    // Two pictures of three pixels; the second output lies in wider pixels, from the fifth channel on.
+    let (mut plain, mut wider) = (vec![T::new(0.); n], vec![T::new(0.); 3 * n]);
+    let plane = |at: u64, channels: usize, first: usize| Plane {
+        at: at + (first * size_of::<T>()) as u64,
+        image: (pixels as usize * channels) as i64,
+        pixel: channels as i64,
+    };
+    let forward = GatesForward {
+        gates: gates.as_mut_ptr() as u64,
+        bias: at(&bias),
+        c_before: at(&before),
+        c: c.as_mut_ptr() as u64,
+        h: [
+            plane(plain.as_mut_ptr() as u64, hidden, 0),
+            Plane::default(),
+            plane(wider.as_mut_ptr() as u64, 3 * hidden, 4),
+        ],
+        rows,
+        hidden: hidden as u32,
+        pixels,
+        keep: 1,
+    };
+    let threads = n / at_once;
+    run(host, &GATES, &format!("gates_forward_{}_{at_once}", T::NAME), threads, forward);
+    let mut all = [wide(&gates), c.clone(), wide(&plain), wide(&wider)].concat();
+    let (one, two) = (narrow(random(n, 6)), narrow(random(3 * n, 7)));
+    let backward = GatesBackward {
+        gates: forward.gates,
+        c_before: at(&before),
+        c: at(&c),
+        dc: dc.as_mut_ptr() as u64,
+        dh: [plane(at(&one), hidden, 0), plane(at(&two), 3 * hidden, 4), Plane::default()],
+        rows,
+        hidden: hidden as u32,
+        pixels,
+    };
+    run(host, &GATES, &format!("gates_backward_{}_{at_once}", T::NAME), threads, backward);
+    all.extend([wide(&gates), dc].concat());
+    all
+}
+
+#[test]
+fn cells_are_the_same_in_every_type_and_at_any_width() {
+    let Some(host) = Host::new() else { return };
+    let exact = cell::<f32>(host, 1);
+    assert!(exact.iter().any(|x| x.abs() > 0.5));
+    assert_eq!(exact, cell::<f32>(host, 4));
+    fn compare<T: Half>(host: &Mutex<Host>, exact: &[f32]) {
+        let ours = cell::<T>(host, 4);
+        assert_eq!(ours, cell::<T>(host, 1));
+        assert_close(T::NAME, &ours, exact, 6. * T::ROUNDING);
+    }
+    compare::<bf16>(host, &exact);
+    compare::<f16>(host, &exact);
+}
+
+#[test]
+fn columns_are_summed_copied_and_shifted() {
+    let Some(host) = Host::new() else { return };
+    let (rows, columns) = (37u32, 5u32);
+    let x = random((rows * columns) as usize, 1);
+    let (stretch, parts) = (10, 4);
+    let mut sums = vec![f32::NAN; (parts * columns) as usize];
+    let arguments = ColumnSums { x: at(&x), sums: sums.as_mut_ptr() as u64, rows, columns, stretch, parts };
+    run(host, &COLUMNS, "column_sums_float", sums.len(), arguments);
+    for (i, sum) in sums.iter().enumerate() {
+        let (part, column) = (i as u32 / columns, i as u32 % columns);
+        let rows = part * stretch..rows.min((part + 1) * stretch);
+        let expected: f32 = rows.map(|row| x[(row * columns + column) as usize]).sum();
+        assert_eq!(*sum, expected);
+    }
+
+    let (mut y, bias) = (x.clone(), random(columns as usize, 2));
+    let arguments = AddBias { y: y.as_mut_ptr() as u64, bias: at(&bias), count: rows * columns, columns };
+    run(host, &COLUMNS, "add_bias_float", y.len(), arguments);
+    let expected: Vec<f32> = x.iter().enumerate().map(|(i, x)| x + bias[i % columns as usize]).collect();
+    assert_eq!(y, expected);
+
+    // Three channels of (2, 4 pixels, 5 channels), from the second on, to the last three of (4 pixels, 2 images, 4 channels).
+    let mut to = [0f32; 2 * 4 * 4];
+    let arguments = CopyColumns {
+        from: Plane { at: at(&x[1..]), image: 20, pixel: 5 },
+        to: Plane { at: to[1..].as_mut_ptr() as u64, image: 4, pixel: 8 },
+        rows: 8,
+        columns: 3,
+        pixels: 4,
+    };
+    run(host, &COLUMNS, "copy_columns_float", 24, arguments);
+    for (i, value) in to.iter().enumerate() {
+        let (pixel, image, channel) = (i / 8, i / 4 % 2, i % 4);
+        assert_eq!(*value, if channel == 0 { 0. } else { x[image * 20 + pixel * 5 + channel] });
+    }
+}
+
+#[test]
+fn parameters_move_as_on_the_cpu() {
+    let Some(host) = Host::new() else { return };
+    const N: usize = 40;
+    let step = AdamStep {
+        one_minus_beta1: 0.1,
+        beta2: 0.99,
+        one_minus_beta2: 0.01,
+        eps: 1e-8,
+        step_size: 0.02,
+        root_correction: 0.3,
+        l2: 0.05,
+        keep: 0.97,
+    };
+    for amsgrad in [false, true] {
+        let gradient = random(N, 2);
+        let mut own = [random(N, 1), random(N, 3), random(N, 4), random(N, 5)];
+        own[2].iter_mut().for_each(|v| *v = v.abs());
+        let tensors = own.clone().map(|values| Tensor::from_vec(values, N, &Device::Cpu).unwrap());
+        let [w, first, second, largest] = &tensors;
+        let of_cpu = Tensor::new(&gradient[..], &Device::Cpu).unwrap();
+        step.apply(w, &of_cpu, first, second, amsgrad.then_some(largest)).unwrap();
+        let [w, first, second, largest] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
+            step;
+        let arguments = Adam {
+            w,
+            gradient: at(&gradient),
+            first,
+            second,
+            largest: if amsgrad { largest } else { 0 },
+            count: N as u32,
+            one_minus_beta1,
+            beta2,
+            one_minus_beta2,
+            eps,
+            step_size,
+            root_correction,
+            l2,
+            keep,
+        };
+        run(host, &OPTIMIZER, "adam", N, arguments);
+        for (ours, cpu) in own.iter().zip(&tensors) {
+            assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
+        }
+    }
+    for (with_momentum, nesterov) in [(false, false), (true, false), (true, true)] {
+        let step = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov };
+        let (gradient, mut w, mut buffer) = (random(N, 1), random(N, 2), random(N, 3));
+        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+        let [w2, buffer2] = [&w, &buffer].map(|values| tensor(values));
+        step.apply(&w2, &tensor(&gradient), with_momentum.then_some(&buffer2)).unwrap();
+        let SgdStep { lr, momentum, entering, l2, .. } = step;
+        let arguments = Sgd {
+            w: w.as_mut_ptr() as u64,
+            gradient: at(&gradient),
+            momentum_buffer: if with_momentum { buffer.as_mut_ptr() as u64 } else { 0 },
+            count: N as u32,
+            lr,
+            momentum,
+            entering,
+            l2,
+            nesterov: u32::from(nesterov),
+        };
+        run(host, &OPTIMIZER, "sgd", N, arguments);
+        assert_eq!((w, buffer), (w2.to_vec1().unwrap(), buffer2.to_vec1().unwrap()));
+    }
+    let (mut x, target) = (random(N, 6), random(N, 7));
+    let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
+    let moved = tensor(&x);
+    approach(&moved, &tensor(&target), 0.25).unwrap();
+    let arguments = Approach { x: x.as_mut_ptr() as u64, target: at(&target), count: N as u32, share: 0.25 };
+    run(host, &OPTIMIZER, "approach", N, arguments);
+    assert_eq!(x, moved.to_vec1::<f32>().unwrap());
+}
+
+#[test]
+fn squares_are_summed_in_64_bits() {
+    let Some(host) = Host::new() else { return };
+    // Of very different sizes, whose squares do not fit into 32 bits.
+    let x: Vec<f32> =
+        random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
+    let (mut sums, mut total) = (vec![f64::NAN; 7], vec![f64::NAN; 1]);
+    let (count, parts) = (x.len() as u32, sums.len() as u32);
+    run(host, &OPTIMIZER, "square_sums", 7, Sums { x: at(&x), sums: sums.as_mut_ptr() as u64, count, parts });
+    let arguments = Sums { x: at(&sums), sums: total.as_mut_ptr() as u64, count: parts, parts: 1 };
+    run(host, &OPTIMIZER, "sums", 1, arguments);
+    let expected: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
+    assert!((total[0] / expected - 1.).abs() < 1e-12, "{} {expected}", total[0]);
+}

@@ -1,0 +1,268 @@
+//! What needs a CUDA device: the same operations there and on the CPU. Without a device each test says so and passes.
+#![cfg(feature = "cuda")]
+#![allow(clippy::unwrap_used)]
+
+use candle_core::{DType, Device, Result, Tensor, Var};
+use candlepower_kernels::elementwise::zip3;
+use candlepower_kernels::updates::{AdamStep, SgdStep, approach, sum_squares_of};
+use candlepower_kernels::{
+    Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Keep, allow_tf32,
+    conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, reset_peak_memory, to_device,
+};
+use rand::{Rng, SeedableRng};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+const CPU: Device = Device::Cpu;
+
+/// The first device; one test at a time, since TF32 is a setting of the process.
+fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    let open = || match cuda_devices() {
+        Ok(_) => Some(open_cuda(0).unwrap()),
+        Err(why) => {
+            eprintln!("SKIPPED: {why}");
+            None
+        }
+    };
+    let device = DEVICE.get_or_init(open).clone()?;
+    Some((device, TURN.lock().unwrap_or_else(PoisonError::into_inner)))
+}
+
+fn random(shape: impl Into<candle_core::Shape>, seed: u64) -> Tensor {
+    let (shape, mut rng) = (shape.into(), rand_chacha::ChaCha8Rng::seed_from_u64(seed));
+    let values: Vec<f32> = (0..shape.elem_count()).map(|_| rng.random_range(-1f32..1.)).collect();
+    Tensor::from_vec(values, shape, &CPU).unwrap()
+}
+
+fn values(x: &Tensor) -> Vec<f64> {
+    let x = x.to_device(&CPU).unwrap().to_dtype(DType::F64).unwrap();
+    x.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// The norm of the difference over the norm; infinite where something is not a number.
+fn error(ours: &Tensor, expected: &Tensor) -> f64 {
+    assert_eq!(ours.dims(), expected.dims());
+    let (ours, expected) = (values(ours), values(expected));
+    let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
+    let difference = norm(&mut ours.iter().zip(&expected).map(|(a, b)| a - b));
+    let error = difference / norm(&mut expected.iter().copied());
+    if error.is_finite() { error } else { f64::INFINITY }
+}
+
+/// Types, whether TF32 is allowed, and the error that is.
+const KINDS: [(DType, bool, f64); 4] = [
+    (DType::F32, false, 2e-6),
+    (DType::F32, true, 2e-3),
+    (DType::BF16, false, 1.5e-2),
+    (DType::F16, false, 2e-3),
+];
+
+/// An operation's result and its gradients, on the device in each type against the CPU in 32 bits, from the same rounded
+/// numbers; twice on the device, for the same bits.
+fn compare(case: &str, inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    let Some((device, _turn)) = device() else { return };
+    let run = |inputs: &[Tensor], d: &dyn Fn(&Tensor) -> Tensor| {
+        let vars: Vec<Var> = inputs.iter().map(|x| Var::from_tensor(x).unwrap()).collect();
+        let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let y = op(&tensors).unwrap();
+        let gradients = (&y * d(&y)).unwrap().sum_all().unwrap().backward().unwrap();
+        let mut all = vec![y];
+        all.extend(vars.iter().map(|var| gradients.get(var).unwrap().clone()));
+        all
+    };
+    for (dtype, tf32, tolerance) in KINDS {
+        allow_tf32(tf32);
+        let rounded: Vec<Tensor> =
+            inputs.iter().map(|x| x.to_dtype(dtype).unwrap().to_dtype(DType::F32).unwrap()).collect();
+        let direction = |y: &Tensor| random(y.shape(), 99).to_dtype(dtype).unwrap();
+        let expected = run(&rounded, &|y| direction(y).to_dtype(DType::F32).unwrap());
+        let there: Vec<Tensor> =
+            rounded.iter().map(|x| x.to_dtype(dtype).unwrap().to_device(&device).unwrap()).collect();
+        let on_device = |y: &Tensor| direction(y).to_device(&device).unwrap();
+        let (ours, again) = (run(&there, &on_device), run(&there, &on_device));
+        for (i, ((ours, again), expected)) in ours.iter().zip(&again).zip(&expected).enumerate() {
+            let error = error(ours, expected);
+            println!("{case}, {dtype:?}, TF32 {tf32}, {i}: {error:.1e}");
+            assert!(error <= tolerance, "{case}, {dtype:?}, TF32 {tf32}: {error:e} in tensor {i}");
+            assert_eq!(values(ours), values(again), "{case}, {dtype:?}: other bits in a second run");
+        }
+    }
+    allow_tf32(false);
+}
+
+#[test]
+fn convolutions() {
+    // Batch, height, width, input channels, output channels, kernel, stride, padding, dilation, groups.
+    for [b, h, w, i, o, k, stride, padding, dilation, groups] in [
+        [2, 8, 8, 16, 32, 3, 1, 1, 1, 1],
+        [3, 7, 9, 5, 7, 3, 2, 1, 1, 1],
+        [2, 16, 16, 64, 64, 5, 1, 2, 1, 1],
+        [1, 9, 9, 8, 8, 3, 1, 2, 2, 1],
+        [2, 6, 6, 8, 12, 1, 1, 0, 1, 1],
+        [2, 8, 8, 16, 16, 3, 1, 1, 1, 4],
+        [2, 8, 8, 16, 16, 3, 1, 1, 1, 16],
+    ] {
+        let inputs =
+            [random((b, h, w, i), 1), (random((o, i / groups, k, k), 2) * 0.2).unwrap(), random(o, 3)];
+        let options = Conv2dOptions { stride, padding, dilation, groups };
+        compare(&format!("conv2d {options:?} {b}x{h}x{w}x{i} to {o}"), &inputs, |x| {
+            conv2d(&x[0], &x[1], Some(&x[2]), options)
+        });
+    }
+    // As a layer has it: more leading axes, and strides that are not in order.
+    let inputs = [random((2, 3, 8, 6, 5), 1), (random((4, 8, 3, 3), 2) * 0.2).unwrap()];
+    compare("conv2d of a view", &inputs, |x| {
+        let view = x[0].permute((0, 1, 4, 3, 2))?;
+        conv2d(&view, &x[1], None, Conv2dOptions { padding: 1, ..Default::default() })
+    });
+}
+
+#[test]
+fn transposed_convolutions() {
+    let inputs = [random((2, 6, 5, 16), 1), (random((16, 8, 3, 3), 2) * 0.2).unwrap(), random(8, 3)];
+    let options = ConvTranspose2dOptions { stride: 2, padding: 1, output_padding: 1, ..Default::default() };
+    compare("conv_transpose2d", &inputs, |x| conv_transpose2d(&x[0], &x[1], Some(&x[2]), options));
+}
+
+#[test]
+fn roll_outs() {
+    const STEPS: usize = 5;
+    for (hidden, inputs, kernel, feedback, keep) in [
+        (&[16usize, 32][..], 1, 3, false, Keep::Last),
+        (&[64, 64], 16, 3, false, Keep::All),
+        (&[32, 64], 64, 3, true, Keep::All),
+        (&[3, 5], 5, 5, true, Keep::Last),
+    ] {
+        let (batch, height, width) = (2, 8, 12);
+        let x = match feedback {
+            true => random((batch, height, width, inputs), 1),
+            false => random((batch, STEPS, height, width, inputs), 1),
+        };
+        let mut all = vec![x];
+        let mut below = inputs;
+        for (i, &hidden) in hidden.iter().enumerate() {
+            all.push((random((4 * hidden, below + hidden, kernel, kernel), 2 + i as u64) * 0.1).unwrap());
+            all.push(random(4 * hidden, 20 + i as u64));
+            below = hidden;
+        }
+        let case =
+            format!("conv_lstm {hidden:?} of {inputs}, kernel {kernel}, feedback {feedback}, {keep:?}");
+        compare(&case, &all, |x| {
+            let layers: Vec<ConvLstmLayer> =
+                x[1..].chunks(2).map(|it| ConvLstmLayer { weight: &it[0], bias: &it[1] }).collect();
+            let input = match feedback {
+                true => ConvLstmInput::Feedback { first: &x[0], steps: STEPS },
+                false => ConvLstmInput::Frames(&x[0]),
+            };
+            conv_lstm(input, &layers, keep)
+        });
+    }
+}
+
+#[test]
+fn without_gradients_the_result_is_the_same() {
+    let Some((device, _turn)) = device() else { return };
+    let there = |x: Tensor| x.to_device(&device).unwrap();
+    let (x, weight) = (there(random((2, 4, 8, 8, 3), 1)), there(random((32, 11, 3, 3), 2)));
+    let bias = there(random(32, 3));
+    let run = |weight: &Tensor| {
+        let layers = [ConvLstmLayer { weight, bias: &bias }];
+        values(&conv_lstm(ConvLstmInput::Frames(&x), &layers, Keep::All).unwrap())
+    };
+    let tracked = Var::from_tensor(&weight).unwrap();
+    assert_eq!(run(&weight), run(&tracked));
+}
+
+#[test]
+fn updates() {
+    let Some((device, _turn)) = device() else { return };
+    let there = |x: &Tensor| x.to_device(&device).unwrap();
+    let step = AdamStep {
+        one_minus_beta1: 0.1,
+        beta2: 0.99,
+        one_minus_beta2: 0.01,
+        eps: 1e-8,
+        step_size: 0.02,
+        root_correction: 0.3,
+        l2: 0.05,
+        keep: 0.97,
+    };
+    for n in [1, 1000, 100_003] {
+        let [w, g, m, target] = [1, 2, 3, 4].map(|seed| random(n, seed));
+        let v = random(n, 5).sqr().unwrap();
+        let [w2, g2, m2, v2] = [&w, &g, &m, &v].map(there);
+        // Another view of the same memory sees what the kernel writes.
+        let view = w2.reshape((n, 1)).unwrap();
+        step.apply(&w, &g, &m, &v, None).unwrap();
+        step.apply(&w2, &g2, &m2, &v2, None).unwrap();
+        for (cpu, cuda) in [(&w, &w2), (&m, &m2), (&v, &v2), (&w, &view.reshape(n).unwrap())] {
+            assert!(error(cuda, cpu) < 1e-6);
+        }
+        let sgd = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
+        sgd.apply(&w, &g, Some(&m)).unwrap();
+        sgd.apply(&w2, &g2, Some(&m2)).unwrap();
+        assert!(error(&w2, &w) < 1e-6 && error(&m2, &m) < 1e-6);
+        approach(&m, &target, 0.3).unwrap();
+        approach(&m2, &there(&target), 0.3).unwrap();
+        assert!(error(&m2, &m) < 1e-6);
+        zip3(&w, &g, &v, |w: &mut f32, g, v| *w += g * v).unwrap();
+        zip3(&w2, &g2, &there(&v), |w: &mut f32, g, v| *w += g * v).unwrap();
+        assert!(error(&w2, &w) < 1e-6 && error(&view.reshape(n).unwrap(), &w) < 1e-6);
+        let (one, two) = (sum_squares_of(&[w.clone(), g]).unwrap(), sum_squares_of(&[w2, g2]).unwrap());
+        assert!((two / one - 1.).abs() < 1e-6, "{two} {one}");
+    }
+}
+
+#[test]
+fn uploads_while_the_device_computes() {
+    let Some((device, _turn)) = device() else { return };
+    let busy = Tensor::ones((2048, 2048), DType::F32, &device).unwrap();
+    std::thread::scope(|scope| {
+        for worker in 0..3 {
+            let device = &device;
+            scope.spawn(move || {
+                for i in 0..20 {
+                    let x = random((7, 1000 + 300 * i), (worker * 100 + i) as u64);
+                    let there = to_device(&x, device).unwrap();
+                    // Frees the memory while others compute, and looks at what came.
+                    assert_eq!(values(&there.affine(1., 0.).unwrap()), values(&x));
+                }
+            });
+        }
+        for _ in 0..50 {
+            busy.matmul(&busy).unwrap();
+        }
+    });
+}
+
+#[test]
+fn memory_is_counted() {
+    let Some((device, _turn)) = device() else { return };
+    device.synchronize().unwrap();
+    reset_peak_memory(&device);
+    let before = peak_memory(&device).unwrap();
+    drop(Tensor::zeros(64 << 20, DType::U8, &device).unwrap());
+    let peak = peak_memory(&device).unwrap();
+    assert!(peak >= before + (64 << 20), "{before} {peak}");
+}
+
+#[test]
+fn a_device_alone_exchanges_with_itself() {
+    let Some((device, _turn)) = device() else { return };
+    let alone = Communicator::join(&device, &Communicator::id().unwrap(), 0, 1).unwrap();
+    let x = random(1000, 1).to_device(&device).unwrap();
+    let check = || Ok(());
+    for y in [
+        alone.all_reduce(&x, &check).unwrap(),
+        alone.reduce_scatter(&x, &check).unwrap(),
+        alone.all_gather(&x, &check).unwrap(),
+        alone.broadcast(&x.to_dtype(DType::F64).unwrap(), &check).unwrap(),
+    ] {
+        assert_eq!(values(&y), values(&x));
+    }
+    alone.abort();
+    assert!(
+        alone.all_reduce(&x, &check).unwrap_err().to_string().contains("an earlier exchange was given up")
+    );
+}

@@ -1,0 +1,129 @@
+//! What the computation runs on.
+
+use candle_core::Device;
+use candlepower_kernels as kernels;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::collective::Environment;
+use crate::error::{Error, Result};
+
+/// Which kind of device models are trained on, by Lightning's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Accelerator {
+    /// CUDA where this program is built with it and the machine has a device, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// NVIDIA's devices. Needs the feature `cuda`.
+    Cuda,
+}
+
+/// How exactly products and convolutions of 32-bit numbers are computed on CUDA devices, by PyTorch's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum MatmulPrecision {
+    /// In 32 bits throughout.
+    Highest,
+    /// Factors are rounded to TF32's 10 bits: several times faster, to three decimal digits.
+    High,
+}
+
+impl Accelerator {
+    /// Refuses what this program was not built for.
+    pub fn check(self) -> Result<()> {
+        if self == Self::Cuda && !kernels::BUILT_WITH_CUDA {
+            let message =
+                "this program has no CUDA: expected \"auto\" or \"cpu\", or build it with `--features cuda`";
+            return Err(Error::setting("accelerator", message));
+        }
+        Ok(())
+    }
+
+    /// The device of the first rank of this process, of which there are to be `devices`, each on a device of its own.
+    pub fn open(self, devices: usize) -> Result<Device> {
+        self.check()?;
+        if self == Self::Cpu || !kernels::BUILT_WITH_CUDA {
+            return Ok(Device::Cpu);
+        }
+        let found = match kernels::cuda_devices() {
+            Ok(found) => found.len(),
+            Err(_) if self == Self::Auto => return Ok(Device::Cpu),
+            Err(why) => {
+                let message = format!("{why}; expected \"auto\" or \"cpu\", or a machine with such a device");
+                return Err(Error::setting("accelerator", message));
+            }
+        };
+        // A process that was started for one of several devices takes the one that is its own.
+        let first = Environment::read()?.map_or(0, |own| own.local_rank.unwrap_or(own.rank % found));
+        if first + devices > found {
+            return Err(Error::setting("devices", too_many(first + devices, found)));
+        }
+        Ok(kernels::open_cuda(first)?)
+    }
+}
+
+fn too_many(asked: usize, found: usize) -> String {
+    format!("expected at most {found}, as many CUDA devices as are found here; found {asked}")
+}
+
+/// The device of another rank of this process: the CPU is everybody's, of others each rank has its own.
+pub(crate) fn of_rank(rank: usize, first: &Device) -> Result<Device> {
+    if !first.is_cuda() {
+        return Ok(first.clone());
+    }
+    let found = kernels::cuda_devices()?.len();
+    if rank >= found {
+        return Err(Error::setting("devices", too_many(rank + 1, found)));
+    }
+    Ok(kernels::open_cuda(rank)?)
+}
+
+/// Lets products and convolutions of 32-bit numbers be as exact as this from now on.
+pub(crate) fn set_matmul_precision(precision: MatmulPrecision) {
+    kernels::allow_tf32(precision == MatmulPrecision::High);
+}
+
+/// A line for each kind of device that this program can use, or cannot, and why.
+pub fn describe_devices() -> Vec<String> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut lines = vec![format!("cpu       {threads} threads")];
+    match kernels::cuda_devices() {
+        Err(why) => lines.push(format!("cuda      {why}")),
+        Ok(devices) => lines.extend(devices.iter().enumerate().map(|(i, device)| {
+            let kernels::CudaDevice { name, memory, capability: (major, minor) } = device;
+            let gigabytes = *memory as f64 / 1e9;
+            format!("cuda:{i:<4} {name}, {gigabytes:.1} GB, compute capability {major}.{minor}")
+        })),
+    }
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_share_the_cpu() {
+        assert!(of_rank(3, &Device::Cpu).unwrap().is_cpu());
+        assert!(Accelerator::Cpu.open(7).unwrap().is_cpu());
+    }
+
+    #[test]
+    fn what_there_is_not_is_named() {
+        if kernels::cuda_devices().is_ok() {
+            return;
+        }
+        // The computation goes to the CPU where that is allowed.
+        assert!(Accelerator::Auto.open(2).unwrap().is_cpu());
+        let error = Accelerator::Cuda.open(1).unwrap_err().to_string();
+        let expected = if kernels::BUILT_WITH_CUDA {
+            "`accelerator`: no CUDA device is found: "
+        } else {
+            "`accelerator`: this program has no CUDA: "
+        };
+        assert!(error.starts_with(expected), "{error}");
+        assert_eq!(describe_devices().len(), 2);
+    }
+}
