@@ -229,8 +229,12 @@ mod tests {
         assert_eq!(again.as_ptr(), address);
         assert_eq!(again.as_ptr() as usize % HUGE, 0);
         drop(again);
+        let smaller = Buffer::new(270 * megabyte);
+        assert_eq!(smaller.as_ptr(), address, "a little less is asked for");
+        drop(smaller);
         // Another 300 MB: the first must go, at no time were 600 MB lent.
-        let _other = Buffer::new(302 * megabyte);
+        let other = Buffer::new(302 * megabyte);
+        assert!(other.block.as_ref().unwrap().bytes >= 302 << 20);
         assert!(!pool().idle.iter().any(|b| b.bytes == 301 << 20));
         assert!(Buffer::zeroed(100_000).iter().all(|&x| x == 0.));
         drop(Buffer::new(0));

@@ -7,7 +7,7 @@ use candlepower_kernels::{self as kernels};
 pub use candlepower_kernels::{Conv2dOptions, ConvTranspose2dOptions};
 
 pub use super::norm::{BatchNorm, GroupNorm};
-use super::{Conv, convolves, widened};
+use super::{Conv, convolves, split_dims, widened};
 use crate::error::{Error, Result};
 
 /// (B, T, C, H, W) to (B * T, H, W, C).
@@ -36,12 +36,7 @@ pub fn channels_first(x: &Tensor) -> Result<Tensor> {
 
 /// With the last three axes in another order.
 fn reordered(x: &Tensor, order: [usize; 3]) -> Result<Tensor> {
-    let Some(leading) = x.rank().checked_sub(3) else {
-        return Err(Error::msg(format!(
-            "expected an image, three axes at least, found shape {:?}",
-            x.dims()
-        )));
-    };
+    let leading = split_dims(x)?.0.len();
     let axes: Vec<usize> = (0..leading).chain(order.map(|axis| leading + axis)).collect();
     Ok(x.permute(axes)?.contiguous()?)
 }
@@ -62,11 +57,11 @@ impl Conv {
     /// The same by candle, of (.., Cin, H, W) to (.., Cout, H', W').
     pub(super) fn channels_first(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {
         let Conv2dOptions { stride, padding, dilation, groups } = options;
-        let images = x.flatten_to(x.rank() - 4)?;
+        let (leading, [channels, height, width]) = split_dims(x)?;
+        let images = x.reshape(((), channels, height, width))?;
         let y = images.conv2d(&self.weight, padding, stride, dilation, groups)?;
         let y = y.broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
-        let leading = &x.dims()[..x.rank() - 3];
-        Ok(y.reshape([leading, &y.dims()[1..]].concat())?)
+        Ok(y.reshape([&leading, &y.dims()[1..]].concat())?)
     }
 }
 
@@ -138,6 +133,26 @@ mod tests {
             back.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
             (0..48).map(|i| i as f32).collect::<Vec<_>>()
         );
+    }
+
+    #[test]
+    fn one_image_is_convolved_as_a_batch_of_one_is_by_both_kernels() {
+        use crate::nn::with_kernels;
+        use crate::params::Params;
+        use crate::trainer::Kernels;
+
+        let params = Params::new(1, DType::F32, &Device::Cpu);
+        let conv = Conv::new(&[5, 3, 3, 3], params.var_builder()).unwrap();
+        let image = Tensor::rand(-1f32, 1., (6, 4, 3), &Device::Cpu).unwrap();
+        let batch = conv.same(&image.unsqueeze(0).unwrap()).unwrap().squeeze(0).unwrap();
+        for kernels in [Kernels::Fast, Kernels::Reference] {
+            let y = with_kernels(kernels, || conv.same(&image)).unwrap();
+            assert_eq!(y.dims(), [6, 4, 5]);
+            let difference = (y - &batch).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(difference.to_scalar::<f32>().unwrap() < 1e-5);
+            // What is no image is an error.
+            assert!(with_kernels(kernels, || conv.same(&image.get(0).unwrap())).is_err());
+        }
     }
 
     #[test]

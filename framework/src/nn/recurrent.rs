@@ -1,7 +1,8 @@
 //! What recurrent models are made of: convolutions that every step of a roll-out uses, gates, memories.
 //!
 //! Tensors are channels last, (B, H, W, C), or (B, H, W, D, C) where a state has a depth D, because that is what the
-//! kernels run on; parameters keep PyTorch's shapes. `prepare` does what a roll-out needs once, not once a step: call it at the start of each.
+//! kernels run on; parameters keep PyTorch's shapes. `prepare` does what a roll-out needs once, not once a step: call it at
+//! the start of each.
 
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::sigmoid;
