@@ -31,19 +31,13 @@ pub enum MatmulPrecision {
 }
 
 impl Accelerator {
-    /// Refuses what this program was not built for.
-    pub fn check(self) -> Result<()> {
+    /// The device of the first rank of this process, of which there are to be `devices`, each on a device of its own.
+    pub fn open(self, devices: usize) -> Result<Device> {
         if self == Self::Cuda && !kernels::BUILT_WITH_CUDA {
             let message =
                 "this program has no CUDA: expected \"auto\" or \"cpu\", or build it with `--features cuda`";
             return Err(Error::setting("accelerator", message));
         }
-        Ok(())
-    }
-
-    /// The device of the first rank of this process, of which there are to be `devices`, each on a device of its own.
-    pub fn open(self, devices: usize) -> Result<Device> {
-        self.check()?;
         if self == Self::Cpu || !kernels::BUILT_WITH_CUDA {
             return Ok(Device::Cpu);
         }

@@ -8,7 +8,7 @@ use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
 use crate::tensors::{check_convolves, check_like, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, OUT, Panels, Source, Tiling};
-use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Device, Error, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 use std::sync::{Mutex, PoisonError};
 
@@ -475,12 +475,7 @@ impl<T: Float> CustomOp2 for ConvLstm<T> {
         y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(kept) = kept else {
-            bail!(
-                "conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again"
-            );
-        };
+        let kept = take_kept(&self.kept)?;
         let wants = (x.track_op(), p.track_op());
         let level = Level::current();
         let (dx, dp) = with_values(x, |x: &[T]| {
@@ -499,6 +494,17 @@ impl<T: Float> CustomOp2 for ConvLstm<T> {
         let dp = dp.map(|dp| Tensor::from_vec(dp, p.shape(), &Device::Cpu)).transpose()?;
         Ok((dx, dp))
     }
+}
+
+/// What the forward pass has kept, for the one backward pass that can use it.
+pub(crate) fn take_kept<K>(kept: &Mutex<Option<K>>) -> Result<K> {
+    let kept = kept.lock().unwrap_or_else(PoisonError::into_inner).take();
+    kept.ok_or_else(|| {
+        Error::Msg(
+            "conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again"
+                .into(),
+        )
+    })
 }
 
 fn forward<T: Float>(

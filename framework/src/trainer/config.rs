@@ -148,7 +148,6 @@ impl TrainerConfig {
                 return Err(Error::setting(key, format!("expected a number above 0, found {value}")));
             }
         }
-        self.accelerator.check()?;
         if self.micro_batch_size.is_some_and(|micro| micro > self.batch_size) {
             let message = format!("expected at most `batch_size`, which is {}", self.batch_size);
             return Err(Error::setting("micro_batch_size", message));

@@ -7,7 +7,7 @@ use super::launch::{launch, type_name};
 use super::memory::{address, address_of, allocate, packed, tensor, with_address};
 use super::roll_out::{Engine, Kept, Layer, RollOut, pack};
 use super::sources::{COLUMNS, GATES};
-use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep};
+use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, take_kept};
 use crate::direct::Geometry;
 use crate::tensors::tracked;
 use candle_core::backend::BackendStorage;
@@ -104,12 +104,7 @@ impl CustomOp2 for Op {
         _: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(kept) = kept else {
-            bail!(
-                "conv_lstm: backward ran before on this result, and used up what the forward pass had kept; run forward again"
-            );
-        };
+        let kept = take_kept(&self.kept)?;
         let cuda = Cuda { device: x.device().as_cuda_device()?, dtype: x.dtype() };
         let gradient = |of: &Tensor| {
             of.track_op().then(|| allocate(cuda.device, of.elem_count(), cuda.dtype, false)).transpose()
