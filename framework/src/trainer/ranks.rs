@@ -34,7 +34,7 @@ pub(super) fn fit_as_rank<B: Batch>(
     let mut trained = || {
         trainer.in_pool(|trainer| {
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
-            let outcome = Fit::new(trainer, model, data)?.run();
+            let outcome = Fit::new(trainer, model, data).and_then(|fit| fit.run());
             trainer.ranks = ranks.clone();
             outcome
         })
