@@ -3,7 +3,7 @@
 
 use candle_core::Tensor;
 use candlepower::nn::recurrent::{
-    MemoryUpdate, OutputGate, StateNorm, StepConv, open_output, sum_gates, update_memory,
+    MemoryUpdate, OutputGate, StateNorm, StepConv, attend, open_output, sum_gates, update_memory,
 };
 use candlepower::prelude::*;
 use schemars::JsonSchema;
@@ -199,9 +199,7 @@ impl Eidetic {
 
     /// What the past says to what is asked: softmax(q k') k, without the usual scale.
     fn recall(&self, asked: &Tensor, past: &[Tensor]) -> Result<Tensor> {
-        let (asked_tokens, past) = (self.tokens(asked)?, Tensor::cat(past, 1)?);
-        let scores = asked_tokens.matmul(&past.t()?)?;
-        self.state(&nn::softmax(&scores)?.matmul(&past)?, asked)
+        self.state(&attend(&self.tokens(asked)?, &Tensor::cat(past, 1)?)?, asked)
     }
 
     fn step(&self, x: &Tensor, state: &mut EideticState, memory: &mut Tensor) -> Result<()> {

@@ -3,6 +3,7 @@
 #![expect(clippy::needless_range_loop, reason = "in kernels, an index names a row, a tap or a lane")]
 
 mod activations;
+mod attend;
 mod buffer;
 mod cell;
 mod conv2d;
@@ -27,6 +28,7 @@ mod tensors;
 pub mod updates;
 mod winograd;
 
+pub use attend::attend;
 pub use buffer::{keep_freed_memory, release_scratch};
 pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};

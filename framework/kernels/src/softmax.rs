@@ -23,6 +23,26 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if tracked(x) { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
 }
 
+/// The gradient of the softmax's input, from its result and that one's gradient.
+pub(crate) fn softmax_gradient(y: &Tensor, d: &Tensor) -> Result<Tensor> {
+    let op = Softmax { width: y.dims().last().copied().unwrap_or(1) };
+    let level = Level::current();
+    let dx = with_values(y, |y| {
+        with_values(d, |d| {
+            let fill = |dx: Shared| {
+                op.for_rows(y.len(), |row| {
+                    // SAFETY: each row belongs to one task.
+                    let to = unsafe { dx.offset(row.start) };
+                    level.run(RowBack { y: &y[row.clone()], d: &d[row], to });
+                });
+            };
+            // SAFETY: every row is written.
+            Ok(unsafe { filled(y.len(), fill) })
+        })
+    })?;
+    Tensor::from_vec(dx, y.shape(), &Device::Cpu)
+}
+
 struct Softmax {
     width: usize,
 }
@@ -141,20 +161,6 @@ impl CustomOp1 for Softmax {
     }
 
     fn bwd(&self, _: &Tensor, y: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
-        let level = Level::current();
-        let dx = with_values(y, |y| {
-            with_values(d, |d| {
-                let fill = |dx: Shared| {
-                    self.for_rows(y.len(), |row| {
-                        // SAFETY: each row belongs to one task.
-                        let to = unsafe { dx.offset(row.start) };
-                        level.run(RowBack { y: &y[row.clone()], d: &d[row], to });
-                    });
-                };
-                // SAFETY: every row is written.
-                Ok(unsafe { filled(y.len(), fill) })
-            })
-        })?;
-        Ok(Some(Tensor::from_vec(dx, y.shape(), &Device::Cpu)?))
+        Ok(Some(softmax_gradient(y, d)?))
     }
 }

@@ -302,6 +302,14 @@ pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
     Ok((&b + (sigmoid(&part(gate)?)? * (a - &b)?)?)?)
 }
 
+/// softmax(q k') k for what is asked, q (B, Q, N), and the tokens k (B, K, N), without the usual scale: (B, Q, N).
+pub fn attend(asked: &Tensor, tokens: &Tensor) -> Result<Tensor> {
+    if fast(asked) && fast(tokens) {
+        return Ok(kernels::attend(asked, tokens)?);
+    }
+    Ok(softmax(&asked.matmul(&tokens.t()?)?, 2)?.matmul(tokens)?)
+}
+
 /// The states of a number of last steps, to be looked back at.
 #[derive(Debug, Clone)]
 pub struct Window(Vec<Moment>);
