@@ -208,11 +208,12 @@ impl Experiment {
         self.trainer.devices
     }
 
-    /// Trains, or times steps, as one rank of several processes, of which rank 0 alone writes. `trainer.devices` is then their number, or 1,
-    /// the default.
+    /// Trains, or times steps, as one of several processes, of which the first alone writes. Where each is a rank, `trainer.devices` is
+    /// their number on a machine, or 1, the default.
     pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
-        if processes > 1 && devices > 1 && devices != processes {
+        let expected = [1, processes, processes / self.distributed.nodes];
+        if processes > 1 && ranks.processes().is_none() && !expected.contains(&devices) {
             let message =
                 format!("there are {processes} processes, a device each: expected {processes}, or nothing");
             return Err(self.document.place("trainer", Error::setting("devices", message)));
@@ -283,7 +284,7 @@ impl Experiment {
 
     /// The device of this process's first rank.
     fn device(&self) -> Result<Device> {
-        let here = if self.ranks.world_size() > 1 { 1 } else { self.trainer.devices };
+        let here = self.ranks.devices_here(self.trainer.devices);
         self.trainer.accelerator.open(here).map_err(|error| self.document.place("trainer", error))
     }
 

@@ -28,7 +28,7 @@ pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cel
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[cfg(feature = "cuda")]
-pub use cuda::Communicator;
+pub use cuda::{Communicator, Exchange, Pending};
 pub use devices::{
     BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
     to_device,
