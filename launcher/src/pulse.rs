@@ -51,6 +51,10 @@ impl Callback for Pulse {
         self.file = File::options().append(true).open(&self.path).map_err(Error::file(&self.path))?;
         Ok(())
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
 }
 
 /// The newest checkpoint that a run has told of.

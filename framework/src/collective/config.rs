@@ -169,6 +169,11 @@ impl DistributedConfig {
                  start one process with `trainer.devices = {world_size}`",
                 starter.name()
             ))),
+            None if self.nodes > 1 => Err(Error::msg(format!(
+                "`distributed.nodes` is {}, and this process was started alone: start `candlepower launch` on each machine, or \
+                 `torchrun`, `srun` or `mpirun`",
+                self.nodes
+            ))),
             None => Ok(Arc::new(Solo)),
         }
     }

@@ -28,7 +28,7 @@ pub use config::{Backend, DistributedConfig, MEETING_PLACE, Shard};
 pub use environment::{Environment, Starter};
 pub use failure::FAILURE_FILE;
 pub(crate) use failure::report;
-pub(crate) use flat::{all_reduce, broadcast};
+pub(crate) use flat::{all_reduce, broadcast, buckets, pack, unpack};
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
 pub use processes::Processes;

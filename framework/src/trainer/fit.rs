@@ -13,16 +13,25 @@ use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
-use crate::collective::{self, Collective, Identity, Shard, shard};
+use crate::collective::shard::{Shares, Whole};
+use crate::collective::{self, Collective, Identity, Shard};
 use crate::data::{Data, Loaded, Loader, Order, Pass, Share, Source, Split, Start};
 use crate::error::{Error, Result};
 use crate::grads::{Grads, first_not_finite};
 use crate::memory;
 use crate::metrics::Means;
-use crate::module::{Model, Step};
+use crate::module::{Model, Module, Step};
 use crate::optim::{self, Average, Turn};
 use crate::precision::LossScale;
+use crate::reduction::{Reduced, Reduction};
 use crate::schedule::PlateauState;
+use crate::taps::Taps;
+
+/// The module with taps on its parameters, by which ranks hear of gradients while the backward pass goes on.
+struct Tapped<B: Batch> {
+    module: Box<dyn Module<Batch = B>>,
+    taps: Taps<Reduction>,
+}
 
 /// One call of [`Trainer::fit`], on one rank.
 pub(super) struct Fit<'a, B: Batch> {
@@ -31,6 +40,8 @@ pub(super) struct Fit<'a, B: Batch> {
     /// Whether each rank keeps a part of the optimizer's state.
     sharded: bool,
     model: &'a Model<B>,
+    /// What trains on one of several ranks.
+    tapped: Option<Tapped<B>>,
     workers: usize,
     /// What is validated on: the source, the split it counts as, its batches.
     val: Option<(Source<B>, Split, Option<Limit>)>,
@@ -136,7 +147,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
         if sharded && state.is_some() {
-            optimizer = shard::Whole::new(&*ranks, &optimizer)?.vars;
+            optimizer = Whole::new(&*ranks, &optimizer)?.vars;
         }
         if let Some(checkpoint) = &resumed {
             checkpoint.restore_params(&params)?;
@@ -146,11 +157,14 @@ impl<'a, B: Batch> Fit<'a, B> {
         same_as_rank_0(&*ranks, &params)?;
         model.params().publish()?;
         model.params().roll_back_buffers()?;
-        same_as_rank_0(&*ranks, &optimizer)?;
+        if state.is_some() {
+            same_as_rank_0(&*ranks, &optimizer)?;
+        }
         if let Some(average) = &mut average {
             same_as_rank_0(&*ranks, average.averages())?;
             average.updates = state.map_or(0, |state| state.average_updates);
         }
+        let tapped = if ranks.is_alone() { None } else { Some(Tapped::new(model)?) };
         let share = Share { rank: ranks.rank(), of: ranks.world_size() };
         let start = Start {
             epoch: progress.epoch,
@@ -179,6 +193,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             ranks,
             sharded,
             model,
+            tapped,
             workers,
             val,
             turns,
@@ -259,10 +274,11 @@ impl<'a, B: Batch> Fit<'a, B> {
             tally.means = Some(Means::default());
         }
         for turn in 0..self.turns.len() {
-            let mut gradients = self.gradients(turn, &mut tally)?;
+            let (mut gradients, whole) = self.gradients(turn, &mut tally)?;
             let _phase = phase!("optimizer");
             self.unscale(&mut gradients)?;
             let norm = self.clip(&mut gradients)?;
+            tally.gradients.append(&mut self.to_look_at(turn, &gradients, whole)?);
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
             if refusal.is_some() {
                 self.model.params().roll_back_buffers()?;
@@ -271,10 +287,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 None => {}
                 Some(refusal) if turn == 0 => return Ok(Stepped::Refused(refusal)),
                 // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
-                Some(Refusal::Overflow) => {
-                    tally.gradients.append(&mut gradients);
-                    continue;
-                }
+                Some(Refusal::Overflow) => continue,
                 // ... or ends the run, whose last checkpoint is still good.
                 Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
@@ -287,22 +300,23 @@ impl<'a, B: Batch> Fit<'a, B> {
                 )?;
             }
             self.turns[turn].step(&gradients, done + 1, rates, &*self.ranks)?;
+            self.model.params().publish()?;
             self.model.params().commit_buffers()?;
             average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
-            tally.gradients.append(&mut gradients);
         }
-        self.model.params().publish()?;
         self.kept.clear();
         self.progress.advance(tally.samples, tally.ends_epoch);
         self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
         Ok(Stepped::Moved(tally))
     }
 
-    /// The gradients of one optimizer's parameters, over all micro-batches of the step and over all ranks.
-    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Vec<Tensor>> {
+    /// The gradients of those parameters of one optimizer that this rank moves, over all micro-batches of the step and over all
+    /// ranks; and whether somebody wants to look at those of all parameters.
+    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<(Vec<Tensor>, bool)> {
         let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
         let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
         let mut grads = Grads::new(&self.turns[turn].params);
+        let mut reduction = self.tapped.as_ref().map(|_| Reduction::new(&self.turns[turn], &self.ranks));
         tally.losses.clear();
         tally.own_samples = 0;
         for index in 0.. {
@@ -316,7 +330,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             let mut told = Step::training(done, place.number as u64, seed, name, images_due);
             let loss = {
                 let _phase = phase!("forward");
-                let loss = self.model.training().training_step(&batch, &mut told);
+                let loss = self.training().training_step(&batch, &mut told);
                 loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
             };
             {
@@ -324,7 +338,13 @@ impl<'a, B: Batch> Fit<'a, B> {
                 let share = batch.len() as f64 / tally.samples as f64;
                 let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
                 let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
-                grads.add(&self.turns[turn], scaled.backward()?)?;
+                match (&self.tapped, reduction.take()) {
+                    (Some(Tapped { taps, .. }), Some(before)) => {
+                        let before = before.before_backward(place.ends_step);
+                        reduction = Some(taps.during(before, || scaled.backward())?);
+                    }
+                    _ => grads.add(&self.turns[turn], scaled.backward()?)?,
+                }
             }
             tally.losses.push((place.number, loss.detach()));
             tally.own_samples += batch.len();
@@ -338,8 +358,26 @@ impl<'a, B: Batch> Fit<'a, B> {
                 tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
             }
         }
-        let _phase = (!self.ranks.is_alone()).then(|| phase!("all_reduce"));
-        grads.over_ranks(&*self.ranks, &self.turns[turn].params)?.complete(&self.turns[turn].params)
+        let Some(reduction) = reduction else { return Ok((grads.complete(&self.turns[turn].params)?, true)) };
+        let _phase = phase!("all_reduce");
+        let wants = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
+        let Reduced { own, whole } = reduction.finish(wants)?;
+        Ok((own.complete(&self.turns[turn].own(&*self.ranks))?, whole))
+    }
+
+    /// The module that records gradients.
+    fn training(&self) -> &dyn Module<Batch = B> {
+        self.tapped.as_ref().map_or(self.model.training(), |tapped| &*tapped.module)
+    }
+
+    /// The gradients of all of an optimizer's parameters, where this rank has them or somebody wants them.
+    fn to_look_at(&self, turn: usize, own: &[Tensor], whole: bool) -> Result<Vec<Tensor>> {
+        let Turn { params, .. } = &self.turns[turn];
+        match self.turns[turn].owners() {
+            None => Ok(own.to_vec()),
+            Some(owners) if whole => Shares::new(&*self.ranks, params, owners).gather(own),
+            Some(_) => Ok(Vec::new()),
+        }
     }
 
     /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
@@ -368,7 +406,11 @@ impl<'a, B: Batch> Fit<'a, B> {
             Some((number, value)) => Some(format!("the loss of micro-batch {number} is {value}")),
             None => None,
         };
-        if let Some(name) = first_not_finite(&self.turns[turn].params, gradients)? {
+        let name = first_not_finite(&self.turns[turn].own(&*self.ranks), gradients)?.unwrap_or_default();
+        // Each rank may know of its own parameters alone.
+        let names = self.ranks.gather_bytes(name.as_bytes())?;
+        if let Some(name) = names.iter().find(|name| !name.is_empty()) {
+            let name = String::from_utf8_lossy(name);
             what.get_or_insert(format!("the gradient of `{name}` is not finite"));
         }
         let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
@@ -463,10 +505,15 @@ impl<'a, B: Batch> Fit<'a, B> {
     /// The norm of the gradients, which are clipped where that is asked for.
     fn clip(&self, gradients: &mut [Tensor]) -> Result<f64> {
         let config = &self.trainer.config;
-        let norm = match config.clip_norm {
-            Some(max_norm) => optim::clip_norm(gradients, max_norm)?,
-            None => optim::global_norm(gradients)?,
-        };
+        let mut norm = optim::global_norm(gradients)?;
+        if self.sharded {
+            // Each rank has a part of the gradients.
+            let parts = self.ranks.gather_numbers(&[norm])?;
+            norm = parts.iter().map(|part| part[0] * part[0]).sum::<f64>().sqrt();
+        }
+        if let Some(max_norm) = config.clip_norm {
+            optim::scale_to_norm(gradients, norm, max_norm)?;
+        }
         if let Some(max) = config.clip_value {
             optim::clip_value(gradients, max)?;
         }
@@ -584,7 +631,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         if !self.sharded {
             return Ok(own);
         }
-        let whole = shard::Whole::new(&*self.ranks, &own)?;
+        let whole = Whole::new(&*self.ranks, &own)?;
         whole.gather(&*self.ranks)?;
         Ok(whole.vars)
     }
@@ -624,6 +671,17 @@ impl<'a, B: Batch> Fit<'a, B> {
     /// Seconds of training, those before an interruption included.
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
+    }
+}
+
+impl<B: Batch> Tapped<B> {
+    fn new(model: &Model<B>) -> Result<Self> {
+        let taps = Taps::new();
+        let put = {
+            let taps = taps.clone();
+            Arc::new(move |name: &str, parameter: &Var| taps.tap(name, parameter))
+        };
+        Ok(Self { module: model.tapped(put)?, taps })
     }
 }
 

@@ -36,6 +36,7 @@ pub(super) fn fit_as_rank<B: Batch>(
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
             let outcome = Fit::new(trainer, model, data).and_then(|fit| fit.run());
             trainer.ranks = ranks.clone();
+            model.params().remove_taps();
             outcome
         })
     };
