@@ -55,6 +55,11 @@ impl Callback for Pulse {
     fn wants_gradients(&self, _: u64) -> bool {
         false
     }
+
+    /// Each machine may have a supervisor of its own.
+    fn on_every_rank(&self) -> bool {
+        true
+    }
 }
 
 /// The newest checkpoint that a run has told of.

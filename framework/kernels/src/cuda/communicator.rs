@@ -105,7 +105,7 @@ impl Communicator {
         let (ranks, own) = (world_size as i32, rank as i32);
         let context = device.cuda_stream().context().clone();
         let stream = context.new_stream().map_err(failed("CUDA stream"))?;
-        let (done, joined) = channel();
+        let (done, joined) = channel::<Result<Link>>();
         // NCCL cannot be told to give up here, so that a thread of its own waits.
         let join = move || {
             let join = || {
