@@ -389,6 +389,26 @@ mod tests {
     }
 
     #[test]
+    fn a_parameter_that_is_asked_for_twice_has_one_tap_which_follows_the_masters() {
+        let params = Params::new(0, DType::BF16, &Device::Cpu);
+        params.var_builder().get_with_hints(2, "w", Init::Const(1.)).unwrap();
+        let put = |_: &str, var: &Var| var.as_tensor().copy();
+        let vb = params.tapped_var_builder(Arc::new(put));
+        let [tap, again] = [(); 2].map(|()| vb.get(2, "w").unwrap());
+        assert_eq!(tap.id(), again.id());
+        let value = || tap.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let move_to = |x: f32| {
+            params.vars()[0].1.set(&Tensor::new(&[x, x], &Device::Cpu).unwrap()).unwrap();
+            params.publish().unwrap();
+        };
+        move_to(5.);
+        assert_eq!(value(), [5.; 2]);
+        params.remove_taps();
+        move_to(7.);
+        assert_eq!(value(), [5.; 2]);
+    }
+
+    #[test]
     fn what_is_put_back_reaches_the_module_also_after_an_error() {
         let params = Params::new(0, DType::BF16, &Device::Cpu);
         let working = params.detached_var_builder().get_with_hints(2, "w", Init::Const(1.1)).unwrap();

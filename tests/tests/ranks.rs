@@ -564,18 +564,27 @@ fn optimizers_take_turns_on_several_ranks_too() {
 
 #[test]
 fn a_parameter_without_gradient_is_refused_by_name_also_where_a_rank_has_no_samples() {
-    struct Unused(Tensor);
+    struct Unused([Tensor; 3]);
     impl Module for Unused {
         type Batch = Tensors;
         fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
-            Ok((batch.0[0].mean_all()? + self.0.detach().mean_all()?)?)
+            let [lonely, large, small] = &self.0;
+            let used = (batch.0[0].mean_all()? * (large.sum_all()? + small.sum_all()?)?)?;
+            Ok((used + lonely.detach().mean_all()?)?)
         }
     }
-    let model = Model::new(|vb: VarBuilder| Ok(Unused(vb.get(4, "lonely")?)), 0, &Device::Cpu).unwrap();
-    // One micro-batch for three ranks.
-    let config = TrainerConfig { batch_size: 2, ..config(3, 1) };
-    let error = Trainer::new(config).fit(&model, &points()).unwrap_err().to_string();
-    assert!(error.starts_with("no gradient reaches 1 of 1 parameters: lonely\n"), "{error}");
+    let build = |vb: VarBuilder| Ok(Unused([vb.get(4, "lonely")?, vb.get(5, "large")?, vb.get(1, "small")?]));
+    let model = Model::new(build, 0, &Device::Cpu).unwrap();
+    // One micro-batch for two or three ranks; of two, the second is the owner of `lonely` and `small`.
+    for (devices, distributed, all) in
+        [(3, DistributedConfig::default(), 3), (2, sharded(), 2), (3, sharded(), 1)]
+    {
+        let config = TrainerConfig { batch_size: 2, ..config(devices, 1) };
+        let error = Trainer::new(config).distributed(distributed).fit(&model, &points()).unwrap_err();
+        let (error, expected) =
+            (error.to_string(), format!("no gradient reaches 1 of {all} parameters: lonely\n"));
+        assert!(error.contains(&expected), "{devices} ranks: {error}");
+    }
 }
 
 fn sharded() -> DistributedConfig {
