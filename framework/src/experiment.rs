@@ -14,7 +14,7 @@ use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, StopReason};
 use crate::callbacks::ProgressBar;
 use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
-use crate::collective::{Collective, DistributedConfig, Solo};
+use crate::collective::{Collective, DistributedConfig, NCCL_ALONE, Solo};
 use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
 use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
@@ -285,7 +285,12 @@ impl Experiment {
     /// The device of this process's first rank.
     fn device(&self) -> Result<Device> {
         let here = self.ranks.devices_here(self.trainer.devices);
-        self.trainer.accelerator.open(here).map_err(|error| self.document.place("trainer", error))
+        let device = self.trainer.accelerator.open(here);
+        let device = device.and_then(|device| match self.ranks.processes() {
+            Some(_) if !device.is_cuda() => Err(Error::setting("accelerator", NCCL_ALONE)),
+            _ => Ok(device),
+        });
+        device.map_err(|error| self.document.place("trainer", error))
     }
 
     fn model<B: Batch>(

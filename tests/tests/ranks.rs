@@ -7,7 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use candlepower::checkpoint::{self, Checkpoint, CheckpointConfig};
-use candlepower::collective::{Collective, DistributedConfig, Shard, Started, Threads};
+use candlepower::collective::{
+    Collective, DistributedConfig, Environment, Processes, Shard, Started, Starter, Threads,
+};
+use candlepower::config::Registry;
+use candlepower::experiment::{Experiment, Resume};
 use candlepower::optim::{
     AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RmspropConfig, TurnConfig,
 };
@@ -15,6 +19,7 @@ use candlepower::params::Buffer;
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::trainer::{Every, Limit, Outcome};
+use candlepower_datasets::MovingMnist;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
@@ -715,6 +720,28 @@ fn a_gradient_that_is_no_number_is_named_whoever_owns_its_parameter() {
         let StopReason::Failed(why) = reason else { panic!("{reason:?}") };
         assert!(why.contains("the gradient of `bad` is not finite"), "{devices} ranks: {why}");
     }
+}
+
+#[test]
+fn processes_that_only_devices_connect_are_refused_on_the_cpu_before_anything_is_written() {
+    let environment = Environment {
+        starter: Starter::Torch,
+        rank: 0,
+        world_size: 2,
+        local_rank: Some(0),
+        local_size: Some(1),
+        master: None,
+    };
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/quickstart.toml");
+    let dir = tempfile::tempdir().unwrap();
+    let sets = [format!("run.dir={:?}", dir.path()), "trainer.accelerator=\"cpu\"".into()];
+    let registry = Registry::default().module::<ConvLstm>("conv_lstm").dataset::<MovingMnist>("moving_mnist");
+    let experiment = Experiment::read(&registry, config.as_ref(), &sets).unwrap();
+    let experiment = experiment.ranks(Arc::new(Processes::new(&environment))).unwrap();
+    let error = experiment.train(&Resume::No, Vec::new()).err().unwrap().to_string();
+    let expected = "error: --set:1:21: `trainer.accelerator`: NCCL alone connects these processes";
+    assert!(format!("error: {error}").starts_with(expected), "{error}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
 /// Ranks that tell when gradients go on their way.

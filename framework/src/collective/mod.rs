@@ -31,6 +31,7 @@ pub(crate) use failure::report;
 pub(crate) use flat::{all_reduce, broadcast, buckets, pack, unpack};
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
+pub(crate) use processes::NCCL_ALONE;
 pub use processes::Processes;
 pub use threads::Threads;
 

@@ -45,11 +45,12 @@ impl Processes {
     }
 }
 
+/// What is wrong where such processes have no devices that NCCL connects.
+pub(crate) const NCCL_ALONE: &str = "NCCL alone connects these processes, and it connects CUDA devices: expected \"cuda\" and a device \
+    for each rank, or for the CPU `distributed.backend = \"mpi\"`";
+
 fn not_yet<T>() -> Result<T> {
-    Err(Error::msg(
-        "NCCL alone connects these processes, and it connects CUDA devices: expected `trainer.accelerator = \"cuda\"`, or \
-         `distributed.backend = \"mpi\"` for the CPU",
-    ))
+    Err(Error::setting("accelerator", NCCL_ALONE))
 }
 
 impl Collective for Processes {
@@ -141,7 +142,7 @@ mod tests {
         let process = process(0, None);
         let said = [process.all_reduce(&zeros), process.broadcast(&zeros), process.all_gather(&zeros)];
         for error in said.map(|result| result.unwrap_err().to_string()) {
-            assert!(error.contains("expected `trainer.accelerator = \"cuda\"`"), "{error}");
+            assert!(error.starts_with("`accelerator`: NCCL alone connects these processes"), "{error}");
         }
         assert!(process.barrier().is_err() && process.check_ranks().is_ok());
     }
