@@ -7,6 +7,7 @@ mod buffer;
 mod cell;
 mod conv2d;
 mod conv_lstm;
+mod conv_lstm_cell;
 mod conv_transpose2d;
 #[cfg(any(feature = "cuda", test))]
 mod cuda;
@@ -24,7 +25,8 @@ pub mod updates;
 mod winograd;
 
 pub use buffer::{keep_freed_memory, release_scratch};
-pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
+pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm};
+pub use conv_lstm_cell::conv_lstm_cell;
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[cfg(feature = "cuda")]
