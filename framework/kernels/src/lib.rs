@@ -17,9 +17,13 @@ pub mod elementwise;
 mod float;
 mod gates;
 mod gemm;
+mod kept;
 mod parallel;
+mod recall;
 mod shared_conv;
 mod simd;
+mod softmax;
+mod state_norm;
 mod tensors;
 pub mod updates;
 mod winograd;
@@ -35,8 +39,13 @@ pub use devices::{
     BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
     to_device,
 };
-pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
+pub use gates::{Gate, MemoryUpdate, OutputGate, blend, memory_update, open_output, sum_gates};
+pub use kept::Kept;
+pub use parallel::idle_soon;
+pub use recall::recall;
 pub use shared_conv::SharedConv;
 #[doc(hidden)]
 pub use simd::Level;
+pub use softmax::softmax;
+pub use state_norm::SharedNorm;
 pub use tensors::{convolves, no_grad, supported};
