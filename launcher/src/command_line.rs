@@ -50,8 +50,8 @@ pub(crate) enum Command {
     ///
     /// On several machines with CUDA devices, start it on each, with the same file:
     ///
-    ///     candlepower launch config.toml --nodes 2 --node-rank 0 --master node1:29500      on node1
-    ///     candlepower launch config.toml --nodes 2 --node-rank 1 --master node1:29500      on the other
+    ///   candlepower launch config.toml --nodes 2 --node-rank 0 --master node1:29500      on node1
+    ///   candlepower launch config.toml --nodes 2 --node-rank 1 --master node1:29500      on the other
     ///
     /// Under `srun` and `torchrun`, which say who is who, it needs none of these.
     #[command(verbatim_doc_comment)]

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 /// as it has devices.
 ///
 /// Ranks know at once who they are. What they exchange goes by NCCL, so nothing can be exchanged before each has its device:
-/// [`Nccl`](super::Nccl) is what becomes of them then.
+/// `Nccl`, of the feature `cuda`, is what becomes of them then.
 pub struct Processes {
     index: usize,
     count: usize,
