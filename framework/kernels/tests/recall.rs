@@ -17,6 +17,9 @@ fn composed(asked: &Tensor, keys: &[&Tensor], values: &[&Tensor], scale: f64) ->
     values.broadcast_mul(&weights)?.sum(0)?.reshape(asked.shape())
 }
 
+/// One way to recall: of what is asked, keys and values.
+type Recall<'a> = dyn Fn(&Tensor, &[&Tensor], &[&Tensor]) -> Tensor + 'a;
+
 /// Asks twice; the second time of what the first gave, among states that moved on by one. One state is there twice, one is
 /// a key and a value, and one nobody tracks.
 fn check(shape: &[usize], seed: u64) {
@@ -26,7 +29,7 @@ fn check(shape: &[usize], seed: u64) {
     let plain = random(shape, seed + 9);
     let plain64 = double(&plain);
     let scale = 2. / (shape[1..].iter().product::<usize>() as f64).sqrt();
-    let total = |x: &[&Tensor], recall: &dyn Fn(&Tensor, &[&Tensor], &[&Tensor]) -> Tensor| {
+    let total = |x: &[&Tensor], recall: &Recall| {
         let first = recall(x[0], &[x[1], x[1], x[2]], &[x[5], x[3], x[2]]);
         let second = recall(&first, &[x[1], x[2], x[0]], &[x[3], x[2], x[4]]);
         (loss(&first, seed + 20) + loss(&second, seed + 21)).unwrap()
@@ -80,7 +83,7 @@ fn what_is_kept_and_not_used_has_a_gradient_of_zero() {
     let (x, asked) = (var(&random(&[2, 8], 1)), random(&[2, 8], 2));
     let y = (x.as_tensor() * 2.).unwrap();
     let (used, other) = (Kept::new(&asked).unwrap(), Kept::new(&y).unwrap());
-    let found = recall(&asked, &[used.clone()], &[used], 1.).unwrap();
+    let found = recall(&asked, std::slice::from_ref(&used), std::slice::from_ref(&used), 1.).unwrap();
     assert!(!found.track_op());
     drop(other);
     // One key has all the weight, whatever it is: it learns nothing, and its value learns all.
