@@ -249,18 +249,21 @@ class MauCell(nn.Module):
 
 
 class Mau(nn.Module):
-    def __init__(self, channels, n, k, layers, size, window=5):
+    def __init__(self, channels, n, k, layers, size, reduction, window=5):
         super().__init__()
+        halvings = range(reduction.bit_length() - 1)
         leak = lambda layer: nn.Sequential(layer, nn.LeakyReLU(0.2))
         halve = lambda: nn.Conv2d(n, n, 3, stride=2, padding=1)
         double = lambda: nn.ConvTranspose2d(n, n, 3, stride=2, padding=1, output_padding=1)
-        self.encoder = nn.Sequential(leak(nn.Conv2d(channels, n, 1)), leak(halve()), leak(halve()))
-        self.cells = nn.ModuleList([MauCell(n, k, size // 4) for _ in range(layers)])
-        self.decoder = nn.Sequential(leak(double()), double(), nn.Conv2d(n, channels, 1))
-        self.n, self.window = n, window
+        self.encoder = nn.Sequential(leak(nn.Conv2d(channels, n, 1)), *(leak(halve()) for _ in halvings))
+        self.cells = nn.ModuleList([MauCell(n, k, size // reduction) for _ in range(layers)])
+        decoder = [double() if index == halvings[-1] else leak(double()) for index in halvings]
+        self.decoder = nn.Sequential(*decoder, nn.Conv2d(n, channels, 1))
+        self.n, self.window, self.reduction = n, window, reduction
 
     def start(self, frame):
-        zeros = frame.new_zeros(frame.shape[0], self.n, frame.shape[2] // 4, frame.shape[3] // 4)
+        zeros = frame.new_zeros(
+            frame.shape[0], self.n, frame.shape[2] // self.reduction, frame.shape[3] // self.reduction)
         self.t = [zeros] * len(self.cells)
         self.ts = [[zeros] * self.window for _ in self.cells]
         self.ss = [[zeros] * self.window for _ in self.cells]
@@ -278,7 +281,7 @@ class Mau(nn.Module):
         return 0
 
 
-def build(model, channels, hidden, kernel, layers, size):
+def build(model, channels, hidden, kernel, layers, size, reduction):
     """The model for frames of `size` x `size` patches."""
     stack = lambda cell, **more: Stack(cell, channels, hidden, kernel, layers, **more)
     return {
@@ -288,7 +291,7 @@ def build(model, channels, hidden, kernel, layers, size):
         "predrnn_pp": lambda: stack(CausalCell, highway=True),
         "mim": lambda: Mim(channels, hidden, kernel, layers, size),
         "e3d_lstm": lambda: E3d(channels, hidden, kernel, layers, size),
-        "mau": lambda: Mau(channels, hidden, kernel, layers, size),
+        "mau": lambda: Mau(channels, hidden, kernel, layers, size, reduction),
     }[model]()
 
 
@@ -300,6 +303,7 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--hidden", type=int, help="default: as published, 64 for mau and 128 for the others")
     parser.add_argument("--patch", type=int, help="default: as published, 1 for mau and 4 for the others")
+    parser.add_argument("--reduction", type=int, default=4, help="of mau: by how much its encoder makes rows fewer")
     parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after the warm-up; default: 3")
     args = parser.parse_args()
@@ -310,7 +314,7 @@ def main():
     torch.manual_seed(0)
     mau = args.model == "mau"
     patch, hidden = args.patch or (1 if mau else 4), args.hidden or (64 if mau else 128)
-    network = build(args.model, patch**2, hidden, args.kernel, args.layers, args.size // patch)
+    network = build(args.model, patch**2, hidden, args.kernel, args.layers, args.size // patch, args.reduction)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
     frames = torch.rand(args.frames_in + args.frames_out, args.batch, patch**2, args.size // patch, args.size // patch)
 

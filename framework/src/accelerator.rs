@@ -2,6 +2,7 @@
 
 use candle_core::Device;
 use candlepower_kernels as kernels;
+pub use candlepower_kernels::idle_soon;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 

@@ -49,6 +49,8 @@ pub fn registry() -> Registry {
 
 /// Does what the command line of this process says, with these modules and datasets.
 pub fn run(registry: Registry) -> ExitCode {
+    // Before there is a second thread.
+    candlepower::accelerator::idle_soon();
     let arguments = command_line::Arguments::parse();
     let (layer, profile) = arguments.command.profiles().then(Profile::start).unzip();
     let listening = listen(layer);

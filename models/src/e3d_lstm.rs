@@ -1,8 +1,7 @@
 //! E3D-LSTM: states of two frames' depth, 3D convolutions, and a cell that recalls its own past by attention (Wang et al.
 //! 2019, "Eidetic 3D LSTM: A model for video prediction and beyond").
 
-use candle_core::{D, Tensor};
-use candle_nn::ops::softmax;
+use candle_core::Tensor;
 use candlepower::nn::recurrent::{
     MemoryUpdate, OutputGate, StateNorm, StepConv, open_output, sum_gates, update_memory,
 };
@@ -101,11 +100,19 @@ impl DeepConv {
         Ok(Self { conv: self.conv.prepare()?, norm })
     }
 
+    /// Without a normalisation, which knows depths apart, (B, H, W, Cout): for [`at_each_depth`], after sums.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.conv.forward(&x.flatten_from(3)?)?;
-        let y = Tensor::stack(&[&y; DEPTH], 3)?;
-        self.norm.as_ref().map_or(Ok(y.clone()), |norm| norm.forward(&y))
+        match &self.norm {
+            Some(norm) => norm.forward(&at_each_depth(y)?),
+            None => Ok(y),
+        }
     }
+}
+
+/// (B, H, W, C) to (B, H, W, D, C); what has a depth stays as it is.
+fn at_each_depth(y: Tensor) -> Result<Tensor> {
+    Ok(if y.rank() == 5 { y } else { Tensor::stack(&[&y; DEPTH], 3)? })
 }
 
 /// The cell of section 3.2 of the paper.
@@ -194,8 +201,7 @@ impl Eidetic {
     fn recall(&self, asked: &Tensor, past: &[Tensor]) -> Result<Tensor> {
         let (asked_tokens, past) = (self.tokens(asked)?, Tensor::cat(past, 1)?);
         let scores = asked_tokens.matmul(&past.t()?)?;
-        // Candle's own softmax over the last axis has no gradient.
-        self.state(&softmax(&scores, D::Minus1)?.matmul(&past)?, asked)
+        self.state(&nn::softmax(&scores)?.matmul(&past)?, asked)
     }
 
     fn step(&self, x: &Tensor, state: &mut EideticState, memory: &mut Tensor) -> Result<()> {
@@ -208,6 +214,7 @@ impl Eidetic {
                 (&self.memory.forward(memory)?, &[I_M, F_M, G_M, M]),
             ],
         )?;
+        let gates = at_each_depth(gates)?;
         let width = c.dim(4)?;
         let asked = candle_nn::ops::sigmoid(&gates.narrow(4, R * width, width)?)?;
         past.push(self.tokens(c)?);
@@ -215,6 +222,7 @@ impl Eidetic {
         *c = update_memory(&gates, &recalled, CELL)?;
         let written = update_memory(&gates, &gates.narrow(4, M * width, width)?, MEMORY)?;
         let more = (self.cell_to_output.forward(c)? + self.memory_to_output.forward(&written)?)?;
+        let more = at_each_depth(more)?;
         let y = self.to_hidden.forward(&Tensor::cat(&[&*c, &written], 4)?)?;
         *h = open_output(OutputGate::SigmoidOfTanh, &gates, O, Some(&more), &y)?;
         if self.update_global_memory {

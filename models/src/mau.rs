@@ -2,8 +2,8 @@
 //! prediction and beyond"), between a convolutional encoder and decoder.
 
 use candle_core::Tensor;
-use candle_nn::ops::{sigmoid, softmax};
-use candlepower::nn::recurrent::{DoublingConv, StateNorm, StepConv};
+use candlepower::nn::leaky_relu;
+use candlepower::nn::recurrent::{DoublingConv, StateNorm, StepConv, Window, blend};
 use candlepower::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -76,8 +76,8 @@ struct Unit {
 /// T of a unit, and what T and S were at the steps before, the last `window` of them.
 pub struct UnitState {
     motion: Tensor,
-    motions: Vec<Tensor>,
-    seens: Vec<Tensor>,
+    motions: Window,
+    seens: Window,
 }
 
 impl Unit {
@@ -105,48 +105,27 @@ impl Unit {
     /// The motions of the steps before, weighted by how alike what was seen then is to what will be seen.
     fn trend(&self, seen: &Tensor, state: &UnitState) -> Result<Tensor> {
         let size = (seen.elem_count() / seen.dim(0)?) as f64;
-        let next = self.seen_next.forward(seen)?;
-        // (window, B, pixels and channels)
-        let before = Tensor::stack(&state.seens, 0)?.flatten_from(2)?;
-        let alike = before.broadcast_mul(&next.flatten_from(1)?.unsqueeze(0)?)?.sum_keepdim(2)?;
-        let weights = softmax(&(alike / size.sqrt())?, 0)?;
-        let motions = Tensor::stack(&state.motions, 0)?.flatten_from(2)?;
-        Ok(motions.broadcast_mul(&weights)?.sum(0)?.reshape(seen.shape())?)
+        state.motions.recall(&self.seen_next.forward(seen)?, &state.seens, 1. / size.sqrt())
     }
 
     /// S to the next layer's S.
     fn step(&self, seen: &Tensor, state: &mut UnitState) -> Result<Tensor> {
+        let width = seen.dim(3)?;
         let trend = self.trend(seen, state)?;
-        let keep = sigmoid(&self.motion_next.forward(&state.motion)?)?;
-        let fused = (&trend + (keep * (&state.motion - &trend)?)?)?;
+        let keep = self.motion_next.forward(&state.motion)?;
+        let fused = blend(width, (&keep, 0), (&state.motion, 0), (&trend, 0))?;
+        // A gate, what stays, and what goes over to the other of the two; seen: a gate, what goes over, and what stays.
         let [motion, seen_here] = [self.motion.forward(&fused)?, self.seen.forward(seen)?];
-        let part = |x: &Tensor, index: usize| x.chunk(3, 3).map(|parts| parts[index].clone());
-        let [gate, motion_to_motion, motion_to_seen] =
-            [part(&motion, 0)?, part(&motion, 1)?, part(&motion, 2)?];
-        let [seen_gate, seen_to_motion, seen_to_seen] =
-            [part(&seen_here, 0)?, part(&seen_here, 1)?, part(&seen_here, 2)?];
-        state.motion = mixed(&gate, &motion_to_motion, &seen_to_motion)?;
-        let next = mixed(&seen_gate, &seen_to_seen, &motion_to_seen)?;
-        state.motions.remove(0);
-        state.motions.push(state.motion.clone());
-        state.seens.remove(0);
-        state.seens.push(seen.clone());
-        Ok(next)
+        state.motion = blend(width, (&motion, 0), (&motion, 1), (&seen_here, 1))?;
+        state.motions.push(&state.motion)?;
+        state.seens.push(seen)?;
+        blend(width, (&seen_here, 0), (&seen_here, 2), (&motion, 2))
     }
 
     fn weights(&self) -> usize {
         let convs = [&self.motion_next, &self.seen_next, &self.motion, &self.seen];
         convs.iter().map(|conv| conv.conv.weights()).sum()
     }
-}
-
-/// σ(gate) a + (1 - σ(gate)) b
-fn mixed(gate: &Tensor, a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok((b + (sigmoid(gate)? * (a - b)?)?)?)
-}
-
-fn leaky(x: &Tensor) -> Result<Tensor> {
-    Ok(x.maximum(&(x * LEAK)?)?)
 }
 
 /// An encoder, motion-aware units, a decoder, and a 1x1 convolution to frames.
@@ -223,7 +202,7 @@ impl Stack for MauLayers {
         let (height, width) = (self.frame.height / self.reduction, self.frame.width / self.reduction);
         let shape = (frame.dim(0)?, height, width, self.hidden);
         let zeros = Tensor::zeros(shape, frame.dtype(), frame.device())?;
-        let past = vec![zeros.clone(); self.window];
+        let past = Window::new(self.window, &zeros)?;
         let unit = |_: &Unit| UnitState { motion: zeros.clone(), motions: past.clone(), seens: past.clone() };
         Ok(self.units.iter().map(unit).collect())
     }
@@ -231,7 +210,7 @@ impl Stack for MauLayers {
     fn step(&self, frame: &Tensor, state: &mut Vec<UnitState>) -> Result<Tensor> {
         let mut seen = frame.clone();
         for conv in &self.encoder {
-            seen = leaky(&conv.forward(&seen)?)?;
+            seen = leaky_relu(&conv.forward(&seen)?, LEAK)?;
         }
         for (unit, state) in self.units.iter().zip(state) {
             seen = unit.step(&seen, state)?;
@@ -240,7 +219,7 @@ impl Stack for MauLayers {
             seen = conv.forward(&seen)?;
             // The last one is linear.
             if index + 1 < self.decoder.len() {
-                seen = leaky(&seen)?;
+                seen = leaky_relu(&seen, LEAK)?;
             }
         }
         self.to_frame.forward(&seen)

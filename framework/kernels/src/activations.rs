@@ -53,6 +53,16 @@ pub(crate) unsafe fn tanh<S: Simd>(x: S) -> S {
     }
 }
 
+/// e^x, for x of at most 87; 2e-38 where x is below -87.
+#[inline(always)]
+pub(crate) unsafe fn exp_below<S: Simd>(x: S) -> S {
+    // SAFETY: the caller has vectors.
+    unsafe {
+        let (q, scale) = reduced_exp(S::splat(-87.).max(x));
+        scale.mul_add(q, scale)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -7,6 +7,7 @@ mod buffer;
 mod cell;
 mod conv2d;
 mod conv_lstm;
+mod conv_lstm_cell;
 mod conv_transpose2d;
 #[cfg(any(feature = "cuda", test))]
 mod cuda;
@@ -16,15 +17,20 @@ pub mod elementwise;
 mod float;
 mod gates;
 mod gemm;
+mod kept;
 mod parallel;
+mod recall;
 mod shared_conv;
 mod simd;
+mod softmax;
+mod state_norm;
 mod tensors;
 pub mod updates;
 mod winograd;
 
 pub use buffer::{keep_freed_memory, release_scratch};
-pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
+pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm};
+pub use conv_lstm_cell::conv_lstm_cell;
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[cfg(feature = "cuda")]
@@ -33,8 +39,13 @@ pub use devices::{
     BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
     to_device,
 };
-pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
+pub use gates::{Gate, MemoryUpdate, OutputGate, blend, memory_update, open_output, sum_gates};
+pub use kept::Kept;
+pub use parallel::idle_soon;
+pub use recall::recall;
 pub use shared_conv::SharedConv;
 #[doc(hidden)]
 pub use simd::Level;
+pub use softmax::softmax;
+pub use state_norm::SharedNorm;
 pub use tensors::{convolves, no_grad, supported};

@@ -7,6 +7,22 @@ use crate::float::Float;
 use crate::simd::Simd;
 use rayon::prelude::*;
 
+/// Tells candle's own threads, which share the processor's cores with rayon's, to sleep soon after an operation: by default
+/// they wait at full speed for half a millisecond, on cores that kernels need. For the start of a program that trains; does
+/// nothing, and returns false, once the program has a second thread, where the user has set candle's variable, and off Linux.
+pub fn idle_soon() -> bool {
+    const VARIABLE: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
+    /// Looks for new work: about two microseconds.
+    const LIMIT: &str = "100";
+    let alone = std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
+    if !alone || std::env::var_os(VARIABLE).is_some() {
+        return false;
+    }
+    // SAFETY: there is no other thread that could read the environment meanwhile.
+    unsafe { std::env::set_var(VARIABLE, LIMIT) };
+    true
+}
+
 /// Floats that one task of a memory-bound pass handles; smaller arrays do not pay for a thread.
 pub(crate) const GRAIN: usize = 1 << 14;
 

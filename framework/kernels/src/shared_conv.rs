@@ -1,6 +1,6 @@
 //! A convolution whose weight the steps of a roll-out share.
 
-use crate::conv2d::{Conv2dOptions, conv2d};
+use crate::conv2d::{Conv2dOptions, check_bias, conv2d};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
 use crate::tensors::{check_type, packed, tracked, with_values};
@@ -8,23 +8,24 @@ use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels,
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// A 'same' convolution of stride 1 without bias, as [`conv2d`], for a weight that is used many times before it changes.
+/// A 'same' convolution of stride 1, as [`conv2d`], for a weight that is used many times before it changes.
 ///
 /// The weight is transformed once for all uses, and so is its gradient: between the uses' backward passes it is summed in
-/// Winograd's domain, and handed to the weight after the last of them. Kernels that Winograd does not serve are left to
+/// Winograd's domain, and handed to the weight after the last of them. So is that of a bias. Kernels that Winograd does not serve are left to
 /// [`conv2d`].
 #[derive(Debug, Clone)]
 pub struct SharedConv {
     weight: Tensor,
+    bias: Option<Tensor>,
     transformed: Option<(Arc<Transformed>, Tensor)>,
 }
 
 impl SharedConv {
-    /// With a weight (Cout, Cin, k, k), k odd, as it is now: changes after this are not seen.
+    /// With a weight (Cout, Cin, k, k), k odd, and a bias (Cout), as they are now: changes after this are not seen.
     ///
     /// # Errors
-    /// Where the weight has another shape, or is not f32 on the CPU.
-    pub fn new(weight: &Tensor) -> Result<SharedConv> {
+    /// Where one of them has another shape, or is not f32 on the CPU.
+    pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<SharedConv> {
         check_type("shared_conv", "weight", weight, DType::F32)?;
         let &[outputs, inputs, kernel, kernel_width] = weight.dims() else {
             bail!("shared_conv: weight must be (outputs, inputs, k, k), got {:?}", weight.dims());
@@ -32,36 +33,48 @@ impl SharedConv {
         if kernel != kernel_width || kernel % 2 == 0 {
             bail!("shared_conv: expected a square kernel of odd size, got {:?}", weight.dims());
         }
+        check_bias("shared_conv", bias, outputs, weight)?;
+        let shared = SharedConv { weight: weight.clone(), bias: bias.cloned(), transformed: None };
         if !matches!(kernel, 3 | 5) || inputs < LANES || outputs < LANES {
-            return Ok(SharedConv { weight: weight.clone(), transformed: None });
+            return Ok(shared);
         }
         let values = weight.detach().contiguous()?;
-        let order = (0..outputs.next_multiple_of(LANES)).map(|o| (o < outputs).then_some(o)).collect();
+        let order: ColumnOrder =
+            (0..outputs.next_multiple_of(LANES)).map(|o| (o < outputs).then_some(o)).collect();
+        let mut row = vec![0f32; order.len()];
+        if let Some(bias) = bias {
+            with_values(bias, |bias| Ok(row[..outputs].copy_from_slice(bias)))?;
+        }
         let transformed = Transformed {
             values,
             outputs,
             inputs,
             kernel,
             order,
+            bias: row,
             filters: OnceLock::new(),
             transposed: OnceLock::new(),
             sums: Mutex::default(),
         };
         let transformed = Arc::new(transformed);
         let use_of = UseOf(transformed.clone());
-        let token =
-            if tracked(weight) { weight.apply_op1(use_of)? } else { weight.apply_op1_no_bwd(&use_of)? };
-        Ok(SharedConv { weight: weight.clone(), transformed: Some((transformed, token)) })
+        let token = match (bias, tracked(weight) || bias.is_some_and(tracked)) {
+            (None, true) => weight.apply_op1(use_of)?,
+            (None, false) => weight.apply_op1_no_bwd(&use_of)?,
+            (Some(bias), true) => weight.apply_op2(bias, use_of)?,
+            (Some(bias), false) => weight.apply_op2_no_bwd(bias, &use_of)?,
+        };
+        Ok(SharedConv { transformed: Some((transformed, token)), ..shared })
     }
 
-    /// (.., H, W, Cin) to (.., H, W, Cout). Differentiable in x, and in the weight.
+    /// (.., H, W, Cin) to (.., H, W, Cout). Differentiable in x, the weight and the bias.
     ///
     /// # Errors
     /// Where the shapes do not fit together, or x is not f32 on the CPU.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let Some((transformed, token)) = &self.transformed else {
             let options = Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() };
-            return conv2d(x, &self.weight, None, options);
+            return conv2d(x, &self.weight, self.bias.as_ref(), options);
         };
         check_type("shared_conv", "x", x, DType::F32)?;
         let &[ref leading @ .., height, width, inputs] = x.dims() else {
@@ -77,7 +90,7 @@ impl SharedConv {
     }
 }
 
-/// The weight in Winograd's domain, and its gradient.
+/// The weight in Winograd's domain, the bias, and their gradients.
 #[derive(Debug)]
 struct Transformed {
     values: Tensor,
@@ -85,10 +98,19 @@ struct Transformed {
     inputs: usize,
     kernel: usize,
     order: ColumnOrder,
+    /// In that order; zeros where there is none.
+    bias: Vec<f32>,
     filters: OnceLock<Panels>,
     transposed: OnceLock<Panels>,
     /// What the uses so far have added up, for each number of parts that they cut their batch into.
-    sums: Mutex<Vec<Vec<Panels>>>,
+    sums: Mutex<Vec<Sums>>,
+}
+
+/// Gradients of the weight and the bias, a summand of each for each part.
+#[derive(Debug)]
+struct Sums {
+    filters: Vec<Panels>,
+    bias: Vec<f32>,
 }
 
 impl Transformed {
@@ -114,14 +136,39 @@ impl Transformed {
         self.transposed.get().ok_or_else(|| candle_core::Error::Msg("shared_conv: no filters".into()))
     }
 
-    fn sums(&self) -> MutexGuard<'_, Vec<Vec<Panels>>> {
+    fn sums(&self) -> MutexGuard<'_, Vec<Sums>> {
         self.sums.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Stands for the weight in the graph: a number that every use depends on. By the time its gradient is asked for, all uses
+/// Stands for the weight and the bias in the graph: a number that every use depends on. By the time its gradient is asked for, all uses
 /// have added theirs.
 struct UseOf(Arc<Transformed>);
+
+impl UseOf {
+    fn number() -> (CpuStorage, Shape) {
+        (CpuStorage::F32(vec![0.]), Shape::from(()))
+    }
+
+    /// The gradients of the weight and the bias.
+    fn gradients(&self) -> Result<(Tensor, Tensor)> {
+        let Transformed { values, outputs, order, inputs, kernel, .. } = &*self.0;
+        let level = Level::current();
+        let mut gradient = vec![0f32; values.elem_count()];
+        let mut bias = vec![0f32; *outputs];
+        let sums = std::mem::take(&mut *self.0.sums());
+        on_pool(|| {
+            for panels in sums.iter().flat_map(|sums| &sums.filters) {
+                winograd::add_filter_gradient(level, panels, order, 0, &mut gradient, *inputs, *kernel);
+            }
+        });
+        for part in sums.iter().flat_map(|sums| sums.bias.chunks_exact(order.len())) {
+            bias.iter_mut().zip(part).for_each(|(sum, x)| *sum += x);
+        }
+        let gradient = Tensor::from_vec(gradient, values.shape(), &Device::Cpu)?;
+        Ok((gradient, Tensor::from_vec(bias, *outputs, &Device::Cpu)?))
+    }
+}
 
 impl CustomOp1 for UseOf {
     fn name(&self) -> &'static str {
@@ -129,20 +176,32 @@ impl CustomOp1 for UseOf {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((CpuStorage::F32(vec![0.]), Shape::from(())))
+        Ok(Self::number())
     }
 
-    fn bwd(&self, weight: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
-        let Transformed { order, inputs, kernel, .. } = &*self.0;
-        let level = Level::current();
-        let mut gradient = vec![0f32; weight.elem_count()];
-        let sums = std::mem::take(&mut *self.0.sums());
-        on_pool(|| {
-            for sums in sums.iter().flatten() {
-                winograd::add_filter_gradient(level, sums, order, 0, &mut gradient, *inputs, *kernel);
-            }
-        });
-        Ok(Some(Tensor::from_vec(gradient, weight.shape(), &Device::Cpu)?))
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.gradients()?.0))
+    }
+}
+
+impl CustomOp2 for UseOf {
+    fn name(&self) -> &'static str {
+        "shared_conv weight and bias"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(Self::number())
+    }
+
+    fn bwd(
+        &self,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (dw, db) = self.gradients()?;
+        Ok((weight.track_op().then_some(dw), bias.track_op().then_some(db)))
     }
 }
 
@@ -172,14 +231,13 @@ impl CustomOp2 for Use {
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let x = packed(x, lx)?;
-        let Transformed { outputs, kernel, order, .. } = &*self.transformed;
+        let Transformed { outputs, kernel, bias, .. } = &*self.transformed;
         let Tiling { batch, height, width, .. } = self.tiling;
         let level = Level::current();
         let filters = self.transformed.filters(level)?;
-        let bias = vec![0f32; order.len()];
         let fill = |output: Shared| {
             let epilogue =
-                winograd::Store { output, bias: &bias, height, width, channels: *outputs, kernel: *kernel };
+                winograd::Store { output, bias, height, width, channels: *outputs, kernel: *kernel };
             winograd::forward(level, &self.tiling, &[self.images(&x)], filters, epilogue);
         };
         // SAFETY: every pixel of the output is stored, and none is read.
@@ -200,10 +258,12 @@ impl CustomOp2 for Use {
         let level = Level::current();
         let parts = winograd::parts(&self.tiling, *inputs, *outputs);
         let mut sums = self.transformed.sums();
-        if token.track_op() && !sums.iter().any(|sums| sums.len() == parts) {
-            sums.push(Panels::zeroed_parts(parts, *inputs, order.len()));
+        if token.track_op() && !sums.iter().any(|sums| sums.filters.len() == parts) {
+            let filters = Panels::zeroed_parts(parts, *inputs, order.len());
+            sums.push(Sums { filters, bias: vec![0.; parts * order.len()] });
         }
-        let sums = sums.iter_mut().find(|sums| token.track_op() && sums.len() == parts);
+        let sums = sums.iter_mut().find(|sums| token.track_op() && sums.filters.len() == parts);
+        let (sums, bias) = sums.map(|sums| (&mut sums.filters[..], &mut sums.bias[..])).unzip();
         let mut dx = x.track_op().then(|| vec![0f32; x.elem_count()]);
         let transposed = x.track_op().then(|| self.transformed.transposed(level)).transpose()?;
         with_values(x, |x| {
@@ -214,11 +274,11 @@ impl CustomOp2 for Use {
                     data: Shared::new(dx),
                     image: images.image,
                 });
-                let mut sources = [Source { images, filters: sums.map(Vec::as_mut_slice), input }];
+                let mut sources = [Source { images, filters: sums, input }];
                 let load = winograd::Load { gradient, height, width, channels: *outputs, kernel: *kernel };
                 let vectors = order.len() / LANES;
                 on_pool(|| {
-                    winograd::backward(level, &self.tiling, vectors, load, &mut sources, parts, None);
+                    winograd::backward(level, &self.tiling, vectors, load, &mut sources, parts, bias);
                 });
                 Ok(())
             })

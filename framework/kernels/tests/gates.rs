@@ -4,7 +4,7 @@
 mod common;
 
 use candle_core::{D, Result, Tensor, Var};
-use candlepower_kernels::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
+use candlepower_kernels::{MemoryUpdate, OutputGate, blend, memory_update, open_output, sum_gates};
 use common::*;
 use proptest::prelude::*;
 
@@ -91,6 +91,36 @@ fn memories_and_outputs_at_each_level() {
     });
 }
 
+/// The gate, a and b: of which tensor, and where in it.
+fn check_blend(rows: usize, width: usize, gates: &[usize], roles: [(usize, usize); 3], seed: u64) {
+    let inputs: Vec<Tensor> =
+        gates.iter().enumerate().map(|(i, gates)| random(&[rows, gates * width], seed + i as u64)).collect();
+    check(
+        &format!("{rows} x {width}, {roles:?} of {gates:?}"),
+        &inputs,
+        |x| {
+            let [gate, a, b] = roles.map(|(tensor, place)| (x[tensor].as_tensor(), place));
+            blend(width, gate, a, b).unwrap()
+        },
+        |x| {
+            let part = |role: usize| gate(&x[roles[role].0], roles[role].1, width);
+            let open = sigmoid(&part(0)?)?;
+            (&open * part(1)?)? + ((1. - &open)? * part(2)?)?
+        },
+    );
+}
+
+#[test]
+fn blends_at_each_level() {
+    at_each_level(|_| {
+        for (rows, width) in [(1, 1), (7, 16), (300, 40)] {
+            check_blend(rows, width, &[1, 1, 1], [(0, 0), (1, 0), (2, 0)], 1);
+            check_blend(rows, width, &[3, 2], [(0, 0), (1, 1), (0, 2)], 2);
+            check_blend(rows, width, &[3], [(0, 2), (0, 0), (0, 1)], 3);
+        }
+    });
+}
+
 /// The sum of gates, one candle operation after the other.
 fn summed(gates: usize, width: usize, terms: &[(Tensor, Vec<usize>)]) -> Result<Tensor> {
     let mut sums = vec![(terms[0].0.narrow(D::Minus1, 0, width)? * 0.)?; gates];
@@ -137,6 +167,7 @@ fn the_same_bits_on_any_threads() {
         let sum = sum_gates(3, &[(&gates, &[0, 1, 2]), (&memory, &[1])]).unwrap();
         let after = memory_update(&sum, &memory, update).unwrap();
         let output = open_output(OutputGate::Tanh, &sum, 2, Some(&memory), &after).unwrap();
+        let output = blend(20, (&sum, 0), (&output, 0), (&memory, 0)).unwrap();
         let grads = loss(&output, 3).backward().unwrap();
         vec![output, grad(&grads, &gates), grad(&grads, &memory)]
     });
@@ -148,6 +179,9 @@ fn errors_name_what_does_not_fit() {
     let update = MemoryUpdate { input: 0, candidate: 1, forget: Some((3, 1.)), squash: false };
     let text = |result: Result<Tensor>| result.unwrap_err().to_string();
     assert!(text(memory_update(&gates, &memory, update)).contains("no gate 3 among 3"));
+    assert!(text(blend(4, (&gates, 0), (&gates, 3), (&memory, 0))).contains("no gate 3 among 3"));
+    assert!(text(blend(4, (&gates, 0), (&gates, 1), (&gates, 0))).contains("twice"));
+    assert!(text(blend(5, (&gates, 0), (&gates, 1), (&gates, 2))).contains("(.., k 5)"));
     let fits = MemoryUpdate { forget: None, ..update };
     assert!(text(memory_update(&gates, &random(&[2, 5], 3), fits)).contains("[2, 12] and [2, 5]"));
     assert!(text(open_output(OutputGate::Tanh, &gates, 7, None, &memory)).contains("no gate 7"));

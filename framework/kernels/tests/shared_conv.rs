@@ -8,20 +8,23 @@ use candlepower_kernels::{Conv2dOptions, SharedConv, no_grad};
 use common::*;
 
 /// Feeds each result back in, as a roll-out does, and looks at a second image of another batch size.
-fn check(size: (usize, usize), channels: usize, kernel: usize, seed: u64) {
-    let what = format!("{size:?}, {channels} channels, kernel {kernel}");
+fn check(size: (usize, usize), channels: usize, kernel: usize, biased: bool, seed: u64) {
+    let what = format!("{size:?}, {channels} channels, kernel {kernel}, biased {biased}");
     let x = var(&random(&[2, size.0, size.1, channels], seed));
     let other = var(&random(&[3, size.0, size.1, channels], seed + 1));
     let w = var(&(random(&[channels, channels, kernel, kernel], seed + 2) * 0.1).unwrap());
+    let b = biased.then(|| var(&random(&[channels], seed + 5)));
     let (x64, other64, w64) = (double(&x), double(&other), double(&w));
+    let b64 = b.as_ref().map(|b| double(b));
     let options = Conv2dOptions { padding: kernel / 2, ..Default::default() };
     let total = |conv: &dyn Fn(&Tensor) -> Tensor, x: &Var, other: &Var| {
         let y = conv(&conv(&conv(x)));
         (loss(&y, seed + 3) + loss(&conv(other), seed + 4)).unwrap()
     };
-    let shared = SharedConv::new(&w).unwrap();
+    let shared = SharedConv::new(&w, b.as_ref().map(Var::as_tensor)).unwrap();
     let got = total(&|x| shared.forward(x).unwrap(), &x, &other);
-    let wanted = total(&|x| conv2d(x, &w64, None, options).unwrap(), &x64, &other64);
+    let wanted =
+        total(&|x| conv2d(x, &w64, b64.as_ref().map(Var::as_tensor), options).unwrap(), &x64, &other64);
     assert_close(&format!("loss, {what}"), &got, &wanted);
     let wanted = wanted.backward().unwrap();
     // A second backward pass through the same graph starts from nothing.
@@ -30,48 +33,65 @@ fn check(size: (usize, usize), channels: usize, kernel: usize, seed: u64) {
         assert_close(&format!("dx, {what}"), &grad(&got, &x), &grad(&wanted, &x64));
         assert_close(&format!("dx of the other, {what}"), &grad(&got, &other), &grad(&wanted, &other64));
         assert_close(&format!("dw, {what}"), &grad(&got, &w), &grad(&wanted, &w64));
+        if let (Some(b), Some(b64)) = (&b, &b64) {
+            assert_close(&format!("db, {what}"), &grad(&got, b), &grad(&wanted, b64));
+        }
     }
 }
 
 #[test]
 fn uses_share_a_weight_at_each_level() {
     at_each_level(|_| {
-        check((5, 9), 16, 3, 1);
-        check((8, 8), 20, 5, 2);
-        // Left to `conv2d`.
-        check((4, 5), 7, 3, 3);
-        check((4, 5), 20, 1, 4);
+        for biased in [false, true] {
+            check((5, 9), 16, 3, biased, 1);
+            check((8, 8), 20, 5, biased, 2);
+            // Left to `conv2d`.
+            check((4, 5), 7, 3, biased, 3);
+            check((4, 5), 20, 1, biased, 4);
+        }
     });
 }
 
 #[test]
 fn the_same_bits_on_any_threads() {
     let (x, w) = (var(&random(&[4, 12, 12, 32], 1)), var(&random(&[32, 32, 5, 5], 2)));
+    let b = var(&random(&[32], 3));
     same_bits_on_any_threads(|| {
-        let conv = SharedConv::new(&w).unwrap();
+        let conv = SharedConv::new(&w, Some(&b)).unwrap();
         let y = conv.forward(&conv.forward(&x).unwrap()).unwrap();
         let grads = loss(&y, 3).backward().unwrap();
-        vec![y, grad(&grads, &x), grad(&grads, &w)]
+        vec![y, grad(&grads, &x), grad(&grads, &w), grad(&grads, &b)]
     });
 }
 
 #[test]
 fn what_nobody_tracks_is_not_computed() {
     let (x, w) = (random(&[1, 6, 6, 16], 1), var(&random(&[16, 16, 3, 3], 2)));
-    let grads = loss(&SharedConv::new(&w).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
+    let grads = loss(&SharedConv::new(&w, None).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
     assert!(grads.get(&w).is_some() && grads.get(&x).is_none());
     let x = var(&x);
-    let grads = loss(&SharedConv::new(&w.detach()).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
+    let grads =
+        loss(&SharedConv::new(&w.detach(), None).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
     assert!(grads.get(&x).is_some());
-    let y = no_grad(|| SharedConv::new(&w).unwrap().forward(&x).unwrap());
+    // A bias alone, and a weight alone beside one.
+    let b = var(&random(&[16], 4));
+    let grads =
+        loss(&SharedConv::new(&w.detach(), Some(&b)).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
+    assert!(grads.get(&b).is_some() && grads.get(&w).is_none());
+    let grads =
+        loss(&SharedConv::new(&w, Some(&b.detach())).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
+    assert!(grads.get(&w).is_some() && grads.get(&b).is_none());
+    let y = no_grad(|| SharedConv::new(&w, None).unwrap().forward(&x).unwrap());
     assert!(!y.track_op());
 }
 
 #[test]
 fn errors_name_what_does_not_fit() {
-    let text = |shape: &[usize]| SharedConv::new(&random(shape, 1)).unwrap_err().to_string();
+    let text = |shape: &[usize]| SharedConv::new(&random(shape, 1), None).unwrap_err().to_string();
     assert!(text(&[4, 4, 3]).contains("(outputs, inputs, k, k)"));
     assert!(text(&[4, 4, 3, 5]).contains("square"));
-    let conv = SharedConv::new(&random(&[16, 16, 3, 3], 1)).unwrap();
+    let bias = SharedConv::new(&random(&[16, 16, 3, 3], 1), Some(&random(&[8], 1))).unwrap_err().to_string();
+    assert!(bias.contains("bias must be (16)"), "{bias}");
+    let conv = SharedConv::new(&random(&[16, 16, 3, 3], 1), None).unwrap();
     assert!(conv.forward(&random(&[1, 4, 4, 8], 2)).unwrap_err().to_string().contains("[1, 4, 4, 8]"));
 }

@@ -1,7 +1,8 @@
 //! Activations that candle computes on one thread, or without a gradient that agrees with PyTorch's.
 
 use candle_core::cpu::erf::erf_f32;
-use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Storage, Tensor};
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Shape, Storage, Tensor};
+use candlepower_kernels as kernels;
 use rayon::prelude::*;
 
 use super::fast;
@@ -40,6 +41,11 @@ pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     }
     let slope = slope as f32;
     pointwise(x, move |x| if x > 0. { x } else { slope * x }, move |x| if x > 0. { 1. } else { slope })
+}
+
+/// `e^x / (the sum of e^x over the last axis)`. Candle's own softmax over the last axis has no gradient.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    Ok(if fast(x) { kernels::softmax(x)? } else { candle_nn::ops::softmax(x, D::Minus1)? })
 }
 
 /// `f` of each value, whose derivative is `slope`.

@@ -5,11 +5,12 @@
 //! the start of each.
 
 use candle_core::{D, DType, Tensor};
-use candle_nn::ops::sigmoid;
+use candle_nn::ops::{sigmoid, softmax};
 use candle_nn::{Init, VarBuilder};
-pub use candlepower_kernels::MemoryUpdate;
-pub use candlepower_kernels::OutputGate;
-use candlepower_kernels::{self as kernels, Conv2dOptions, ConvTranspose2dOptions, SharedConv};
+use candlepower_kernels::{
+    self as kernels, Conv2dOptions, ConvTranspose2dOptions, Kept, SharedConv, SharedNorm,
+};
+pub use candlepower_kernels::{Gate, MemoryUpdate, OutputGate};
 
 use crate::error::{Error, Result};
 use crate::nn::{convolves, fast, widened};
@@ -70,8 +71,8 @@ impl StepConv {
         };
         let bias = self.bias.as_ref().map(wide).transpose()?;
         let weight = wide(&weight)?;
-        let shares = fast(&weight) && bias.is_none() && self.stride == 1;
-        let shared = shares.then(|| SharedConv::new(&weight)).transpose()?;
+        let shares = fast(&weight) && self.stride == 1;
+        let shared = shares.then(|| SharedConv::new(&weight, bias.as_ref())).transpose()?;
         Ok(Self { weight, bias, stride: self.stride, shared })
     }
 
@@ -180,6 +181,8 @@ fn wide(x: &Tensor) -> Result<Tensor> {
 pub struct StateNorm {
     weight: Tensor,
     bias: Tensor,
+    /// For one roll-out.
+    shared: Option<SharedNorm>,
 }
 
 impl StateNorm {
@@ -195,12 +198,14 @@ impl StateNorm {
                 parameter.permute((1, 2, 0))?
             })
         };
-        Ok(Self { weight: parameter("weight", 1.)?, bias: parameter("bias", 0.)? })
+        Ok(Self { weight: parameter("weight", 1.)?, bias: parameter("bias", 0.)?, shared: None })
     }
 
     /// The same for one roll-out.
     pub fn prepare(&self) -> Result<Self> {
-        Ok(Self { weight: wide(&self.weight)?.contiguous()?, bias: wide(&self.bias)?.contiguous()? })
+        let [weight, bias] = [wide(&self.weight)?.contiguous()?, wide(&self.bias)?.contiguous()?];
+        let shared = fast(&weight).then(|| SharedNorm::new(&weight, &bias, Self::EPSILON)).transpose()?;
+        Ok(Self { weight, bias, shared })
     }
 
     /// (B, H, W, C) or (B, H, W, D, C) to the same. Candle's own layer norm has no gradient.
@@ -208,6 +213,11 @@ impl StateNorm {
         if matches!(x.dtype(), DType::BF16 | DType::F16) {
             // Sums of half types lose what they add up.
             return Ok(self.forward(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
+        }
+        if let Some(shared) = &self.shared
+            && fast(x)
+        {
+            return Ok(shared.forward(x)?);
         }
         let flat = x.flatten_from(1)?;
         let centred = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
@@ -280,6 +290,69 @@ pub fn open_output(
         OutputGate::SigmoidOfTanh => sigmoid(&o.tanh()?)?,
     };
     Ok((open * y.tanh()?)?)
+}
+
+/// σ(gate) a + (1 - σ(gate)) b, (.., N), of gates of N channels: of one tensor, or of several.
+pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
+    if [gate, a, b].iter().all(|(values, _)| fast(values)) {
+        return Ok(kernels::blend(width, gate, a, b)?);
+    }
+    let part = |(values, place): Gate| values.narrow(D::Minus1, place * width, width);
+    let (a, b) = (part(a)?, part(b)?);
+    Ok((&b + (sigmoid(&part(gate)?)? * (a - &b)?)?)?)
+}
+
+/// The states of a number of last steps, to be looked back at.
+#[derive(Debug, Clone)]
+pub struct Window(Vec<Moment>);
+
+#[derive(Debug, Clone)]
+struct Moment {
+    state: Tensor,
+    /// For the kernel.
+    kept: Option<Kept>,
+}
+
+impl Moment {
+    fn new(state: &Tensor) -> Result<Self> {
+        let kept = fast(state).then(|| Kept::new(state)).transpose()?;
+        Ok(Self { state: state.clone(), kept })
+    }
+}
+
+impl Window {
+    /// As if every step so far had had this state, (B, ..).
+    pub fn new(steps: usize, state: &Tensor) -> Result<Self> {
+        Ok(Self(vec![Moment::new(state)?; steps]))
+    }
+
+    /// Forgets the oldest state for this one.
+    pub fn push(&mut self, state: &Tensor) -> Result<()> {
+        self.0.rotate_left(1);
+        if let Some(last) = self.0.last_mut() {
+            *last = Moment::new(state)?;
+        }
+        Ok(())
+    }
+
+    /// The sum of these states, each with its weight: the softmax over the steps of `scale` times the product of what is
+    /// `asked`, (B, ..), with that step's key. Each sample has weights of its own.
+    pub fn recall(&self, asked: &Tensor, keys: &Window, scale: f64) -> Result<Tensor> {
+        let kept = |window: &Window| -> Option<Vec<Kept>> {
+            window.0.iter().map(|moment| moment.kept.clone()).collect()
+        };
+        if let (Some(keys), Some(values), true) = (kept(keys), kept(self), fast(asked)) {
+            return Ok(kernels::recall(asked, &keys, &values, scale)?);
+        }
+        // (steps, B, all values)
+        let stacked = |window: &Window| {
+            let states: Vec<&Tensor> = window.0.iter().map(|moment| &moment.state).collect();
+            Tensor::stack(&states, 0)?.flatten_from(2)
+        };
+        let alike = stacked(keys)?.broadcast_mul(&asked.flatten_from(1)?.unsqueeze(0)?)?.sum_keepdim(2)?;
+        let weights = softmax(&(alike * scale)?, 0)?;
+        Ok(stacked(self)?.broadcast_mul(&weights)?.sum(0)?.reshape(asked.shape())?)
+    }
 }
 
 /// One gate of as many channels as `like` has.

@@ -372,6 +372,7 @@ impl Trainer {
     ) -> Result<T> {
         const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
         candlepower_kernels::keep_freed_memory();
+        candlepower_kernels::idle_soon();
         accelerator::set_matmul_precision(self.config.float32_matmul_precision);
         let threads = self.config.threads.or(std::thread::available_parallelism().ok().map(usize::from));
         // Ranks side by side share the processor's cores.

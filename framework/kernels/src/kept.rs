@@ -1,0 +1,89 @@
+//! Tensors that many ops use, or one op more than three of.
+//!
+//! Each stands in the graph as a number. Ops add to its gradient in place, and the number's backward, which candle calls after
+//! that of all ops that depend on it, hands the sum to the tensor; candle would make a tensor for each use, and add them up.
+
+use crate::tensors::{check_type, tracked, with_values};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// A tensor to be used by steps to come, f32 on the CPU.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    shared: Arc<Values>,
+    /// (1).
+    number: Tensor,
+}
+
+#[derive(Debug)]
+struct Values {
+    values: Tensor,
+    /// What the uses so far have added up; empty before the first one.
+    gradient: Mutex<Vec<f32>>,
+}
+
+impl Kept {
+    /// The tensor as it is now: changes after this are not seen.
+    ///
+    /// # Errors
+    /// Where it is not f32 on the CPU, or has no elements.
+    pub fn new(x: &Tensor) -> Result<Kept> {
+        check_type("kept", "the tensor", x, DType::F32)?;
+        let values = x.detach().contiguous()?;
+        let shared = Arc::new(Values { values, gradient: Mutex::default() });
+        let op = Number(shared.clone());
+        let number = if tracked(x) { x.apply_op1(op)? } else { x.apply_op1_no_bwd(&op)? };
+        Ok(Kept { shared, number })
+    }
+
+    /// Its values, outside the graph.
+    pub fn values(&self) -> &Tensor {
+        &self.shared.values
+    }
+
+    /// Whether a backward pass may ask for its gradient.
+    pub(crate) fn tracked(&self) -> bool {
+        self.number.track_op()
+    }
+
+    /// `f` of its values in row-major order.
+    pub(crate) fn with_values<R>(&self, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
+        with_values(&self.shared.values, f)
+    }
+
+    /// The sum of the gradients so far, zeros before the first.
+    pub(crate) fn gradient(&self) -> MutexGuard<'_, Vec<f32>> {
+        let mut gradient = self.shared.gradient.lock().unwrap_or_else(PoisonError::into_inner);
+        if gradient.is_empty() {
+            *gradient = vec![0.; self.shared.values.elem_count()];
+        }
+        gradient
+    }
+
+    /// Those of several as one tensor for an op to depend on, whose gradient is zeros.
+    pub(crate) fn numbers<'a>(kept: impl IntoIterator<Item = &'a Kept>) -> Result<Tensor> {
+        let numbers: Vec<&Tensor> = kept.into_iter().map(|kept| &kept.number).collect();
+        Tensor::cat(&numbers, 0)
+    }
+}
+
+struct Number(Arc<Values>);
+
+impl CustomOp1 for Number {
+    fn name(&self) -> &'static str {
+        "kept"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.]), Shape::from(1)))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        let sum = std::mem::take(&mut *self.0.gradient.lock().unwrap_or_else(PoisonError::into_inner));
+        Ok(Some(if sum.is_empty() {
+            x.zeros_like()?
+        } else {
+            Tensor::from_vec(sum, x.shape(), &Device::Cpu)?
+        }))
+    }
+}
