@@ -147,7 +147,8 @@ measure() { # WHAT COMMAND...
         printf '%s\t%s\n' "$what" "$json" >>"$results"
         echo "  $what: $json"
     else
-        echo "  $what: failed: $(tail -1 "$log" | cut -c1-150)"
+        log=$(tail -1 "$log" | cut -c1-150)
+        note "  $what: failed: ${log:-nothing was said, in at most $limit s}"
     fi
 }
 ours() { # WHAT BATCH [ARGUMENT...]
