@@ -103,7 +103,10 @@ impl Recall {
         let mut mixture = vec![0f32; self.samples * self.len];
         for (index, (state, factors)) in states.iter().zip(factors).enumerate() {
             let to = Shared::new(&mut mixture);
-            state.with_values(|from| Ok(self.add(level, from, factors, to, index > 0)))?;
+            state.with_values(|from| {
+                self.add(level, from, factors, to, index > 0);
+                Ok(())
+            })?;
         }
         Ok(mixture)
     }

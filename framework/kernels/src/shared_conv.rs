@@ -43,7 +43,10 @@ impl SharedConv {
             (0..outputs.next_multiple_of(LANES)).map(|o| (o < outputs).then_some(o)).collect();
         let mut row = vec![0f32; order.len()];
         if let Some(bias) = bias {
-            with_values(bias, |bias| Ok(row[..outputs].copy_from_slice(bias)))?;
+            with_values(bias, |bias| {
+                row[..outputs].copy_from_slice(bias);
+                Ok(())
+            })?;
         }
         let transformed = Transformed {
             values,
