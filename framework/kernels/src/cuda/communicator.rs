@@ -6,13 +6,25 @@ use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream};
 use candle_core::cuda_backend::cudarc::nccl::Id;
 use candle_core::cuda_backend::cudarc::nccl::{result, sys};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, bail};
-use std::ffi::c_void;
+use std::ffi::{CStr, c_void};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What is said of NCCL's errors.
 const NCCL: &str = "NCCL";
+
+/// What NCCL says, as an error of candle: its code, and the last words that it had.
+fn refused(what: &str) -> impl Fn(result::NcclError) -> candle_core::Error + '_ {
+    move |result::NcclError(code)| {
+        // SAFETY: NCCL takes null for its communicator, and gives null or a text that stays until its next call.
+        let words = unsafe {
+            let words = sys::ncclGetLastError(std::ptr::null_mut());
+            if words.is_null() { String::new() } else { CStr::from_ptr(words).to_string_lossy().into_owned() }
+        };
+        candle_core::Error::Msg(format!("{what}: {code:?} {words}").trim_end().to_string())
+    }
+}
 
 /// How often the end of an exchange is looked for: at first as often as possible, later not to keep a core busy.
 const BRISK: Duration = Duration::from_millis(2);
@@ -80,7 +92,7 @@ impl Communicator {
     /// # Errors
     /// Where NCCL is not found, or fails.
     pub fn id() -> Result<Vec<u8>> {
-        let id = Id::new().map_err(failed(NCCL))?;
+        let id = Id::new().map_err(refused(NCCL))?;
         Ok(id.internal().iter().map(|byte| *byte as u8).collect())
     }
 
@@ -115,7 +127,7 @@ impl Communicator {
                 unsafe {
                     result::comm_init_rank(&mut link, ranks, sys::ncclUniqueId { internal: bytes }, own)
                 }
-                .map_err(failed(NCCL))?;
+                .map_err(refused(NCCL))?;
                 Ok(Link(link))
             };
             // Where nobody waits any more, the communicator is dropped.
@@ -194,7 +206,7 @@ impl Communicator {
                         }
                     }
                 };
-                started.map_err(failed(NCCL)).map(drop)
+                started.map_err(refused(NCCL)).map(drop)
             })
         })?;
         let arrived = self.stream.record_event(None).map_err(failed("CUDA event"))?;
@@ -229,8 +241,8 @@ impl Communicator {
         let Some(Link(link)) = &*link else { bail!("NCCL: an earlier exchange was given up") };
         let mut state = sys::ncclResult_t::ncclSuccess;
         // SAFETY: the communicator lives, and `state` is where its state is written to.
-        unsafe { sys::ncclCommGetAsyncError(*link, &mut state) }.result().map_err(failed(NCCL))?;
-        state.result().map(drop).map_err(failed("NCCL, a rank is gone"))
+        unsafe { sys::ncclCommGetAsyncError(*link, &mut state) }.result().map_err(refused(NCCL))?;
+        state.result().map(drop).map_err(refused("NCCL, a rank is gone"))
     }
 
     /// Ends whatever this device is waiting in, with an error.
