@@ -4,7 +4,8 @@
 #   bench/gpu.sh CANDLEPOWER [TESTS...]         a program that was built with `--features cuda`, and test programs built with it:
 #                                               of framework/kernels/tests/cuda.rs, and of tests/tests/, whose reference
 #                                               numbers from PyTorch are then compared with what the device computes
-#   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --quick: one size, without torch.compile
+#   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --benchmark: no checks
+#   --quick     one size, without torch.compile --limit N: seconds after which a check or a measurement is given up (300)
 #   --steps N   timed steps (30)                --out DIR: where full logs go (a temporary folder)
 #
 # The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
@@ -17,12 +18,14 @@ set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repository=$(dirname "$here")
 
-checks_alone=0 quick=0 steps=30 out=
+checks_alone=0 benchmark_alone=0 quick=0 steps=30 limit=300 out=
 while (($#)); do
     case $1 in
         --checks) checks_alone=1 ;;
+        --benchmark) benchmark_alone=1 ;;
         --quick) quick=1 ;;
         --steps) steps=$2 && shift ;;
+        --limit) limit=$2 && shift ;;
         --out) out=$2 && shift ;;
         -h | --help) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' && exit ;;
         *) break ;;
@@ -46,31 +49,39 @@ summary=$out/summary.txt
 failures=0
 note() { echo "$*" | tee -a "$summary"; }
 check() { # WHAT COMMAND...: runs it, its words in a log
-    local what=$1 log
+    ((benchmark_alone)) && return
+    local what=$1 log since=$SECONDS
     log=$out/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$1").log
     shift
     if "$@" >"$log" 2>&1; then
-        note "ok      $what"
+        note "ok      $what ($((SECONDS - since)) s)"
     else
         note "FAILED  $what: $(tail -1 "$log" | cut -c1-150)"
+        # Of Rust's tests: which failed, and why.
+        grep -A2 'panicked at' "$log" | cut -c1-200 | sed 's/^/          /' | head -24 | tee -a "$summary"
         failures=$((failures + 1))
     fi
 }
 
-"$candlepower" devices | tee -a "$summary"
-"$candlepower" devices | grep -q '^cuda:0' || { echo "there is no CUDA device" >&2; exit 1; }
+devices=$("$candlepower" devices)
+note "$devices"
+grep -q '^cuda:0' <<<"$devices" || { echo "there is no CUDA device" >&2; exit 1; }
 
 echo "== checks"
 for test in ${tests[@]+"${tests[@]}"}; do
-    check "$(basename "$test")" env CANDLEPOWER_TEST_DEVICE=cuda CANDLEPOWER_GOLDEN="$repository/tests/golden" \
-        "$test" --test-threads 1 --nocapture
+    # Candle's own convolutions, which the reference numbers are also compared with, let cuDNN use TF32; this forbids it. The
+    # kernels' own tests switch it themselves.
+    tf32=(NVIDIA_TF32_OVERRIDE=0)
+    [[ $(basename "$test") == cuda* ]] && tf32=()
+    check "$(basename "$test")" timeout "$limit" env ${tf32[@]+"${tf32[@]}"} CANDLEPOWER_TEST_DEVICE=cuda \
+        CANDLEPOWER_GOLDEN="$repository/tests/golden" "$test" --test-threads 1 --nocapture
 done
 
 train() { # NAME CONFIG STEPS ACCELERATOR [ARGUMENT...]: a training without pictures, every step logged
     local name=$1 config=$2 steps=$3 accelerator=$4
     shift 4
-    "$candlepower" train "$config" --accelerator "$accelerator" --set run.dir="\"$out/runs\"" --set run.name="\"$name\"" \
-        --set trainer.max_steps="$steps" --set trainer.log_every=1 --set trainer.limit_val_batches=1 \
+    timeout "$limit" "$candlepower" train "$config" --accelerator "$accelerator" --set run.dir="\"$out/runs\"" \
+        --set run.name="\"$name\"" --set trainer.max_steps="$steps" --set trainer.log_every=1 --set trainer.limit_val_batches=1 \
         --set trainer.sanity_val_batches=0 --set logging.image_every=0 --set logging.progress=false "$@"
 }
 metrics() { echo "$out/runs/$1/version_0/metrics.jsonl"; }
@@ -88,7 +99,9 @@ worst = 0
 for a, b in zip(cpu, cuda):
     for key in ("loss", "grad_norm", "mse"):
         if key in a:
-            worst = max(worst, abs(a[key] - b[key]) / abs(a[key]))
+            # What is not a number is larger than any.
+            difference = abs(a[key] - b[key]) / abs(a[key])
+            worst = difference if not difference <= worst else worst
 print(f"largest relative difference {worst:.1e}")
 sys.exit(not worst <= float(sys.argv[3]))
 PYTHON
@@ -107,7 +120,7 @@ same_after_resuming() { # PRECISION: six steps, and three and three
         train "halves-$1" configs/quickstart.toml 3 cuda "${arguments[@]}" &&
         train "halves-$1" configs/quickstart.toml 6 cuda "${arguments[@]}" --resume auto || return 1
     echo "$(weights "whole-$1" 6) $(weights "halves-$1" 6)"
-    [[ $(weights "whole-$1" 6) == "$(weights "halves-$1" 6)" ]]
+    [[ -n $(weights "whole-$1" 6) && $(weights "whole-$1" 6) == "$(weights "halves-$1" 6)" ]]
 }
 for precision in 32 bf16-mixed 16-mixed; do
     check "resuming in $precision is exact to the bit" same_after_resuming "$precision"
@@ -115,8 +128,8 @@ done
 
 full() { # a batch that no device has memory for
     local words
-    words=$("$candlepower" bench bench/tutorial.toml --accelerator cuda --steps 1 --set trainer.batch_size=4000 2>&1) &&
-        { echo "it fitted"; return 1; }
+    words=$(timeout "$limit" "$candlepower" bench bench/tutorial.toml --accelerator cuda --steps 1 \
+        --set trainer.batch_size=4000 2>&1) && { echo "it fitted"; return 1; }
     echo "$words"
     grep -q 'trainer.micro_batch_size' <<<"$words"
 }
@@ -130,11 +143,12 @@ measure() { # WHAT COMMAND...
     local what=$1 json log
     log=$out/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$1").log
     shift
-    if json=$("$@" 2>"$log") && json=$(tail -1 <<<"$json") && [[ $json == \{* ]]; then
+    if json=$(timeout "$limit" "$@" 2>"$log") && json=$(tail -1 <<<"$json") && [[ $json == \{* ]]; then
         printf '%s\t%s\n' "$what" "$json" >>"$results"
         echo "  $what: $json"
     else
-        echo "  $what: failed: $(tail -1 "$log" | cut -c1-150)"
+        log=$(tail -1 "$log" | cut -c1-150)
+        note "  $what: failed: ${log:-nothing was said, in at most $limit s}"
     fi
 }
 ours() { # WHAT BATCH [ARGUMENT...]
@@ -153,12 +167,16 @@ batches=(16 64)
 for batch in "${batches[@]}"; do
     ours "$batch bf16-mixed|candlepower" "$batch" --precision bf16-mixed
     torch "$batch bf16-mixed|eager" "$batch" --precision bf16-mixed
-    ((quick)) || torch "$batch bf16-mixed|compile, channels last" "$batch" --precision bf16-mixed --channels-last --compile
 done
 ours "16 32|candlepower" 16 --precision 32
 torch "16 32|eager" 16 --precision 32
 ours "16 32 TF32|candlepower" 16 --precision 32 --set 'trainer.float32_matmul_precision="high"'
 torch "16 32 TF32|eager" 16 --precision 32 --tf32
+# Last, as compiling takes minutes: what is given up then is this alone.
+for batch in "${batches[@]}"; do
+    torch "$batch bf16-mixed|eager, channels last" "$batch" --precision bf16-mixed --channels-last
+    ((quick)) || torch "$batch bf16-mixed|compile, channels last" "$batch" --precision bf16-mixed --channels-last --compile
+done
 
 "$python" - "$results" <<'PYTHON' | tee -a "$summary"
 import json, sys

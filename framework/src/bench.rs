@@ -140,6 +140,10 @@ impl Callback for Stopwatch {
     fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
         self.note()
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
 }
 
 /// A dataset cut, or repeated, to a length: validation passes over the whole of what it is given.

@@ -65,7 +65,8 @@ pub struct StepEnd<'a> {
     pub progress: Progress,
     /// The parameters that are trained, after the step.
     pub params: &'a [(String, Var)],
-    /// The gradient of each of them in this step, after clipping.
+    /// The gradient of each of them in this step, after clipping. Where ranks share out the optimizer's state there are none
+    /// unless a callback [wants them](Callback::wants_gradients).
     pub gradients: &'a [Tensor],
 }
 
@@ -177,6 +178,11 @@ pub trait Callback: Send {
     /// After the last step, the last validation and the last checkpoint; `reason` says why it was the last.
     fn on_fit_end(&mut self, _progress: &Progress, _reason: &StopReason) -> Result<()> {
         Ok(())
+    }
+
+    /// Whether it looks at the gradients of this step, which ranks that share out the optimizer's state must then exchange.
+    fn wants_gradients(&self, _step: u64) -> bool {
+        true
     }
 
     /// Whether, in a training of several processes, each of them asks it, and not that of rank 0 alone.

@@ -1,31 +1,36 @@
 //! An experiment: one configuration file, made ready to train, validate or predict.
 
+mod job;
+mod schema;
+mod sections;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use candle_nn::VarBuilder;
-use indexmap::{IndexMap, IndexSet};
-use schemars::schema_for;
-use serde_json::json;
+use indexmap::IndexMap;
 
 use crate::batch::Batch;
-use crate::bench::{self, Benchmark, Pass};
-use crate::callback::{Callback, StopReason};
-use crate::callbacks::ProgressBar;
+use crate::bench::{Benchmark, Pass};
+use crate::callback::Callback;
 use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
-use crate::collective::{Collective, DistributedConfig, Solo};
+use crate::collective::{Collective, DistributedConfig, NCCL_ALONE, Solo};
 use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
 use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
 use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
-use crate::logger::{Loggers, LoggingConfig};
+use crate::logger::LoggingConfig;
 use crate::metrics::video::LeadTimes;
 use crate::module::Model;
-use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
+use crate::optim::{AverageConfig, TurnConfig};
 use crate::run_dir::{RunConfig, RunDir};
 use crate::schedule::{Plateau, Schedule};
 use crate::trainer::{Outcome, Trainer, TrainerConfig};
+
+pub(crate) use job::{Job, Pair};
+pub use schema::schema;
+use sections::{ONLY, average, differences, optimizer_table, schedule, table, turns};
 
 const SECTIONS: [&str; 12] = [
     "run",
@@ -208,11 +213,12 @@ impl Experiment {
         self.trainer.devices
     }
 
-    /// Trains, or times steps, as one rank of several processes, of which rank 0 alone writes. `trainer.devices` is then their number, or 1,
-    /// the default.
+    /// Trains, or times steps, as one of several processes, of which the first alone writes. Where each is a rank, `trainer.devices` is
+    /// their number on a machine, or 1, the default.
     pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
-        if processes > 1 && devices > 1 && devices != processes {
+        let expected = [1, processes, processes / self.distributed.nodes];
+        if processes > 1 && ranks.processes().is_none() && !expected.contains(&devices) {
             let message =
                 format!("there are {processes} processes, a device each: expected {processes}, or nothing");
             return Err(self.document.place("trainer", Error::setting("devices", message)));
@@ -283,8 +289,13 @@ impl Experiment {
 
     /// The device of this process's first rank.
     fn device(&self) -> Result<Device> {
-        let here = if self.ranks.world_size() > 1 { 1 } else { self.trainer.devices };
-        self.trainer.accelerator.open(here).map_err(|error| self.document.place("trainer", error))
+        let here = self.ranks.devices_here(self.trainer.devices);
+        let device = self.trainer.accelerator.open(here);
+        let device = device.and_then(|device| match self.ranks.processes() {
+            Some(_) if !device.is_cuda() => Err(Error::setting("accelerator", NCCL_ALONE)),
+            _ => Ok(device),
+        });
+        device.map_err(|error| self.document.place("trainer", error))
     }
 
     fn model<B: Batch>(
@@ -349,358 +360,5 @@ impl Experiment {
         };
         tracing::info!("going on from {}", checkpoint.display());
         Ok((Some(run), Some(Checkpoint::load(&checkpoint)?)))
-    }
-}
-
-/// The name of the only optimizer, which modules and logs do not see.
-const ONLY: &str = "optimizer";
-
-/// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
-fn turns(document: &Document) -> Result<Vec<TurnConfig>> {
-    let several = document.sections_in("optimizers")?;
-    let Some((_, span)) = several.first() else {
-        let only = turn(document, ONLY.into(), "optimizer", Some("adam"))?;
-        return Ok(vec![TurnConfig { params: "*".into(), schedule: None, ..only }]);
-    };
-    if document.has("optimizer")? {
-        let message = "either [optimizer] or [optimizers.*]: a run has one optimizer, or several with names";
-        return Err(document.error_at(Some(span.clone()), message.into()).into());
-    }
-    let turn = |(name, _): (String, _)| {
-        let section = format!("optimizers.{name}");
-        turn(document, name, &section, None)
-    };
-    several.into_iter().map(turn).collect()
-}
-
-fn turn(document: &Document, name: String, section: &str, default: Option<&str>) -> Result<TurnConfig> {
-    let mut named = document.named(section, default)?;
-    let groups: Option<Vec<GroupConfig>> = document.take_field(&mut named, "groups")?;
-    let (params, schedule_table): (Option<String>, Option<toml::Table>) = match default {
-        Some(_) => (None, None),
-        None => (document.take_field(&mut named, "params")?, document.take_field(&mut named, "schedule")?),
-    };
-    let Some(params) = params.or(default.map(|_| "*".into())) else {
-        let message =
-            format!("[{section}] needs `params`: a pattern of names, for example params = \"{name}.*\"");
-        return Err(document.error_at(named.span, message).into());
-    };
-    let schedule = match schedule_table {
-        Some(_) => Some(schedule(document, &format!("{section}.schedule"))?.0),
-        None => None,
-    };
-    let optimizer = document.variant(&named, "optimizer")?;
-    let turn = TurnConfig { name, params, optimizer, groups: groups.unwrap_or_default(), schedule };
-    turn.check().map_err(|error| document.place(section, error))?;
-    Ok(turn)
-}
-
-/// A section that describes a schedule, with the plateau that it may hold.
-fn schedule(document: &Document, section: &str) -> Result<(Schedule, Option<Plateau>)> {
-    let mut named = document.named(section, Some("constant"))?;
-    let plateau = document.take_field(&mut named, "plateau")?;
-    let schedule: Schedule = document.variant(&named, "schedule")?;
-    schedule.check().map_err(|error| document.place(section, error))?;
-    Ok((schedule, plateau))
-}
-
-fn average(document: &Document) -> Result<Option<AverageConfig>> {
-    if !document.has("average")? {
-        return Ok(None);
-    }
-    let average: AverageConfig = document.variant(&document.named("average", None)?, "average")?;
-    average.check().map_err(|error| document.place("average", error))?;
-    Ok(Some(average))
-}
-
-fn optimizer_table(turn: &TurnConfig) -> Result<toml::Table> {
-    let mut fields = untag(&turn.optimizer)?;
-    if !turn.groups.is_empty() {
-        let groups = turn.groups.iter().map(|group| Ok(table(group)?.into()));
-        fields.insert("groups".into(), groups.collect::<Result<Vec<toml::Value>>>()?.into());
-    }
-    Ok(fields)
-}
-
-fn table(section: &impl serde::Serialize) -> Result<toml::Table> {
-    toml::Table::try_from(section).map_err(|error| Error::msg(error.to_string()))
-}
-
-/// What is set otherwise in `new` than in `old`, a line each: `trainer.batch_size: 8, was 16`.
-fn differences(old: &toml::Table, new: &toml::Table, path: &str) -> Vec<String> {
-    let mut lines = Vec::new();
-    let keys: IndexSet<&String> = old.keys().chain(new.keys()).collect();
-    for key in keys {
-        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
-        match (old.get(key), new.get(key)) {
-            (Some(old), Some(new)) if old == new => {}
-            (Some(toml::Value::Table(old)), Some(toml::Value::Table(new))) => {
-                lines.extend(differences(old, new, &path));
-            }
-            (Some(old), Some(new)) => lines.push(format!("{path}: {new}, was {old}")),
-            (None, Some(new)) => lines.push(format!("{path}: {new}, was not set")),
-            (Some(old), None) => lines.push(format!("{path}: not set, was {old}")),
-            (None, None) => {}
-        }
-    }
-    lines
-}
-
-/// A JSON Schema of configuration files, for editors.
-pub fn schema(registry: &Registry) -> serde_json::Value {
-    let [module, data] = registry.schemas();
-    json!({
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "Candlepower configuration",
-        "type": "object",
-        "required": ["module", "data"],
-        "additionalProperties": false,
-        "properties": {
-            "run": schema_for!(RunConfig),
-            "trainer": schema_for!(TrainerConfig),
-            "module": module,
-            "data": data,
-            "optimizer": named_variants(schema_for!(OptimizerConfig)),
-            "optimizers": {
-                "type": "object",
-                "additionalProperties": named_variants(schema_for!(OptimizerConfig)),
-            },
-            "schedule": named_variants(schema_for!(Schedule)),
-            "average": named_variants(schema_for!(AverageConfig)),
-            "checkpoint": schema_for!(CheckpointConfig),
-            "logging": schema_for!(LoggingConfig),
-            "distributed": schema_for!(DistributedConfig),
-            "callbacks": registry.callback_schemas(),
-        },
-    })
-}
-
-/// The schema of an enum whose variants are chosen by `name`, their fields beside it.
-fn named_variants(schema: schemars::Schema) -> serde_json::Value {
-    let mut schema = schema.to_value();
-    let definitions = schema["$defs"].take();
-    let variants = schema["oneOf"].take().as_array().cloned().unwrap_or_default();
-    let variant = |tagged: serde_json::Value| {
-        let (name, fields) = tagged["properties"].as_object()?.iter().next()?;
-        let definition = fields["$ref"].as_str().and_then(|path| definitions.get(path.rsplit('/').next()?));
-        let mut fields = definition.unwrap_or(fields).clone();
-        fields["properties"]["name"] = json!({"const": name});
-        Some(fields)
-    };
-    json!({"type": "object", "anyOf": variants.into_iter().filter_map(variant).collect::<Vec<_>>()})
-}
-
-/// What an experiment does once the batch that its module and its data meet in is known.
-pub(crate) trait Job: Send + Sync {
-    fn settings(&self) -> Result<[toml::Table; 2]>;
-    fn build(&self, experiment: &Experiment) -> Result<usize>;
-    fn train(
-        &self,
-        experiment: &Experiment,
-        resume: &Resume,
-        callbacks: Vec<Box<dyn Callback>>,
-    ) -> Result<Report>;
-    fn validate(
-        &self,
-        experiment: &Experiment,
-        checkpoint: &Path,
-        split: Split,
-    ) -> Result<IndexMap<String, f64>>;
-    fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>>;
-    fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()>;
-    fn predict_split(
-        &self,
-        experiment: &Experiment,
-        checkpoint: &Path,
-        split: Split,
-        callbacks: Vec<Box<dyn Callback>>,
-    ) -> Result<usize>;
-    fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark>;
-    fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding>;
-    fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding>;
-}
-
-/// A module and a dataset of one batch.
-pub(crate) struct Pair<B: Batch> {
-    pub(crate) module: Arc<dyn ModuleRecipe<B>>,
-    pub(crate) data: Box<dyn DataRecipe<B>>,
-}
-
-impl<B: Batch> Pair<B> {
-    fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
-        // Before anything is read: what cannot be trained on is known at once.
-        let device = experiment.device()?;
-        let data = experiment.data(&*self.data)?;
-        Ok((experiment.model(&self.module, data.train.spec(), &device)?, data))
-    }
-
-    fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
-        let (model, data) = self.model_and_data(experiment)?;
-        restore(&model, &RunDir::containing(checkpoint)?.1)?;
-        Ok((model, data))
-    }
-
-    /// The same with the data of this split too.
-    fn trained_on(
-        &self,
-        experiment: &Experiment,
-        checkpoint: &Path,
-        split: Split,
-    ) -> Result<(Model<B>, Data<B>)> {
-        let (model, mut data) = self.trained(experiment, checkpoint)?;
-        if split == Split::Test {
-            data.test = Some(experiment.open(&*self.data, split)?);
-        }
-        Ok((model, data))
-    }
-}
-
-/// Gives the model a checkpoint's weights: their average, where it has one.
-fn restore<B: Batch>(model: &Model<B>, checkpoint: &Path) -> Result<()> {
-    Checkpoint::load(checkpoint)?.restore_for_evaluation(&model.params().state_dict())?;
-    model.params().publish()
-}
-
-impl<B: Batch> Job for Pair<B> {
-    fn settings(&self) -> Result<[toml::Table; 2]> {
-        Ok([self.module.settings()?, self.data.settings()?])
-    }
-
-    fn build(&self, experiment: &Experiment) -> Result<usize> {
-        Ok(self.model_and_data(experiment)?.0.params().count())
-    }
-
-    fn train(
-        &self,
-        experiment: &Experiment,
-        resume: &Resume,
-        callbacks: Vec<Box<dyn Callback>>,
-    ) -> Result<Report> {
-        let (model, data) = self.model_and_data(experiment)?;
-        let mut trainer = experiment.trainer().described(experiment.resolved()?);
-        for (_, callback) in &experiment.callbacks {
-            trainer = trainer.boxed_callback(callback.make()?);
-        }
-        trainer = callbacks.into_iter().fold(trainer, Trainer::boxed_callback);
-        if experiment.logging.progress {
-            trainer = trainer.callback(ProgressBar::default());
-        }
-        tracing::info!("{}", summary(&model));
-        let mut dir = None;
-        if experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0 {
-            let (run, checkpoint) = experiment.start(resume)?;
-            let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
-            let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
-            experiment.write_config(&run, checkpoint.is_some())?;
-            tracing::info!("run folder: {}", run.path().display());
-            // Last, so that they log what the callbacks before them add.
-            trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-            let loggers = Loggers::in_folder(run.path(), &experiment.logging, step)?;
-            trainer = trainer.callback(loggers.configuration(experiment.resolved()?));
-            if let Some(checkpoint) = checkpoint {
-                trainer = trainer.resume(checkpoint);
-            }
-            dir = Some(run.path().to_path_buf());
-        }
-        let outcome = trainer.fit(&model, &data).map_err(|error| experiment.place_training_error(error))?;
-        let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
-        let lead_times = match &dir {
-            Some(dir) if trained => {
-                if experiment.average.is_some() {
-                    // What was validated, and is the run's result, is the average.
-                    restore(&model, &RunDir::containing(dir)?.1)?;
-                }
-                let lead_times = trainer.compare(&model, &data, Split::Val)?;
-                lead_times.as_ref().map_or(Ok(()), |scores| scores.save(&dir.join("lead_times")))?;
-                lead_times
-            }
-            _ => None,
-        };
-        Ok(Report { dir, outcome, lead_times })
-    }
-
-    fn validate(
-        &self,
-        experiment: &Experiment,
-        checkpoint: &Path,
-        split: Split,
-    ) -> Result<IndexMap<String, f64>> {
-        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
-        experiment.trainer().validate(&model, &data, split)
-    }
-
-    fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>> {
-        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
-        experiment.trainer().compare(&model, &data, split)
-    }
-
-    fn predict_split(
-        &self,
-        experiment: &Experiment,
-        checkpoint: &Path,
-        split: Split,
-        callbacks: Vec<Box<dyn Callback>>,
-    ) -> Result<usize> {
-        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
-        let mut trainer = callbacks.into_iter().fold(experiment.trainer(), Trainer::boxed_callback);
-        trainer.predict_split(&model, &data, split)
-    }
-
-    fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
-        let (model, data) = self.trained(experiment, checkpoint)?;
-        let batch = B::read(input, &data.train.spec())?;
-        let prediction = experiment.trainer().predict(&model, &batch)?;
-        batch.write(&prediction, output)
-    }
-
-    fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark> {
-        let (model, data) = self.model_and_data(experiment)?;
-        bench::measure(&experiment.trainer(), &model, &data, steps, pass)
-    }
-
-    fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding> {
-        // Before the configuration's own values are looked at, whose errors have a place in the file.
-        config.check()?;
-        let (model, data) = self.model_and_data(experiment)?;
-        let finding = experiment.trainer().find_lr(&model, &data, config);
-        finding.map_err(|error| experiment.place_training_error(error))
-    }
-
-    fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding> {
-        let (model, data) = self.model_and_data(experiment)?;
-        experiment.trainer().find_batch_size(&model, &data, config)
-    }
-}
-
-/// The parameters of a model as a table: name, shape, how many.
-fn summary<B: Batch>(model: &Model<B>) -> String {
-    let vars = model.params().vars();
-    let width = vars.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
-    let row = |(name, var): &(String, candle_core::Var)| {
-        format!("  {name:width$}  {:>9}  {:?}\n", thousands(var.elem_count()), var.dims())
-    };
-    let rows: String = vars.iter().map(row).collect();
-    let total = model.params().count();
-    let megabytes = (total * DType::F32.size_in_bytes()) as f64 / 1e6;
-    format!("{} parameters in {} tensors ({megabytes:.1} MB)\n{rows}", thousands(total), vars.len())
-}
-
-/// 1036097 as 1,036,097.
-fn thousands(n: usize) -> String {
-    let digits = n.to_string();
-    let group = |(i, digit): (usize, char)| {
-        let comma = i > 0 && (digits.len() - i).is_multiple_of(3);
-        comma.then_some(',').into_iter().chain([digit])
-    };
-    digits.chars().enumerate().flat_map(group).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn thousands_are_grouped() {
-        assert_eq!([0, 12, 123, 1234, 1036097].map(thousands), ["0", "12", "123", "1,234", "1,036,097"]);
     }
 }

@@ -1,9 +1,8 @@
-//! The gradients of one optimizer step, summed over its micro-batches and over all ranks.
+//! The gradients of one optimizer step, summed over its micro-batches.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
-use crate::collective::{self, Collective};
 use crate::error::{Error, Result};
 use crate::optim::{self, Turn};
 
@@ -18,13 +17,16 @@ impl Grads {
         Self { sums: vec![None; params.len()] }
     }
 
+    /// These, in the parameters' order.
+    pub(crate) fn found(sums: Vec<Option<Tensor>>) -> Self {
+        Self { sums }
+    }
+
     /// Adds what one backward pass found. A micro-batch's loss carries its share of the step's samples as a factor,
     /// so the plain sum is the gradient of the mean over all samples.
     pub(crate) fn add(&mut self, turn: &Turn, mut found: GradStore) -> Result<()> {
         if let Some((name, _)) = turn.unused.iter().find(|(_, var)| found.get(var).is_some()) {
-            return Err(Error::msg(format!(
-                "the module says that `{name}` is unused, but a gradient reaches it: correct `Module::unused`"
-            )));
+            return is_not_unused(name, std::slice::from_ref(name));
         }
         for (sum, var) in self.sums.iter_mut().zip(&turn.working) {
             let Some(gradient) = found.remove(var) else { continue };
@@ -35,27 +37,6 @@ impl Grads {
             });
         }
         Ok(())
-    }
-
-    /// The sums over all ranks. A rank that had no part in the step adds zeros: which parameters have a gradient is
-    /// summed as well.
-    pub(crate) fn over_ranks(self, ranks: &dyn Collective, params: &[(String, Var)]) -> Result<Self> {
-        if ranks.is_alone() {
-            return Ok(self);
-        }
-        let known: Vec<f32> = self.sums.iter().map(|sum| if sum.is_some() { 1. } else { 0. }).collect();
-        let own = self.sums.into_iter().zip(params).map(|(sum, (_, var))| match sum {
-            Some(sum) => Ok(sum),
-            None => Ok(Tensor::zeros(var.shape(), DType::F32, var.device())?),
-        });
-        let mut all = own.collect::<Result<Vec<Tensor>>>()?;
-        if let Some(first) = all.first() {
-            all.push(Tensor::new(known, first.device())?);
-        }
-        let mut all = collective::all_reduce(ranks, &all)?;
-        let known = all.pop().map_or(Ok(Vec::new()), |known| known.to_vec1::<f32>())?;
-        let sums = all.into_iter().zip(known).map(|(sum, ranks)| (ranks > 0.).then_some(sum));
-        Ok(Self { sums: sums.collect() })
     }
 
     /// All gradients; an error names the parameters that got none. Candle has operations that cut the graph without
@@ -80,14 +61,21 @@ impl Grads {
     }
 }
 
+/// Refuses a gradient of a parameter that the module says it does not use.
+pub(crate) fn is_not_unused(name: &str, unused: &[String]) -> Result<()> {
+    if !unused.iter().any(|unused| unused == name) {
+        return Ok(());
+    }
+    Err(Error::msg(format!(
+        "the module says that `{name}` is unused, but a gradient reaches it: correct `Module::unused`"
+    )))
+}
+
 /// The first parameter whose gradient is not finite.
-pub(crate) fn first_not_finite<'p>(
-    params: &'p [(String, Var)],
-    gradients: &[Tensor],
-) -> Result<Option<&'p str>> {
+pub(crate) fn first_not_finite(params: &[(String, Var)], gradients: &[Tensor]) -> Result<Option<String>> {
     for ((name, _), gradient) in params.iter().zip(gradients) {
         if !optim::global_norm(std::slice::from_ref(gradient))?.is_finite() {
-            return Ok(Some(name));
+            return Ok(Some(name.clone()));
         }
     }
     Ok(None)

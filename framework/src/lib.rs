@@ -35,9 +35,11 @@ pub mod picture;
 pub mod plot;
 pub mod precision;
 pub mod profiler;
+mod reduction;
 pub mod run_dir;
 pub mod schedule;
 pub mod seed;
+mod taps;
 pub mod trainer;
 pub mod video_file;
 

@@ -8,7 +8,7 @@ use candle_nn::VarBuilder;
 use crate::batch::Batch;
 use crate::data::Settings;
 use crate::error::{Error, Result};
-use crate::params::Params;
+use crate::params::{Params, PutTap};
 use crate::precision::Precision;
 use crate::seed;
 
@@ -154,7 +154,7 @@ impl<B: Batch> Model<B> {
         Self::new(move |vb| M::build(&config, &spec, vb), seed, device)
     }
 
-    /// Builds a module with a closure, which is called twice, and twice more for each further device that it is trained on.
+    /// Builds a module with a closure, which is called twice; where several ranks train, three times for each of them.
     /// Initial values depend on `seed` and each parameter's name alone.
     pub fn new<M>(
         build: impl Fn(VarBuilder) -> Result<M> + Send + Sync + 'static,
@@ -202,6 +202,11 @@ impl<B: Batch> Model<B> {
     pub(crate) fn replica(&self, device: &Device) -> Result<Self> {
         let params = Params::new(self.seed, self.params.dtype(), device);
         Self::on(self.build.clone(), self.seed, params)
+    }
+
+    /// The same module over the same parameters once more, which tells of its gradients by taps.
+    pub(crate) fn tapped(&self, put: Arc<PutTap>) -> Result<Box<dyn Module<Batch = B>>> {
+        (self.build)(self.params.tapped_var_builder(put))
     }
 
     /// The parameters.

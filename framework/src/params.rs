@@ -10,7 +10,7 @@ use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
 use crate::error::{Error, Result};
-use crate::seed;
+use crate::{seed, taps};
 
 /// Named parameters in the order in which the module asked for them.
 ///
@@ -34,7 +34,12 @@ struct Store {
 struct Param {
     master: Var,
     working: Var,
+    /// What a module with taps computes with instead, at the value that the working variable last had.
+    tap: Option<Tensor>,
 }
+
+/// Puts a [tap](crate::taps) on the parameter of this name.
+pub(crate) type PutTap = dyn Fn(&str, &Var) -> candle_core::Result<Tensor> + Send + Sync;
 
 /// The two values of a buffer.
 #[derive(Clone)]
@@ -99,16 +104,27 @@ impl Params {
 
     /// Hands out variables that record gradients.
     pub fn var_builder(&self) -> VarBuilder<'static> {
-        self.builder(false)
+        self.builder(For::Training)
     }
 
     /// Hands out plain tensors that share the variables' memory: they follow every update and record nothing.
     pub fn detached_var_builder(&self) -> VarBuilder<'static> {
-        self.builder(true)
+        self.builder(For::Evaluation)
     }
 
-    fn builder(&self, detached: bool) -> VarBuilder<'static> {
-        let backend = Backend { params: self.clone(), detached };
+    /// Hands out what `put` makes of the variables, until [`remove_taps`](Self::remove_taps).
+    pub(crate) fn tapped_var_builder(&self, put: Arc<PutTap>) -> VarBuilder<'static> {
+        self.remove_taps();
+        self.builder(For::Taps(put))
+    }
+
+    /// Forgets the taps: what was built on them keeps the values that they have now.
+    pub(crate) fn remove_taps(&self) {
+        self.lock().values_mut().for_each(|param| param.tap = None);
+    }
+
+    fn builder(&self, purpose: For) -> VarBuilder<'static> {
+        let backend = Backend { params: self.clone(), purpose };
         VarBuilder::from_backend(Box::new(backend), self.0.dtype, self.0.device.clone())
     }
 
@@ -143,11 +159,14 @@ impl Params {
         self.lock().get(name).map(|param| param.working.clone())
     }
 
-    /// Gives the working variables their masters' values.
+    /// Gives the working variables, and the taps on them, their masters' values.
     pub fn publish(&self) -> Result<()> {
-        for Param { master, working } in self.lock().values() {
+        for Param { master, working, tap } in self.lock().values() {
             if working.dtype() != master.dtype() {
                 working.set(&master.to_dtype(working.dtype())?)?;
+            }
+            if let Some(tap) = tap {
+                taps::refresh(tap, working)?;
             }
         }
         Ok(())
@@ -193,10 +212,33 @@ impl Params {
 
 struct Backend {
     params: Params,
-    detached: bool,
+    purpose: For,
+}
+
+/// What a module is built for.
+enum For {
+    /// Variables that record gradients.
+    Training,
+    /// The same, through taps.
+    Taps(Arc<PutTap>),
+    /// Plain tensors.
+    Evaluation,
 }
 
 impl Backend {
+    /// What a module gets of a parameter.
+    fn handed_out(&self, name: &str, param: &mut Param) -> candle_core::Result<Tensor> {
+        Ok(match &self.purpose {
+            For::Training => param.working.as_tensor().clone(),
+            For::Evaluation => param.working.as_detached_tensor(),
+            // One tap, however often it is asked for: it tells of the sum over all uses.
+            For::Taps(put) => match &param.tap {
+                Some(tap) => tap.clone(),
+                None => param.tap.insert(put(name, &param.working)?).clone(),
+            },
+        })
+    }
+
     /// The buffer of this name: a variable for training, a plain tensor for evaluation.
     fn buffer(
         &self,
@@ -225,7 +267,10 @@ impl Backend {
                 kept.dtype()
             );
         }
-        Ok(if self.detached { kept.as_detached_tensor() } else { working.as_tensor().clone() })
+        Ok(match self.purpose {
+            For::Evaluation => kept.as_detached_tensor(),
+            For::Training | For::Taps(_) => working.as_tensor().clone(),
+        })
     }
 }
 
@@ -245,8 +290,8 @@ impl SimpleBackend for Backend {
             candle_core::bail!("`{name}` is a buffer and is now asked for as a parameter");
         }
         let mut vars = self.params.lock();
-        let var = match vars.get(name) {
-            Some(Param { working, .. }) if working.shape() == &shape => working.clone(),
+        match vars.get(name) {
+            Some(Param { working, .. }) if working.shape() == &shape => {}
             Some(Param { working, .. }) => candle_core::bail!(
                 "parameter `{name}` was made with shape {:?} and is now asked for with shape {shape:?}",
                 working.shape()
@@ -257,17 +302,15 @@ impl SimpleBackend for Backend {
                 let working = Var::from_tensor(&values.to_dtype(dtype)?)?;
                 let is_half = matches!(dtype, DType::BF16 | DType::F16);
                 let master = if is_half { Var::from_tensor(&values)? } else { working.clone() };
-                vars.insert(name.to_string(), Param { master, working: working.clone() });
-                working
+                vars.insert(name.to_string(), Param { master, working, tap: None });
             }
-        };
-        Ok(if self.detached { var.as_detached_tensor() } else { var.as_tensor().clone() })
+        }
+        self.handed_out(name, &mut vars[name])
     }
 
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
-        match self.params.lock().get(name) {
-            Some(Param { working, .. }) if self.detached => Ok(working.as_detached_tensor()),
-            Some(Param { working, .. }) => Ok(working.as_tensor().clone()),
+        match self.params.lock().get_mut(name) {
+            Some(param) => self.handed_out(name, param),
             None => candle_core::bail!("parameter `{name}` has no shape yet: ask for it with one first"),
         }
     }
@@ -343,6 +386,26 @@ mod tests {
         assert!(var.is_variable() && !plain.is_variable());
         params.vars()[0].1.set(&Tensor::new(&[5f32, 6.], &Device::Cpu).unwrap()).unwrap();
         assert_eq!(plain.to_vec1::<f32>().unwrap(), [5., 6.]);
+    }
+
+    #[test]
+    fn a_parameter_that_is_asked_for_twice_has_one_tap_which_follows_the_masters() {
+        let params = Params::new(0, DType::BF16, &Device::Cpu);
+        params.var_builder().get_with_hints(2, "w", Init::Const(1.)).unwrap();
+        let put = |_: &str, var: &Var| var.as_tensor().copy();
+        let vb = params.tapped_var_builder(Arc::new(put));
+        let [tap, again] = [(); 2].map(|()| vb.get(2, "w").unwrap());
+        assert_eq!(tap.id(), again.id());
+        let value = || tap.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap();
+        let move_to = |x: f32| {
+            params.vars()[0].1.set(&Tensor::new(&[x, x], &Device::Cpu).unwrap()).unwrap();
+            params.publish().unwrap();
+        };
+        move_to(5.);
+        assert_eq!(value(), [5.; 2]);
+        params.remove_taps();
+        move_to(7.);
+        assert_eq!(value(), [5.; 2]);
     }
 
     #[test]

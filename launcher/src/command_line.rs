@@ -47,9 +47,26 @@ pub(crate) enum Command {
     /// `distributed.max_restarts` times, on fewer devices where `distributed.min_devices` allows it. With
     /// `distributed.backend = "mpi"` the ranks are processes of `mpirun`. Signals are handed on: Ctrl-C finishes the
     /// step, saves, and exits.
+    ///
+    /// On several machines with CUDA devices, start it on each, with the same file:
+    ///
+    ///   candlepower launch config.toml --nodes 2 --node-rank 0 --master node1:29500      on node1
+    ///   candlepower launch config.toml --nodes 2 --node-rank 1 --master node1:29500      on the other
+    ///
+    /// Under `srun` and `torchrun`, which say who is who, it needs none of these.
+    #[command(verbatim_doc_comment)]
     Launch {
         #[command(flatten)]
         config: Config,
+        /// Short for --set distributed.nodes=N: how many machines train together.
+        #[arg(long, value_name = "N")]
+        nodes: Option<usize>,
+        /// Which of them this is, from 0.
+        #[arg(long, value_name = "R")]
+        node_rank: Option<usize>,
+        /// Short for --set distributed.master=HOST:PORT: where the machine of rank 0 can be reached by the others.
+        #[arg(long, value_name = "HOST:PORT")]
+        master: Option<String>,
         /// Go on with an earlier run, as in `train`.
         #[arg(long, value_name = "auto|DIR")]
         resume: Option<String>,

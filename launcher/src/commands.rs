@@ -1,11 +1,13 @@
 //! What each command does.
 
+use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
 
 use candlepower::accelerator::describe_devices;
 use candlepower::bench::{Benchmark, Pass};
 use candlepower::callback::{Callback, StopReason};
 use candlepower::callbacks::PredictionWriter;
+use candlepower::collective::MEETING_PLACE;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
 use candlepower::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
@@ -17,7 +19,7 @@ use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
 use crate::profile::Profile;
 use crate::pulse::Pulse;
 use crate::signals;
-use crate::supervisor::Launch;
+use crate::supervisor::{Launch, Node};
 
 pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile>) -> Result<ExitCode> {
     let read = |config: &Config| Experiment::read(registry, &config.path, &config.changes.sets());
@@ -42,12 +44,16 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
                 _ => ExitCode::SUCCESS,
             });
         }
-        Command::Launch { config, resume } => {
-            let experiment = read(&config)?;
-            let sets = config.changes.sets().into_iter().flat_map(|set| ["--set".into(), set.into()]);
+        Command::Launch { config, nodes, node_rank, master, resume } => {
+            let mut sets = config.changes.sets();
+            sets.extend(nodes.map(|nodes| format!("distributed.nodes={nodes}")));
+            sets.extend(master.map(|master| format!("distributed.master={master:?}")));
+            let experiment = Experiment::read(registry, &config.path, &sets)?;
+            let sets = sets.into_iter().flat_map(|set| ["--set".into(), set.into()]);
             let train = [config.path.clone().into()].into_iter().chain(sets).collect();
             let (devices, distributed) = (experiment.devices(), experiment.distributed().clone());
-            return Launch { train, resume, devices, distributed }.run();
+            let node = Node::of(&distributed, node_rank)?;
+            return Launch { train, resume, devices, distributed, node }.run();
         }
         Command::Validate { config, checkpoint, split, lead_times, json } => {
             let experiment = read(&config)?;
@@ -130,9 +136,24 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
 
 /// The experiment among the processes that were started together, and whether this is the first of them.
 fn join(experiment: Experiment) -> Result<(Experiment, bool)> {
+    if let Some(place) = experiment.distributed().meeting_place()? {
+        return Err(start_again(&place));
+    }
     let ranks = experiment.distributed().join()?;
     let is_first = ranks.rank() == 0;
     Ok((experiment.ranks(ranks)?, is_first))
+}
+
+/// Becomes this program with the place where NCCL's ranks meet in its environment: what is running cannot change that safely.
+/// Returns where that fails.
+fn start_again(meeting_place: &str) -> Error {
+    let program = match std::env::current_exe() {
+        Ok(program) => program,
+        Err(error) => return Error::file("this program")(error),
+    };
+    let mut again = std::process::Command::new(&program);
+    again.args(std::env::args_os().skip(1)).env(MEETING_PLACE, meeting_place);
+    Error::file(&program)(again.exec())
 }
 
 fn read_path(registry: &Registry, path: std::path::PathBuf, changes: Changes) -> Result<Experiment> {

@@ -51,6 +51,15 @@ impl Callback for Pulse {
         self.file = File::options().append(true).open(&self.path).map_err(Error::file(&self.path))?;
         Ok(())
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
+
+    /// Each machine may have a supervisor of its own.
+    fn on_every_rank(&self) -> bool {
+        true
+    }
 }
 
 /// The newest checkpoint that a run has told of.

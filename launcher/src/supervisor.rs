@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::{Duration, Instant, SystemTime};
 
-use candlepower::collective::{Backend, DistributedConfig, FAILURE_FILE};
+use candlepower::collective::{Backend, DistributedConfig, Environment, FAILURE_FILE, MEETING_PLACE};
 use candlepower::{Error, Result};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
@@ -30,6 +30,54 @@ pub(crate) struct Launch {
     pub(crate) resume: Option<String>,
     pub(crate) devices: usize,
     pub(crate) distributed: DistributedConfig,
+    pub(crate) node: Option<Node>,
+}
+
+/// This machine among several that are launched one by one: what `torchrun` would say of it.
+pub(crate) struct Node {
+    rank: usize,
+    nodes: usize,
+    master: String,
+}
+
+impl Node {
+    /// What the command line and the configuration say; nothing where one machine is all, or where what has started this
+    /// program tells its processes who they are.
+    pub(crate) fn of(distributed: &DistributedConfig, rank: Option<usize>) -> Result<Option<Self>> {
+        let nodes = distributed.nodes;
+        match rank {
+            // There `mpirun` reaches the others.
+            None if nodes == 1 || distributed.backend == Backend::Mpi || Environment::read()?.is_some() => {
+                Ok(None)
+            }
+            None => Err(Error::msg(format!(
+                "`distributed.nodes` is {nodes}: start `candlepower launch` on each machine, with --node-rank 0 to {} and \
+                 --master HOST:PORT",
+                nodes - 1
+            ))),
+            Some(rank) if rank >= nodes => Err(Error::msg(format!(
+                "--node-rank {rank}: there are {nodes} machines, counted from 0; set their number with --nodes"
+            ))),
+            Some(_) if nodes == 1 => Ok(None),
+            Some(rank) => match &distributed.master {
+                Some(master) => Ok(Some(Self { rank, nodes, master: master.clone() })),
+                None => Err(Error::msg(
+                    "--master HOST:PORT is missing: where the machine of rank 0 can be reached",
+                )),
+            },
+        }
+    }
+
+    /// The environment variables of a process that is alone on its machine.
+    fn variables(&self) -> [(&'static str, String); 5] {
+        [
+            ("RANK", self.rank.to_string()),
+            ("WORLD_SIZE", self.nodes.to_string()),
+            ("LOCAL_RANK", "0".into()),
+            ("LOCAL_WORLD_SIZE", "1".into()),
+            (MEETING_PLACE, self.master.clone()),
+        ]
+    }
 }
 
 /// How one attempt ended.
@@ -69,6 +117,9 @@ impl Launch {
             let from = match (run, &self.resume) {
                 (Some(run), _) => format!("from the last good checkpoint of {}", run.display()),
                 (None, Some(resume)) => format!("with --resume {resume}"),
+                (None, None) if self.node.as_ref().is_some_and(|node| node.rank > 0) => {
+                    "from where the first machine goes on".into()
+                }
                 (None, None) => "from the start: there is no checkpoint yet".into(),
             };
             if let Some(run) = run {
@@ -81,8 +132,9 @@ impl Launch {
         }
     }
 
+    /// Machines that are launched one by one could not agree on fewer.
     fn fewest_devices(&self) -> usize {
-        self.distributed.min_devices.unwrap_or(self.devices)
+        self.distributed.min_devices.filter(|_| self.node.is_none()).unwrap_or(self.devices)
     }
 
     /// Starts `train` and watches it to its end; after it, no process of it is left.
@@ -90,6 +142,7 @@ impl Launch {
         let (failure, pulse) = (files.join("failure"), files.join(PULSE));
         let mut command = self.command()?;
         command.env(FAILURE_FILE, &failure).env(PULSE_FILE, &pulse).process_group(0);
+        command.envs(self.node.iter().flat_map(Node::variables));
         let child = command.spawn().map_err(Error::file(command.get_program()))?;
         let mut run = Run { child, ended: None };
         let started = SystemTime::now();
@@ -132,10 +185,11 @@ impl Launch {
         let mut command = match self.distributed.backend {
             Backend::Mpi => {
                 let mut command = Command::new("mpirun");
-                command.args(["-n", &self.devices.to_string()]).arg(program);
+                let processes = self.devices * self.distributed.nodes;
+                command.args(["-n", &processes.to_string()]).arg(program);
                 command
             }
-            Backend::Auto | Backend::Threads => Command::new(program),
+            Backend::Auto | Backend::Threads | Backend::Nccl => Command::new(program),
         };
         command.arg("train").args(&self.train).args(["--devices", &self.devices.to_string()]);
         command.args(self.resume.iter().flat_map(|resume| ["--resume", resume]));

@@ -280,6 +280,36 @@ error: --set:1:26: `distributed.hang_timeout`: expected a time above 0
 }
 
 #[test]
+fn machines_that_do_not_know_each_other() {
+    let place = Place::new();
+    let fail = |code, arguments: &[&str]| place.fail(code, arguments);
+    assert_eq!(
+        fail(1, &["train", "tiny.toml", "--set", "distributed.nodes=2"]),
+        "error: `distributed.nodes` is 2, and this process was started alone: start `candlepower launch` on each machine, or \
+         `torchrun`, `srun` or `mpirun`\n"
+    );
+    assert_eq!(
+        fail(1, &["launch", "tiny.toml", "--nodes", "3"]),
+        "error: `distributed.nodes` is 3: start `candlepower launch` on each machine, with --node-rank 0 to 2 and --master \
+         HOST:PORT\n"
+    );
+    assert_eq!(
+        fail(1, &["launch", "tiny.toml", "--nodes", "2", "--node-rank", "2"]),
+        "error: --node-rank 2: there are 2 machines, counted from 0; set their number with --nodes\n"
+    );
+    assert_eq!(
+        fail(1, &["launch", "tiny.toml", "--nodes", "2", "--node-rank", "1"]),
+        "error: --master HOST:PORT is missing: where the machine of rank 0 can be reached\n"
+    );
+    // What is launched knows who it is; and that this program has nothing that reaches another machine.
+    let launch = ["launch", "tiny.toml", "--nodes", "2", "--node-rank", "1", "--master", "node1:29500"];
+    let said = fail(1, &[&launch[..], &["--set", "distributed.max_restarts=0"]].concat());
+    assert!(said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE)"), "{said}");
+    let said = fail(2, &["launch", "tiny.toml", "--master", "node1"]);
+    assert!(said.contains("expected a host and a port, as \"node1:29500\""), "{said}");
+}
+
+#[test]
 fn a_wrong_override() {
     let place = Place::new();
     let train = |set| place.fail(2, &["train", "tiny.toml", "--set", set]);

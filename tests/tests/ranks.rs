@@ -7,7 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use candlepower::checkpoint::{self, Checkpoint, CheckpointConfig};
-use candlepower::collective::{Collective, DistributedConfig, Shard, Threads};
+use candlepower::collective::{
+    Collective, DistributedConfig, Environment, Processes, Shard, Started, Starter, Threads,
+};
+use candlepower::config::Registry;
+use candlepower::experiment::{Experiment, Resume};
 use candlepower::optim::{
     AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RmspropConfig, TurnConfig,
 };
@@ -15,6 +19,7 @@ use candlepower::params::Buffer;
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::trainer::{Every, Limit, Outcome};
+use candlepower_datasets::MovingMnist;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
@@ -564,18 +569,27 @@ fn optimizers_take_turns_on_several_ranks_too() {
 
 #[test]
 fn a_parameter_without_gradient_is_refused_by_name_also_where_a_rank_has_no_samples() {
-    struct Unused(Tensor);
+    struct Unused([Tensor; 3]);
     impl Module for Unused {
         type Batch = Tensors;
         fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
-            Ok((batch.0[0].mean_all()? + self.0.detach().mean_all()?)?)
+            let [lonely, large, small] = &self.0;
+            let used = (batch.0[0].mean_all()? * (large.sum_all()? + small.sum_all()?)?)?;
+            Ok((used + lonely.detach().mean_all()?)?)
         }
     }
-    let model = Model::new(|vb: VarBuilder| Ok(Unused(vb.get(4, "lonely")?)), 0, &Device::Cpu).unwrap();
-    // One micro-batch for three ranks.
-    let config = TrainerConfig { batch_size: 2, ..config(3, 1) };
-    let error = Trainer::new(config).fit(&model, &points()).unwrap_err().to_string();
-    assert!(error.starts_with("no gradient reaches 1 of 1 parameters: lonely\n"), "{error}");
+    let build = |vb: VarBuilder| Ok(Unused([vb.get(4, "lonely")?, vb.get(5, "large")?, vb.get(1, "small")?]));
+    let model = Model::new(build, 0, &Device::Cpu).unwrap();
+    // One micro-batch for two or three ranks; of two, the second is the owner of `lonely` and `small`.
+    for (devices, distributed, all) in
+        [(3, DistributedConfig::default(), 3), (2, sharded(), 2), (3, sharded(), 1)]
+    {
+        let config = TrainerConfig { batch_size: 2, ..config(devices, 1) };
+        let error = Trainer::new(config).distributed(distributed).fit(&model, &points()).unwrap_err();
+        let (error, expected) =
+            (error.to_string(), format!("no gradient reaches 1 of {all} parameters: lonely\n"));
+        assert!(error.contains(&expected), "{devices} ranks: {error}");
+    }
 }
 
 fn sharded() -> DistributedConfig {
@@ -642,6 +656,195 @@ fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
     let all = 2 * 4 * conv_lstm().params().count();
     let largest = *bytes.0.lock().unwrap().iter().max().unwrap();
     assert!(largest as f64 <= 0.55 * all as f64, "{largest} of {all} bytes on one rank");
+}
+
+#[test]
+fn ranks_that_share_the_optimizer_clip_alike_and_show_gradients_to_who_wants_them() {
+    /// Looks at the gradients of every second step.
+    #[derive(Clone, Default)]
+    struct Sometimes(Arc<Mutex<Vec<usize>>>);
+    impl Callback for Sometimes {
+        fn wants_gradients(&self, step: u64) -> bool {
+            step.is_multiple_of(2)
+        }
+        fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+            self.0.lock().unwrap().push(step.gradients.len());
+            Ok(Flow::Continue)
+        }
+    }
+    for (clip_norm, clip_value) in [(Some(0.1), None), (None, Some(0.05))] {
+        let train = |devices, distributed: DistributedConfig| {
+            let (gradients, model) = (Gradients::default(), Dropped::model(3));
+            Trainer::new(TrainerConfig { clip_norm, clip_value, ..config(devices, 3) })
+                .optimizer(sgd())
+                .distributed(distributed)
+                .callback(gradients.clone())
+                .fit(&model, &points())
+                .unwrap();
+            (model, gradients.0.lock().unwrap().clone())
+        };
+        let (alone, expected) = train(1, DistributedConfig::default());
+        for devices in [2, 5] {
+            let (model, gradients) = train(devices, sharded());
+            assert_same_weights(&format!("{devices} ranks"), &model, &alone);
+            for (gradient, expected) in gradients.iter().flatten().zip(expected.iter().flatten()) {
+                let error = relative_error(gradient, expected);
+                assert!(error <= TOLERANCE, "{devices} ranks: relative error {error:.1e}");
+            }
+            assert_eq!(gradients.concat().len(), expected.concat().len());
+        }
+    }
+    let sometimes = Sometimes::default();
+    let trainer = Trainer::new(config(2, 4)).distributed(sharded()).callback(sometimes.clone());
+    { trainer }.fit(&Dropped::model(3), &points()).unwrap();
+    assert_eq!(*sometimes.0.lock().unwrap(), [0, 4, 0, 4]);
+}
+
+#[test]
+fn a_gradient_that_is_no_number_is_named_whoever_owns_its_parameter() {
+    struct Broken([Tensor; 2]);
+    impl Module for Broken {
+        type Batch = Tensors;
+        fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
+            // The root of zero has no slope.
+            let [good, bad] = &self.0;
+            let zero = (bad - bad.detach())?.sqr()?.sqrt()?.sum_all()?;
+            Ok(((batch.0[0].mean_all()? * good.sum_all()?)? + zero)?)
+        }
+    }
+    let build = |vb: VarBuilder| Ok(Broken([vb.get(4, "good")?, vb.get(3, "bad")?]));
+    for devices in [1, 2] {
+        let model = Model::new(build, 0, &Device::Cpu).unwrap();
+        let mut trainer = Trainer::new(config(devices, 3)).distributed(sharded());
+        let Outcome { reason, .. } = trainer.fit(&model, &points()).unwrap();
+        let StopReason::Failed(why) = reason else { panic!("{reason:?}") };
+        assert!(why.contains("the gradient of `bad` is not finite"), "{devices} ranks: {why}");
+    }
+}
+
+#[test]
+fn processes_that_only_devices_connect_are_refused_on_the_cpu_before_anything_is_written() {
+    let environment = Environment {
+        starter: Starter::Torch,
+        rank: 0,
+        world_size: 2,
+        local_rank: Some(0),
+        local_size: Some(1),
+        master: None,
+    };
+    let config = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/quickstart.toml");
+    let dir = tempfile::tempdir().unwrap();
+    let sets = [format!("run.dir={:?}", dir.path()), "trainer.accelerator=\"cpu\"".into()];
+    let registry = Registry::default().module::<ConvLstm>("conv_lstm").dataset::<MovingMnist>("moving_mnist");
+    let experiment = Experiment::read(&registry, config.as_ref(), &sets).unwrap();
+    let experiment = experiment.ranks(Arc::new(Processes::new(&environment))).unwrap();
+    let error = experiment.train(&Resume::No, Vec::new()).err().unwrap().to_string();
+    let expected = "error: --set:1:21: `trainer.accelerator`: NCCL alone connects these processes";
+    assert!(format!("error: {error}").starts_with(expected), "{error}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+/// Ranks that tell when gradients go on their way.
+struct Watched {
+    ranks: Arc<Threads>,
+    on_their_way: crossbeam_channel::Sender<usize>,
+}
+
+impl Collective for Watched {
+    fn rank(&self) -> usize {
+        self.ranks.rank()
+    }
+    fn world_size(&self) -> usize {
+        self.ranks.world_size()
+    }
+    fn all_reduce(&self, flat: &Tensor) -> Result<Tensor> {
+        self.ranks.all_reduce(flat)
+    }
+    fn start_all_reduce(self: Arc<Self>, flat: Tensor) -> Result<Started> {
+        self.on_their_way.send(flat.elem_count()).unwrap();
+        self.ranks.clone().start_all_reduce(flat)
+    }
+    fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor> {
+        self.ranks.reduce_scatter(flat)
+    }
+    fn all_gather(&self, part: &Tensor) -> Result<Tensor> {
+        self.ranks.all_gather(part)
+    }
+    fn broadcast(&self, flat: &Tensor) -> Result<Tensor> {
+        self.ranks.broadcast(flat)
+    }
+    fn barrier(&self) -> Result<()> {
+        self.ranks.barrier()
+    }
+    fn abort(&self, why: &str) {
+        self.ranks.abort(why);
+    }
+}
+
+#[test]
+fn gradients_are_on_their_way_while_the_backward_pass_goes_on() {
+    /// More than a bucket of 25 MB.
+    const LARGE: usize = 7 << 20;
+    /// Lets the backward pass go on when the gradients of the last layer have left.
+    struct Gate(crossbeam_channel::Receiver<usize>);
+    impl candle_core::CustomOp1 for Gate {
+        fn name(&self) -> &'static str {
+            "gate"
+        }
+        fn cpu_fwd(
+            &self,
+            storage: &candle_core::CpuStorage,
+            layout: &candle_core::Layout,
+        ) -> candle_core::Result<(candle_core::CpuStorage, candle_core::Shape)> {
+            Ok((storage.clone(), layout.shape().clone()))
+        }
+        fn bwd(&self, _: &Tensor, _: &Tensor, d: &Tensor) -> candle_core::Result<Option<Tensor>> {
+            match self.0.recv_timeout(Duration::from_secs(60)) {
+                Ok(LARGE) => Ok(Some(d.clone())),
+                other => candle_core::bail!("expected the last layer's gradients, got {other:?}"),
+            }
+        }
+    }
+    struct Layers {
+        first: Tensor,
+        last: Tensor,
+        /// Of the micro-batches, only the last may send anything.
+        gate: crossbeam_channel::Receiver<usize>,
+        batches: std::sync::atomic::AtomicUsize,
+    }
+    impl Module for Layers {
+        type Batch = Tensors;
+        fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+            let inner = (batch.0[0].mean_all()? * self.first.sum_all()?)?;
+            if !step.is_training() {
+                return Ok(inner);
+            }
+            let is_last = self.batches.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 2 == 1;
+            assert!(self.gate.is_empty(), "gradients left before they were complete");
+            let inner = if is_last { inner.apply_op1(Gate(self.gate.clone()))? } else { inner };
+            Ok((inner + self.last.mean_all()?)?)
+        }
+    }
+    let ranks = Threads::new(2, Duration::from_secs(60));
+    std::thread::scope(|scope| {
+        for ranks in ranks {
+            scope.spawn(|| {
+                let (on_their_way, gate) = crossbeam_channel::unbounded();
+                let seen = gate.clone();
+                let build = move |vb: VarBuilder| {
+                    let (first, last) = (vb.get(3, "first")?, vb.get(LARGE, "last")?);
+                    let batches = std::sync::atomic::AtomicUsize::new(0);
+                    Ok(Layers { first, last, gate: gate.clone(), batches })
+                };
+                let model = Model::new(build, 0, &Device::Cpu).unwrap();
+                // Two micro-batches a rank.
+                let config = TrainerConfig { batch_size: 8, ..config(1, 1) };
+                let ranks = Arc::new(Watched { ranks: Arc::new(ranks), on_their_way });
+                Trainer::new(config).optimizer(sgd()).ranks(ranks).fit(&model, &points()).unwrap();
+                assert_eq!(seen.try_iter().collect::<Vec<_>>(), [3]);
+            });
+        }
+    });
 }
 
 #[test]

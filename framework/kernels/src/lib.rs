@@ -8,6 +8,7 @@ mod buffer;
 mod cell;
 mod conv2d;
 mod conv_lstm;
+mod conv_lstm_cell;
 mod conv_transpose2d;
 #[cfg(any(feature = "cuda", test))]
 mod cuda;
@@ -30,11 +31,12 @@ mod winograd;
 
 pub use attend::attend;
 pub use buffer::{keep_freed_memory, release_scratch};
-pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm, conv_lstm_cell};
+pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm};
+pub use conv_lstm_cell::conv_lstm_cell;
 pub use conv_transpose2d::{ConvTranspose2dOptions, conv_transpose2d};
 pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[cfg(feature = "cuda")]
-pub use cuda::Communicator;
+pub use cuda::{Communicator, Exchange, Pending};
 pub use devices::{
     BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
     to_device,

@@ -6,8 +6,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::elementwise::zip3;
 use candlepower_kernels::updates::{AdamStep, SgdStep, approach, sum_squares_of};
 use candlepower_kernels::{
-    Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Keep, allow_tf32,
-    conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, reset_peak_memory, to_device,
+    Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Exchange, Keep,
+    allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
+    to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -50,9 +51,10 @@ fn error(ours: &Tensor, expected: &Tensor) -> f64 {
     if error.is_finite() { error } else { f64::INFINITY }
 }
 
-/// Types, whether TF32 is allowed, and the error that is.
+/// Types, whether TF32 is allowed, and the error that is. In 32 bits most of it is the CPU's: its Winograd transforms are off by
+/// up to 4.4e-6 in these roll-outs, against sums by definition. TF32 is off by a hundred times that.
 const KINDS: [(DType, bool, f64); 4] = [
-    (DType::F32, false, 2e-6),
+    (DType::F32, false, 1.5e-5),
     (DType::F32, true, 2e-3),
     (DType::BF16, false, 1.5e-2),
     (DType::F16, false, 2e-3),
@@ -250,19 +252,30 @@ fn memory_is_counted() {
 #[test]
 fn a_device_alone_exchanges_with_itself() {
     let Some((device, _turn)) = device() else { return };
-    let alone = Communicator::join(&device, &Communicator::id().unwrap(), 0, 1).unwrap();
-    let x = random(1000, 1).to_device(&device).unwrap();
     let check = || Ok(());
-    for y in [
-        alone.all_reduce(&x, &check).unwrap(),
-        alone.reduce_scatter(&x, &check).unwrap(),
-        alone.all_gather(&x, &check).unwrap(),
-        alone.broadcast(&x.to_dtype(DType::F64).unwrap(), &check).unwrap(),
+    let alone = Communicator::join(&device, &Communicator::id().unwrap(), 0, 1, &check).unwrap();
+    let x = random(1000, 1).to_device(&device).unwrap();
+    let exchange = |what, x: &Tensor| alone.finish(alone.start(what, x)?, &check);
+    for what in [
+        Exchange::AllReduce,
+        Exchange::AllReduceInPlace,
+        Exchange::ReduceScatter,
+        Exchange::AllGather,
+        Exchange::Broadcast,
     ] {
-        assert_eq!(values(&y), values(&x));
+        assert_eq!(values(&exchange(what, &x).unwrap()), values(&x), "{what:?}");
+        let doubled = exchange(what, &(x.to_dtype(DType::F64).unwrap() * 2.).unwrap()).unwrap();
+        assert_eq!(values(&doubled), values(&(&x * 2.).unwrap()), "{what:?}");
+    }
+    // Several at once, beside other work: each sees what was asked for before it.
+    let started: Vec<_> = (0..8)
+        .map(|i| alone.start(Exchange::AllReduceInPlace, &(&x + f64::from(i)).unwrap()).unwrap())
+        .collect();
+    for (i, started) in started.into_iter().enumerate() {
+        let sum = alone.finish(started, &check).unwrap();
+        assert_eq!(values(&sum), values(&(&x + i as f64).unwrap()));
     }
     alone.abort();
-    assert!(
-        alone.all_reduce(&x, &check).unwrap_err().to_string().contains("an earlier exchange was given up")
-    );
+    let error = exchange(Exchange::AllReduce, &x).unwrap_err().to_string();
+    assert!(error.contains("an earlier exchange was given up"), "{error}");
 }

@@ -109,6 +109,10 @@ impl Callback for EarlyStopping {
         self.state = serde_json::from_value(state).map_err(Error::content("early_stopping"))?;
         Ok(())
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
 }
 
 #[cfg(test)]

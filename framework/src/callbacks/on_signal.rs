@@ -27,4 +27,8 @@ impl Callback for OnSignal {
             signal => Flow::Stop(StopReason::Signal(signal)),
         })
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
 }

@@ -135,4 +135,8 @@ impl Callback for ProgressBar {
         }
         Ok(())
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
 }

@@ -79,4 +79,8 @@ impl Callback for Throughput {
         self.before = None;
         Ok(())
     }
+
+    fn wants_gradients(&self, _: u64) -> bool {
+        false
+    }
 }

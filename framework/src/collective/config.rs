@@ -3,19 +3,25 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use candlepower_kernels::BUILT_WITH_CUDA;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Collective, Environment, Solo};
+use super::{Collective, Environment, Processes, Solo, Starter};
 use crate::error::{Error, Result};
 use crate::trainer::duration;
 
-/// Fields of `[distributed]`. How many devices there are is `trainer.devices`.
+/// Fields of `[distributed]`. How many devices a machine has is `trainer.devices`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DistributedConfig {
     /// What carries the ranks' traffic.
     pub backend: Backend,
+    /// On how many machines `candlepower launch` trains, with `trainer.devices` on each.
+    pub nodes: usize,
+    /// Where the first machine can be reached by the others, as `"HOST:PORT"`. Default: what the environment says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub master: Option<String>,
     /// What ranks share out besides the samples.
     pub shard: Shard,
     /// A rank that the others have waited for so long counts as failed, as does a launched run that has made no step for
@@ -35,12 +41,15 @@ pub struct DistributedConfig {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// MPI where `mpirun` or `srun` has started several processes, else threads.
+    /// Between processes that were started together MPI, or NCCL where there is no MPI; in one process threads.
     Auto,
     /// The memory of one process: a thread for each device.
     Threads,
     /// MPI: a process for each device. Needs the feature `mpi`.
     Mpi,
+    /// NCCL alone, between the CUDA devices of processes that `torchrun`, a PyTorchJob, `srun`, or `candlepower launch` on each
+    /// machine has started: one process a device, or one a machine. Needs the feature `cuda`.
+    Nccl,
 }
 
 /// What ranks share out besides the samples.
@@ -57,6 +66,8 @@ impl Default for DistributedConfig {
     fn default() -> Self {
         Self {
             backend: Backend::Auto,
+            nodes: 1,
+            master: None,
             shard: Shard::None,
             hang_timeout: Some(Self::HANG_TIMEOUT),
             max_restarts: 3,
@@ -64,6 +75,12 @@ impl Default for DistributedConfig {
         }
     }
 }
+
+/// Whether this program can speak MPI.
+const BUILT_WITH_MPI: bool = cfg!(feature = "mpi");
+
+/// The environment variable in which NCCL looks for the place where its ranks meet.
+pub const MEETING_PLACE: &str = "NCCL_COMM_ID";
 
 impl DistributedConfig {
     const HANG_TIMEOUT: Duration = Duration::from_secs(600);
@@ -76,10 +93,30 @@ impl DistributedConfig {
         if self.min_devices == Some(0) {
             return Err(Error::setting("min_devices", "expected at least 1, found 0"));
         }
-        if self.backend == Backend::Mpi && !cfg!(feature = "mpi") {
-            let message =
-                "this binary has no MPI; expected \"auto\" or \"threads\", or a build with `--features mpi`";
-            return Err(Error::setting("backend", message));
+        if self.nodes == 0 {
+            return Err(Error::setting("nodes", "expected at least 1, found 0"));
+        }
+        let is_place = |master: &String| {
+            master
+                .rsplit_once(':')
+                .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+        };
+        if let Some(master) = self.master.as_ref().filter(|master| !is_place(master)) {
+            let message = format!("expected a host and a port, as \"node1:29500\", found \"{master}\"");
+            return Err(Error::setting("master", message));
+        }
+        for (backend, is_built, name, feature) in
+            [(Backend::Mpi, BUILT_WITH_MPI, "MPI", "mpi"), (Backend::Nccl, BUILT_WITH_CUDA, "NCCL", "cuda")]
+        {
+            if self.backend == backend && !is_built {
+                return Err(Error::setting(
+                    "backend",
+                    format!(
+                        "this binary has no {name}; expected \"auto\" or \"threads\", or a build with `--features \
+                         {feature}`"
+                    ),
+                ));
+            }
         }
         Ok(())
     }
@@ -89,34 +126,121 @@ impl DistributedConfig {
         self.hang_timeout.unwrap_or(Self::HANG_TIMEOUT)
     }
 
-    /// This process's rank among those that were started together with it: by `mpirun`, `srun`, or whatever sets the
-    /// variables that [`Environment`] knows.
+    /// What must be in `NCCL_COMM_ID` when this process joins the others, and is not: then start it anew with that, as NCCL reads
+    /// where its ranks meet from the environment. Nothing where another backend carries the traffic.
+    pub fn meeting_place(&self) -> Result<Option<String>> {
+        let Some(environment) = Environment::read()? else { return Ok(None) };
+        if std::env::var_os(MEETING_PLACE).is_some() || self.carrier(&environment) != Backend::Nccl {
+            return Ok(None);
+        }
+        let Environment { starter, rank, world_size, master, .. } = environment;
+        let nowhere = || {
+            Error::msg(format!(
+                "this process is rank {rank} of {world_size} ({}), and does not know where the first one can be reached: set \
+                 `distributed.master` to its \"HOST:PORT\"",
+                starter.name()
+            ))
+        };
+        self.master.clone().or(master).ok_or_else(nowhere).map(Some)
+    }
+
+    /// What carries the traffic between processes that were started together.
+    fn carrier(&self, environment: &Environment) -> Backend {
+        carrier(self.backend, environment.starter, BUILT_WITH_MPI, BUILT_WITH_CUDA)
+    }
+
+    /// This process among those that were started together: by `mpirun`, `srun`, or whatever sets the variables that
+    /// [`Environment`] knows. Of those that NCCL connects, see [`meeting_place`](Self::meeting_place) before.
     pub fn join(&self) -> Result<Arc<dyn Collective>> {
         let environment = Environment::read()?;
         #[cfg(feature = "mpi")]
-        if self.backend == Backend::Mpi || (self.backend == Backend::Auto && environment.is_some()) {
-            let ranks = super::Mpi::join(self.patience())?;
-            return match environment {
-                Some(Environment { starter, world_size, .. }) if world_size != ranks.world_size() => {
-                    Err(Error::msg(format!(
-                        "{} started {world_size} processes, and MPI knows of {}: start them with `mpirun`, or with \
-                         `srun --mpi=pmix`",
-                        starter.name(),
-                        ranks.world_size()
-                    )))
-                }
-                _ => Ok(Arc::new(ranks)),
-            };
+        if environment.as_ref().map_or(self.backend, |environment| self.carrier(environment)) == Backend::Mpi
+        {
+            return self.join_mpi(environment);
         }
         match environment {
+            Some(environment) if self.carrier(&environment) == Backend::Nccl => {
+                Ok(Arc::new(Processes::new(&environment)))
+            }
             // Each would train on its own, and all would write the same files.
             Some(Environment { starter, rank, world_size, .. }) => Err(Error::msg(format!(
                 "this process is rank {rank} of {world_size} ({}), and has nothing to reach the others with: build it with \
-                 `--features mpi` and leave `distributed.backend` at \"auto\", or start one process with \
-                 `trainer.devices = {world_size}`",
+                 `--features mpi`, or for CUDA devices with `--features cuda`, and leave `distributed.backend` at \"auto\"; or \
+                 start one process with `trainer.devices = {world_size}`",
                 starter.name()
+            ))),
+            None if self.nodes > 1 => Err(Error::msg(format!(
+                "`distributed.nodes` is {}, and this process was started alone: start `candlepower launch` on each machine, or \
+                 `torchrun`, `srun` or `mpirun`",
+                self.nodes
             ))),
             None => Ok(Arc::new(Solo)),
         }
+    }
+
+    #[cfg(feature = "mpi")]
+    fn join_mpi(&self, environment: Option<Environment>) -> Result<Arc<dyn Collective>> {
+        let ranks = super::Mpi::join(self.patience())?;
+        match environment {
+            Some(Environment { starter, world_size, .. }) if world_size != ranks.world_size() => {
+                Err(Error::msg(format!(
+                    "{} started {world_size} processes, and MPI knows of {}: start them with `mpirun`, or with \
+                     `srun --mpi=pmix`",
+                    starter.name(),
+                    ranks.world_size()
+                )))
+            }
+            _ => Ok(Arc::new(ranks)),
+        }
+    }
+}
+
+/// What carries the traffic between processes that `starter` has started.
+fn carrier(backend: Backend, starter: Starter, mpi: bool, cuda: bool) -> Backend {
+    match backend {
+        // What `torchrun` starts has no MPI between its processes.
+        Backend::Auto if cuda && (starter == Starter::Torch || !mpi) => Backend::Nccl,
+        Backend::Auto if mpi => Backend::Mpi,
+        Backend::Auto => Backend::Threads,
+        asked => asked,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn processes_are_connected_by_what_there_is() {
+        use Backend::{Auto, Mpi, Nccl, Threads};
+        use Starter::{OpenMpi, Slurm, Torch};
+        for (starter, mpi, cuda, expected) in [
+            (Torch, false, false, Threads),
+            (Torch, true, false, Mpi),
+            (Torch, false, true, Nccl),
+            (Torch, true, true, Nccl),
+            (Slurm, true, true, Mpi),
+            (Slurm, false, true, Nccl),
+            (OpenMpi, true, false, Mpi),
+            (OpenMpi, false, false, Threads),
+        ] {
+            assert_eq!(carrier(Auto, starter, mpi, cuda), expected, "{starter:?}, {mpi}, {cuda}");
+            assert_eq!(carrier(Nccl, starter, mpi, cuda), Nccl);
+        }
+    }
+
+    #[test]
+    fn machines_and_places_are_checked() {
+        let error = |config: DistributedConfig| config.check().unwrap_err().to_string();
+        let nowhere = DistributedConfig { nodes: 0, ..Default::default() };
+        assert_eq!(error(nowhere), "`nodes`: expected at least 1, found 0");
+        for master in ["node1", "node1:", ":29500", "node1:99999"] {
+            let said = error(DistributedConfig { master: Some(master.into()), ..Default::default() });
+            let expected = "expected a host and a port, as \"node1:29500\"";
+            assert_eq!(said, format!("`master`: {expected}, found \"{master}\""));
+        }
+        let good =
+            DistributedConfig { master: Some("10.0.0.1:29500".into()), nodes: 2, ..Default::default() };
+        good.check().unwrap();
     }
 }

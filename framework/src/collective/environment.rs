@@ -26,22 +26,27 @@ impl Starter {
         }
     }
 
-    /// The variables of rank, world size and rank on this machine.
-    fn variables(self) -> [&'static str; 3] {
+    /// The variables of rank and world size, and of the same on this machine.
+    fn variables(self) -> [&'static str; 4] {
         match self {
-            Starter::OpenMpi => {
-                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"]
-            }
-            Starter::Pmi => ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"],
+            Starter::OpenMpi => [
+                "OMPI_COMM_WORLD_RANK",
+                "OMPI_COMM_WORLD_SIZE",
+                "OMPI_COMM_WORLD_LOCAL_RANK",
+                "OMPI_COMM_WORLD_LOCAL_SIZE",
+            ],
+            Starter::Pmi => ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
             // A batch script has SLURM_PROCID and SLURM_NTASKS, too, and is no task of its own: only a step counts.
-            Starter::Slurm => ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"],
-            Starter::Torch => ["RANK", "WORLD_SIZE", "LOCAL_RANK"],
+            Starter::Slurm => {
+                ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"]
+            }
+            Starter::Torch => ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"],
         }
     }
 }
 
 /// This process among those that were started together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
     /// What started them.
     pub starter: Starter,
@@ -51,6 +56,10 @@ pub struct Environment {
     pub world_size: usize,
     /// Which of those on this machine, where that is said.
     pub local_rank: Option<usize>,
+    /// How many of them are on this machine, where that is said.
+    pub local_size: Option<usize>,
+    /// Where the first of them can be reached, as `HOST:PORT`, where that is said.
+    pub master: Option<String>,
 }
 
 impl Environment {
@@ -62,24 +71,65 @@ impl Environment {
     /// The same for given variables. `mpirun` inside of `srun` or of a Kubernetes pod counts before what it is inside of.
     pub fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         for starter in [Starter::OpenMpi, Starter::Pmi, Starter::Slurm, Starter::Torch] {
-            let [rank, world_size, local_rank] = starter.variables();
-            let number = |name: &str| -> Result<Option<usize>> {
-                let Some(text) = variable(name) else { return Ok(None) };
-                let wrong =
-                    |_| Error::msg(format!("the environment variable {name} is `{text}`: expected a number"));
-                text.trim().parse().map(Some).map_err(wrong)
-            };
+            let [rank, world_size, local_rank, local_size] = starter.variables();
+            let number = |name: &str| variable(name).map(|text| number(name, &text)).transpose();
             let (Some(own), Some(size)) = (number(rank)?, number(world_size)?) else { continue };
             if own >= size {
                 return Err(Error::msg(format!(
                     "the environment variables contradict each other: {rank} is {own}, {world_size} is {size}"
                 )));
             }
-            let local_rank = number(local_rank)?;
-            return Ok(Some(Self { starter, rank: own, world_size: size, local_rank }).filter(|_| size > 1));
+            // A pod of a PyTorchJob is a machine of its own, with one process.
+            let alone = |value| (starter == Starter::Torch).then_some(value);
+            let found = Self {
+                starter,
+                rank: own,
+                world_size: size,
+                local_rank: number(local_rank)?.or(alone(0)),
+                local_size: number(local_size)?.or(alone(1)),
+                master: master(starter, &variable)?,
+            };
+            return Ok(Some(found).filter(|_| size > 1));
         }
         Ok(None)
     }
+}
+
+/// The number that a variable's text is, or begins with: SLURM writes `4(x2),3` for four tasks on each of two machines and
+/// three on another.
+fn number(name: &str, text: &str) -> Result<usize> {
+    let digits = text.trim().split(['(', ',']).next().unwrap_or_default();
+    let wrong = |_| Error::msg(format!("the environment variable {name} is `{text}`: expected a number"));
+    digits.parse().map_err(wrong)
+}
+
+/// `torchrun` itself listens at `MASTER_PORT`; the port after it is ours.
+const PORT_AFTER: usize = 1;
+/// The port where nobody says one: the one after PyTorch's.
+const PORT: usize = 29501;
+
+/// Where the first process can be reached: what `MASTER_ADDR` and `MASTER_PORT` say, or the first of SLURM's machines, at a
+/// port that jobs are unlikely to share.
+fn master(starter: Starter, variable: impl Fn(&str) -> Option<String>) -> Result<Option<String>> {
+    if let Some(host) = variable("MASTER_ADDR") {
+        let port = variable("MASTER_PORT").map(|text| number("MASTER_PORT", &text)).transpose()?;
+        return Ok(Some(format!("{host}:{}", port.map_or(PORT, |port| port + PORT_AFTER))));
+    }
+    let nodes = variable("SLURM_STEP_NODELIST").filter(|_| starter == Starter::Slurm);
+    let job = variable("SLURM_JOB_ID").map(|text| number("SLURM_JOB_ID", &text)).transpose()?.unwrap_or(0);
+    Ok(nodes.map(|nodes| format!("{}:{}", first_host(&nodes), 20_000 + job % 10_000)))
+}
+
+/// The first of SLURM's list of machines: `node[07-09,12],login` begins with `node07`.
+fn first_host(nodes: &str) -> String {
+    let end = nodes.find([',', '[']).unwrap_or(nodes.len());
+    let (prefix, rest) = nodes.split_at(end);
+    let Some((range, after)) = rest.strip_prefix('[').and_then(|rest| rest.split_once(']')) else {
+        return prefix.to_string();
+    };
+    let first = range.split([',', '-']).next().unwrap_or_default();
+    let suffix = after.split(',').next().unwrap_or_default();
+    format!("{prefix}{first}{suffix}")
 }
 
 #[cfg(test)]
@@ -94,23 +144,51 @@ mod tests {
 
     #[test]
     fn every_starter_is_recognised() {
-        let cases = [
-            (
-                Starter::OpenMpi,
-                ["OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"],
-            ),
-            (Starter::Pmi, ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"]),
-            (Starter::Slurm, ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"]),
-            (Starter::Torch, ["RANK", "WORLD_SIZE", "LOCAL_RANK"]),
-        ];
-        for (starter, [rank, size, local]) in cases {
-            let found = read(&[(rank, "5"), (size, "8"), (local, "1")]).unwrap().unwrap();
-            assert_eq!(found, Environment { starter, rank: 5, world_size: 8, local_rank: Some(1) });
-            assert_eq!(read(&[(rank, "0"), (size, "2")]).unwrap().unwrap().local_rank, None);
+        for starter in [Starter::OpenMpi, Starter::Pmi, Starter::Slurm, Starter::Torch] {
+            let [rank, size, local_rank, local_size] = starter.variables();
+            let found = read(&[(rank, "5"), (size, "8"), (local_rank, "1"), (local_size, "4")]);
+            let expected = Environment {
+                starter,
+                rank: 5,
+                world_size: 8,
+                local_rank: Some(1),
+                local_size: Some(4),
+                master: None,
+            };
+            assert_eq!(found.unwrap().unwrap(), expected);
+            // Nothing is known of the machine; a pod has one process.
+            let pod = starter == Starter::Torch;
+            let found = read(&[(rank, "0"), (size, "2")]).unwrap().unwrap();
+            assert_eq!((found.local_rank, found.local_size), (pod.then_some(0), pod.then_some(1)));
             // One alone is alone.
             assert_eq!(read(&[(rank, "0"), (size, "1")]).unwrap(), None);
         }
         assert_eq!(read(&[]).unwrap(), None);
+    }
+
+    #[test]
+    fn the_first_process_is_found() {
+        let torch = [("RANK", "1"), ("WORLD_SIZE", "4")];
+        let slurm = [("SLURM_PROCID", "1"), ("SLURM_STEP_NUM_TASKS", "4"), ("SLURM_JOB_ID", "1234567")];
+        let master = |variables: &[(&str, &str)], more: &[(&str, &str)]| {
+            read(&[variables, more].concat()).unwrap().unwrap().master
+        };
+        let is = |host: &str| Some(host.to_string());
+        assert_eq!(master(&torch, &[("MASTER_ADDR", "a"), ("MASTER_PORT", "29400")]), is("a:29401"));
+        assert_eq!(master(&torch, &[("MASTER_ADDR", "a")]), is("a:29501"));
+        assert_eq!(master(&slurm, &[("MASTER_ADDR", "a"), ("SLURM_STEP_NODELIST", "b")]), is("a:29501"));
+        for (nodes, first) in [
+            ("gpu7", "gpu7"),
+            ("gpu7,gpu9", "gpu7"),
+            ("node[07-09,12],login", "node07"),
+            ("node[3,5]", "node3"),
+            ("rack[1-2]-a,x", "rack1-a"),
+        ] {
+            assert_eq!(master(&slurm, &[("SLURM_STEP_NODELIST", nodes)]), is(&format!("{first}:24567")));
+        }
+        assert_eq!(master(&torch, &[("SLURM_STEP_NODELIST", "b")]), None);
+        let tasks = [("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")];
+        assert_eq!(read(&[&slurm[..], &tasks].concat()).unwrap().unwrap().local_size, Some(4));
     }
 
     #[test]

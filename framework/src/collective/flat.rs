@@ -1,6 +1,8 @@
 //! Many tensors in few operations: they are laid one behind the other in flat buckets.
 
-use candle_core::Tensor;
+use std::ops::Range;
+
+use candle_core::{Shape, Tensor};
 
 use super::Collective;
 use crate::error::Result;
@@ -25,32 +27,49 @@ fn in_buckets(
     size: usize,
     operation: impl Fn(&Tensor) -> Result<Tensor>,
 ) -> Result<Vec<Tensor>> {
+    let sizes: Vec<usize> = tensors.iter().map(Tensor::elem_count).collect();
     let mut done = Vec::with_capacity(tensors.len());
-    let mut rest = tensors;
-    while !rest.is_empty() {
-        let (bucket, others) = rest.split_at(bucket_len(rest, size));
-        let flat = bucket.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
-        let flat = operation(&Tensor::cat(&flat, 0)?)?;
-        let mut from = 0;
-        for tensor in bucket {
-            let len = tensor.elem_count();
-            // A copy, and not a view: optimizers and candle's operations are quickest on a storage of one's own.
-            done.push(flat.narrow(0, from, len)?.reshape(tensor.shape())?.copy()?);
-            from += len;
-        }
-        rest = others;
+    for bucket in buckets_of(&sizes, size) {
+        let shapes = tensors[bucket.clone()].iter().map(Tensor::shape);
+        done.extend(unpack(&operation(&pack(&tensors[bucket.clone()])?)?, shapes)?);
     }
     Ok(done)
 }
 
-/// How many of the first tensors fill a bucket: at least one.
-fn bucket_len(tensors: &[Tensor], size: usize) -> usize {
-    let mut numbers = 0;
-    let full = tensors.iter().position(|tensor| {
-        numbers += tensor.elem_count();
-        numbers >= size
+/// Which of the tensors with so many numbers each share a bucket, in their order.
+pub(crate) fn buckets(sizes: &[usize]) -> Vec<Range<usize>> {
+    buckets_of(sizes, BUCKET)
+}
+
+/// A bucket is full with `size` numbers; it holds at least one tensor.
+fn buckets_of(sizes: &[usize], size: usize) -> Vec<Range<usize>> {
+    let (mut buckets, mut first, mut numbers) = (Vec::new(), 0, 0);
+    for (i, own) in sizes.iter().enumerate() {
+        numbers += own;
+        if numbers >= size || i + 1 == sizes.len() {
+            buckets.push(first..i + 1);
+            (first, numbers) = (i + 1, 0);
+        }
+    }
+    buckets
+}
+
+/// One behind the other.
+pub(crate) fn pack(tensors: &[Tensor]) -> Result<Tensor> {
+    let flat = tensors.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
+    Ok(Tensor::cat(&flat, 0)?)
+}
+
+/// Tensors of these shapes, which lie one behind the other.
+pub(crate) fn unpack<'s>(flat: &Tensor, shapes: impl Iterator<Item = &'s Shape>) -> Result<Vec<Tensor>> {
+    let mut from = 0;
+    let each = shapes.map(|shape| {
+        let len = shape.elem_count();
+        from += len;
+        // A copy, and not a view: optimizers and candle's operations are quickest on a storage of one's own.
+        Ok(flat.narrow(0, from - len, len)?.reshape(shape)?.copy()?)
     });
-    full.map_or(tensors.len(), |last| last + 1)
+    each.collect()
 }
 
 #[cfg(test)]

@@ -13,24 +13,32 @@ mod flat;
 mod mpi;
 #[cfg(feature = "cuda")]
 mod nccl;
+mod processes;
 pub(crate) mod shard;
 mod threads;
+
+use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
 #[cfg(feature = "mpi")]
 pub use self::mpi::Mpi;
 pub(crate) use agreement::{Identity, check};
-pub use config::{Backend, DistributedConfig, Shard};
+pub use config::{Backend, DistributedConfig, MEETING_PLACE, Shard};
 pub use environment::{Environment, Starter};
 pub use failure::FAILURE_FILE;
 pub(crate) use failure::report;
-pub(crate) use flat::{all_reduce, broadcast};
+pub(crate) use flat::{all_reduce, broadcast, buckets, pack, unpack};
 #[cfg(feature = "cuda")]
 pub use nccl::Nccl;
+pub(crate) use processes::NCCL_ALONE;
+pub use processes::Processes;
 pub use threads::Threads;
 
 use crate::error::{Error, Result};
+
+/// Waits for an operation that has begun, and returns what it comes to.
+pub type Started = Box<dyn FnOnce() -> Result<Tensor> + Send>;
 
 /// What ranks can do together. Every rank calls the same operations in the same order, with tensors of one length.
 ///
@@ -52,6 +60,14 @@ pub trait Collective: Send + Sync {
     /// The sum over all ranks, on each of them.
     fn all_reduce(&self, flat: &Tensor) -> Result<Tensor>;
 
+    /// Begins with the sum over all ranks, whose memory may be that of `flat`, and returns what waits for it. Until then
+    /// nothing else is exchanged but more of these, in the same order on all ranks. Where a collective cannot do that beside
+    /// other work, the sum is there at once.
+    fn start_all_reduce(self: Arc<Self>, flat: Tensor) -> Result<Started> {
+        let sum = self.all_reduce(&flat)?;
+        Ok(Box::new(move || Ok(sum)))
+    }
+
     /// Of the sum over all ranks this rank's part: the length is divided evenly, in the order of ranks.
     fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor>;
 
@@ -67,6 +83,11 @@ pub trait Collective: Send + Sync {
     /// An error where a rank is known to have failed; waits for nobody.
     fn check_ranks(&self) -> Result<()> {
         Ok(())
+    }
+
+    /// Where nothing but their devices connects the ranks' processes: those processes. They can exchange nothing yet.
+    fn processes(&self) -> Option<&Processes> {
+        None
     }
 
     /// Tells the others that this rank is out, and why: whatever they wait for fails.
@@ -110,6 +131,15 @@ impl Collective for Solo {
 }
 
 impl dyn Collective + '_ {
+    /// On how many of a machine's devices this process trains, a rank on each.
+    pub(crate) fn devices_here(&self, of_machine: usize) -> usize {
+        match self.processes() {
+            Some(processes) => processes.devices(of_machine),
+            None if self.is_alone() => of_machine,
+            None => 1,
+        }
+    }
+
     /// Whether there is no other rank.
     pub(crate) fn is_alone(&self) -> bool {
         self.world_size() == 1

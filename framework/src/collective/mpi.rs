@@ -1,7 +1,7 @@
 //! Ranks that are processes, on one host or many, through MPI.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use mpi::collective::{CommunicatorCollectives, Root, SystemOperation};
 use mpi::datatype::Equivalence;
 use mpi::topology::{Communicator, SimpleCommunicator};
 
-use super::{Collective, check_addable, even_part, report};
+use super::{Collective, Started, check_addable, even_part, report};
 use crate::error::{Error, Result};
 
 /// This process as one of those that `mpirun` or `srun` has started.
@@ -59,11 +59,22 @@ impl Mpi {
         &self,
         call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
     ) -> Result<T> {
-        let gone = || Error::msg("MPI has ended");
+        self.wait(&self.ask(call)?)
+    }
+
+    /// Asks MPI's thread for a call; what it makes of it comes by the channel.
+    fn ask<T: Send + 'static>(
+        &self,
+        call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
+    ) -> Result<Receiver<T>> {
         let (done, result) = bounded(1);
         // Nobody listens any more only where the others have been waited for too long.
         let call = Box::new(move |world: &SimpleCommunicator| drop(done.send(call(world))));
         self.calls.send(call).map_err(|_| gone())?;
+        Ok(result)
+    }
+
+    fn wait<T>(&self, result: &Receiver<T>) -> Result<T> {
         result.recv_timeout(self.patience).map_err(|error| match error {
             RecvTimeoutError::Disconnected => gone(),
             RecvTimeoutError::Timeout => {
@@ -81,10 +92,50 @@ impl Mpi {
         operation: impl FnOnce(&SimpleCommunicator, Vec<T>) -> Vec<T> + Send + 'static,
     ) -> Result<Tensor> {
         let values = flat.to_vec1::<T>()?;
-        let values = self.call(move |world| operation(world, values))?;
-        let len = values.len();
-        Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_device(flat.device())?)
+        tensor(self.call(move |world| operation(world, values))?, flat.device())
     }
+
+    /// Begins with the sum over all ranks.
+    fn start_sum<T: WithDType + Equivalence + Default>(self: Arc<Self>, flat: &Tensor) -> Result<Started> {
+        let (values, device, world_size) = (flat.to_vec1::<T>()?, flat.device().clone(), self.world_size);
+        let sum = self.ask(move |world| sum_over_ranks(world, values, world_size))?;
+        Ok(Box::new(move || tensor(self.wait(&sum)?, &device)))
+    }
+}
+
+fn gone() -> Error {
+    Error::msg("MPI has ended")
+}
+
+fn tensor<T: WithDType>(values: Vec<T>, device: &Device) -> Result<Tensor> {
+    let len = values.len();
+    Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_device(device)?)
+}
+
+/// The sum over all ranks, made of the two operations that together are sure to give the same bits everywhere: each sum is
+/// added on one rank.
+fn sum_over_ranks<T: Equivalence + Clone + Default>(
+    world: &SimpleCommunicator,
+    mut values: Vec<T>,
+    world_size: usize,
+) -> Vec<T> {
+    let len = values.len();
+    values.resize(len.next_multiple_of(world_size), T::default());
+    let sums = sum_of_part(world, &values, world_size);
+    world.all_gather_into(&sums[..], &mut values[..]);
+    values.truncate(len);
+    values
+}
+
+/// Of the sum over all ranks this rank's part.
+fn sum_of_part<T: Equivalence + Clone + Default>(
+    world: &SimpleCommunicator,
+    values: &[T],
+    world_size: usize,
+) -> Vec<T> {
+    let mut sums = vec![T::default(); values.len() / world_size];
+    world.reduce_scatter_block_into(values, &mut sums[..], SystemOperation::sum());
+    sums
 }
 
 /// A call with the values of a tensor of any type that travels between ranks.
@@ -112,30 +163,30 @@ impl Collective for Mpi {
         self.ranks_here
     }
 
-    /// Made of the two operations that together are sure to give the same bits everywhere: each sum is added on one rank.
     fn all_reduce(&self, flat: &Tensor) -> Result<Tensor> {
         check_addable(flat)?;
-        let len = flat.elem_count();
-        let padded = flat.pad_with_zeros(0, 0, len.next_multiple_of(self.world_size) - len)?;
-        let sum = self.all_gather(&self.reduce_scatter(&padded)?)?;
-        Ok(sum.narrow(0, 0, len)?)
+        let world_size = self.world_size;
+        match flat.dtype() {
+            DType::F64 => self.on_values::<f64>(flat, move |world, x| sum_over_ranks(world, x, world_size)),
+            _ => self.on_values::<f32>(flat, move |world, x| sum_over_ranks(world, x, world_size)),
+        }
+    }
+
+    fn start_all_reduce(self: Arc<Self>, flat: Tensor) -> Result<Started> {
+        check_addable(&flat)?;
+        match flat.dtype() {
+            DType::F64 => self.start_sum::<f64>(&flat),
+            _ => self.start_sum::<f32>(&flat),
+        }
     }
 
     fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor> {
         check_addable(flat)?;
-        let (_, part) = even_part(flat.elem_count(), self.rank, self.world_size)?;
-        macro_rules! sum {
-            () => {
-                move |world, values| {
-                    let mut sums = vec![Default::default(); part];
-                    world.reduce_scatter_block_into(&values[..], &mut sums[..], SystemOperation::sum());
-                    sums
-                }
-            };
-        }
+        even_part(flat.elem_count(), self.rank, self.world_size)?;
+        let world_size = self.world_size;
         match flat.dtype() {
-            DType::F64 => self.on_values::<f64>(flat, sum!()),
-            _ => self.on_values::<f32>(flat, sum!()),
+            DType::F64 => self.on_values::<f64>(flat, move |world, x| sum_of_part(world, &x, world_size)),
+            _ => self.on_values::<f32>(flat, move |world, x| sum_of_part(world, &x, world_size)),
         }
     }
 

@@ -1,108 +1,153 @@
-//! Ranks on CUDA devices: NCCL carries what lies on the devices, another collective the rest.
+//! Ranks on CUDA devices: NCCL carries what they exchange.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use candle_core::{Device, Tensor};
-use candlepower_kernels::Communicator;
+use candle_core::{DType, Device, Tensor};
+use candlepower_kernels::{Communicator, Exchange};
 
-use super::{Collective, check_addable, even_part};
-use crate::error::Result;
+use super::{Collective, MEETING_PLACE, Processes, Started, check_addable, even_part, report};
+use crate::error::{Error, Result};
 
 /// One of several ranks, each on a CUDA device of its own.
-///
-/// Tensors on devices go from one to the other by NCCL. Numbers on the CPU, which are few, go by the collective that the
-/// ranks have found each other with: threads of one process, or MPI. By it they also hear of a rank that has failed.
 pub struct Nccl {
-    others: Arc<dyn Collective>,
     communicator: Communicator,
+    device: Device,
+    /// The ranks that can also be reached without NCCL: threads of this process, or by MPI. By them a rank hears of another that
+    /// has failed.
+    near: Arc<dyn Collective>,
+    ranks_here: usize,
     /// How long a rank is waited for.
     patience: Duration,
 }
 
 impl Nccl {
-    /// Joins the other ranks on their devices; all of them must come here.
-    pub fn join(others: Arc<dyn Collective>, device: &Device, patience: Duration) -> Result<Self> {
-        let own = if others.rank() == 0 { Communicator::id()? } else { Vec::new() };
-        let id = others.broadcast_bytes(&own)?;
-        // Joining cannot be given up: a rank that failed before is known here.
-        others.barrier()?;
-        let communicator = Communicator::join(device, &id, others.rank(), others.world_size())?;
-        Ok(Self { others, communicator, patience })
+    /// Joins ranks that have found each other as threads or by MPI; all of them must come here.
+    pub fn join(near: Arc<dyn Collective>, device: &Device, patience: Duration) -> Result<Self> {
+        let own = if near.rank() == 0 { Communicator::id()? } else { Vec::new() };
+        let id = near.broadcast_bytes(&own)?;
+        let place = [near.rank(), near.world_size(), near.ranks_here()];
+        Self::with_id(&id, near, place, device, patience)
     }
 
-    /// What `exchange` makes of a tensor on the device, unless another rank fails or does not come.
-    fn on_device(
+    /// Joins the ranks of other processes at the place that the environment names; all of them must come here.
+    pub fn meet(processes: &Processes, device: &Device, patience: Duration) -> Result<Self> {
+        if std::env::var_os(MEETING_PLACE).is_none() {
+            return Err(Error::msg(format!(
+                "the environment variable {MEETING_PLACE} is not set: expected HOST:PORT of the first process"
+            )));
+        }
+        let place = [processes.rank(), processes.world_size(), processes.ranks_here()];
+        Self::with_id(&Communicator::id()?, processes.near(), place, device, patience)
+    }
+
+    fn with_id(
+        id: &[u8],
+        near: Arc<dyn Collective>,
+        [rank, world_size, ranks_here]: [usize; 3],
+        device: &Device,
+        patience: Duration,
+    ) -> Result<Self> {
+        let check = patient(&near, rank, patience);
+        let communicator = Communicator::join(device, id, rank, world_size, &check)?;
+        drop(check);
+        Ok(Self { communicator, device: device.clone(), near, ranks_here, patience })
+    }
+
+    /// Whether all ranks can be reached without NCCL.
+    fn all_are_near(&self) -> bool {
+        self.near.world_size() == self.world_size()
+    }
+
+    /// What becomes of a tensor: of one on the CPU as its own collective does it, where that reaches all.
+    fn exchange(
         &self,
-        exchange: impl FnOnce(&Communicator, &dyn Fn() -> candle_core::Result<()>) -> candle_core::Result<Tensor>,
+        what: Exchange,
+        x: &Tensor,
+        nearby: impl FnOnce(&dyn Collective) -> Result<Tensor>,
     ) -> Result<Tensor> {
-        let since = Instant::now();
-        let check = || {
-            self.others.check_ranks().map_err(|error| candle_core::Error::Msg(error.to_string()))?;
-            if since.elapsed() > self.patience {
-                let patience = humantime::format_duration(self.patience);
-                candle_core::bail!("a rank hangs: rank {} has waited for {patience}", self.others.rank());
-            }
-            Ok(())
-        };
-        Ok(exchange(&self.communicator, &check)?)
+        if !x.device().is_cuda() && self.all_are_near() {
+            return nearby(&*self.near);
+        }
+        let pending = self.communicator.start(what, &x.to_device(&self.device)?)?;
+        let check = patient(&self.near, self.rank(), self.patience);
+        Ok(self.communicator.finish(pending, &check)?.to_device(x.device())?)
+    }
+}
+
+/// Fails where a rank is known to have failed, or is waited for too long from now on.
+fn patient(
+    near: &Arc<dyn Collective>,
+    rank: usize,
+    patience: Duration,
+) -> impl Fn() -> candle_core::Result<()> {
+    let since = Instant::now();
+    move || {
+        near.check_ranks().map_err(|error| candle_core::Error::Msg(error.to_string()))?;
+        if since.elapsed() > patience {
+            let patience = humantime::format_duration(patience);
+            candle_core::bail!("a rank hangs: rank {rank} has waited for {patience}");
+        }
+        Ok(())
     }
 }
 
 impl Collective for Nccl {
     fn rank(&self) -> usize {
-        self.others.rank()
+        self.communicator.rank()
     }
 
     fn world_size(&self) -> usize {
-        self.others.world_size()
+        self.communicator.world_size()
     }
 
     fn ranks_here(&self) -> usize {
-        self.others.ranks_here()
+        self.ranks_here
     }
 
     fn all_reduce(&self, flat: &Tensor) -> Result<Tensor> {
-        if !flat.device().is_cuda() {
-            return self.others.all_reduce(flat);
-        }
         check_addable(flat)?;
-        self.on_device(|devices, check| devices.all_reduce(flat, check))
+        self.exchange(Exchange::AllReduce, flat, |near| near.all_reduce(flat))
+    }
+
+    fn start_all_reduce(self: Arc<Self>, flat: Tensor) -> Result<Started> {
+        check_addable(&flat)?;
+        let pending = self.communicator.start(Exchange::AllReduceInPlace, &flat)?;
+        Ok(Box::new(move || {
+            let check = patient(&self.near, self.rank(), self.patience);
+            Ok(self.communicator.finish(pending, &check)?)
+        }))
     }
 
     fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor> {
-        if !flat.device().is_cuda() {
-            return self.others.reduce_scatter(flat);
-        }
         check_addable(flat)?;
         even_part(flat.elem_count(), self.rank(), self.world_size())?;
-        self.on_device(|devices, check| devices.reduce_scatter(flat, check))
+        self.exchange(Exchange::ReduceScatter, flat, |near| near.reduce_scatter(flat))
     }
 
     fn all_gather(&self, part: &Tensor) -> Result<Tensor> {
-        if !part.device().is_cuda() {
-            return self.others.all_gather(part);
-        }
-        self.on_device(|devices, check| devices.all_gather(part, check))
+        self.exchange(Exchange::AllGather, part, |near| near.all_gather(part))
     }
 
     fn broadcast(&self, flat: &Tensor) -> Result<Tensor> {
-        if !flat.device().is_cuda() {
-            return self.others.broadcast(flat);
-        }
-        self.on_device(|devices, check| devices.broadcast(flat, check))
+        self.exchange(Exchange::Broadcast, flat, |near| near.broadcast(flat))
     }
 
     fn barrier(&self) -> Result<()> {
-        self.others.barrier()
+        if self.all_are_near() {
+            return self.near.barrier();
+        }
+        self.all_reduce(&Tensor::zeros(1, DType::F32, &self.device)?).map(drop)
     }
 
     fn check_ranks(&self) -> Result<()> {
-        self.others.check_ranks()
+        self.near.check_ranks()
     }
 
     fn abort(&self, why: &str) {
-        self.others.abort(why);
+        // First, by its number among all ranks: those nearby know only of each other.
+        report(self.rank(), why);
+        self.near.abort(why);
         self.communicator.abort();
     }
 }

@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Device, Tensor, Var};
 
-use super::Collective;
+use super::{Collective, pack, unpack};
 use crate::error::{Error, Result};
 
 /// Which rank owns each of these parameters: the largest first, each to the rank that owns least so far.
@@ -19,28 +19,75 @@ pub(crate) fn owners(params: &[(String, Var)], world_size: usize) -> Vec<usize> 
     owners
 }
 
-/// Gives every rank the values that each variable has on its owner.
-pub(crate) fn publish(ranks: &dyn Collective, vars: &[(String, Var)], owners: &[usize]) -> Result<()> {
-    let of =
-        |rank: usize| vars.iter().zip(owners).filter(move |(_, owner)| **owner == rank).map(|(var, _)| var);
-    let len = |rank| of(rank).map(|(_, var)| var.elem_count()).sum::<usize>();
-    let longest = (0..ranks.world_size()).map(len).max().unwrap_or(0);
-    let Some((_, first)) = vars.first().filter(|_| longest > 0) else { return Ok(()) };
-    let own = of(ranks.rank()).map(|(_, var)| var.as_detached_tensor().flatten_all());
-    let mut own = own.collect::<candle_core::Result<Vec<Tensor>>>()?;
-    let padding = longest - len(ranks.rank());
-    if padding > 0 {
-        own.push(Tensor::zeros(padding, first.dtype(), first.device())?);
+/// Parameters that are shared out, and what ranks can do with a tensor for each of them.
+pub(crate) struct Shares<'a> {
+    ranks: &'a dyn Collective,
+    params: &'a [(String, Var)],
+    owners: &'a [usize],
+    /// Numbers of the rank that owns most. All ranks' parts are as long, with zeros at their ends.
+    longest: usize,
+}
+
+impl<'a> Shares<'a> {
+    pub(crate) fn new(ranks: &'a dyn Collective, params: &'a [(String, Var)], owners: &'a [usize]) -> Self {
+        let mut shares = Self { ranks, params, owners, longest: 0 };
+        shares.longest = (0..ranks.world_size()).map(|rank| shares.len(rank)).max().unwrap_or(0);
+        shares
     }
-    let all = ranks.all_gather(&Tensor::cat(&own, 0)?)?;
-    for rank in (0..ranks.world_size()).filter(|rank| *rank != ranks.rank()) {
-        let mut from = rank * longest;
-        for (_, var) in of(rank) {
-            var.set(&all.narrow(0, from, var.elem_count())?.reshape(var.shape())?)?;
-            from += var.elem_count();
+
+    /// Which parameters are a rank's, in their order.
+    fn of(&self, rank: usize) -> impl Iterator<Item = usize> {
+        (0..self.params.len()).filter(move |i| self.owners[*i] == rank)
+    }
+
+    /// How many numbers they are.
+    fn len(&self, rank: usize) -> usize {
+        self.of(rank).map(|i| self.params[i].1.elem_count()).sum()
+    }
+
+    /// A rank's tensors, one behind the other.
+    fn part(&self, rank: usize, tensors: &[Tensor], dtype: DType, device: &Device) -> Result<Tensor> {
+        let padding = Tensor::zeros(self.longest - self.len(rank), dtype, device)?;
+        pack(&[tensors, &[padding]].concat())
+    }
+
+    /// Of a tensor for each parameter the sums over all ranks of those that this rank owns.
+    pub(crate) fn reduce(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
+        let Some(first) = tensors.first() else { return Ok(Vec::new()) };
+        let part = |rank| {
+            let own: Vec<Tensor> = self.of(rank).map(|i| tensors[i].clone()).collect();
+            self.part(rank, &own, first.dtype(), first.device())
+        };
+        let parts = (0..self.ranks.world_size()).map(part).collect::<Result<Vec<Tensor>>>()?;
+        let sums = self.ranks.reduce_scatter(&pack(&parts)?)?;
+        unpack(&sums, self.of(self.ranks.rank()).map(|i| self.params[i].1.shape()))
+    }
+
+    /// A tensor for each parameter, of which the owner has the values; `own` are this rank's. They share their memory.
+    pub(crate) fn gather(&self, own: &[Tensor]) -> Result<Vec<Tensor>> {
+        let Some((_, first)) = self.params.first() else { return Ok(Vec::new()) };
+        let part = self.part(self.ranks.rank(), own, first.dtype(), first.device())?;
+        let all = self.ranks.all_gather(&part)?;
+        let mut from: Vec<usize> = (0..self.ranks.world_size()).map(|rank| rank * self.longest).collect();
+        let each = self.params.iter().zip(self.owners).map(|((_, var), owner)| {
+            from[*owner] += var.elem_count();
+            let start = from[*owner] - var.elem_count();
+            Ok(all.narrow(0, start, var.elem_count())?.reshape(var.shape())?)
+        });
+        each.collect()
+    }
+
+    /// Gives every rank the values that each parameter has on its owner.
+    pub(crate) fn publish(&self) -> Result<()> {
+        let own: Vec<Tensor> =
+            self.of(self.ranks.rank()).map(|i| self.params[i].1.as_detached_tensor()).collect();
+        for (i, value) in self.gather(&own)?.iter().enumerate() {
+            if self.owners[i] != self.ranks.rank() {
+                self.params[i].1.set(value)?;
+            }
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// The state of all ranks' optimizers, by name, on each of them; `own` is this rank's part. For saving, and for resuming.
@@ -75,13 +122,61 @@ impl Whole {
 
     /// Gets the other ranks' values.
     pub(crate) fn gather(&self, ranks: &dyn Collective) -> Result<()> {
-        publish(ranks, &self.vars, &self.owners)
+        Shares::new(ranks, &self.vars, &self.owners).publish()
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use super::super::Threads;
     use super::*;
+
+    /// What each of three ranks makes of five parameters, of which the third rank owns none.
+    fn on_ranks<T: Send>(work: impl Fn(&Shares, usize) -> T + Sync) -> Vec<T> {
+        let owners = [1, 0, 0, 1, 0];
+        let shapes: [&[usize]; 5] = [&[2, 2], &[3], &[], &[1], &[2]];
+        let (work, ranks) = (&work, Threads::new(3, Duration::from_secs(60)));
+        std::thread::scope(|scope| {
+            let on = |ranks: Threads| {
+                let var = |(i, shape): (usize, &&[usize])| {
+                    let value = Tensor::full((10 * ranks.rank() + i) as f32, *shape, &Device::Cpu).unwrap();
+                    (i.to_string(), Var::from_tensor(&value).unwrap())
+                };
+                let params: Vec<(String, Var)> = shapes.iter().enumerate().map(var).collect();
+                work(&Shares::new(&ranks, &params, &owners), ranks.rank())
+            };
+            let threads: Vec<_> = ranks.into_iter().map(|rank| scope.spawn(move || on(rank))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    }
+
+    /// The shape of a tensor, and its first number.
+    fn first(tensor: &Tensor) -> (Vec<usize>, f32) {
+        (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1().unwrap()[0])
+    }
+
+    #[test]
+    fn owners_get_sums_and_give_values() {
+        let sums = on_ranks(|shares, _| {
+            let all: Vec<Tensor> = shares.params.iter().map(|(_, var)| var.as_detached_tensor()).collect();
+            shares.reduce(&all).unwrap().iter().map(first).collect::<Vec<_>>()
+        });
+        // 0 + 10 + 20 is in every sum, and three times the parameter's own number.
+        let expected = [
+            vec![(vec![3], 33.), (vec![], 36.), (vec![2], 42.)],
+            vec![(vec![2, 2], 30.), (vec![1], 39.)],
+            vec![],
+        ];
+        assert_eq!(sums, expected);
+        let values = on_ranks(|shares, _| {
+            shares.publish().unwrap();
+            shares.params.iter().map(|(_, var)| first(var)).collect::<Vec<_>>()
+        });
+        let expected = [(vec![2, 2], 10.), (vec![3], 1.), (vec![], 2.), (vec![1], 13.), (vec![2], 4.)];
+        assert!(values.iter().all(|values| *values == expected), "{values:?}");
+    }
 
     #[test]
     fn parameters_are_shared_out_evenly() {

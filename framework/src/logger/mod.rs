@@ -199,6 +199,10 @@ impl Callback for Loggers {
     fn on_fit_end(&mut self, _: &Progress, reason: &StopReason) -> Result<()> {
         self.close(reason)
     }
+
+    fn wants_gradients(&self, step: u64) -> bool {
+        self.histogram_every > 0 && step.is_multiple_of(self.histogram_every)
+    }
 }
 
 /// An error ends training without [`Callback::on_fit_end`].

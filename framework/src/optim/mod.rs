@@ -198,13 +198,19 @@ fn named_state(kind: &str, params: &[(String, Var)], state: &[Var]) -> Vec<(Stri
 /// the norm before.
 pub fn clip_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
     let norm = global_norm(gradients)?;
+    scale_to_norm(gradients, norm, max_norm)?;
+    Ok(norm)
+}
+
+/// The same where their norm is known.
+pub(crate) fn scale_to_norm(gradients: &mut [Tensor], norm: f64, max_norm: f64) -> Result<()> {
     let scale = max_norm / (norm + 1e-6);
     if scale < 1. {
         for gradient in gradients {
             *gradient = (&*gradient * scale)?;
         }
     }
-    Ok(norm)
+    Ok(())
 }
 
 /// Clamps every gradient to `[-max, max]` (`torch.nn.utils.clip_grad_value_`).

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use wildmatch::WildMatch;
 
 use super::{Optimizer, OptimizerConfig};
-use crate::collective::{Collective, shard};
+use crate::collective::Collective;
+use crate::collective::shard::{self, Shares};
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::schedule::{Rates, Schedule};
@@ -198,7 +199,27 @@ impl Turn {
         self.schedule.at(step, if scale == 1. { self.lr } else { self.lr * scale })
     }
 
-    /// Moves the parameters; `t` counts steps from 1. Where ranks share out the work, each then hears of all values.
+    /// Which rank moves each of the parameters, where ranks share that out.
+    pub(crate) fn owners(&self) -> Option<&[usize]> {
+        self.owners.as_deref()
+    }
+
+    /// The parameters that this rank moves.
+    pub(crate) fn own(&self, ranks: &dyn Collective) -> Vec<(String, Var)> {
+        self.params
+            .iter()
+            .enumerate()
+            .filter(|(i, _)| self.is_own(*i, ranks))
+            .map(|(_, param)| param.clone())
+            .collect()
+    }
+
+    fn is_own(&self, param: usize, ranks: &dyn Collective) -> bool {
+        self.owners.as_ref().is_none_or(|owners| owners[param] == ranks.rank())
+    }
+
+    /// Moves the parameters that this rank moves, which `gradients` are of; `t` counts steps from 1. Where ranks share out the
+    /// work, each then hears of all values.
     pub(crate) fn step(
         &mut self,
         gradients: &[Tensor],
@@ -206,20 +227,22 @@ impl Turn {
         rates: Rates,
         ranks: &dyn Collective,
     ) -> Result<()> {
-        let mut first = 0;
-        for group in &mut self.groups {
-            let members = first..first + group.len;
-            let rates = Rates { lr: rates.lr * group.ratio, ..rates };
-            match &self.owners {
-                None => group.optimizer.step(&gradients[members], t, rates)?,
-                Some(owners) => {
-                    let own = members.filter(|i| owners[*i] == ranks.rank()).map(|i| gradients[i].clone());
-                    group.optimizer.step(&own.collect::<Vec<_>>(), t, rates)?;
-                }
-            }
-            first += group.len;
+        let (mut first, mut rest) = (0, gradients);
+        let counts: Vec<usize> = self
+            .groups
+            .iter()
+            .map(|group| {
+                first += group.len;
+                (first - group.len..first).filter(|i| self.is_own(*i, ranks)).count()
+            })
+            .collect();
+        for (group, count) in self.groups.iter_mut().zip(counts) {
+            let (own, others) = rest.split_at(count);
+            group.optimizer.step(own, t, Rates { lr: rates.lr * group.ratio, ..rates })?;
+            rest = others;
         }
-        self.owners.as_ref().map_or(Ok(()), |owners| shard::publish(ranks, &self.params, owners))
+        let Some(owners) = &self.owners else { return Ok(()) };
+        Shares::new(ranks, &self.params, owners).publish()
     }
 
     /// What the optimizer remembers on this rank, by name.

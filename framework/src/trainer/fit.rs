@@ -1,5 +1,9 @@
 //! The one training loop of the project: `run` and `step`, top to bottom.
 
+mod prepare;
+mod refuse;
+mod save;
+
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -8,21 +12,31 @@ use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
 use super::limits::{Every, Limit};
-use super::ranks::{agree_on_flow, agree_on_state, average_buffers, same_as_rank_0};
+use super::ranks::{agree_on_flow, average_buffers};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
-use crate::checkpoint::{Checkpoint, Saver, Snapshot, State};
-use crate::collective::{self, Collective, Identity, Shard, shard};
-use crate::data::{Data, Loaded, Loader, Order, Pass, Share, Source, Split, Start};
+use crate::checkpoint::Saver;
+use crate::collective::Collective;
+use crate::collective::shard::Shares;
+use crate::data::{Loaded, Loader, Pass, Source, Split};
 use crate::error::{Error, Result};
-use crate::grads::{Grads, first_not_finite};
+use crate::grads::Grads;
 use crate::memory;
 use crate::metrics::Means;
-use crate::module::{Model, Step};
+use crate::module::{Model, Module, Step};
 use crate::optim::{self, Average, Turn};
 use crate::precision::LossScale;
+use crate::reduction::{Reduced, Reduction};
 use crate::schedule::PlateauState;
+use crate::taps::Taps;
+use refuse::Refusal;
+
+/// The module with taps on its parameters, by which ranks hear of gradients while the backward pass goes on.
+struct Tapped<B: Batch> {
+    module: Box<dyn Module<Batch = B>>,
+    taps: Taps<Reduction>,
+}
 
 /// One call of [`Trainer::fit`], on one rank.
 pub(super) struct Fit<'a, B: Batch> {
@@ -31,6 +45,8 @@ pub(super) struct Fit<'a, B: Batch> {
     /// Whether each rank keeps a part of the optimizer's state.
     sharded: bool,
     model: &'a Model<B>,
+    /// What trains on one of several ranks.
+    tapped: Option<Tapped<B>>,
     workers: usize,
     /// What is validated on: the source, the split it counts as, its batches.
     val: Option<(Source<B>, Split, Option<Limit>)>,
@@ -90,119 +106,7 @@ enum Stepped {
     Refused(Refusal),
 }
 
-/// Why an optimizer does not move its parameters.
-enum Refusal {
-    /// The gradients overflowed in fp16: the same batch is tried again with a smaller loss scale.
-    Overflow,
-    /// Something is not a number: what.
-    Hopeless(String),
-}
-
-impl<'a, B: Batch> Fit<'a, B> {
-    pub(super) fn new(trainer: &'a mut Trainer, model: &'a Model<B>, data: &'a Data<B>) -> Result<Self> {
-        trainer.config.resolve_fast_dev_run();
-        let config = &trainer.config;
-        let ranks = trainer.ranks.clone();
-        let resumed = trainer.resume.take();
-
-        if model.params().dtype() != config.precision.dtype() {
-            let (model, asked) = (model.params().dtype(), config.precision.dtype());
-            let message =
-                format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
-            return Err(Error::setting("precision", message));
-        }
-        let params = model.params().state_dict();
-        collective::check(&*ranks, &Identity::new(&trainer.configuration(), &params))?;
-        let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
-        let state = state.as_ref();
-        let progress = state.map(|state| state.progress).unwrap_or_default();
-        let sharded = trainer.distributed.shard == Shard::Optimizer && !ranks.is_alone();
-        let turns = Turn::share(
-            &trainer.turns,
-            &trainer.schedule,
-            model.params(),
-            model.training().unused(),
-            sharded.then_some(&*ranks as &dyn Collective),
-        )?;
-        let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
-        let mut average =
-            trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
-
-        let order = order(config, trainer.seed, &data.train)?;
-        if let Some(state) = state
-            && data.train.len().is_some()
-        {
-            check_same_order(state, &order)?;
-        }
-        let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
-        if sharded && state.is_some() {
-            optimizer = shard::Whole::new(&*ranks, &optimizer)?.vars;
-        }
-        if let Some(checkpoint) = &resumed {
-            checkpoint.restore_params(&params)?;
-            checkpoint.restore_optimizer(&optimizer)?;
-            average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
-        }
-        same_as_rank_0(&*ranks, &params)?;
-        model.params().publish()?;
-        model.params().roll_back_buffers()?;
-        same_as_rank_0(&*ranks, &optimizer)?;
-        if let Some(average) = &mut average {
-            same_as_rank_0(&*ranks, average.averages())?;
-            average.updates = state.map_or(0, |state| state.average_updates);
-        }
-        let share = Share { rank: ranks.rank(), of: ranks.world_size() };
-        let start = Start {
-            epoch: progress.epoch,
-            step_in_epoch: progress.step_in_epoch,
-            micro_batch_size: config.micro_batch_size.unwrap_or(config.batch_size.div_ceil(share.of)),
-            share,
-        };
-        let workers = data.workers.div_ceil(ranks.ranks_here());
-        let jobs = data.train.training(order, start);
-        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
-        let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
-        if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
-            && epochs.fract() != 0.
-        {
-            return Err(Error::setting("val_every", "a stream's length is not known: expected whole epochs"));
-        }
-
-        let val = match config.overfit_batches {
-            Some(limit) => Some((data.train.clone(), Split::Train, Some(limit))),
-            None => data.val.clone().map(|val| (val, Split::Val, config.limit_val_batches)),
-        };
-        let val = val.filter(|(.., limit)| limit.is_none_or(|limit| limit.of(usize::MAX) > 0));
-        let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
-        let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
-        Ok(Self {
-            ranks,
-            sharded,
-            model,
-            workers,
-            val,
-            turns,
-            trained,
-            average,
-            micro_batches,
-            kept: Vec::new(),
-            steps_per_epoch,
-            progress,
-            validation: None,
-            validated_at: Instant::now(),
-            lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
-            plateau: state.map(|state| state.plateau).unwrap_or_default(),
-            loss_scale: state.and_then(|state| state.loss_scale).or(LossScale::of(config.precision)),
-            saver,
-            started: Instant::now(),
-            seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),
-            trainer: {
-                trainer.restore_callbacks(state)?;
-                trainer
-            },
-        })
-    }
-
+impl<B: Batch> Fit<'_, B> {
     /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
     pub(super) fn run(mut self) -> Result<Outcome> {
         self.start()?;
@@ -259,10 +163,11 @@ impl<'a, B: Batch> Fit<'a, B> {
             tally.means = Some(Means::default());
         }
         for turn in 0..self.turns.len() {
-            let mut gradients = self.gradients(turn, &mut tally)?;
+            let (mut gradients, whole) = self.gradients(turn, &mut tally)?;
             let _phase = phase!("optimizer");
             self.unscale(&mut gradients)?;
             let norm = self.clip(&mut gradients)?;
+            tally.gradients.append(&mut self.to_look_at(turn, &gradients, whole)?);
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
             if refusal.is_some() {
                 self.model.params().roll_back_buffers()?;
@@ -271,10 +176,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 None => {}
                 Some(refusal) if turn == 0 => return Ok(Stepped::Refused(refusal)),
                 // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
-                Some(Refusal::Overflow) => {
-                    tally.gradients.append(&mut gradients);
-                    continue;
-                }
+                Some(Refusal::Overflow) => continue,
                 // ... or ends the run, whose last checkpoint is still good.
                 Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
@@ -287,22 +189,23 @@ impl<'a, B: Batch> Fit<'a, B> {
                 )?;
             }
             self.turns[turn].step(&gradients, done + 1, rates, &*self.ranks)?;
+            self.model.params().publish()?;
             self.model.params().commit_buffers()?;
             average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
-            tally.gradients.append(&mut gradients);
         }
-        self.model.params().publish()?;
         self.kept.clear();
         self.progress.advance(tally.samples, tally.ends_epoch);
         self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
         Ok(Stepped::Moved(tally))
     }
 
-    /// The gradients of one optimizer's parameters, over all micro-batches of the step and over all ranks.
-    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Vec<Tensor>> {
+    /// The gradients of those parameters of one optimizer that this rank moves, over all micro-batches of the step and over all
+    /// ranks; and whether somebody wants to look at those of all parameters.
+    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<(Vec<Tensor>, bool)> {
         let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
         let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
         let mut grads = Grads::new(&self.turns[turn].params);
+        let mut reduction = self.tapped.as_ref().map(|_| Reduction::new(&self.turns[turn], &self.ranks));
         tally.losses.clear();
         tally.own_samples = 0;
         for index in 0.. {
@@ -316,7 +219,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             let mut told = Step::training(done, place.number as u64, seed, name, images_due);
             let loss = {
                 let _phase = phase!("forward");
-                let loss = self.model.training().training_step(&batch, &mut told);
+                let loss = self.training().training_step(&batch, &mut told);
                 loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
             };
             {
@@ -324,7 +227,13 @@ impl<'a, B: Batch> Fit<'a, B> {
                 let share = batch.len() as f64 / tally.samples as f64;
                 let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
                 let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
-                grads.add(&self.turns[turn], scaled.backward()?)?;
+                match (&self.tapped, reduction.take()) {
+                    (Some(Tapped { taps, .. }), Some(before)) => {
+                        let before = before.before_backward(place.ends_step);
+                        reduction = Some(taps.during(before, || scaled.backward())?);
+                    }
+                    _ => grads.add(&self.turns[turn], scaled.backward()?)?,
+                }
             }
             tally.losses.push((place.number, loss.detach()));
             tally.own_samples += batch.len();
@@ -338,64 +247,26 @@ impl<'a, B: Batch> Fit<'a, B> {
                 tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
             }
         }
-        let _phase = (!self.ranks.is_alone()).then(|| phase!("all_reduce"));
-        grads.over_ranks(&*self.ranks, &self.turns[turn].params)?.complete(&self.turns[turn].params)
+        let Some(reduction) = reduction else { return Ok((grads.complete(&self.turns[turn].params)?, true)) };
+        let _phase = phase!("all_reduce");
+        let wants = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
+        let Reduced { own, whole } = reduction.finish(wants)?;
+        Ok((own.complete(&self.turns[turn].own(&*self.ranks))?, whole))
     }
 
-    /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
-    fn refuse(
-        &mut self,
-        turn: usize,
-        norm: f64,
-        gradients: &[Tensor],
-        tally: &Tally,
-    ) -> Result<Option<Refusal>> {
-        if let Some(loss_scale) = &mut self.loss_scale {
-            loss_scale.update(norm.is_finite());
-            return Ok(match loss_scale.skipped {
-                0 => None,
-                LossScale::HOPELESS => Some(Refusal::Hopeless(hopeless(self.progress.step + 1))),
-                _ => Some(Refusal::Overflow),
-            });
-        }
-        if !self.trainer.config.nan_guard || norm.is_finite() {
-            return Ok(None);
-        }
-        let mut what = match self.first_loss_not_finite(tally)? {
-            Some((_, value)) if self.ranks.is_alone() && tally.losses.len() == 1 => {
-                Some(format!("the loss is {value}"))
-            }
-            Some((number, value)) => Some(format!("the loss of micro-batch {number} is {value}")),
-            None => None,
-        };
-        if let Some(name) = first_not_finite(&self.turns[turn].params, gradients)? {
-            what.get_or_insert(format!("the gradient of `{name}` is not finite"));
-        }
-        let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
-        let done = self.progress.step;
-        let weights = match turn {
-            0 => format!("the weights are still those of step {done}"),
-            _ => "the optimizers before this one have moved: go on from the last checkpoint".into(),
-        };
-        Ok(Some(Refusal::Hopeless(format!(
-            "in step {} {what}; {weights}. A lower `optimizer.lr`, `trainer.clip_norm`, or a look at that step's data may \
-             help",
-            done + 1
-        ))))
+    /// The module that records gradients.
+    fn training(&self) -> &dyn Module<Batch = B> {
+        self.tapped.as_ref().map_or(self.model.training(), |tapped| &*tapped.module)
     }
 
-    /// Number and loss of the first micro-batch, of all ranks, whose loss is not finite.
-    fn first_loss_not_finite(&self, tally: &Tally) -> Result<Option<(usize, f64)>> {
-        let mut own = [f64::INFINITY, 0.];
-        for (number, loss) in tally.losses.iter().rev() {
-            let value = f64::from(loss.to_scalar::<f32>()?);
-            if !value.is_finite() {
-                own = [*number as f64, value];
-            }
+    /// The gradients of all of an optimizer's parameters, where this rank has them or somebody wants them.
+    fn to_look_at(&self, turn: usize, own: &[Tensor], whole: bool) -> Result<Vec<Tensor>> {
+        let Turn { params, .. } = &self.turns[turn];
+        match self.turns[turn].owners() {
+            None => Ok(own.to_vec()),
+            Some(owners) if whole => Shares::new(&*self.ranks, params, owners).gather(own),
+            Some(_) => Ok(Vec::new()),
         }
-        let all = self.ranks.gather_numbers(&own)?.into_iter().map(|pair| (pair[0], pair[1]));
-        let first = all.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(number, _)| number.is_finite());
-        Ok(first.map(|(number, value)| (number as usize, value)))
     }
 
     /// What is due after a step: telling, logging, validating, saving.
@@ -463,10 +334,15 @@ impl<'a, B: Batch> Fit<'a, B> {
     /// The norm of the gradients, which are clipped where that is asked for.
     fn clip(&self, gradients: &mut [Tensor]) -> Result<f64> {
         let config = &self.trainer.config;
-        let norm = match config.clip_norm {
-            Some(max_norm) => optim::clip_norm(gradients, max_norm)?,
-            None => optim::global_norm(gradients)?,
-        };
+        let mut norm = optim::global_norm(gradients)?;
+        if self.sharded {
+            // Each rank has a part of the gradients.
+            let parts = self.ranks.gather_numbers(&[norm])?;
+            norm = parts.iter().map(|part| part[0] * part[0]).sum::<f64>().sqrt();
+        }
+        if let Some(max_norm) = config.clip_norm {
+            optim::scale_to_norm(gradients, norm, max_norm)?;
+        }
         if let Some(max) = config.clip_value {
             optim::clip_value(gradients, max)?;
         }
@@ -567,53 +443,6 @@ impl<'a, B: Batch> Fit<'a, B> {
         Average::in_place(self.average.as_ref(), || model.params().publish(), evaluate).map(Some)
     }
 
-    /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
-    fn save(&mut self) -> Result<()> {
-        let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
-        // Rank 0 saves; of an optimizer's state that is shared out, all have a part.
-        let optimizer = if self.ranks.decide(is_wanted)? { Some(self.optimizer_state()?) } else { None };
-        let Some(saver) = &self.saver else { return Ok(()) };
-        let snapshot = optimizer.map(|optimizer| self.snapshot(saver, &optimizer)).transpose()?;
-        let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
-        self.tell_saved(before)
-    }
-
-    /// What the optimizers of all ranks remember, by name.
-    fn optimizer_state(&self) -> Result<Vec<(String, Var)>> {
-        let own: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
-        if !self.sharded {
-            return Ok(own);
-        }
-        let whole = shard::Whole::new(&*self.ranks, &own)?;
-        whole.gather(&*self.ranks)?;
-        Ok(whole.vars)
-    }
-
-    fn snapshot(&self, saver: &Saver, optimizer: &[(String, Var)]) -> Result<Snapshot> {
-        let _phase = phase!("checkpoint");
-        let trainer = &*self.trainer;
-        let average = self.average.as_ref();
-        let state = State {
-            progress: self.progress,
-            seed: trainer.seed,
-            best: saver.best().to_vec(),
-            // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
-            lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
-            plateau: self.plateau,
-            loss_scale: self.loss_scale,
-            average_updates: average.map_or(0, |average| average.updates),
-            seconds: trainer.config.max_time.map(|_| self.seconds()),
-            callbacks: trainer.callback_states(),
-        };
-        Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
-    }
-
-    /// Tells the callbacks of a checkpoint that is complete.
-    fn tell_saved(&mut self, checkpoint: Option<std::path::PathBuf>) -> Result<()> {
-        let Some(path) = checkpoint else { return Ok(()) };
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))
-    }
-
     /// Whether training may end for this reason already.
     fn may_stop(&self, reason: &StopReason) -> bool {
         let config = &self.trainer.config;
@@ -629,57 +458,4 @@ impl<'a, B: Batch> Fit<'a, B> {
 
 fn bytes(var: &Var) -> usize {
     var.elem_count() * var.dtype().size_in_bytes()
-}
-
-/// What to say of fp16 that no loss scale helps.
-fn hopeless(step: u64) -> String {
-    format!(
-        "{} tries in a row of step {step} overflowed in fp16, however small the loss scale; look at that step's data and at \
-         the weights, lower `optimizer.lr`, or use `trainer.precision = \"bf16-mixed\"`, whose range is that of 32 bits",
-        LossScale::HOPELESS
-    )
-}
-
-/// The order in which training takes its samples.
-fn order(config: &super::TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Result<Order> {
-    let order = Order::new(seed, train.len().unwrap_or(usize::MAX), config.batch_size);
-    if train.is_empty() {
-        return Err(Error::msg("the training data is empty"));
-    }
-    let (key, limit) = match config.overfit_batches {
-        Some(limit) => ("overfit_batches", Some(limit)),
-        None => ("limit_train_batches", config.limit_train_batches),
-    };
-    match (limit, train.len()) {
-        (Some(Limit::Share(_)), None) => {
-            Err(Error::setting(key, "a stream's length is not known: expected a number of batches"))
-        }
-        (Some(limit), _) => {
-            let in_turn = config.overfit_batches.is_some();
-            Ok(Order { in_turn, ..order.limited(limit.of(order.batches())) })
-        }
-        (None, _) => Ok(order),
-    }
-}
-
-/// Refuses to go on with a checkpoint whose steps went over other batches: the order would silently be another.
-fn check_same_order(state: &State, order: &Order) -> Result<()> {
-    let Progress { epoch, step_in_epoch, samples, .. } = state.progress;
-    let in_epoch = (step_in_epoch as usize * order.batch_size).min(order.len) as u64;
-    if samples != epoch * order.samples() as u64 + in_epoch {
-        return Err(Error::msg(format!(
-            "the checkpoint saw {samples} samples in {epoch} epochs and {step_in_epoch} steps; {} samples in batches of {} \
-             do not add up to that: go on with the batch size and the training data that it was made with",
-            order.samples(),
-            order.batch_size
-        )));
-    }
-    if state.seed != order.seed {
-        tracing::warn!(
-            "the checkpoint's seed is {}, today's is {}: the order changes",
-            state.seed,
-            order.seed
-        );
-    }
-    Ok(())
 }

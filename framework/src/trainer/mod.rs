@@ -252,10 +252,10 @@ impl Trainer {
         self.schedule.check()?;
         self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
         self.distributed.check()?;
-        if self.config.devices > 1 && self.ranks.world_size() == 1 {
-            return ranks::fit_on_threads(self, model, data);
+        match self.ranks.devices_here(self.config.devices) {
+            1 => ranks::fit_as_rank(self, model, data),
+            devices => ranks::fit_on_threads(self, model, data, devices),
         }
-        ranks::fit_as_rank(self, model, data)
     }
 
     /// The metrics of a model on a split, every sample counted once. Callbacks see them as a validation's.

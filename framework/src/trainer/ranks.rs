@@ -14,7 +14,7 @@ use crate::accelerator;
 use crate::batch::Batch;
 use crate::callback::{Flow, StopReason};
 use crate::checkpoint::State;
-use crate::collective::{self, Collective, Solo, Threads};
+use crate::collective::{self, Collective, Threads};
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::module::Model;
@@ -36,6 +36,7 @@ pub(super) fn fit_as_rank<B: Batch>(
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
             let outcome = Fit::new(trainer, model, data).and_then(|fit| fit.run());
             trainer.ranks = ranks.clone();
+            model.params().remove_taps();
             outcome
         })
     };
@@ -56,28 +57,38 @@ fn on_devices(
 ) -> Result<Arc<dyn Collective>> {
     #[cfg(feature = "cuda")]
     if ranks.world_size() > 1 && device.is_cuda() {
-        return Ok(Arc::new(collective::Nccl::join(ranks.clone(), device, patience)?));
+        return Ok(Arc::new(match ranks.processes() {
+            Some(processes) => collective::Nccl::meet(processes, device, patience)?,
+            None => collective::Nccl::join(ranks.clone(), device, patience)?,
+        }));
     }
     let _ = (device, patience);
     Ok(ranks.clone())
 }
 
-/// Trains on as many ranks as there are devices, each a thread with a replica of the model. Rank 0 is this very trainer
-/// with this very model.
+/// Trains on so many ranks of this process, each a thread with a replica of the model. The first is this very trainer with
+/// this very model.
 pub(super) fn fit_on_threads<B: Batch>(
     trainer: &mut Trainer,
     model: &Model<B>,
     data: &Data<B>,
+    devices: usize,
 ) -> Result<Outcome> {
-    let mut ranks = Threads::new(trainer.config.devices, trainer.distributed.patience()).into_iter();
-    let first =
-        Arc::new(ranks.next().ok_or_else(|| Error::setting("devices", "expected at least 1, found 0"))?);
+    let processes = trainer.ranks.clone();
+    let among_all = |rank: Arc<Threads>| -> Arc<dyn Collective> {
+        match processes.processes() {
+            Some(processes) => Arc::new(processes.with(rank)),
+            None => rank,
+        }
+    };
+    let mut ranks = Threads::new(devices, trainer.distributed.patience()).into_iter().map(Arc::new);
+    let first = ranks.next().ok_or_else(|| Error::setting("devices", "expected at least 1, found 0"))?;
     let others = ranks.map(|rank| {
         let device = accelerator::of_rank(rank.rank(), model.params().device())?;
-        Ok((trainer.replica(Arc::new(rank)), model.replica(&device)?))
+        Ok((trainer.replica(among_all(rank)), model.replica(&device)?))
     });
     let others: Vec<(Trainer, Model<B>)> = others.collect::<Result<_>>()?;
-    trainer.ranks = first.clone();
+    trainer.ranks = among_all(first.clone());
     let mut results: Vec<Result<Outcome>> = std::thread::scope(|scope| {
         let rank = |(mut trainer, model): (Trainer, Model<B>)| {
             // What rank 0 says is enough to hear.
@@ -92,7 +103,7 @@ pub(super) fn fit_on_threads<B: Batch>(
         });
         [first].into_iter().chain(others).collect()
     });
-    trainer.ranks = Arc::new(Solo);
+    trainer.ranks = processes;
     // Rank 0 ends with its own error, or with what it heard of the rank that failed first.
     let outcome = results.swap_remove(0)?;
     match first.failure() {

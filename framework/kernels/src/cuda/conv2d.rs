@@ -1,7 +1,7 @@
 //! Convolutions, and transposed ones, as ops of the graph.
 
 use super::arguments::{AddBias, ColumnSums, Narrow};
-use super::convolution::{self, is_supported};
+use super::convolution::{self, Order, order_for};
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, allocate, packed, tensor, with_address};
 use super::sources::COLUMNS;
@@ -12,13 +12,10 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail,
 };
 
-/// [`conv2d`](crate::conv2d) on a device. Shapes that cuDNN has no algorithm for, channels last, are left to candle.
+/// [`conv2d`](crate::conv2d) on a device.
 pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: Geometry) -> Result<Tensor> {
-    if !is_supported(x.device().as_cuda_device()?, &g, x.dtype())? {
-        return by_candle(x, weight, bias, &g);
-    }
-    let shape = Shape::from([&x.dims()[..x.rank() - 3], &[g.out_height, g.out_width, g.outputs]].concat());
-    apply(x, &taps_last(weight)?, bias, Convolution { g, shape, transposed: false })
+    let result = [g.out_height, g.out_width, g.outputs];
+    convolve(x, weight, bias, g, result, false)
 }
 
 /// [`conv_transpose2d`](crate::conv_transpose2d) on a device; `g` is the convolution that it undoes, whose input is the result.
@@ -28,11 +25,31 @@ pub(crate) fn conv_transpose2d(
     bias: Option<&Tensor>,
     g: Geometry,
 ) -> Result<Tensor> {
-    if !is_supported(x.device().as_cuda_device()?, &g, x.dtype())? {
-        bail!("conv_transpose2d: cuDNN has no algorithm, in {:?} and channels last, for {g:?}", x.dtype());
+    let result = [g.height, g.width, g.inputs];
+    convolve(x, weight, bias, g, result, true)
+}
+
+/// The (height, width, channels) of the result are `result`'s. What cuDNN has no algorithm for, channels last, is turned around.
+fn convolve(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    g: Geometry,
+    result: [usize; 3],
+    transposed: bool,
+) -> Result<Tensor> {
+    let (batch, leading, [height, width, channels]) = (g.batch, &x.dims()[..x.rank() - 3], result);
+    let shape = [leading, &result[..]].concat();
+    let order = order_for(x.device().as_cuda_device()?, &g, x.dtype())?;
+    if order == Order::ChannelsLast {
+        let op = Convolution { g, order, shape: shape.into(), transposed };
+        return apply(x, &taps_last(weight)?, bias, op);
     }
-    let shape = Shape::from([&x.dims()[..x.rank() - 3], &[g.height, g.width, g.inputs]].concat());
-    apply(x, &taps_last(weight)?, bias, Convolution { g, shape, transposed: true })
+    let &[.., x_height, x_width, x_channels] = x.dims() else { bail!("conv2d: got {:?}", x.dims()) };
+    let planes = x.reshape((batch, x_height, x_width, x_channels))?.permute((0, 3, 1, 2))?;
+    let op = Convolution { g, order, shape: (batch, channels, height, width).into(), transposed };
+    let y = apply(&planes, weight, None, op)?.permute((0, 2, 3, 1))?.contiguous()?.reshape(shape)?;
+    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
 }
 
 /// (outputs, inputs, height, width), as PyTorch has it, to (outputs, height, width, inputs), as cuDNN wants it.
@@ -55,18 +72,11 @@ fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, op: Convolution) ->
     }
 }
 
-/// The same by candle's own operations.
-fn by_candle(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: &Geometry) -> Result<Tensor> {
-    let planes = x.reshape((g.batch, g.height, g.width, g.inputs))?.permute((0, 3, 1, 2))?.contiguous()?;
-    let y = planes.conv2d(weight, g.padding, g.stride, g.dilation, g.groups)?;
-    let y = y.permute((0, 2, 3, 1))?.contiguous()?;
-    let y = y.reshape([&x.dims()[..x.rank() - 3], &y.dims()[1..]].concat())?;
-    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
-}
-
 /// A convolution, or the transposed one: what the gradient of a convolution's input is to that of its output.
 struct Convolution {
     g: Geometry,
+    /// Of x, weight and result.
+    order: Order,
     /// Of the result.
     shape: Shape,
     transposed: bool,
@@ -92,8 +102,8 @@ impl Convolution {
         // SAFETY: the shapes were checked against the geometry, and y was made for it.
         unsafe {
             match self.transposed {
-                false => convolution::forward(device, &self.g, dtype, [x, w, to])?,
-                true => convolution::backward_data(device, &self.g, dtype, [w, x, to])?,
+                false => convolution::forward(device, &self.g, self.order, dtype, [x, w, to])?,
+                true => convolution::backward_data(device, &self.g, self.order, dtype, [w, x, to])?,
             }
         }
         if let Some((bias, layout)) = bias {
@@ -114,7 +124,7 @@ impl Convolution {
 
     /// The gradients of x and weight.
     fn gradients(&self, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 2]> {
-        let (device, dtype, g) = (x.device().as_cuda_device()?, x.dtype(), &self.g);
+        let (device, dtype, g, order) = (x.device().as_cuda_device()?, x.dtype(), &self.g, self.order);
         let (x, w, dy) = (&packed(x)?, &packed(w)?, &packed(&dy.to_dtype(dtype)?)?);
         let gradient = |of: &Tensor, pass: &dyn Fn(u64) -> Result<()>| {
             let storage = allocate(device, of.elem_count(), dtype, false)?;
@@ -127,8 +137,8 @@ impl Convolution {
                     // SAFETY: as in `run`.
                     unsafe {
                         match self.transposed {
-                            false => convolution::backward_data(device, g, dtype, [w, dy, to]),
-                            true => convolution::forward(device, g, dtype, [dy, w, to]),
+                            false => convolution::backward_data(device, g, order, dtype, [w, dy, to]),
+                            true => convolution::forward(device, g, order, dtype, [dy, w, to]),
                         }
                     }
                 })
@@ -139,7 +149,7 @@ impl Convolution {
                 with_address(dy, |dy| {
                     let sides = if self.transposed { [dy, x, to] } else { [x, dy, to] };
                     // SAFETY: as in `run`.
-                    unsafe { convolution::backward_filter(device, g, dtype, sides, false) }
+                    unsafe { convolution::backward_filter(device, g, order, dtype, sides, false) }
                 })
             })
         };

@@ -2,9 +2,9 @@
 
 use super::arguments::{CopyColumns, GatesBackward, GatesForward};
 use super::conv2d::column_sums;
-use super::convolution;
+use super::convolution::{self, Order};
 use super::launch::{launch, type_name};
-use super::memory::{address, address_of, allocate, packed, tensor, with_address};
+use super::memory::{address, address_of, allocate, clear, packed, tensor, with_address};
 use super::roll_out::{Engine, Kept, Layer, RollOut, pack};
 use super::sources::{COLUMNS, GATES};
 use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, take_kept};
@@ -166,8 +166,14 @@ impl Cuda<'_> {
 impl Engine for Cuda<'_> {
     type Memory = Memory;
 
-    fn storage(&self, len: usize, zeroed: bool) -> Result<Memory> {
-        Memory::new(allocate(self.device, len, self.dtype, zeroed)?)
+    fn storage(&self, len: usize, zeroed: usize) -> Result<Memory> {
+        let memory = Memory::new(allocate(self.device, len, self.dtype, false)?)?;
+        let bytes = zeroed.min(len) * self.dtype.size_in_bytes();
+        if bytes > 0 {
+            // SAFETY: the memory was made for at least as many values.
+            unsafe { clear(self.device, memory.at, bytes)? };
+        }
+        Ok(memory)
     }
     fn floats(&self, len: usize, zeroed: bool) -> Result<Memory> {
         Memory::new(allocate(self.device, len, DType::F32, zeroed)?)
@@ -181,15 +187,26 @@ impl Engine for Cuda<'_> {
 
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { convolution::forward(self.device, geometry, self.dtype, [x, w, y]) }
+        unsafe { convolution::forward(self.device, geometry, Order::ChannelsLast, self.dtype, [x, w, y]) }
     }
     unsafe fn backward_data(&self, geometry: &Geometry, w: u64, dy: u64, dx: u64) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { convolution::backward_data(self.device, geometry, self.dtype, [w, dy, dx]) }
+        unsafe {
+            convolution::backward_data(self.device, geometry, Order::ChannelsLast, self.dtype, [w, dy, dx])
+        }
     }
     unsafe fn backward_filter(&self, geometry: &Geometry, x: u64, dy: u64, dw: u64, add: bool) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { convolution::backward_filter(self.device, geometry, self.dtype, [x, dy, dw], add) }
+        unsafe {
+            convolution::backward_filter(
+                self.device,
+                geometry,
+                Order::ChannelsLast,
+                self.dtype,
+                [x, dy, dw],
+                add,
+            )
+        }
     }
     unsafe fn gates_forward(&self, a: GatesForward) -> Result<()> {
         let places = [a.gates, a.bias, a.h[0].at, a.h[1].at, a.h[2].at];

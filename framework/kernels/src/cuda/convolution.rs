@@ -1,4 +1,4 @@
-//! Convolutions by cuDNN, channels last: descriptors and algorithms are found once a shape, and workspace is used again.
+//! Convolutions by cuDNN: descriptors and algorithms are found once a shape, and workspace is used again.
 
 use super::failed;
 use super::memory::{address, allocate};
@@ -7,22 +7,32 @@ use candle_core::cuda_backend::cudarc::cudnn::result::{self, CudnnError};
 use candle_core::cuda_backend::cudarc::cudnn::sys;
 use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
 use std::collections::HashMap;
-use std::ffi::{c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Algorithms that want more workspace are not taken.
+/// Algorithms that want more workspace are not taken, where there is another.
 const MOST_WORKSPACE: usize = 2 << 30;
+
+/// How tensors lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Order {
+    /// x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
+    ChannelsLast,
+    /// x and y (B, C, H, W), w (outputs, inputs / groups, kernel height, kernel width).
+    ChannelsFirst,
+}
 
 /// What a plan is for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Key {
     dims: [usize; 13],
+    order: Order,
     dtype: DType,
     tf32: bool,
 }
 
 impl Key {
-    fn new(g: &Geometry, dtype: DType) -> Key {
+    fn new(g: &Geometry, order: Order, dtype: DType) -> Key {
         let dims = [
             g.batch,
             g.height,
@@ -38,7 +48,7 @@ impl Key {
             g.out_height,
             g.out_width,
         ];
-        Key { dims, dtype, tf32: super::device::tf32_allowed() }
+        Key { dims, order, dtype, tf32: super::device::tf32_allowed() }
     }
 }
 
@@ -87,25 +97,31 @@ fn engine(device: &CudaDevice) -> Result<Arc<Mutex<Engine>>> {
     Ok(engine)
 }
 
-/// Whether cuDNN has a way to compute this convolution and its gradients, channels last.
-pub(crate) fn is_supported(device: &CudaDevice, g: &Geometry, dtype: DType) -> Result<bool> {
+/// The order in which cuDNN can compute this convolution and its gradients: channels last, where it has a way.
+pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType) -> Result<Order> {
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let engine = engine(device)?;
     let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
-    Ok(engine.plan(g, dtype)?.is_complete())
+    for order in [Order::ChannelsLast, Order::ChannelsFirst] {
+        if engine.plan(g, order, dtype)?.is_complete() {
+            return Ok(order);
+        }
+    }
+    bail!("cuDNN has no algorithm that gives the same bits every time, in {dtype:?}, for {g:?}")
 }
 
-/// y = x * w; x and y channels last, w (outputs, kernel height, kernel width, inputs / groups).
+/// y = x * w.
 ///
 /// # Safety
 /// The addresses are of memory of this device and type, as large as the geometry says.
 pub(crate) unsafe fn forward(
     device: &CudaDevice,
     g: &Geometry,
+    order: Order,
     dtype: DType,
     [x, w, y]: [u64; 3],
 ) -> Result<()> {
-    with_plan(device, g, dtype, |engine, plan| {
+    with_plan(device, g, order, dtype, |engine, plan| {
         let (algorithm, bytes) = found(plan.forward, g, dtype)?;
         let (workspace, [one, zero]) = (engine.workspace(bytes)?, [1f32, 0.]);
         // SAFETY: the descriptors are of this geometry; the addresses fit them, says the caller.
@@ -126,7 +142,7 @@ pub(crate) unsafe fn forward(
                 memory_mut(y),
             )
         }
-        .map_err(failed("cuDNN, convolution"))
+        .map_err(refused("cuDNN, convolution"))
     })
 }
 
@@ -137,10 +153,11 @@ pub(crate) unsafe fn forward(
 pub(crate) unsafe fn backward_data(
     device: &CudaDevice,
     g: &Geometry,
+    order: Order,
     dtype: DType,
     [w, dy, dx]: [u64; 3],
 ) -> Result<()> {
-    with_plan(device, g, dtype, |engine, plan| {
+    with_plan(device, g, order, dtype, |engine, plan| {
         let (algorithm, bytes) = found(plan.backward_data, g, dtype)?;
         let (workspace, [one, zero]) = (engine.workspace(bytes)?, [1f32, 0.]);
         // SAFETY: as in `forward`.
@@ -161,7 +178,7 @@ pub(crate) unsafe fn backward_data(
                 memory_mut(dx),
             )
         }
-        .map_err(failed("cuDNN, convolution's gradient of its input"))
+        .map_err(refused("cuDNN, convolution's gradient of its input"))
     })
 }
 
@@ -172,11 +189,12 @@ pub(crate) unsafe fn backward_data(
 pub(crate) unsafe fn backward_filter(
     device: &CudaDevice,
     g: &Geometry,
+    order: Order,
     dtype: DType,
     [x, dy, dw]: [u64; 3],
     add: bool,
 ) -> Result<()> {
-    with_plan(device, g, dtype, |engine, plan| {
+    with_plan(device, g, order, dtype, |engine, plan| {
         let (algorithm, bytes) = found(plan.backward_filter, g, dtype)?;
         let (workspace, [one, kept]) = (engine.workspace(bytes)?, [1f32, f32::from(u8::from(add))]);
         // SAFETY: as in `forward`.
@@ -197,27 +215,43 @@ pub(crate) unsafe fn backward_filter(
                 memory_mut(dw),
             )
         }
-        .map_err(failed("cuDNN, convolution's gradient of its weight"))
+        .map_err(refused("cuDNN, convolution's gradient of its weight"))
     })
 }
 
 fn with_plan(
     device: &CudaDevice,
     g: &Geometry,
+    order: Order,
     dtype: DType,
     call: impl FnOnce(&mut Engine, &Plan) -> Result<()>,
 ) -> Result<()> {
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let engine = engine(device)?;
     let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
-    let plan = engine.plan(g, dtype)?;
+    let plan = engine.plan(g, order, dtype)?;
     call(&mut engine, &plan)
 }
 
 fn found<A>(algorithm: Option<A>, g: &Geometry, dtype: DType) -> Result<A> {
     algorithm.ok_or_else(|| {
-        Error::Msg(format!("cuDNN has no algorithm, in {dtype:?} and channels last, for {g:?}"))
+        Error::Msg(format!(
+            "cuDNN has no algorithm that gives the same bits every time, in {dtype:?}, for {g:?}"
+        ))
     })
+}
+
+/// What cuDNN says, as an error of candle: its code, and the last words that it had.
+fn refused(what: &str) -> impl Fn(CudnnError) -> Error + '_ {
+    move |CudnnError(code)| {
+        let mut words: [c_char; 1024] = [0; 1024];
+        // SAFETY: there is room for as much as is asked for, and a zero at the end in any case.
+        let words = unsafe {
+            sys::cudnnGetLastErrorString(words.as_mut_ptr(), words.len() - 1);
+            CStr::from_ptr(words.as_ptr()).to_string_lossy()
+        };
+        Error::Msg(format!("{what}: {code:?} {words}").trim_end().to_string())
+    }
 }
 
 fn memory(at: u64) -> *const c_void {
@@ -234,7 +268,7 @@ fn scalar(x: &f32) -> *const c_void {
 
 impl Engine {
     fn new(device: &CudaDevice) -> Result<Engine> {
-        let failed = failed::<CudnnError>("cuDNN");
+        let failed = refused("cuDNN");
         let stream = device.cuda_stream();
         let handle = result::create_handle().map_err(&failed)?;
         // SAFETY: the stream lives as long as the device, which is kept here.
@@ -261,22 +295,22 @@ impl Engine {
     }
 
     /// The plan of a convolution: made for the first time, and kept.
-    fn plan(&mut self, g: &Geometry, dtype: DType) -> Result<Plan> {
-        let key = Key::new(g, dtype);
+    fn plan(&mut self, g: &Geometry, order: Order, dtype: DType) -> Result<Plan> {
+        let key = Key::new(g, order, dtype);
         if let Some(plan) = self.plans.get(&key) {
             return Ok(*plan);
         }
-        let plan = plan(self.handle, g, dtype, key.tf32)?;
+        let plan = plan(self.handle, g, &key)?;
         self.plans.insert(key, plan);
         Ok(plan)
     }
 }
 
-fn plan(handle: sys::cudnnHandle_t, g: &Geometry, dtype: DType, tf32: bool) -> Result<Plan> {
+fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key) -> Result<Plan> {
     use sys::cudnnDataType_t::{CUDNN_DATA_BFLOAT16, CUDNN_DATA_FLOAT, CUDNN_DATA_HALF};
     use sys::cudnnMathType_t::{CUDNN_DEFAULT_MATH, CUDNN_FMA_MATH, CUDNN_TENSOR_OP_MATH};
-    let (data, math) = match dtype {
-        DType::F32 if tf32 => (CUDNN_DATA_FLOAT, CUDNN_DEFAULT_MATH),
+    let (data, math) = match key.dtype {
+        DType::F32 if key.tf32 => (CUDNN_DATA_FLOAT, CUDNN_DEFAULT_MATH),
         DType::F32 => (CUDNN_DATA_FLOAT, CUDNN_FMA_MATH),
         DType::F16 => (CUDNN_DATA_HALF, CUDNN_TENSOR_OP_MATH),
         DType::BF16 => (CUDNN_DATA_BFLOAT16, CUDNN_TENSOR_OP_MATH),
@@ -290,8 +324,11 @@ fn plan(handle: sys::cudnnHandle_t, g: &Geometry, dtype: DType, tf32: bool) -> R
         let [a, b, c, d] = dims;
         Ok([size(a)?, size(b)?, size(c)?, size(d)?])
     };
-    let failed = failed::<CudnnError>("cuDNN, descriptor");
-    let nhwc = sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC;
+    let failed = refused("cuDNN, descriptor");
+    let format = match key.order {
+        Order::ChannelsLast => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC,
+        Order::ChannelsFirst => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW,
+    };
     let [x, y] = [result::create_tensor_descriptor(), result::create_tensor_descriptor()];
     let (x, y) = (x.map_err(&failed)?, y.map_err(&failed)?);
     let w = result::create_filter_descriptor().map_err(&failed)?;
@@ -303,9 +340,9 @@ fn plan(handle: sys::cudnnHandle_t, g: &Geometry, dtype: DType, tf32: bool) -> R
     let (padding, stride, dilation) = (size(g.padding)?, size(g.stride)?, size(g.dilation)?);
     // SAFETY: all descriptors were made above; they are not freed, since plans are not.
     unsafe {
-        result::set_tensor4d_descriptor(x, nhwc, data, x_dims).map_err(&failed)?;
-        result::set_tensor4d_descriptor(y, nhwc, data, y_dims).map_err(&failed)?;
-        result::set_filter4d_descriptor(w, data, nhwc, w_dims).map_err(&failed)?;
+        result::set_tensor4d_descriptor(x, format, data, x_dims).map_err(&failed)?;
+        result::set_tensor4d_descriptor(y, format, data, y_dims).map_err(&failed)?;
+        result::set_filter4d_descriptor(w, data, format, w_dims).map_err(&failed)?;
         result::set_convolution2d_descriptor(
             convolution,
             padding,
@@ -333,7 +370,7 @@ fn plan(handle: sys::cudnnHandle_t, g: &Geometry, dtype: DType, tf32: bool) -> R
 }
 
 /// Picks, of the algorithms that cuDNN lists with the one that it thinks quickest first, the first that is there, gives the
-/// same bits every time, and does with little memory: a training that goes on from a checkpoint then ends as one that was
+/// same bits every time, and does with little memory, or the least there is: a training that goes on from a checkpoint then ends as one that was
 /// never interrupted.
 macro_rules! best {
     ($name:ident, $algorithm:ty, $performance:ty, $list:path, $workspace:path, [$a:ident, $b:ident, $c:ident, $d:ident]) => {
@@ -355,14 +392,16 @@ macro_rules! best {
                 it.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS
                     && it.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC
             });
-            usable
+            let candidates = usable
                 .filter_map(|it| {
                     let algorithm = it.algo;
                     // SAFETY: the caller's promise.
                     let bytes = unsafe { $workspace(handle, plan.$a, plan.$b, plan.$c, plan.$d, algorithm) };
                     Some((algorithm, bytes.ok()?))
                 })
-                .find(|(_, bytes)| *bytes <= MOST_WORKSPACE)
+                .collect::<Vec<_>>();
+            let modest = candidates.iter().find(|(_, bytes)| *bytes <= MOST_WORKSPACE);
+            modest.or_else(|| candidates.iter().min_by_key(|(_, bytes)| *bytes)).copied()
         }
     };
 }

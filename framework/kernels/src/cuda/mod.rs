@@ -31,7 +31,7 @@ mod tests;
 pub(crate) mod upload;
 
 #[cfg(feature = "cuda")]
-pub use communicator::Communicator;
+pub use communicator::{Communicator, Exchange, Pending};
 #[cfg(feature = "cuda")]
 pub(crate) use conv_lstm::conv_lstm;
 #[cfg(feature = "cuda")]

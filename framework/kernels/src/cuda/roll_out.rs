@@ -18,8 +18,8 @@ pub(crate) trait Engine {
     /// Memory that is freed when dropped, after all that was asked for before.
     type Memory;
 
-    /// So many values of the storage type, of any value or zero.
-    fn storage(&self, len: usize, zeroed: bool) -> Result<Self::Memory>;
+    /// So many values of the storage type: the first `zeroed` of them zero, the others of any value.
+    fn storage(&self, len: usize, zeroed: usize) -> Result<Self::Memory>;
     /// So many f32, of any value or zero.
     fn floats(&self, len: usize, zeroed: bool) -> Result<Self::Memory>;
     /// Where memory begins.
@@ -219,10 +219,12 @@ impl RollOut {
         // Without gradients the step before is all that is needed; the state is then updated in place.
         let [input_slots, gate_slots] = if gradients { [self.steps, self.steps] } else { [2, 1] };
         let memory = |layer: &Layer| -> Result<LayerMemory<E::Memory>> {
+            let (step, pads) = (rows * layer.channels(), layer.channels() > layer.hidden + layer.inputs);
             Ok(LayerMemory {
-                // The first state, and the channels that are there for their number, stay zero.
-                inputs: engine.storage(input_slots * rows * layer.channels(), true)?,
-                gates: engine.storage(gate_slots * rows * layer.gates(), false)?,
+                // The first state, and the channels that are there for their number, stay zero. All else is written before it
+                // is read.
+                inputs: engine.storage(input_slots * step, if pads { input_slots * step } else { step })?,
+                gates: engine.storage(gate_slots * rows * layer.gates(), 0)?,
                 c: engine.floats(gate_slots * rows * layer.hidden, false)?,
             })
         };
@@ -304,7 +306,7 @@ impl RollOut {
     ) -> Result<()> {
         let (rows, item) = (self.rows(), engine.item());
         // Of each layer the gradient of its input of the step that was last looked at, and of its state.
-        let d_inputs = |layer: &Layer| engine.storage(rows * layer.channels(), false);
+        let d_inputs = |layer: &Layer| engine.storage(rows * layer.channels(), 0);
         let d_inputs = self.layers.iter().map(d_inputs).collect::<Result<Vec<_>>>()?;
         let dc = self.layers.iter().map(|layer| engine.floats(rows * layer.hidden, true));
         let dc = dc.collect::<Result<Vec<_>>>()?;

@@ -1,0 +1,106 @@
+//! Images with the zeros that a convolution reads beyond their edges.
+
+use super::pass::Pass;
+use crate::buffer::Buffer;
+use crate::float::{Convert, Float};
+use crate::gemm::Run;
+use crate::parallel::{self, Shared};
+use crate::simd::Level;
+use crate::winograd::Images;
+
+/// An image in 32 bits, with the frame of zeros that a set of passes reads beyond its edges.
+pub(super) struct Framed {
+    pub(super) data: *const f32,
+    /// Floats from an image to the next.
+    pub(super) image: usize,
+    /// Pixels in a row.
+    pub(super) width: usize,
+    pub(super) channels: usize,
+    /// Rows above, columns to the left.
+    before: [usize; 2],
+    /// Keeps a framed copy alive; none where the image itself is wide and needs no frame.
+    _copy: Option<Buffer>,
+}
+
+// SAFETY: read only.
+unsafe impl Sync for Framed {}
+// SAFETY: read only.
+unsafe impl Send for Framed {}
+
+impl Framed {
+    pub(super) fn new<T: Float>(
+        level: Level,
+        images: Images<T>,
+        batch: usize,
+        height: usize,
+        width: usize,
+        passes: &[Pass],
+    ) -> Framed {
+        let (mut before, mut after) = ([0; 2], [0; 2]);
+        for pass in passes {
+            for tap in &pass.taps {
+                for (axis, (e, size)) in [(tap.y, height), (tap.x, width)].into_iter().enumerate() {
+                    let last = ((pass.count[axis] - 1) * pass.in_step) as isize + e;
+                    before[axis] = before[axis].max((-e).max(0) as usize);
+                    after[axis] = after[axis].max((last + 1 - size as isize).max(0) as usize);
+                }
+            }
+        }
+        let channels = images.channels;
+        if T::WIDE && before == [0, 0] && after == [0, 0] {
+            let data = images.data.cast();
+            return Framed { data, image: images.image, width, channels, before, _copy: None };
+        }
+        let full_height = before[0] + height + after[0];
+        let full_width = before[1] + width + after[1];
+        let mut copy = Buffer::new(batch * full_height * full_width * channels);
+        let to = Shared::new(&mut copy);
+        let images = &images;
+        parallel::for_each(batch * full_height, |task| {
+            let (image, row) = (task / full_height, task % full_height);
+            // SAFETY: each task writes its own row; the row that is copied lies inside the image.
+            unsafe {
+                let out = std::slice::from_raw_parts_mut(
+                    to.at(task * full_width * channels),
+                    full_width * channels,
+                );
+                if row < before[0] || row >= before[0] + height {
+                    out.fill(0.);
+                    return;
+                }
+                let from = images.data.add(image * images.image + (row - before[0]) * width * channels);
+                let (start, len) = (before[1] * channels, width * channels);
+                out[..start].fill(0.);
+                let row = Shared::new(&mut out[start..start + len]);
+                level.run(Convert { from: std::slice::from_raw_parts(from, len), to: row, part: 0..len });
+                out[start + len..].fill(0.);
+            }
+        });
+        let image = full_height * full_width * channels;
+        Framed { data: copy.as_ptr(), image, width: full_width, channels, before, _copy: Some(copy) }
+    }
+
+    /// The inner index of a pass: for each tap, `channels` floats; neighbours joined.
+    pub(super) fn runs(&self, pass: &Pass, channels: usize) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::with_capacity(pass.taps.len());
+        for tap in &pass.taps {
+            let y = (tap.y + self.before[0] as isize) as usize;
+            let x = (tap.x + self.before[1] as isize) as usize;
+            let offset = (y * self.width + x) * self.channels;
+            match runs.last_mut() {
+                Some(last) if last.offset + last.len == offset => last.len += channels,
+                _ => runs.push(Run { offset, len: channels }),
+            }
+        }
+        runs
+    }
+
+    /// The first float of the inputs of output (j, i) of an image, before the taps.
+    #[inline(always)]
+    pub(super) unsafe fn at(&self, image: usize, in_step: usize, j: usize, i: usize) -> *const f32 {
+        // SAFETY: the caller stays inside the frame.
+        unsafe {
+            self.data.add(image * self.image + (j * in_step * self.width + i * in_step) * self.channels)
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! The lines of a pass: rows of outputs as products, dot products, or sums of single channels.
+
+use super::frame::Framed;
+use super::pass::Pass;
+use super::{Output, Shape, Weights, packed_channels};
+use crate::buffer::Buffer;
+use crate::float::Float;
+use crate::gemm::{Product, Run, Start, product};
+use crate::parallel::{self, Shared};
+use crate::simd::{Kernel, LANES, Level, Simd};
+use crate::winograd::Images;
+
+/// Outputs of a row in one call: a multiple of the register block's rows.
+const SEGMENT: usize = 96;
+/// Multiplications that are worth a task.
+const TASK_WORK: usize = 1 << 20;
+
+#[expect(clippy::too_many_arguments, reason = "one private driver for both directions")]
+pub(super) fn run_passes<T: Float>(
+    level: Level,
+    batch: usize,
+    [height, width]: [usize; 2],
+    images: Images<T>,
+    mut passes: Vec<Pass>,
+    weights: Weights,
+    bias: Option<&[f32]>,
+    mut output: Output,
+) {
+    let g = weights.geometry;
+    let (from, to) = weights.channels();
+    let framed = Framed::new(level, images, batch, height, width, &passes);
+    let mut batch = batch;
+    if let [pass] = &mut *passes
+        && g.taps() == 1
+        && pass.in_step == 1
+        && framed.image == height * width * framed.channels
+        && pass.count == [height, width]
+        && output.images.image == height * width * output.channels
+    {
+        // 1x1: all pixels are one row.
+        pass.count = [1, batch * height * width];
+        output.width = pass.count[1];
+        batch = 1;
+    }
+    for pass in &passes {
+        let runs = framed.runs(pass, from);
+        let depth: usize = runs.iter().map(|r| r.len).sum();
+        let shape = if g.depthwise() {
+            Shape::Depthwise
+        } else if to < 4 && depth >= 2 * LANES * runs.len() {
+            Shape::Dot
+        } else {
+            Shape::Product
+        };
+        let packed = pack(weights, pass, shape);
+        // The bias too, in whole panels.
+        let panel_floats = to.div_ceil(LANES) * LANES;
+        let mut row = Buffer::new(if shape == Shape::Depthwise {
+            packed_channels(g.groups)
+        } else {
+            g.groups * panel_floats
+        });
+        row.fill(0.);
+        if let Some(bias) = bias {
+            if shape == Shape::Depthwise {
+                row[..bias.len()].copy_from_slice(bias);
+            } else {
+                for (to_row, from_row) in row.chunks_mut(panel_floats).zip(bias.chunks(to)) {
+                    to_row[..to].copy_from_slice(from_row);
+                }
+            }
+        }
+        let segments = pass.count[1].div_ceil(SEGMENT);
+        let lines = batch * pass.count[0] * segments;
+        let work = pass.count[1].min(SEGMENT) * depth * to * g.groups;
+        let lines_in_task = (TASK_WORK / work.max(1)).clamp(1, lines.max(1));
+        parallel::for_each(lines.div_ceil(lines_in_task), |task| {
+            let first = task * lines_in_task;
+            level.run(Lines {
+                pass,
+                framed: &framed,
+                output: &output,
+                runs: &runs,
+                depth,
+                shape,
+                weights: &packed,
+                bias: &row,
+                groups: g.groups,
+                from,
+                to,
+                segments,
+                lines: first..lines.min(first + lines_in_task),
+            });
+        });
+    }
+}
+
+/// Weights of a pass in the order in which its kernel reads them:
+/// product `[group][panel][k][column]`, dot `[group][output][k]`, depthwise `[tap][channel]`.
+fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
+    let groups = weights.geometry.groups;
+    let (from, to) = weights.channels();
+    let depth = pass.taps.len() * from;
+    match shape {
+        Shape::Depthwise => {
+            let row = packed_channels(groups);
+            let mut packed = Buffer::new(pass.taps.len() * row);
+            packed.fill(0.);
+            for (k, tap) in pass.taps.iter().enumerate() {
+                for group in 0..groups {
+                    packed[k * row + group] = weights.at(group, 0, 0, tap.index);
+                }
+            }
+            packed
+        }
+        Shape::Dot => {
+            let mut packed = Buffer::new(groups * to * depth);
+            for group in 0..groups {
+                for o in 0..to {
+                    for (k, tap) in pass.taps.iter().enumerate() {
+                        for i in 0..from {
+                            packed[((group * to + o) * pass.taps.len() + k) * from + i] =
+                                weights.at(group, i, o, tap.index);
+                        }
+                    }
+                }
+            }
+            packed
+        }
+        Shape::Product => {
+            let row = to.div_ceil(LANES) * LANES;
+            let mut packed = Buffer::new(groups * depth * row);
+            let data = Shared::new(&mut packed);
+            let panels = row.div_ceil(2 * LANES);
+            parallel::for_each(groups * panels, |task| {
+                let (group, panel) = (task / panels, task % panels);
+                let first = panel * 2 * LANES;
+                let width = (row - first).min(2 * LANES);
+                // SAFETY: each task has its own panel.
+                let panel = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        data.at(group * depth * row + first * depth),
+                        depth * width,
+                    )
+                };
+                for (k, line) in panel.chunks_exact_mut(width).enumerate() {
+                    let (tap, i) = (pass.taps[k / from].index, k % from);
+                    for (column, x) in line.iter_mut().enumerate() {
+                        *x = if first + column < to { weights.at(group, i, first + column, tap) } else { 0. };
+                    }
+                }
+            });
+            packed
+        }
+    }
+}
+
+/// Some lines (segments of rows) of a pass.
+struct Lines<'a> {
+    pass: &'a Pass,
+    framed: &'a Framed,
+    output: &'a Output,
+    runs: &'a [Run],
+    depth: usize,
+    shape: Shape,
+    weights: &'a [f32],
+    bias: &'a [f32],
+    groups: usize,
+    from: usize,
+    to: usize,
+    segments: usize,
+    lines: std::ops::Range<usize>,
+}
+
+impl Kernel for Lines<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: each line belongs to one task; the frame covers all that the pass reads.
+        unsafe {
+            match self.shape {
+                Shape::Product => self.products::<S>(),
+                Shape::Dot => self.dots::<S>(),
+                Shape::Depthwise => self.depthwise::<S>(),
+            }
+        }
+    }
+}
+
+impl Lines<'_> {
+    /// (input of the first pixel, its output, pixels) of a line.
+    #[inline(always)]
+    unsafe fn line(&self, line: usize) -> (*const f32, *mut f32, usize) {
+        let (row, first) = (line / self.segments, line % self.segments * SEGMENT);
+        let (image, j) = (row / self.pass.count[0], row % self.pass.count[0]);
+        let len = SEGMENT.min(self.pass.count[1] - first);
+        // SAFETY: the line exists.
+        unsafe {
+            (
+                self.framed.at(image, self.pass.in_step, j, first),
+                self.output.at(self.pass, image, j, first),
+                len,
+            )
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn products<S: Simd>(&self) {
+        let vectors = self.to.div_ceil(LANES);
+        for group in 0..self.groups {
+            for panel in 0..vectors.div_ceil(2) {
+                let first = panel * 2 * LANES;
+                let width = (vectors - 2 * panel).min(2);
+                let lanes = (self.to - first - (width - 1) * LANES).min(LANES);
+                for line in self.lines.clone() {
+                    // SAFETY: as for `run`.
+                    unsafe {
+                        let (x, y, len) = self.line(line);
+                        let row = group * vectors * LANES + first;
+                        product::<S>(
+                            len,
+                            Product {
+                                runs: self.runs,
+                                a: x.add(group * self.from),
+                                a_row: self.pass.in_step * self.framed.channels,
+                                b: self.weights.as_ptr().add(row * self.depth),
+                                c: y.add(group * self.to + first),
+                                c_row: self.pass.step * self.output.channels,
+                                width,
+                                lanes,
+                                start: if self.output.images.add {
+                                    Start::Add
+                                } else {
+                                    Start::Row(self.bias.as_ptr().add(row))
+                                },
+                            },
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn dots<S: Simd>(&self) {
+        let a_row = self.pass.in_step * self.framed.channels;
+        let c_row = self.pass.step * self.output.channels;
+        for line in self.lines.clone() {
+            for group in 0..self.groups {
+                for o in 0..self.to {
+                    let channel = group * self.to + o;
+                    // SAFETY: as for `run`.
+                    unsafe {
+                        let (x, y, len) = self.line(line);
+                        let x = x.add(group * self.from);
+                        let w = self.weights.as_ptr().add(channel * self.depth);
+                        let bias = self.bias[group * packed_channels(self.to) + o];
+                        let mut i = 0;
+                        while i < len {
+                            // Four pixels at a time share the weights and hide the latency of the sums.
+                            let n = if len - i >= 4 { 4 } else { 1 };
+                            let from = x.add(i * a_row);
+                            let sums = if n == 4 {
+                                dot::<S, 4>(self.runs, from, a_row, w)
+                            } else {
+                                [dot::<S, 1>(self.runs, from, a_row, w)[0], 0., 0., 0.]
+                            };
+                            for (k, sum) in sums.iter().enumerate().take(n) {
+                                let to = y.add((i + k) * c_row + channel);
+                                *to = if self.output.images.add { *to + sum } else { bias + sum };
+                            }
+                            i += n;
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn depthwise<S: Simd>(&self) {
+        for line in self.lines.clone() {
+            for channel in (0..self.groups).step_by(LANES) {
+                // SAFETY: as for `run`.
+                unsafe {
+                    let (x, y, len) = self.line(line);
+                    let mut i = 0;
+                    while i < len {
+                        let n = if len - i >= 8 { 8 } else { 1 };
+                        let x = x.add(i * self.pass.in_step * self.framed.channels + channel);
+                        let y = y.add(i * self.pass.step * self.output.channels + channel);
+                        if n == 8 {
+                            self.depthwise_block::<S, 8>(channel, x, y)
+                        } else {
+                            self.depthwise_block::<S, 1>(channel, x, y)
+                        }
+                        i += n;
+                    }
+                }
+            }
+        }
+    }
+
+    /// 16 channels of `N` pixels.
+    #[inline(always)]
+    unsafe fn depthwise_block<S: Simd, const N: usize>(&self, channel: usize, x: *const f32, y: *mut f32) {
+        let (x_row, y_row) =
+            (self.pass.in_step * self.framed.channels, self.pass.step * self.output.channels);
+        let lanes = LANES.min(self.groups - channel);
+        // SAFETY: as for `run`.
+        unsafe {
+            let mut sums = [S::load(self.bias.as_ptr().add(channel)); N];
+            if self.output.images.add {
+                for i in 0..N {
+                    sums[i] = S::load_lanes(y.add(i * y_row), lanes);
+                }
+            }
+            let mut w = self.weights.as_ptr().add(channel);
+            // Each run is one tap: there are more channels than one, so neighbours are not joined.
+            for run in self.runs {
+                let weight = S::load(w);
+                let x = x.add(run.offset);
+                if lanes == LANES {
+                    for i in 0..N {
+                        sums[i] = S::load(x.add(i * x_row)).mul_add(weight, sums[i]);
+                    }
+                } else {
+                    for i in 0..N {
+                        sums[i] = S::load_first(x.add(i * x_row), lanes).mul_add(weight, sums[i]);
+                    }
+                }
+                w = w.add(packed_channels(self.groups));
+            }
+            for i in 0..N {
+                sums[i].store_lanes(y.add(i * y_row), lanes);
+            }
+        }
+    }
+}
+
+/// The dot product of the weights with the runs of `N` pixels.
+#[inline(always)]
+unsafe fn dot<S: Simd, const N: usize>(
+    runs: &[Run],
+    x: *const f32,
+    row: usize,
+    mut w: *const f32,
+) -> [f32; N] {
+    // SAFETY: the caller's promise: the runs of N pixels are readable.
+    unsafe {
+        let mut acc = [S::zero(); N];
+        for run in runs {
+            let x = x.add(run.offset);
+            let whole = run.len / LANES * LANES;
+            for k in (0..whole).step_by(LANES) {
+                let wv = S::load(w.add(k));
+                for i in 0..N {
+                    acc[i] = S::load(x.add(i * row + k)).mul_add(wv, acc[i]);
+                }
+            }
+            if whole < run.len {
+                let wv = S::load_first(w.add(whole), run.len - whole);
+                for i in 0..N {
+                    acc[i] = S::load_first(x.add(i * row + whole), run.len - whole).mul_add(wv, acc[i]);
+                }
+            }
+            w = w.add(run.len);
+        }
+        let mut sums = [0f32; N];
+        for i in 0..N {
+            sums[i] = acc[i].sum();
+        }
+        sums
+    }
+}

@@ -1,0 +1,238 @@
+//! What an experiment does with its module and its dataset.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::DType;
+use indexmap::IndexMap;
+
+use super::{Experiment, Report, Resume};
+use crate::batch::Batch;
+use crate::bench::{self, Benchmark, Pass};
+use crate::callback::{Callback, StopReason};
+use crate::callbacks::ProgressBar;
+use crate::checkpoint::Checkpoint;
+use crate::config::{DataRecipe, ModuleRecipe};
+use crate::data::{Data, Split};
+use crate::error::Result;
+use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
+use crate::logger::Loggers;
+use crate::metrics::video::LeadTimes;
+use crate::module::Model;
+use crate::run_dir::RunDir;
+use crate::trainer::Trainer;
+
+/// What an experiment does once the batch that its module and its data meet in is known.
+pub(crate) trait Job: Send + Sync {
+    fn settings(&self) -> Result<[toml::Table; 2]>;
+    fn build(&self, experiment: &Experiment) -> Result<usize>;
+    fn train(
+        &self,
+        experiment: &Experiment,
+        resume: &Resume,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<Report>;
+    fn validate(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+    ) -> Result<IndexMap<String, f64>>;
+    fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>>;
+    fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()>;
+    fn predict_split(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<usize>;
+    fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark>;
+    fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding>;
+    fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding>;
+}
+
+/// A module and a dataset of one batch.
+pub(crate) struct Pair<B: Batch> {
+    pub(crate) module: Arc<dyn ModuleRecipe<B>>,
+    pub(crate) data: Box<dyn DataRecipe<B>>,
+}
+
+impl<B: Batch> Pair<B> {
+    fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
+        // Before anything is read: what cannot be trained on is known at once.
+        let device = experiment.device()?;
+        let data = experiment.data(&*self.data)?;
+        Ok((experiment.model(&self.module, data.train.spec(), &device)?, data))
+    }
+
+    fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
+        let (model, data) = self.model_and_data(experiment)?;
+        restore(&model, &RunDir::containing(checkpoint)?.1)?;
+        Ok((model, data))
+    }
+
+    /// The same with the data of this split too.
+    fn trained_on(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+    ) -> Result<(Model<B>, Data<B>)> {
+        let (model, mut data) = self.trained(experiment, checkpoint)?;
+        if split == Split::Test {
+            data.test = Some(experiment.open(&*self.data, split)?);
+        }
+        Ok((model, data))
+    }
+}
+
+/// Gives the model a checkpoint's weights: their average, where it has one.
+fn restore<B: Batch>(model: &Model<B>, checkpoint: &Path) -> Result<()> {
+    Checkpoint::load(checkpoint)?.restore_for_evaluation(&model.params().state_dict())?;
+    model.params().publish()
+}
+
+impl<B: Batch> Job for Pair<B> {
+    fn settings(&self) -> Result<[toml::Table; 2]> {
+        Ok([self.module.settings()?, self.data.settings()?])
+    }
+
+    fn build(&self, experiment: &Experiment) -> Result<usize> {
+        Ok(self.model_and_data(experiment)?.0.params().count())
+    }
+
+    fn train(
+        &self,
+        experiment: &Experiment,
+        resume: &Resume,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<Report> {
+        let (model, data) = self.model_and_data(experiment)?;
+        let mut trainer = experiment.trainer().described(experiment.resolved()?);
+        for (_, callback) in &experiment.callbacks {
+            trainer = trainer.boxed_callback(callback.make()?);
+        }
+        trainer = callbacks.into_iter().fold(trainer, Trainer::boxed_callback);
+        if experiment.logging.progress {
+            trainer = trainer.callback(ProgressBar::default());
+        }
+        tracing::info!("{}", summary(&model));
+        let mut dir = None;
+        if experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0 {
+            let (run, checkpoint) = experiment.start(resume)?;
+            let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
+            let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
+            experiment.write_config(&run, checkpoint.is_some())?;
+            tracing::info!("run folder: {}", run.path().display());
+            // Last, so that they log what the callbacks before them add.
+            trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
+            let loggers = Loggers::in_folder(run.path(), &experiment.logging, step)?;
+            trainer = trainer.callback(loggers.configuration(experiment.resolved()?));
+            if let Some(checkpoint) = checkpoint {
+                trainer = trainer.resume(checkpoint);
+            }
+            dir = Some(run.path().to_path_buf());
+        }
+        let outcome = trainer.fit(&model, &data).map_err(|error| experiment.place_training_error(error))?;
+        let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
+        let lead_times = match &dir {
+            Some(dir) if trained => {
+                if experiment.average.is_some() {
+                    // What was validated, and is the run's result, is the average.
+                    restore(&model, &RunDir::containing(dir)?.1)?;
+                }
+                let lead_times = trainer.compare(&model, &data, Split::Val)?;
+                lead_times.as_ref().map_or(Ok(()), |scores| scores.save(&dir.join("lead_times")))?;
+                lead_times
+            }
+            _ => None,
+        };
+        Ok(Report { dir, outcome, lead_times })
+    }
+
+    fn validate(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+    ) -> Result<IndexMap<String, f64>> {
+        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
+        experiment.trainer().validate(&model, &data, split)
+    }
+
+    fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>> {
+        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
+        experiment.trainer().compare(&model, &data, split)
+    }
+
+    fn predict_split(
+        &self,
+        experiment: &Experiment,
+        checkpoint: &Path,
+        split: Split,
+        callbacks: Vec<Box<dyn Callback>>,
+    ) -> Result<usize> {
+        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
+        let mut trainer = callbacks.into_iter().fold(experiment.trainer(), Trainer::boxed_callback);
+        trainer.predict_split(&model, &data, split)
+    }
+
+    fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
+        let (model, data) = self.trained(experiment, checkpoint)?;
+        let batch = B::read(input, &data.train.spec())?;
+        let prediction = experiment.trainer().predict(&model, &batch)?;
+        batch.write(&prediction, output)
+    }
+
+    fn bench(&self, experiment: &Experiment, steps: u64, pass: Pass) -> Result<Benchmark> {
+        let (model, data) = self.model_and_data(experiment)?;
+        bench::measure(&experiment.trainer(), &model, &data, steps, pass)
+    }
+
+    fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding> {
+        // Before the configuration's own values are looked at, whose errors have a place in the file.
+        config.check()?;
+        let (model, data) = self.model_and_data(experiment)?;
+        let finding = experiment.trainer().find_lr(&model, &data, config);
+        finding.map_err(|error| experiment.place_training_error(error))
+    }
+
+    fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding> {
+        let (model, data) = self.model_and_data(experiment)?;
+        experiment.trainer().find_batch_size(&model, &data, config)
+    }
+}
+
+/// The parameters of a model as a table: name, shape, how many.
+fn summary<B: Batch>(model: &Model<B>) -> String {
+    let vars = model.params().vars();
+    let width = vars.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
+    let row = |(name, var): &(String, candle_core::Var)| {
+        format!("  {name:width$}  {:>9}  {:?}\n", thousands(var.elem_count()), var.dims())
+    };
+    let rows: String = vars.iter().map(row).collect();
+    let total = model.params().count();
+    let megabytes = (total * DType::F32.size_in_bytes()) as f64 / 1e6;
+    format!("{} parameters in {} tensors ({megabytes:.1} MB)\n{rows}", thousands(total), vars.len())
+}
+
+/// 1036097 as 1,036,097.
+fn thousands(n: usize) -> String {
+    let digits = n.to_string();
+    let group = |(i, digit): (usize, char)| {
+        let comma = i > 0 && (digits.len() - i).is_multiple_of(3);
+        comma.then_some(',').into_iter().chain([digit])
+    };
+    digits.chars().enumerate().flat_map(group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_are_grouped() {
+        assert_eq!([0, 12, 123, 1234, 1036097].map(thousands), ["0", "12", "123", "1,234", "1,036,097"]);
+    }
+}

@@ -1,0 +1,102 @@
+//! Sections that say how to train, read from a document and written back to tables.
+
+use indexmap::IndexSet;
+
+use crate::config::{Document, untag};
+use crate::error::{Error, Result};
+use crate::optim::{AverageConfig, GroupConfig, TurnConfig};
+use crate::schedule::{Plateau, Schedule};
+
+/// The name of the only optimizer, which modules and logs do not see.
+pub(super) const ONLY: &str = "optimizer";
+
+/// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
+pub(super) fn turns(document: &Document) -> Result<Vec<TurnConfig>> {
+    let several = document.sections_in("optimizers")?;
+    let Some((_, span)) = several.first() else {
+        let only = turn(document, ONLY.into(), "optimizer", Some("adam"))?;
+        return Ok(vec![TurnConfig { params: "*".into(), schedule: None, ..only }]);
+    };
+    if document.has("optimizer")? {
+        let message = "either [optimizer] or [optimizers.*]: a run has one optimizer, or several with names";
+        return Err(document.error_at(Some(span.clone()), message.into()).into());
+    }
+    let turn = |(name, _): (String, _)| {
+        let section = format!("optimizers.{name}");
+        turn(document, name, &section, None)
+    };
+    several.into_iter().map(turn).collect()
+}
+
+fn turn(document: &Document, name: String, section: &str, default: Option<&str>) -> Result<TurnConfig> {
+    let mut named = document.named(section, default)?;
+    let groups: Option<Vec<GroupConfig>> = document.take_field(&mut named, "groups")?;
+    let (params, schedule_table): (Option<String>, Option<toml::Table>) = match default {
+        Some(_) => (None, None),
+        None => (document.take_field(&mut named, "params")?, document.take_field(&mut named, "schedule")?),
+    };
+    let Some(params) = params.or(default.map(|_| "*".into())) else {
+        let message =
+            format!("[{section}] needs `params`: a pattern of names, for example params = \"{name}.*\"");
+        return Err(document.error_at(named.span, message).into());
+    };
+    let schedule = match schedule_table {
+        Some(_) => Some(schedule(document, &format!("{section}.schedule"))?.0),
+        None => None,
+    };
+    let optimizer = document.variant(&named, "optimizer")?;
+    let turn = TurnConfig { name, params, optimizer, groups: groups.unwrap_or_default(), schedule };
+    turn.check().map_err(|error| document.place(section, error))?;
+    Ok(turn)
+}
+
+/// A section that describes a schedule, with the plateau that it may hold.
+pub(super) fn schedule(document: &Document, section: &str) -> Result<(Schedule, Option<Plateau>)> {
+    let mut named = document.named(section, Some("constant"))?;
+    let plateau = document.take_field(&mut named, "plateau")?;
+    let schedule: Schedule = document.variant(&named, "schedule")?;
+    schedule.check().map_err(|error| document.place(section, error))?;
+    Ok((schedule, plateau))
+}
+
+pub(super) fn average(document: &Document) -> Result<Option<AverageConfig>> {
+    if !document.has("average")? {
+        return Ok(None);
+    }
+    let average: AverageConfig = document.variant(&document.named("average", None)?, "average")?;
+    average.check().map_err(|error| document.place("average", error))?;
+    Ok(Some(average))
+}
+
+pub(super) fn optimizer_table(turn: &TurnConfig) -> Result<toml::Table> {
+    let mut fields = untag(&turn.optimizer)?;
+    if !turn.groups.is_empty() {
+        let groups = turn.groups.iter().map(|group| Ok(table(group)?.into()));
+        fields.insert("groups".into(), groups.collect::<Result<Vec<toml::Value>>>()?.into());
+    }
+    Ok(fields)
+}
+
+pub(super) fn table(section: &impl serde::Serialize) -> Result<toml::Table> {
+    toml::Table::try_from(section).map_err(|error| Error::msg(error.to_string()))
+}
+
+/// What is set otherwise in `new` than in `old`, a line each: `trainer.batch_size: 8, was 16`.
+pub(super) fn differences(old: &toml::Table, new: &toml::Table, path: &str) -> Vec<String> {
+    let mut lines = Vec::new();
+    let keys: IndexSet<&String> = old.keys().chain(new.keys()).collect();
+    for key in keys {
+        let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
+        match (old.get(key), new.get(key)) {
+            (Some(old), Some(new)) if old == new => {}
+            (Some(toml::Value::Table(old)), Some(toml::Value::Table(new))) => {
+                lines.extend(differences(old, new, &path));
+            }
+            (Some(old), Some(new)) => lines.push(format!("{path}: {new}, was {old}")),
+            (None, Some(new)) => lines.push(format!("{path}: {new}, was not set")),
+            (Some(old), None) => lines.push(format!("{path}: not set, was {old}")),
+            (None, None) => {}
+        }
+    }
+    lines
+}

@@ -1,0 +1,192 @@
+//! What there is to do before the first step.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use candle_core::Var;
+
+use super::{Fit, Tapped};
+use crate::batch::Batch;
+use crate::callback::Progress;
+use crate::checkpoint::{Checkpoint, Saver, State};
+use crate::collective::shard::Whole;
+use crate::collective::{self, Collective, Identity, Shard};
+use crate::data::{Data, Loader, Order, Share, Source, Split, Start};
+use crate::error::{Error, Result};
+use crate::module::Model;
+use crate::optim::{Average, Turn};
+use crate::precision::LossScale;
+use crate::taps::Taps;
+use crate::trainer::limits::{Every, Limit};
+use crate::trainer::ranks::{agree_on_state, same_as_rank_0};
+use crate::trainer::{Trainer, TrainerConfig};
+
+impl<'a, B: Batch> Fit<'a, B> {
+    /// Finds out where training begins, with all ranks, and gets everything ready for its first step.
+    pub(in crate::trainer) fn new(
+        trainer: &'a mut Trainer,
+        model: &'a Model<B>,
+        data: &'a Data<B>,
+    ) -> Result<Self> {
+        trainer.config.resolve_fast_dev_run();
+        let config = &trainer.config;
+        let ranks = trainer.ranks.clone();
+        let resumed = trainer.resume.take();
+
+        if model.params().dtype() != config.precision.dtype() {
+            let (model, asked) = (model.params().dtype(), config.precision.dtype());
+            let message =
+                format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
+            return Err(Error::setting("precision", message));
+        }
+        let params = model.params().state_dict();
+        collective::check(&*ranks, &Identity::new(&trainer.configuration(), &params))?;
+        let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
+        let state = state.as_ref();
+        let progress = state.map(|state| state.progress).unwrap_or_default();
+        let sharded = trainer.distributed.shard == Shard::Optimizer && !ranks.is_alone();
+        let turns = Turn::share(
+            &trainer.turns,
+            &trainer.schedule,
+            model.params(),
+            model.training().unused(),
+            sharded.then_some(&*ranks as &dyn Collective),
+        )?;
+        let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
+        let mut average =
+            trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
+
+        let order = order(config, trainer.seed, &data.train)?;
+        if let Some(state) = state
+            && data.train.len().is_some()
+        {
+            check_same_order(state, &order)?;
+        }
+        let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
+        if sharded && state.is_some() {
+            optimizer = Whole::new(&*ranks, &optimizer)?.vars;
+        }
+        if let Some(checkpoint) = &resumed {
+            checkpoint.restore_params(&params)?;
+            checkpoint.restore_optimizer(&optimizer)?;
+            average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
+        }
+        same_as_rank_0(&*ranks, &params)?;
+        model.params().publish()?;
+        model.params().roll_back_buffers()?;
+        if state.is_some() {
+            same_as_rank_0(&*ranks, &optimizer)?;
+        }
+        if let Some(average) = &mut average {
+            same_as_rank_0(&*ranks, average.averages())?;
+            average.updates = state.map_or(0, |state| state.average_updates);
+        }
+        let tapped = if ranks.is_alone() { None } else { Some(Tapped::new(model)?) };
+        let share = Share { rank: ranks.rank(), of: ranks.world_size() };
+        let start = Start {
+            epoch: progress.epoch,
+            step_in_epoch: progress.step_in_epoch,
+            micro_batch_size: config.micro_batch_size.unwrap_or(config.batch_size.div_ceil(share.of)),
+            share,
+        };
+        let workers = data.workers.div_ceil(ranks.ranks_here());
+        let jobs = data.train.training(order, start);
+        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
+        let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
+        if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
+            && epochs.fract() != 0.
+        {
+            return Err(Error::setting("val_every", "a stream's length is not known: expected whole epochs"));
+        }
+
+        let val = match config.overfit_batches {
+            Some(limit) => Some((data.train.clone(), Split::Train, Some(limit))),
+            None => data.val.clone().map(|val| (val, Split::Val, config.limit_val_batches)),
+        };
+        let val = val.filter(|(.., limit)| limit.is_none_or(|limit| limit.of(usize::MAX) > 0));
+        let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
+        let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
+        Ok(Self {
+            ranks,
+            sharded,
+            model,
+            tapped,
+            workers,
+            val,
+            turns,
+            trained,
+            average,
+            micro_batches,
+            kept: Vec::new(),
+            steps_per_epoch,
+            progress,
+            validation: None,
+            validated_at: Instant::now(),
+            lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
+            plateau: state.map(|state| state.plateau).unwrap_or_default(),
+            loss_scale: state.and_then(|state| state.loss_scale).or(LossScale::of(config.precision)),
+            saver,
+            started: Instant::now(),
+            seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),
+            trainer: {
+                trainer.restore_callbacks(state)?;
+                trainer
+            },
+        })
+    }
+}
+
+impl<B: Batch> Tapped<B> {
+    fn new(model: &Model<B>) -> Result<Self> {
+        let taps = Taps::new();
+        let put = {
+            let taps = taps.clone();
+            Arc::new(move |name: &str, parameter: &Var| taps.tap(name, parameter))
+        };
+        Ok(Self { module: model.tapped(put)?, taps })
+    }
+}
+
+/// The order in which training takes its samples.
+fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Result<Order> {
+    let order = Order::new(seed, train.len().unwrap_or(usize::MAX), config.batch_size);
+    if train.is_empty() {
+        return Err(Error::msg("the training data is empty"));
+    }
+    let (key, limit) = match config.overfit_batches {
+        Some(limit) => ("overfit_batches", Some(limit)),
+        None => ("limit_train_batches", config.limit_train_batches),
+    };
+    match (limit, train.len()) {
+        (Some(Limit::Share(_)), None) => {
+            Err(Error::setting(key, "a stream's length is not known: expected a number of batches"))
+        }
+        (Some(limit), _) => {
+            let in_turn = config.overfit_batches.is_some();
+            Ok(Order { in_turn, ..order.limited(limit.of(order.batches())) })
+        }
+        (None, _) => Ok(order),
+    }
+}
+
+/// Refuses to go on with a checkpoint whose steps went over other batches: the order would silently be another.
+fn check_same_order(state: &State, order: &Order) -> Result<()> {
+    let Progress { epoch, step_in_epoch, samples, .. } = state.progress;
+    let in_epoch = (step_in_epoch as usize * order.batch_size).min(order.len) as u64;
+    if samples != epoch * order.samples() as u64 + in_epoch {
+        return Err(Error::msg(format!(
+            "the checkpoint saw {samples} samples in {epoch} epochs and {step_in_epoch} steps; {} samples in batches of {} \
+             do not add up to that: go on with the batch size and the training data that it was made with",
+            order.samples(),
+            order.batch_size
+        )));
+    }
+    if state.seed != order.seed {
+        tracing::warn!(
+            "the checkpoint's seed is {}, today's is {}: the order changes",
+            state.seed,
+            order.seed
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,88 @@
+//! Steps that must not be taken.
+
+use candle_core::Tensor;
+
+use super::{Fit, Tally};
+use crate::batch::Batch;
+use crate::error::Result;
+use crate::grads::first_not_finite;
+use crate::precision::LossScale;
+
+/// Why an optimizer does not move its parameters.
+pub(super) enum Refusal {
+    /// The gradients overflowed in fp16: the same batch is tried again with a smaller loss scale.
+    Overflow,
+    /// Something is not a number: what.
+    Hopeless(String),
+}
+
+impl<B: Batch> Fit<'_, B> {
+    /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
+    pub(super) fn refuse(
+        &mut self,
+        turn: usize,
+        norm: f64,
+        gradients: &[Tensor],
+        tally: &Tally,
+    ) -> Result<Option<Refusal>> {
+        if let Some(loss_scale) = &mut self.loss_scale {
+            loss_scale.update(norm.is_finite());
+            return Ok(match loss_scale.skipped {
+                0 => None,
+                LossScale::HOPELESS => Some(Refusal::Hopeless(hopeless(self.progress.step + 1))),
+                _ => Some(Refusal::Overflow),
+            });
+        }
+        if !self.trainer.config.nan_guard || norm.is_finite() {
+            return Ok(None);
+        }
+        let mut what = match self.first_loss_not_finite(tally)? {
+            Some((_, value)) if self.ranks.is_alone() && tally.losses.len() == 1 => {
+                Some(format!("the loss is {value}"))
+            }
+            Some((number, value)) => Some(format!("the loss of micro-batch {number} is {value}")),
+            None => None,
+        };
+        let name = first_not_finite(&self.turns[turn].own(&*self.ranks), gradients)?.unwrap_or_default();
+        // Each rank may know of its own parameters alone.
+        let names = self.ranks.gather_bytes(name.as_bytes())?;
+        if let Some(name) = names.iter().find(|name| !name.is_empty()) {
+            let name = String::from_utf8_lossy(name);
+            what.get_or_insert(format!("the gradient of `{name}` is not finite"));
+        }
+        let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
+        let done = self.progress.step;
+        let weights = match turn {
+            0 => format!("the weights are still those of step {done}"),
+            _ => "the optimizers before this one have moved: go on from the last checkpoint".into(),
+        };
+        Ok(Some(Refusal::Hopeless(format!(
+            "in step {} {what}; {weights}. A lower `optimizer.lr`, `trainer.clip_norm`, or a look at that step's data may \
+             help",
+            done + 1
+        ))))
+    }
+
+    /// Number and loss of the first micro-batch, of all ranks, whose loss is not finite.
+    fn first_loss_not_finite(&self, tally: &Tally) -> Result<Option<(usize, f64)>> {
+        let mut own = [f64::INFINITY, 0.];
+        for (number, loss) in tally.losses.iter().rev() {
+            let value = f64::from(loss.to_scalar::<f32>()?);
+            if !value.is_finite() {
+                own = [*number as f64, value];
+            }
+        }
+        let all = self.ranks.gather_numbers(&own)?.into_iter().map(|pair| (pair[0], pair[1]));
+        let first = all.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(number, _)| number.is_finite());
+        Ok(first.map(|(number, value)| (number as usize, value)))
+    }
+}
+
+/// What to say of fp16 that no loss scale helps.
+fn hopeless(step: u64) -> String {
+    format!(
+        "{} tries in a row of step {step} overflowed in fp16, however small the loss scale; look at that step's data and at \
+         the weights, lower `optimizer.lr`, or use `trainer.precision = \"bf16-mixed\"`, whose range is that of 32 bits",
+        LossScale::HOPELESS
+    )
+}

@@ -1,0 +1,62 @@
+//! Checkpoints of the loop.
+
+use std::path::PathBuf;
+
+use candle_core::Var;
+
+use super::Fit;
+use crate::batch::Batch;
+use crate::checkpoint::{Saver, Snapshot, State};
+use crate::collective::shard::Whole;
+use crate::error::Result;
+use crate::optim::{Average, Turn};
+use crate::trainer::phase;
+
+impl<B: Batch> Fit<'_, B> {
+    /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
+    pub(super) fn save(&mut self) -> Result<()> {
+        let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
+        // Rank 0 saves; of an optimizer's state that is shared out, all have a part.
+        let optimizer = if self.ranks.decide(is_wanted)? { Some(self.optimizer_state()?) } else { None };
+        let Some(saver) = &self.saver else { return Ok(()) };
+        let snapshot = optimizer.map(|optimizer| self.snapshot(saver, &optimizer)).transpose()?;
+        let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
+        self.tell_saved(before)
+    }
+
+    /// What the optimizers of all ranks remember, by name.
+    fn optimizer_state(&self) -> Result<Vec<(String, Var)>> {
+        let own: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
+        if !self.sharded {
+            return Ok(own);
+        }
+        let whole = Whole::new(&*self.ranks, &own)?;
+        whole.gather(&*self.ranks)?;
+        Ok(whole.vars)
+    }
+
+    fn snapshot(&self, saver: &Saver, optimizer: &[(String, Var)]) -> Result<Snapshot> {
+        let _phase = phase!("checkpoint");
+        let trainer = &*self.trainer;
+        let average = self.average.as_ref();
+        let state = State {
+            progress: self.progress,
+            seed: trainer.seed,
+            best: saver.best().to_vec(),
+            // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
+            lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
+            plateau: self.plateau,
+            loss_scale: self.loss_scale,
+            average_updates: average.map_or(0, |average| average.updates),
+            seconds: trainer.config.max_time.map(|_| self.seconds()),
+            callbacks: trainer.callback_states(),
+        };
+        Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
+    }
+
+    /// Tells the callbacks of a checkpoint that is complete.
+    pub(super) fn tell_saved(&mut self, checkpoint: Option<PathBuf>) -> Result<()> {
+        let Some(path) = checkpoint else { return Ok(()) };
+        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))
+    }
+}
