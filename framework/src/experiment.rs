@@ -213,8 +213,8 @@ impl Experiment {
         self.trainer.devices
     }
 
-    /// Trains, or times steps, as one of several processes, of which the first alone writes. Where each is a rank, `trainer.devices` is
-    /// their number on a machine, or 1, the default.
+    /// Trains, or times steps, as one of several processes, of which the first alone writes. Where each is a rank,
+    /// `trainer.devices` is their number, all told or on a machine, or 1, the default.
     pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
         let expected = [1, processes, processes / self.distributed.nodes];

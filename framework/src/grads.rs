@@ -30,11 +30,7 @@ impl Grads {
         }
         for (sum, var) in self.sums.iter_mut().zip(&turn.working) {
             let Some(gradient) = found.remove(var) else { continue };
-            let gradient = gradient.to_dtype(DType::F32)?;
-            *sum = Some(match sum.take() {
-                Some(sum) => (sum + gradient)?,
-                None => gradient.contiguous()?,
-            });
+            accumulate(sum, &gradient)?;
         }
         Ok(())
     }
@@ -59,6 +55,16 @@ impl Grads {
         }
         Ok(self.sums.into_iter().flatten().collect())
     }
+}
+
+/// Adds a gradient to what there is of it, in 32 bits.
+pub(crate) fn accumulate(sum: &mut Option<Tensor>, gradient: &Tensor) -> Result<()> {
+    let gradient = gradient.to_dtype(DType::F32)?;
+    *sum = Some(match sum.take() {
+        Some(sum) => (sum + gradient)?,
+        None => gradient.contiguous()?,
+    });
+    Ok(())
 }
 
 /// Refuses a gradient of a parameter that the module says it does not use.

@@ -5,12 +5,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
 use crate::collective::shard::Shares;
 use crate::collective::{Collective, Started, buckets, pack, unpack};
 use crate::error::Result;
-use crate::grads::{Grads, is_not_unused};
+use crate::grads::{Grads, accumulate, is_not_unused};
 use crate::optim::Turn;
 use crate::taps::Listener;
 
@@ -85,7 +85,7 @@ impl Reduction {
             sums.extend(unpack(&started()?, shapes)?);
         }
         let Plan { ranks, params, owners, .. } = &self.plan;
-        let known = Tensor::new(known, &candle_core::Device::Cpu)?;
+        let known = Tensor::new(known, &Device::Cpu)?;
         let mut known = ranks.all_reduce(&known)?.to_vec1::<f32>()?;
         let whole = known.pop().is_some_and(|ranks| ranks > 0.);
         if let Some(owners) = owners {
@@ -124,11 +124,7 @@ impl Listener for Reduction {
         is_not_unused(name, &self.plan.unused)?;
         // Of another optimizer's parameters.
         let Some(&slot) = self.plan.slots.get(name) else { return Ok(()) };
-        let gradient = gradient.to_dtype(DType::F32)?;
-        self.sums[slot] = Some(match self.sums[slot].take() {
-            Some(sum) => (sum + gradient)?,
-            None => gradient.contiguous()?,
-        });
+        accumulate(&mut self.sums[slot], gradient)?;
         if !self.is_last {
             return Ok(());
         }

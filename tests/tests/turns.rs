@@ -3,6 +3,7 @@
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
 use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, TurnConfig};
+use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::Plateau;
 use candlepower::trainer::Every;
@@ -47,19 +48,22 @@ impl Module for Duel {
 
 #[test]
 fn optimizers_take_turns_and_move_their_own_parameters_alone() {
-    for micro_batch_size in [None, Some(1)] {
+    // All these numbers are numbers of half precision, too.
+    for (micro_batch_size, precision) in
+        [(None, Precision::Full), (Some(1), Precision::Full), (None, Precision::Bf16Mixed)]
+    {
         let build = |vb: VarBuilder| {
             let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
             Ok(Duel { a: start("a", 0.)?, b: start("b", 1.)? })
         };
-        let model = Model::new(build, 0, &Device::Cpu).unwrap();
+        let model = Model::with_precision(build, 0, &Device::Cpu, precision).unwrap();
         let turn = |name: &str, lr| TurnConfig {
             name: name.into(),
             params: name.into(),
             ..TurnConfig::only(sgd(lr), Vec::new())
         };
         let recorder = Recorder::default();
-        Trainer::new(TrainerConfig { micro_batch_size, ..config(2) })
+        Trainer::new(TrainerConfig { micro_batch_size, precision, ..config(2) })
             .optimizers(vec![turn("a", 0.5), turn("b", 0.25)])
             .callback(recorder.clone())
             .fit(&model, &Data::new(Points { samples: 6 }))

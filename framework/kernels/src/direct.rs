@@ -2,8 +2,8 @@
 //!
 //! For a kernel tap, the inputs of consecutive output pixels lie a fixed distance apart, so that a row of outputs is a
 //! matrix product whose left operand is read where it lies (no im2col): its inner index runs over the taps and the
-//! channels, and neighbouring taps of a row join into one [`Run`](crate::gemm::Run). The image is copied once into a frame of zeros where
-//! there is padding. A 1x1 convolution is then the plain product over all pixels.
+//! channels, and neighbouring taps of a row join into one [`Run`](crate::gemm::Run). The image is copied once into a frame
+//! of zeros where there is padding. A 1x1 convolution is then the plain product over all pixels.
 //!
 //! The gradient of the input is the same sum from the other side. With stride s, the outputs (here: pixels of the input)
 //! fall into s x s phases, each of which sees its own taps; each phase is a [`Pass`] of stride 1.

@@ -5,12 +5,11 @@
 
 use crate::activations::{sigmoid, tanh};
 use crate::buffer::filled;
-use crate::parallel::{self, GRAIN, Shared, on_pool};
+use crate::parallel::{Shared, for_rows, on_pool};
+use crate::several::{self, Several};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::tensors::{check_type, packed, tracked, with_values};
-use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
 /// What several convolutions say about gates, added up gate by gate.
@@ -26,8 +25,11 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
     let width = first.dim(D::Minus1)? / places.len().max(1);
     for (values, places) in terms {
         check_type(op, "a term", values, DType::F32)?;
-        let leading = &values.dims()[..values.rank() - 1];
-        if leading != &first.dims()[..first.rank() - 1] || values.dim(D::Minus1)? != places.len() * width {
+        let fits = match (values.dims(), first.dims()) {
+            ([a @ .., own], [b @ .., _]) => a == b && *own == places.len() * width,
+            _ => false,
+        };
+        if !fits {
             bail!(
                 "{op}: expected terms (.., k {width}) like {:?}, got {:?} for {} gates",
                 first.dims(),
@@ -52,16 +54,8 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
 fn add(gates: usize, width: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
     let places = terms.iter().map(|(_, places)| places.to_vec()).collect();
     let op = SumGates { gates, width, places };
-    let gradients = terms.iter().any(|(values, _)| tracked(values));
-    match (terms, gradients) {
-        ([(a, _)], true) => a.apply_op1(op),
-        ([(a, _)], false) => a.apply_op1_no_bwd(&op),
-        ([(a, _), (b, _)], true) => a.apply_op2(b, op),
-        ([(a, _), (b, _)], false) => a.apply_op2_no_bwd(b, &op),
-        ([(a, _), (b, _), (c, _)], true) => a.apply_op3(b, c, op),
-        ([(a, _), (b, _), (c, _)], false) => a.apply_op3_no_bwd(b, c, &op),
-        _ => bail!("sum_gates: takes one to three terms at once, got {}", terms.len()),
-    }
+    let tensors: Vec<&Tensor> = terms.iter().map(|(values, _)| *values).collect();
+    several::apply(&tensors, op)
 }
 
 struct SumGates {
@@ -72,28 +66,6 @@ struct SumGates {
 }
 
 impl SumGates {
-    fn run(&self, terms: &[&[f32]], like: &Layout) -> (CpuStorage, Shape) {
-        let (gates, width) = (self.gates, self.width);
-        let rows = terms[0].len() / (self.places[0].len() * width);
-        let mut sources: Vec<Vec<(&[f32], usize, usize)>> = vec![Vec::new(); gates];
-        for (values, places) in terms.iter().zip(&self.places) {
-            for (gate, &place) in places.iter().enumerate() {
-                sources[place].push((values, places.len() * width, gate * width));
-            }
-        }
-        let level = Level::current();
-        let fill = |sum: Shared| {
-            for_rows(rows, gates * width, |rows| {
-                level.run(SumRows { sources: &sources, width, sum, rows });
-            });
-        };
-        // SAFETY: every gate of every row is written.
-        let sum = unsafe { filled(rows * gates * width, |sum| on_pool(|| fill(sum))) };
-        let dims = like.dims();
-        let shape = [&dims[..dims.len() - 1], &[gates * width]].concat();
-        (CpuStorage::F32(sum), shape.into())
-    }
-
     /// The gradient of a term: that of its gates.
     fn gradient(&self, term: usize, values: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
         if !values.track_op() {
@@ -123,6 +95,38 @@ impl SumGates {
             Ok(unsafe { filled(values.elem_count(), |to| on_pool(|| fill(to))) })
         })?;
         Ok(Some(Tensor::from_vec(gradient, values.shape(), &Device::Cpu)?))
+    }
+}
+
+impl Several for SumGates {
+    fn name(&self) -> &'static str {
+        "sum_gates"
+    }
+
+    fn run(&self, terms: &[&[f32]], like: &Layout) -> (CpuStorage, Shape) {
+        let (gates, width) = (self.gates, self.width);
+        let rows = terms[0].len() / (self.places[0].len() * width);
+        let mut sources: Vec<Vec<(&[f32], usize, usize)>> = vec![Vec::new(); gates];
+        for (values, places) in terms.iter().zip(&self.places) {
+            for (gate, &place) in places.iter().enumerate() {
+                sources[place].push((values, places.len() * width, gate * width));
+            }
+        }
+        let level = Level::current();
+        let fill = |sum: Shared| {
+            for_rows(rows, gates * width, |rows| {
+                level.run(SumRows { sources: &sources, width, sum, rows });
+            });
+        };
+        // SAFETY: every gate of every row is written.
+        let sum = unsafe { filled(rows * gates * width, |sum| on_pool(|| fill(sum))) };
+        let dims = like.dims();
+        let shape = [&dims[..dims.len() - 1], &[gates * width]].concat();
+        (CpuStorage::F32(sum), shape.into())
+    }
+
+    fn gradients(&self, terms: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        terms.iter().enumerate().map(|(term, values)| self.gradient(term, values, d)).collect()
     }
 }
 
@@ -156,69 +160,6 @@ impl Kernel for SumRows<'_> {
                 }
             }
         }
-    }
-}
-
-impl CustomOp1 for SumGates {
-    fn name(&self) -> &'static str {
-        "sum_gates"
-    }
-    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[&packed(a, la)?], la))
-    }
-    fn bwd(&self, a: &Tensor, _: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
-        self.gradient(0, a, d)
-    }
-}
-
-impl CustomOp2 for SumGates {
-    fn name(&self) -> &'static str {
-        "sum_gates"
-    }
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        la: &Layout,
-        b: &CpuStorage,
-        lb: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[&packed(a, la)?, &packed(b, lb)?], la))
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok((self.gradient(0, a, d)?, self.gradient(1, b, d)?))
-    }
-}
-
-impl CustomOp3 for SumGates {
-    fn name(&self) -> &'static str {
-        "sum_gates"
-    }
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        la: &Layout,
-        b: &CpuStorage,
-        lb: &Layout,
-        c: &CpuStorage,
-        lc: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[&packed(a, la)?, &packed(b, lb)?, &packed(c, lc)?], la))
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        Ok((self.gradient(0, a, d)?, self.gradient(1, b, d)?, self.gradient(2, c, d)?))
     }
 }
 
@@ -265,7 +206,7 @@ fn count(op: &str, gates: &Tensor, like: &Tensor) -> Result<usize> {
     }
 }
 
-fn check_place(op: &str, count: usize, place: usize) -> Result<()> {
+pub(crate) fn check_place(op: &str, count: usize, place: usize) -> Result<()> {
     if place >= count {
         bail!("{op}: there is no gate {place} among {count}");
     }
@@ -656,227 +597,6 @@ impl CustomOp3 for Output {
     }
 }
 
-/// A gate's place in a tensor (.., k N) of k gates of N channels.
-pub type Gate<'a> = (&'a Tensor, usize);
-
-/// sigmoid(gate) a + (1 - sigmoid(gate)) b, (.., N), of `width` N. The three may be gates of one tensor, or of several.
-/// Differentiable in all.
-///
-/// # Errors
-/// Where the shapes do not fit together, two of the three are the same, or a tensor is not f32 on the CPU.
-pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
-    let op = "blend";
-    let mut sources: Vec<&Tensor> = Vec::new();
-    let mut places = [(0, 0); 3];
-    for (to, (values, place)) in places.iter_mut().zip([gate, a, b]) {
-        check_type(op, "a gate", values, DType::F32)?;
-        let (leading, like) = (&values.dims()[..values.rank() - 1], &gate.0.dims()[..gate.0.rank() - 1]);
-        let wide = values.dim(D::Minus1)?;
-        if leading != like || width == 0 || wide % width != 0 {
-            bail!("{op}: expected (.., k {width}) like {:?}, got {:?}", gate.0.dims(), values.dims());
-        }
-        check_place(op, wide / width, place)?;
-        let known = sources.iter().position(|source| source.id() == values.id());
-        let source = known.unwrap_or_else(|| {
-            sources.push(values);
-            sources.len() - 1
-        });
-        *to = (source, place);
-    }
-    if places[0] == places[1] || places[0] == places[2] || places[1] == places[2] {
-        bail!("{op}: a gate is asked for twice");
-    }
-    let op = Blend { width, places };
-    let gradients = sources.iter().any(|&values| tracked(values));
-    match (&sources[..], gradients) {
-        (&[a], true) => a.apply_op1(op),
-        (&[a], false) => a.apply_op1_no_bwd(&op),
-        (&[a, b], true) => a.apply_op2(b, op),
-        (&[a, b], false) => a.apply_op2_no_bwd(b, &op),
-        (&[a, b, c], true) => a.apply_op3(b, c, op),
-        (&[a, b, c], false) => a.apply_op3_no_bwd(b, c, &op),
-        _ => bail!("blend: takes one to three tensors, got {}", sources.len()),
-    }
-}
-
-struct Blend {
-    width: usize,
-    /// Of the gate, a and b: which of the op's tensors, and where in it.
-    places: [(usize, usize); 3],
-}
-
-/// Rows of a blend: forwards, or, where there is a gradient, backwards.
-struct BlendRows<'a> {
-    /// Of the gate, a and b: values, floats from row to row, where it begins in a row.
-    from: [(&'a [f32], usize, usize); 3],
-    to: BlendTo<'a>,
-    width: usize,
-    rows: Range<usize>,
-}
-
-#[derive(Clone, Copy)]
-enum BlendTo<'a> {
-    Output(Shared),
-    /// Of the gate, a and b, at the places where their values are.
-    Gradients {
-        d: &'a [f32],
-        to: [Option<Shared>; 3],
-    },
-}
-
-impl Kernel for BlendRows<'_> {
-    #[inline(always)]
-    unsafe fn run<S: Simd>(self) {
-        let BlendRows { from, to, width, rows } = self;
-        for row in rows {
-            for channel in (0..width).step_by(LANES) {
-                let lanes = LANES.min(width - channel);
-                let at = row * width + channel;
-                // SAFETY: the row exists, and belongs to this task.
-                unsafe {
-                    let places = from.map(|(_, stride, offset)| row * stride + offset + channel);
-                    let load = |role: usize| S::load_lanes(from[role].0.as_ptr().add(places[role]), lanes);
-                    let (open, a, b) = (sigmoid(load(0)), load(1), load(2));
-                    match to {
-                        BlendTo::Output(output) => {
-                            open.mul_add(a.sub(b), b).store_lanes(output.at(at), lanes);
-                        }
-                        BlendTo::Gradients { d, to } => {
-                            let d = S::load_lanes(d.as_ptr().add(at), lanes);
-                            let da = d.mul(open);
-                            let slope = open.neg_mul_add(open, open);
-                            let gradients = [d.mul(a.sub(b)).mul(slope), da, d.sub(da)];
-                            for role in 0..3 {
-                                if let Some(to) = to[role] {
-                                    gradients[role].store_lanes(to.at(places[role]), lanes);
-                                }
-                            }
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-impl Blend {
-    fn from<'a>(&self, sources: &[&'a [f32]], rows: usize) -> [(&'a [f32], usize, usize); 3] {
-        self.places.map(|(source, place)| (sources[source], sources[source].len() / rows, place * self.width))
-    }
-
-    fn run(&self, sources: &[&[f32]], like: &Layout) -> (CpuStorage, Shape) {
-        let (width, level) = (self.width, Level::current());
-        let dims = like.dims();
-        let leading = &dims[..dims.len() - 1];
-        let rows: usize = leading.iter().product();
-        let from = self.from(sources, rows);
-        let fill = |output: Shared| {
-            for_rows(rows, width, |rows| {
-                level.run(BlendRows { from, to: BlendTo::Output(output), width, rows });
-            });
-        };
-        // SAFETY: every row is written.
-        let output = unsafe { filled(rows * width, |output| on_pool(|| fill(output))) };
-        (CpuStorage::F32(output), [leading, &[width]].concat().into())
-    }
-
-    fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let mut gradients: Vec<Option<Vec<f32>>> =
-            tensors.iter().map(|x| x.track_op().then(|| vec![0f32; x.elem_count()])).collect();
-        let pointers: Vec<Option<Shared>> =
-            gradients.iter_mut().map(|gradient| gradient.as_deref_mut().map(Shared::new)).collect();
-        let (width, level) = (self.width, Level::current());
-        let run = |sources: &[&[f32]], d: &[f32]| {
-            let rows = d.len() / width;
-            let from = self.from(sources, rows);
-            let to = BlendTo::Gradients { d, to: self.places.map(|(source, _)| pointers[source]) };
-            on_pool(|| for_rows(rows, 3 * width, |rows| level.run(BlendRows { from, to, width, rows })));
-            Ok(())
-        };
-        with_values(d, |d| match tensors {
-            [a] => with_values(a, |a| run(&[a], d)),
-            [a, b] => with_values(a, |a| with_values(b, |b| run(&[a, b], d))),
-            [a, b, c] => with_values(a, |a| with_values(b, |b| with_values(c, |c| run(&[a, b, c], d)))),
-            _ => bail!("blend: takes one to three tensors, got {}", tensors.len()),
-        })?;
-        let tensor = |(gradient, x): (Option<Vec<f32>>, &&Tensor)| {
-            gradient.map(|gradient| Tensor::from_vec(gradient, x.shape(), &Device::Cpu)).transpose()
-        };
-        gradients.into_iter().zip(tensors).map(tensor).collect()
-    }
-}
-
-impl CustomOp1 for Blend {
-    fn name(&self) -> &'static str {
-        "blend"
-    }
-    fn cpu_fwd(&self, a: &CpuStorage, la: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[&packed(a, la)?], la))
-    }
-    fn bwd(&self, a: &Tensor, _: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.gradients(&[a], d)?.swap_remove(0))
-    }
-}
-
-impl CustomOp2 for Blend {
-    fn name(&self) -> &'static str {
-        "blend"
-    }
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        la: &Layout,
-        b: &CpuStorage,
-        lb: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[&packed(a, la)?, &packed(b, lb)?], la))
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let mut gradients = self.gradients(&[a, b], d)?.into_iter();
-        Ok((gradients.next().flatten(), gradients.next().flatten()))
-    }
-}
-
-impl CustomOp3 for Blend {
-    fn name(&self) -> &'static str {
-        "blend"
-    }
-    fn cpu_fwd(
-        &self,
-        a: &CpuStorage,
-        la: &Layout,
-        b: &CpuStorage,
-        lb: &Layout,
-        c: &CpuStorage,
-        lc: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&[&packed(a, la)?, &packed(b, lb)?, &packed(c, lc)?], la))
-    }
-    fn bwd(
-        &self,
-        a: &Tensor,
-        b: &Tensor,
-        c: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut gradients = self.gradients(&[a, b, c], d)?.into_iter();
-        Ok((gradients.next().flatten(), gradients.next().flatten(), gradients.next().flatten()))
-    }
-}
-
 fn last(dims: &[usize]) -> usize {
     dims.last().copied().unwrap_or(1)
-}
-
-/// Rows of `floats` floats, in tasks that pay for a thread.
-fn for_rows(rows: usize, floats: usize, f: impl Fn(Range<usize>) + Sync + Send) {
-    let in_task = (GRAIN / floats.max(1)).clamp(1, rows.max(1));
-    parallel::for_each(rows.div_ceil(in_task), |task| f(task * in_task..rows.min((task + 1) * in_task)));
 }

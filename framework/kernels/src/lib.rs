@@ -4,6 +4,7 @@
 
 mod activations;
 mod attend;
+mod blend;
 mod buffer;
 mod cell;
 mod conv2d;
@@ -21,6 +22,7 @@ mod gemm;
 mod kept;
 mod parallel;
 mod recall;
+mod several;
 mod shared_conv;
 mod simd;
 mod softmax;
@@ -30,6 +32,7 @@ pub mod updates;
 mod winograd;
 
 pub use attend::attend;
+pub use blend::{Gate, blend};
 pub use buffer::{keep_freed_memory, release_scratch};
 pub use conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm};
 pub use conv_lstm_cell::conv_lstm_cell;
@@ -41,7 +44,7 @@ pub use devices::{
     BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
     to_device,
 };
-pub use gates::{Gate, MemoryUpdate, OutputGate, blend, memory_update, open_output, sum_gates};
+pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
 pub use kept::Kept;
 pub use parallel::idle_soon;
 pub use recall::recall;

@@ -6,6 +6,7 @@
 use crate::float::Float;
 use crate::simd::Simd;
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Tells candle's own threads, which share the processor's cores with rayon's, to sleep soon after an operation: by default
 /// they wait at full speed for half a millisecond, on cores that kernels need. For the start of a program that trains; does
@@ -38,6 +39,12 @@ pub(crate) fn for_each(n: usize, f: impl Fn(usize) + Sync + Send) {
         1 => f(0),
         _ => (0..n).into_par_iter().with_max_len(1).for_each(f),
     }
+}
+
+/// `f` of all of so many rows of `floats` floats, in tasks that pay for a thread.
+pub(crate) fn for_rows(rows: usize, floats: usize, f: impl Fn(Range<usize>) + Sync + Send) {
+    let in_task = (GRAIN / floats.max(1)).clamp(1, rows.max(1));
+    for_each(rows.div_ceil(in_task), |task| f(task * in_task..rows.min((task + 1) * in_task)));
 }
 
 /// As `for_each`, where each task also gets a scratch that it may leave dirty for the next.

@@ -28,7 +28,7 @@ pub fn recall(asked: &Tensor, keys: &[Kept], values: &[Kept], scale: f64) -> Res
         bail!("recall: expected {:?}, got {:?}", asked.dims(), other.values().dims());
     }
     let number = Kept::numbers(keys.iter().chain(values))?;
-    let (samples, len) = (asked.dims()[0], asked.elem_count() / asked.dims()[0]);
+    let (samples, len) = (asked.dims()[0], asked.dims()[1..].iter().product());
     let op = Recall {
         keys: keys.to_vec(),
         values: values.to_vec(),

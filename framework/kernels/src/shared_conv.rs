@@ -11,8 +11,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 /// A 'same' convolution of stride 1, as [`conv2d`], for a weight that is used many times before it changes.
 ///
 /// The weight is transformed once for all uses, and so is its gradient: between the uses' backward passes it is summed in
-/// Winograd's domain, and handed to the weight after the last of them. So is that of a bias. Kernels that Winograd does not serve are left to
-/// [`conv2d`].
+/// Winograd's domain, and handed to the weight after the last of them. So is that of a bias. Kernels that Winograd does not
+/// serve are left to [`conv2d`].
 #[derive(Debug, Clone)]
 pub struct SharedConv {
     weight: Tensor,
@@ -144,8 +144,8 @@ impl Transformed {
     }
 }
 
-/// Stands for the weight and the bias in the graph: a number that every use depends on. By the time its gradient is asked for, all uses
-/// have added theirs.
+/// Stands for the weight and the bias in the graph: a number that every use depends on. By the time its gradient is asked
+/// for, all uses have added theirs.
 struct UseOf(Arc<Transformed>);
 
 impl UseOf {

@@ -3,7 +3,7 @@
 
 use crate::activations::exp_below;
 use crate::buffer::filled;
-use crate::parallel::{self, GRAIN, Shared, on_pool};
+use crate::parallel::{Shared, for_rows, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::tensors::{check_type, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
@@ -48,16 +48,12 @@ struct Softmax {
 }
 
 impl Softmax {
-    /// Runs `f` over all rows, in tasks that pay for a thread.
+    /// Runs `f` on the place of each of the rows that `len` values are.
     fn for_rows(&self, len: usize, f: impl Fn(Range<usize>) + Sync + Send) {
-        let rows = len / self.width;
-        let in_task = (GRAIN / self.width).clamp(1, rows);
+        let width = self.width;
+        let rows = len.checked_div(width).unwrap_or(0);
         on_pool(|| {
-            parallel::for_each(rows.div_ceil(in_task), |task| {
-                for row in task * in_task..rows.min((task + 1) * in_task) {
-                    f(row * self.width..(row + 1) * self.width);
-                }
-            });
+            for_rows(rows, width, |rows| rows.for_each(|row| f(row * width..(row + 1) * width)));
         });
     }
 }

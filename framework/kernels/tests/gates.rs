@@ -182,6 +182,11 @@ fn errors_name_what_does_not_fit() {
     assert!(text(blend(4, (&gates, 0), (&gates, 3), (&memory, 0))).contains("no gate 3 among 3"));
     assert!(text(blend(4, (&gates, 0), (&gates, 1), (&gates, 0))).contains("twice"));
     assert!(text(blend(5, (&gates, 0), (&gates, 1), (&gates, 2))).contains("(.., k 5)"));
+    let number = random(&[], 5);
+    assert!(text(blend(4, (&gates, 0), (&number, 0), (&memory, 0))).contains("got []"));
+    assert!(text(sum_gates(3, &[(&gates, &[0, 1, 2]), (&number, &[0])])).contains("got []"));
+    let none = random(&[0, 12], 6);
+    assert_eq!(blend(4, (&none, 0), (&none, 1), (&none, 2)).unwrap().dims(), [0, 4]);
     let fits = MemoryUpdate { forget: None, ..update };
     assert!(text(memory_update(&gates, &random(&[2, 5], 3), fits)).contains("[2, 12] and [2, 5]"));
     assert!(text(open_output(OutputGate::Tanh, &gates, 7, None, &memory)).contains("no gate 7"));

@@ -370,8 +370,8 @@ fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key) -> Result<Plan> {
 }
 
 /// Picks, of the algorithms that cuDNN lists with the one that it thinks quickest first, the first that is there, gives the
-/// same bits every time, and does with little memory, or the least there is: a training that goes on from a checkpoint then ends as one that was
-/// never interrupted.
+/// same bits every time, so that a training that goes on from a checkpoint ends as one that was never interrupted, and does
+/// with little memory; where none does, the one that needs least.
 macro_rules! best {
     ($name:ident, $algorithm:ty, $performance:ty, $list:path, $workspace:path, [$a:ident, $b:ident, $c:ident, $d:ident]) => {
         /// # Safety

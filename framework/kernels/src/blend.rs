@@ -1,0 +1,165 @@
+//! A gate between two values, as one candle op.
+
+use crate::activations::sigmoid;
+use crate::buffer::filled;
+use crate::gates::check_place;
+use crate::parallel::{Shared, for_rows, on_pool};
+use crate::several::{self, Several};
+use crate::simd::{Kernel, LANES, Level, Simd};
+use crate::tensors::{check_type, with_values};
+use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
+use std::ops::Range;
+
+/// A gate's place in a tensor (.., k N) of k gates of N channels.
+pub type Gate<'a> = (&'a Tensor, usize);
+
+/// sigmoid(gate) a + (1 - sigmoid(gate)) b, (.., N), of `width` N. The three may be gates of one tensor, or of several.
+/// Differentiable in all.
+///
+/// # Errors
+/// Where the shapes do not fit together, two of the three are the same, or a tensor is not f32 on the CPU.
+pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
+    let op = "blend";
+    let mut sources: Vec<&Tensor> = Vec::new();
+    let mut places = [Place::default(); 3];
+    for (to, (values, place)) in places.iter_mut().zip([gate, a, b]) {
+        check_type(op, "a gate", values, DType::F32)?;
+        let stride = match (values.dims(), gate.0.dims()) {
+            (&[ref own @ .., wide], [like @ .., _]) if own == like && width > 0 && wide % width == 0 => wide,
+            (own, like) => bail!("{op}: expected (.., k {width}) like {like:?}, got {own:?}"),
+        };
+        check_place(op, stride / width, place)?;
+        let known = sources.iter().position(|source| source.id() == values.id());
+        let source = known.unwrap_or_else(|| {
+            sources.push(values);
+            sources.len() - 1
+        });
+        *to = Place { source, stride, offset: place * width };
+    }
+    if places[0] == places[1] || places[0] == places[2] || places[1] == places[2] {
+        bail!("{op}: a gate is asked for twice");
+    }
+    several::apply(&sources, Blend { width, places })
+}
+
+/// Where a gate lies: in which of the op's tensors, floats from row to row, and where it begins in a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Place {
+    source: usize,
+    stride: usize,
+    offset: usize,
+}
+
+struct Blend {
+    width: usize,
+    /// Of the gate, a and b.
+    places: [Place; 3],
+}
+
+/// Rows of a blend: forwards, or, where there is a gradient, backwards.
+struct BlendRows<'a> {
+    /// Of the gate, a and b: values, floats from row to row, where it begins in a row.
+    from: [(&'a [f32], usize, usize); 3],
+    to: BlendTo<'a>,
+    width: usize,
+    rows: Range<usize>,
+}
+
+#[derive(Clone, Copy)]
+enum BlendTo<'a> {
+    Output(Shared),
+    /// Of the gate, a and b, at the places where their values are.
+    Gradients {
+        d: &'a [f32],
+        to: [Option<Shared>; 3],
+    },
+}
+
+impl Kernel for BlendRows<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let BlendRows { from, to, width, rows } = self;
+        for row in rows {
+            for channel in (0..width).step_by(LANES) {
+                let lanes = LANES.min(width - channel);
+                let at = row * width + channel;
+                // SAFETY: the row exists, and belongs to this task.
+                unsafe {
+                    let places = from.map(|(_, stride, offset)| row * stride + offset + channel);
+                    let load = |role: usize| S::load_lanes(from[role].0.as_ptr().add(places[role]), lanes);
+                    let (open, a, b) = (sigmoid(load(0)), load(1), load(2));
+                    match to {
+                        BlendTo::Output(output) => {
+                            open.mul_add(a.sub(b), b).store_lanes(output.at(at), lanes);
+                        }
+                        BlendTo::Gradients { d, to } => {
+                            let d = S::load_lanes(d.as_ptr().add(at), lanes);
+                            let da = d.mul(open);
+                            let slope = open.neg_mul_add(open, open);
+                            let gradients = [d.mul(a.sub(b)).mul(slope), da, d.sub(da)];
+                            for role in 0..3 {
+                                if let Some(to) = to[role] {
+                                    gradients[role].store_lanes(to.at(places[role]), lanes);
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Blend {
+    /// Values, and where they lie in them, of the gate, a and b.
+    fn from<'a>(&self, sources: &[&'a [f32]]) -> [(&'a [f32], usize, usize); 3] {
+        self.places.map(|Place { source, stride, offset }| (sources[source], stride, offset))
+    }
+}
+
+impl Several for Blend {
+    fn name(&self) -> &'static str {
+        "blend"
+    }
+
+    fn run(&self, sources: &[&[f32]], first: &Layout) -> (CpuStorage, Shape) {
+        let (width, level) = (self.width, Level::current());
+        let dims = first.dims();
+        let leading = &dims[..dims.len() - 1];
+        let rows: usize = leading.iter().product();
+        let from = self.from(sources);
+        let fill = |output: Shared| {
+            for_rows(rows, width, |rows| {
+                level.run(BlendRows { from, to: BlendTo::Output(output), width, rows });
+            });
+        };
+        // SAFETY: every row is written.
+        let output = unsafe { filled(rows * width, |output| on_pool(|| fill(output))) };
+        (CpuStorage::F32(output), [leading, &[width]].concat().into())
+    }
+
+    fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let mut gradients: Vec<Option<Vec<f32>>> =
+            tensors.iter().map(|x| x.track_op().then(|| vec![0f32; x.elem_count()])).collect();
+        let pointers: Vec<Option<Shared>> =
+            gradients.iter_mut().map(|gradient| gradient.as_deref_mut().map(Shared::new)).collect();
+        let (width, level) = (self.width, Level::current());
+        let run = |sources: &[&[f32]], d: &[f32]| {
+            let from = self.from(sources);
+            let to = BlendTo::Gradients { d, to: self.places.map(|place| pointers[place.source]) };
+            let rows = d.len() / width;
+            on_pool(|| for_rows(rows, 3 * width, |rows| level.run(BlendRows { from, to, width, rows })));
+            Ok(())
+        };
+        with_values(d, |d| match tensors {
+            [a] => with_values(a, |a| run(&[a], d)),
+            [a, b] => with_values(a, |a| with_values(b, |b| run(&[a, b], d))),
+            [a, b, c] => with_values(a, |a| with_values(b, |b| with_values(c, |c| run(&[a, b, c], d)))),
+            _ => bail!("blend: takes one to three tensors, got {}", tensors.len()),
+        })?;
+        let tensor = |(gradient, x): (Option<Vec<f32>>, &&Tensor)| {
+            gradient.map(|gradient| Tensor::from_vec(gradient, x.shape(), &Device::Cpu)).transpose()
+        };
+        gradients.into_iter().zip(tensors).map(tensor).collect()
+    }
+}
