@@ -15,7 +15,7 @@ const STRETCH: usize = 16;
 /// e^x / (the sum of e^x over the last axis), (.., N) to the same. Differentiable.
 ///
 /// # Errors
-/// Where x has no axis, or is not f32 on the CPU.
+/// Where x has no axis or no elements, or is not f32 on the CPU.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     check_type("softmax", "x", x, DType::F32)?;
     let Some(&width) = x.dims().last() else { bail!("softmax: x has no axis") };
@@ -51,9 +51,8 @@ impl Softmax {
     /// Runs `f` on the place of each of the rows that `len` values are.
     fn for_rows(&self, len: usize, f: impl Fn(Range<usize>) + Sync + Send) {
         let width = self.width;
-        let rows = len.checked_div(width).unwrap_or(0);
         on_pool(|| {
-            for_rows(rows, width, |rows| rows.for_each(|row| f(row * width..(row + 1) * width)));
+            for_rows(len / width, width, |rows| rows.for_each(|row| f(row * width..(row + 1) * width)));
         });
     }
 }

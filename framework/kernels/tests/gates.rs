@@ -185,8 +185,6 @@ fn errors_name_what_does_not_fit() {
     let number = random(&[], 5);
     assert!(text(blend(4, (&gates, 0), (&number, 0), (&memory, 0))).contains("got []"));
     assert!(text(sum_gates(3, &[(&gates, &[0, 1, 2]), (&number, &[0])])).contains("got []"));
-    let none = random(&[0, 12], 6);
-    assert_eq!(blend(4, (&none, 0), (&none, 1), (&none, 2)).unwrap().dims(), [0, 4]);
     let fits = MemoryUpdate { forget: None, ..update };
     assert!(text(memory_update(&gates, &random(&[2, 5], 3), fits)).contains("[2, 12] and [2, 5]"));
     assert!(text(open_output(OutputGate::Tanh, &gates, 7, None, &memory)).contains("no gate 7"));

@@ -101,7 +101,7 @@ fn errors_name_what_does_not_fit() {
         recall(&random(&[2, 4], 2), keys, values, 1.).unwrap_err().to_string()
     };
     assert!(text(&[], &[]).contains("0 keys"));
-    assert!(Kept::new(&random(&[0, 4], 1)).unwrap_err().to_string().contains("expected elements"));
+    assert!(Kept::new(&random(&[0, 4], 1)).unwrap_err().to_string().contains("no elements"));
     assert!(text(&[kept(&[2, 4])], &[]).contains("1 keys and 0 values"));
     assert!(text(&[kept(&[2, 4])], &[kept(&[2, 5])]).contains("got [2, 5]"));
 }
