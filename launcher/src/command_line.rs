@@ -40,7 +40,7 @@ pub(crate) enum Command {
         #[arg(long)]
         profile: bool,
     },
-    /// Train under supervision: what fails is named, ended within seconds, and taken up again.
+    /// Train under supervision: what fails is named, ended within seconds, and taken up again
     ///
     /// Starts `train` and watches it. A rank that panics, errors, is killed, or makes no step for
     /// `distributed.hang_timeout` takes all others down; then `train` goes on from the run's last good checkpoint, up to
