@@ -1,0 +1,502 @@
+//! libcudnn: convolutions, as products with all windows of an image.
+//!
+//! Source: "cuDNN API", version 9, the calls that it names legacy.
+
+use crate::device::{Progress, device, owner};
+use crate::driver::{current, give, leaked};
+use crate::memory::Memory;
+use crate::numbers::{Kind, Matrix, multiply, read, to_tf32, write};
+use std::ffi::{c_char, c_int, c_void};
+use std::sync::Arc;
+
+const BAD_PARAM: c_int = 2000;
+const NOT_SUPPORTED: c_int = 3000;
+const FAILED: c_int = 5000;
+
+/// Bytes that each algorithm wants to work in.
+const WORKSPACE: usize = 4096;
+/// Of an algorithm that gives other bits each time, and of one that does not.
+const LOOSE: c_int = 0;
+const STRICT: c_int = 1;
+/// 32 bits are 32 bits.
+const FMA: c_int = 3;
+
+#[derive(Debug)]
+pub(crate) struct Handle {
+    stream: u64,
+    ordinal: usize,
+}
+
+/// Of a tensor (n, c, h, w), or a filter (outputs, inputs, h, w).
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Tensor {
+    dims: [usize; 4],
+    strides: [usize; 4],
+    kind: c_int,
+}
+
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Options {
+    padding: [usize; 2],
+    stride: [usize; 2],
+    dilation: [usize; 2],
+    groups: usize,
+    math: c_int,
+}
+
+/// What the library says of an algorithm.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct Candidate {
+    algorithm: c_int,
+    status: c_int,
+    time: f32,
+    memory: usize,
+    deterministic: c_int,
+    math: c_int,
+    reserved: [c_int; 3],
+}
+
+fn packed(dims: [usize; 4], channels_last: bool) -> [usize; 4] {
+    let [_, c, h, w] = dims;
+    if channels_last { [c * h * w, 1, w * c, c] } else { [c * h * w, h * w, w, 1] }
+}
+
+fn kind(kind: c_int) -> Result<Kind, c_int> {
+    Ok(match kind {
+        0 => Kind::F32,
+        1 => Kind::F64,
+        2 => Kind::F16,
+        9 => Kind::BF16,
+        _ => return Err(NOT_SUPPORTED),
+    })
+}
+
+macro_rules! library {
+    ($(fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => { $(
+        #[unsafe(no_mangle)]
+        unsafe extern "C" fn $name($($argument: $type),*) -> c_int {
+            let body = move || -> Result<(), i32> { $body };
+            body().err().unwrap_or(0)
+        }
+    )* };
+}
+
+fn size(x: c_int) -> Result<usize, c_int> {
+    usize::try_from(x).map_err(|_| BAD_PARAM)
+}
+
+library! {
+    fn cudnnCreate(to: *mut *mut Handle) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, Box::into_raw(Box::new(Handle { stream: 0, ordinal: current()? }))) }
+    }
+    fn cudnnDestroy(handle: *mut Handle) {
+        // SAFETY: made by `cudnnCreate`.
+        drop(unsafe { Box::from_raw(handle) });
+        Ok(())
+    }
+    fn cudnnSetStream(handle: *mut Handle, stream: u64) {
+        // SAFETY: made by `cudnnCreate`.
+        unsafe { (*handle).stream = stream };
+        Ok(())
+    }
+    fn cudnnCreateTensorDescriptor(to: *mut *mut Tensor) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, Box::into_raw(Box::default())) }
+    }
+    fn cudnnDestroyTensorDescriptor(tensor: *mut Tensor) {
+        // SAFETY: made by `cudnnCreateTensorDescriptor`.
+        drop(unsafe { Box::from_raw(tensor) });
+        Ok(())
+    }
+    fn cudnnCreateFilterDescriptor(to: *mut *mut Tensor) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, Box::into_raw(Box::default())) }
+    }
+    fn cudnnDestroyFilterDescriptor(tensor: *mut Tensor) {
+        // SAFETY: made by `cudnnCreateFilterDescriptor`.
+        drop(unsafe { Box::from_raw(tensor) });
+        Ok(())
+    }
+    fn cudnnCreateConvolutionDescriptor(to: *mut *mut Options) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, Box::into_raw(Box::new(Options { groups: 1, ..Options::default() }))) }
+    }
+    fn cudnnDestroyConvolutionDescriptor(options: *mut Options) {
+        // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
+        drop(unsafe { Box::from_raw(options) });
+        Ok(())
+    }
+    fn cudnnSetTensor4dDescriptor(to: *mut Tensor, format: c_int, kind: c_int, n: c_int, c: c_int, h: c_int, w: c_int) {
+        let dims = [size(n)?, size(c)?, size(h)?, size(w)?];
+        // SAFETY: made by `cudnnCreateTensorDescriptor`.
+        unsafe { give(to, Tensor { dims, strides: packed(dims, format == 1), kind }) }
+    }
+    fn cudnnSetTensor4dDescriptorEx(
+        to: *mut Tensor, kind: c_int, n: c_int, c: c_int, h: c_int, w: c_int,
+        n_stride: c_int, c_stride: c_int, h_stride: c_int, w_stride: c_int,
+    ) {
+        let dims = [size(n)?, size(c)?, size(h)?, size(w)?];
+        let strides = [size(n_stride)?, size(c_stride)?, size(h_stride)?, size(w_stride)?];
+        // SAFETY: made by `cudnnCreateTensorDescriptor`.
+        unsafe { give(to, Tensor { dims, strides, kind }) }
+    }
+    fn cudnnSetFilter4dDescriptor(to: *mut Tensor, kind: c_int, format: c_int, k: c_int, c: c_int, h: c_int, w: c_int) {
+        let dims = [size(k)?, size(c)?, size(h)?, size(w)?];
+        // SAFETY: made by `cudnnCreateFilterDescriptor`.
+        unsafe { give(to, Tensor { dims, strides: packed(dims, format == 1), kind }) }
+    }
+    fn cudnnSetConvolution2dDescriptor(
+        to: *mut Options, padding_h: c_int, padding_w: c_int, stride_h: c_int, stride_w: c_int,
+        dilation_h: c_int, dilation_w: c_int, mode: c_int, _compute: c_int,
+    ) {
+        if mode != 1 {
+            return Err(NOT_SUPPORTED); // No flipped filters.
+        }
+        // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
+        let options = unsafe { &mut *to };
+        options.padding = [size(padding_h)?, size(padding_w)?];
+        options.stride = [size(stride_h)?, size(stride_w)?];
+        options.dilation = [size(dilation_h)?, size(dilation_w)?];
+        Ok(())
+    }
+    fn cudnnSetConvolutionGroupCount(to: *mut Options, groups: c_int) {
+        // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
+        unsafe { (*to).groups = size(groups)? };
+        Ok(())
+    }
+    fn cudnnSetConvolutionMathType(to: *mut Options, math: c_int) {
+        // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
+        unsafe { (*to).math = math };
+        Ok(())
+    }
+    fn cudnnGetConvolutionForwardAlgorithm_v7(
+        _handle: *mut Handle, x: *const Tensor, w: *const Tensor, options: *const Options, _y: *const Tensor,
+        room: c_int, count: *mut c_int, list: *mut Candidate,
+    ) {
+        // SAFETY: the caller's descriptors and list.
+        unsafe { candidates(&*x, &*w, &*options, room, count, list) }
+    }
+    fn cudnnGetConvolutionBackwardDataAlgorithm_v7(
+        _handle: *mut Handle, w: *const Tensor, _dy: *const Tensor, options: *const Options, dx: *const Tensor,
+        room: c_int, count: *mut c_int, list: *mut Candidate,
+    ) {
+        // SAFETY: the caller's descriptors and list.
+        unsafe { candidates(&*dx, &*w, &*options, room, count, list) }
+    }
+    fn cudnnGetConvolutionBackwardFilterAlgorithm_v7(
+        _handle: *mut Handle, x: *const Tensor, _dy: *const Tensor, options: *const Options, dw: *const Tensor,
+        room: c_int, count: *mut c_int, list: *mut Candidate,
+    ) {
+        // SAFETY: the caller's descriptors and list.
+        unsafe { candidates(&*x, &*dw, &*options, room, count, list) }
+    }
+    fn cudnnGetConvolutionForwardWorkspaceSize(
+        _handle: *mut Handle, _x: *const Tensor, _w: *const Tensor, _options: *const Options, _y: *const Tensor,
+        _algorithm: c_int, to: *mut usize,
+    ) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, WORKSPACE) }
+    }
+    fn cudnnGetConvolutionBackwardDataWorkspaceSize(
+        _handle: *mut Handle, _w: *const Tensor, _dy: *const Tensor, _options: *const Options, _dx: *const Tensor,
+        _algorithm: c_int, to: *mut usize,
+    ) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, WORKSPACE) }
+    }
+    fn cudnnGetConvolutionBackwardFilterWorkspaceSize(
+        _handle: *mut Handle, _x: *const Tensor, _dy: *const Tensor, _options: *const Options, _dw: *const Tensor,
+        _algorithm: c_int, to: *mut usize,
+    ) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, WORKSPACE) }
+    }
+    fn cudnnConvolutionForward(
+        handle: *mut Handle, alpha: *const f32, x_is: *const Tensor, x: u64, w_is: *const Tensor, w: u64,
+        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const f32, y_is: *const Tensor, y: u64,
+    ) {
+        // SAFETY: the caller's handle, descriptors and scalars.
+        let call = unsafe { Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, [*alpha, *beta])? };
+        call.ask(algorithm, workspace, bytes)
+    }
+    fn cudnnConvolutionBackwardData(
+        handle: *mut Handle, alpha: *const f32, w_is: *const Tensor, w: u64, dy_is: *const Tensor, dy: u64,
+        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const f32, dx_is: *const Tensor, dx: u64,
+    ) {
+        // SAFETY: the caller's handle, descriptors and scalars.
+        let call = unsafe { Call::new(Pass::Data, &*handle, [&*dx_is, &*w_is, &*dy_is], [dx, w, dy], &*options, [*alpha, *beta])? };
+        call.ask(algorithm, workspace, bytes)
+    }
+    fn cudnnConvolutionBackwardFilter(
+        handle: *mut Handle, alpha: *const f32, x_is: *const Tensor, x: u64, dy_is: *const Tensor, dy: u64,
+        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const f32, dw_is: *const Tensor, dw: u64,
+    ) {
+        // SAFETY: the caller's handle, descriptors and scalars.
+        let call = unsafe { Call::new(Pass::Filter, &*handle, [&*x_is, &*dw_is, &*dy_is], [x, dw, dy], &*options, [*alpha, *beta])? };
+        call.ask(algorithm, workspace, bytes)
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cudnnGetVersion() -> usize {
+    91900
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cudnnGetCudartVersion() -> usize {
+    13000
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cudnnGetErrorString(status: c_int) -> *const c_char {
+    leaked(format!("the stand-in's cuDNN says {status}"))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cudnnGetLastErrorString(to: *mut c_char, len: usize) {
+    if len > 0 {
+        // SAFETY: the caller's promise.
+        unsafe { to.write(0) };
+    }
+}
+
+/// Lists two algorithms, the quicker of which is not deterministic; neither takes groups channels last.
+///
+/// # Safety
+/// The list has room for `room`.
+unsafe fn candidates(
+    x: &Tensor,
+    w: &Tensor,
+    options: &Options,
+    room: c_int,
+    count: *mut c_int,
+    list: *mut Candidate,
+) -> Result<(), c_int> {
+    let channels_last = x.strides == packed(x.dims, true) && x.strides != packed(x.dims, false);
+    let supported = !(channels_last && options.groups > 1) && kind(x.kind).is_ok() && x.kind == w.kind;
+    let status = if supported { 0 } else { NOT_SUPPORTED };
+    for (i, algorithm) in [LOOSE, STRICT].into_iter().enumerate().take(size(room)?) {
+        let deterministic = c_int::from(algorithm == STRICT);
+        let candidate = Candidate {
+            algorithm,
+            status,
+            time: 0.1,
+            memory: WORKSPACE,
+            deterministic,
+            math: options.math,
+            reserved: [0; 3],
+        };
+        // SAFETY: the caller's promise.
+        unsafe { list.add(i).write(candidate) };
+    }
+    // SAFETY: the caller's pointer.
+    unsafe { give(count, room.min(2)) }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pass {
+    Forward,
+    Data,
+    Filter,
+}
+
+/// A convolution to compute: x, filter and y, or their gradients.
+#[derive(Clone)]
+struct Call {
+    pass: Pass,
+    stream: u64,
+    ordinal: usize,
+    tensors: [Tensor; 3],
+    places: [u64; 3],
+    options: Options,
+    scalars: [f64; 2],
+    kind: Kind,
+}
+
+impl Call {
+    fn new(
+        pass: Pass,
+        handle: &Handle,
+        tensors: [&Tensor; 3],
+        places: [u64; 3],
+        options: &Options,
+        scalars: [f32; 2],
+    ) -> Result<Call, c_int> {
+        let ordinal = if handle.stream == 0 { handle.ordinal } else { owner(handle.stream) };
+        let [x, w, y] = tensors;
+        let kind = kind(x.kind)?;
+        let out = |i: usize| {
+            let (padding, stride, dilation) = (options.padding[i], options.stride[i], options.dilation[i]);
+            (x.dims[2 + i] + 2 * padding)
+                .checked_sub(dilation * (w.dims[2 + i] - 1) + 1)
+                .map(|it| it / stride + 1)
+        };
+        let expected = [x.dims[0], w.dims[0], out(0).ok_or(BAD_PARAM)?, out(1).ok_or(BAD_PARAM)?];
+        let fits = y.dims == expected
+            && w.dims[1] * options.groups == x.dims[1]
+            && w.dims[0].is_multiple_of(options.groups);
+        if !fits || w.kind != x.kind || y.kind != x.kind {
+            eprintln!("stand-in: cuDNN: {tensors:?} do not fit, {options:?}");
+            return Err(BAD_PARAM);
+        }
+        Ok(Call {
+            pass,
+            stream: handle.stream,
+            ordinal,
+            tensors: tensors.map(Clone::clone),
+            places,
+            options: options.clone(),
+            scalars: scalars.map(f64::from),
+            kind,
+        })
+    }
+
+    fn ask(self, algorithm: c_int, workspace: u64, bytes: usize) -> Result<(), c_int> {
+        if algorithm != STRICT && self.pass != Pass::Forward {
+            eprintln!("stand-in: cuDNN: {:?} by an algorithm that gives other bits each time", self.pass);
+            return Err(FAILED);
+        }
+        if bytes < WORKSPACE {
+            return Err(BAD_PARAM);
+        }
+        let (ordinal, stream) = (self.ordinal, self.stream);
+        device(ordinal)?.ask(
+            stream,
+            "convolution",
+            Arc::new(move |memory| {
+                // Whatever was in the workspace is gone.
+                let place = memory.host_of(workspace, bytes)?;
+                // SAFETY: `host_of` found so many bytes.
+                unsafe { place.write_bytes(0xff, bytes) };
+                self.run(memory).map(|()| Progress::Done)
+            }),
+        )
+    }
+
+    fn load(&self, memory: &Memory, i: usize) -> Result<Vec<f64>, String> {
+        let mut values = read(memory, self.places[i], self.tensors[i].len(), self.kind)?;
+        if self.kind == Kind::F32 && self.options.math != FMA {
+            values.iter_mut().for_each(|x| *x = to_tf32(*x));
+        }
+        Ok(values)
+    }
+
+    fn run(&self, memory: &mut Memory) -> Result<(), String> {
+        let [x, w, y] = &self.tensors;
+        let result = match self.pass {
+            Pass::Forward => 2,
+            Pass::Data => 0,
+            Pass::Filter => 1,
+        };
+        let mut values = [Vec::new(), Vec::new(), Vec::new()];
+        for (i, values) in values.iter_mut().enumerate() {
+            *values = if i == result { vec![0.; self.tensors[i].len()] } else { self.load(memory, i)? };
+        }
+        let [xs, ws, ys] = &mut values;
+        let groups = self.options.groups;
+        let (inputs, outputs) = (x.dims[1] / groups, w.dims[0] / groups);
+        let [kh, kw] = [w.dims[2], w.dims[3]];
+        let [oh, ow] = [y.dims[2], y.dims[3]];
+        let (depth, pixels) = (inputs * kh * kw, oh * ow);
+        // Where each value of all windows of an image and group lies in x.
+        let windows = |n: usize, group: usize, f: &mut dyn FnMut(usize, usize)| {
+            for c in 0..inputs {
+                for (i, j) in (0..kh).flat_map(|i| (0..kw).map(move |j| (i, j))) {
+                    let row = (c * kh + i) * kw + j;
+                    for (p, q) in (0..oh).flat_map(|p| (0..ow).map(move |q| (p, q))) {
+                        let [Options { padding, stride, dilation, .. }] = [&self.options];
+                        let v = p * stride[0] + i * dilation[0];
+                        let u = q * stride[1] + j * dilation[1];
+                        let inside = v >= padding[0]
+                            && v - padding[0] < x.dims[2]
+                            && u >= padding[1]
+                            && u - padding[1] < x.dims[3];
+                        if inside {
+                            f(
+                                row * pixels + p * ow + q,
+                                x.place([n, group * inputs + c, v - padding[0], u - padding[1]]),
+                            );
+                        }
+                    }
+                }
+            }
+        };
+        for (n, group) in (0..x.dims[0]).flat_map(|n| (0..groups).map(move |group| (n, group))) {
+            // (outputs, depth) and (outputs, pixels).
+            let filter_place =
+                |o: usize, d: usize| w.place([group * outputs + o, d / (kh * kw), d / kw % kh, d % kw]);
+            let image_place = |o: usize, p: usize| y.place([n, group * outputs + o, p / ow, p % ow]);
+            let gather = |from: &[f64], columns: usize, place: &dyn Fn(usize, usize) -> usize| -> Vec<f64> {
+                (0..outputs * columns).map(|it| from[place(it / columns, it % columns)]).collect()
+            };
+            let plain = |values, columns| Matrix { values, row: columns, column: 1 };
+            let turned = |values, columns| Matrix { values, row: 1, column: columns };
+            let mut columns = vec![0.; depth * pixels];
+            match self.pass {
+                Pass::Forward => {
+                    windows(n, group, &mut |to, from| columns[to] = xs[from]);
+                    let (filter, mut image) = (gather(ws, depth, &filter_place), vec![0.; outputs * pixels]);
+                    multiply(
+                        &mut image,
+                        plain(&filter, depth),
+                        plain(&columns, pixels),
+                        [outputs, pixels, depth],
+                    );
+                    image
+                        .iter()
+                        .enumerate()
+                        .for_each(|(it, value)| ys[image_place(it / pixels, it % pixels)] = *value);
+                }
+                Pass::Data => {
+                    let (filter, image) =
+                        (gather(ws, depth, &filter_place), gather(ys, pixels, &image_place));
+                    multiply(
+                        &mut columns,
+                        turned(&filter, depth),
+                        plain(&image, pixels),
+                        [depth, pixels, outputs],
+                    );
+                    windows(n, group, &mut |from, to| xs[to] += columns[from]);
+                }
+                Pass::Filter => {
+                    windows(n, group, &mut |to, from| columns[to] = xs[from]);
+                    let (image, mut filter) = (gather(ys, pixels, &image_place), vec![0.; outputs * depth]);
+                    multiply(
+                        &mut filter,
+                        plain(&image, pixels),
+                        turned(&columns, pixels),
+                        [outputs, depth, pixels],
+                    );
+                    filter
+                        .iter()
+                        .enumerate()
+                        .for_each(|(it, value)| ws[filter_place(it / depth, it % depth)] += *value);
+                }
+            }
+        }
+        let [alpha, beta] = self.scalars;
+        let found = &mut values[result];
+        let before = match beta {
+            0. => vec![0.; found.len()],
+            _ => read(memory, self.places[result], found.len(), self.kind)?,
+        };
+        found.iter_mut().zip(&before).for_each(|(x, before)| *x = alpha * *x + beta * before);
+        write(memory, self.places[result], found, self.kind)
+    }
+}
+
+impl Tensor {
+    /// Values from the first to the last.
+    fn len(&self) -> usize {
+        self.dims.iter().zip(&self.strides).map(|(dim, stride)| (dim - 1) * stride).sum::<usize>() + 1
+    }
+
+    fn place(&self, at: [usize; 4]) -> usize {
+        at.iter().zip(&self.strides).map(|(at, stride)| at * stride).sum()
+    }
+}
+
+/// Not called: tells the compiler that addresses of devices are what C calls pointers.
+const _: () = assert!(size_of::<u64>() == size_of::<*const c_void>());

@@ -1,0 +1,129 @@
+//! Numbers of a device's memory, as the libraries read and write them.
+
+use crate::memory::Memory;
+use half::{bf16, f16};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    F32,
+    F64,
+    F16,
+    BF16,
+    U8,
+}
+
+impl Kind {
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            Kind::F64 => 8,
+            Kind::F32 => 4,
+            Kind::F16 | Kind::BF16 => 2,
+            Kind::U8 => 1,
+        }
+    }
+
+    /// A number's bytes as a number.
+    fn of(self, bytes: &[u8]) -> f64 {
+        let short = || u16::from_le_bytes([bytes[0], bytes[1]]);
+        match (self, bytes) {
+            (Kind::F64, &[a, b, c, d, e, f, g, h]) => f64::from_le_bytes([a, b, c, d, e, f, g, h]),
+            (Kind::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
+            (Kind::F16, _) => f16::from_bits(short()).to_f64(),
+            (Kind::BF16, _) => bf16::from_bits(short()).to_f64(),
+            _ => f64::from(bytes[0]),
+        }
+    }
+
+    fn write(self, x: f64, to: &mut [u8]) {
+        match self {
+            Kind::F64 => to.copy_from_slice(&x.to_le_bytes()),
+            Kind::F32 => to.copy_from_slice(&(x as f32).to_le_bytes()),
+            Kind::F16 => to.copy_from_slice(&f16::from_f64(x).to_le_bytes()),
+            Kind::BF16 => to.copy_from_slice(&bf16::from_f64(x).to_le_bytes()),
+            Kind::U8 => to[0] = x as u8,
+        }
+    }
+
+    pub(crate) fn all(self, bytes: &[u8]) -> Vec<f64> {
+        bytes.chunks_exact(self.bytes()).map(|it| self.of(it)).collect()
+    }
+
+    pub(crate) fn bytes_of(self, values: &[f64]) -> Vec<u8> {
+        let mut bytes = vec![0; values.len() * self.bytes()];
+        bytes.chunks_exact_mut(self.bytes()).zip(values).for_each(|(to, x)| self.write(*x, to));
+        bytes
+    }
+}
+
+/// A copy of a device's bytes.
+pub(crate) fn bytes(memory: &Memory, at: u64, len: usize) -> Result<Vec<u8>, String> {
+    let from = memory.host_of(at, len)?;
+    // SAFETY: `host_of` found so many bytes.
+    Ok(unsafe { std::slice::from_raw_parts(from, len) }.to_vec())
+}
+
+pub(crate) fn put(memory: &mut Memory, at: u64, bytes: &[u8]) -> Result<(), String> {
+    let to = memory.host_of(at, bytes.len())?;
+    // SAFETY: `host_of` found so many bytes.
+    unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+    Ok(())
+}
+
+pub(crate) fn read(memory: &Memory, at: u64, len: usize, kind: Kind) -> Result<Vec<f64>, String> {
+    if !at.is_multiple_of(kind.bytes() as u64) {
+        return Err(format!("{kind:?} at {at:#x}, which is no multiple of its size"));
+    }
+    Ok(kind.all(&bytes(memory, at, len * kind.bytes())?))
+}
+
+pub(crate) fn write(memory: &mut Memory, at: u64, values: &[f64], kind: Kind) -> Result<(), String> {
+    put(memory, at, &kind.bytes_of(values))
+}
+
+/// To the 11 bits that tensor cores keep of a 32-bit number.
+pub(crate) fn to_tf32(x: f64) -> f64 {
+    let bits = (x as f32).to_bits();
+    f64::from(f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff))
+}
+
+/// Matrices of the processor: m rows and n columns, the places of a row and a column to the next.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub(crate) values: &'a [f64],
+    pub(crate) row: usize,
+    pub(crate) column: usize,
+}
+
+/// to (m, n), row after row, += a (m, k) b (k, n).
+pub(crate) fn multiply(to: &mut [f64], a: Matrix, b: Matrix, [m, n, k]: [usize; 3]) {
+    let last = |it: Matrix, rows: usize, columns: usize| (rows - 1) * it.row + (columns - 1) * it.column;
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    assert!(to.len() >= m * n && last(a, m, k) < a.values.len() && last(b, k, n) < b.values.len());
+    let stride = |x: usize| x as isize;
+    // SAFETY: the last place of each was checked above.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            to.as_mut_ptr(),
+            1,
+            stride(n),
+            true,
+            a.values.as_ptr(),
+            stride(a.column),
+            stride(a.row),
+            b.values.as_ptr(),
+            stride(b.column),
+            stride(b.row),
+            1.,
+            1.,
+            false,
+            false,
+            false,
+            gemm::Parallelism::Rayon(0),
+        );
+    }
+}
