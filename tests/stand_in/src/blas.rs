@@ -2,7 +2,7 @@
 
 use crate::device::{Progress, device, owner};
 use crate::driver::{current, give};
-use crate::numbers::{Kind, Matrix, multiply, read, to_tf32, write};
+use crate::numbers::{Kind, Matrix, multiply, read, tf32_allowed, to_tf32, write};
 use std::ffi::{c_int, c_longlong, c_void};
 use std::sync::Arc;
 
@@ -127,7 +127,7 @@ unsafe extern "C" fn cublasGemmStridedBatchedEx(
             sizes: [size(m)?, size(n)?, size(k)?],
             batches: size(batches)?,
             scalars: [scalar(alpha), scalar(beta)],
-            tf32: compute == FAST_TF32,
+            tf32: compute == FAST_TF32 && tf32_allowed(),
         };
         // SAFETY: made by `cublasCreate_v2`.
         product.ask(unsafe { &*handle })

@@ -5,7 +5,7 @@
 use crate::device::{Progress, device, owner};
 use crate::driver::{current, give, leaked};
 use crate::memory::Memory;
-use crate::numbers::{Kind, Matrix, multiply, read, to_tf32, write};
+use crate::numbers::{Kind, Matrix, multiply, read, tf32_allowed, to_tf32, write};
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
@@ -214,27 +214,27 @@ library! {
         unsafe { give(to, WORKSPACE) }
     }
     fn cudnnConvolutionForward(
-        handle: *mut Handle, alpha: *const f32, x_is: *const Tensor, x: u64, w_is: *const Tensor, w: u64,
-        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const f32, y_is: *const Tensor, y: u64,
+        handle: *mut Handle, alpha: *const c_void, x_is: *const Tensor, x: u64, w_is: *const Tensor, w: u64,
+        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, y_is: *const Tensor, y: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe { Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, [*alpha, *beta])? };
+        let call = unsafe { Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, [alpha, beta])? };
         call.ask(algorithm, workspace, bytes)
     }
     fn cudnnConvolutionBackwardData(
-        handle: *mut Handle, alpha: *const f32, w_is: *const Tensor, w: u64, dy_is: *const Tensor, dy: u64,
-        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const f32, dx_is: *const Tensor, dx: u64,
+        handle: *mut Handle, alpha: *const c_void, w_is: *const Tensor, w: u64, dy_is: *const Tensor, dy: u64,
+        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, dx_is: *const Tensor, dx: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe { Call::new(Pass::Data, &*handle, [&*dx_is, &*w_is, &*dy_is], [dx, w, dy], &*options, [*alpha, *beta])? };
+        let call = unsafe { Call::new(Pass::Data, &*handle, [&*dx_is, &*w_is, &*dy_is], [dx, w, dy], &*options, [alpha, beta])? };
         call.ask(algorithm, workspace, bytes)
     }
     fn cudnnConvolutionBackwardFilter(
-        handle: *mut Handle, alpha: *const f32, x_is: *const Tensor, x: u64, dy_is: *const Tensor, dy: u64,
-        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const f32, dw_is: *const Tensor, dw: u64,
+        handle: *mut Handle, alpha: *const c_void, x_is: *const Tensor, x: u64, dy_is: *const Tensor, dy: u64,
+        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, dw_is: *const Tensor, dw: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe { Call::new(Pass::Filter, &*handle, [&*x_is, &*dw_is, &*dy_is], [x, dw, dy], &*options, [*alpha, *beta])? };
+        let call = unsafe { Call::new(Pass::Filter, &*handle, [&*x_is, &*dw_is, &*dy_is], [x, dw, dy], &*options, [alpha, beta])? };
         call.ask(algorithm, workspace, bytes)
     }
 }
@@ -316,17 +316,23 @@ struct Call {
 }
 
 impl Call {
-    fn new(
+    /// # Safety
+    /// Scalars are of 64 bits where tensors are, else of 32.
+    unsafe fn new(
         pass: Pass,
         handle: &Handle,
         tensors: [&Tensor; 3],
         places: [u64; 3],
         options: &Options,
-        scalars: [f32; 2],
+        scalars: [*const c_void; 2],
     ) -> Result<Call, c_int> {
         let ordinal = if handle.stream == 0 { handle.ordinal } else { owner(handle.stream) };
         let [x, w, y] = tensors;
         let kind = kind(x.kind)?;
+        // SAFETY: the caller's promise.
+        let scalar = |at: *const c_void| unsafe {
+            if kind == Kind::F64 { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) }
+        };
         let out = |i: usize| {
             let (padding, stride, dilation) = (options.padding[i], options.stride[i], options.dilation[i]);
             (x.dims[2 + i] + 2 * padding)
@@ -348,7 +354,7 @@ impl Call {
             tensors: tensors.map(Clone::clone),
             places,
             options: options.clone(),
-            scalars: scalars.map(f64::from),
+            scalars: scalars.map(scalar),
             kind,
         })
     }
@@ -377,7 +383,7 @@ impl Call {
 
     fn load(&self, memory: &Memory, i: usize) -> Result<Vec<f64>, String> {
         let mut values = read(memory, self.places[i], self.tensors[i].len(), self.kind)?;
-        if self.kind == Kind::F32 && self.options.math != FMA {
+        if self.kind == Kind::F32 && self.options.math != FMA && tf32_allowed() {
             values.iter_mut().for_each(|x| *x = to_tf32(*x));
         }
         Ok(values)
@@ -497,6 +503,3 @@ impl Tensor {
         at.iter().zip(&self.strides).map(|(at, stride)| at * stride).sum()
     }
 }
-
-/// Not called: tells the compiler that addresses of devices are what C calls pointers.
-const _: () = assert!(size_of::<u64>() == size_of::<*const c_void>());

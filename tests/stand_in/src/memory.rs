@@ -22,8 +22,10 @@ struct Allocation {
     reserved: bool,
 }
 
-// SAFETY: the memory belongs to the allocation, which is used by one thread at a time, behind its device's lock.
+// SAFETY: the memory belongs to the allocation, which is behind its device's lock.
 unsafe impl Send for Allocation {}
+// SAFETY: threads that share it are those of a kernel: which of them writes where is as much the kernel's promise as on a device.
+unsafe impl Sync for Allocation {}
 
 /// What is allocated on one device.
 #[derive(Default)]

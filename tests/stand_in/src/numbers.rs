@@ -2,6 +2,7 @@
 
 use crate::memory::Memory;
 use half::{bf16, f16};
+use std::ops::Not;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
@@ -78,6 +79,11 @@ pub(crate) fn read(memory: &Memory, at: u64, len: usize, kind: Kind) -> Result<V
 
 pub(crate) fn write(memory: &mut Memory, at: u64, values: &[f64], kind: Kind) -> Result<(), String> {
     put(memory, at, &kind.bytes_of(values))
+}
+
+/// Whether the environment lets libraries cut numbers of 32 bits short.
+pub(crate) fn tf32_allowed() -> bool {
+    std::env::var("NVIDIA_TF32_OVERRIDE").is_ok_and(|it| it == "0").not()
 }
 
 /// To the 11 bits that tensor cores keep of a 32-bit number.

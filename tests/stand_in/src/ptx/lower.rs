@@ -43,7 +43,7 @@ pub(super) enum Special {
 }
 
 impl Source {
-    #[inline]
+    #[inline(always)]
     pub(super) fn get(self, thread: &Thread, block: &Block) -> u64 {
         match self {
             Source::Register(number) => thread.registers[number],
@@ -84,7 +84,9 @@ pub(super) fn kernel(
     let parameters = parsed.parameters.iter().map(|(name, at, _)| (name.clone(), *at as u64)).collect();
     let names = Names { parameters, variables, globals, labels: parsed.labels };
     let code = parsed.statements.iter().map(|it| instruction(it, &names)).collect::<Result<Vec<_>, _>>()?;
-    let collective = code.iter().any(|it| matches!(it.step, Step::Stop(Stop::Barrier | Stop::Warp(_))));
+    let waits = |it: &Instruction| matches!(it.step, Step::Stop(Stop::Barrier | Stop::Warp(_)));
+    let atomic = parsed.statements.iter().any(|it| matches!(it.opcode[0].as_str(), "atom" | "red"));
+    let collective = code.iter().any(waits);
     Ok(Kernel {
         name: name.to_string(),
         parameters: parsed.parameters.iter().map(|(_, at, bytes)| (*at, *bytes)).collect(),
@@ -93,6 +95,7 @@ pub(super) fn kernel(
         shared,
         local,
         collective,
+        atomic,
     })
 }
 
@@ -167,13 +170,16 @@ fn three<A: Value, B: Value, C: Value, D: Value>(
 }
 
 /// Integers, with their double width.
-trait Integer: Value {
+trait Integer: Value + Ord {
     const BITS: u32;
     fn wide(self) -> i128;
     /// The lowest bits.
     fn narrow(x: i128) -> Self;
     /// The nearest that there is.
     fn saturating(x: i128) -> Self;
+    /// What a device gives for a division by zero: all bits set, and all of the rest.
+    fn divide(self, by: Self) -> Self;
+    fn rest(self, by: Self) -> Self;
 }
 macro_rules! integer {
     ($($type:ty),*) => { $(
@@ -182,6 +188,8 @@ macro_rules! integer {
             fn wide(self) -> i128 { self as i128 }
             fn narrow(x: i128) -> Self { x as $type }
             fn saturating(x: i128) -> Self { x.clamp(<$type>::MIN as i128, <$type>::MAX as i128) as $type }
+            fn divide(self, by: Self) -> Self { if by == 0 { !0 } else { self.wrapping_div(by) } }
+            fn rest(self, by: Self) -> Self { if by == 0 { self } else { self.wrapping_rem(by) } }
         }
     )* };
 }
@@ -193,11 +201,10 @@ fn integer_op<T: Integer>(op: &str, high: bool, d: usize, s: [Source; 2]) -> Res
         "sub" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide() - b.wide())),
         "mul" if high => two::<T, T, T>(d, s, |a, b| T::narrow((a.wide() * b.wide()) >> T::BITS)),
         "mul" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide().wrapping_mul(b.wide()))),
-        // What a device gives for a division by zero: all bits set.
-        "div" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide().checked_div(b.wide()).unwrap_or(-1))),
-        "rem" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide().checked_rem(b.wide()).unwrap_or(a.wide()))),
-        "min" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide().min(b.wide()))),
-        "max" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide().max(b.wide()))),
+        "div" => two::<T, T, T>(d, s, |a, b| a.divide(b)),
+        "rem" => two::<T, T, T>(d, s, |a, b| a.rest(b)),
+        "min" => two::<T, T, T>(d, s, |a, b| a.min(b)),
+        "max" => two::<T, T, T>(d, s, |a, b| a.max(b)),
         "and" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide() & b.wide())),
         "or" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide() | b.wide())),
         "xor" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide() ^ b.wide())),
@@ -720,7 +727,7 @@ fn set_predicate(parts: &[&str], read: &Reader) -> Result<Action, String> {
     let [a, b] = read.sources(1)?;
     let compare = match is_float(kind) {
         true => by_float!(kind, T, ordering_of(a, b, |a: T, b: T| a.wide().partial_cmp(&b.wide())))?,
-        false => by_integer!(kind, T, ordering_of(a, b, |a: T, b: T| a.wide().partial_cmp(&b.wide())))?,
+        false => by_integer!(kind, T, ordering_of(a, b, |a: T, b: T| Some(a.cmp(&b))))?,
     };
     // `setp.lt.and.f32 p, a, b, c`: both.
     let (with, negated) = match read.operands.get(3) {
@@ -746,12 +753,9 @@ fn set_predicate(parts: &[&str], read: &Reader) -> Result<Action, String> {
 }
 
 type Ordering = Option<std::cmp::Ordering>;
+type Compare = Box<dyn Fn(&Thread, &Block) -> Ordering + Send + Sync>;
 
-fn ordering_of<T: Value>(
-    a: Source,
-    b: Source,
-    f: fn(T, T) -> Ordering,
-) -> Box<dyn Fn(&Thread, &Block) -> Ordering + Send + Sync> {
+fn ordering_of<T: Value>(a: Source, b: Source, f: fn(T, T) -> Ordering) -> Compare {
     Box::new(move |t, block| f(T::of(a.get(t, block)), T::of(b.get(t, block))))
 }
 
@@ -761,7 +765,7 @@ fn set(parts: &[&str], read: &Reader) -> Result<Action, String> {
     let (holds, d, [a, b]) = (compares(parts[1])?, read.destination(0)?, read.sources(1)?);
     let compare = match is_float(kind) {
         true => by_float!(kind, T, ordering_of(a, b, |a: T, b: T| a.wide().partial_cmp(&b.wide())))?,
-        false => by_integer!(kind, T, ordering_of(a, b, |a: T, b: T| a.wide().partial_cmp(&b.wide())))?,
+        false => by_integer!(kind, T, ordering_of(a, b, |a: T, b: T| Some(a.cmp(&b))))?,
     };
     let yes = match is_float(to) {
         true => by_float!(to, T, T::narrow(1.).bits())?,

@@ -39,6 +39,8 @@ pub(crate) struct Kernel {
     local: usize,
     /// Whether threads wait for each other.
     collective: bool,
+    /// Whether blocks change what others do.
+    atomic: bool,
 }
 
 impl Module {

@@ -125,6 +125,38 @@ pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memor
     if threads == 0 || threads > 1024 || x == 0 || y == 0 || z == 0 || y > 65535 || z > 65535 {
         return Err(format!("{}: a launch of {grid:?}", kernel.name));
     }
+    let blocks = u64::from(x) * u64::from(y) * u64::from(z);
+    // Each takes every so manieth block; one takes all where it matters who comes first.
+    let workers =
+        if kernel.atomic { 1 } else { std::thread::available_parallelism().map_or(1, |it| it.get() as u64) };
+    let work = |worker: u64| {
+        let mut own = (0..blocks).rev().filter(|number| number % workers == worker).peekable();
+        if own.peek().is_some() { some(kernel, grid, parameters, memory, own) } else { Ok(()) }
+    };
+    if workers == 1 || blocks * u64::from(threads) < FEW {
+        return (0..workers).try_for_each(work);
+    }
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..workers).map(|worker| scope.spawn(move || work(worker))).collect();
+        let own = work(0);
+        others
+            .into_iter()
+            .fold(own, |all, it| all.and(it.join().unwrap_or_else(|_| Err("a worker panicked".into()))))
+    })
+}
+
+/// Fewer threads than this are not worth a second worker.
+const FEW: u64 = 4096;
+
+/// Runs some of a kernel's blocks.
+fn some(
+    kernel: &Kernel,
+    grid: Grid,
+    parameters: &[u8],
+    memory: &Memory,
+    blocks: impl Iterator<Item = u64>,
+) -> Result<(), String> {
+    let threads: u32 = grid.threads.iter().product();
     let mut all: Vec<Thread> = Vec::new();
     for number in 0..if kernel.collective { threads } else { 1 } {
         let (registers, local) = (vec![0; kernel.registers], vec![0xff; kernel.local]);
@@ -133,10 +165,10 @@ pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memor
     let recent = std::array::from_fn(|_| Cell::new(Range::NONE));
     let shared = RefCell::new(vec![0xff; kernel.shared + grid.shared]);
     let mut block = Block { grid, index: [0; 3], parameters, shared, memory, recent };
-    for number in (0..u64::from(x) * u64::from(y) * u64::from(z)).rev() {
+    for number in blocks {
         let of = |all: u64, size: u32| ((all % u64::from(size)) as u32, all / u64::from(size));
-        let (i, rest) = of(number, x);
-        let (j, k) = of(rest, y);
+        let (i, rest) = of(number, grid.blocks[0]);
+        let (j, k) = of(rest, grid.blocks[1]);
         block.index = [i, j, k as u32];
         let result = match kernel.collective {
             true => together(kernel, &mut all, &block),
