@@ -324,8 +324,11 @@ fn directive(
         kernel.variables.push(variable);
         return tokens.expect(';');
     }
-    if word == ".reg" {
-        tokens.word()?; // The type.
+    if word.starts_with(".reg") {
+        // The type, which may be written without a space.
+        if word == ".reg" {
+            tokens.word()?;
+        }
         while !tokens.eat(';') {
             // A family, `%r<44>`, is numbered as its members are met; others belong to the braces around them.
             let name = tokens.word()?;
