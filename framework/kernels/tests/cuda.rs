@@ -266,6 +266,8 @@ fn a_device_alone_exchanges_with_itself() {
         assert_eq!(values(&exchange(what, &x).unwrap()), values(&x), "{what:?}");
         let doubled = exchange(what, &(x.to_dtype(DType::F64).unwrap() * 2.).unwrap()).unwrap();
         assert_eq!(values(&doubled), values(&(&x * 2.).unwrap()), "{what:?}");
+        let bytes = Tensor::from_vec((0..=255).collect::<Vec<u8>>(), 256, &device).unwrap();
+        assert_eq!(values(&exchange(what, &bytes).unwrap()), values(&bytes), "{what:?}");
     }
     // Several at once, beside other work: each sees what was asked for before it.
     let started: Vec<_> = (0..8)

@@ -22,7 +22,9 @@ pub(crate) fn address(storage: &CudaStorage) -> Result<u64> {
         CudaStorageSlice::F64(slice) => of(slice),
         CudaStorageSlice::F16(slice) => of(slice),
         CudaStorageSlice::BF16(slice) => of(slice),
-        _ => bail!("expected f32, f64, f16 or bf16 on a CUDA device, got {:?}", storage.dtype()),
+        // What processes tell each other.
+        CudaStorageSlice::U8(slice) => of(slice),
+        _ => bail!("expected f32, f64, f16, bf16 or u8 on a CUDA device, got {:?}", storage.dtype()),
     })
 }
 
