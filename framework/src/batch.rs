@@ -20,8 +20,13 @@ pub trait Batch: Send + Sync + Sized + 'static {
     /// How many samples it holds.
     fn len(&self) -> usize;
 
+    /// The same batch with `f` of each tensor in that tensor's place: always all of them, in the same order.
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self>;
+
     /// The same batch on another device. Data workers call it ahead of time, for the device that trains.
-    fn to_device(&self, device: &Device) -> Result<Self>;
+    fn to_device(&self, device: &Device) -> Result<Self> {
+        self.map(&mut |tensor| Ok(to_device(tensor, device)?))
+    }
 
     /// The same batch with its floating-point inputs in the type that the module computes in. Targets keep theirs, so that
     /// losses lose nothing.
@@ -176,9 +181,9 @@ impl Batch for Video {
         self.input.dims()[0]
     }
 
-    fn to_device(&self, device: &Device) -> Result<Self> {
-        let mask = self.mask.as_ref().map(|mask| to_device(mask, device)).transpose()?;
-        let (input, target) = (to_device(&self.input, device)?, to_device(&self.target, device)?);
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        let (input, target) = (f(&self.input)?, f(&self.target)?);
+        let mask = self.mask.as_ref().map(f).transpose()?;
         Ok(Self { input, target, mask, quantity: self.quantity.clone() })
     }
 
@@ -230,8 +235,8 @@ impl Batch for Labelled {
         self.input.dims()[0]
     }
 
-    fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self { input: to_device(&self.input, device)?, label: to_device(&self.label, device)? })
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self { input: f(&self.input)?, label: f(&self.label)? })
     }
 
     fn cast(self, dtype: DType) -> Result<Self> {
@@ -253,8 +258,8 @@ impl Batch for Tensors {
         self.0.first().map_or(0, |tensor| tensor.dims()[0])
     }
 
-    fn to_device(&self, device: &Device) -> Result<Self> {
-        Ok(Self(self.0.iter().map(|tensor| to_device(tensor, device)).collect::<candle_core::Result<_>>()?))
+    fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self> {
+        Ok(Self(self.0.iter().map(f).collect::<Result<_>>()?))
     }
 
     fn cast(self, dtype: DType) -> Result<Self> {

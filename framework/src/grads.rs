@@ -24,13 +24,9 @@ impl Grads {
 
     /// Adds what one backward pass found. A micro-batch's loss carries its share of the step's samples as a factor,
     /// so the plain sum is the gradient of the mean over all samples.
-    pub(crate) fn add(&mut self, turn: &Turn, mut found: GradStore) -> Result<()> {
-        if let Some((name, _)) = turn.unused.iter().find(|(_, var)| found.get(var).is_some()) {
-            return is_not_unused(name, std::slice::from_ref(name));
-        }
-        for (sum, var) in self.sums.iter_mut().zip(&turn.working) {
-            let Some(gradient) = found.remove(var) else { continue };
-            accumulate(sum, &gradient)?;
+    pub(crate) fn add(&mut self, found: &[Option<Tensor>]) -> Result<()> {
+        for (sum, gradient) in self.sums.iter_mut().zip(found) {
+            gradient.iter().try_for_each(|gradient| accumulate(sum, gradient))?;
         }
         Ok(())
     }
@@ -57,6 +53,14 @@ impl Grads {
     }
 }
 
+/// What a backward pass found for each of the parameters that an optimizer moves, in their order.
+pub(crate) fn of_turn(turn: &Turn, mut found: GradStore) -> Result<Vec<Option<Tensor>>> {
+    if let Some((name, _)) = turn.unused.iter().find(|(_, var)| found.get(var).is_some()) {
+        return Err(is_used(name));
+    }
+    Ok(turn.working.iter().map(|var| found.remove(var)).collect())
+}
+
 /// Adds a gradient to what there is of it, in 32 bits.
 pub(crate) fn accumulate(sum: &mut Option<Tensor>, gradient: &Tensor) -> Result<()> {
     let gradient = gradient.to_dtype(DType::F32)?;
@@ -69,12 +73,13 @@ pub(crate) fn accumulate(sum: &mut Option<Tensor>, gradient: &Tensor) -> Result<
 
 /// Refuses a gradient of a parameter that the module says it does not use.
 pub(crate) fn is_not_unused(name: &str, unused: &[String]) -> Result<()> {
-    if !unused.iter().any(|unused| unused == name) {
-        return Ok(());
-    }
-    Err(Error::msg(format!(
+    if unused.iter().any(|unused| unused == name) { Err(is_used(name)) } else { Ok(()) }
+}
+
+fn is_used(name: &str) -> Error {
+    Error::msg(format!(
         "the module says that `{name}` is unused, but a gradient reaches it: correct `Module::unused`"
-    )))
+    ))
 }
 
 /// The first parameter whose gradient is not finite.

@@ -1,6 +1,7 @@
 //! What a user writes: [`Module`] and [`Build`]. What they are handed: [`Step`]. What the trainer trains: [`Model`].
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
@@ -54,7 +55,7 @@ pub trait Build: Module + Sized + 'static {
 }
 
 /// Tensors that a module logged, by name.
-type Logged = Vec<(String, Tensor)>;
+pub(crate) type Logged = Vec<(String, Tensor)>;
 
 /// One call of a module: what it may know about the run, and what it wants to tell.
 pub struct Step {
@@ -64,6 +65,8 @@ pub struct Step {
     seed: u64,
     optimizer: String,
     images_due: bool,
+    /// Whether it was asked for what differs from step to step.
+    asked: Arc<AtomicBool>,
     metrics: Logged,
     images: Logged,
 }
@@ -77,8 +80,8 @@ impl Step {
         images_due: bool,
     ) -> Self {
         let (metrics, images) = (Vec::new(), Vec::new());
-        let optimizer = optimizer.to_string();
-        Self { training: true, index, micro_batch, seed, optimizer, images_due, metrics, images }
+        let (optimizer, asked) = (optimizer.to_string(), Arc::default());
+        Self { training: true, index, micro_batch, seed, optimizer, images_due, asked, metrics, images }
     }
 
     /// A call outside training, after `index` steps of it.
@@ -99,11 +102,13 @@ impl Step {
 
     /// Optimizer steps done so far in this run.
     pub fn index(&self) -> u64 {
+        self.asked.store(true, Ordering::Relaxed);
         self.index
     }
 
     /// A generator for what `name` says (dropout of a layer, noise): a function of (seed, step, micro-batch, name).
     pub fn rng(&self, name: &str) -> seed::ChaCha8Rng {
+        self.asked.store(true, Ordering::Relaxed);
         seed::generator(self.seed, [seed::name(name), self.index, self.micro_batch])
     }
 
@@ -120,6 +125,11 @@ impl Step {
     /// Logs a picture: (C, H, W), C = 1 or 3, values in `[0, 1]`.
     pub fn log_image(&mut self, name: &str, picture: &Tensor) {
         self.images.push((name.to_string(), picture.detach()));
+    }
+
+    /// Becomes true when the module asks for what is another in each step: its number, or random numbers.
+    pub(crate) fn watch(&self) -> Arc<AtomicBool> {
+        self.asked.clone()
     }
 
     /// The metrics and the pictures that were logged.

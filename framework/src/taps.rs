@@ -88,9 +88,9 @@ impl<L: Listener + 'static> CustomOp1 for Tap<L> {
     }
 }
 
-/// Gives a tap the value that its parameter has now.
-pub(crate) fn refresh(tap: &Tensor, parameter: &Var) -> candle_core::Result<()> {
-    tap.flatten_all()?.slice_set(&parameter.flatten_all()?, 0, 0)
+/// Gives a tensor that others hold the values that another of its shape has now.
+pub(crate) fn refresh(to: &Tensor, from: &Tensor) -> candle_core::Result<()> {
+    to.flatten_all()?.slice_set(&from.flatten_all()?, 0, 0)
 }
 
 #[cfg(test)]

@@ -78,7 +78,10 @@ pub fn reset_peak_memory(device: &Device) {
 /// Where the device fails, or has no memory left.
 pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
+    let unrecorded = device.is_cuda().then(crate::cuda::unrecorded).flatten();
+    #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device
+        && unrecorded.is_some()
         && x.device().is_cpu()
         && x.dtype() == candle_core::DType::F32
         && x.elem_count() > 0

@@ -22,6 +22,7 @@ mod gemm;
 mod kept;
 mod parallel;
 mod recall;
+mod recording;
 mod several;
 mod shared_conv;
 mod simd;
@@ -48,6 +49,7 @@ pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates}
 pub use kept::Kept;
 pub use parallel::idle_soon;
 pub use recall::recall;
+pub use recording::{Recording, record, rehearse};
 pub use shared_conv::SharedConv;
 #[doc(hidden)]
 pub use simd::Level;

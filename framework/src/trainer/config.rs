@@ -82,6 +82,10 @@ pub struct TrainerConfig {
     pub threads: Option<usize>,
     /// Which implementation of convolutions and recurrent cells runs.
     pub kernels: Kernels,
+    /// Records the forward and backward pass of a training step on a CUDA device once, and replays it in all others: one call
+    /// starts all its operations. The numbers are the same. The recording has memory of its own, beside what other steps use.
+    /// Where a step cannot be recorded, a warning says why, and training goes on without.
+    pub cuda_graph: bool,
     /// Logs training metrics every so many steps.
     pub log_every: u64,
 }
@@ -123,6 +127,7 @@ impl Default for TrainerConfig {
             devices: 1,
             threads: None,
             kernels: Kernels::Fast,
+            cuda_graph: false,
             log_every: 10,
         }
     }

@@ -1,5 +1,6 @@
 //! The one training loop of the project: `run` and `step`, top to bottom.
 
+mod backprop;
 mod prepare;
 mod refuse;
 mod save;
@@ -30,6 +31,7 @@ use crate::precision::LossScale;
 use crate::reduction::{Reduced, Reduction};
 use crate::schedule::PlateauState;
 use crate::taps::Taps;
+use backprop::{Backprop, Kind, Replays, forward, scaled};
 use refuse::Refusal;
 
 /// The module with taps on its parameters, by which ranks hear of gradients while the backward pass goes on.
@@ -47,6 +49,7 @@ pub(super) struct Fit<'a, B: Batch> {
     model: &'a Model<B>,
     /// What trains on one of several ranks.
     tapped: Option<Tapped<B>>,
+    replays: Replays<B>,
     workers: usize,
     /// What is validated on: the source, the split it counts as, its batches.
     val: Option<(Source<B>, Split, Option<Limit>)>,
@@ -216,28 +219,36 @@ impl<B: Batch> Fit<'_, B> {
             let batch = batch.to_device(self.model.params().device())?;
             let batch = batch.cast(self.model.params().dtype())?;
             let (name, images_due) = (&self.turns[turn].name, images_due && place.number == 0);
-            let mut told = Step::training(done, place.number as u64, seed, name, images_due);
-            let loss = {
-                let _phase = phase!("forward");
-                let loss = self.training().training_step(&batch, &mut told);
-                loss.map_err(|error| self.explain_precision(error))?.to_dtype(DType::F32)?
-            };
-            {
-                let _phase = phase!("backward");
-                let share = batch.len() as f64 / tally.samples as f64;
-                let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
-                let scaled = if factor == 1. { loss.clone() } else { (&loss * factor)? };
-                match (&self.tapped, reduction.take()) {
-                    (Some(Tapped { taps, .. }), Some(before)) => {
+            let step = || Step::training(done, place.number as u64, seed, name, images_due);
+            let share = batch.len() as f64 / tally.samples as f64;
+            let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
+            let backprop = match (&self.tapped, reduction.take()) {
+                (Some(Tapped { module, taps }), Some(before)) => {
+                    let mut step = step();
+                    forward(&**module, &batch, &mut step).and_then(|loss| {
+                        let _phase = phase!("backward");
                         let before = before.before_backward(place.ends_step);
-                        reduction = Some(taps.during(before, || scaled.backward())?);
-                    }
-                    _ => grads.add(&self.turns[turn], scaled.backward()?)?,
+                        reduction = Some(taps.during(before, || scaled(&loss, factor)?.backward())?);
+                        Ok(Backprop::told(&loss, step, Vec::new()))
+                    })
                 }
-            }
-            tally.losses.push((place.number, loss.detach()));
+                _ => {
+                    let kind = Kind { turn, factor };
+                    let (module, turn) = (self.model.training(), &self.turns[turn]);
+                    let passes = |batch: &B, step| Backprop::over(module, turn, batch, step, factor);
+                    // Pictures are drawn on the host, so that their steps cannot be recorded.
+                    if images_due {
+                        passes(&batch, step())
+                    } else {
+                        self.replays.backprop(kind, &batch, step, passes)
+                    }
+                }
+            };
+            let backprop = backprop.map_err(|error| self.explain_precision(error))?;
+            grads.add(&backprop.gradients)?;
+            tally.losses.push((place.number, backprop.loss.clone()));
             tally.own_samples += batch.len();
-            self.tell(told, turn, &loss, batch.len(), tally)?;
+            self.tell(backprop, turn, batch.len(), tally)?;
             if place.ends_step {
                 break;
             }
@@ -252,11 +263,6 @@ impl<B: Batch> Fit<'_, B> {
         let wants = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
         let Reduced { own, whole } = reduction.finish(wants)?;
         Ok((own.complete(&self.turns[turn].own(&*self.ranks))?, whole))
-    }
-
-    /// The module that records gradients.
-    fn training(&self) -> &dyn Module<Batch = B> {
-        self.tapped.as_ref().map_or(self.model.training(), |tapped| &*tapped.module)
     }
 
     /// The gradients of all of an optimizer's parameters, where this rank has them or somebody wants them.
@@ -374,16 +380,9 @@ impl<B: Batch> Fit<'_, B> {
     }
 
     /// Hands on what a module logged in a step.
-    fn tell(
-        &mut self,
-        told: Step,
-        turn: usize,
-        loss: &Tensor,
-        samples: usize,
-        tally: &mut Tally,
-    ) -> Result<()> {
-        let (metrics, pictures) = told.into_logged();
-        tally.note(&self.metric_name(turn, "loss"), loss, samples)?;
+    fn tell(&mut self, told: Backprop, turn: usize, samples: usize, tally: &mut Tally) -> Result<()> {
+        let Backprop { loss, metrics, pictures, .. } = told;
+        tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
         metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
         let step = self.progress.step + 1;
         let picture = |(name, pixels)| Picture { step, split: Split::Train, name, pixels };

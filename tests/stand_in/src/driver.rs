@@ -404,6 +404,24 @@ driver! {
         // SAFETY: the caller's pointer.
         unsafe { give(to, kind) }
     }
+    fn cuGraphMemcpyNodeGetParams(node: u64, to: *mut u8) {
+        let names = device(owner(node >> 20))?.nodes(node >> 20)?;
+        // 1: the host's memory, 2: the device's; behind four numbers of 64 bits.
+        let from: c_uint = match *names.get((node & 0xfffff) as usize).ok_or(code::INVALID_HANDLE)? {
+            "copy to the device" => 1,
+            "copy" | "copy from the device" => 2,
+            _ => return Err(code::INVALID_VALUE),
+        };
+        // SAFETY: the caller's struct, which is larger than this.
+        unsafe { to.add(4 * size_of::<usize>()).cast::<c_uint>().write(from) };
+        Ok(())
+    }
+    // What graphs allocate is counted with all the rest.
+    fn cuDeviceGetGraphMemAttribute(_device: c_int, _attribute: c_uint, to: *mut u64) {
+        // SAFETY: the caller's pointer.
+        unsafe { give(to, 0) }
+    }
+    fn cuDeviceSetGraphMemAttribute(_device: c_int, _attribute: c_uint, _value: *mut c_void) { Ok(()) }
     fn cuGetExportTable(to: *mut *const usize, _name: *const c_void) {
         // The compiler asks for one that no documentation names, and looks at its size first: this one is of nothing else.
         static TABLE: usize = size_of::<usize>();

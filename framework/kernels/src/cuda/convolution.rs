@@ -287,6 +287,9 @@ impl Engine {
             _ => 0,
         });
         if held < bytes {
+            if super::is_recording() {
+                bail!("cuDNN wants more memory to work in than when this was rehearsed");
+            }
             // First freed: both together may be more than there is.
             self.workspace = None;
             self.workspace = Some(allocate(&self.device, bytes.div_ceil(ITEM), DType::F32, false)?);

@@ -73,6 +73,18 @@ pub(crate) fn peak_memory(device: &Device) -> Option<u64> {
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
     // SAFETY: the attribute is one of 64 bits.
     unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()).ok()? };
+    Some(bytes + recorded_memory(device).unwrap_or(0))
+}
+
+/// The most that recorded work has held: its memory is of another pool.
+fn recorded_memory(device: &Device) -> Option<u64> {
+    let (stream, mut bytes) = (device.as_cuda_device().ok()?.cuda_stream(), 0u64);
+    let attribute = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;
+    // SAFETY: the context's device exists, and the attribute is one of 64 bits.
+    let asked = unsafe {
+        sys::cuDeviceGetGraphMemAttribute(stream.context().cu_device(), attribute, (&raw mut bytes).cast())
+    };
+    asked.result().ok()?;
     Some(bytes)
 }
 
@@ -81,6 +93,16 @@ pub(crate) fn reset_peak_memory(device: &Device) {
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
     // SAFETY: the attribute is one of 64 bits, and 0 is what it may be set to. Failure leaves an older peak.
     let _ = unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut zero).cast()) };
+    let Ok(device) = device.as_cuda_device() else { return };
+    let attribute = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;
+    // SAFETY: as above.
+    let _ = unsafe {
+        sys::cuDeviceSetGraphMemAttribute(
+            device.cuda_stream().context().cu_device(),
+            attribute,
+            (&raw mut zero).cast(),
+        )
+    };
 }
 
 pub(crate) fn allow_tf32(allowed: bool) {

@@ -15,6 +15,8 @@ mod conv_lstm;
 mod convolution;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
+#[cfg(feature = "cuda")]
+mod graph;
 #[cfg(test)]
 mod host;
 #[cfg(feature = "cuda")]
@@ -36,6 +38,8 @@ pub use communicator::{Communicator, Exchange, Pending};
 pub(crate) use conv_lstm::conv_lstm;
 #[cfg(feature = "cuda")]
 pub(crate) use conv2d::{conv_transpose2d, conv2d};
+#[cfg(feature = "cuda")]
+pub(crate) use graph::{Graph, is_recording, unrecorded};
 
 /// What one of CUDA's libraries says, as an error of candle.
 #[cfg(feature = "cuda")]

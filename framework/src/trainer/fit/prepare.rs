@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use candle_core::Var;
 
+use super::backprop::Replays;
 use super::{Fit, Tapped};
 use crate::batch::Batch;
 use crate::callback::Progress;
@@ -82,6 +83,12 @@ impl<'a, B: Batch> Fit<'a, B> {
             average.updates = state.map_or(0, |state| state.average_updates);
         }
         let tapped = if ranks.is_alone() { None } else { Some(Tapped::new(model)?) };
+        let replays = Replays::new(config.cuda_graph && ranks.is_alone(), model.params().device());
+        if config.cuda_graph && !ranks.is_alone() {
+            tracing::warn!(
+                "trainer.cuda_graph: steps of several ranks are not recorded: their gradients travel meanwhile"
+            );
+        }
         let share = Share { rank: ranks.rank(), of: ranks.world_size() };
         let start = Start {
             epoch: progress.epoch,
@@ -111,6 +118,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             sharded,
             model,
             tapped,
+            replays,
             workers,
             val,
             turns,

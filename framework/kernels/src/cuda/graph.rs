@@ -1,0 +1,141 @@
+//! CUDA graphs: a stream's work, captured and launched again.
+
+use super::failed;
+use candle_core::cuda_backend::cudarc::driver::sys::{
+    CUgraphInstantiate_flags, CUgraphNodeType, CUmemorytype, CUstreamCaptureMode,
+};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, sys};
+use candle_core::{CudaDevice, Error, Result, bail};
+use std::cell::Cell;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+
+/// While work is recorded no other thread may ask the device for anything: that would be recorded as well. Who asks holds it
+/// with others, who records alone.
+static UNRECORDED: RwLock<()> = RwLock::new(());
+
+thread_local! {
+    /// Whether this thread records.
+    static RECORDS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether this thread records.
+pub(crate) fn is_recording() -> bool {
+    RECORDS.get()
+}
+
+/// Waits until nothing is recorded by another thread, and keeps it so; `None` where this one records.
+pub(crate) fn unrecorded() -> Option<RwLockReadGuard<'static, ()>> {
+    (!is_recording()).then(|| UNRECORDED.read().unwrap_or_else(PoisonError::into_inner))
+}
+
+pub(crate) struct Graph {
+    graph: CudaGraph,
+    operations: usize,
+}
+
+// SAFETY: a graph may be used by any thread, by one at a time, and replaying is the only use that there is.
+unsafe impl Send for Graph {}
+// SAFETY: a launch only reads the graph; the driver orders launches in their stream.
+unsafe impl Sync for Graph {}
+
+impl Graph {
+    pub(crate) fn record<T, E: From<Error>>(
+        device: &CudaDevice,
+        work: impl FnOnce() -> std::result::Result<T, E>,
+    ) -> std::result::Result<(T, Graph), E> {
+        let stream = device.cuda_stream();
+        let _alone = UNRECORDED.write().unwrap_or_else(PoisonError::into_inner);
+        let _uploaded = device.enable_cuda_graph_htod_cache();
+        give_back_memory(&stream)?;
+        // Other threads may do what is theirs, on devices of their own.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(failed("recording a CUDA graph"))?;
+        RECORDS.set(true);
+        let results = work();
+        RECORDS.set(false);
+        // What the results hold is allocated by each replay, and stays until the next one.
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let ended = stream.end_capture(flags);
+        // Of what was dropped while a recording failed: nothing to do with what comes next.
+        let _ = stream.context().check_err();
+        let results = results?;
+        match finished(ended) {
+            Ok(graph) => Ok((results, graph)),
+            Err(error) => {
+                // They were never allocated, so that nobody may free them.
+                std::mem::forget(results);
+                Err(error.into())
+            }
+        }
+    }
+
+    pub(crate) fn replay(&self) -> Result<()> {
+        self.graph.launch().map_err(failed("replaying a CUDA graph"))
+    }
+
+    pub(crate) fn operations(&self) -> usize {
+        self.operations
+    }
+}
+
+fn finished(ended: std::result::Result<Option<CudaGraph>, impl std::fmt::Debug>) -> Result<Graph> {
+    let graph = ended.map_err(failed("recording a CUDA graph"))?;
+    let Some(graph) = graph else { bail!("recording a CUDA graph: nothing was asked for") };
+    let nodes = nodes(&graph)?;
+    for node in &nodes {
+        if reads_from_host(*node)? {
+            bail!("recording a CUDA graph: the work uploads something that the host does not keep for it");
+        }
+    }
+    Ok(Graph { graph, operations: nodes.len() })
+}
+
+fn nodes(graph: &CudaGraph) -> Result<Vec<sys::CUgraphNode>> {
+    let failed = failed("CUDA graph");
+    let (graph, mut count) = (graph.cu_graph(), 0);
+    // SAFETY: the graph lives, and null asks for the count alone.
+    unsafe { sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut count) }.result().map_err(&failed)?;
+    let mut nodes = vec![std::ptr::null_mut(); count];
+    // SAFETY: there is room for as many as were counted.
+    unsafe { sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count) }.result().map_err(&failed)?;
+    nodes.truncate(count);
+    Ok(nodes)
+}
+
+/// Whether a replay would copy from the host's memory, which is another's by then.
+fn reads_from_host(node: sys::CUgraphNode) -> Result<bool> {
+    let failed = failed("CUDA graph");
+    let mut kind = CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
+    // SAFETY: a node of a graph that lives, and a place for its type.
+    unsafe { sys::cuGraphNodeGetType(node, &mut kind) }.result().map_err(&failed)?;
+    if kind != CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
+        return Ok(false);
+    }
+    // SAFETY: plain numbers and addresses; a type of memory is never 0, so the driver's answer is waited for below.
+    let mut copy = std::mem::MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
+    // SAFETY: a node that copies, and a place for what it copies.
+    unsafe { sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()) }.result().map_err(&failed)?;
+    // SAFETY: the driver has written all of it.
+    let copy = unsafe { copy.assume_init() };
+    Ok(copy.srcMemoryType == CUmemorytype::CU_MEMORYTYPE_HOST)
+}
+
+/// Gives what tensors have freed back to the driver: a recording has memory of its own.
+fn give_back_memory(stream: &Arc<CudaStream>) -> Result<()> {
+    let failed = failed("CUDA memory pool");
+    stream.synchronize().map_err(&failed)?;
+    // SAFETY: the context's device exists; its pool may be trimmed at any time.
+    unsafe {
+        let pool = candle_core::cuda_backend::cudarc::driver::result::device::get_default_mem_pool(
+            stream.context().cu_device(),
+        )
+        .map_err(&failed)?;
+        sys::cuMemPoolTrimTo(pool, 0).result().map_err(&failed)
+    }
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Graph({} operations)", self.operations)
+    }
+}
