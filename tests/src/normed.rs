@@ -1,10 +1,12 @@
 //! A tiny regression with batch normalisation, whose running statistics are part of what is trained.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::{Init, Linear, linear};
 use candlepower::nn::channels_last::BatchNorm;
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
+
+use crate::device;
 
 /// The factor of the loss: what makes gradients overflow in fp16.
 pub const CALM: f64 = 1.;
@@ -28,7 +30,7 @@ impl Normed {
                 steepness,
             })
         };
-        Model::with_precision(build, seed, &Device::Cpu, precision).unwrap()
+        Model::with_precision(build, seed, &device(), precision).unwrap()
     }
 
     fn forward(&self, x: &Tensor, training: bool) -> Result<Tensor> {

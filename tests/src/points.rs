@@ -6,6 +6,8 @@ use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
 
+use crate::device;
+
 /// Points on a line in four dimensions, each sample another one, with noise drawn anew in every epoch.
 pub struct Points {
     /// How many samples there are.
@@ -76,7 +78,7 @@ impl Dropped {
     /// The same in another number format.
     pub fn in_precision(seed: u64, precision: Precision) -> Model<Tensors> {
         let build = |vb: VarBuilder| Ok(Self(linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?));
-        Model::with_precision(build, seed, &Device::Cpu, precision).unwrap()
+        Model::with_precision(build, seed, &device(), precision).unwrap()
     }
 }
 
@@ -89,7 +91,7 @@ impl Module for Dropped {
             let mut rng = step.rng("dropout");
             let keep = (0..hidden.elem_count()).map(|_| if rng.random_bool(0.8) { 1.25f32 } else { 0. });
             hidden = (&hidden
-                * Tensor::from_iter(keep, &Device::Cpu)?
+                * Tensor::from_iter(keep, hidden.device())?
                     .reshape(hidden.shape())?
                     .to_dtype(hidden.dtype())?)?;
         }

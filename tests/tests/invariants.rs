@@ -10,13 +10,13 @@ use candlepower::prelude::*;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
-use candlepower_tests::relative_error;
+use candlepower_tests::{device, relative_error};
 
 const SAMPLES: usize = 20;
 
 fn model(seed: u64) -> Model<Video> {
     let config = ConvLstmConfig { hidden: 4, ..Default::default() };
-    Model::build::<ConvLstm>(&config, &Blobs { samples: 1 }.spec(), seed, &Device::Cpu).unwrap()
+    Model::build::<ConvLstm>(&config, &Blobs { samples: 1 }.spec(), seed, &device()).unwrap()
 }
 
 fn config(batch_size: usize, max_steps: u64) -> TrainerConfig {
@@ -145,7 +145,7 @@ impl Dataset for Ones {
 #[test]
 fn a_parameter_that_the_loss_does_not_reach_is_refused_by_name() {
     let build = |vb: VarBuilder| Ok(CutOff(linear(3, 3, vb.pp("used"))?, linear(3, 3, vb.pp("cut"))?));
-    let model = Model::new(build, 0, &Device::Cpu).unwrap();
+    let model = Model::new(build, 0, &device()).unwrap();
     let error = Trainer::new(config(2, 1)).fit(&model, &Data::new(Ones)).unwrap_err().to_string();
     assert!(error.starts_with("no gradient reaches 2 of 4 parameters: cut.weight, cut.bias\n"), "{error}");
 }
@@ -169,7 +169,7 @@ fn train_saying(unused: &'static [&'static str], devices: usize) -> Result<Model
     let build = move |vb: VarBuilder| {
         Ok(Says(CutOff(linear(3, 3, vb.pp("used"))?, linear(3, 3, vb.pp("cut"))?), unused))
     };
-    let model = Model::new(build, 0, &Device::Cpu)?;
+    let model = Model::new(build, 0, &device())?;
     Trainer::new(TrainerConfig { devices, ..config(2, 1) }).fit(&model, &Data::new(Ones))?;
     Ok(model)
 }
@@ -219,7 +219,7 @@ impl Module for Brightness {
 fn evaluation_counts_every_sample_once_whatever_the_batch_size() {
     let brightness = |batch_size| {
         let build = |vb: VarBuilder| Ok(Brightness(vb.get(1, "w")?));
-        let model = Model::new(build, 0, &Device::Cpu).unwrap();
+        let model = Model::new(build, 0, &device()).unwrap();
         Trainer::new(config(batch_size, 1)).validate(&model, &data(2), Split::Val).unwrap()["brightness"]
     };
     let one_by_one = brightness(1);

@@ -12,7 +12,7 @@ use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
 use candlepower_tests::points::{Points, weights};
 use candlepower_tests::recorder::Recorder;
-use candlepower_tests::{assert_close, golden, golden_dir};
+use candlepower_tests::{assert_close, device, golden, golden_dir};
 
 /// The fixture is what this prints, as JSON:
 ///
@@ -69,7 +69,7 @@ impl Steep {
             let w = vb.get_with_hints(4, "w", candlepower::candle_nn::Init::Const(1.))?;
             Ok(Self { w, factor })
         };
-        Model::with_precision(build, 0, &Device::Cpu, precision).unwrap()
+        Model::with_precision(build, 0, &device(), precision).unwrap()
     }
 }
 
@@ -136,7 +136,7 @@ fn an_optimizer_whose_gradients_overflow_sits_the_step_out_alone() {
         let one = |name| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(1.));
         Ok(Two(one("a")?, one("b")?))
     };
-    let model = Model::with_precision(build, 0, &Device::Cpu, Precision::Fp16Mixed).unwrap();
+    let model = Model::with_precision(build, 0, &device(), Precision::Fp16Mixed).unwrap();
     let turn = |name: &str, lr| {
         let sgd = SgdConfig { lr, ..Default::default() };
         TurnConfig { name: name.into(), params: name.into(), ..TurnConfig::only(sgd.into(), Vec::new()) }
@@ -170,7 +170,7 @@ fn a_run_that_only_skips_ends_with_a_clear_error_and_its_state() {
 fn conv_lstm(precision: Precision) -> Model<Video> {
     let config = ConvLstmConfig { hidden: 8, ..Default::default() };
     let spec = Blobs { samples: 1 }.spec();
-    Model::with_precision(move |vb| ConvLstm::build(&config, &spec, vb), 3, &Device::Cpu, precision).unwrap()
+    Model::with_precision(move |vb| ConvLstm::build(&config, &spec, vb), 3, &device(), precision).unwrap()
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn the_tutorials_model_is_close_to_f64_in_half_types() {
     for (precision, tolerance) in [(Precision::Bf16Mixed, 2e-2), (Precision::Fp16Mixed, 3e-3)] {
         let config = config.clone();
         let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
-        let model = Model::with_precision(build, 0, &Device::Cpu, precision).unwrap();
+        let model = Model::with_precision(build, 0, &device(), precision).unwrap();
         for (name, var) in model.params().vars() {
             var.set(&values[&name].to_dtype(DType::F32).unwrap()).unwrap();
         }

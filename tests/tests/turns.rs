@@ -7,6 +7,7 @@ use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::Plateau;
 use candlepower::trainer::Every;
+use candlepower_tests::device;
 use candlepower_tests::points::{Dropped, Points, weights};
 use candlepower_tests::recorder::Recorder;
 
@@ -56,7 +57,7 @@ fn optimizers_take_turns_and_move_their_own_parameters_alone() {
             let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
             Ok(Duel { a: start("a", 0.)?, b: start("b", 1.)? })
         };
-        let model = Model::with_precision(build, 0, &Device::Cpu, precision).unwrap();
+        let model = Model::with_precision(build, 0, &device(), precision).unwrap();
         let turn = |name: &str, lr| TurnConfig {
             name: name.into(),
             params: name.into(),

@@ -1,0 +1,153 @@
+//! Training steps that a CUDA device records and replays are, to the bit, those that run as they come. Needs a device, with
+//! `CANDLEPOWER_TEST_DEVICE=cuda`; without, each test says so and passes.
+#![allow(clippy::unwrap_used)]
+
+use std::fmt::Debug;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use candlepower::checkpoint::CheckpointConfig;
+use candlepower::precision::Precision;
+use candlepower::prelude::*;
+use candlepower::rand::Rng;
+use candlepower_models::ConvLstm;
+use candlepower_models::conv_lstm::ConvLstmConfig;
+use candlepower_tests::blobs::Blobs;
+use candlepower_tests::device;
+use candlepower_tests::recorder::Recorder;
+use tracing::field::{Field, Visit};
+use tracing_subscriber::layer::{Context, SubscriberExt};
+
+/// One test at a time: while one records, nobody else may use the device.
+fn turn() -> Option<MutexGuard<'static, ()>> {
+    static TURN: Mutex<()> = Mutex::new(());
+    if !device().is_cuda() {
+        eprintln!("SKIPPED: only a CUDA device records steps, and CANDLEPOWER_TEST_DEVICE names none");
+        return None;
+    }
+    Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Keeps what is logged.
+#[derive(Clone, Default)]
+struct Words(Arc<Mutex<String>>);
+
+impl<S: tracing::Subscriber> tracing_subscriber::Layer<S> for Words {
+    fn on_event(&self, event: &tracing::Event, _: Context<S>) {
+        event.record(&mut self.clone());
+    }
+}
+
+impl Visit for Words {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        if field.name() == "message" {
+            self.0.lock().unwrap().push_str(&format!("{value:?}\n"));
+        }
+    }
+}
+
+/// What a training came to: parameters and optimizer as bytes, metrics as bits.
+struct Trained {
+    files: [Vec<u8>; 2],
+    metrics: Vec<(u64, String, u64)>,
+}
+
+fn train<B: Batch>(config: &TrainerConfig, model: &Model<B>, data: &Data<B>) -> (Trained, String) {
+    let (dir, recorder, words) = (tempfile::tempdir().unwrap(), Recorder::default(), Words::default());
+    let mut trainer = Trainer::new(config.clone())
+        .seed(5)
+        .optimizer(AdamConfig { lr: 0.01, ..Default::default() })
+        .callback(recorder.clone())
+        .checkpoints(dir.path(), CheckpointConfig::default());
+    let subscriber = tracing_subscriber::registry().with(words.clone());
+    tracing::subscriber::with_default(subscriber, || trainer.fit(model, data)).unwrap();
+    let last = dir.path().join("last");
+    let read = |file: &str| std::fs::read(last.join(Path::new(file))).unwrap();
+    let records = recorder.records().into_iter();
+    let bits = records
+        .flat_map(|r| r.metrics.into_iter().map(move |(name, x)| (r.step, name, x.to_bits())))
+        .collect::<Vec<_>>();
+    assert!(bits.len() > 10);
+    let files = ["model.safetensors", "optimizer.safetensors"].map(read);
+    let said = words.0.lock().unwrap().clone();
+    (Trained { files, metrics: bits }, said)
+}
+
+/// Trains with and without recording; returns what was said with it.
+fn compare<B: Batch>(
+    case: &str,
+    config: TrainerConfig,
+    model: impl Fn() -> Model<B>,
+    data: &Data<B>,
+) -> String {
+    let run = |cuda_graph| train(&TrainerConfig { cuda_graph, ..config.clone() }, &model(), data);
+    let ((plain, silence), (recorded, said)) = (run(false), run(true));
+    assert!(!silence.contains("recorded"), "{case}: {silence}");
+    assert!(plain.metrics == recorded.metrics, "{case}: metrics differ");
+    assert!(plain.files == recorded.files, "{case}: parameters or moments differ");
+    said
+}
+
+/// 10 samples in batches of 4 and micro-batches of 3: there are micro-batches of 3, 1 and 2, which count differently.
+fn config() -> TrainerConfig {
+    TrainerConfig {
+        batch_size: 4,
+        micro_batch_size: Some(3),
+        max_steps: Some(11),
+        log_every: 1,
+        clip_norm: Some(0.05),
+        ..Default::default()
+    }
+}
+
+fn data() -> Data<Video> {
+    Data::new(Blobs { samples: 10 }).val(Blobs { samples: 3 }).workers(2)
+}
+
+#[test]
+fn recorded_steps_are_those_that_run_as_they_come() {
+    let Some(_turn) = turn() else { return };
+    for precision in [Precision::Full, Precision::Bf16Mixed, Precision::Fp16Mixed] {
+        let model = || {
+            let (config, spec) =
+                (ConvLstmConfig { hidden: 4, ..Default::default() }, Blobs { samples: 1 }.spec());
+            let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
+            Model::with_precision(build, 1, &device(), precision).unwrap()
+        };
+        let said =
+            compare(&format!("{precision:?}"), TrainerConfig { precision, ..config() }, model, &data());
+        let recorded = said.matches("recorded as a CUDA graph").count();
+        assert!(recorded >= 3, "{precision:?}: {recorded} of 3 kinds of micro-batches were recorded: {said}");
+    }
+}
+
+/// One parameter, and a habit.
+struct Habit(Tensor, fn(&Tensor, &Step) -> Result<Tensor>);
+
+impl Module for Habit {
+    type Batch = Video;
+
+    fn training_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+        let error = (batch.target.mean_keepdim(1)?.broadcast_sub(&self.0))?;
+        (self.1)(&error.sqr()?.mean_all()?, step)
+    }
+}
+
+#[test]
+fn what_cannot_be_recorded_runs_as_it_comes_and_a_warning_says_why() {
+    let Some(_turn) = turn() else { return };
+    let random = |loss: &Tensor, step: &Step| Ok((loss * step.rng("noise").random_range(0.5f64..1.5))?);
+    let numbered = |loss: &Tensor, step: &Step| Ok((loss * (1. + step.index() as f64))?);
+    let reading = |loss: &Tensor, _: &Step| Ok((loss * f64::from(loss.to_scalar::<f32>()?))?);
+    let asks = "the module asks for the step's number or for random numbers";
+    type Ways = [(fn(&Tensor, &Step) -> Result<Tensor>, &'static str); 3];
+    let ways: Ways = [(random, asks), (numbered, asks), (reading, "not permitted while capturing")];
+    for (habit, why) in ways {
+        let model = || {
+            Model::new(move |vb: VarBuilder| Ok(Habit(vb.get((1, 1, 1, 8, 8), "w")?, habit)), 1, &device())
+        };
+        let said = compare(why, config(), || model().unwrap(), &data());
+        assert_eq!(said.matches("trainer.cuda_graph: steps are not recorded: ").count(), 1, "{said}");
+        assert!(said.contains(why), "{said}");
+    }
+}
