@@ -269,3 +269,42 @@ fn a_worse_validation_after_resuming_is_not_the_best() {
     assert_eq!(run(3, None), Path::new("1"));
     assert_eq!(run(6, Some(Checkpoint::load(&dir.path().join("3")).unwrap())), Path::new("1"));
 }
+
+/// Remembers numbers.
+#[derive(Clone)]
+struct Numbers(std::sync::Arc<std::sync::Mutex<Vec<f64>>>);
+
+impl Callback for Numbers {
+    fn name(&self) -> &'static str {
+        "numbers"
+    }
+
+    fn state(&self) -> Option<serde_json::Value> {
+        Some(self.0.lock().unwrap().clone().into())
+    }
+
+    fn restore(&mut self, state: serde_json::Value) -> Result<()> {
+        *self.0.lock().unwrap() = serde_json::from_value(state).unwrap();
+        Ok(())
+    }
+}
+
+#[test]
+fn numbers_come_back_to_the_last_bit() {
+    // Readers of JSON that are in a hurry give the first of these another last bit.
+    let mut numbers = vec![1.8632589340209962, f64::MIN_POSITIVE, 1. / 3.];
+    numbers.extend((1..2000).map(|i| (f64::from(i) * 0.7).sin() / f64::from(i)));
+    let dir = tempfile::tempdir().unwrap();
+    let run = |max_steps, held: &[f64], resume: Option<Checkpoint>| {
+        let held = Numbers(std::sync::Arc::new(held.to_vec().into()));
+        let trainer = Trainer::new(TrainerConfig { max_steps: Some(max_steps), ..config() })
+            .callback(held.clone())
+            .checkpoints(dir.path(), checkpoints());
+        resume.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data(1)).unwrap();
+        let bits: Vec<u64> = held.0.lock().unwrap().iter().map(|x| x.to_bits()).collect();
+        bits
+    };
+    let before = run(1, &numbers, None);
+    let checkpoint = Checkpoint::load(&dir.path().join("1")).unwrap();
+    assert!(before == run(2, &[], Some(checkpoint)));
+}

@@ -219,7 +219,7 @@ fn updates() {
 #[test]
 fn uploads_while_the_device_computes() {
     let Some((device, _turn)) = device() else { return };
-    let busy = Tensor::ones((2048, 2048), DType::F32, &device).unwrap();
+    let busy = Tensor::ones((1024, 1024), DType::F32, &device).unwrap();
     std::thread::scope(|scope| {
         for worker in 0..3 {
             let device = &device;

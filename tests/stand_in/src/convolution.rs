@@ -389,6 +389,25 @@ impl Call {
         Ok(values)
     }
 
+    /// Where each value of all windows of a group's image lies, from the image's first on; `None` beside it. (depth, pixels).
+    fn windows(&self) -> Vec<Option<usize>> {
+        let ([x, w, y], Options { padding, stride, dilation, groups, .. }) = (&self.tensors, &self.options);
+        let ([kh, kw], [oh, ow]) = ([w.dims[2], w.dims[3]], [y.dims[2], y.dims[3]]);
+        let mut windows = Vec::new();
+        for (c, i, j) in
+            (0..x.dims[1] / groups).flat_map(|c| (0..kh * kw).map(move |at| (c, at / kw, at % kw)))
+        {
+            for (p, q) in (0..oh * ow).map(|at| (at / ow, at % ow)) {
+                let row =
+                    (p * stride[0] + i * dilation[0]).checked_sub(padding[0]).filter(|at| *at < x.dims[2]);
+                let column =
+                    (q * stride[1] + j * dilation[1]).checked_sub(padding[1]).filter(|at| *at < x.dims[3]);
+                windows.push(row.zip(column).map(|(row, column)| x.place([0, c, row, column])));
+            }
+        }
+        windows
+    }
+
     fn run(&self, memory: &mut Memory) -> Result<(), String> {
         let [x, w, y] = &self.tensors;
         let result = match self.pass {
@@ -406,80 +425,62 @@ impl Call {
         let [kh, kw] = [w.dims[2], w.dims[3]];
         let [oh, ow] = [y.dims[2], y.dims[3]];
         let (depth, pixels) = (inputs * kh * kw, oh * ow);
-        // Where each value of all windows of an image and group lies in x.
-        let windows = |n: usize, group: usize, f: &mut dyn FnMut(usize, usize)| {
-            for c in 0..inputs {
-                for (i, j) in (0..kh).flat_map(|i| (0..kw).map(move |j| (i, j))) {
-                    let row = (c * kh + i) * kw + j;
-                    for (p, q) in (0..oh).flat_map(|p| (0..ow).map(move |q| (p, q))) {
-                        let [Options { padding, stride, dilation, .. }] = [&self.options];
-                        let v = p * stride[0] + i * dilation[0];
-                        let u = q * stride[1] + j * dilation[1];
-                        let inside = v >= padding[0]
-                            && v - padding[0] < x.dims[2]
-                            && u >= padding[1]
-                            && u - padding[1] < x.dims[3];
-                        if inside {
-                            f(
-                                row * pixels + p * ow + q,
-                                x.place([n, group * inputs + c, v - padding[0], u - padding[1]]),
-                            );
-                        }
+        let windows = self.windows();
+        for group in 0..groups {
+            // (outputs, depth).
+            let filter_place = |at: usize| {
+                w.place([group * outputs + at / depth, at % depth / (kh * kw), at / kw % kh, at % kw])
+            };
+            let mut filter: Vec<f64> = (0..outputs * depth).map(|at| ws[filter_place(at)]).collect();
+            for n in 0..x.dims[0] {
+                let image = x.place([n, group * inputs, 0, 0]);
+                // (outputs, pixels).
+                let place =
+                    |at: usize| y.place([n, group * outputs + at / pixels, at % pixels / ow, at % ow]);
+                let mut columns = vec![0.; depth * pixels];
+                let inside =
+                    columns.iter_mut().zip(&windows).filter_map(|(to, from)| Some((to, image + (*from)?)));
+                match self.pass {
+                    Pass::Forward => {
+                        inside.for_each(|(to, from)| *to = xs[from]);
+                        let mut result = vec![0.; outputs * pixels];
+                        multiply(
+                            &mut result,
+                            Matrix::rows(&filter, depth),
+                            Matrix::rows(&columns, pixels),
+                            [outputs, pixels, depth],
+                        );
+                        result.iter().enumerate().for_each(|(at, value)| ys[place(at)] = *value);
+                    }
+                    Pass::Data => {
+                        let dy: Vec<f64> = (0..outputs * pixels).map(|at| ys[place(at)]).collect();
+                        let mut columns = vec![0.; depth * pixels];
+                        multiply(
+                            &mut columns,
+                            Matrix::turned(&filter, depth),
+                            Matrix::rows(&dy, pixels),
+                            [depth, pixels, outputs],
+                        );
+                        let inside = columns
+                            .iter()
+                            .zip(&windows)
+                            .filter_map(|(value, to)| Some((value, image + (*to)?)));
+                        inside.for_each(|(value, to)| xs[to] += value);
+                    }
+                    Pass::Filter => {
+                        inside.for_each(|(to, from)| *to = xs[from]);
+                        let dy: Vec<f64> = (0..outputs * pixels).map(|at| ys[place(at)]).collect();
+                        multiply(
+                            &mut filter,
+                            Matrix::rows(&dy, pixels),
+                            Matrix::turned(&columns, pixels),
+                            [outputs, depth, pixels],
+                        );
                     }
                 }
             }
-        };
-        for (n, group) in (0..x.dims[0]).flat_map(|n| (0..groups).map(move |group| (n, group))) {
-            // (outputs, depth) and (outputs, pixels).
-            let filter_place =
-                |o: usize, d: usize| w.place([group * outputs + o, d / (kh * kw), d / kw % kh, d % kw]);
-            let image_place = |o: usize, p: usize| y.place([n, group * outputs + o, p / ow, p % ow]);
-            let gather = |from: &[f64], columns: usize, place: &dyn Fn(usize, usize) -> usize| -> Vec<f64> {
-                (0..outputs * columns).map(|it| from[place(it / columns, it % columns)]).collect()
-            };
-            let plain = |values, columns| Matrix { values, row: columns, column: 1 };
-            let turned = |values, columns| Matrix { values, row: 1, column: columns };
-            let mut columns = vec![0.; depth * pixels];
-            match self.pass {
-                Pass::Forward => {
-                    windows(n, group, &mut |to, from| columns[to] = xs[from]);
-                    let (filter, mut image) = (gather(ws, depth, &filter_place), vec![0.; outputs * pixels]);
-                    multiply(
-                        &mut image,
-                        plain(&filter, depth),
-                        plain(&columns, pixels),
-                        [outputs, pixels, depth],
-                    );
-                    image
-                        .iter()
-                        .enumerate()
-                        .for_each(|(it, value)| ys[image_place(it / pixels, it % pixels)] = *value);
-                }
-                Pass::Data => {
-                    let (filter, image) =
-                        (gather(ws, depth, &filter_place), gather(ys, pixels, &image_place));
-                    multiply(
-                        &mut columns,
-                        turned(&filter, depth),
-                        plain(&image, pixels),
-                        [depth, pixels, outputs],
-                    );
-                    windows(n, group, &mut |from, to| xs[to] += columns[from]);
-                }
-                Pass::Filter => {
-                    windows(n, group, &mut |to, from| columns[to] = xs[from]);
-                    let (image, mut filter) = (gather(ys, pixels, &image_place), vec![0.; outputs * depth]);
-                    multiply(
-                        &mut filter,
-                        plain(&image, pixels),
-                        turned(&columns, pixels),
-                        [outputs, depth, pixels],
-                    );
-                    filter
-                        .iter()
-                        .enumerate()
-                        .for_each(|(it, value)| ws[filter_place(it / depth, it % depth)] += *value);
-                }
+            if self.pass == Pass::Filter {
+                filter.iter().enumerate().for_each(|(at, value)| ws[filter_place(at)] = *value);
             }
         }
         let [alpha, beta] = self.scalars;

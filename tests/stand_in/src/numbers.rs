@@ -23,36 +23,27 @@ impl Kind {
         }
     }
 
-    /// A number's bytes as a number.
-    fn of(self, bytes: &[u8]) -> f64 {
-        let short = || u16::from_le_bytes([bytes[0], bytes[1]]);
-        match (self, bytes) {
-            (Kind::F64, &[a, b, c, d, e, f, g, h]) => f64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            (Kind::F32, &[a, b, c, d]) => f64::from(f32::from_le_bytes([a, b, c, d])),
-            (Kind::F16, _) => f16::from_bits(short()).to_f64(),
-            (Kind::BF16, _) => bf16::from_bits(short()).to_f64(),
-            _ => f64::from(bytes[0]),
-        }
-    }
-
-    fn write(self, x: f64, to: &mut [u8]) {
-        match self {
-            Kind::F64 => to.copy_from_slice(&x.to_le_bytes()),
-            Kind::F32 => to.copy_from_slice(&(x as f32).to_le_bytes()),
-            Kind::F16 => to.copy_from_slice(&f16::from_f64(x).to_le_bytes()),
-            Kind::BF16 => to.copy_from_slice(&bf16::from_f64(x).to_le_bytes()),
-            Kind::U8 => to[0] = x as u8,
-        }
-    }
-
     pub(crate) fn all(self, bytes: &[u8]) -> Vec<f64> {
-        bytes.chunks_exact(self.bytes()).map(|it| self.of(it)).collect()
+        fn each<const N: usize>(bytes: &[u8], of: impl Fn([u8; N]) -> f64) -> Vec<f64> {
+            bytes.as_chunks::<N>().0.iter().map(|it| of(*it)).collect()
+        }
+        match self {
+            Kind::F64 => each(bytes, f64::from_le_bytes),
+            Kind::F32 => each(bytes, |it| f64::from(f32::from_le_bytes(it))),
+            Kind::F16 => each(bytes, |it| f64::from(f16::from_le_bytes(it).to_f32())),
+            Kind::BF16 => each(bytes, |it| f64::from(bf16::from_le_bytes(it).to_f32())),
+            Kind::U8 => bytes.iter().map(|it| f64::from(*it)).collect(),
+        }
     }
 
     pub(crate) fn bytes_of(self, values: &[f64]) -> Vec<u8> {
-        let mut bytes = vec![0; values.len() * self.bytes()];
-        bytes.chunks_exact_mut(self.bytes()).zip(values).for_each(|(to, x)| self.write(*x, to));
-        bytes
+        match self {
+            Kind::F64 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            Kind::F32 => values.iter().flat_map(|x| (*x as f32).to_le_bytes()).collect(),
+            Kind::F16 => values.iter().flat_map(|x| f16::from_f64(*x).to_le_bytes()).collect(),
+            Kind::BF16 => values.iter().flat_map(|x| bf16::from_f64(*x).to_le_bytes()).collect(),
+            Kind::U8 => values.iter().map(|x| *x as u8).collect(),
+        }
     }
 }
 
@@ -98,6 +89,18 @@ pub(crate) struct Matrix<'a> {
     pub(crate) values: &'a [f64],
     pub(crate) row: usize,
     pub(crate) column: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Row after row, of so many columns each.
+    pub(crate) fn rows(values: &'a [f64], columns: usize) -> Self {
+        Matrix { values, row: columns, column: 1 }
+    }
+
+    /// The same with rows for columns.
+    pub(crate) fn turned(values: &'a [f64], columns: usize) -> Self {
+        Matrix { values, row: 1, column: columns }
+    }
 }
 
 /// to (m, n), row after row, += a (m, k) b (k, n).
