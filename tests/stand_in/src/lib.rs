@@ -17,3 +17,5 @@ mod memory;
 mod numbers;
 mod ptx;
 mod random;
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! Training on CUDA devices from the command line: several of them, several processes, and what can happen to them. Needs two
+//! devices, with `CANDLEPOWER_TEST_DEVICE=cuda`; without, each test says so and passes.
+#![allow(clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const TINY: &str = r#"
+[run]
+name = "tiny"
+seed = 1
+
+[trainer]
+accelerator = "cuda"
+batch_size = 2
+micro_batch_size = 1
+max_steps = 4
+limit_val_batches = 0
+
+[module]
+name = "conv_lstm"
+hidden = 8
+patch = 8
+
+[data]
+name = "moving_mnist"
+digits = "builtin"
+digits_per_frame = 1
+frames_in = 2
+frames_out = 2
+train_samples = 16
+val_samples = 2
+
+[logging]
+image_every = 0
+"#;
+
+/// A folder with a configuration in it.
+struct Place(tempfile::TempDir);
+
+impl Place {
+    fn new() -> Option<Self> {
+        if std::env::var("CANDLEPOWER_TEST_DEVICE").as_deref() != Ok("cuda") {
+            eprintln!("SKIPPED: CANDLEPOWER_TEST_DEVICE names no CUDA device");
+            return None;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("tiny.toml"), TINY).unwrap();
+        Some(Place(dir))
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn command(&self, command: &str, run: &str, arguments: &[&str]) -> Command {
+        let mut program = Command::new(env!("CARGO_BIN_EXE_candlepower"));
+        program.args([command, "tiny.toml", "--set", &format!("run.dir={run:?}")]).args(arguments);
+        program.env("RUST_BACKTRACE", "0").current_dir(self.path());
+        program.stdout(Stdio::piped()).stderr(Stdio::piped());
+        program
+    }
+
+    /// Trains, and returns the weights of the last checkpoint.
+    fn train(&self, run: &str, arguments: &[&str]) -> Vec<u8> {
+        let output = self.command("train", run, arguments).output().unwrap();
+        assert!(output.status.success(), "{}", words(&output));
+        self.weights(run)
+    }
+
+    fn weights(&self, run: &str) -> Vec<u8> {
+        std::fs::read(self.checkpoints(run).join("4/model.safetensors")).unwrap()
+    }
+
+    fn checkpoints(&self, run: &str) -> PathBuf {
+        self.path().join(run).join("tiny/version_0/checkpoints")
+    }
+
+    /// Two processes, as on two machines: the first one last, since others wait for it.
+    fn two(&self, run: &str, port: u16, arguments: &[&str]) -> [Child; 2] {
+        let [second, first] = ["1", "0"].map(|rank| {
+            let master = format!("127.0.0.1:{port}");
+            let nodes = ["--nodes", "2", "--node-rank", rank, "--master", &master];
+            self.command("launch", run, &[&nodes[..], arguments].concat()).spawn().unwrap()
+        });
+        [first, second]
+    }
+}
+
+fn words(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// A port that nobody listens at.
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn devices_of_one_and_of_two_processes_move_the_weights_as_one_does() {
+    let Some(place) = Place::new() else { return };
+    let alone = place.train("alone", &[]);
+    // The sum of two gradients has no order.
+    assert!(alone == place.train("two", &["--devices", "2"]), "two devices differ from one");
+    let sharded = ["--devices", "2", "--set", "distributed.shard=\"optimizer\""];
+    assert!(alone == place.train("sharded", &sharded), "a sharded optimizer differs");
+    assert!(alone == place.train("recorded", &["--set", "trainer.cuda_graph=true"]), "recorded steps differ");
+    for child in place.two("processes", free_port(), &[]) {
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", words(&output));
+    }
+    assert!(alone == place.weights("processes"), "two processes differ from one device");
+}
+
+#[test]
+fn a_process_that_is_gone_ends_the_others_with_its_name() {
+    let Some(place) = Place::new() else { return };
+    let arguments = ["--set", "distributed.max_restarts=0", "--set", "trainer.max_steps=100000"];
+    let more = ["--set", "data.train_samples=1000000", "--set", "checkpoint.every_steps=1"];
+    let [first, mut second] = place.two("gone", free_port(), &[&arguments[..], &more].concat());
+    let since = Instant::now();
+    while !place.checkpoints("gone").join("2").exists() {
+        assert!(since.elapsed() < Duration::from_secs(300), "no step was taken");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // The supervisor takes its process along.
+    second.kill().unwrap();
+    second.wait().unwrap();
+    let since = Instant::now();
+    let output = first.wait_with_output().unwrap();
+    let said = words(&output);
+    assert!(!output.status.success(), "{said}");
+    assert!(since.elapsed() < Duration::from_secs(60), "took {:?}", since.elapsed());
+    assert!(said.contains("a rank is gone"), "{said}");
+}
+
+#[test]
+fn a_full_memory_says_what_to_change() {
+    let Some(place) = Place::new() else { return };
+    let devices = Command::new(env!("CARGO_BIN_EXE_candlepower")).arg("devices").output().unwrap();
+    if !String::from_utf8_lossy(&devices.stdout).contains("stand-in") {
+        eprintln!("SKIPPED: only the stand-in's memory can be made small");
+        return;
+    }
+    let mut train = place.command("train", "full", &["--set", "trainer.micro_batch_size=2"]);
+    let output = train.env("CANDLEPOWER_STAND_IN_MEMORY", "2000000").output().unwrap();
+    let said = words(&output);
+    assert!(!output.status.success());
+    assert!(said.contains("out of memory") || said.contains("memory is full"), "{said}");
+    assert!(said.contains("micro_batch_size"), "{said}");
+}

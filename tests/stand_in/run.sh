@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Runs a command where a stand-in takes the places of CUDA's libraries: two devices, played by the processor.
+#
+#   cargo build --workspace --features candlepower-launcher/cuda     # with the stand-in; needs CUDA's compiler, see the README
+#   tests/stand_in/run.sh target/debug/candlepower devices
+#   CANDLEPOWER_TEST_DEVICE=cuda tests/stand_in/run.sh cargo test --workspace --features candlepower-launcher/cuda --test resume
+#
+# What compiles kernels is NVIDIA's own, from the folder that CANDLEPOWER_NVRTC names, or else from PyPI.
+# CANDLEPOWER_STAND_IN_DEVICES says how many devices there are, CANDLEPOWER_STAND_IN_MEMORY how many bytes each has.
+set -euo pipefail
+(($#)) || { sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2; exit 2; }
+
+manifest=$(dirname "$0")/Cargo.toml
+target=$(cargo metadata --manifest-path "$manifest" --format-version 1 --no-deps |
+    sed -E 's/.*"target_directory":"([^"]*)".*/\1/')
+library=$target/debug/libcandlepower_stand_in.so
+[ -f "$library" ] || { echo "$library is not there: cargo build --workspace" >&2; exit 2; }
+
+folder=$target/stand-in
+mkdir -p "$folder"
+for name in libcuda.so.1 libcudnn.so.9 libcublas.so.13 libcublasLt.so.13 libcurand.so.10 libnccl.so.2; do
+    ln -sf "$library" "$folder/$name"
+done
+
+compiler=${CANDLEPOWER_NVRTC:-$folder/nvrtc/nvidia/cu13/lib}
+if [ ! -e "$compiler/libnvrtc.so.13" ]; then
+    python3 -m pip install --quiet --no-deps --no-compile --only-binary=:all: --root-user-action=ignore \
+        --target "$folder/nvrtc" nvidia-cuda-nvrtc==13.0.88 >&2
+fi
+
+# Numbers of 32 bits stay whole in candle's own calls too, as they are on the CPU.
+export NVIDIA_TF32_OVERRIDE=0
+export LD_LIBRARY_PATH=$folder:$compiler${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+exec "$@"
