@@ -10,7 +10,7 @@
 #
 # The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
 # `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
-# recurrent --test sim_vp --test svg_lp`, which names the test programs.
+# recurrent --test sim_vp --test svg_lp --test devices`, which names the test programs.
 #
 # It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
 # names another). Each measurement is a process of its own. Exits with 1 where a check fails.
