@@ -215,6 +215,15 @@ for who, it in idle.items():
     shares.append(f"{who} {100 * ms / it['ms_per_step']:.1f} % ({ms:.2f} of {it['ms_per_step']:.2f} ms)")
 print("\nGPU idle between steps, 16 bf16-mixed:", "; ".join(shares) or "not measured")
 PYTHON
+if ((quality_steps)); then
+    every=$((quality_steps < 6 ? 1 : quality_steps / 6))
+    timeout $((4 * limit)) "$python" bench/quality.py "$candlepower" --out "$out/quality" --steps "$quality_steps" \
+        --every $every >"$out/quality.txt" 2>"$out/quality.log" || {
+        note "FAILED  the same training in PyTorch: $(tail -1 "$out/quality.log" | cut -c1-150)"
+        failures=$((failures + 1))
+    }
+    { echo && grep '^|' "$out/quality.txt"; } | tee -a "$summary"
+fi
 echo "== summary (logs in $out)"
 cat "$summary"
 exit $((failures > 0))
