@@ -20,8 +20,10 @@ def run(command, steps):
     """What the command found, and when it ended."""
     # The driver's numbers of devices are those of nvidia-smi then.
     environment = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    printed = subprocess.run([*command, "--steps", str(steps)], env=environment, stdout=subprocess.PIPE, check=True).stdout
-    return json.loads(printed.splitlines()[-1]), time.monotonic()
+    done = subprocess.run([*command, "--steps", str(steps)], env=environment, stdout=subprocess.PIPE)
+    if done.returncode:
+        sys.exit(done.returncode)  # The last words are the command's.
+    return json.loads(done.stdout.splitlines()[-1]), time.monotonic()
 
 
 def main():
