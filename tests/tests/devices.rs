@@ -60,7 +60,8 @@ fn batch_norm(vb: VarBuilder) -> Result<Box<Forward>> {
 }
 
 fn group_norm(vb: VarBuilder) -> Result<Box<Forward>> {
-    let norm = GroupNorm::new(3, CHANNELS, vb)?;
+    // Of a plain (B, C) too more than two values a group, which would be 1 and -1 whatever they were.
+    let norm = GroupNorm::new(2, CHANNELS, vb)?;
     Ok(Box::new(move |x| norm.forward(x)))
 }
 
