@@ -7,10 +7,12 @@
 #   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --benchmark: no checks
 #   --quick     one size, without torch.compile --limit N: seconds after which a check or a measurement is given up (300)
 #   --steps N   timed steps (30)                --out DIR: where full logs go (a temporary folder)
+#   --quality-steps N: of the training whose validation error is compared with PyTorch's, from the same weights over the
+#               same batches (600; 0: none)
 #
 # The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
 # `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
-# recurrent --test sim_vp --test svg_lp`, which names the test programs.
+# recurrent --test sim_vp --test svg_lp --test devices`, which names the test programs.
 #
 # It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
 # names another). Each measurement is a process of its own. Exits with 1 where a check fails.
@@ -18,13 +20,14 @@ set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repository=$(dirname "$here")
 
-checks_alone=0 benchmark_alone=0 quick=0 steps=30 limit=300 out=
+checks_alone=0 benchmark_alone=0 quick=0 steps=30 quality_steps=600 limit=300 out=
 while (($#)); do
     case $1 in
         --checks) checks_alone=1 ;;
         --benchmark) benchmark_alone=1 ;;
         --quick) quick=1 ;;
         --steps) steps=$2 && shift ;;
+        --quality-steps) quality_steps=$2 && shift ;;
         --limit) limit=$2 && shift ;;
         --out) out=$2 && shift ;;
         -h | --help) sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' && exit ;;
@@ -178,6 +181,17 @@ for batch in "${batches[@]}"; do
     ((quick)) || torch "$batch bf16-mixed|compile, channels last" "$batch" --precision bf16-mixed --channels-last --compile
 done
 
+# Both are watched in the same way; PyTorch's profiler, which slows its host, is asked for the kernels' time alone.
+idle() { # WHO COMMAND...
+    local who=$1
+    shift
+    measure "idle|$who" "$python" bench/idle.py "$@"
+}
+idle candlepower "$candlepower" bench bench/tutorial.toml --json --accelerator cuda --batch-size 16 --set data.workers=4 \
+    --precision bf16-mixed
+idle eager "$python" bench/pytorch_gpu.py --batch 16 --precision bf16-mixed
+torch "idle|eager, by its profiler" 16 --precision bf16-mixed --profile
+
 "$python" - "$results" <<'PYTHON' | tee -a "$summary"
 import json, sys
 rows = {}
@@ -185,6 +199,7 @@ for line in open(sys.argv[1]):
     what, result = line.rstrip("\n").split("\t")
     case, who = what.split("|")
     rows.setdefault(case, {})[who] = json.loads(result)
+idle = rows.pop("idle", {})
 print("\n| batch, precision | of | ms a step | TFLOP/s | MB on the device | Candlepower is |")
 print("|---|---|---|---|---|---|")
 for case, all in rows.items():
@@ -193,7 +208,22 @@ for case, all in rows.items():
         times = "" if who == "candlepower" or not ours else f"{it['ms_per_step'] / ours['ms_per_step']:.2f}x as fast"
         memory = it.get("peak_device_mb") or 0
         print(f"| {case} | {who} | {it['ms_per_step']:.2f} | {it['tflops'] or 0:.0f} | {memory:.0f} | {times} |")
+shares = []
+for who, it in idle.items():
+    # Kernels of a profiled run, beside the time of a step without the profiler.
+    ms = it["idle_ms_per_step"] if "idle_ms_per_step" in it else it["ms_per_step"] - it["kernel_ms_per_step"]
+    shares.append(f"{who} {100 * ms / it['ms_per_step']:.1f} % ({ms:.2f} of {it['ms_per_step']:.2f} ms)")
+print("\nGPU idle between steps, 16 bf16-mixed:", "; ".join(shares) or "not measured")
 PYTHON
+if ((quality_steps)); then
+    every=$((quality_steps < 6 ? 1 : quality_steps / 6))
+    timeout $((4 * limit)) "$python" bench/quality.py "$candlepower" --out "$out/quality" --steps "$quality_steps" \
+        --every $every >"$out/quality.txt" 2>"$out/quality.log" || {
+        note "FAILED  the same training in PyTorch: $(tail -1 "$out/quality.log" | cut -c1-150)"
+        failures=$((failures + 1))
+    }
+    { echo && grep '^|' "$out/quality.txt"; } | tee -a "$summary"
+fi
 echo "== summary (logs in $out)"
 cat "$summary"
 exit $((failures > 0))

@@ -14,6 +14,18 @@ from torch.nn import functional as F
 PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": None}
 
 
+def kernel_ms(step, steps):
+    """The time a step that the device spends on kernels and copies. They are on one stream, so that times add up."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    # An annotation spans kernels, which stand beside it.
+    events = [event for event in profile.events() if not getattr(event, "is_user_annotation", False)]
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in on_device) / 1000 / steps
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in [("batch", 16), ("nf", 64), ("size", 64), ("frames-in", 10), ("frames-out", 10)]:
@@ -24,6 +36,7 @@ def main():
     parser.add_argument("--tf32", action="store_true", help="products and convolutions of 32 bits by TF32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true", help='torch.compile(mode="max-autotune")')
+    parser.add_argument("--profile", action="store_true", help="also how long kernels run in a step, by torch.profiler")
     args = parser.parse_args()
 
     device = torch.device("cuda")
@@ -64,6 +77,7 @@ def main():
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
+    kernels = kernel_ms(step, args.steps) if args.profile else None
     # Multiply-adds count two; a step is three forward passes.
     weights = sum(cell.conv.weight.numel() for cell in network.encoder) * args.frames_in
     weights += sum(cell.conv.weight.numel() for cell in network.decoder) * args.frames_out
@@ -75,6 +89,7 @@ def main():
             {
                 "ms_per_step": ms,
                 "min": min(times),
+                "kernel_ms_per_step": kernels,
                 "tflops": flops / ms / 1e9,
                 "peak_device_mb": torch.cuda.max_memory_allocated() / 1e6,
                 "precision": args.precision,

@@ -125,7 +125,7 @@ impl Video {
     pub fn mae(&self, prediction: &Tensor) -> Result<Tensor> {
         let (came, mask) = self.last(prediction.dim(1)?)?;
         let error = difference(prediction, &came)?.abs()?;
-        mask.map_or_else(|| Ok(error.mean_all()?), |mask| known_mean(&error, &mask))
+        mask.map_or_else(|| nn::mean_all(&error), |mask| known_mean(&error, &mask))
     }
 
     /// The last `times` frames of input and target, and which of their pixels are known, (B, times, 1, H, W).
@@ -155,8 +155,8 @@ fn difference(prediction: &Tensor, came: &Tensor) -> Result<Tensor> {
 /// sample of which nothing is known has no error.
 fn known_mean(error: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mask = mask.to_dtype(error.dtype())?;
-    let known = (mask.flatten_from(1)?.sum(1)? * error.dim(2)? as f64)?.maximum(1.)?;
-    Ok((error.broadcast_mul(&mask)?.flatten_from(1)?.sum(1)? / known)?.mean_all()?)
+    let known = (nn::sum_from(&mask, 1)? * error.dim(2)? as f64)?.maximum(1.)?;
+    Ok((nn::sum_from(&error.broadcast_mul(&mask)?, 1)? / known)?.mean_all()?)
 }
 
 /// The sizes of [`Video`] batches.

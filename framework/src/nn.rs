@@ -239,5 +239,31 @@ fn split_dims(x: &Tensor) -> Result<(Vec<usize>, [usize; 3])> {
 /// The mean of squared differences, in f32 at least.
 pub fn mse(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     let wide = |x: &Tensor| if x.dtype() == DType::F64 { Ok(x.clone()) } else { x.to_dtype(DType::F32) };
-    Ok((wide(prediction)? - wide(target)?)?.sqr()?.mean_all()?)
+    mean_all(&(wide(prediction)? - wide(target)?)?.sqr()?)
+}
+
+/// The mean of all values.
+pub fn mean_all(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() { Ok(x.mean_all()?) } else { Ok((sum_from(x, 0)? / x.elem_count() as f64)?) }
+}
+
+/// So many values, or somewhat more, are enough work for one block of threads.
+const RUN: usize = 2048;
+
+/// The sums over all axes from `first` on.
+///
+/// On a CUDA device candle makes each sum in one block of threads, while the others have nothing to do. There the last axes go
+/// first, so that many blocks take part, and few values are left to the one.
+pub(crate) fn sum_from(x: &Tensor, first: usize) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        return Ok(x.flatten_from(first)?.sum(first)?);
+    }
+    let (mut split, mut run) = (x.rank(), 1);
+    while split > first && run < RUN {
+        split -= 1;
+        run *= x.dims()[split];
+    }
+    let axes = |from: usize| (from..x.rank()).collect::<Vec<_>>();
+    let parts = if split > first { x.sum_keepdim(axes(split))? } else { x.clone() };
+    Ok(parts.sum(axes(first))?)
 }

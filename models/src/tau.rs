@@ -156,7 +156,7 @@ pub fn divergence(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     };
     let (p, q) = (changes(prediction)?, changes(target)?);
     let ratio = ((&p / (q + EPS)?)? + EPS)?;
-    Ok((p * ratio.log()?)?.mean_all()?)
+    nn::mean_all(&(p * ratio.log()?)?)
 }
 
 impl Build for Tau {

@@ -1,7 +1,8 @@
 //! Normalisation over channels-last tensors, in 32 bits whatever the precision.
 //!
 //! One operation of the graph with a backward pass of its own; sums are f64, over parts that do not depend on the number of
-//! threads. Where the kernels are not wanted, or not on the CPU, it is composed of candle's operations.
+//! threads. Where the kernels are not wanted, or not on the CPU, it is composed of candle's operations. These leave everything
+//! on the device, the running statistics too: who reads a value of a device waits for all that was asked of it before.
 
 use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -71,9 +72,7 @@ impl BatchNorm {
             )));
         }
         if self.running_mean.is_writable() {
-            let n = statistics.count as f64;
-            let unbiased: Vec<f64> =
-                statistics.variances.iter().map(|variance| variance * n / (n - 1.)).collect();
+            let unbiased = statistics.unbiased()?;
             for _ in 0..times {
                 follow(&self.running_mean, &statistics.means)?;
                 follow(&self.running_var, &unbiased)?;
@@ -90,9 +89,9 @@ impl BatchNorm {
 }
 
 /// Moves a running statistic towards that of a batch.
-fn follow(running: &Buffer, batch: &[f64]) -> Result<()> {
+fn follow(running: &Buffer, batch: &Tensor) -> Result<()> {
     let value = running.value();
-    let batch = Tensor::from_slice(batch, value.shape(), value.device())?.to_dtype(value.dtype())?;
+    let batch = batch.to_dtype(value.dtype())?;
     running.set(&((value * (1. - MOMENTUM))? + (batch * MOMENTUM)?)?)
 }
 
@@ -131,11 +130,21 @@ enum Over {
     Groups(usize),
 }
 
-/// Mean and (biased) variance of each group, and of how many values.
+/// Mean and (biased) variance of each group, f64, on the device of the values, and of how many values.
 struct Statistics {
-    means: Vec<f64>,
-    variances: Vec<f64>,
+    means: Tensor,
+    variances: Tensor,
     count: usize,
+}
+
+impl Statistics {
+    /// The variances as estimates of those that the values were drawn with.
+    fn unbiased(&self) -> Result<Tensor> {
+        let n = self.count as f64;
+        // A tensor to divide by, since candle multiplies by the inverse of a number, which rounds once more.
+        let freedom = Tensor::full(n - 1., self.variances.shape(), self.variances.device())?;
+        Ok(((&self.variances * n)? / freedom)?)
+    }
 }
 
 /// `(x - mean) / sqrt(variance + eps) * weight + bias` for (B, .., C), with weight and bias (C).
@@ -159,22 +168,17 @@ fn normalize(
     let rows = y.reshape((batch, pixels, channels))?.contiguous()?;
     let (y, statistics) = if fast(&rows) {
         let rows_of = Rows { batch, pixels, channels };
-        let statistics = with_values(&rows, |x| Ok(rows_of.statistics(over, x)))?;
-        let op = Normalize {
-            rows: rows_of,
-            over,
-            means: statistics.means.clone(),
-            scales: scales(&statistics, eps),
-        };
+        let [means, variances] = with_values(&rows, |x| Ok(rows_of.statistics(over, x)))?;
+        let tensor = |values: &[f64]| Tensor::from_slice(values, values.len(), rows.device());
+        let statistics =
+            Statistics { means: tensor(&means)?, variances: tensor(&variances)?, count: rows_of.count(over) };
+        let scales = variances.iter().map(|variance| 1. / (variance + eps).sqrt()).collect();
+        let op = Normalize { rows: rows_of, over, means, scales };
         (rows.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?, statistics)
     } else {
         composed(&rows, over, &weight, &bias, eps)?
     };
     Ok((y.reshape(dims)?.to_dtype(x.dtype())?, statistics))
-}
-
-fn scales(statistics: &Statistics, eps: f64) -> Vec<f64> {
-    statistics.variances.iter().map(|variance| 1. / (variance + eps).sqrt()).collect()
 }
 
 /// The same for (B, P, C), one candle operation after the other.
@@ -190,13 +194,18 @@ fn composed(
         Over::Batch => (x.reshape((batch, pixels, channels, 1))?, vec![0, 1], batch * pixels),
         Over::Groups(n) => (x.reshape((batch, pixels, n, channels / n))?, vec![1, 3], pixels * channels / n),
     };
-    let mean = grouped.mean_keepdim(&axes[..])?;
+    let mean_of = |x: &Tensor| match over {
+        // On a device the sum of a channel over all samples would be one block's work.
+        Over::Batch if !x.device().is_cpu() => x.mean_keepdim(1)?.mean_keepdim(0),
+        _ => x.mean_keepdim(&axes[..]),
+    };
+    let mean = mean_of(&grouped)?;
     let centred = grouped.broadcast_sub(&mean)?;
-    let variance = centred.sqr()?.mean_keepdim(&axes[..])?;
+    let variance = mean_of(&centred.sqr()?)?;
     let y = centred.broadcast_div(&(&variance + eps)?.sqrt()?)?.reshape((batch, pixels, channels))?;
     let y = y.broadcast_mul(weight)?.broadcast_add(bias)?;
-    let values = |x: &Tensor| x.detach().to_dtype(DType::F64)?.flatten_all()?.to_vec1();
-    Ok((y, Statistics { means: values(&mean)?, variances: values(&variance)?, count }))
+    let flat = |x: &Tensor| x.detach().to_dtype(DType::F64)?.flatten_all();
+    Ok((y, Statistics { means: flat(&mean)?, variances: flat(&variance)?, count }))
 }
 
 /// How values lie in memory: channels within pixels within samples.
@@ -281,7 +290,8 @@ impl Rows {
         groups
     }
 
-    fn statistics(&self, over: Over, x: &[f32]) -> Statistics {
+    /// Mean and (biased) variance of each group.
+    fn statistics(&self, over: Over, x: &[f32]) -> [Vec<f64>; 2] {
         let [sums, squares] = self.sums(x, x, |_, x, _, sums, squares| {
             for ((sum, square), &x) in sums.iter_mut().zip(squares).zip(x) {
                 let x = f64::from(x);
@@ -297,7 +307,7 @@ impl Rows {
         // In f64 the difference loses nothing that f32 values had.
         let variances =
             squares.iter().zip(&means).map(|(square, mean)| (square - mean * mean).max(0.)).collect();
-        Statistics { means, variances, count }
+        [means, variances]
     }
 
     /// Fills values sample by sample: `fill` is told the sample, and some of its pixels by their place among all.
@@ -484,7 +494,10 @@ mod tests {
                 let loss = (&y * wanted.to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap();
                 let grads = loss.backward().unwrap();
                 let grads = vars.iter().map(|var| grads.get(var).unwrap().clone());
-                (std::iter::once(y).chain(grads).collect::<Vec<_>>(), statistics.variances)
+                (
+                    std::iter::once(y).chain(grads).collect::<Vec<_>>(),
+                    statistics.variances.to_vec1::<f64>().unwrap(),
+                )
             };
             let (fast, wide) = (run(DType::F32), run(DType::F64));
             for (i, (fast, wide)) in fast.0.iter().zip(&wide.0).enumerate() {
