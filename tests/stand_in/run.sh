@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Runs a command where a stand-in takes the places of CUDA's libraries: two devices, played by the processor.
 #
-#   cargo build --workspace --features candlepower-launcher/cuda     # with the stand-in; needs CUDA's compiler, see the README
-#   tests/stand_in/run.sh target/debug/candlepower devices
+#   cargo build --package candlepower-stand-in
+#   tests/stand_in/run.sh target/debug/candlepower devices        # a program with the feature `cuda`
 #   CANDLEPOWER_TEST_DEVICE=cuda tests/stand_in/run.sh cargo test --workspace --features candlepower-launcher/cuda --test resume
 #
 # What compiles kernels is NVIDIA's own, from the folder that CANDLEPOWER_NVRTC names, or else from PyPI.
@@ -14,7 +14,7 @@ manifest=$(dirname "$0")/Cargo.toml
 target=$(cargo metadata --manifest-path "$manifest" --format-version 1 --no-deps |
     sed -E 's/.*"target_directory":"([^"]*)".*/\1/')
 library=$target/debug/libcandlepower_stand_in.so
-[ -f "$library" ] || { echo "$library is not there: cargo build --workspace" >&2; exit 2; }
+[ -f "$library" ] || { echo "$library is not there: cargo build --package candlepower-stand-in" >&2; exit 2; }
 
 folder=$target/stand-in
 mkdir -p "$folder"
