@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, init::NormalOrUniform};
+use candlepower_kernels::updates::publish;
 use indexmap::IndexMap;
 use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
@@ -161,13 +162,12 @@ impl Params {
 
     /// Gives the working variables, and the taps on them, their masters' values.
     pub fn publish(&self) -> Result<()> {
-        for Param { master, working, tap } in self.lock().values() {
-            if working.dtype() != master.dtype() {
-                working.set(&master.to_dtype(working.dtype())?)?;
-            }
-            if let Some(tap) = tap {
-                taps::refresh(tap, working)?;
-            }
+        let params = self.lock();
+        let narrow = params.values().filter(|param| param.working.dtype() != param.master.dtype());
+        let pairs = narrow.map(|param| (param.master.as_tensor(), param.working.as_tensor()));
+        publish(&pairs.collect::<Vec<_>>())?;
+        for Param { working, tap, .. } in params.values() {
+            tap.as_ref().map_or(Ok(()), |tap| taps::refresh(tap, working))?;
         }
         Ok(())
     }

@@ -25,24 +25,40 @@ pub struct AdamStep {
     pub keep: f32,
 }
 
+/// A parameter and what Adam knows of it: f32 of one shape.
+#[derive(Debug, Clone, Copy)]
+pub struct AdamParam<'a> {
+    /// The parameter.
+    pub param: &'a Tensor,
+    /// Its gradient.
+    pub gradient: &'a Tensor,
+    /// Its first moment.
+    pub first: &'a Tensor,
+    /// Its second moment.
+    pub second: &'a Tensor,
+    /// With AMSGrad, the largest second moment so far.
+    pub largest: Option<&'a Tensor>,
+}
+
 impl AdamStep {
-    /// Moves a parameter and its moments; `largest`, with AMSGrad, is the largest second moment so far.
+    /// Moves parameters and their moments: on a CUDA device many by one kernel.
     ///
     /// # Errors
-    /// Where the tensors are not f32 of one shape on one device, or one that is changed is not contiguous.
-    pub fn apply(
-        &self,
-        param: &Tensor,
-        gradient: &Tensor,
-        first: &Tensor,
-        second: &Tensor,
-        largest: Option<&Tensor>,
-    ) -> Result<()> {
-        check([Some(param), Some(gradient), Some(first), Some(second), largest])?;
-        #[cfg(feature = "cuda")]
-        if param.device().is_cuda() {
-            return crate::cuda::optimizer::adam(self, param, gradient, first, second, largest);
+    /// Where a parameter's tensors are not f32 of one shape, not all are on one device, or one that is changed is not
+    /// contiguous.
+    pub fn apply(&self, params: &[AdamParam]) -> Result<()> {
+        for AdamParam { param, gradient, first, second, largest } in params {
+            check([Some(param), Some(gradient), Some(first), Some(second), *largest])?;
+            on_one_device(params[0].param, param)?;
         }
+        #[cfg(feature = "cuda")]
+        if params.first().is_some_and(|it| it.param.device().is_cuda()) {
+            return crate::cuda::optimizer::adam(self, params);
+        }
+        params.iter().try_for_each(|it| self.apply_on_cpu(*it))
+    }
+
+    fn apply_on_cpu(&self, AdamParam { param, gradient, first, second, largest }: AdamParam) -> Result<()> {
         let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
             *self;
         zip3(first, gradient, param, move |m: &mut f32, g, w| *m += (g + l2 * w - *m) * one_minus_beta1)?;
@@ -115,6 +131,34 @@ pub fn approach(x: &Tensor, target: &Tensor, share: f32) -> Result<()> {
     zip2(x, target, move |x: &mut f32, target| *x += (target - *x) * share)
 }
 
+/// Gives tensors the values that their masters have now, in their own type, in place: on a CUDA device many half-precision ones
+/// by one kernel. Pairs are a master, f32, and a contiguous tensor of its shape; all are on one device, and all that are given
+/// values are of one type.
+///
+/// # Errors
+/// Where that is not so.
+pub fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
+    for (master, copy) in pairs {
+        on_one_device(pairs[0].0, master)?;
+        on_one_device(master, copy)?;
+        let fits = master.dims() == copy.dims() && master.dtype() == DType::F32;
+        if !fits || copy.dtype() != pairs[0].1.dtype() || !copy.is_contiguous() || !master.is_contiguous() {
+            bail!("publish: expected pairs of one shape, the first f32, got {master:?} and {copy:?}");
+        }
+    }
+    #[cfg(feature = "cuda")]
+    if let Some((master, copy)) = pairs.first()
+        && master.device().is_cuda()
+        && matches!(copy.dtype(), DType::BF16 | DType::F16)
+    {
+        return crate::cuda::optimizer::publish(pairs);
+    }
+    for (master, copy) in pairs {
+        copy.flatten_all()?.slice_set(&master.to_dtype(copy.dtype())?.flatten_all()?, 0, 0)?;
+    }
+    Ok(())
+}
+
 /// The sum of the squares of the values of tensors that are on one device. The same bits every time; waits for the device
 /// once.
 ///
@@ -132,6 +176,13 @@ pub fn sum_squares_of(tensors: &[Tensor]) -> Result<f64> {
     Ok(sum)
 }
 
+fn on_one_device(a: &Tensor, b: &Tensor) -> Result<()> {
+    if !a.device().same_device(b.device()) {
+        bail!("update: expected tensors on one device");
+    }
+    Ok(())
+}
+
 fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
     let mut tensors = tensors.into_iter().flatten();
     let Some(first) = tensors.next() else { return Ok(()) };
@@ -145,9 +196,7 @@ fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
                 x.dims()
             );
         }
-        if !x.device().same_device(first.device()) {
-            bail!("update: expected tensors on one device");
-        }
+        on_one_device(first, x)?;
     }
     Ok(())
 }

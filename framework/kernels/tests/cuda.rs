@@ -4,7 +4,7 @@
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::elementwise::zip3;
-use candlepower_kernels::updates::{AdamStep, SgdStep, approach, sum_squares_of};
+use candlepower_kernels::updates::{AdamParam, AdamStep, SgdStep, approach, publish, sum_squares_of};
 use candlepower_kernels::{
     Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Exchange, Keep,
     allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
@@ -196,8 +196,41 @@ fn updates() {
         let [w2, g2, m2, v2] = [&w, &g, &m, &v].map(there);
         // Another view of the same memory sees what the kernel writes.
         let view = w2.reshape((n, 1)).unwrap();
-        step.apply(&w, &g, &m, &v, None).unwrap();
-        step.apply(&w2, &g2, &m2, &v2, None).unwrap();
+        // More of them than one kernel takes, each of its own length.
+        let rest = |device: &Device| -> Vec<[Tensor; 4]> {
+            (0..70)
+                .map(|i| {
+                    [6, 7, 8, 9]
+                        .map(|seed| random(1 + 97 * i, seed).abs().unwrap().to_device(device).unwrap())
+                })
+                .collect()
+        };
+        let (others, others2) = (rest(&CPU), rest(&device));
+        let all = |own: [&Tensor; 4], others: &[[Tensor; 4]]| {
+            let others: Vec<[Tensor; 4]> = others.to_vec();
+            let sets = std::iter::once(own.map(Clone::clone)).chain(others).collect::<Vec<_>>();
+            let params = sets.iter().map(|[param, gradient, first, second]| AdamParam {
+                param,
+                gradient,
+                first,
+                second,
+                largest: None,
+            });
+            step.apply(&params.collect::<Vec<_>>()).unwrap();
+        };
+        all([&w, &g, &m, &v], &others);
+        all([&w2, &g2, &m2, &v2], &others2);
+        for (cpu, cuda) in others.iter().flatten().zip(others2.iter().flatten()) {
+            assert!(error(cuda, cpu) < 1e-6);
+        }
+        for dtype in [DType::BF16, DType::F16] {
+            let copies: Vec<Tensor> =
+                others2.iter().map(|it| it[0].zeros_like().unwrap().to_dtype(dtype).unwrap()).collect();
+            publish(&others2.iter().map(|it| &it[0]).zip(&copies).collect::<Vec<_>>()).unwrap();
+            for (copy, [master, ..]) in copies.iter().zip(&others2) {
+                assert_eq!(values(copy), values(&master.to_dtype(dtype).unwrap()));
+            }
+        }
         for (cpu, cuda) in [(&w, &w2), (&m, &m2), (&v, &v2), (&w, &view.reshape(n).unwrap())] {
             assert!(error(cuda, cpu) < 1e-6);
         }

@@ -1,7 +1,7 @@
 //! Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes them.
 
 use candle_core::{Tensor, Var};
-use candlepower_kernels::updates::AdamStep;
+use candlepower_kernels::updates::{AdamParam, AdamStep};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -114,11 +114,14 @@ impl Optimizer for Adam {
             l2,
             keep,
         };
-        for (i, gradient) in gradients.iter().enumerate() {
-            let largest = self.largest.get(i).map(Var::as_tensor);
-            step.apply(&self.params[i].1, gradient, &self.first[i], &self.second[i], largest)?;
-        }
-        Ok(())
+        let params = gradients.iter().enumerate().map(|(i, gradient)| AdamParam {
+            param: &self.params[i].1,
+            gradient,
+            first: &self.first[i],
+            second: &self.second[i],
+            largest: self.largest.get(i).map(Var::as_tensor),
+        });
+        Ok(step.apply(&params.collect::<Vec<_>>())?)
     }
 
     fn state(&self) -> Vec<(String, Var)> {

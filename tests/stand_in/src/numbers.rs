@@ -1,6 +1,7 @@
 //! Numbers of a device's memory, as the libraries read and write them.
 
 use crate::memory::Memory;
+use crate::ptx::to_odd;
 use half::{bf16, f16};
 use std::ops::Not;
 
@@ -40,8 +41,8 @@ impl Kind {
         match self {
             Kind::F64 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
             Kind::F32 => values.iter().flat_map(|x| (*x as f32).to_le_bytes()).collect(),
-            Kind::F16 => values.iter().flat_map(|x| f16::from_f64(*x).to_le_bytes()).collect(),
-            Kind::BF16 => values.iter().flat_map(|x| bf16::from_f64(*x).to_le_bytes()).collect(),
+            Kind::F16 => values.iter().flat_map(|x| f16::from_f32(to_odd(*x)).to_le_bytes()).collect(),
+            Kind::BF16 => values.iter().flat_map(|x| bf16::from_f32(to_odd(*x)).to_le_bytes()).collect(),
             Kind::U8 => values.iter().map(|x| *x as u8).collect(),
         }
     }

@@ -163,3 +163,13 @@ fn graphs_do_again_what_was_recorded_and_refuse_what_cannot_be() {
         assert_eq!(device.end_capture(first), Err(code::CAPTURE_UNJOINED));
     });
 }
+
+#[test]
+fn halves_are_rounded_once() {
+    // Just above the middle between two halves: what is left out decides.
+    for (x, expected) in [(1. + 1. / 256., 1.), (1. + 1. / 256. + f64::from(f32::EPSILON), 1. + 1. / 128.)] {
+        assert_eq!(Kind::BF16.all(&Kind::BF16.bytes_of(&[x])), [expected]);
+    }
+    let tiny = 1. + 1. / 2048. + 1e-12;
+    assert_eq!(Kind::F16.all(&Kind::F16.bytes_of(&[tiny])), [1. + 1. / 1024.]);
+}

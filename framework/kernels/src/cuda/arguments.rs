@@ -84,16 +84,49 @@ pub(crate) struct Narrow {
     pub(crate) count: u32,
 }
 
-/// Of `adam`.
+/// A tensor among many: the addresses that a kernel uses of it, its values, and the blocks of all up to it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Span {
+    pub(crate) at: [u64; 5],
+    pub(crate) count: u32,
+    pub(crate) end: u32,
+}
+
+/// As many tensors as the arguments of a kernel, 4 KB, have room for. Of `publish`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Many {
+    pub(crate) spans: [Span; Many::MOST],
+    pub(crate) tensors: u32,
+}
+
+impl Many {
+    pub(crate) const MOST: usize = 64;
+    /// Values that a block takes.
+    const CHUNK: usize = 4096;
+
+    /// Tensors with their values' count; at most [`MOST`](Self::MOST) of them, none empty.
+    pub(crate) fn new(tensors: &[([u64; 5], usize)]) -> Self {
+        let (mut spans, mut end) = ([Span::default(); Self::MOST], 0);
+        for (span, (at, count)) in spans.iter_mut().zip(tensors) {
+            end += count.div_ceil(Self::CHUNK) as u32;
+            *span = Span { at: *at, count: *count as u32, end };
+        }
+        Many { spans, tensors: tensors.len() as u32 }
+    }
+
+    /// Blocks of all tensors.
+    pub(crate) fn blocks(&self) -> usize {
+        self.spans[..self.tensors as usize].last().map_or(0, |last| last.end as usize)
+    }
+}
+
+/// Of `adam`: parameter, gradient, first and second moment, and the largest second moment or 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Adam {
-    pub(crate) w: u64,
-    pub(crate) gradient: u64,
-    pub(crate) first: u64,
-    pub(crate) second: u64,
-    pub(crate) largest: u64,
-    pub(crate) count: u32,
+    pub(crate) tensors: Many,
     pub(crate) one_minus_beta1: f32,
     pub(crate) beta2: f32,
     pub(crate) one_minus_beta2: f32,
@@ -129,7 +162,15 @@ pub(crate) struct Approach {
     pub(crate) share: f32,
 }
 
-/// Of `square_sums` and of `sums`.
+/// Of `square_sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SquareSums {
+    pub(crate) tensors: Many,
+    pub(crate) sums: u64,
+}
+
+/// Of `sums`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sums {
@@ -150,5 +191,5 @@ mod device {
             unsafe impl DeviceRepr for super::$name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Adam Sgd Approach Sums);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Many Adam Sgd Approach SquareSums Sums);
 }

@@ -23,6 +23,9 @@ unsafe impl Send for Library {}
 static LIBRARIES: OnceLock<Option<Mutex<Host>>> = OnceLock::new();
 
 impl Host {
+    /// Of a block.
+    pub(crate) const THREADS: usize = 32;
+
     /// None, said aloud, where there is no C++ compiler.
     pub(crate) fn new() -> Option<&'static Mutex<Host>> {
         let compile = || {
@@ -55,7 +58,6 @@ impl Host {
     /// # Safety
     /// The arguments are the kernel's, and their addresses those of memory of this process.
     pub(crate) unsafe fn run<A: Copy>(&self, source: &Source, name: &str, count: usize, arguments: A) {
-        const THREADS: u32 = 32;
         // SAFETY: the kernel takes these arguments, says the caller; `stand_at` is the shim's.
         let (kernel, stand_at) = unsafe {
             (
@@ -65,10 +67,10 @@ impl Host {
                 ),
             )
         };
-        let blocks = (count as u32).div_ceil(THREADS);
+        let (blocks, threads) = (count.div_ceil(Self::THREADS) as u32, Self::THREADS as u32);
         for block in 0..blocks {
-            for thread in 0..THREADS {
-                stand_at(block, blocks, thread, THREADS);
+            for thread in 0..threads {
+                stand_at(block, blocks, thread, threads);
                 kernel(arguments);
             }
         }

@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
 /// Threads of a block.
-const THREADS: u32 = 256;
+pub(crate) const THREADS: usize = 256;
 /// More threads than kernels count to.
 const TOO_MANY: usize = 1 << 31;
 
@@ -62,8 +62,9 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     }
     // A module that is loaded already is found by its name; the text is needed for the first time alone.
     let function = device.get_or_load_custom_func(kernel, source.name, compiled(device, source)?)?;
-    let blocks = (count as u32).div_ceil(THREADS);
-    let config = LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 };
+    let blocks = count.div_ceil(THREADS) as u32;
+    let config =
+        LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
     let mut call = function.builder();
     call.arg(&arguments);
     // SAFETY: the caller's promise.

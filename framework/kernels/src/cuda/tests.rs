@@ -1,11 +1,12 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Narrow, Plane, Sgd, Sums,
+    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Many, Narrow, Plane, Sgd,
+    SquareSums, Sums,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
-use crate::updates::{AdamStep, SgdStep, approach};
+use crate::updates::{AdamParam, AdamStep, SgdStep, approach};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -223,23 +224,31 @@ fn parameters_move_as_on_the_cpu() {
         keep: 0.97,
     };
     for amsgrad in [false, true] {
-        let gradient = random(N, 2);
-        let mut own = [random(N, 1), random(N, 3), random(N, 4), random(N, 5)];
-        own[2].iter_mut().for_each(|v| *v = v.abs());
-        let tensors = own.clone().map(|values| Tensor::from_vec(values, N, &Device::Cpu).unwrap());
-        let [w, first, second, largest] = &tensors;
-        let of_cpu = Tensor::new(&gradient[..], &Device::Cpu).unwrap();
-        step.apply(w, &of_cpu, first, second, amsgrad.then_some(largest)).unwrap();
-        let [w, first, second, largest] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+        // Three parameters, of less than a block, of several, and of one.
+        let mut params = [40, 10_000, 4096].map(|n| {
+            let mut own = [random(n, 1), random(n, 2), random(n, 3), random(n, 4), random(n, 5)];
+            own[3].iter_mut().for_each(|v| *v = v.abs());
+            let len = own[0].len();
+            (own.clone().map(|values| Tensor::from_vec(values, len, &Device::Cpu).unwrap()), own)
+        });
+        let of_cpu = params.each_ref().map(|([param, gradient, first, second, largest], _)| AdamParam {
+            param,
+            gradient,
+            first,
+            second,
+            largest: amsgrad.then_some(largest),
+        });
+        step.apply(&of_cpu).unwrap();
+        let tensors = params.each_mut().map(|(_, own)| {
+            let mut places = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+            places[4] *= u64::from(amsgrad);
+            (places, own[0].len())
+        });
+        let tensors = Many::new(&tensors);
         let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
             step;
         let arguments = Adam {
-            w,
-            gradient: at(&gradient),
-            first,
-            second,
-            largest: if amsgrad { largest } else { 0 },
-            count: N as u32,
+            tensors,
             one_minus_beta1,
             beta2,
             one_minus_beta2,
@@ -249,9 +258,11 @@ fn parameters_move_as_on_the_cpu() {
             l2,
             keep,
         };
-        run(host, &OPTIMIZER, "adam", N, arguments);
-        for (ours, cpu) in own.iter().zip(&tensors) {
-            assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
+        run(host, &OPTIMIZER, "adam", tensors.blocks() * Host::THREADS, arguments);
+        for (cpu, ours) in &params {
+            for (ours, cpu) in ours.iter().zip(cpu) {
+                assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
+            }
         }
     }
     for (with_momentum, nesterov) in [(false, false), (true, false), (true, true)] {
@@ -290,9 +301,12 @@ fn squares_are_summed_in_64_bits() {
     // Of very different sizes, whose squares do not fit into 32 bits.
     let x: Vec<f32> =
         random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
-    let (mut sums, mut total) = (vec![f64::NAN; 7], vec![f64::NAN; 1]);
-    let (count, parts) = (x.len() as u32, sums.len() as u32);
-    run(host, &OPTIMIZER, "square_sums", 7, Sums { x: at(&x), sums: sums.as_mut_ptr() as u64, count, parts });
+    let tensors = Many::new(&[&x[..300], &x[300..]].map(|some| ([at(some), 0, 0, 0, 0], some.len())));
+    let parts = tensors.blocks() * Host::THREADS;
+    let (mut sums, mut total) = (vec![f64::NAN; parts], vec![f64::NAN; 1]);
+    let arguments = SquareSums { tensors, sums: sums.as_mut_ptr() as u64 };
+    run(host, &OPTIMIZER, "square_sums", parts, arguments);
+    let parts = parts as u32;
     let arguments = Sums { x: at(&sums), sums: total.as_mut_ptr() as u64, count: parts, parts: 1 };
     run(host, &OPTIMIZER, "sums", 1, arguments);
     let expected: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();

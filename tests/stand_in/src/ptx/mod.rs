@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(crate) use run::{Grid, run};
+pub(crate) use value::to_odd;
 
 /// Where kernels see a block's shared memory, and a thread's own: addresses of any memory tell which they are of.
 pub(crate) const SHARED: u64 = 2 << 56;

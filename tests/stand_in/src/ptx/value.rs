@@ -74,7 +74,7 @@ impl Float for f16 {
         self.to_f64()
     }
     fn narrow(x: f64) -> Self {
-        f16::from_f64(x)
+        f16::from_f32(to_odd(x))
     }
 }
 impl Float for bf16 {
@@ -82,7 +82,7 @@ impl Float for bf16 {
         self.to_f64()
     }
     fn narrow(x: f64) -> Self {
-        bf16::from_f64(x)
+        bf16::from_f32(to_odd(x))
     }
 }
 
@@ -105,4 +105,11 @@ pub(crate) fn to_f32(x: f64, rounding: Rounding) -> f32 {
         Rounding::Zero if below && x < 0. => nearest.next_up(),
         _ => nearest,
     }
+}
+
+/// To 32 bits, of which the last is 1 where something was left out: so that whoever rounds further rounds as from all bits
+/// (Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums"). `from_f64` of the half types leaves bits out.
+pub(crate) fn to_odd(x: f64) -> f32 {
+    let cut = to_f32(x, Rounding::Zero);
+    if f64::from(cut) == x || x.is_nan() { cut } else { f32::from_bits(cut.to_bits() | 1) }
 }
