@@ -12,7 +12,8 @@
 #
 # The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
 # `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
-# recurrent --test sim_vp --test svg_lp --test devices`, which names the test programs.
+# recurrent --test sim_vp --test svg_lp --test devices --test recorded --test resume --test precision`, which names the test
+# programs.
 #
 # It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
 # names another). Each measurement is a process of its own. Exits with 1 where a check fails.
@@ -169,6 +170,7 @@ batches=(16 64)
 ((quick)) && batches=(16)
 for batch in "${batches[@]}"; do
     ours "$batch bf16-mixed|candlepower" "$batch" --precision bf16-mixed
+    ours "$batch bf16-mixed|candlepower, recorded" "$batch" --precision bf16-mixed --set trainer.cuda_graph=true
     torch "$batch bf16-mixed|eager" "$batch" --precision bf16-mixed
 done
 ours "16 32|candlepower" 16 --precision 32

@@ -18,6 +18,22 @@ thread_local! {
     static RECORDS: Cell<bool> = const { Cell::new(false) };
 }
 
+/// While it lives, this thread records.
+struct Mark;
+
+impl Mark {
+    fn set() -> Self {
+        RECORDS.set(true);
+        Mark
+    }
+}
+
+impl Drop for Mark {
+    fn drop(&mut self) {
+        RECORDS.set(false);
+    }
+}
+
 /// Whether this thread records.
 pub(crate) fn is_recording() -> bool {
     RECORDS.get()
@@ -50,9 +66,10 @@ impl Graph {
         // Other threads may do what is theirs, on devices of their own.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).map_err(failed("recording a CUDA graph"))?;
-        RECORDS.set(true);
-        let results = work();
-        RECORDS.set(false);
+        let results = {
+            let _mark = Mark::set();
+            work()
+        };
         // What the results hold is allocated by each replay, and stays until the next one.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let ended = stream.end_capture(flags);
