@@ -132,8 +132,8 @@ fn roll_outs() {
     const STEPS: usize = 5;
     for (hidden, inputs, kernel, feedback, keep) in [
         (&[16usize, 32][..], 1, 3, false, Keep::Last),
-        (&[64, 64], 16, 3, false, Keep::All),
-        (&[32, 64], 64, 3, true, Keep::All),
+        (&[32, 32], 16, 3, false, Keep::All),
+        (&[16, 32], 32, 3, true, Keep::All),
         (&[3, 5], 5, 5, true, Keep::Last),
     ] {
         let (batch, height, width) = (2, 8, 12);
