@@ -88,11 +88,12 @@ fn compare<B: Batch>(
     said
 }
 
-/// 10 samples in batches of 4 and micro-batches of 3: there are micro-batches of 3, 1 and 2, which count differently.
-fn config() -> TrainerConfig {
+/// 10 samples in batches of 4. In micro-batches of 3 there are ones of 3, 1 and 2; in micro-batches of 2, two of each batch are
+/// alike, and the last batch's counts for twice as much.
+fn config(micro_batch_size: usize) -> TrainerConfig {
     TrainerConfig {
         batch_size: 4,
-        micro_batch_size: Some(3),
+        micro_batch_size: Some(micro_batch_size),
         max_steps: Some(11),
         log_every: 1,
         clip_norm: Some(0.05),
@@ -114,10 +115,13 @@ fn recorded_steps_are_those_that_run_as_they_come() {
             let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
             Model::with_precision(build, 1, &device(), precision).unwrap()
         };
-        let said =
-            compare(&format!("{precision:?}"), TrainerConfig { precision, ..config() }, model, &data());
-        let recorded = said.matches("recorded as a CUDA graph").count();
-        assert!(recorded >= 3, "{precision:?}: {recorded} of 3 kinds of micro-batches were recorded: {said}");
+        for (micro_batch_size, kinds) in [(3, 3), (2, 1)] {
+            let case = format!("{precision:?}, micro-batches of {micro_batch_size}");
+            let config = TrainerConfig { precision, ..config(micro_batch_size) };
+            let said = compare(&case, config, model, &data());
+            let recorded = said.matches("recorded as a CUDA graph").count();
+            assert!(recorded >= kinds, "{case}: {recorded} of {kinds} kinds were recorded: {said}");
+        }
     }
 }
 
@@ -146,7 +150,7 @@ fn what_cannot_be_recorded_runs_as_it_comes_and_a_warning_says_why() {
         let model = || {
             Model::new(move |vb: VarBuilder| Ok(Habit(vb.get((1, 1, 1, 8, 8), "w")?, habit)), 1, &device())
         };
-        let said = compare(why, config(), || model().unwrap(), &data());
+        let said = compare(why, config(3), || model().unwrap(), &data());
         assert_eq!(said.matches("trainer.cuda_graph: steps are not recorded: ").count(), 1, "{said}");
         assert!(said.contains(why), "{said}");
     }
