@@ -13,8 +13,9 @@ set -euo pipefail
 manifest=$(dirname "$0")/Cargo.toml
 target=$(cargo metadata --manifest-path "$manifest" --format-version 1 --no-deps |
     sed -E 's/.*"target_directory":"([^"]*)".*/\1/')
-# Where `cargo build` puts it, and where `cargo test` does.
-library=$(ls -t "$target"/debug/libcandlepower_stand_in.so "$target"/debug/deps/libcandlepower_stand_in.so 2>/dev/null | head -1)
+# Where `cargo test` puts it, and where `cargo build` does, if that is newer.
+library=$target/debug/deps/libcandlepower_stand_in.so
+[ "$target/debug/libcandlepower_stand_in.so" -nt "$library" ] && library=$target/debug/libcandlepower_stand_in.so
 [ -f "$library" ] || { echo "the stand-in is not built: cargo build --package candlepower-stand-in" >&2; exit 2; }
 
 folder=$target/stand-in
