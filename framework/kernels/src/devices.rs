@@ -51,8 +51,8 @@ pub fn allow_tf32(allowed: bool) {
     let _ = allowed;
 }
 
-/// The most bytes that tensors on this device have held at once since it was opened, or [reset](reset_peak_memory). None on
-/// the CPU.
+/// The most bytes that tensors on this device have held at once since it was opened, or [reset](reset_peak_memory). What
+/// recordings have held is of another pool: its own peak is added, so that with them this is a bound. None on the CPU.
 pub fn peak_memory(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     return crate::cuda::device::peak_memory(device);

@@ -128,7 +128,6 @@ fn reads_from_host(node: sys::CUgraphNode) -> Result<bool> {
     if kind != CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
         return Ok(false);
     }
-    // SAFETY: plain numbers and addresses; a type of memory is never 0, so the driver's answer is waited for below.
     let mut copy = std::mem::MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
     // SAFETY: a node that copies, and a place for what it copies.
     unsafe { sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()) }.result().map_err(&failed)?;
