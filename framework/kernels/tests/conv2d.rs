@@ -39,6 +39,8 @@ fn all_sizes_at_each_level() {
             }
         }
         check(&[1, 5, 7, 40], 70, (1, 1), Conv2dOptions::default(), true, 2);
+        // One pixel an image, of a stride that nothing sees.
+        check(&[3, 1, 1, 4], 6, (1, 1), Conv2dOptions { stride: 2, ..Default::default() }, true, 2);
         check(&[2, 6, 7, 3], 20, (5, 5), Conv2dOptions { padding: 2, ..SAME }, false, 3);
         check(&[1, 9, 8, 6], 6, (3, 3), Conv2dOptions { groups: 6, stride: 2, ..SAME }, true, 4);
         check(&[1, 9, 8, 32], 32, (5, 3), Conv2dOptions { groups: 32, dilation: 2, ..SAME }, true, 5);

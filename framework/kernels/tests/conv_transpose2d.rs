@@ -64,6 +64,9 @@ fn usual_upsampling_at_each_level() {
         let beyond =
             ConvTranspose2dOptions { output_padding: 1, dilation: 2, groups: 2, ..Default::default() };
         check([1, 1, 2, 4], 6, (1, 1), beyond, true, 4);
+        // One pixel an image, of a stride that nothing sees.
+        let strided = ConvTranspose2dOptions { stride: 2, ..Default::default() };
+        check([3, 1, 1, 4], 6, (1, 1), strided, true, 5);
         check(
             [2, 9, 10, 40],
             24,

@@ -37,8 +37,9 @@ pub(super) fn run_passes<T: Float>(
         && pass.count == [height, width]
         && output.images.image == height * width * output.channels
     {
-        // 1x1: all pixels are one row.
+        // 1x1: all pixels are one row, of neighbours also where images of one pixel had no second one to stride to.
         pass.count = [1, batch * height * width];
+        pass.step = 1;
         output.width = pass.count[1];
         batch = 1;
     }
