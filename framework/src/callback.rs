@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::data::{Settings, Split};
 use crate::error::Result;
+use crate::picture::png_bytes;
 
 /// How far training has come. Everything that counts, counts optimizer steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,8 +94,21 @@ pub struct Picture {
     pub split: Split,
     /// What it shows, for example `prediction`.
     pub name: String,
-    /// (C, H, W), C = 1 or 3, values in `[0, 1]`.
+    /// (C, H, W), C = 1 or 3, values in `[0, 1]`, f32 on the CPU.
     pub pixels: Tensor,
+    /// The same as a PNG file.
+    pub png: Vec<u8>,
+}
+
+impl Picture {
+    /// A picture of these pixels, (C, H, W) with C = 1 or 3 and values in `[0, 1]`.
+    ///
+    /// # Errors
+    /// Where the pixels have another shape.
+    pub fn new(step: u64, split: Split, name: &str, pixels: Tensor) -> Result<Self> {
+        let png = png_bytes(&pixels)?;
+        Ok(Self { step, split, name: name.to_string(), pixels, png })
+    }
 }
 
 /// Whether training goes on.
@@ -165,7 +179,8 @@ pub trait Callback: Send {
         Ok(())
     }
 
-    /// When a module has drawn a picture.
+    /// When a picture that a module logged is drawn: perhaps some steps after the one that it is of, but before the next
+    /// checkpoint.
     fn on_picture(&mut self, _picture: &Picture) -> Result<()> {
         Ok(())
     }

@@ -57,6 +57,17 @@ pub trait Build: Module + Sized + 'static {
 /// Tensors that a module logged, by name.
 pub(crate) type Logged = Vec<(String, Tensor)>;
 
+/// Makes a picture (C, H, W) of tensors on the CPU.
+pub(crate) type Draw = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
+
+/// A picture that a module logged and that is still to be drawn.
+#[derive(Clone)]
+pub(crate) struct Sketch {
+    pub(crate) name: String,
+    pub(crate) of: Vec<Tensor>,
+    pub(crate) draw: Draw,
+}
+
 /// One call of a module: what it may know about the run, and what it wants to tell.
 pub struct Step {
     training: bool,
@@ -68,7 +79,7 @@ pub struct Step {
     /// Whether it was asked for what differs from step to step.
     asked: Arc<AtomicBool>,
     metrics: Logged,
-    images: Logged,
+    images: Vec<Sketch>,
 }
 
 impl Step {
@@ -124,7 +135,32 @@ impl Step {
 
     /// Logs a picture: (C, H, W), C = 1 or 3, values in `[0, 1]`.
     pub fn log_image(&mut self, name: &str, picture: &Tensor) {
-        self.images.push((name.to_string(), picture.detach()));
+        self.draw_image(name, &[picture], |of| Ok(of[0].clone()));
+    }
+
+    /// Logs a picture that takes time to draw: `draw` makes it, (C, H, W) as for [`Step::log_image`], of the values that
+    /// these tensors have now, which it is handed as f32 on the CPU. That happens in another thread, while training goes on;
+    /// an error there ends training.
+    ///
+    /// ```
+    /// # use candlepower::prelude::*;
+    /// # fn example(step: &mut Step, frames: &Tensor) -> Result<()> {
+    /// if step.images_due() {
+    ///     // The first sample's frames (T, C, H, W), one below the other.
+    ///     step.draw_image("frames", &[&frames.get(0)?], |of| {
+    ///         Ok(Tensor::cat(&of[0].chunk(of[0].dim(0)?, 0)?, 2)?.squeeze(0)?)
+    ///     });
+    /// }
+    /// # Ok(()) }
+    /// ```
+    pub fn draw_image(
+        &mut self,
+        name: &str,
+        of: &[&Tensor],
+        draw: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
+    ) {
+        let of = of.iter().map(|x| x.detach()).collect();
+        self.images.push(Sketch { name: name.to_string(), of, draw: Arc::new(draw) });
     }
 
     /// Becomes true when the module asks for what is another in each step: its number, or random numbers.
@@ -133,7 +169,7 @@ impl Step {
     }
 
     /// The metrics and the pictures that were logged.
-    pub(crate) fn into_logged(self) -> (Logged, Logged) {
+    pub(crate) fn into_logged(self) -> (Logged, Vec<Sketch>) {
         (self.metrics, self.images)
     }
 }

@@ -1,8 +1,9 @@
 //! Where training's time goes: the phases of the loop in a table ([`Profiler`]) and as a Chrome trace ([`Trace`]).
 //!
 //! The loop marks its phases with `tracing` spans of the target [`TARGET`]: `data_wait`, `forward`, `backward`,
-//! `optimizer`, `logging`, `validation`, `checkpoint`, and on several ranks `all_reduce`. They cost nanoseconds while nobody listens. To listen, add a
-//! layer to the subscriber of the thread that trains:
+//! `optimizer`, `logging`, `pictures` (the wait for those that are not drawn yet), `validation`, `checkpoint`, and on several
+//! ranks `all_reduce`. They cost nanoseconds while nobody listens. To listen, add a layer to the subscriber of the thread that
+//! trains:
 //!
 //! ```no_run
 //! # use candlepower::prelude::*;

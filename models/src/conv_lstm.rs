@@ -6,14 +6,12 @@ mod frames_back;
 use attention::Attention;
 use candle_core::Tensor;
 use candlepower::nn::{self, Conv, Feed, Keep};
-use candlepower::picture::video_grid;
 use candlepower::prelude::*;
 use frames_back::FramesBack;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How many samples of a batch are drawn.
-const SAMPLES_DRAWN: usize = 2;
+use crate::pictures::log_prediction;
 
 /// Fields of `[module]` for `conv_lstm`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -149,12 +147,7 @@ impl ConvLstm {
 
     fn loss(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         let prediction = self.forward(&batch.input)?;
-        if step.images_due() {
-            step.log_image(
-                "prediction",
-                &video_grid(&batch.input, &prediction, &batch.target, SAMPLES_DRAWN)?,
-            );
-        }
+        log_prediction("prediction", batch, &prediction, step)?;
         batch.mse(&prediction)
     }
 }

@@ -6,6 +6,7 @@ pub mod conv_lstm_stack;
 pub mod e3d_lstm;
 pub mod mau;
 pub mod mim;
+mod pictures;
 pub mod predrnn;
 pub mod predrnn_pp;
 pub mod predrnn_v2;

@@ -7,14 +7,13 @@ use candlepower::nn::channels_last::{
     BatchNorm, Conv2dOptions, ConvTranspose, ConvTranspose2dOptions, fold_frames, unfold_frames,
 };
 use candlepower::nn::{self, Conv, Linear, LstmCell, LstmState};
-use candlepower::picture::{video_grid, video_rows};
 use candlepower::prelude::*;
 use candlepower::seed::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How many samples of a batch are drawn beside the truth.
-const SAMPLES_DRAWN: usize = 2;
+use crate::pictures::{log_futures, log_prediction};
+
 /// How many futures of one sample are drawn.
 const FUTURES_DRAWN: usize = 3;
 /// Rows and columns of the frames that the convolutions are made for.
@@ -458,29 +457,11 @@ impl SvgLp {
         let pass = self.reconstruct(&frames, &noise, step.is_training())?;
         step.log("reconstruction", &(&pass.mse / (times - 1) as f64)?);
         step.log("divergence", &pass.divergence);
-        if step.images_due() && step.is_training() {
+        if step.is_training() {
             let future = pass.frames.narrow(1, self.spec.frames_in - 1, self.spec.frames_out)?;
-            step.log_image(
-                "reconstruction",
-                &video_grid(&batch.input, &future, &batch.target, SAMPLES_DRAWN)?,
-            );
+            log_prediction("reconstruction", batch, &future, step)?;
         }
         Ok((pass.mse + (pass.divergence * self.config.beta)?)?)
-    }
-
-    /// The truth in the first row, then a row for each of these futures of the batch's first samples.
-    fn picture(batch: &Video, futures: &[Tensor], samples: usize) -> Result<Tensor> {
-        let one = |x: &Tensor, sample: usize| -> Result<Tensor> {
-            Ok(x.narrow(0, sample, 1)?.to_dtype(DType::F32)?)
-        };
-        let (mut inputs, mut rows) = (Vec::new(), Vec::new());
-        for sample in 0..samples.min(batch.len()) {
-            for future in std::iter::once(&batch.target).chain(futures) {
-                inputs.push(one(&batch.input, sample)?);
-                rows.push(one(future, sample)?);
-            }
-        }
-        video_rows(&Tensor::cat(&inputs, 0)?, &Tensor::cat(&rows, 0)?, rows.len())
     }
 }
 
@@ -544,7 +525,7 @@ impl Module for SvgLp {
         let futures = (0..self.config.futures.max(drawn)).map(|i| self.future(&batch.input, step, i));
         let futures = futures.collect::<Result<Vec<_>>>()?;
         if step.images_due() {
-            step.log_image("futures", &Self::picture(batch, &futures[..drawn], SAMPLES_DRAWN)?);
+            log_futures("futures", batch, &futures[..drawn], step)?;
         }
         let futures = &futures[..self.config.futures];
         let by_sample = |metric: &dyn Fn(&Tensor) -> Result<video::PerFrame>| -> Result<Vec<Vec<f64>>> {

@@ -87,7 +87,7 @@ pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
         && x.elem_count() > 0
         && !x.track_op()
     {
-        return crate::cuda::upload::upload(x, device);
+        return crate::cuda::transfer::upload(x, device);
     }
     x.to_device(device)
 }

@@ -15,6 +15,7 @@ mod conv_transpose2d;
 mod cuda;
 mod devices;
 mod direct;
+mod download;
 pub mod elementwise;
 mod float;
 mod gates;
@@ -45,6 +46,7 @@ pub use devices::{
     BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
     to_device,
 };
+pub use download::Download;
 pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
 pub use kept::Kept;
 pub use parallel::idle_soon;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Logger;
 use crate::callback::{Picture, Record};
 use crate::error::{Error, Result};
-use crate::picture::save_png;
+use crate::picture::write_whole;
 
 /// Writes `<split>_<name>_<step>.png` into a folder.
 pub struct Pictures {
@@ -26,7 +26,7 @@ impl Logger for Pictures {
 
     fn picture(&mut self, picture: &Picture) -> Result<()> {
         std::fs::create_dir_all(&self.dir).map_err(Error::file(&self.dir))?;
-        let Picture { step, split, name, pixels } = picture;
-        save_png(pixels, &self.dir.join(format!("{}_{name}_{step:06}.png", split.name())))
+        let Picture { step, split, name, png, .. } = picture;
+        write_whole(&self.dir.join(format!("{}_{name}_{step:06}.png", split.name())), png)
     }
 }

@@ -21,7 +21,6 @@ use super::hparams::{self, Data, SessionEnd, SessionStart, Status};
 use super::{HyperParameters, Logger, histogram::histogram};
 use crate::callback::{Picture, Record, StopReason};
 use crate::error::{Error, Result};
-use crate::picture::png_bytes;
 
 /// Writes scalars as `<split>/<metric>`, pictures as `<split>/<name>`, histograms, texts, and the session of the
 /// HPARAMS tab.
@@ -65,7 +64,7 @@ impl Logger for TensorBoard {
             height: height as i32,
             width: width as i32,
             colorspace: colorspace as i32,
-            encoded_image_string: png_bytes(&picture.pixels)?,
+            encoded_image_string: picture.png.clone(),
         };
         let tag = format!("{}/{}", picture.split.name(), picture.name);
         let value = Value { tag, value: Some(Content::Image(image)), ..Default::default() };
@@ -198,7 +197,7 @@ mod tests {
         let metrics = IndexMap::from([("loss".to_string(), 0.5)]);
         logger.log(&Record { step: 10, epoch: 0, split: Split::Train, metrics }).unwrap();
         let pixels = Tensor::zeros((1, 4, 6), DType::F32, &Device::Cpu).unwrap();
-        logger.picture(&Picture { step: 11, split: Split::Val, name: "prediction".into(), pixels }).unwrap();
+        logger.picture(&Picture::new(11, Split::Val, "prediction", pixels).unwrap()).unwrap();
         let weights = Tensor::new(&[[1f32, -2.], [0., 3.]], &Device::Cpu).unwrap();
         logger.histogram(12, "weights/layer", &weights).unwrap();
         logger.text(13, "configuration", "[run]\nname = 'a'").unwrap();

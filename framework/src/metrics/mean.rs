@@ -62,12 +62,20 @@ impl Means {
         Ok(sums.into_iter().map(|(name, (sum, weight))| (name, sum / weight)).collect())
     }
 
-    /// Name, weighted sum and weights' sum of every metric.
+    /// Name, weighted sum and weights' sum of every metric. Waits for the device once, not once a metric.
     fn read_sums(&self) -> Result<Vec<(String, f64, f64)>> {
-        let sum = |(name, (sum, weight)): (&String, &(Tensor, f64))| {
-            Ok((name.clone(), sum.squeeze(0)?.to_scalar::<f64>()?, *weight))
+        let (here, on_device): (Vec<_>, Vec<_>) =
+            self.sums.values().map(|(sum, _)| sum).partition(|sum| sum.device().is_cpu());
+        let read = |sums: &[&Tensor]| match sums {
+            [] => Ok(Vec::new()),
+            sums => Tensor::cat(sums, 0)?.to_vec1::<f64>(),
         };
-        self.sums.iter().map(sum).collect()
+        let (mut here, mut on_device) = (read(&here)?.into_iter(), read(&on_device)?.into_iter());
+        let value = |(name, (sum, weight)): (&String, &(Tensor, f64))| {
+            let value = if sum.device().is_cpu() { here.next() } else { on_device.next() };
+            Some((name.clone(), value?, *weight))
+        };
+        Ok(self.sums.iter().filter_map(value).collect())
     }
 }
 

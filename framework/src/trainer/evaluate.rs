@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use super::Trainer;
 use super::limits::Limit;
 use crate::batch::Batch;
-use crate::callback::{Picture, Progress};
+use crate::callback::Progress;
 use crate::data::{Loader, Pass, Share, Source};
 use crate::error::{Error, Result};
 use crate::metrics::Means;
@@ -64,9 +64,8 @@ pub(super) fn evaluate<B: Batch>(
         for (name, value) in &metrics {
             means.add(name, value, batch.len())?;
         }
-        for (name, pixels) in pictures {
-            trainer.show(&Picture { step: progress.step, split: pass.split, name, pixels })?;
-        }
+        trainer.take_pictures(progress.step, pass.split, pictures)?;
+        trainer.show_ready_pictures()?;
         for callback in &mut trainer.callbacks {
             // The other ranks are about as far.
             let done = (i + share.of).min(total.unwrap_or(usize::MAX));

@@ -16,7 +16,7 @@ use super::limits::{Every, Limit};
 use super::ranks::{agree_on_flow, average_buffers};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
-use crate::callback::{Flow, Picture, Plan, Progress, Record, StepEnd, StopReason};
+use crate::callback::{Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::Saver;
 use crate::collective::Collective;
 use crate::collective::shard::Shares;
@@ -134,6 +134,7 @@ impl<B: Batch> Fit<'_, B> {
         self.save()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
         self.tell_saved(saved)?;
+        self.trainer.show_all_pictures()?;
         let progress = self.progress;
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
@@ -308,6 +309,7 @@ impl<B: Batch> Fit<'_, B> {
         if saves {
             self.save()?;
         }
+        self.trainer.show_ready_pictures()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
         self.tell_saved(saved)?;
         Ok(flow)
@@ -384,9 +386,7 @@ impl<B: Batch> Fit<'_, B> {
         let Backprop { loss, metrics, pictures, .. } = told;
         tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
         metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
-        let step = self.progress.step + 1;
-        let picture = |(name, pixels)| Picture { step, split: Split::Train, name, pixels };
-        pictures.into_iter().map(picture).try_for_each(|picture| self.trainer.show(&picture))
+        self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)
     }
 
     /// Whether a validation is due after the step, or, `inside` the next one, by the clock.

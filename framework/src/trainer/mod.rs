@@ -3,6 +3,7 @@
 mod config;
 mod evaluate;
 mod fit;
+mod gallery;
 mod limits;
 mod ranks;
 
@@ -14,6 +15,7 @@ use indexmap::IndexMap;
 use tracing::{Dispatch, dispatcher};
 
 pub use config::{Kernels, TrainerConfig};
+use gallery::Gallery;
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
 
@@ -25,7 +27,7 @@ use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::data::{Data, Pass, Source, Split};
 use crate::error::Result;
 use crate::metrics::video::LeadTimes;
-use crate::module::{Model, Step};
+use crate::module::{Model, Sketch, Step};
 use crate::nn;
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 pub use crate::precision::Precision;
@@ -65,6 +67,7 @@ pub struct Trainer {
     seed: u64,
     image_every: u64,
     callbacks: Vec<Box<dyn Callback>>,
+    gallery: Gallery,
     resume: Option<Checkpoint>,
 }
 
@@ -96,6 +99,7 @@ impl Trainer {
             seed: 0,
             image_every: 0,
             callbacks: Vec::new(),
+            gallery: Gallery::default(),
             resume: None,
         }
     }
@@ -272,6 +276,7 @@ impl Trainer {
             let progress = Progress::default();
             let metrics =
                 evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
+            trainer.show_all_pictures()?;
             let mut record = Record { step: 0, epoch: 0, split, metrics };
             for callback in &mut trainer.callbacks {
                 callback.on_validation_end(&mut record)?;
@@ -324,8 +329,29 @@ impl Trainer {
         Ok(prediction.to_device(&Device::Cpu)?)
     }
 
-    fn show(&mut self, picture: &Picture) -> Result<()> {
-        self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
+    /// Takes in what a module wants to be drawn, where there is somebody to look at it.
+    fn take_pictures(&mut self, step: u64, split: Split, pictures: Vec<Sketch>) -> Result<()> {
+        if self.callbacks.is_empty() {
+            return Ok(());
+        }
+        pictures.into_iter().try_for_each(|picture| self.gallery.add(step, split, picture))
+    }
+
+    /// Shows the pictures that are drawn by now.
+    fn show_ready_pictures(&mut self) -> Result<()> {
+        let ready = self.gallery.poll()?;
+        self.show(&ready)
+    }
+
+    /// Shows all pictures; waits for them.
+    fn show_all_pictures(&mut self) -> Result<()> {
+        let all = self.gallery.finish()?;
+        self.show(&all)
+    }
+
+    fn show(&mut self, pictures: &[Picture]) -> Result<()> {
+        let mut pictures = pictures.iter();
+        pictures.try_for_each(|picture| self.callbacks.iter_mut().try_for_each(|it| it.on_picture(picture)))
     }
 
     /// Asks every callback; one that wants to stop is enough.

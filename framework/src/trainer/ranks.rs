@@ -35,6 +35,10 @@ pub(super) fn fit_as_rank<B: Batch>(
         trainer.in_pool(|trainer| {
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
             let outcome = Fit::new(trainer, model, data).and_then(|fit| fit.run());
+            if outcome.is_err() {
+                // What was drawn before may show where the error comes from, which is the one to tell.
+                let _ = trainer.show_all_pictures();
+            }
             trainer.ranks = ranks.clone();
             model.params().remove_taps();
             outcome

@@ -7,7 +7,6 @@ pub mod sampling;
 
 use candle_core::{DType, Tensor};
 use candlepower::nn::{channels_first, channels_last};
-use candlepower::picture::video_grid;
 use candlepower::prelude::*;
 use candlepower::{data::Settings, rand::Rng};
 use schemars::JsonSchema;
@@ -16,8 +15,7 @@ use serde::{Deserialize, Serialize};
 use roll_out::{Feed, Mask, RollOut, roll_out};
 use sampling::Sampling;
 
-/// How many samples of a batch are drawn.
-const SAMPLES_DRAWN: usize = 2;
+use crate::pictures::log_prediction;
 
 /// Cells on top of each other that turn a frame into a prediction of the next one. Frames and states are channels last.
 pub trait Stack: Sized + Send + Sync + 'static {
@@ -199,10 +197,7 @@ impl<S: Stack> Recurrent<S> {
         if step.images_due() {
             let first = predictions.dim(1)? - frames_out;
             let prediction = predictions.narrow(1, first, frames_out)?.clamp(0., 1.)?;
-            step.log_image(
-                "prediction",
-                &video_grid(&batch.input, &prediction, &batch.target, SAMPLES_DRAWN)?,
-            );
+            log_prediction("prediction", batch, &prediction, step)?;
         }
         Ok(loss)
     }
@@ -237,8 +232,7 @@ impl<S: Stack> Module for Recurrent<S> {
     fn validation_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         let prediction = self.forward(&batch.input)?;
         if step.images_due() {
-            let clipped = prediction.clamp(0., 1.)?;
-            step.log_image("prediction", &video_grid(&batch.input, &clipped, &batch.target, SAMPLES_DRAWN)?);
+            log_prediction("prediction", batch, &prediction.clamp(0., 1.)?, step)?;
         }
         let mse = batch.mse(&prediction)?;
         step.log("mse", &mse);

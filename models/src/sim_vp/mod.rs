@@ -7,7 +7,6 @@ use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder};
 use candlepower::nn::channels_last::{Conv2dOptions, GroupNorm, fold_frames, pixel_shuffle, unfold_frames};
 use candlepower::nn::{self, Conv};
-use candlepower::picture::video_grid;
 use candlepower::prelude::*;
 use candlepower::seed::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -15,9 +14,7 @@ use serde::{Deserialize, Serialize};
 
 pub(crate) use self::meta::{Gate, GateBuilder, LargeKernel, conv1x1};
 use self::{incep_u::IncepU, meta::Meta};
-
-/// How many samples of a batch are drawn.
-const SAMPLES_DRAWN: usize = 2;
+use crate::pictures::log_prediction;
 
 /// What learns how features move from frame to frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -250,10 +247,7 @@ impl Network {
 /// The mean squared error, in validation logged as `mse`, with the structural similarity (range 1) as `ssim`; a picture
 /// where one is due.
 pub(crate) fn compare(batch: &Video, prediction: &Tensor, step: &mut Step) -> Result<Tensor> {
-    if step.images_due() {
-        let grid = video_grid(&batch.input, prediction, &batch.target, SAMPLES_DRAWN)?;
-        step.log_image("prediction", &grid);
-    }
+    log_prediction("prediction", batch, prediction, step)?;
     let mse = batch.mse(prediction)?;
     if !step.is_training() {
         step.log("mse", &mse);

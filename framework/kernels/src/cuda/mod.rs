@@ -30,7 +30,7 @@ pub(crate) mod sources;
 #[cfg(test)]
 mod tests;
 #[cfg(feature = "cuda")]
-pub(crate) mod upload;
+pub(crate) mod transfer;
 
 #[cfg(feature = "cuda")]
 pub use communicator::{Communicator, Exchange, Pending};

@@ -9,7 +9,7 @@ use super::super::phase;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::grads;
-use crate::module::{Logged, Module, Step};
+use crate::module::{Logged, Module, Sketch, Step};
 use crate::optim::Turn;
 use crate::taps::refresh;
 
@@ -17,7 +17,7 @@ use crate::taps::refresh;
 pub(super) struct Backprop {
     pub(super) loss: Tensor,
     pub(super) metrics: Logged,
-    pub(super) pictures: Logged,
+    pub(super) pictures: Vec<Sketch>,
     /// Of the parameters that the optimizer moves, in their order.
     pub(super) gradients: Vec<Option<Tensor>>,
 }
@@ -50,10 +50,13 @@ impl Backprop {
         let all = |logged: &Logged| -> candle_core::Result<Logged> {
             logged.iter().map(|(name, x)| Ok((name.clone(), f(x)?))).collect()
         };
+        let sketch = |sketch: &Sketch| -> candle_core::Result<Sketch> {
+            Ok(Sketch { of: sketch.of.iter().map(&f).collect::<Result<_, _>>()?, ..sketch.clone() })
+        };
         Ok(Self {
             loss: f(&self.loss)?,
             metrics: all(&self.metrics)?,
-            pictures: all(&self.pictures)?,
+            pictures: self.pictures.iter().map(sketch).collect::<Result<_, _>>()?,
             gradients: self
                 .gradients
                 .iter()

@@ -15,6 +15,8 @@ use crate::trainer::phase;
 impl<B: Batch> Fit<'_, B> {
     /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
     pub(super) fn save(&mut self) -> Result<()> {
+        // Who goes on from here draws those that come after it alone.
+        self.trainer.show_all_pictures()?;
         let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
         // Rank 0 saves; of an optimizer's state that is shared out, all have a part.
         let optimizer = if self.ranks.decide(is_wanted)? { Some(self.optimizer_state()?) } else { None };

@@ -1,0 +1,126 @@
+//! Between the host and a device, while it computes.
+
+use super::failed;
+use super::memory::{allocate, packed, tensor};
+use crate::tensors::with_values;
+use candle_core::cuda_backend::CudaStorageSlice;
+use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
+use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
+use candle_core::{CudaDevice, DType, Device, Result, Shape, Storage, Tensor, bail};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The streams that copy to and from a device, and memory of the host that they can use while others work.
+struct Transfers {
+    up: Arc<CudaStream>,
+    down: Arc<CudaStream>,
+    idle: Mutex<Vec<PinnedHostSlice<f32>>>,
+}
+
+type ByDevice = HashMap<candle_core::cuda_backend::DeviceId, Arc<Transfers>>;
+
+static TRANSFERS: Mutex<Option<ByDevice>> = Mutex::new(None);
+
+fn transfers(device: &CudaDevice) -> Result<Arc<Transfers>> {
+    let mut all = TRANSFERS.lock().unwrap_or_else(PoisonError::into_inner);
+    let all = all.get_or_insert_default();
+    if let Some(transfers) = all.get(&device.id()) {
+        return Ok(transfers.clone());
+    }
+    let stream = || device.cuda_stream().context().new_stream().map_err(failed("CUDA stream"));
+    let transfers = Arc::new(Transfers { up: stream()?, down: stream()?, idle: Mutex::default() });
+    all.insert(device.id(), transfers.clone());
+    Ok(transfers)
+}
+
+impl Transfers {
+    /// Host memory for at least so many values: one that was used before and is not too large, or a new one.
+    fn staging(&self, len: usize) -> Result<PinnedHostSlice<f32>> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(fits) = idle.iter().position(|it| it.len() >= len && it.len() <= 2 * len) {
+            return Ok(idle.swap_remove(fits));
+        }
+        drop(idle);
+        // SAFETY: written before it is read; flags 0 are memory that the processor also reads quickly.
+        let new = unsafe { self.up.context().alloc_pinned_with_flags::<f32>(len, 0) };
+        new.map_err(failed("pinned memory"))
+    }
+
+    fn give_back(&self, staging: PinnedHostSlice<f32>) {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner).push(staging);
+    }
+}
+
+/// Waiting for it sleeps.
+fn event(stream: &CudaStream) -> Result<CudaEvent> {
+    stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed("CUDA event"))
+}
+
+/// A tensor of f32 on the CPU, copied to a device by a stream of its own, without making the device's work wait. Returns when
+/// the copy is done.
+pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
+    let (len, transfers, main) = (x.elem_count(), transfers(device)?, device.cuda_stream());
+    let mut staging = transfers.staging(len)?;
+    with_values(x, |values| {
+        staging.as_mut_slice().map_err(failed("pinned memory"))?[..len].copy_from_slice(values);
+        Ok(())
+    })?;
+    // The memory is the main stream's, which frees it after its last use; it is there when that stream comes to this point.
+    let mut to = allocate(device, len, DType::F32, false)?;
+    transfers.up.join(&main).map_err(failed("CUDA stream"))?;
+    let CudaStorageSlice::F32(slice) = &mut to.slice else { bail!("upload: expected f32") };
+    let copied = {
+        let values = staging.as_slice().map_err(failed("pinned memory"))?;
+        transfers.up.memcpy_htod(&values[..len], slice)
+    };
+    // Also where the copy failed: nothing may still be under way when the memory goes back.
+    let done = event(&transfers.up).and_then(|event| event.synchronize().map_err(failed("CUDA event")));
+    copied.map_err(failed("copying to a CUDA device"))?;
+    done?;
+    transfers.give_back(staging);
+    Ok(tensor(to, x.shape()))
+}
+
+/// As [`Download`](crate::Download), by a stream of its own.
+pub(crate) struct Download {
+    transfers: Arc<Transfers>,
+    staging: PinnedHostSlice<f32>,
+    done: CudaEvent,
+    shape: Shape,
+    /// Keeps what is copied: its own stream would give its memory away while another reads it.
+    _source: Tensor,
+}
+
+impl Download {
+    pub(crate) fn start(x: &Tensor, device: &CudaDevice) -> Result<Self> {
+        let (x, transfers) = (packed(&x.detach().to_dtype(DType::F32)?)?, transfers(device)?);
+        let mut staging = transfers.staging(x.elem_count())?;
+        transfers.down.join(&device.cuda_stream()).map_err(failed("CUDA stream"))?;
+        {
+            let (storage, layout) = x.storage_and_layout();
+            let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
+            else {
+                bail!("download: expected a contiguous tensor on a CUDA device, got {layout:?}");
+            };
+            let values = storage.as_cuda_slice::<f32>()?.slice(start..end);
+            transfers
+                .down
+                .memcpy_dtoh(&values, &mut staging)
+                .map_err(failed("copying from a CUDA device"))?;
+        }
+        let done = event(&transfers.down)?;
+        Ok(Self { transfers, staging, done, shape: x.shape().clone(), _source: x })
+    }
+
+    pub(crate) fn is_done(&self) -> Result<bool> {
+        self.done.try_is_complete().map_err(failed("copying from a CUDA device"))
+    }
+
+    pub(crate) fn finish(self) -> Result<Tensor> {
+        self.done.synchronize().map_err(failed("copying from a CUDA device"))?;
+        let values = self.staging.as_slice().map_err(failed("pinned memory"))?;
+        let x = Tensor::from_slice(&values[..self.shape.elem_count()], &self.shape, &Device::Cpu)?;
+        self.transfers.give_back(self.staging);
+        Ok(x)
+    }
+}

@@ -1,0 +1,79 @@
+//! Values on their way to the host.
+
+use candle_core::{DType, Result, Tensor};
+
+/// A tensor's values on their way to the host, as they were when that began: whatever becomes of the tensor meanwhile.
+pub struct Download(Way);
+
+enum Way {
+    /// They were on the host already.
+    There(Tensor),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::cuda::transfer::Download),
+}
+
+impl Download {
+    /// Begins to copy a tensor of any float type. From a CUDA device that waits neither for the device nor for the copy, and
+    /// the device computes on.
+    ///
+    /// # Errors
+    /// Where the device fails, or the host has no memory left.
+    pub fn start(x: &Tensor) -> Result<Self> {
+        #[cfg(feature = "cuda")]
+        if let candle_core::Device::Cuda(device) = x.device()
+            && x.elem_count() > 0
+        {
+            return Ok(Self(Way::Cuda(crate::cuda::transfer::Download::start(x, device)?)));
+        }
+        let x = x.detach().to_dtype(DType::F32)?.force_contiguous()?;
+        Ok(Self(Way::There(x.to_device(&candle_core::Device::Cpu)?)))
+    }
+
+    /// Whether [`Download::finish`] would not wait.
+    ///
+    /// # Errors
+    /// Where the device has failed.
+    pub fn is_done(&self) -> Result<bool> {
+        match &self.0 {
+            Way::There(_) => Ok(true),
+            #[cfg(feature = "cuda")]
+            Way::Cuda(download) => download.is_done(),
+        }
+    }
+
+    /// The values, f32 on the CPU; waits for them.
+    ///
+    /// # Errors
+    /// Where the device has failed.
+    pub fn finish(self) -> Result<Tensor> {
+        match self.0 {
+            Way::There(x) => Ok(x),
+            #[cfg(feature = "cuda")]
+            Way::Cuda(download) => download.finish(),
+        }
+    }
+}
+
+impl std::fmt::Debug for Download {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Download")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::updates::approach;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn what_changes_afterwards_is_not_seen() {
+        let x = Var::new(&[[1f32, 2., 3.], [4., 5., 6.]], &Device::Cpu).unwrap();
+        let download = Download::start(&x.t().unwrap()).unwrap();
+        approach(&x, &x.zeros_like().unwrap(), 1.).unwrap();
+        assert!(download.is_done().unwrap());
+        assert_eq!(download.finish().unwrap().to_vec2::<f32>().unwrap(), [[1., 4.], [2., 5.], [3., 6.]]);
+        let empty = Tensor::zeros((0, 3), DType::F64, &Device::Cpu).unwrap();
+        assert_eq!(Download::start(&empty).unwrap().finish().unwrap().dims(), [0, 3]);
+    }
+}
