@@ -6,9 +6,9 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::elementwise::zip3;
 use candlepower_kernels::updates::{AdamParam, AdamStep, SgdStep, approach, publish, sum_squares_of};
 use candlepower_kernels::{
-    Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Exchange, Keep,
-    allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
-    to_device,
+    Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download, Exchange,
+    Keep, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory,
+    reset_peak_memory, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -269,6 +269,38 @@ fn uploads_while_the_device_computes() {
             busy.matmul(&busy).unwrap();
         }
     });
+}
+
+#[test]
+fn downloads_bring_what_was_there_when_they_began() {
+    let Some((device, _turn)) = device() else { return };
+    let busy = Tensor::ones((1024, 1024), DType::F32, &device).unwrap();
+    for i in 0..20 {
+        let x = random((7, 1000 + 300 * i), i as u64);
+        let there = x.to_device(&device).unwrap();
+        busy.matmul(&busy).unwrap();
+        let download = Download::start(&there).unwrap();
+        // The tensor changes, and goes, and its memory is another's.
+        approach(&there, &there.zeros_like().unwrap(), 1.).unwrap();
+        drop(there);
+        let next = Tensor::zeros((7, 1000 + 300 * i), DType::F32, &device).unwrap();
+        busy.matmul(&busy).unwrap();
+        if i % 3 == 0 {
+            device.synchronize().unwrap();
+        }
+        if i % 2 == 0 {
+            while !download.is_done().unwrap() {
+                std::thread::yield_now();
+            }
+        }
+        assert_eq!(values(&download.finish().unwrap()), values(&x));
+        drop(next);
+    }
+    let half = random((3, 5), 1).to_dtype(DType::BF16).unwrap();
+    let there = half.to_device(&device).unwrap();
+    let first = there.narrow(0, 1, 2).unwrap();
+    let here = Download::start(&first).unwrap().finish().unwrap();
+    assert_eq!((here.dtype(), values(&here)), (DType::F32, values(&half.narrow(0, 1, 2).unwrap())));
 }
 
 #[test]

@@ -41,8 +41,8 @@ pub(crate) fn open(ordinal: usize) -> Result<Device> {
     }
     let device = Device::new_cuda_with_stream(ordinal)?;
     let cuda = device.as_cuda_device()?;
-    // SAFETY: one stream does all the work on tensors. The one other that there is, of uploads, waits for its copies
-    // before it hands them on, and never frees memory.
+    // SAFETY: one stream does all the work on tensors. The two others that there are, of copies up and down, wait for that one
+    // before they begin; who asks them waits for the copy before a tensor that it is of, or to, is handed on or dropped.
     unsafe { cuda.disable_event_tracking() };
     keep_freed_memory(ordinal)?;
     Ok(device)

@@ -1,7 +1,7 @@
 //! Between the host and a device, while it computes.
 
 use super::failed;
-use super::memory::{allocate, packed, tensor};
+use super::memory::{allocate, tensor};
 use crate::tensors::with_values;
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
@@ -87,13 +87,14 @@ pub(crate) struct Download {
     staging: PinnedHostSlice<f32>,
     done: CudaEvent,
     shape: Shape,
-    /// Keeps what is copied: its own stream would give its memory away while another reads it.
+    /// Keeps what is read: its own stream would give the memory away while another reads it.
     _source: Tensor,
 }
 
 impl Download {
     pub(crate) fn start(x: &Tensor, device: &CudaDevice) -> Result<Self> {
-        let (x, transfers) = (packed(&x.detach().to_dtype(DType::F32)?)?, transfers(device)?);
+        // A copy: the device may change the tensor while it is read.
+        let (x, transfers) = (x.detach().to_dtype(DType::F32)?.force_contiguous()?, transfers(device)?);
         let mut staging = transfers.staging(x.elem_count())?;
         transfers.down.join(&device.cuda_stream()).map_err(failed("CUDA stream"))?;
         {
