@@ -70,7 +70,7 @@ mod tests {
     fn what_changes_afterwards_is_not_seen() {
         let x = Var::new(&[[1f32, 2., 3.], [4., 5., 6.]], &Device::Cpu).unwrap();
         let download = Download::start(&x.t().unwrap()).unwrap();
-        approach(&x, &x.zeros_like().unwrap(), 1.).unwrap();
+        approach(&[(&x, &x.zeros_like().unwrap())], 1.).unwrap();
         assert!(download.is_done().unwrap());
         assert_eq!(download.finish().unwrap().to_vec2::<f32>().unwrap(), [[1., 4.], [2., 5.], [3., 6.]]);
         let empty = Tensor::zeros((0, 3), DType::F64, &Device::Cpu).unwrap();

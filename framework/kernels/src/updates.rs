@@ -94,17 +94,35 @@ pub struct SgdStep {
     pub nesterov: bool,
 }
 
+/// A parameter and what SGD knows of it: f32 of one shape.
+#[derive(Debug, Clone, Copy)]
+pub struct SgdParam<'a> {
+    /// The parameter.
+    pub param: &'a Tensor,
+    /// Its gradient.
+    pub gradient: &'a Tensor,
+    /// With momentum, its last update.
+    pub momentum_buffer: Option<&'a Tensor>,
+}
+
 impl SgdStep {
-    /// Moves a parameter, and its momentum, where it has one.
+    /// Moves parameters, and their momentum, where they have one: on a CUDA device many by one kernel.
     ///
     /// # Errors
     /// As for [`AdamStep::apply`].
-    pub fn apply(&self, param: &Tensor, gradient: &Tensor, momentum_buffer: Option<&Tensor>) -> Result<()> {
-        check([Some(param), Some(gradient), momentum_buffer, None, None])?;
-        #[cfg(feature = "cuda")]
-        if param.device().is_cuda() {
-            return crate::cuda::optimizer::sgd(self, param, gradient, momentum_buffer);
+    pub fn apply(&self, params: &[SgdParam]) -> Result<()> {
+        for SgdParam { param, gradient, momentum_buffer } in params {
+            check([Some(param), Some(gradient), *momentum_buffer, None, None])?;
+            on_one_device(params[0].param, param)?;
         }
+        #[cfg(feature = "cuda")]
+        if params.first().is_some_and(|it| it.param.device().is_cuda()) {
+            return crate::cuda::optimizer::sgd(self, params);
+        }
+        params.iter().try_for_each(|it| self.apply_on_cpu(*it))
+    }
+
+    fn apply_on_cpu(&self, SgdParam { param, gradient, momentum_buffer }: SgdParam) -> Result<()> {
         let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
         let Some(buffer) = momentum_buffer else {
             return zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (g + l2 * *w));
@@ -118,17 +136,22 @@ impl SgdStep {
     }
 }
 
-/// Moves x this share of the way to `target`.
+/// Moves the first tensor of each pair this share of the way to the second: on a CUDA device many by one kernel.
 ///
 /// # Errors
 /// As for [`AdamStep::apply`].
-pub fn approach(x: &Tensor, target: &Tensor, share: f32) -> Result<()> {
-    check([Some(x), Some(target), None, None, None])?;
-    #[cfg(feature = "cuda")]
-    if x.device().is_cuda() {
-        return crate::cuda::optimizer::approach(x, target, share);
+pub fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
+    for (x, target) in pairs {
+        check([Some(x), Some(target), None, None, None])?;
+        on_one_device(pairs[0].0, x)?;
     }
-    zip2(x, target, move |x: &mut f32, target| *x += (target - *x) * share)
+    #[cfg(feature = "cuda")]
+    if pairs.first().is_some_and(|(x, _)| x.device().is_cuda()) {
+        return crate::cuda::optimizer::approach(pairs, share);
+    }
+    pairs
+        .iter()
+        .try_for_each(|(x, target)| zip2(x, target, move |x: &mut f32, target| *x += (target - *x) * share))
 }
 
 /// Gives tensors the values that their masters have now, in their own type, in place: on a CUDA device many half-precision ones

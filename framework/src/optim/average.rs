@@ -102,12 +102,14 @@ impl Average {
             (AverageConfig::Ema(EmaConfig { decay, .. }), _) => 1. - decay,
             (AverageConfig::Swa(_), updates) => 1. / (updates as f64 + 1.),
         } as f32;
-        for ((_, average), (_, param)) in self.averages.iter().zip(&self.params) {
-            if share == 1. {
-                average.set(param)?;
-            } else {
-                approach(average, param, share)?;
-            }
+        let pairs = self.averages.iter().zip(&self.params).map(|((_, average), (_, param))| (average, param));
+        if share == 1. {
+            pairs.clone().try_for_each(|(average, param)| average.set(param))?;
+        } else {
+            approach(
+                &pairs.map(|(average, param)| (average.as_tensor(), param.as_tensor())).collect::<Vec<_>>(),
+                share,
+            )?;
         }
         self.updates += 1;
         Ok(())

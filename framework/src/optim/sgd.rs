@@ -1,7 +1,7 @@
 //! Stochastic gradient descent with momentum (Sutskever et al. 2013), as PyTorch computes it.
 
 use candle_core::{Tensor, Var};
-use candlepower_kernels::updates::SgdStep;
+use candlepower_kernels::updates::{SgdParam, SgdStep};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -54,11 +54,12 @@ impl Optimizer for Sgd {
         // The first gradient enters whole: there is no update yet that it could dampen.
         let entering = if t == 1 { 1. } else { (1. - dampening) as f32 };
         let step = SgdStep { lr: rates.lr as f32, momentum, entering, l2: weight_decay as f32, nesterov };
-        for (i, gradient) in gradients.iter().enumerate() {
-            let buffer = self.momentum_buffers.get(i).map(Var::as_tensor);
-            step.apply(&self.params[i].1, gradient, buffer)?;
-        }
-        Ok(())
+        let params = gradients.iter().enumerate().map(|(i, gradient)| SgdParam {
+            param: &self.params[i].1,
+            gradient,
+            momentum_buffer: self.momentum_buffers.get(i).map(Var::as_tensor),
+        });
+        Ok(step.apply(&params.collect::<Vec<_>>())?)
     }
 
     fn state(&self) -> Vec<(String, Var)> {

@@ -135,7 +135,7 @@ mod tests {
         };
         gallery.add(7, Split::Train, sketch("slow", &pixels, slow)).unwrap();
         gallery.add(7, Split::Val, sketch("quick", &pixels, |x| Ok(x[0].clone()))).unwrap();
-        approach(&pixels, &pixels.zeros_like().unwrap(), 1.).unwrap();
+        approach(&[(&pixels, &pixels.zeros_like().unwrap())], 1.).unwrap();
         assert!(gallery.poll().unwrap().is_empty(), "the first is not drawn, and the second comes after it");
         tell.send(()).unwrap();
         let pictures = gallery.finish().unwrap();

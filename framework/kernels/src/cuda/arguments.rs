@@ -137,14 +137,11 @@ pub(crate) struct Adam {
     pub(crate) keep: f32,
 }
 
-/// Of `sgd`.
+/// Of `sgd`: parameter, gradient, and the momentum buffer or 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sgd {
-    pub(crate) w: u64,
-    pub(crate) gradient: u64,
-    pub(crate) momentum_buffer: u64,
-    pub(crate) count: u32,
+    pub(crate) tensors: Many,
     pub(crate) lr: f32,
     pub(crate) momentum: f32,
     pub(crate) entering: f32,
@@ -152,13 +149,11 @@ pub(crate) struct Sgd {
     pub(crate) nesterov: u32,
 }
 
-/// Of `approach`.
+/// Of `approach`: what is moved, and where to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Approach {
-    pub(crate) x: u64,
-    pub(crate) target: u64,
-    pub(crate) count: u32,
+    pub(crate) tensors: Many,
     pub(crate) share: f32,
 }
 

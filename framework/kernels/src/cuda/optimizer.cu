@@ -68,39 +68,41 @@ DEVICE void publish(const Many& tensors, f16) {
 extern "C" __global__ void publish_bf16(Many tensors) { publish(tensors, bf16()); }
 extern "C" __global__ void publish_f16(Many tensors) { publish(tensors, f16()); }
 
-// A step of SGD (Sutskever et al. 2013), as PyTorch computes it. `momentum_buffer` is null without momentum.
+// A step of SGD (Sutskever et al. 2013), as PyTorch computes it.
 struct Sgd {
-    float* w;
-    const float* gradient;
-    float* momentum_buffer;
-    unsigned count;
+    Many tensors; // parameter, gradient, momentum buffer or 0 without momentum
     float lr, momentum;
     float entering; // the share of the gradient that enters the momentum
     float l2;       // times the parameter, added to its gradient
     unsigned nesterov;
 };
 extern "C" __global__ void sgd(Sgd a) {
-    unsigned at = thread_index();
-    if (at >= a.count) return;
-    float w = a.w[at], g = a.gradient[at] + a.l2 * w;
-    if (a.momentum_buffer) {
-        float b = a.momentum * a.momentum_buffer[at] + a.entering * g;
-        a.momentum_buffer[at] = b;
-        g = a.nesterov ? g + a.momentum * b : b;
+    unsigned at, end;
+    const Span& span = own_span(a.tensors, at, end);
+    float *param = (float*)span.at[0], *buffer = (float*)span.at[2];
+    const float* gradient = (const float*)span.at[1];
+    for (; at < end; at += blockDim.x) {
+        float w = param[at], g = gradient[at] + a.l2 * w;
+        if (buffer) {
+            float b = a.momentum * buffer[at] + a.entering * g;
+            buffer[at] = b;
+            g = a.nesterov ? g + a.momentum * b : b;
+        }
+        param[at] = w - a.lr * g;
     }
-    a.w[at] = w - a.lr * g;
 }
 
-// Moves x a share of the way to `target`.
+// Moves tensors a share of the way to others.
 struct Approach {
-    float* x;
-    const float* target;
-    unsigned count;
+    Many tensors; // what is moved, where to
     float share;
 };
 extern "C" __global__ void approach(Approach a) {
-    unsigned at = thread_index();
-    if (at < a.count) a.x[at] += (a.target[at] - a.x[at]) * a.share;
+    unsigned at, end;
+    const Span& span = own_span(a.tensors, at, end);
+    float* x = (float*)span.at[0];
+    const float* target = (const float*)span.at[1];
+    for (; at < end; at += blockDim.x) x[at] += (target[at] - x[at]) * a.share;
 }
 
 // Each thread adds up the squares of its values, in 64 bits and always in one order: a sum for each thread of each block.

@@ -4,7 +4,7 @@ use super::arguments::{Adam, Approach, Many, Sgd, SquareSums, Sums};
 use super::launch::{THREADS, launch, type_name};
 use super::memory::{address, allocate, packed, read, with_address};
 use super::sources::OPTIMIZER;
-use crate::updates::{AdamParam, AdamStep, SgdStep};
+use crate::updates::{AdamParam, AdamStep, SgdParam, SgdStep};
 use candle_core::{DType, Result, Tensor, bail};
 
 /// Calls `launch` with all tensors, as many at once as a kernel takes. Each is the addresses of what belongs together, and how
@@ -66,37 +66,38 @@ pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     })
 }
 
-/// As [`SgdStep::apply`].
-pub(crate) fn sgd(
-    step: &SgdStep,
-    w: &Tensor,
-    gradient: &Tensor,
-    momentum_buffer: Option<&Tensor>,
-) -> Result<()> {
+/// As [`SgdStep::apply`], by one kernel for many parameters.
+pub(crate) fn sgd(step: &SgdStep, params: &[SgdParam]) -> Result<()> {
     let SgdStep { lr, momentum, entering, l2, nesterov } = *step;
-    let (count, gradient) = (w.elem_count(), packed(gradient)?);
-    let arguments = Sgd {
-        w: at(w)?,
-        gradient: at(&gradient)?,
-        momentum_buffer: momentum_buffer.map_or(Ok(0), at)?,
-        count: count as u32,
-        lr,
-        momentum,
-        entering,
-        l2,
-        nesterov: u32::from(nesterov),
-    };
-    // SAFETY: as in `adam`.
-    unsafe { launch(w.device().as_cuda_device()?, &OPTIMIZER, "sgd", count, arguments) }
+    let Some(first) = params.first() else { return Ok(()) };
+    let device = first.param.device().as_cuda_device()?;
+    let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
+    let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
+        let buffer = it.momentum_buffer.map_or(Ok(0), at)?;
+        Ok(([at(it.param)?, at(gradient)?, buffer, 0, 0], gradient.elem_count()))
+    });
+    in_groups(tensors.collect::<Result<_>>()?, |tensors| {
+        let arguments = Sgd { tensors, lr, momentum, entering, l2, nesterov: u32::from(nesterov) };
+        // SAFETY: as in `adam`.
+        unsafe { launch(device, &OPTIMIZER, "sgd", tensors.blocks() * THREADS, arguments) }
+    })
 }
 
 /// As [`approach`](crate::updates::approach).
-pub(crate) fn approach(x: &Tensor, target: &Tensor, share: f32) -> Result<()> {
-    let (count, target) = (x.elem_count(), packed(target)?);
-    let (x_at, target_at) = (with_address(x, Ok)?, with_address(&target, Ok)?);
-    let arguments = Approach { x: x_at, target: target_at, count: count as u32, share };
-    // SAFETY: as in `adam`.
-    unsafe { launch(x.device().as_cuda_device()?, &OPTIMIZER, "approach", count, arguments) }
+pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
+    let Some((first, _)) = pairs.first() else { return Ok(()) };
+    let device = first.device().as_cuda_device()?;
+    let targets = pairs.iter().map(|(_, target)| packed(target)).collect::<Result<Vec<_>>>()?;
+    let tensors = pairs
+        .iter()
+        .zip(&targets)
+        .map(|((x, _), target)| Ok(([at(x)?, at(target)?, 0, 0, 0], target.elem_count())));
+    in_groups(tensors.collect::<Result<_>>()?, |tensors| {
+        // SAFETY: as in `adam`.
+        unsafe {
+            launch(device, &OPTIMIZER, "approach", tensors.blocks() * THREADS, Approach { tensors, share })
+        }
+    })
 }
 
 /// The sum of the squares of all tensors' values. Waits for the device once.

@@ -6,7 +6,7 @@ use super::arguments::{
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
-use crate::updates::{AdamParam, AdamStep, SgdStep, approach};
+use crate::updates::{AdamParam, AdamStep, SgdParam, SgdStep, approach};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -209,10 +209,27 @@ fn columns_are_summed_copied_and_shifted() {
     }
 }
 
+/// Three parameters: of less than a block, of several, and of one.
+const SIZES: [usize; 3] = [40, 10_000, 4096];
+
+/// What belongs to a parameter: as tensors on the CPU, and as it is for kernels.
+type Copied<const N: usize> = ([Tensor; N], [Vec<f32>; N]);
+
+fn copied<const N: usize>(own: [Vec<f32>; N]) -> Copied<N> {
+    (own.clone().map(|values| Tensor::new(values, &Device::Cpu).unwrap()), own)
+}
+
+fn assert_same<const N: usize>(params: &[Copied<N>]) {
+    for (cpu, ours) in params {
+        for (ours, cpu) in ours.iter().zip(cpu) {
+            assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
+        }
+    }
+}
+
 #[test]
 fn parameters_move_as_on_the_cpu() {
     let Some(host) = Host::new() else { return };
-    const N: usize = 40;
     let step = AdamStep {
         one_minus_beta1: 0.1,
         beta2: 0.99,
@@ -224,12 +241,10 @@ fn parameters_move_as_on_the_cpu() {
         keep: 0.97,
     };
     for amsgrad in [false, true] {
-        // Three parameters, of less than a block, of several, and of one.
-        let mut params = [40, 10_000, 4096].map(|n| {
+        let mut params = SIZES.map(|n| {
             let mut own = [random(n, 1), random(n, 2), random(n, 3), random(n, 4), random(n, 5)];
             own[3].iter_mut().for_each(|v| *v = v.abs());
-            let len = own[0].len();
-            (own.clone().map(|values| Tensor::from_vec(values, len, &Device::Cpu).unwrap()), own)
+            copied(own)
         });
         let of_cpu = params.each_ref().map(|([param, gradient, first, second, largest], _)| AdamParam {
             param,
@@ -259,40 +274,35 @@ fn parameters_move_as_on_the_cpu() {
             keep,
         };
         run(host, &OPTIMIZER, "adam", tensors.blocks() * Host::THREADS, arguments);
-        for (cpu, ours) in &params {
-            for (ours, cpu) in ours.iter().zip(cpu) {
-                assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
-            }
-        }
+        assert_same(&params);
     }
     for (with_momentum, nesterov) in [(false, false), (true, false), (true, true)] {
         let step = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov };
-        let (gradient, mut w, mut buffer) = (random(N, 1), random(N, 2), random(N, 3));
-        let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
-        let [w2, buffer2] = [&w, &buffer].map(|values| tensor(values));
-        step.apply(&w2, &tensor(&gradient), with_momentum.then_some(&buffer2)).unwrap();
-        let SgdStep { lr, momentum, entering, l2, .. } = step;
-        let arguments = Sgd {
-            w: w.as_mut_ptr() as u64,
-            gradient: at(&gradient),
-            momentum_buffer: if with_momentum { buffer.as_mut_ptr() as u64 } else { 0 },
-            count: N as u32,
-            lr,
-            momentum,
-            entering,
-            l2,
-            nesterov: u32::from(nesterov),
-        };
-        run(host, &OPTIMIZER, "sgd", N, arguments);
-        assert_eq!((w, buffer), (w2.to_vec1().unwrap(), buffer2.to_vec1().unwrap()));
+        let mut params = SIZES.map(|n| copied([random(n, 1), random(n, 2), random(n, 3)]));
+        let of_cpu = params.each_ref().map(|([param, gradient, buffer], _)| SgdParam {
+            param,
+            gradient,
+            momentum_buffer: with_momentum.then_some(buffer),
+        });
+        step.apply(&of_cpu).unwrap();
+        let tensors = params.each_mut().map(|(_, own)| {
+            let [w, gradient, buffer] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+            ([w, gradient, buffer * u64::from(with_momentum), 0, 0], own[0].len())
+        });
+        let (tensors, SgdStep { lr, momentum, entering, l2, .. }) = (Many::new(&tensors), step);
+        let arguments = Sgd { tensors, lr, momentum, entering, l2, nesterov: u32::from(nesterov) };
+        run(host, &OPTIMIZER, "sgd", tensors.blocks() * Host::THREADS, arguments);
+        assert_same(&params);
     }
-    let (mut x, target) = (random(N, 6), random(N, 7));
-    let tensor = |values: &[f32]| Tensor::new(values, &Device::Cpu).unwrap();
-    let moved = tensor(&x);
-    approach(&moved, &tensor(&target), 0.25).unwrap();
-    let arguments = Approach { x: x.as_mut_ptr() as u64, target: at(&target), count: N as u32, share: 0.25 };
-    run(host, &OPTIMIZER, "approach", N, arguments);
-    assert_eq!(x, moved.to_vec1::<f32>().unwrap());
+    let mut params = SIZES.map(|n| copied([random(n, 6), random(n, 7)]));
+    approach(&params.each_ref().map(|([x, target], _)| (x, target)), 0.25).unwrap();
+    let tensors = params.each_mut().map(|(_, own)| {
+        let [x, target] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+        ([x, target, 0, 0, 0], own[0].len())
+    });
+    let arguments = Approach { tensors: Many::new(&tensors), share: 0.25 };
+    run(host, &OPTIMIZER, "approach", arguments.tensors.blocks() * Host::THREADS, arguments);
+    assert_same(&params);
 }
 
 #[test]
