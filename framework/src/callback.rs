@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
@@ -105,7 +105,8 @@ impl Picture {
     ///
     /// # Errors
     /// Where the pixels have another shape.
-    pub fn new(step: u64, split: Split, name: &str, pixels: Tensor) -> Result<Self> {
+    pub fn new(step: u64, split: Split, name: &str, pixels: &Tensor) -> Result<Self> {
+        let pixels = pixels.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         let png = png_bytes(&pixels)?;
         Ok(Self { step, split, name: name.to_string(), pixels, png })
     }

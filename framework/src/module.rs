@@ -139,8 +139,9 @@ impl Step {
     }
 
     /// Logs a picture that takes time to draw: `draw` makes it, (C, H, W) as for [`Step::log_image`], of the values that
-    /// these tensors have now, which it is handed as f32 on the CPU. That happens in another thread, while training goes on;
-    /// an error there ends training.
+    /// these tensors have at the end of the step's passes, which it is handed as f32 on the CPU. That happens in another
+    /// thread, while training goes on; an error there ends training. `draw` must hold no tensor of its own: nobody but the
+    /// thread that trains may ask a device for anything.
     ///
     /// ```
     /// # use candlepower::prelude::*;

@@ -309,6 +309,13 @@ fn downloads_bring_what_was_there_when_they_began() {
         assert_eq!(values(&download.finish().unwrap()), values(&x));
         drop(next);
     }
+    // In memory with room for more, and where nobody waits for the values.
+    for len in [3000, 2000, 1800] {
+        let x = random(len, len as u64);
+        drop(Download::start(&x.to_device(&device).unwrap()).unwrap());
+        let there = x.to_device(&device).unwrap();
+        assert_eq!(values(&Download::start(&there).unwrap().finish().unwrap()), values(&x));
+    }
     let half = random((3, 5), 1).to_dtype(DType::BF16).unwrap();
     let there = half.to_device(&device).unwrap();
     let first = there.narrow(0, 1, 2).unwrap();

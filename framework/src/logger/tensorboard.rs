@@ -197,7 +197,7 @@ mod tests {
         let metrics = IndexMap::from([("loss".to_string(), 0.5)]);
         logger.log(&Record { step: 10, epoch: 0, split: Split::Train, metrics }).unwrap();
         let pixels = Tensor::zeros((1, 4, 6), DType::F32, &Device::Cpu).unwrap();
-        logger.picture(&Picture::new(11, Split::Val, "prediction", pixels).unwrap()).unwrap();
+        logger.picture(&Picture::new(11, Split::Val, "prediction", &pixels).unwrap()).unwrap();
         let weights = Tensor::new(&[[1f32, -2.], [0., 3.]], &Device::Cpu).unwrap();
         logger.histogram(12, "weights/layer", &weights).unwrap();
         logger.text(13, "configuration", "[run]\nname = 'a'").unwrap();

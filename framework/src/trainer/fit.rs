@@ -237,7 +237,7 @@ impl<B: Batch> Fit<'_, B> {
                     let kind = Kind { turn, factor };
                     let (module, turn) = (self.model.training(), &self.turns[turn]);
                     let passes = |batch: &B, step| Backprop::over(module, turn, batch, step, factor);
-                    // Pictures are drawn on the host, so that their steps cannot be recorded.
+                    // Steps with pictures compute what others do not.
                     if images_due {
                         passes(&batch, step())
                     } else {

@@ -1,7 +1,7 @@
 //! Pictures on their way to the callbacks: from the device, and through drawing and encoding, while training goes on.
 
 use std::collections::VecDeque;
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 
 use candle_core::Tensor;
 use candlepower_kernels::Download;
@@ -11,6 +11,9 @@ use crate::callback::Picture;
 use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::module::{Draw, Sketch};
+
+/// How many pictures may be on their way: where more are asked for than can be drawn, training waits.
+const MOST: usize = 8;
 
 /// Pictures that were asked for and that nobody has seen yet, in the order in which they were asked for.
 #[derive(Default)]
@@ -30,8 +33,10 @@ struct Coming {
 enum Stage {
     /// What it is of is on its way to the host.
     Copying { of: Vec<Download>, draw: Draw },
-    /// A thread draws it. That never touches the device, which one thread alone may ask for work.
+    /// A thread draws it. That does not ask the device for anything, which only the thread that trains may do.
     Drawing(JoinHandle<Result<Picture>>),
+    /// It will not be drawn.
+    Failed(Error),
 }
 
 impl Gallery {
@@ -43,58 +48,76 @@ impl Gallery {
         Ok(())
     }
 
-    /// The pictures that have come to be ready, in order; does not wait.
-    pub(super) fn poll(&mut self) -> Result<Vec<Picture>> {
-        self.coming.iter_mut().try_for_each(Coming::draw_if_copied)?;
-        let mut ready = Vec::new();
-        while self.coming.front().is_some_and(Coming::is_drawn) {
-            ready.extend(self.coming.pop_front().map(Coming::finish).transpose()?);
+    /// The next picture, if it is ready; waits only where too many are on their way.
+    pub(super) fn next_ready(&mut self) -> Option<Result<Picture>> {
+        self.draw(|of| of.iter().all(|download| download.is_done().unwrap_or(true)));
+        if self.coming.len() > MOST {
+            let _phase = phase!("pictures");
+            return self.next();
         }
-        Ok(ready)
+        self.coming.front()?.is_over().then(|| self.next())?
     }
 
-    /// All pictures, in order; waits for them.
-    pub(super) fn finish(&mut self) -> Result<Vec<Picture>> {
-        if self.coming.is_empty() {
-            return Ok(Vec::new());
-        }
-        let _phase = phase!("pictures");
-        self.coming.iter_mut().try_for_each(Coming::draw)?;
-        self.coming.drain(..).map(Coming::finish).collect()
+    /// The next picture; waits for it.
+    pub(super) fn next(&mut self) -> Option<Result<Picture>> {
+        // All at once, not one after the other.
+        self.draw(|_| true);
+        self.coming.pop_front().map(Coming::finish)
+    }
+
+    /// Hands what has been copied, or what is `wanted` in any case, to threads that draw.
+    fn draw(&mut self, wanted: impl Fn(&[Download]) -> bool) {
+        let draw = |it: Coming| match &it.stage {
+            Stage::Copying { of, .. } if wanted(of) => it.draw(),
+            _ => it,
+        };
+        self.coming = std::mem::take(&mut self.coming).into_iter().map(draw).collect();
     }
 }
 
 impl Coming {
-    fn draw_if_copied(&mut self) -> Result<()> {
-        let Stage::Copying { of, .. } = &self.stage else { return Ok(()) };
-        for download in of {
-            if !download.is_done()? {
-                return Ok(());
+    fn draw(self) -> Self {
+        let Self { step, split, name, stage } = self;
+        let stage = match stage {
+            Stage::Copying { of, draw } => {
+                Self::drawing(step, split, name.clone(), of, draw).map_or_else(Stage::Failed, Stage::Drawing)
             }
+            later => later,
+        };
+        Self { step, split, name, stage }
+    }
+
+    fn drawing(
+        step: u64,
+        split: Split,
+        name: String,
+        of: Vec<Download>,
+        draw: Draw,
+    ) -> Result<JoinHandle<Result<Picture>>> {
+        let of: Vec<Tensor> = of.into_iter().map(Download::finish).collect::<candle_core::Result<_>>()?;
+        let work = move || Picture::new(step, split, &name, &draw(&of)?);
+        Builder::new()
+            .name("picture".into())
+            .spawn(work)
+            .map_err(|error| Error::msg(format!("there is no thread to draw it: {error}")))
+    }
+
+    fn is_over(&self) -> bool {
+        match &self.stage {
+            Stage::Copying { .. } => false,
+            Stage::Drawing(drawing) => drawing.is_finished(),
+            Stage::Failed(_) => true,
         }
-        self.draw()
     }
 
-    /// Hands what was copied to a thread that draws, unless that has been done.
-    fn draw(&mut self) -> Result<()> {
-        let Stage::Copying { of, draw } = &mut self.stage else { return Ok(()) };
-        let of: Vec<Tensor> = of.drain(..).map(Download::finish).collect::<candle_core::Result<_>>()?;
-        let (draw, step, split, name) = (draw.clone(), self.step, self.split, self.name.clone());
-        self.stage = Stage::Drawing(std::thread::spawn(move || Picture::new(step, split, &name, draw(&of)?)));
-        Ok(())
-    }
-
-    fn is_drawn(&self) -> bool {
-        matches!(&self.stage, Stage::Drawing(drawing) if drawing.is_finished())
-    }
-
-    fn finish(mut self) -> Result<Picture> {
-        self.draw()?;
+    /// The picture, which was handed to a thread; waits for that.
+    fn finish(self) -> Result<Picture> {
         let picture = match self.stage {
-            Stage::Drawing(drawing) => drawing.join().unwrap_or_else(|_| {
-                Err(Error::msg(format!("drawing `{}` failed; the message is above", self.name)))
-            }),
-            Stage::Copying { .. } => Err(Error::msg("a picture was not drawn")),
+            Stage::Drawing(drawing) => {
+                drawing.join().unwrap_or_else(|_| Err(Error::msg("drawing it failed; the message is above")))
+            }
+            Stage::Failed(error) => Err(error),
+            Stage::Copying { .. } => Err(Error::msg("nobody draws it")),
         };
         picture.map_err(|error| Error::msg(format!("picture `{}`: {error}", self.name)))
     }
@@ -118,8 +141,8 @@ mod tests {
         Sketch { name: name.into(), of: vec![of.clone()], draw: Arc::new(draw) }
     }
 
-    fn names(pictures: &[Picture]) -> Vec<&str> {
-        pictures.iter().map(|picture| picture.name.as_str()).collect()
+    fn all(gallery: &mut Gallery) -> Vec<Result<Picture>> {
+        std::iter::from_fn(|| gallery.next()).collect()
     }
 
     #[test]
@@ -136,29 +159,47 @@ mod tests {
         gallery.add(7, Split::Train, sketch("slow", &pixels, slow)).unwrap();
         gallery.add(7, Split::Val, sketch("quick", &pixels, |x| Ok(x[0].clone()))).unwrap();
         approach(&[(&pixels, &pixels.zeros_like().unwrap())], 1.).unwrap();
-        assert!(gallery.poll().unwrap().is_empty(), "the first is not drawn, and the second comes after it");
+        assert!(gallery.next_ready().is_none(), "the first is not drawn, and the second comes after it");
         tell.send(()).unwrap();
-        let pictures = gallery.finish().unwrap();
-        assert_eq!(names(&pictures), ["slow", "quick"]);
+        let pictures: Vec<Picture> = all(&mut gallery).into_iter().map(Result::unwrap).collect();
+        assert_eq!([&pictures[0].name, &pictures[1].name], ["slow", "quick"]);
         assert_eq!((pictures[1].step, pictures[1].split), (7, Split::Val));
         assert_eq!(pictures[0].pixels.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [0.25, 0.75]);
         let png = image::load_from_memory(&pictures[0].png).unwrap().to_rgb8();
         assert_eq!((png.dimensions(), png.get_pixel(1, 0).0), ((2, 1), [191; 3]));
-        assert!(gallery.finish().unwrap().is_empty());
+        assert!(gallery.next_ready().is_none() && gallery.next().is_none());
     }
 
     #[test]
-    fn what_cannot_be_drawn_is_an_error_with_the_picture_s_name() {
-        let x = Tensor::zeros((2, 3), candle_core::DType::F32, &Device::Cpu).unwrap();
+    fn only_so_many_are_on_their_way() {
+        let pixels = Tensor::zeros((1, 1, 1), candle_core::DType::F32, &Device::Cpu).unwrap();
         let mut gallery = Gallery::default();
-        gallery.add(1, Split::Train, sketch("filters", &x, |x| Ok(x[0].clone()))).unwrap();
-        let said = gallery.finish().unwrap_err().to_string();
-        assert!(
-            said.starts_with("picture `filters`: a picture is a tensor (C, H, W)") && said.contains("[2, 3]"),
-            "{said}"
-        );
-        gallery.add(1, Split::Train, sketch("filters", &x, |_| panic!("no"))).unwrap();
-        let said = gallery.finish().unwrap_err().to_string();
-        assert_eq!(said, "picture `filters`: drawing `filters` failed; the message is above");
+        let slow = |x: &[Tensor]| {
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            Ok(x[0].clone())
+        };
+        for i in 0..MOST + 2 {
+            gallery.add(i as u64, Split::Train, sketch("slow", &pixels, slow)).unwrap();
+        }
+        let ready = std::iter::from_fn(|| gallery.next_ready()).count();
+        assert_eq!((ready >= 2, ready + all(&mut gallery).len()), (true, MOST + 2));
+    }
+
+    #[test]
+    fn what_cannot_be_drawn_is_an_error_of_its_own_with_the_picture_s_name() {
+        let x = Tensor::zeros((2, 3), candle_core::DType::F64, &Device::Cpu).unwrap();
+        let mut gallery = Gallery::default();
+        let good = |x: &[Tensor]| Ok(x[0].reshape((1, 2, 3))?.to_dtype(candle_core::DType::F64)?);
+        gallery.add(1, Split::Train, sketch("good", &x, good)).unwrap();
+        gallery.add(1, Split::Train, sketch("flat", &x, |x| Ok(x[0].clone()))).unwrap();
+        gallery.add(1, Split::Train, sketch("lost", &x, |_| panic!("a test says so"))).unwrap();
+        gallery.add(1, Split::Train, sketch("last", &x, good)).unwrap();
+        let all = all(&mut gallery);
+        let said = |i: usize| all[i].as_ref().err().map(ToString::to_string).unwrap_or_default();
+        // Whatever the type that was drawn.
+        assert_eq!(all[0].as_ref().unwrap().pixels.dtype(), candle_core::DType::F32);
+        assert!(said(1).starts_with("picture `flat`: a picture is a tensor (C, H, W)"), "{}", said(1));
+        assert_eq!(said(2), "picture `lost`: drawing it failed; the message is above");
+        assert!(all[3].is_ok() && all.len() == 4);
     }
 }

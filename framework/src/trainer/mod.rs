@@ -273,6 +273,7 @@ impl Trainer {
         let pass = Pass { split, epoch: 0, seed: self.seed };
         let limit = self.config.evaluation_limit(split);
         self.in_pool(|trainer| {
+            trainer.gallery = Gallery::default();
             let progress = Progress::default();
             let metrics =
                 evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
@@ -339,19 +340,30 @@ impl Trainer {
 
     /// Shows the pictures that are drawn by now.
     fn show_ready_pictures(&mut self) -> Result<()> {
-        let ready = self.gallery.poll()?;
-        self.show(&ready)
+        while let Some(picture) = self.gallery.next_ready() {
+            self.show(&picture?)?;
+        }
+        Ok(())
     }
 
     /// Shows all pictures; waits for them.
     fn show_all_pictures(&mut self) -> Result<()> {
-        let all = self.gallery.finish()?;
-        self.show(&all)
+        let _phase = phase!("pictures");
+        while let Some(picture) = self.gallery.next() {
+            self.show(&picture?)?;
+        }
+        Ok(())
     }
 
-    fn show(&mut self, pictures: &[Picture]) -> Result<()> {
-        let mut pictures = pictures.iter();
-        pictures.try_for_each(|picture| self.callbacks.iter_mut().try_for_each(|it| it.on_picture(picture)))
+    /// After an error, which is the one to tell: shows what can be shown, as it may show where the error comes from.
+    fn show_what_is_left(&mut self) {
+        while let Some(picture) = self.gallery.next() {
+            let _ = picture.and_then(|picture| self.show(&picture));
+        }
+    }
+
+    fn show(&mut self, picture: &Picture) -> Result<()> {
+        self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
     }
 
     /// Asks every callback; one that wants to stop is enough.

@@ -9,6 +9,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use tracing::{Dispatch, dispatcher};
 
 use super::fit::Fit;
+use super::gallery::Gallery;
 use super::{Outcome, Trainer};
 use crate::accelerator;
 use crate::batch::Batch;
@@ -33,11 +34,11 @@ pub(super) fn fit_as_rank<B: Batch>(
     let ranks = trainer.ranks.clone();
     let mut trained = || {
         trainer.in_pool(|trainer| {
+            trainer.gallery = Gallery::default();
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
             let outcome = Fit::new(trainer, model, data).and_then(|fit| fit.run());
             if outcome.is_err() {
-                // What was drawn before may show where the error comes from, which is the one to tell.
-                let _ = trainer.show_all_pictures();
+                trainer.show_what_is_left();
             }
             trainer.ranks = ranks.clone();
             model.params().remove_taps();

@@ -84,7 +84,8 @@ pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
 /// As [`Download`](crate::Download), by a stream of its own.
 pub(crate) struct Download {
     transfers: Arc<Transfers>,
-    staging: PinnedHostSlice<f32>,
+    /// Until it is given back.
+    staging: Option<PinnedHostSlice<f32>>,
     done: CudaEvent,
     shape: Shape,
     /// Keeps what is read: its own stream would give the memory away while another reads it.
@@ -97,20 +98,27 @@ impl Download {
         let (x, transfers) = (x.detach().to_dtype(DType::F32)?.force_contiguous()?, transfers(device)?);
         let mut staging = transfers.staging(x.elem_count())?;
         transfers.down.join(&device.cuda_stream()).map_err(failed("CUDA stream"))?;
-        {
+        let copied = {
             let (storage, layout) = x.storage_and_layout();
             let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets())
             else {
                 bail!("download: expected a contiguous tensor on a CUDA device, got {layout:?}");
             };
             let values = storage.as_cuda_slice::<f32>()?.slice(start..end);
-            transfers
-                .down
-                .memcpy_dtoh(&values, &mut staging)
-                .map_err(failed("copying from a CUDA device"))?;
+            // As many values as the place has are copied, and the memory may have room for more.
+            let to = &mut staging.as_mut_slice().map_err(failed("pinned memory"))?[..end - start];
+            transfers.down.memcpy_dtoh(&values, to).map_err(failed("copying from a CUDA device"))
+        };
+        match copied.and_then(|()| event(&transfers.down)) {
+            Ok(done) => {
+                Ok(Self { transfers, staging: Some(staging), done, shape: x.shape().clone(), _source: x })
+            }
+            Err(error) => {
+                // Nothing may still be under way when the memory goes; the first error is the one to tell.
+                let _ = transfers.down.synchronize();
+                Err(error)
+            }
         }
-        let done = event(&transfers.down)?;
-        Ok(Self { transfers, staging, done, shape: x.shape().clone(), _source: x })
     }
 
     pub(crate) fn is_done(&self) -> Result<bool> {
@@ -119,9 +127,18 @@ impl Download {
 
     pub(crate) fn finish(self) -> Result<Tensor> {
         self.done.synchronize().map_err(failed("copying from a CUDA device"))?;
-        let values = self.staging.as_slice().map_err(failed("pinned memory"))?;
-        let x = Tensor::from_slice(&values[..self.shape.elem_count()], &self.shape, &Device::Cpu)?;
-        self.transfers.give_back(self.staging);
-        Ok(x)
+        let Some(staging) = &self.staging else { bail!("download: the values are gone") };
+        let values = staging.as_slice().map_err(failed("pinned memory"))?;
+        Tensor::from_slice(&values[..self.shape.elem_count()], &self.shape, &Device::Cpu)
+    }
+}
+
+impl Drop for Download {
+    fn drop(&mut self) {
+        // Also where nobody wanted the values in the end: the copy must be over before the memory on both sides goes.
+        let _ = self.done.synchronize();
+        if let Some(staging) = self.staging.take() {
+            self.transfers.give_back(staging);
+        }
     }
 }
