@@ -317,6 +317,7 @@ fn downloads_bring_what_was_there_when_they_began() {
     for len in [3000, 2000, 1800] {
         let x = random(len, len as u64);
         drop(Download::start(&x.to_device(&device).unwrap()).unwrap());
+        device.synchronize().unwrap();
         let there = x.to_device(&device).unwrap();
         assert_eq!(values(&Download::start(&there).unwrap().finish().unwrap()), values(&x));
     }
