@@ -1,7 +1,7 @@
 //! Where training's time goes: the phases of the loop in a table ([`Profiler`]) and as a Chrome trace ([`Trace`]).
 //!
 //! The loop marks its phases with `tracing` spans of the target [`TARGET`]: `data_wait`, `forward`, `backward`,
-//! `optimizer`, `logging`, `pictures` (the wait for those that are not drawn yet), `validation`, `checkpoint`, and on several
+//! `optimizer`, `logging`, `pictures` (the wait for one that is not drawn yet), `validation`, `checkpoint`, and on several
 //! ranks `all_reduce`. They cost nanoseconds while nobody listens. To listen, add a layer to the subscriber of the thread that
 //! trains:
 //!

@@ -51,15 +51,16 @@ impl Gallery {
     /// The next picture, if it is ready; waits only where too many are on their way.
     pub(super) fn next_ready(&mut self) -> Option<Result<Picture>> {
         self.draw(|of| of.iter().all(|download| download.is_done().unwrap_or(true)));
-        if self.coming.len() > MOST {
-            let _phase = phase!("pictures");
-            return self.next();
-        }
-        self.coming.front()?.is_over().then(|| self.next())?
+        let is_next = self.coming.len() > MOST || self.coming.front().is_some_and(Coming::is_over);
+        if is_next { self.next() } else { None }
     }
 
     /// The next picture; waits for it.
     pub(super) fn next(&mut self) -> Option<Result<Picture>> {
+        if self.coming.is_empty() {
+            return None;
+        }
+        let _phase = phase!("pictures");
         // All at once, not one after the other.
         self.draw(|_| true);
         self.coming.pop_front().map(Coming::finish)

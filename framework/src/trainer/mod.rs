@@ -348,7 +348,6 @@ impl Trainer {
 
     /// Shows all pictures; waits for them.
     fn show_all_pictures(&mut self) -> Result<()> {
-        let _phase = phase!("pictures");
         while let Some(picture) = self.gallery.next() {
             self.show(&picture?)?;
         }
