@@ -134,7 +134,6 @@ impl<B: Batch> Fit<'_, B> {
         self.save()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
         self.tell_saved(saved)?;
-        self.trainer.show_all_pictures()?;
         let progress = self.progress;
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
