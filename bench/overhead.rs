@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use candlepower::candle_core::Var;
 use candlepower::candle_nn::{self, Linear, Optimizer as _, VarMap, linear, loss::cross_entropy};
 use candlepower::logger::{Loggers, LoggingConfig};
-use candlepower::optim::{Adam, Optimizer};
+use candlepower::optim::{Adam, GradScale, Optimizer, Param};
 use candlepower::prelude::*;
 use candlepower::rand::{Rng, SeedableRng};
 use candlepower::schedule::Rates;
@@ -124,7 +124,8 @@ impl ByHand {
             .iter()
             .map(|(name, var)| (name.clone(), var.clone()))
             .collect();
-        let adam = Adam::new(&named, &AdamConfig::default())?;
+        let params: Vec<Param> = named.iter().cloned().map(Param::from).collect();
+        let adam = Adam::new(&params, &AdamConfig::default())?;
         let vars: Vec<Var> = named.into_iter().map(|(_, var)| var).collect();
         let rule = if ours {
             Rule::Ours(adam, vars)
@@ -144,7 +145,8 @@ impl ByHand {
             Rule::Ours(adam, vars) => {
                 let mut found = loss.backward()?;
                 let gradients: Vec<Tensor> = vars.iter().filter_map(|var| found.remove(var)).collect();
-                adam.step(&gradients, self.step, Rates { lr: LR, momentum: None })?;
+                adam.prepare(self.step, Rates { lr: LR, momentum: None })?;
+                adam.step(&gradients, &GradScale::default())?;
             }
         }
         if self.step.is_multiple_of(LOG_EVERY) {

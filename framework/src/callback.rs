@@ -66,8 +66,8 @@ pub struct StepEnd<'a> {
     pub progress: Progress,
     /// The parameters that are trained, after the step.
     pub params: &'a [(String, Var)],
-    /// The gradient of each of them in this step, after clipping. Where ranks share out the optimizer's state there are none
-    /// unless a callback [wants them](Callback::wants_gradients).
+    /// The gradient of each of them in this step, after clipping; none unless a callback
+    /// [wants them](Callback::wants_gradients).
     pub gradients: &'a [Tensor],
 }
 
@@ -196,7 +196,8 @@ pub trait Callback: Send {
         Ok(())
     }
 
-    /// Whether it looks at the gradients of this step, which ranks that share out the optimizer's state must then exchange.
+    /// Whether it looks at the gradients of this step, which are otherwise clipped within the optimizer's own pass, and not
+    /// exchanged by ranks that share out its state.
     fn wants_gradients(&self, _step: u64) -> bool {
         true
     }

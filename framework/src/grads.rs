@@ -2,9 +2,10 @@
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
+use candlepower_kernels::updates::sum_squares_of;
 
 use crate::error::{Error, Result};
-use crate::optim::{self, Turn};
+use crate::optim::Turn;
 
 /// One slot for each parameter, in the parameters' order.
 pub(crate) struct Grads {
@@ -85,7 +86,7 @@ fn is_used(name: &str) -> Error {
 /// The first parameter whose gradient is not finite.
 pub(crate) fn first_not_finite(params: &[(String, Var)], gradients: &[Tensor]) -> Result<Option<String>> {
     for ((name, _), gradient) in params.iter().zip(gradients) {
-        if !optim::global_norm(std::slice::from_ref(gradient))?.is_finite() {
+        if !sum_squares_of(std::slice::from_ref(gradient))?.is_finite() {
             return Ok(Some(name.clone()));
         }
     }

@@ -11,7 +11,7 @@ use rand::Rng;
 use rand_distr::{Distribution, Normal, Uniform};
 
 use crate::error::{Error, Result};
-use crate::{seed, taps};
+use crate::{optim, seed, taps};
 
 /// Named parameters in the order in which the module asked for them.
 ///
@@ -160,13 +160,30 @@ impl Params {
         self.lock().get(name).map(|param| param.working.clone())
     }
 
+    /// All parameters, in order, as an optimizer is to know them.
+    pub fn for_optimizer(&self) -> Vec<optim::Param> {
+        self.vars().iter().map(|(name, master)| self.param(name, master)).collect()
+    }
+
+    /// One of them.
+    pub(crate) fn param(&self, name: &str, master: &Var) -> optim::Param {
+        let copy = self.working(name).filter(|working| working.dtype() != master.dtype());
+        optim::Param { name: name.to_string(), master: master.clone(), copy }
+    }
+
     /// Gives the working variables, and the taps on them, their masters' values.
     pub fn publish(&self) -> Result<()> {
         let params = self.lock();
         let narrow = params.values().filter(|param| param.working.dtype() != param.master.dtype());
         let pairs = narrow.map(|param| (param.master.as_tensor(), param.working.as_tensor()));
         publish(&pairs.collect::<Vec<_>>())?;
-        for Param { working, tap, .. } in params.values() {
+        drop(params);
+        self.refresh_taps()
+    }
+
+    /// Gives the taps their working variables' values.
+    pub(crate) fn refresh_taps(&self) -> Result<()> {
+        for Param { working, tap, .. } in self.lock().values() {
             tap.as_ref().map_or(Ok(()), |tap| taps::refresh(tap, working))?;
         }
         Ok(())

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{Tensor, Var};
-use candlepower::optim::{self, OptimizerConfig};
+use candlepower::optim::{Clipping, OptimizerConfig, Param};
 use candlepower_tests::golden;
 use serde_json::Value;
 
@@ -33,23 +33,24 @@ fn every_configuration_of_the_fixture() {
         let names = ["w", "b"];
         let start = |name: &str| Var::from_tensor(golden.get(&format!("param0.{name}"))).unwrap();
         let vars = names.map(|name| (name.to_string(), start(name)));
-        let mut optimizer = config.build(&vars).unwrap();
+        let mut optimizer = config.build(&vars.clone().map(Param::from)).unwrap();
+        let clips = |key: &str| name.ends_with(key).then(|| golden.hparams[key].as_f64().unwrap());
+        let clipping =
+            Clipping { norm: clips("clip_norm"), value: clips("clip_value"), ..Default::default() };
         for step in 0..golden.size("steps") {
             let row = |kind: &str, name: &str| golden.get(&format!("{kind}.{name}")).get(step).unwrap();
-            let mut gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();
-            if name.ends_with("clip_norm") {
-                let norm =
-                    optim::clip_norm(&mut gradients, golden.hparams["clip_norm"].as_f64().unwrap()).unwrap();
+            let gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();
+            let clipped = clipping.decide(&gradients).unwrap();
+            if clipping.norm.is_some() {
+                let norm = clipped.norm.read().unwrap().finish().unwrap();
                 let expected = golden.get(&format!("{name}.norms")).to_vec1::<f64>().unwrap()[step];
                 assert!(
                     (norm / expected - 1.).abs() < 1e-6,
                     "{name}, step {step}: norm {norm}, not {expected}"
                 );
             }
-            if name.ends_with("clip_value") {
-                optim::clip_value(&mut gradients, golden.hparams["clip_value"].as_f64().unwrap()).unwrap();
-            }
-            optimizer.step(&gradients, step as u64 + 1, config.lr().into()).unwrap();
+            optimizer.prepare(step as u64 + 1, config.lr().into()).unwrap();
+            optimizer.step(&gradients, &clipped.scale).unwrap();
             for (param, var) in &vars {
                 let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 let expected = row(name, param);

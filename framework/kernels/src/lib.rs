@@ -7,6 +7,7 @@ mod attend;
 mod blend;
 mod buffer;
 mod cell;
+pub mod clipping;
 mod conv2d;
 mod conv_lstm;
 mod conv_lstm_cell;

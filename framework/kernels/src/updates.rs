@@ -1,7 +1,8 @@
-//! What optimizers do to parameters, in place: on the CPU, and by one kernel on a CUDA device.
+//! What optimizers do to parameters, in place: on the CPU, and by one kernel for many parameters on a CUDA device.
 
+use crate::clipping::{GradScale, Share};
 use crate::elementwise::{sum_squares, zip2, zip3};
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 /// A step of Adam (Kingma and Ba 2015, algorithm 1) or AdamW (Loshchilov and Hutter 2019, algorithm 2), as PyTorch
 /// computes it.
@@ -25,11 +26,13 @@ pub struct AdamStep {
     pub keep: f32,
 }
 
-/// A parameter and what Adam knows of it: f32 of one shape.
+/// A parameter and what Adam knows of it: contiguous, of one shape, and f32 but for the copy.
 #[derive(Debug, Clone, Copy)]
 pub struct AdamParam<'a> {
     /// The parameter.
     pub param: &'a Tensor,
+    /// What is given its new value in bf16 or f16.
+    pub copy: Option<&'a Tensor>,
     /// Its gradient.
     pub gradient: &'a Tensor,
     /// Its first moment.
@@ -38,45 +41,6 @@ pub struct AdamParam<'a> {
     pub second: &'a Tensor,
     /// With AMSGrad, the largest second moment so far.
     pub largest: Option<&'a Tensor>,
-}
-
-impl AdamStep {
-    /// Moves parameters and their moments: on a CUDA device many by one kernel.
-    ///
-    /// # Errors
-    /// Where a parameter's tensors are not f32 of one shape, not all are on one device, or one that is changed is not
-    /// contiguous.
-    pub fn apply(&self, params: &[AdamParam]) -> Result<()> {
-        for AdamParam { param, gradient, first, second, largest } in params {
-            check([Some(param), Some(gradient), Some(first), Some(second), *largest])?;
-            on_one_device(params[0].param, param)?;
-        }
-        #[cfg(feature = "cuda")]
-        if params.first().is_some_and(|it| it.param.device().is_cuda()) {
-            return crate::cuda::optimizer::adam(self, params);
-        }
-        params.iter().try_for_each(|it| self.apply_on_cpu(*it))
-    }
-
-    fn apply_on_cpu(&self, AdamParam { param, gradient, first, second, largest }: AdamParam) -> Result<()> {
-        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
-            *self;
-        zip3(first, gradient, param, move |m: &mut f32, g, w| *m += (g + l2 * w - *m) * one_minus_beta1)?;
-        zip3(second, gradient, param, move |v: &mut f32, g, w| {
-            let g = g + l2 * w;
-            *v = *v * beta2 + one_minus_beta2 * g * g;
-        })?;
-        let second = match largest {
-            None => second,
-            Some(largest) => {
-                zip2(largest, second, |max: &mut f32, v| *max = max.max(v))?;
-                largest
-            }
-        };
-        zip3(param, first, second, move |w: &mut f32, m, v| {
-            *w = *w * keep - step_size * (m / (v.sqrt() / root_correction + eps));
-        })
-    }
 }
 
 /// A step of stochastic gradient descent, with or without momentum (Sutskever et al. 2013), as PyTorch computes it.
@@ -94,52 +58,177 @@ pub struct SgdStep {
     pub nesterov: bool,
 }
 
-/// A parameter and what SGD knows of it: f32 of one shape.
+/// A parameter and what SGD knows of it: contiguous, of one shape, and f32 but for the copy.
 #[derive(Debug, Clone, Copy)]
 pub struct SgdParam<'a> {
     /// The parameter.
     pub param: &'a Tensor,
+    /// What is given its new value in bf16 or f16.
+    pub copy: Option<&'a Tensor>,
     /// Its gradient.
     pub gradient: &'a Tensor,
     /// With momentum, its last update.
     pub momentum_buffer: Option<&'a Tensor>,
 }
 
-impl SgdStep {
-    /// Moves parameters, and their momentum, where they have one: on a CUDA device many by one kernel.
+/// An update's numbers, and on a CUDA device the memory where its kernels read them: a recorded update has those of each replay.
+#[derive(Debug)]
+pub struct Placed<S> {
+    numbers: Option<S>,
+    /// f32, of the device.
+    on_device: Option<Tensor>,
+}
+
+/// Numbers that kernels read.
+pub trait Numbers: Copy {
+    /// In the order of the kernel's struct.
+    fn in_order(&self) -> Vec<f32>;
+}
+
+impl Numbers for AdamStep {
+    fn in_order(&self) -> Vec<f32> {
+        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
+            *self;
+        vec![one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep]
+    }
+}
+
+impl Numbers for SgdStep {
+    fn in_order(&self) -> Vec<f32> {
+        let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
+        vec![lr, momentum, entering, l2, f32::from(u8::from(nesterov))]
+    }
+}
+
+impl<S: Numbers> Placed<S> {
+    /// None yet, for parameters of this device.
     ///
     /// # Errors
-    /// As for [`AdamStep::apply`].
-    pub fn apply(&self, params: &[SgdParam]) -> Result<()> {
-        for SgdParam { param, gradient, momentum_buffer } in params {
-            check([Some(param), Some(gradient), *momentum_buffer, None, None])?;
-            on_one_device(params[0].param, param)?;
-        }
-        #[cfg(feature = "cuda")]
-        if params.first().is_some_and(|it| it.param.device().is_cuda()) {
-            return crate::cuda::optimizer::sgd(self, params);
-        }
-        params.iter().try_for_each(|it| self.apply_on_cpu(*it))
+    /// Where the device fails.
+    pub fn on(device: &Device) -> Result<Self> {
+        /// More than any update has.
+        const MOST: usize = 8;
+        let on_device = device.is_cuda().then(|| Tensor::zeros(MOST, DType::F32, device)).transpose()?;
+        Ok(Self { numbers: None, on_device })
     }
 
-    fn apply_on_cpu(&self, SgdParam { param, gradient, momentum_buffer }: SgdParam) -> Result<()> {
-        let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
-        let Some(buffer) = momentum_buffer else {
-            return zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (g + l2 * *w));
-        };
-        zip3(buffer, gradient, param, move |b: &mut f32, g, w| *b = momentum * *b + entering * (g + l2 * w))?;
-        if nesterov {
-            zip3(param, gradient, buffer, move |w: &mut f32, g, b| *w -= lr * (g + l2 * *w + momentum * b))
-        } else {
-            zip2(param, buffer, move |w: &mut f32, b| *w -= lr * b)
+    /// The numbers of the updates that come.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn set(&mut self, numbers: S) -> Result<()> {
+        if let Some(on_device) = &self.on_device {
+            on_device.slice_set(&Tensor::new(numbers.in_order(), on_device.device())?, 0, 0)?;
         }
+        self.numbers = Some(numbers);
+        Ok(())
+    }
+
+    fn numbers(&self) -> Result<S> {
+        match self.numbers {
+            Some(numbers) => Ok(numbers),
+            None => bail!("update: it has no numbers yet"),
+        }
+    }
+}
+
+impl Placed<AdamStep> {
+    /// Moves parameters and their moments by so much of their gradients, if at all; copies follow.
+    ///
+    /// # Errors
+    /// Where the numbers were never set, the tensors of a parameter do not fit together, or not all are on one device.
+    pub fn apply(&self, params: &[AdamParam], scale: &GradScale) -> Result<()> {
+        let Some(one) = params.first() else { return Ok(()) };
+        let numbers = self.numbers()?;
+        for AdamParam { param, copy, gradient, first, second, largest } in params {
+            check([Some(param), Some(gradient), Some(first), Some(second), *largest])?;
+            check_copy(param, *copy, one.copy)?;
+            on_one_device(one.param, param)?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(numbers) = &self.on_device {
+            return crate::cuda::optimizer::adam(numbers, params, scale);
+        }
+        let Some(share) = scale.on_cpu()? else { return Ok(()) };
+        params.iter().try_for_each(|it| numbers.apply_on_cpu(*it, share))
+    }
+}
+
+impl AdamStep {
+    fn apply_on_cpu(&self, it: AdamParam, share: Share) -> Result<()> {
+        let AdamParam { param, copy, gradient, first, second, largest } = it;
+        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
+            *self;
+        zip3(first, gradient, param, move |m: &mut f32, g, w| {
+            *m += (share.of(g) + l2 * w - *m) * one_minus_beta1;
+        })?;
+        zip3(second, gradient, param, move |v: &mut f32, g, w| {
+            let g = share.of(g) + l2 * w;
+            *v = *v * beta2 + one_minus_beta2 * g * g;
+        })?;
+        let second = match largest {
+            None => second,
+            Some(largest) => {
+                zip2(largest, second, |max: &mut f32, v| *max = max.max(v))?;
+                largest
+            }
+        };
+        zip3(param, first, second, move |w: &mut f32, m, v| {
+            *w = *w * keep - step_size * (m / (v.sqrt() / root_correction + eps));
+        })?;
+        copy.map_or(Ok(()), |copy| give(param, copy))
+    }
+}
+
+impl Placed<SgdStep> {
+    /// Moves parameters, and their momentum, where they have one, by so much of their gradients, if at all; copies follow.
+    ///
+    /// # Errors
+    /// As for Adam.
+    pub fn apply(&self, params: &[SgdParam], scale: &GradScale) -> Result<()> {
+        let Some(one) = params.first() else { return Ok(()) };
+        let numbers = self.numbers()?;
+        for SgdParam { param, copy, gradient, momentum_buffer } in params {
+            check([Some(param), Some(gradient), *momentum_buffer, None, None])?;
+            check_copy(param, *copy, one.copy)?;
+            on_one_device(one.param, param)?;
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(numbers) = &self.on_device {
+            return crate::cuda::optimizer::sgd(numbers, params, scale);
+        }
+        let Some(share) = scale.on_cpu()? else { return Ok(()) };
+        params.iter().try_for_each(|it| numbers.apply_on_cpu(*it, share))
+    }
+}
+
+impl SgdStep {
+    fn apply_on_cpu(&self, it: SgdParam, share: Share) -> Result<()> {
+        let SgdParam { param, copy, gradient, momentum_buffer } = it;
+        let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
+        match momentum_buffer {
+            None => zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (share.of(g) + l2 * *w))?,
+            Some(buffer) => {
+                zip3(buffer, gradient, param, move |b: &mut f32, g, w| {
+                    *b = momentum * *b + entering * (share.of(g) + l2 * w);
+                })?;
+                if nesterov {
+                    zip3(param, gradient, buffer, move |w: &mut f32, g, b| {
+                        *w -= lr * (share.of(g) + l2 * *w + momentum * b);
+                    })?;
+                } else {
+                    zip2(param, buffer, move |w: &mut f32, b| *w -= lr * b)?;
+                }
+            }
+        }
+        copy.map_or(Ok(()), |copy| give(param, copy))
     }
 }
 
 /// Moves the first tensor of each pair this share of the way to the second: on a CUDA device many by one kernel.
 ///
 /// # Errors
-/// As for [`AdamStep::apply`].
+/// Where a pair's tensors are not f32 of one shape, or not all are on one device.
 pub fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     for (x, target) in pairs {
         check([Some(x), Some(target), None, None, None])?;
@@ -163,11 +252,7 @@ pub fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
 pub fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     for (master, copy) in pairs {
         on_one_device(pairs[0].0, master)?;
-        on_one_device(master, copy)?;
-        let fits = master.dims() == copy.dims() && master.dtype() == DType::F32;
-        if !fits || copy.dtype() != pairs[0].1.dtype() || !copy.is_contiguous() || !master.is_contiguous() {
-            bail!("publish: expected pairs of one shape, the first f32, got {master:?} and {copy:?}");
-        }
+        check_copy(master, Some(copy), Some(pairs[0].1))?;
     }
     #[cfg(feature = "cuda")]
     if let Some((master, copy)) = pairs.first()
@@ -176,10 +261,12 @@ pub fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     {
         return crate::cuda::optimizer::publish(pairs);
     }
-    for (master, copy) in pairs {
-        copy.flatten_all()?.slice_set(&master.to_dtype(copy.dtype())?.flatten_all()?, 0, 0)?;
-    }
-    Ok(())
+    pairs.iter().try_for_each(|(master, copy)| give(master, copy))
+}
+
+/// Gives a tensor its master's values.
+fn give(master: &Tensor, copy: &Tensor) -> Result<()> {
+    copy.flatten_all()?.slice_set(&master.to_dtype(copy.dtype())?.flatten_all()?, 0, 0)
 }
 
 /// The sum of the squares of the values of tensors that are on one device. The same bits every time; waits for the device
@@ -220,6 +307,20 @@ fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
             );
         }
         on_one_device(first, x)?;
+    }
+    Ok(())
+}
+
+/// Checks what a parameter is copied to; all copies are of the type of `like`.
+fn check_copy(param: &Tensor, copy: Option<&Tensor>, like: Option<&Tensor>) -> Result<()> {
+    if copy.map(Tensor::dtype) != like.map(Tensor::dtype) {
+        bail!("update: expected copies of one type, got {copy:?} and {like:?}");
+    }
+    let Some(copy) = copy else { return Ok(()) };
+    on_one_device(param, copy)?;
+    let fits = param.dims() == copy.dims() && param.dtype() == DType::F32;
+    if !fits || !copy.is_contiguous() || !param.is_contiguous() {
+        bail!("update: expected a copy of the shape of its master, which is f32, got {copy:?} of {param:?}");
     }
     Ok(())
 }

@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
 use candlepower_kernels::elementwise::zip3;
 use candlepower_kernels::updates::{
-    AdamParam, AdamStep, SgdParam, SgdStep, approach, publish, sum_squares_of,
+    AdamParam, AdamStep, Placed, SgdParam, SgdStep, approach, publish, sum_squares_of,
 };
 use candlepower_kernels::{
     Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download, Exchange,
@@ -213,12 +214,15 @@ fn updates() {
             let sets = std::iter::once(own.map(Clone::clone)).chain(others).collect::<Vec<_>>();
             let params = sets.iter().map(|[param, gradient, first, second]| AdamParam {
                 param,
+                copy: None,
                 gradient,
                 first,
                 second,
                 largest: None,
             });
-            step.apply(&params.collect::<Vec<_>>()).unwrap();
+            let mut placed = Placed::on(own[0].device()).unwrap();
+            placed.set(step).unwrap();
+            placed.apply(&params.collect::<Vec<_>>(), &GradScale::default()).unwrap();
         };
         all([&w, &g, &m, &v], &others);
         all([&w2, &g2, &m2, &v2], &others2);
@@ -241,10 +245,13 @@ fn updates() {
             let sets = std::iter::once(own).chain(others.iter().map(|it| it.each_ref())).collect::<Vec<_>>();
             let params = sets.iter().map(|[param, gradient, m, _]| SgdParam {
                 param,
+                copy: None,
                 gradient,
                 momentum_buffer: Some(m),
             });
-            sgd.apply(&params.collect::<Vec<_>>()).unwrap();
+            let mut placed = Placed::on(own[0].device()).unwrap();
+            placed.set(sgd).unwrap();
+            placed.apply(&params.collect::<Vec<_>>(), &GradScale::default()).unwrap();
             // Neither is below zero, so that no small difference of large numbers is compared.
             let targets: Vec<Tensor> = sets.iter().map(|[_, g, ..]| g.abs().unwrap()).collect();
             let pairs = sets.iter().map(|[.., v]| *v).zip(&targets).collect::<Vec<_>>();
@@ -263,6 +270,101 @@ fn updates() {
         assert!(error(&w2, &w) < 1e-6 && error(&view.reshape(n).unwrap(), &w) < 1e-6);
         let (one, two) = (sum_squares_of(&[w.clone(), g]).unwrap(), sum_squares_of(&[w2, g2]).unwrap());
         assert!((two / one - 1.).abs() < 1e-6, "{two} {one}");
+    }
+}
+
+#[test]
+fn steps_are_decided_on_where_their_gradients_are() {
+    let Some((device, _turn)) = device() else { return };
+    let adam = AdamStep {
+        one_minus_beta1: 0.1,
+        beta2: 0.99,
+        one_minus_beta2: 0.01,
+        eps: 1e-8,
+        step_size: 0.02,
+        root_correction: 0.3,
+        l2: 0.05,
+        keep: 0.97,
+    };
+    let sgd = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
+    let plain = Clipping::default();
+    let clipped = Clipping { loss_scale: 8., norm: Some(0.5), value: Some(4e-3), only_finite: true };
+    for (clipping, spoilt) in
+        [(plain, None), (clipped, None), (clipped, Some(f32::NAN)), (plain, Some(f32::INFINITY))]
+    {
+        for dtype in [DType::BF16, DType::F16] {
+            // Parameters, gradients, moments, and copies; more of them than one kernel takes, one of several blocks.
+            let sets = |device: &Device| -> Vec<[Tensor; 5]> {
+                let set = |i: usize| {
+                    let n = if i == 3 { 10_000 } else { 1 + 9 * i };
+                    let [w, g, m, v] = [1, 2, 3, 4].map(|seed| random(n, seed + 10 * i as u64));
+                    let spoil = |x: f32| {
+                        Tensor::cat(&[&g.narrow(0, 1, n - 1).unwrap(), &Tensor::new(&[x], &CPU).unwrap()], 0)
+                    };
+                    let g = match spoilt.filter(|_| i == 65) {
+                        Some(x) => spoil(x).unwrap(),
+                        None => g.clone(),
+                    };
+                    let copy = w.zeros_like().unwrap().to_dtype(dtype).unwrap();
+                    [w, g, m, v.abs().unwrap(), copy].map(|x| x.to_device(device).unwrap())
+                };
+                (0..70).map(set).collect()
+            };
+            let run = |device: &Device| {
+                let sets = sets(device);
+                let gradients: Vec<Tensor> = sets.iter().map(|[_, g, ..]| g.clone()).collect();
+                let Clipped { scale, norm } = clipping.decide(&gradients).unwrap();
+                let norm = norm.read().unwrap();
+                let mut placed = Placed::on(device).unwrap();
+                // The last numbers count.
+                placed.set(AdamStep { keep: 7., ..adam }).unwrap();
+                placed.set(adam).unwrap();
+                let params = sets.iter().map(|[param, gradient, first, second, copy]| AdamParam {
+                    param,
+                    copy: Some(copy),
+                    gradient,
+                    first,
+                    second,
+                    largest: None,
+                });
+                placed.apply(&params.collect::<Vec<_>>(), &scale).unwrap();
+                let mut placed = Placed::on(device).unwrap();
+                placed.set(sgd).unwrap();
+                let params = sets.iter().map(|[param, gradient, buffer, _, copy]| SgdParam {
+                    param,
+                    copy: Some(copy),
+                    gradient,
+                    momentum_buffer: Some(buffer),
+                });
+                placed.apply(&params.collect::<Vec<_>>(), &scale).unwrap();
+                let counted = scale.taken(&gradients).unwrap();
+                (norm.finish().unwrap(), sets, counted)
+            };
+            let ((norm, cpu, counted), (norm2, cuda, counted2)) = (run(&CPU), run(&device));
+            assert!(
+                norm == norm2 || norm.is_nan() && norm2.is_nan() || (norm2 / norm - 1.).abs() < 1e-6,
+                "{norm2} {norm}"
+            );
+            let refused = clipping.only_finite && spoilt.is_some();
+            assert_eq!((counted.is_none(), counted2.is_none()), (refused, refused));
+            let same = |ours: &Tensor, theirs: &Tensor, tolerance: f64| {
+                let pairs = values(ours).into_iter().zip(values(theirs));
+                pairs.into_iter().all(|(a, b)| {
+                    a == b || a.is_nan() && b.is_nan() || (a - b).abs() <= tolerance * (1. + b.abs())
+                })
+            };
+            for (ours, theirs) in counted2.iter().flatten().zip(counted.iter().flatten()) {
+                assert!(same(ours, theirs, 1e-6));
+            }
+            for ((ours, theirs), before) in cuda.iter().zip(&cpu).zip(sets(&CPU)) {
+                for (i, tolerance) in [(0, 2e-6), (2, 1e-6), (3, 1e-6)] {
+                    assert!(same(&ours[i], &theirs[i], tolerance), "{clipping:?} {spoilt:?}, tensor {i}");
+                    assert_eq!(values(&ours[i]) == values(&before[i]), refused);
+                }
+                let master = if refused { before[4].clone() } else { ours[0].to_dtype(dtype).unwrap() };
+                assert!(same(&ours[4], &master, 0.));
+            }
+        }
     }
 }
 

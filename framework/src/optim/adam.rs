@@ -1,11 +1,12 @@
 //! Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes them.
 
-use candle_core::{Tensor, Var};
-use candlepower_kernels::updates::{AdamParam, AdamStep};
+use candle_core::{Device, Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
+use candlepower_kernels::updates::{AdamParam, AdamStep, Placed};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, named_state, zeros_like};
+use super::{Optimizer, Param, named_state, zeros_like};
 use crate::error::Result;
 use crate::schedule::Rates;
 
@@ -63,7 +64,7 @@ enum Decay {
 
 /// Adam with the moments of every parameter.
 pub struct Adam {
-    params: Vec<(String, Var)>,
+    params: Vec<Param>,
     first: Vec<Var>,
     second: Vec<Var>,
     /// The largest second moment so far; empty without amsgrad.
@@ -71,30 +72,26 @@ pub struct Adam {
     betas: [f64; 2],
     eps: f64,
     decay: Decay,
+    numbers: Placed<AdamStep>,
 }
 
 impl Adam {
     /// The optimizer of these parameters.
-    pub fn new(params: &[(String, Var)], config: &AdamConfig) -> Result<Self> {
+    pub fn new(params: &[Param], config: &AdamConfig) -> Result<Self> {
         let AdamConfig { betas, eps, weight_decay, amsgrad, .. } = *config;
         Self::with_decay(params, betas, eps, amsgrad, Decay::Gradient(weight_decay as f32))
     }
 
-    fn with_decay(
-        params: &[(String, Var)],
-        betas: [f64; 2],
-        eps: f64,
-        amsgrad: bool,
-        decay: Decay,
-    ) -> Result<Self> {
+    fn with_decay(params: &[Param], betas: [f64; 2], eps: f64, amsgrad: bool, decay: Decay) -> Result<Self> {
         let largest = if amsgrad { zeros_like(params)? } else { Vec::new() };
         let (first, second) = (zeros_like(params)?, zeros_like(params)?);
-        Ok(Self { params: params.to_vec(), first, second, largest, betas, eps, decay })
+        let numbers = Placed::on(params.first().map_or(&Device::Cpu, |it| it.master.device()))?;
+        Ok(Self { params: params.to_vec(), first, second, largest, betas, eps, decay, numbers })
     }
 }
 
 impl Optimizer for Adam {
-    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         let Rates { lr, momentum } = rates;
         let (beta1, beta2) = (momentum.unwrap_or(self.betas[0]), self.betas[1]);
         let correction = |beta: f64| 1. - beta.powf(t as f64);
@@ -104,7 +101,7 @@ impl Optimizer for Adam {
             Decay::Gradient(decay) => (decay, 1.),
             Decay::Parameter(decay) => (0., (1. - lr * decay) as f32),
         };
-        let step = AdamStep {
+        Ok(self.numbers.set(AdamStep {
             one_minus_beta1: (1. - beta1) as f32,
             beta2: beta2 as f32,
             one_minus_beta2: (1. - beta2) as f32,
@@ -113,15 +110,19 @@ impl Optimizer for Adam {
             root_correction,
             l2,
             keep,
-        };
+        })?)
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let params = gradients.iter().enumerate().map(|(i, gradient)| AdamParam {
-            param: &self.params[i].1,
+            param: &self.params[i].master,
+            copy: self.params[i].copy.as_ref().map(Var::as_tensor),
             gradient,
             first: &self.first[i],
             second: &self.second[i],
             largest: self.largest.get(i).map(Var::as_tensor),
         });
-        Ok(step.apply(&params.collect::<Vec<_>>())?)
+        Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
     }
 
     fn state(&self) -> Vec<(String, Var)> {
@@ -137,15 +138,19 @@ pub struct AdamW(Adam);
 
 impl AdamW {
     /// The optimizer of these parameters.
-    pub fn new(params: &[(String, Var)], config: &AdamWConfig) -> Result<Self> {
+    pub fn new(params: &[Param], config: &AdamWConfig) -> Result<Self> {
         let AdamWConfig { betas, eps, weight_decay, amsgrad, .. } = *config;
         Ok(Self(Adam::with_decay(params, betas, eps, amsgrad, Decay::Parameter(weight_decay))?))
     }
 }
 
 impl Optimizer for AdamW {
-    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
-        self.0.step(gradients, t, rates)
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
+        self.0.prepare(t, rates)
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        self.0.step(gradients, scale)
     }
 
     fn state(&self) -> Vec<(String, Var)> {

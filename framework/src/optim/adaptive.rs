@@ -1,11 +1,12 @@
 //! Adagrad, Adadelta, Adamax, NAdam and RAdam, as PyTorch computes them.
 
 use candle_core::{Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::elementwise::{zip2, zip3};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, named_state, with_decay, zeros_like};
+use super::{Optimizer, Param, named_state, on_host, zeros_like};
 use crate::error::Result;
 use crate::schedule::Rates;
 
@@ -71,29 +72,33 @@ impl Default for MomentsConfig {
 
 /// Adagrad (Duchi, Hazan and Singer 2011): divides by the root of all squares so far.
 pub struct Adagrad {
-    params: Vec<(String, Var)>,
+    params: Vec<Param>,
     sum: Vec<Var>,
     config: AdagradConfig,
+    /// Of this step.
+    lr: f32,
 }
 
 impl Adagrad {
     /// The optimizer of these parameters.
-    pub fn new(params: &[(String, Var)], config: &AdagradConfig) -> Result<Self> {
-        Ok(Self { params: params.to_vec(), sum: zeros_like(params)?, config: config.clone() })
+    pub fn new(params: &[Param], config: &AdagradConfig) -> Result<Self> {
+        Ok(Self { params: params.to_vec(), sum: zeros_like(params)?, config: config.clone(), lr: 0. })
     }
 }
 
 impl Optimizer for Adagrad {
-    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
-        let lr = (rates.lr / (1. + (t - 1) as f64 * self.config.lr_decay)) as f32;
-        let eps = self.config.eps as f32;
-        for (i, gradient) in gradients.iter().enumerate() {
-            let (param, sum) = (&self.params[i].1, &self.sum[i]);
-            let gradient = &with_decay(gradient, param, self.config.weight_decay)?;
-            zip2(sum, gradient, |s: &mut f32, g| *s += g * g)?;
-            zip3(param, gradient, sum, move |w: &mut f32, g, s| *w -= lr * g / (s.sqrt() + eps))?;
-        }
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
+        self.lr = (rates.lr / (1. + (t - 1) as f64 * self.config.lr_decay)) as f32;
         Ok(())
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        let (lr, eps) = (self.lr, self.config.eps as f32);
+        on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
+            let (param, sum) = (&self.params[i].master, &self.sum[i]);
+            zip2(sum, gradient, |s: &mut f32, g| *s += g * g)?;
+            Ok(zip3(param, gradient, sum, move |w: &mut f32, g, s| *w -= lr * g / (s.sqrt() + eps))?)
+        })
     }
 
     fn state(&self) -> Vec<(String, Var)> {
@@ -103,34 +108,39 @@ impl Optimizer for Adagrad {
 
 /// Adadelta (Zeiler 2012, algorithm 1): moves by the ratio of two root mean squares.
 pub struct Adadelta {
-    params: Vec<(String, Var)>,
+    params: Vec<Param>,
     square: Vec<Var>,
     moved: Vec<Var>,
     config: AdadeltaConfig,
+    /// Of this step.
+    lr: f32,
 }
 
 impl Adadelta {
     /// The optimizer of these parameters.
-    pub fn new(params: &[(String, Var)], config: &AdadeltaConfig) -> Result<Self> {
+    pub fn new(params: &[Param], config: &AdadeltaConfig) -> Result<Self> {
         let (square, moved) = (zeros_like(params)?, zeros_like(params)?);
-        Ok(Self { params: params.to_vec(), square, moved, config: config.clone() })
+        Ok(Self { params: params.to_vec(), square, moved, config: config.clone(), lr: 0. })
     }
 }
 
 impl Optimizer for Adadelta {
-    fn step(&mut self, gradients: &[Tensor], _: u64, rates: Rates) -> Result<()> {
-        let (lr, rho, eps) = (rates.lr as f32, self.config.rho as f32, self.config.eps as f32);
-        for (i, gradient) in gradients.iter().enumerate() {
-            let (param, square, moved) = (&self.params[i].1, &self.square[i], &self.moved[i]);
-            let gradient = &with_decay(gradient, param, self.config.weight_decay)?;
+    fn prepare(&mut self, _: u64, rates: Rates) -> Result<()> {
+        self.lr = rates.lr as f32;
+        Ok(())
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        let (lr, rho, eps) = (self.lr, self.config.rho as f32, self.config.eps as f32);
+        on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
+            let (param, square, moved) = (&self.params[i].master, &self.square[i], &self.moved[i]);
             zip2(square, gradient, move |v: &mut f32, g| *v = *v * rho + (1. - rho) * g * g)?;
             // (g, v, u) to the step g * sqrt(u + eps) / sqrt(v + eps), in a copy of the gradient.
             let step = gradient.copy()?;
             zip3(&step, moved, square, move |g: &mut f32, u, v| *g *= (u + eps).sqrt() / (v + eps).sqrt())?;
             zip2(moved, &step, move |u: &mut f32, d| *u = *u * rho + (1. - rho) * d * d)?;
-            zip2(param, &step, move |w: &mut f32, d| *w -= lr * d)?;
-        }
-        Ok(())
+            Ok(zip2(param, &step, move |w: &mut f32, d| *w -= lr * d)?)
+        })
     }
 
     fn state(&self) -> Vec<(String, Var)> {
@@ -153,18 +163,37 @@ pub enum Rule {
 
 /// Adamax, NAdam or RAdam with the moments of every parameter.
 pub struct Moments {
-    params: Vec<(String, Var)>,
+    params: Vec<Param>,
     first: Vec<Var>,
     second: Vec<Var>,
     rule: Rule,
     config: MomentsConfig,
+    /// Of this step.
+    numbers: Factors,
+}
+
+/// Of a step of [`Moments`].
+#[derive(Clone, Copy, Default)]
+struct Factors {
+    beta1: f32,
+    of_moment: f32,
+    of_gradient: f32,
+    /// Of the root in the denominator; none: the denominator is 1.
+    root: Option<f32>,
 }
 
 impl Moments {
     /// The optimizer of these parameters by this rule.
-    pub fn new(params: &[(String, Var)], rule: Rule, config: &MomentsConfig) -> Result<Self> {
+    pub fn new(params: &[Param], rule: Rule, config: &MomentsConfig) -> Result<Self> {
         let (first, second) = (zeros_like(params)?, zeros_like(params)?);
-        Ok(Self { params: params.to_vec(), first, second, rule, config: config.clone() })
+        Ok(Self {
+            params: params.to_vec(),
+            first,
+            second,
+            rule,
+            config: config.clone(),
+            numbers: Factors::default(),
+        })
     }
 
     /// Factors of this step: of the first moment, of the gradient itself, and of the root in the denominator (none: the
@@ -199,15 +228,20 @@ impl Moments {
 }
 
 impl Optimizer for Moments {
-    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         let [beta1, beta2] = [rates.momentum.unwrap_or(self.config.betas[0]), self.config.betas[1]];
         let (of_moment, of_gradient, root) = self.factors(t, rates.lr, [beta1, beta2]);
-        let [of_moment, of_gradient] = [of_moment as f32, of_gradient as f32];
-        let (beta1, beta2, eps) = (beta1 as f32, beta2 as f32, self.config.eps as f32);
+        let [beta1, of_moment, of_gradient] = [beta1, of_moment, of_gradient].map(|x| x as f32);
+        self.numbers = Factors { beta1, of_moment, of_gradient, root: root.map(|x| x as f32) };
+        Ok(())
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        let Factors { beta1, of_moment, of_gradient, root } = self.numbers;
+        let (beta2, eps) = (self.config.betas[1] as f32, self.config.eps as f32);
         let largest = self.rule == Rule::Adamax;
-        for (i, gradient) in gradients.iter().enumerate() {
-            let (param, first, second) = (&self.params[i].1, &self.first[i], &self.second[i]);
-            let gradient = &with_decay(gradient, param, self.config.weight_decay)?;
+        on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
+            let (param, first, second) = (&self.params[i].master, &self.first[i], &self.second[i]);
             zip2(first, gradient, move |m: &mut f32, g| *m += (g - *m) * (1. - beta1))?;
             zip2(second, gradient, move |v: &mut f32, g| {
                 *v =
@@ -216,17 +250,14 @@ impl Optimizer for Moments {
             // The numerator, in a copy of the gradient.
             let numerator = gradient.copy()?;
             zip2(&numerator, first, move |g: &mut f32, m| *g = of_moment * m + of_gradient * *g)?;
-            match root.map(|factor| factor as f32) {
+            Ok(match root {
                 None => zip2(param, &numerator, |w: &mut f32, n| *w -= n)?,
                 Some(_) if largest => zip3(param, &numerator, second, |w: &mut f32, n, v| *w -= n / v)?,
-                Some(factor) => {
-                    zip3(param, &numerator, second, move |w: &mut f32, n, v| {
-                        *w -= n / (v.sqrt() * factor + eps)
-                    })?;
-                }
-            }
-        }
-        Ok(())
+                Some(factor) => zip3(param, &numerator, second, move |w: &mut f32, n, v| {
+                    *w -= n / (v.sqrt() * factor + eps);
+                })?,
+            })
+        })
     }
 
     fn state(&self) -> Vec<(String, Var)> {

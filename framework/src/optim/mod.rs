@@ -12,7 +12,8 @@ pub use adaptive::{Adadelta, AdadeltaConfig, Adagrad, AdagradConfig, Moments, Mo
 pub(crate) use average::Average;
 pub use average::{AverageConfig, EmaConfig, SwaConfig};
 use candle_core::{DType, Tensor, Var};
-use candlepower_kernels::updates::sum_squares_of;
+pub use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
+use candlepower_kernels::updates;
 pub use rmsprop::{Rmsprop, RmspropConfig};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -25,13 +26,33 @@ use crate::schedule::Rates;
 
 /// A rule that moves parameters against their gradients.
 pub trait Optimizer: Send {
-    /// Moves every parameter. `gradients` are in the order of the parameters; `t` counts this optimizer's steps
-    /// from 1; `rates` are this step's, from the schedule.
-    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()>;
+    /// Takes in the numbers of step `t`, which counts this optimizer's steps from 1: its `rates`, from the schedule.
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()>;
+
+    /// Moves every parameter, with its copy, by so much of its gradient as `scale` says, or, where that refuses the step, none.
+    /// `gradients` are in the order of the parameters.
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()>;
 
     /// What it remembers between steps, by name. The tensors share memory with the optimizer: writing to them
     /// restores it.
     fn state(&self) -> Vec<(String, Var)>;
+}
+
+/// A parameter as optimizers know it.
+#[derive(Debug, Clone)]
+pub struct Param {
+    /// Its name.
+    pub name: String,
+    /// What is moved: in 32 bits.
+    pub master: Var,
+    /// What the module computes with in half precision, where it does: it follows the master.
+    pub copy: Option<Var>,
+}
+
+impl From<(String, Var)> for Param {
+    fn from((name, master): (String, Var)) -> Self {
+        Self { name, master, copy: None }
+    }
 }
 
 /// The `[optimizer]` section: which optimizer, and its own fields.
@@ -136,7 +157,7 @@ impl OptimizerConfig {
     }
 
     /// The optimizer of these parameters.
-    pub fn build(&self, params: &[(String, Var)]) -> Result<Box<dyn Optimizer>> {
+    pub fn build(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {
         Ok(match self {
             Self::Adam(config) => Box::new(Adam::new(params, config)?),
             Self::AdamW(config) => Box::new(AdamW::new(params, config)?),
@@ -176,68 +197,32 @@ impl From<SgdConfig> for OptimizerConfig {
 }
 
 /// A zeroed f32 tensor for each parameter: what moments start as.
-fn zeros_like(params: &[(String, Var)]) -> Result<Vec<Var>> {
-    let zeros = |(_, var): &(String, Var)| Ok(Var::zeros(var.shape(), DType::F32, var.device())?);
+fn zeros_like(params: &[Param]) -> Result<Vec<Var>> {
+    let zeros = |Param { master, .. }: &Param| Ok(Var::zeros(master.shape(), DType::F32, master.device())?);
     params.iter().map(zeros).collect()
 }
 
-/// The gradient of the loss plus half the decay times the squared parameter.
-fn with_decay(gradient: &Tensor, param: &Var, decay: f64) -> Result<Tensor> {
-    if decay == 0. {
-        return Ok(gradient.clone());
+/// Moves parameters, by their places, one after the other by a rule that the host computes, if the step is taken at all;
+/// copies follow. `decay` times a parameter is added to its gradient.
+fn on_host(
+    params: &[Param],
+    gradients: &[Tensor],
+    scale: &GradScale,
+    decay: f64,
+    rule: impl Fn(usize, &Tensor) -> Result<()>,
+) -> Result<()> {
+    let Some(gradients) = scale.taken(gradients)? else { return Ok(()) };
+    for (i, (Param { master, .. }, gradient)) in params.iter().zip(gradients).enumerate() {
+        // Of the loss plus half the decay times the squared parameter.
+        let gradient = if decay == 0. { gradient } else { (gradient + (master.as_tensor() * decay)?)? };
+        rule(i, &gradient)?;
     }
-    Ok((gradient + (param.as_tensor() * decay)?)?)
+    let pairs = params.iter().filter_map(|it| Some((it.master.as_tensor(), it.copy.as_ref()?.as_tensor())));
+    Ok(updates::publish(&pairs.collect::<Vec<_>>())?)
 }
 
 /// Names of one kind of state, `<kind>.<parameter>`, beside its tensors.
-fn named_state(kind: &str, params: &[(String, Var)], state: &[Var]) -> Vec<(String, Var)> {
-    params.iter().zip(state).map(|((name, _), var)| (format!("{kind}.{name}"), var.clone())).collect()
-}
-
-/// Scales gradients so that their global L2 norm is at most `max_norm` (`torch.nn.utils.clip_grad_norm_`); returns
-/// the norm before.
-pub fn clip_norm(gradients: &mut [Tensor], max_norm: f64) -> Result<f64> {
-    let norm = global_norm(gradients)?;
-    scale_to_norm(gradients, norm, max_norm)?;
-    Ok(norm)
-}
-
-/// The same where their norm is known.
-pub(crate) fn scale_to_norm(gradients: &mut [Tensor], norm: f64, max_norm: f64) -> Result<()> {
-    let scale = max_norm / (norm + 1e-6);
-    if scale < 1. {
-        for gradient in gradients {
-            *gradient = (&*gradient * scale)?;
-        }
-    }
-    Ok(())
-}
-
-/// Clamps every gradient to `[-max, max]` (`torch.nn.utils.clip_grad_value_`).
-pub fn clip_value(gradients: &mut [Tensor], max: f64) -> Result<()> {
-    for gradient in gradients {
-        *gradient = gradient.clamp(-max, max)?;
-    }
-    Ok(())
-}
-
-/// The L2 norm of all gradients together.
-pub fn global_norm(gradients: &[Tensor]) -> Result<f64> {
-    if gradients.iter().all(takes) {
-        return Ok(sum_squares_of(gradients)?.sqrt());
-    }
-    let mut sum = 0.;
-    for gradient in gradients {
-        sum += gradient.to_dtype(DType::F64)?.sqr()?.sum_all()?.to_scalar::<f64>()?;
-    }
-    Ok(sum.sqrt())
-}
-
-/// Whether the kernels add up the squares of this gradient.
-fn takes(gradient: &Tensor) -> bool {
-    match gradient.dtype() {
-        DType::F32 => true,
-        DType::F64 => gradient.device().is_cpu(),
-        _ => false,
-    }
+fn named_state(kind: &str, params: &[Param], state: &[Var]) -> Vec<(String, Var)> {
+    let name = |param: &Param| format!("{kind}.{}", param.name);
+    params.iter().zip(state).map(|(param, var)| (name(param), var.clone())).collect()
 }

@@ -1,11 +1,12 @@
 //! RMSprop (Hinton's lecture; the centred form of Graves 2013), as PyTorch computes it.
 
 use candle_core::{Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::elementwise::{zip2, zip3};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, named_state, with_decay, zeros_like};
+use super::{Optimizer, Param, named_state, on_host, zeros_like};
 use crate::error::Result;
 use crate::schedule::Rates;
 
@@ -35,32 +36,36 @@ impl Default for RmspropConfig {
 
 /// RMSprop with the mean square of every gradient.
 pub struct Rmsprop {
-    params: Vec<(String, Var)>,
+    params: Vec<Param>,
     square: Vec<Var>,
     /// Empty unless centred.
     mean: Vec<Var>,
     /// What a parameter moves by; kept between steps where there is momentum.
     update: Vec<Var>,
     config: RmspropConfig,
+    rates: Rates,
 }
 
 impl Rmsprop {
     /// The optimizer of these parameters.
-    pub fn new(params: &[(String, Var)], config: &RmspropConfig) -> Result<Self> {
+    pub fn new(params: &[Param], config: &RmspropConfig) -> Result<Self> {
         let mean = if config.centered { zeros_like(params)? } else { Vec::new() };
         let (square, update) = (zeros_like(params)?, zeros_like(params)?);
-        Ok(Self { params: params.to_vec(), square, mean, update, config: config.clone() })
+        Ok(Self { params: params.to_vec(), square, mean, update, config: config.clone(), rates: 0f64.into() })
     }
 }
 
 impl Optimizer for Rmsprop {
-    fn step(&mut self, gradients: &[Tensor], _: u64, rates: Rates) -> Result<()> {
-        let momentum = rates.momentum.unwrap_or(self.config.momentum) as f32;
-        let (lr, alpha, eps) = (rates.lr as f32, self.config.alpha as f32, self.config.eps as f32);
-        for (i, gradient) in gradients.iter().enumerate() {
-            let param = &self.params[i].1;
-            let gradient = &with_decay(gradient, param, self.config.weight_decay)?;
-            let (square, update) = (&self.square[i], &self.update[i]);
+    fn prepare(&mut self, _: u64, rates: Rates) -> Result<()> {
+        self.rates = rates;
+        Ok(())
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        let momentum = self.rates.momentum.unwrap_or(self.config.momentum) as f32;
+        let (lr, alpha, eps) = (self.rates.lr as f32, self.config.alpha as f32, self.config.eps as f32);
+        on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
+            let (param, square, update) = (&self.params[i].master, &self.square[i], &self.update[i]);
             zip2(square, gradient, move |v: &mut f32, g| *v = *v * alpha + (1. - alpha) * g * g)?;
             // The root goes through `update`'s memory: momentum needs what was there before.
             let step = match self.mean.get(i) {
@@ -71,9 +76,8 @@ impl Optimizer for Rmsprop {
                 None => (square.sqrt()? + f64::from(eps))?,
             };
             zip3(update, gradient, &step, move |u: &mut f32, g, root| *u = momentum * *u + g / root)?;
-            zip2(param, update, move |w: &mut f32, u| *w -= lr * u)?;
-        }
-        Ok(())
+            Ok(zip2(param, update, move |w: &mut f32, u| *w -= lr * u)?)
+        })
     }
 
     fn state(&self) -> Vec<(String, Var)> {

@@ -1,11 +1,12 @@
 //! Stochastic gradient descent with momentum (Sutskever et al. 2013), as PyTorch computes it.
 
-use candle_core::{Tensor, Var};
-use candlepower_kernels::updates::{SgdParam, SgdStep};
+use candle_core::{Device, Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
+use candlepower_kernels::updates::{Placed, SgdParam, SgdStep};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, named_state, zeros_like};
+use super::{Optimizer, Param, named_state, zeros_like};
 use crate::error::Result;
 use crate::schedule::Rates;
 
@@ -33,33 +34,40 @@ impl Default for SgdConfig {
 
 /// SGD with the momentum of every parameter.
 pub struct Sgd {
-    params: Vec<(String, Var)>,
+    params: Vec<Param>,
     /// Empty without momentum.
     momentum_buffers: Vec<Var>,
     config: SgdConfig,
+    numbers: Placed<SgdStep>,
 }
 
 impl Sgd {
     /// The optimizer of these parameters.
-    pub fn new(params: &[(String, Var)], config: &SgdConfig) -> Result<Self> {
+    pub fn new(params: &[Param], config: &SgdConfig) -> Result<Self> {
         let momentum_buffers = if config.momentum == 0. { Vec::new() } else { zeros_like(params)? };
-        Ok(Self { params: params.to_vec(), momentum_buffers, config: config.clone() })
+        let numbers = Placed::on(params.first().map_or(&Device::Cpu, |it| it.master.device()))?;
+        Ok(Self { params: params.to_vec(), momentum_buffers, config: config.clone(), numbers })
     }
 }
 
 impl Optimizer for Sgd {
-    fn step(&mut self, gradients: &[Tensor], t: u64, rates: Rates) -> Result<()> {
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         let SgdConfig { momentum, dampening, weight_decay, nesterov, .. } = self.config;
         let momentum = rates.momentum.unwrap_or(momentum) as f32;
         // The first gradient enters whole: there is no update yet that it could dampen.
         let entering = if t == 1 { 1. } else { (1. - dampening) as f32 };
-        let step = SgdStep { lr: rates.lr as f32, momentum, entering, l2: weight_decay as f32, nesterov };
+        let l2 = weight_decay as f32;
+        Ok(self.numbers.set(SgdStep { lr: rates.lr as f32, momentum, entering, l2, nesterov })?)
+    }
+
+    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let params = gradients.iter().enumerate().map(|(i, gradient)| SgdParam {
-            param: &self.params[i].1,
+            param: &self.params[i].master,
+            copy: self.params[i].copy.as_ref().map(Var::as_tensor),
             gradient,
             momentum_buffer: self.momentum_buffers.get(i).map(Var::as_tensor),
         });
-        Ok(step.apply(&params.collect::<Vec<_>>())?)
+        Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
     }
 
     fn state(&self) -> Vec<(String, Var)> {

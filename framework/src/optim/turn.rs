@@ -1,11 +1,13 @@
 //! Which optimizer moves which parameters: groups with rates of their own, and optimizers that take turns.
 
 use candle_core::{Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
+use candlepower_kernels::updates::publish;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use wildmatch::WildMatch;
 
-use super::{Optimizer, OptimizerConfig};
+use super::{Optimizer, OptimizerConfig, Param};
 use crate::collective::Collective;
 use crate::collective::shard::{self, Shares};
 use crate::error::{Error, Result};
@@ -170,7 +172,7 @@ impl Turn {
             let (rank, world_size) = shard.map_or((0, 1), |ranks| (ranks.rank(), ranks.world_size()));
             let owners = shard::owners(&params, world_size);
             let own = params.iter().zip(&owners).filter(|(_, owner)| **owner == rank);
-            let own: Vec<(String, Var)> = own.map(|(param, _)| param.clone()).collect();
+            let own: Vec<Param> = own.map(|((name, master), _)| store.param(name, master)).collect();
             groups.push(Group { len: params.len(), optimizer: optimizer.build(&own)?, ratio });
             moved.extend(params);
             all_owners.extend(owners);
@@ -218,13 +220,18 @@ impl Turn {
         self.owners.as_ref().is_none_or(|owners| owners[param] == ranks.rank())
     }
 
-    /// Moves the parameters that this rank moves, which `gradients` are of; `t` counts steps from 1. Where ranks share out the
-    /// work, each then hears of all values.
+    /// Takes in the numbers of step `t`, counted from 1.
+    pub(crate) fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
+        let mut groups = self.groups.iter_mut();
+        groups.try_for_each(|it| it.optimizer.prepare(t, Rates { lr: rates.lr * it.ratio, ..rates }))
+    }
+
+    /// Moves the parameters that this rank moves, which `gradients` are of, where `scale` takes the step. What modules compute
+    /// with follows. Where ranks share out the work, each then hears of all values.
     pub(crate) fn step(
         &mut self,
         gradients: &[Tensor],
-        t: u64,
-        rates: Rates,
+        scale: &GradScale,
         ranks: &dyn Collective,
     ) -> Result<()> {
         let (mut first, mut rest) = (0, gradients);
@@ -238,11 +245,15 @@ impl Turn {
             .collect();
         for (group, count) in self.groups.iter_mut().zip(counts) {
             let (own, others) = rest.split_at(count);
-            group.optimizer.step(own, t, Rates { lr: rates.lr * group.ratio, ..rates })?;
+            group.optimizer.step(own, scale)?;
             rest = others;
         }
         let Some(owners) = &self.owners else { return Ok(()) };
-        Shares::new(ranks, &self.params, owners).publish()
+        Shares::new(ranks, &self.params, owners).publish()?;
+        let pairs = self.params.iter().map(|(_, master)| master.as_tensor()).zip(&self.working);
+        let others = pairs.enumerate().filter(|(i, _)| !self.is_own(*i, ranks));
+        let copies = others.filter(|(_, (master, working))| working.dtype() != master.dtype());
+        Ok(publish(&copies.map(|(_, (master, working))| (master, working.as_tensor())).collect::<Vec<_>>())?)
     }
 
     /// What the optimizer remembers on this rank, by name.
@@ -313,7 +324,8 @@ mod tests {
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
         let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
-        turn.step(&gradients, 1, turn.rates(1, 1.), &Solo).unwrap();
+        turn.prepare(1, turn.rates(1, 1.)).unwrap();
+        turn.step(&gradients, &GradScale::default(), &Solo).unwrap();
         // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
         let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];
         assert_eq!([value(0), value(1), value(2), value(3)], [1. - 0.05 * 1.5, 1. - 0.005, 1. - 0.05, 1.]);

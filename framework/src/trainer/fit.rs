@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
+use candlepower_kernels::clipping::{Clipped, Clipping};
+use candlepower_kernels::updates::sum_squares_of;
 use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
@@ -26,7 +28,7 @@ use crate::grads::Grads;
 use crate::memory;
 use crate::metrics::Means;
 use crate::module::{Model, Module, Step};
-use crate::optim::{self, Average, Turn};
+use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
 use crate::reduction::{Reduced, Reduction};
 use crate::schedule::PlateauState;
@@ -166,11 +168,18 @@ impl<B: Batch> Fit<'_, B> {
             tally.means = Some(Means::default());
         }
         for turn in 0..self.turns.len() {
-            let (mut gradients, whole) = self.gradients(turn, &mut tally)?;
+            let rates = self.turns[turn].rates(done, self.lr_scale);
+            self.turns[turn].prepare(done + 1, rates)?;
+            let (gradients, wanted) = self.gradients(turn, &mut tally)?;
             let _phase = phase!("optimizer");
-            self.unscale(&mut gradients)?;
-            let norm = self.clip(&mut gradients)?;
-            tally.gradients.append(&mut self.to_look_at(turn, &gradients, whole)?);
+            // Whether the step is taken is decided where the gradients are; here it is heard of when all has been asked for.
+            let Clipped { scale, norm } = self.clip(&gradients)?;
+            let norm = norm.read()?;
+            self.turns[turn].step(&gradients, &scale, &*self.ranks)?;
+            let norm = norm.finish()?;
+            if wanted {
+                tally.gradients.append(&mut self.to_look_at(turn, &scale.apply(&gradients)?)?);
+            }
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
             if refusal.is_some() {
                 self.model.params().roll_back_buffers()?;
@@ -183,7 +192,6 @@ impl<B: Batch> Fit<'_, B> {
                 // ... or ends the run, whose last checkpoint is still good.
                 Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
-            let rates = self.turns[turn].rates(done, self.lr_scale);
             for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
                 tally.note(
                     &self.metric_name(turn, name),
@@ -191,8 +199,7 @@ impl<B: Batch> Fit<'_, B> {
                     tally.samples,
                 )?;
             }
-            self.turns[turn].step(&gradients, done + 1, rates, &*self.ranks)?;
-            self.model.params().publish()?;
+            self.model.params().refresh_taps()?;
             self.model.params().commit_buffers()?;
             average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
         }
@@ -258,20 +265,21 @@ impl<B: Batch> Fit<'_, B> {
                 tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
             }
         }
-        let Some(reduction) = reduction else { return Ok((grads.complete(&self.turns[turn].params)?, true)) };
-        let _phase = phase!("all_reduce");
         let wants = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
+        let Some(reduction) = reduction else {
+            return Ok((grads.complete(&self.turns[turn].params)?, wants));
+        };
+        let _phase = phase!("all_reduce");
         let Reduced { own, whole } = reduction.finish(wants)?;
         Ok((own.complete(&self.turns[turn].own(&*self.ranks))?, whole))
     }
 
-    /// The gradients of all of an optimizer's parameters, where this rank has them or somebody wants them.
-    fn to_look_at(&self, turn: usize, own: &[Tensor], whole: bool) -> Result<Vec<Tensor>> {
+    /// The gradients of all of an optimizer's parameters, of which this rank has its own.
+    fn to_look_at(&self, turn: usize, own: &[Tensor]) -> Result<Vec<Tensor>> {
         let Turn { params, .. } = &self.turns[turn];
         match self.turns[turn].owners() {
             None => Ok(own.to_vec()),
-            Some(owners) if whole => Shares::new(&*self.ranks, params, owners).gather(own),
-            Some(_) => Ok(Vec::new()),
+            Some(owners) => Shares::new(&*self.ranks, params, owners).gather(own),
         }
     }
 
@@ -329,31 +337,23 @@ impl<B: Batch> Fit<'_, B> {
         Ok(loaded)
     }
 
-    /// Takes the loss scale out of the gradients.
-    fn unscale(&self, gradients: &mut [Tensor]) -> Result<()> {
-        let Some(LossScale { scale, .. }) = self.loss_scale else { return Ok(()) };
-        for gradient in gradients {
-            *gradient = (&*gradient * (1. / scale))?;
-        }
-        Ok(())
-    }
-
-    /// The norm of the gradients, which are clipped where that is asked for.
-    fn clip(&self, gradients: &mut [Tensor]) -> Result<f64> {
+    /// What becomes of a step's gradients, by their norm.
+    fn clip(&self, gradients: &[Tensor]) -> Result<Clipped> {
         let config = &self.trainer.config;
-        let mut norm = optim::global_norm(gradients)?;
-        if self.sharded {
-            // Each rank has a part of the gradients.
-            let parts = self.ranks.gather_numbers(&[norm])?;
-            norm = parts.iter().map(|part| part[0] * part[0]).sum::<f64>().sqrt();
+        let clipping = Clipping {
+            loss_scale: self.loss_scale.map_or(1., |loss_scale| loss_scale.scale),
+            norm: config.clip_norm,
+            value: config.clip_value,
+            only_finite: config.nan_guard || self.loss_scale.is_some(),
+        };
+        if !self.sharded {
+            return Ok(clipping.decide(gradients)?);
         }
-        if let Some(max_norm) = config.clip_norm {
-            optim::scale_to_norm(gradients, norm, max_norm)?;
-        }
-        if let Some(max) = config.clip_value {
-            optim::clip_value(gradients, max)?;
-        }
-        Ok(norm)
+        // Each rank has a part of the gradients.
+        let part = sum_squares_of(gradients)?;
+        let parts = self.ranks.gather_numbers(&[part])?;
+        let norm = parts.iter().map(|part| part[0]).sum::<f64>().sqrt();
+        Ok(clipping.decide_by(norm / clipping.loss_scale))
     }
 
     /// Adds to a device's error, where its memory is full, what to change.

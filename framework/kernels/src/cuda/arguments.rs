@@ -88,7 +88,7 @@ pub(crate) struct Narrow {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Span {
-    pub(crate) at: [u64; 5],
+    pub(crate) at: [u64; 6],
     pub(crate) count: u32,
     pub(crate) end: u32,
 }
@@ -107,7 +107,7 @@ impl Many {
     const CHUNK: usize = 4096;
 
     /// Tensors with their values' count; at most [`MOST`](Self::MOST) of them, none empty.
-    pub(crate) fn new(tensors: &[([u64; 5], usize)]) -> Self {
+    pub(crate) fn new(tensors: &[([u64; 6], usize)]) -> Self {
         let (mut spans, mut end) = ([Span::default(); Self::MOST], 0);
         for (span, (at, count)) in spans.iter_mut().zip(tensors) {
             end += count.div_ceil(Self::CHUNK) as u32;
@@ -122,31 +122,16 @@ impl Many {
     }
 }
 
-/// Of `adam`: parameter, gradient, first and second moment, and the largest second moment or 0.
+/// Of `adam`: parameter, gradient, first and second moment, the largest second moment or 0, a copy or 0. Of `sgd`: parameter,
+/// gradient, the momentum buffer or 0, a copy or 0.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Adam {
+pub(crate) struct Update {
     pub(crate) tensors: Many,
-    pub(crate) one_minus_beta1: f32,
-    pub(crate) beta2: f32,
-    pub(crate) one_minus_beta2: f32,
-    pub(crate) eps: f32,
-    pub(crate) step_size: f32,
-    pub(crate) root_correction: f32,
-    pub(crate) l2: f32,
-    pub(crate) keep: f32,
-}
-
-/// Of `sgd`: parameter, gradient, and the momentum buffer or 0.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Sgd {
-    pub(crate) tensors: Many,
-    pub(crate) lr: f32,
-    pub(crate) momentum: f32,
-    pub(crate) entering: f32,
-    pub(crate) l2: f32,
-    pub(crate) nesterov: u32,
+    /// The numbers of an [`AdamStep`](crate::updates::AdamStep) or [`SgdStep`](crate::updates::SgdStep).
+    pub(crate) step: u64,
+    /// Norm, factor and value of the gradients.
+    pub(crate) decided: u64,
 }
 
 /// Of `approach`: what is moved, and where to.
@@ -175,6 +160,19 @@ pub(crate) struct Sums {
     pub(crate) parts: u32,
 }
 
+/// Of `decide`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Decide {
+    pub(crate) sums: u64,
+    pub(crate) decided: u64,
+    pub(crate) loss_scale: f64,
+    pub(crate) norm: f64,
+    pub(crate) value: f32,
+    pub(crate) count: u32,
+    pub(crate) only_finite: u32,
+}
+
 /// Structs of plain numbers, which a kernel takes by value.
 #[cfg(feature = "cuda")]
 mod device {
@@ -186,5 +184,6 @@ mod device {
             unsafe impl DeviceRepr for super::$name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Many Adam Sgd Approach SquareSums Sums);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Many Update Approach SquareSums Sums
+        Decide);
 }

@@ -1,15 +1,18 @@
-//! Updates of parameters in place, and the norm of gradients.
+//! Updates of parameters in place, and what the norm of gradients decides of them.
 
-use super::arguments::{Adam, Approach, Many, Sgd, SquareSums, Sums};
+use super::arguments::{Approach, Decide, Many, SquareSums, Sums, Update};
 use super::launch::{THREADS, launch, type_name};
-use super::memory::{address, allocate, packed, read, with_address};
+use super::memory::{address, allocate, packed, read, tensor, with_address};
 use super::sources::OPTIMIZER;
-use crate::updates::{AdamParam, AdamStep, SgdParam, SgdStep};
-use candle_core::{DType, Result, Tensor, bail};
+use crate::clipping::{Clipping, GradScale};
+use crate::updates::{AdamParam, SgdParam};
+use candle_core::{CudaStorage, DType, Result, Tensor, bail};
 
-/// Calls `launch` with all tensors, as many at once as a kernel takes. Each is the addresses of what belongs together, and how
-/// many values each of that has.
-fn in_groups(tensors: Vec<([u64; 5], usize)>, mut launch: impl FnMut(Many) -> Result<()>) -> Result<()> {
+/// Addresses of what belongs together, and how many values each of that has.
+type Places = ([u64; 6], usize);
+
+/// Calls `launch` with all tensors, as many at once as a kernel takes.
+fn in_groups(tensors: Vec<Places>, mut launch: impl FnMut(Many) -> Result<()>) -> Result<()> {
     let filled: Vec<_> = tensors.into_iter().filter(|(_, count)| *count > 0).collect();
     for (_, count) in &filled {
         if *count >= 1 << 31 {
@@ -23,33 +26,56 @@ fn at(x: &Tensor) -> Result<u64> {
     with_address(x, Ok)
 }
 
-/// As [`AdamStep::apply`], by one kernel for many parameters; all are f32, contiguous, and those of a parameter of one shape.
-pub(crate) fn adam(step: &AdamStep, params: &[AdamParam]) -> Result<()> {
-    let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
-        *step;
-    let Some(first) = params.first() else { return Ok(()) };
-    let device = first.param.device().as_cuda_device()?;
+fn at_or_0(x: Option<&Tensor>) -> Result<u64> {
+    x.map_or(Ok(0), at)
+}
+
+/// Of Adam's [`apply`](crate::updates::Placed::apply), by one kernel for many parameters; all are f32, contiguous, and those of
+/// a parameter of one shape.
+pub(crate) fn adam(numbers: &Tensor, params: &[AdamParam], scale: &GradScale) -> Result<()> {
     let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
     let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
-        let places =
-            [at(it.param)?, at(gradient)?, at(it.first)?, at(it.second)?, it.largest.map_or(Ok(0), at)?];
+        let AdamParam { param, copy, first, second, largest, .. } = *it;
+        let places = [at(param)?, at(gradient)?, at(first)?, at(second)?, at_or_0(largest)?, at_or_0(copy)?];
         Ok((places, gradient.elem_count()))
     });
-    in_groups(tensors.collect::<Result<_>>()?, |tensors| {
-        let arguments = Adam {
-            tensors,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            eps,
-            step_size,
-            root_correction,
-            l2,
-            keep,
-        };
-        // SAFETY: all have as many values as their parameter, which the caller has checked; each is written by nobody else on
-        // the device's one stream.
-        unsafe { launch(device, &OPTIMIZER, "adam", tensors.blocks() * THREADS, arguments) }
+    let copy = params.first().and_then(|it| it.copy);
+    // SAFETY: all have as many values as their parameter, and copies are of one type, which the caller has checked.
+    unsafe { update("adam", numbers, tensors.collect::<Result<_>>()?, copy, scale) }
+}
+
+/// Of SGD's.
+pub(crate) fn sgd(numbers: &Tensor, params: &[SgdParam], scale: &GradScale) -> Result<()> {
+    let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
+    let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
+        let SgdParam { param, copy, momentum_buffer, .. } = *it;
+        let places = [at(param)?, at(gradient)?, at_or_0(momentum_buffer)?, at_or_0(copy)?, 0, 0];
+        Ok((places, gradient.elem_count()))
+    });
+    let copy = params.first().and_then(|it| it.copy);
+    // SAFETY: as in `adam`.
+    unsafe { update("sgd", numbers, tensors.collect::<Result<_>>()?, copy, scale) }
+}
+
+/// Asks for the kernels of an update.
+///
+/// # Safety
+/// The tensors are those of the rule's kernels, each of as many values as it says; copies are of the type of `copy`.
+unsafe fn update(
+    rule: &str,
+    numbers: &Tensor,
+    tensors: Vec<Places>,
+    copy: Option<&Tensor>,
+    scale: &GradScale,
+) -> Result<()> {
+    let device = numbers.device().as_cuda_device()?;
+    let kernel = format!("{rule}_{}", type_name(copy.map_or(DType::F32, Tensor::dtype))?);
+    let decided = scale.on_device(numbers.device())?;
+    let (step, decided_at) = (at(numbers)?, at(&decided)?);
+    in_groups(tensors, |tensors| {
+        let arguments = Update { tensors, step, decided: decided_at };
+        // SAFETY: the caller's promise, and tensors are written by nobody else on the device's one stream.
+        unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, arguments) }
     })
 }
 
@@ -59,27 +85,10 @@ pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     let (device, dtype) = (first.device().as_cuda_device()?, first.dtype());
     let kernel = format!("publish_{}", type_name(dtype)?);
     let tensors =
-        pairs.iter().map(|(master, copy)| Ok(([at(master)?, at(copy)?, 0, 0, 0], copy.elem_count())));
+        pairs.iter().map(|(master, copy)| Ok(([at(master)?, at(copy)?, 0, 0, 0, 0], copy.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         // SAFETY: as in `adam`; copies are of the kernel's type.
         unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, tensors) }
-    })
-}
-
-/// As [`SgdStep::apply`], by one kernel for many parameters.
-pub(crate) fn sgd(step: &SgdStep, params: &[SgdParam]) -> Result<()> {
-    let SgdStep { lr, momentum, entering, l2, nesterov } = *step;
-    let Some(first) = params.first() else { return Ok(()) };
-    let device = first.param.device().as_cuda_device()?;
-    let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
-    let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
-        let buffer = it.momentum_buffer.map_or(Ok(0), at)?;
-        Ok(([at(it.param)?, at(gradient)?, buffer, 0, 0], gradient.elem_count()))
-    });
-    in_groups(tensors.collect::<Result<_>>()?, |tensors| {
-        let arguments = Sgd { tensors, lr, momentum, entering, l2, nesterov: u32::from(nesterov) };
-        // SAFETY: as in `adam`.
-        unsafe { launch(device, &OPTIMIZER, "sgd", tensors.blocks() * THREADS, arguments) }
     })
 }
 
@@ -91,7 +100,7 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     let tensors = pairs
         .iter()
         .zip(&targets)
-        .map(|((x, _), target)| Ok(([at(x)?, at(target)?, 0, 0, 0], target.elem_count())));
+        .map(|((x, _), target)| Ok(([at(x)?, at(target)?, 0, 0, 0, 0], target.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         // SAFETY: as in `adam`.
         unsafe {
@@ -100,35 +109,72 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     })
 }
 
+/// Norm, factor and value of gradients, as [`Clipping::decide`] decides them.
+pub(crate) fn decide(clipping: &Clipping, gradients: &[Tensor]) -> Result<Tensor> {
+    /// Sums that one thread adds up.
+    const LAST: usize = 1 << 6;
+    let Clipping { loss_scale, norm, value, only_finite } = *clipping;
+    let Some(first) = gradients.first() else { bail!("there is no gradient to decide of") };
+    let device = first.device().as_cuda_device()?;
+    let sums = square_sums(gradients, LAST)?;
+    let decided = allocate(device, 3, DType::F32, false)?;
+    let arguments = Decide {
+        sums: address(&sums.values)?,
+        decided: address(&decided)?,
+        loss_scale,
+        norm: norm.unwrap_or(f64::INFINITY),
+        value: value.map_or(f32::INFINITY, |value| value as f32),
+        count: sums.count as u32,
+        only_finite: u32::from(only_finite),
+    };
+    // SAFETY: there are `count` sums, and room for three numbers.
+    unsafe { launch(device, &OPTIMIZER, "decide", 1, arguments)? };
+    Ok(tensor(decided, 3))
+}
+
 /// The sum of the squares of all tensors' values. Waits for the device once.
 pub(crate) fn sum_squares(tensors: &[Tensor]) -> Result<f64> {
     /// Sums that are read and added up here.
     const READ: usize = 1 << 10;
-    let Some(first) = tensors.first() else { return Ok(0.) };
+    Ok(read::<f64>(&square_sums(tensors, READ)?.values)?.iter().sum())
+}
+
+/// Sums on a device, in 64 bits.
+struct PartialSums {
+    values: CudaStorage,
+    count: usize,
+}
+
+/// At most so many sums, which come to the sum of the squares of all tensors' values; always in one order.
+fn square_sums(tensors: &[Tensor], most: usize) -> Result<PartialSums> {
+    /// Each thread adds up so many sums.
+    const EACH: usize = 1 << 6;
+    let Some(first) = tensors.first() else { bail!("there is no tensor to take the squares of") };
     let device = first.device().as_cuda_device()?;
     let tensors = tensors.iter().map(|x| packed(&x.to_dtype(DType::F32)?)).collect::<Result<Vec<_>>>()?;
     let all =
-        tensors.iter().map(|x| Ok(([at(x)?, 0, 0, 0, 0], x.elem_count()))).collect::<Result<Vec<_>>>()?;
-    let mut parts = 0;
+        tensors.iter().map(|x| Ok(([at(x)?, 0, 0, 0, 0, 0], x.elem_count()))).collect::<Result<Vec<_>>>()?;
+    let mut count = 0;
     in_groups(all.clone(), |some| {
-        parts += some.blocks() * THREADS;
+        count += some.blocks() * THREADS;
         Ok(())
     })?;
-    if parts == 0 {
-        return Ok(0.);
-    }
-    let sums = allocate(device, parts, DType::F64, false)?;
-    let (to, mut done) = (address(&sums)?, 0);
+    let mut values = allocate(device, count.max(1), DType::F64, false)?;
+    let (to, mut done) = (address(&values)?, 0);
     in_groups(all, |tensors| {
-        let (count, sums) = (tensors.blocks() * THREADS, to + (done * size_of::<f64>()) as u64);
-        done += count;
+        let (threads, sums) = (tensors.blocks() * THREADS, to + (done * size_of::<f64>()) as u64);
+        done += threads;
         // SAFETY: the sums of each group lie behind those of the one before, one for each thread.
-        unsafe { launch(device, &OPTIMIZER, "square_sums", count, SquareSums { tensors, sums }) }
+        unsafe { launch(device, &OPTIMIZER, "square_sums", threads, SquareSums { tensors, sums }) }
     })?;
-    let few = parts.min(READ);
-    let totals = allocate(device, few, DType::F64, false)?;
-    let arguments = Sums { x: to, sums: address(&totals)?, count: parts as u32, parts: few as u32 };
-    // SAFETY: `sums` has `parts` values, `totals` has `few`.
-    unsafe { launch(device, &OPTIMIZER, "sums", few, arguments)? };
-    Ok(read::<f64>(&totals)?.iter().sum())
+    while count > most {
+        let fewer = (count / EACH).max(most);
+        let sums = allocate(device, fewer, DType::F64, false)?;
+        let arguments =
+            Sums { x: address(&values)?, sums: address(&sums)?, count: count as u32, parts: fewer as u32 };
+        // SAFETY: there are `count` values, and room for `fewer`.
+        unsafe { launch(device, &OPTIMIZER, "sums", fewer, arguments)? };
+        (values, count) = (sums, fewer);
+    }
+    Ok(PartialSums { values, count })
 }

@@ -1,12 +1,13 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    Adam, AddBias, Approach, ColumnSums, CopyColumns, GatesBackward, GatesForward, Many, Narrow, Plane, Sgd,
-    SquareSums, Sums,
+    AddBias, Approach, ColumnSums, CopyColumns, Decide, GatesBackward, GatesForward, Many, Narrow, Plane,
+    SquareSums, Sums, Update,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
-use crate::updates::{AdamParam, AdamStep, SgdParam, SgdStep, approach};
+use crate::clipping::Clipping;
+use crate::updates::{AdamParam, AdamStep, Numbers, Placed, SgdParam, SgdStep, approach};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -212,24 +213,47 @@ fn columns_are_summed_copied_and_shifted() {
 /// Three parameters: of less than a block, of several, and of one.
 const SIZES: [usize; 3] = [40, 10_000, 4096];
 
-/// What belongs to a parameter: as tensors on the CPU, and as it is for kernels.
-type Copied<const N: usize> = ([Tensor; N], [Vec<f32>; N]);
+/// What belongs to a parameter: as tensors on the CPU, and as it is for kernels; and what its value is copied to.
+struct Copied<const N: usize> {
+    cpu: [Tensor; N],
+    own: [Vec<f32>; N],
+    cpu_copy: Tensor,
+    own_copy: Vec<bf16>,
+}
 
 fn copied<const N: usize>(own: [Vec<f32>; N]) -> Copied<N> {
-    (own.clone().map(|values| Tensor::new(values, &Device::Cpu).unwrap()), own)
+    let cpu = own.clone().map(|values| Tensor::new(values, &Device::Cpu).unwrap());
+    let own_copy = vec![bf16::from_f32(7.); own[0].len()];
+    let cpu_copy = Tensor::from_slice(&own_copy, own_copy.len(), &Device::Cpu).unwrap();
+    Copied { cpu, own, cpu_copy, own_copy }
 }
 
 fn assert_same<const N: usize>(params: &[Copied<N>]) {
-    for (cpu, ours) in params {
-        for (ours, cpu) in ours.iter().zip(cpu) {
+    for Copied { cpu, own, cpu_copy, own_copy } in params {
+        for (ours, cpu) in own.iter().zip(cpu) {
             assert_eq!(ours, &cpu.to_vec1::<f32>().unwrap());
         }
+        assert_eq!(own_copy, &cpu_copy.to_vec1::<bf16>().unwrap());
     }
+}
+
+/// What is decided of gradients by this norm: for kernels.
+fn decided(clipping: &Clipping, norm: f64) -> [f32; 3] {
+    let share = clipping.decide_by(norm).scale.on_cpu().unwrap();
+    share.map_or([f32::NAN; 3], |share| [norm as f32, share.factor, share.value])
 }
 
 #[test]
 fn parameters_move_as_on_the_cpu() {
     let Some(host) = Host::new() else { return };
+    let plain = Clipping::default();
+    let clipped = Clipping { loss_scale: 4., norm: Some(1.), value: Some(0.06), only_finite: true };
+    // Gradients are up to 2: a factor of 1 / 40 leaves them at 0.05, one of 1 / 20 does not.
+    let clippings = [(plain, 1.), (clipped, 10.), (clipped, 5.), (clipped, f64::NAN), (clipped, 0.5)];
+    let update = |kernel: &str, tensors: Many, step: &[f32], decided: &[f32]| {
+        let arguments = Update { tensors, step: at(step), decided: at(decided) };
+        run(host, &OPTIMIZER, kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
+    };
     let step = AdamStep {
         one_minus_beta1: 0.1,
         beta2: 0.99,
@@ -240,69 +264,98 @@ fn parameters_move_as_on_the_cpu() {
         l2: 0.05,
         keep: 0.97,
     };
-    for amsgrad in [false, true] {
+    let mut placed = Placed::on(&Device::Cpu).unwrap();
+    placed.set(step).unwrap();
+    for ((amsgrad, with_copy), (clipping, norm)) in
+        [(false, false), (true, true), (false, true)].into_iter().flat_map(|x| clippings.map(|y| (x, y)))
+    {
         let mut params = SIZES.map(|n| {
             let mut own = [random(n, 1), random(n, 2), random(n, 3), random(n, 4), random(n, 5)];
             own[3].iter_mut().for_each(|v| *v = v.abs());
             copied(own)
         });
-        let of_cpu = params.each_ref().map(|([param, gradient, first, second, largest], _)| AdamParam {
-            param,
-            gradient,
-            first,
-            second,
-            largest: amsgrad.then_some(largest),
+        let of_cpu = params.each_ref().map(|Copied { cpu, cpu_copy, .. }| {
+            let [param, gradient, first, second, largest] = cpu;
+            let (largest, copy) = (amsgrad.then_some(largest), with_copy.then_some(cpu_copy));
+            AdamParam { param, copy, gradient, first, second, largest }
         });
-        step.apply(&of_cpu).unwrap();
-        let tensors = params.each_mut().map(|(_, own)| {
-            let mut places = own.each_mut().map(|values| values.as_mut_ptr() as u64);
-            places[4] *= u64::from(amsgrad);
-            (places, own[0].len())
+        placed.apply(&of_cpu, &clipping.decide_by(norm).scale).unwrap();
+        let tensors = params.each_mut().map(|Copied { own, own_copy, .. }| {
+            let [w, g, m, v, largest] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+            let copy = own_copy.as_mut_ptr() as u64 * u64::from(with_copy);
+            ([w, g, m, v, largest * u64::from(amsgrad), copy], own[0].len())
         });
-        let tensors = Many::new(&tensors);
-        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
-            step;
-        let arguments = Adam {
-            tensors,
-            one_minus_beta1,
-            beta2,
-            one_minus_beta2,
-            eps,
-            step_size,
-            root_correction,
-            l2,
-            keep,
-        };
-        run(host, &OPTIMIZER, "adam", tensors.blocks() * Host::THREADS, arguments);
+        let kernel = if with_copy { "adam_bf16" } else { "adam_float" };
+        update(kernel, Many::new(&tensors), &step.in_order(), &decided(&clipping, norm));
         assert_same(&params);
+        let moved = params[0].own[0] != random(SIZES[0], 1);
+        assert_eq!(moved, norm.is_finite());
     }
-    for (with_momentum, nesterov) in [(false, false), (true, false), (true, true)] {
+    for ((with_momentum, nesterov), (clipping, norm)) in
+        [(false, false), (true, false), (true, true)].into_iter().flat_map(|x| clippings.map(|y| (x, y)))
+    {
         let step = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov };
+        let mut placed = Placed::on(&Device::Cpu).unwrap();
+        placed.set(step).unwrap();
         let mut params = SIZES.map(|n| copied([random(n, 1), random(n, 2), random(n, 3)]));
-        let of_cpu = params.each_ref().map(|([param, gradient, buffer], _)| SgdParam {
-            param,
-            gradient,
-            momentum_buffer: with_momentum.then_some(buffer),
+        let of_cpu = params.each_ref().map(|Copied { cpu: [param, gradient, buffer], cpu_copy, .. }| {
+            let (copy, momentum_buffer) = (nesterov.then_some(cpu_copy), with_momentum.then_some(buffer));
+            SgdParam { param, copy, gradient, momentum_buffer }
         });
-        step.apply(&of_cpu).unwrap();
-        let tensors = params.each_mut().map(|(_, own)| {
+        placed.apply(&of_cpu, &clipping.decide_by(norm).scale).unwrap();
+        let tensors = params.each_mut().map(|Copied { own, own_copy, .. }| {
             let [w, gradient, buffer] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
-            ([w, gradient, buffer * u64::from(with_momentum), 0, 0], own[0].len())
+            let copy = own_copy.as_mut_ptr() as u64 * u64::from(nesterov);
+            ([w, gradient, buffer * u64::from(with_momentum), copy, 0, 0], own[0].len())
         });
-        let (tensors, SgdStep { lr, momentum, entering, l2, .. }) = (Many::new(&tensors), step);
-        let arguments = Sgd { tensors, lr, momentum, entering, l2, nesterov: u32::from(nesterov) };
-        run(host, &OPTIMIZER, "sgd", tensors.blocks() * Host::THREADS, arguments);
+        let kernel = if nesterov { "sgd_bf16" } else { "sgd_float" };
+        update(kernel, Many::new(&tensors), &step.in_order(), &decided(&clipping, norm));
         assert_same(&params);
     }
     let mut params = SIZES.map(|n| copied([random(n, 6), random(n, 7)]));
-    approach(&params.each_ref().map(|([x, target], _)| (x, target)), 0.25).unwrap();
-    let tensors = params.each_mut().map(|(_, own)| {
+    approach(&params.each_ref().map(|Copied { cpu: [x, target], .. }| (x, target)), 0.25).unwrap();
+    let tensors = params.each_mut().map(|Copied { own, .. }| {
         let [x, target] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
-        ([x, target, 0, 0, 0], own[0].len())
+        ([x, target, 0, 0, 0, 0], own[0].len())
     });
     let arguments = Approach { tensors: Many::new(&tensors), share: 0.25 };
     run(host, &OPTIMIZER, "approach", arguments.tensors.blocks() * Host::THREADS, arguments);
     assert_same(&params);
+}
+
+#[test]
+fn a_step_is_decided_on_as_on_the_cpu() {
+    let Some(host) = Host::new() else { return };
+    for sums in [[9., 16.], [1e-40, 0.], [f64::INFINITY, 1.], [f64::NAN, 1.], [1e80, 0.]] {
+        for (norm, value, only_finite) in [
+            (None, None, false),
+            (None, None, true),
+            (Some(0.5), None, true),
+            (Some(0.5), Some(0.1), false),
+            (Some(100.), Some(0.1), true),
+        ] {
+            let clipping = Clipping { loss_scale: 2., norm, value, only_finite };
+            let mut ours = [7f32; 3];
+            let arguments = Decide {
+                sums: at(&sums),
+                decided: ours.as_mut_ptr() as u64,
+                loss_scale: 2.,
+                norm: norm.unwrap_or(f64::INFINITY),
+                value: value.map_or(f32::INFINITY, |value| value as f32),
+                count: 2,
+                only_finite: u32::from(only_finite),
+            };
+            run(host, &OPTIMIZER, "decide", 1, arguments);
+            // What is finite in 64 bits alone is too large as well.
+            let of_host = (sums[0] + sums[1]).sqrt() / 2.;
+            let refused = only_finite && !(of_host as f32).is_finite();
+            let share = clipping.decide_by(of_host).scale.on_cpu().unwrap();
+            let factor = share.filter(|_| !refused).map_or(f32::NAN, |share| share.factor);
+            let expected = [of_host as f32, factor, value.map_or(f32::INFINITY, |value| value as f32)];
+            let bits = |x: [f32; 3]| x.map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() });
+            assert_eq!(bits(ours), bits(expected), "{sums:?} {clipping:?}: {ours:?} {expected:?}");
+        }
+    }
 }
 
 #[test]
@@ -311,7 +364,7 @@ fn squares_are_summed_in_64_bits() {
     // Of very different sizes, whose squares do not fit into 32 bits.
     let x: Vec<f32> =
         random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
-    let tensors = Many::new(&[&x[..300], &x[300..]].map(|some| ([at(some), 0, 0, 0, 0], some.len())));
+    let tensors = Many::new(&[&x[..300], &x[300..]].map(|some| ([at(some), 0, 0, 0, 0, 0], some.len())));
     let parts = tensors.blocks() * Host::THREADS;
     let (mut sums, mut total) = (vec![f64::NAN; parts], vec![f64::NAN; 1]);
     let arguments = SquareSums { tensors, sums: sums.as_mut_ptr() as u64 };

@@ -1,0 +1,273 @@
+//! What becomes of a step's gradients before they move anything: the loss scale is taken out, norm and values are clipped, and
+//! a norm that is not finite refuses the step. All of that is decided where the gradients are, so that nobody waits for a
+//! device.
+
+use crate::updates::sum_squares_of;
+use candle_core::{Result, Tensor};
+
+/// How a step's gradients are clipped.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Clipping {
+    /// What the loss, and with it each gradient, was multiplied with: it is taken out.
+    pub loss_scale: f64,
+    /// The L2 norm that all gradients together are scaled down to (`torch.nn.utils.clip_grad_norm_`).
+    pub norm: Option<f64>,
+    /// Then every value is brought into `[-value, value]` (`torch.nn.utils.clip_grad_value_`).
+    pub value: Option<f64>,
+    /// Whether gradients whose norm is not finite move nothing.
+    pub only_finite: bool,
+}
+
+impl Default for Clipping {
+    fn default() -> Self {
+        Self { loss_scale: 1., norm: None, value: None, only_finite: false }
+    }
+}
+
+/// What was decided of a step's gradients.
+#[derive(Debug, Clone)]
+pub struct Clipped {
+    /// What it comes to for those who move parameters.
+    pub scale: GradScale,
+    /// Their norm before clipping.
+    pub norm: Norm,
+}
+
+/// The L2 norm of all gradients of a step together, where they are.
+#[derive(Debug, Clone)]
+pub struct Norm(Place);
+
+#[derive(Debug, Clone)]
+enum Place {
+    Here(f64),
+    #[cfg(feature = "cuda")]
+    Cuda(Tensor),
+}
+
+/// A norm on its way to the host.
+#[derive(Debug)]
+pub struct Reading(Way);
+
+#[derive(Debug)]
+enum Way {
+    There(f64),
+    #[cfg(feature = "cuda")]
+    Cuda(crate::Download),
+}
+
+/// How much of each gradient an update takes, and whether it takes place at all, as decided where the gradients are: what
+/// PyTorch's fused optimizers know as `grad_scale` and `found_inf`. By default gradients count as they are.
+#[derive(Debug, Clone)]
+pub struct GradScale(Decision);
+
+#[derive(Debug, Clone)]
+enum Decision {
+    Taken(Share),
+    Refused,
+    #[cfg(feature = "cuda")]
+    Cuda {
+        /// Norm, factor, which is NaN where the step is refused, and value, f32.
+        decided: Tensor,
+        value: Option<f64>,
+    },
+}
+
+/// How much of each gradient counts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Share {
+    pub(crate) factor: f32,
+    /// Infinite where values are not clipped.
+    pub(crate) value: f32,
+}
+
+impl Clipping {
+    /// Decides of gradients, f32, that are on one device.
+    ///
+    /// # Errors
+    /// Where the device fails, or a gradient on the CPU is not contiguous or of another type.
+    pub fn decide(&self, gradients: &[Tensor]) -> Result<Clipped> {
+        #[cfg(feature = "cuda")]
+        if gradients.first().is_some_and(|x| x.device().is_cuda()) {
+            let decided = crate::cuda::optimizer::decide(self, gradients)?;
+            let norm = Norm(Place::Cuda(decided.narrow(0, 0, 1)?));
+            return Ok(Clipped { scale: GradScale(Decision::Cuda { decided, value: self.value }), norm });
+        }
+        Ok(self.decide_by(sum_squares_of(gradients)?.sqrt() / self.loss_scale))
+    }
+
+    /// Decides by a norm, without the loss scale, that the host knows: of several ranks' gradients.
+    pub fn decide_by(&self, norm: f64) -> Clipped {
+        let factor = self.norm.map_or(1., |max| max / (norm + 1e-6));
+        let factor = if factor < 1. { factor } else { 1. } / self.loss_scale;
+        let share = Share { factor: factor as f32, value: self.value.map_or(f32::INFINITY, |x| x as f32) };
+        let refused = self.only_finite && !norm.is_finite();
+        let scale = GradScale(if refused { Decision::Refused } else { Decision::Taken(share) });
+        Clipped { scale, norm: Norm(Place::Here(norm)) }
+    }
+}
+
+impl Norm {
+    /// Begins to read it; what a device is asked for afterwards does not delay that.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn read(&self) -> Result<Reading> {
+        Ok(Reading(match &self.0 {
+            Place::Here(norm) => Way::There(*norm),
+            #[cfg(feature = "cuda")]
+            Place::Cuda(norm) => Way::Cuda(crate::Download::start(norm)?),
+        }))
+    }
+}
+
+impl Reading {
+    /// The norm; waits for it.
+    ///
+    /// # Errors
+    /// Where the device has failed.
+    pub fn finish(self) -> Result<f64> {
+        match self.0 {
+            Way::There(norm) => Ok(norm),
+            #[cfg(feature = "cuda")]
+            Way::Cuda(download) => Ok(f64::from(download.finish()?.get(0)?.to_scalar::<f32>()?)),
+        }
+    }
+}
+
+impl Default for GradScale {
+    fn default() -> Self {
+        Self(Decision::Taken(Share { factor: 1., value: f32::INFINITY }))
+    }
+}
+
+impl GradScale {
+    /// The gradients as they count; of a step that is refused, something that does not.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn apply(&self, gradients: &[Tensor]) -> Result<Vec<Tensor>> {
+        let scaled = |x: &Tensor| match &self.0 {
+            Decision::Taken(share) => {
+                let x = if share.factor == 1. { x.clone() } else { (x * f64::from(share.factor))? };
+                if share.value.is_finite() { x.clamp(-share.value, share.value) } else { Ok(x) }
+            }
+            Decision::Refused => Ok(x.clone()),
+            #[cfg(feature = "cuda")]
+            Decision::Cuda { decided, value } => {
+                let x = x.broadcast_mul(&decided.narrow(0, 1, 1)?.reshape(())?)?;
+                value.map_or_else(|| Ok(x.clone()), |value| x.clamp(-value, value))
+            }
+        };
+        gradients.iter().map(scaled).collect()
+    }
+
+    /// The gradients as they count, for an update that the host computes; none where it does not take place. Waits for a device.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn taken(&self, gradients: &[Tensor]) -> Result<Option<Vec<Tensor>>> {
+        let is_taken = match &self.0 {
+            Decision::Taken(_) => true,
+            Decision::Refused => false,
+            #[cfg(feature = "cuda")]
+            Decision::Cuda { decided, .. } => !decided.get(1)?.to_scalar::<f32>()?.is_nan(),
+        };
+        is_taken.then(|| self.apply(gradients)).transpose()
+    }
+
+    /// What counts of gradients on the CPU, if anything does.
+    pub(crate) fn on_cpu(&self) -> Result<Option<Share>> {
+        match self.0 {
+            Decision::Taken(share) => Ok(Some(share)),
+            Decision::Refused => Ok(None),
+            #[cfg(feature = "cuda")]
+            Decision::Cuda { .. } => {
+                candle_core::bail!("update: the gradients are on the CPU, and their scale is not")
+            }
+        }
+    }
+
+    /// Norm, factor and value on a device, where kernels read them.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<Tensor> {
+        match &self.0 {
+            Decision::Taken(Share { factor, value }) => Tensor::new(&[f32::NAN, *factor, *value], device),
+            Decision::Refused => Tensor::new(&[f32::NAN, f32::NAN, f32::INFINITY], device),
+            Decision::Cuda { decided, .. } if decided.device().same_device(device) => Ok(decided.clone()),
+            Decision::Cuda { .. } => {
+                candle_core::bail!("update: the gradients and their scale are on two devices")
+            }
+        }
+    }
+}
+
+impl Share {
+    /// What counts of a gradient's value.
+    pub(crate) fn of(self, gradient: f32) -> f32 {
+        let x = gradient * self.factor;
+        // What is not a number stays so.
+        if x > self.value {
+            self.value
+        } else if x < -self.value {
+            -self.value
+        } else {
+            x
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    fn gradients() -> Vec<Tensor> {
+        // Of norm 13.
+        [&[3f32, -4.][..], &[12.]].map(|x| Tensor::new(x, &Device::Cpu).unwrap()).to_vec()
+    }
+
+    /// Norm, and all values that count; none where the step is refused.
+    fn clipped(clipping: Clipping, gradients: &[Tensor]) -> (f64, Option<Vec<f32>>) {
+        let Clipped { scale, norm } = clipping.decide(gradients).unwrap();
+        let taken = scale.taken(gradients).unwrap();
+        let values = taken.map(|x| Tensor::cat(&x, 0).unwrap().to_vec1().unwrap());
+        // What is computed value by value is the same.
+        if let (Some(share), Some(values)) = (scale.on_cpu().unwrap(), &values) {
+            let all: Vec<f32> = Tensor::cat(gradients, 0).unwrap().to_vec1().unwrap();
+            let bits = |x: f32| x.to_bits();
+            assert!(all.iter().zip(values).all(|(x, y)| bits(share.of(*x)) == bits(*y)), "{values:?}");
+        }
+        (norm.read().unwrap().finish().unwrap(), values)
+    }
+
+    #[test]
+    fn the_loss_scale_goes_first_then_the_norm_then_values() {
+        let plain = Clipping::default();
+        assert_eq!(clipped(plain, &gradients()), (13., Some(vec![3., -4., 12.])));
+        let scaled = Clipping { loss_scale: 4., ..plain };
+        assert_eq!(clipped(scaled, &gradients()), (3.25, Some(vec![0.75, -1., 3.])));
+        // By norm to half; it is the norm of what has lost its scale that counts.
+        let by_norm = Clipping { norm: Some(1.625 * (1. + 1e-6 / 3.25)), ..scaled };
+        assert_eq!(clipped(by_norm, &gradients()), (3.25, Some(vec![0.375, -0.5, 1.5])));
+        assert_eq!(
+            clipped(Clipping { norm: Some(4.), ..scaled }, &gradients()),
+            clipped(scaled, &gradients())
+        );
+        let by_value = Clipping { value: Some(0.4), ..by_norm };
+        assert_eq!(clipped(by_value, &gradients()), (3.25, Some(vec![0.375, -0.4, 0.4])));
+    }
+
+    #[test]
+    fn what_is_not_finite_is_refused_where_that_is_asked_for() {
+        let with = |x: f32| [gradients(), vec![Tensor::new(&[x], &Device::Cpu).unwrap()]].concat();
+        let guarded = Clipping { only_finite: true, ..Default::default() };
+        for x in [f32::NAN, f32::INFINITY] {
+            let (norm, taken) = clipped(guarded, &with(x));
+            assert!(!norm.is_finite() && taken.is_none());
+            let (_, taken) = clipped(Clipping { value: Some(1.), ..Default::default() }, &with(x));
+            // Unguarded, what is not a number stays so.
+            assert!(taken.is_some_and(|values| values[3].is_nan() == x.is_nan()));
+        }
+        assert_eq!(clipped(guarded, &gradients()), clipped(Clipping::default(), &gradients()));
+    }
+}
