@@ -6,10 +6,12 @@ use std::fmt::Debug;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use candlepower::checkpoint::CheckpointConfig;
+use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
+use candlepower::optim::RmspropConfig;
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
+use candlepower::schedule::Schedule;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
@@ -50,13 +52,20 @@ impl Visit for Words {
 struct Trained {
     files: [Vec<u8>; 2],
     metrics: Vec<(u64, String, u64)>,
+    loss_scale: Option<f64>,
 }
 
-fn train<B: Batch>(config: &TrainerConfig, model: &Model<B>, data: &Data<B>) -> (Trained, String) {
+fn train<B: Batch>(
+    config: &TrainerConfig,
+    optimizer: &OptimizerConfig,
+    model: &Model<B>,
+    data: &Data<B>,
+) -> (Trained, String) {
     let (dir, recorder, words) = (tempfile::tempdir().unwrap(), Recorder::default(), Words::default());
     let mut trainer = Trainer::new(config.clone())
         .seed(5)
-        .optimizer(AdamConfig { lr: 0.01, ..Default::default() })
+        .optimizer(optimizer.clone())
+        .schedule(Schedule::Exponential { gamma: 0.9 })
         .callback(recorder.clone())
         .checkpoints(dir.path(), CheckpointConfig::default());
     let subscriber = tracing_subscriber::registry().with(words.clone());
@@ -69,27 +78,35 @@ fn train<B: Batch>(config: &TrainerConfig, model: &Model<B>, data: &Data<B>) -> 
         .collect::<Vec<_>>();
     assert!(bits.len() > 10);
     let files = ["model.safetensors", "optimizer.safetensors"].map(read);
+    let loss_scale = Checkpoint::load(&last).unwrap().state().loss_scale.map(|it| it.scale);
     let said = words.0.lock().unwrap().clone();
-    (Trained { files, metrics: bits }, said)
+    (Trained { files, metrics: bits, loss_scale }, said)
 }
 
-/// Trains with and without recording; returns what was said with it.
+/// Adam whose rate is another in each step.
+fn adam() -> OptimizerConfig {
+    AdamConfig { lr: 0.01, ..Default::default() }.into()
+}
+
+/// Trains with and without recording; returns what was said with it, and the loss scale at the end.
 fn compare<B: Batch>(
     case: &str,
     config: TrainerConfig,
+    optimizer: &OptimizerConfig,
     model: impl Fn() -> Model<B>,
     data: &Data<B>,
-) -> String {
-    let run = |cuda_graph| train(&TrainerConfig { cuda_graph, ..config.clone() }, &model(), data);
+) -> (String, Option<f64>) {
+    let run = |cuda_graph| train(&TrainerConfig { cuda_graph, ..config.clone() }, optimizer, &model(), data);
     let ((plain, silence), (recorded, said)) = (run(false), run(true));
     assert!(!silence.contains("recorded"), "{case}: {silence}");
     assert!(plain.metrics == recorded.metrics, "{case}: metrics differ");
     assert!(plain.files == recorded.files, "{case}: parameters or moments differ");
-    said
+    assert_eq!(plain.loss_scale, recorded.loss_scale);
+    (said, recorded.loss_scale)
 }
 
 /// 10 samples in batches of 4. In micro-batches of 3 there are ones of 3, 1 and 2; in micro-batches of 2, two of each batch are
-/// alike, and the last batch's counts for twice as much.
+/// alike, and the last batch's, which is a step of its own, counts for twice as much.
 fn config(micro_batch_size: usize) -> TrainerConfig {
     TrainerConfig {
         batch_size: 4,
@@ -115,14 +132,46 @@ fn recorded_steps_are_those_that_run_as_they_come() {
             let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
             Model::with_precision(build, 1, &device(), precision).unwrap()
         };
-        for (micro_batch_size, kinds) in [(3, 3), (2, 1)] {
+        // How many kinds of passes are recorded, and how many of whole steps. The last batch's come every third step.
+        for (micro_batch_size, passes, steps) in [(3, 2, 1), (2, 1, 1), (4, 0, 2)] {
             let case = format!("{precision:?}, micro-batches of {micro_batch_size}");
             let config = TrainerConfig { precision, ..config(micro_batch_size) };
-            let said = compare(&case, config, model, &data());
-            let recorded = said.matches("recorded as a CUDA graph").count();
-            assert!(recorded >= kinds, "{case}: {recorded} of {kinds} kinds were recorded: {said}");
+            let (said, _) = compare(&case, config, &adam(), model, &data());
+            let recorded = |what: &str| said.matches(&format!("{what}: recorded as a CUDA graph")).count();
+            assert!(recorded("passes over a micro-batch") >= passes, "{case}: {said}");
+            assert!(recorded("a training step") >= steps, "{case}: {said}");
         }
     }
+}
+
+fn habit(precision: Precision, habit: fn(&Tensor, &Step) -> Result<Tensor>) -> impl Fn() -> Model<Video> {
+    move || {
+        let build = move |vb: VarBuilder| Ok(Habit(vb.get((1, 1, 1, 8, 8), "w")?, habit));
+        Model::with_precision(build, 1, &device(), precision).unwrap()
+    }
+}
+
+#[test]
+fn an_update_is_part_of_the_recording_where_the_device_can_do_it() {
+    let Some(_turn) = turn() else { return };
+    let sgd = SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() }.into();
+    let rmsprop = OptimizerConfig::Rmsprop(RmspropConfig { lr: 0.01, ..Default::default() });
+    for (optimizer, what) in [(sgd, "a training step"), (rmsprop, "passes over a micro-batch")] {
+        let model = habit(Precision::Full, |loss, _| Ok(loss.clone()));
+        let (said, _) = compare(what, config(4), &optimizer, model, &data());
+        assert_eq!(said.matches(&format!("{what}: recorded as a CUDA graph")).count(), 2, "{said}");
+        assert_eq!(said.matches("recorded as").count(), 2, "{said}");
+    }
+}
+
+#[test]
+fn recorded_steps_that_overflow_are_tried_again() {
+    let Some(_turn) = turn() else { return };
+    let model = habit(Precision::Fp16Mixed, |loss, _| Ok((loss * 100.)?));
+    let config = TrainerConfig { precision: Precision::Fp16Mixed, max_steps: Some(8), ..config(4) };
+    let (said, loss_scale) = compare("overflow", config, &adam(), model, &data());
+    assert!(loss_scale.is_some_and(|scale| scale < 65536.), "{loss_scale:?}");
+    assert!(said.contains("a training step: recorded as"), "{said}");
 }
 
 /// One parameter, and a habit.
@@ -132,7 +181,8 @@ impl Module for Habit {
     type Batch = Video;
 
     fn training_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
-        let error = (batch.target.mean_keepdim(1)?.broadcast_sub(&self.0))?;
+        let target = batch.target.to_dtype(self.0.dtype())?;
+        let error = target.mean_keepdim(1)?.broadcast_sub(&self.0)?;
         (self.1)(&error.sqr()?.mean_all()?, step)
     }
 }
@@ -147,10 +197,7 @@ fn what_cannot_be_recorded_runs_as_it_comes_and_a_warning_says_why() {
     type Ways = [(fn(&Tensor, &Step) -> Result<Tensor>, &'static str); 3];
     let ways: Ways = [(random, asks), (numbered, asks), (reading, "not permitted while capturing")];
     for (habit, why) in ways {
-        let model = || {
-            Model::new(move |vb: VarBuilder| Ok(Habit(vb.get((1, 1, 1, 8, 8), "w")?, habit)), 1, &device())
-        };
-        let said = compare(why, config(3), || model().unwrap(), &data());
+        let (said, _) = compare(why, config(3), &adam(), self::habit(Precision::Full, habit), &data());
         assert_eq!(said.matches("trainer.cuda_graph: steps are not recorded: ").count(), 1, "{said}");
         assert!(said.contains(why), "{said}");
     }

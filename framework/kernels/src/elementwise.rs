@@ -189,11 +189,15 @@ impl<F: FnOnce()> Kernel for Loop<F> {
 
 /// Runs a pass on a copy of a device's storage, and puts what it made in the storage's place.
 #[cfg(feature = "cuda")]
-fn through_the_cpu(dst: &mut CudaStorage, pass: impl FnOnce(&mut CpuStorage) -> Result<()>) -> Result<()> {
+fn through_the_cpu<T: Element>(
+    dst: &mut CudaStorage,
+    pass: impl FnOnce(&mut CpuStorage) -> Result<()>,
+) -> Result<()> {
     let mut copy = dst.to_cpu_storage()?;
     pass(&mut copy)?;
-    *dst = dst.device().storage_from_cpu_storage_owned(copy)?;
-    Ok(())
+    let all = Layout::contiguous(copy.as_slice::<T>()?.len());
+    // Into the same memory: recorded work knows its address.
+    dst.device().storage_from_cpu_storage_owned(copy)?.copy_strided_src(dst, 0, &all)
 }
 
 struct Zip1<F>(F);
@@ -224,7 +228,7 @@ impl<T: Element, F: Fn(&mut T) + Sync> InplaceOp1 for Pass<Zip1<F>, T> {
     }
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, dst: &mut CudaStorage, ld: &Layout) -> Result<()> {
-        through_the_cpu(dst, |dst| self.cpu_fwd(dst, ld))
+        through_the_cpu::<T>(dst, |dst| self.cpu_fwd(dst, ld))
     }
 }
 
@@ -257,7 +261,7 @@ impl<T: Element, F: Fn(&mut T, T) + Sync> InplaceOp2 for Pass<Zip2<F>, T> {
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, dst: &mut CudaStorage, ld: &Layout, a: &CudaStorage, la: &Layout) -> Result<()> {
         let a = a.to_cpu_storage()?;
-        through_the_cpu(dst, |dst| self.cpu_fwd(dst, ld, &a, la))
+        through_the_cpu::<T>(dst, |dst| self.cpu_fwd(dst, ld, &a, la))
     }
 }
 
@@ -307,6 +311,6 @@ impl<T: Element, F: Fn(&mut T, T, T) + Sync> InplaceOp3 for Pass<Zip3<F>, T> {
         lb: &Layout,
     ) -> Result<()> {
         let (a, b) = (a.to_cpu_storage()?, b.to_cpu_storage()?);
-        through_the_cpu(dst, |dst| self.cpu_fwd(dst, ld, &a, la, &b, lb))
+        through_the_cpu::<T>(dst, |dst| self.cpu_fwd(dst, ld, &a, la, &b, lb))
     }
 }

@@ -113,7 +113,7 @@ impl Optimizer for Adam {
         })?)
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let params = gradients.iter().enumerate().map(|(i, gradient)| AdamParam {
             param: &self.params[i].master,
             copy: self.params[i].copy.as_ref().map(Var::as_tensor),
@@ -123,6 +123,10 @@ impl Optimizer for Adam {
             largest: self.largest.get(i).map(Var::as_tensor),
         });
         Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
+    }
+
+    fn stays_on_device(&self) -> bool {
+        true
     }
 
     fn state(&self) -> Vec<(String, Var)> {
@@ -149,8 +153,12 @@ impl Optimizer for AdamW {
         self.0.prepare(t, rates)
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         self.0.step(gradients, scale)
+    }
+
+    fn stays_on_device(&self) -> bool {
+        true
     }
 
     fn state(&self) -> Vec<(String, Var)> {

@@ -92,7 +92,7 @@ impl Optimizer for Adagrad {
         Ok(())
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let (lr, eps) = (self.lr, self.config.eps as f32);
         on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
             let (param, sum) = (&self.params[i].master, &self.sum[i]);
@@ -130,7 +130,7 @@ impl Optimizer for Adadelta {
         Ok(())
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let (lr, rho, eps) = (self.lr, self.config.rho as f32, self.config.eps as f32);
         on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
             let (param, square, moved) = (&self.params[i].master, &self.square[i], &self.moved[i]);
@@ -236,7 +236,7 @@ impl Optimizer for Moments {
         Ok(())
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let Factors { beta1, of_moment, of_gradient, root } = self.numbers;
         let (beta2, eps) = (self.config.betas[1] as f32, self.config.eps as f32);
         let largest = self.rule == Rule::Adamax;

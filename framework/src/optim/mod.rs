@@ -31,7 +31,13 @@ pub trait Optimizer: Send {
 
     /// Moves every parameter, with its copy, by so much of its gradient as `scale` says, or, where that refuses the step, none.
     /// `gradients` are in the order of the parameters.
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()>;
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()>;
+
+    /// Whether a step asks nothing of the host, where its parameters are on a device: then it can be recorded, and replayed
+    /// after [`prepare`](Self::prepare) with other numbers.
+    fn stays_on_device(&self) -> bool {
+        false
+    }
 
     /// What it remembers between steps, by name. The tensors share memory with the optimizer: writing to them
     /// restores it.

@@ -61,7 +61,7 @@ impl Optimizer for Rmsprop {
         Ok(())
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let momentum = self.rates.momentum.unwrap_or(self.config.momentum) as f32;
         let (lr, alpha, eps) = (self.rates.lr as f32, self.config.alpha as f32, self.config.eps as f32);
         on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {

@@ -60,7 +60,7 @@ impl Optimizer for Sgd {
         Ok(self.numbers.set(SgdStep { lr: rates.lr as f32, momentum, entering, l2, nesterov })?)
     }
 
-    fn step(&mut self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
         let params = gradients.iter().enumerate().map(|(i, gradient)| SgdParam {
             param: &self.params[i].master,
             copy: self.params[i].copy.as_ref().map(Var::as_tensor),
@@ -68,6 +68,10 @@ impl Optimizer for Sgd {
             momentum_buffer: self.momentum_buffers.get(i).map(Var::as_tensor),
         });
         Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
+    }
+
+    fn stays_on_device(&self) -> bool {
+        true
     }
 
     fn state(&self) -> Vec<(String, Var)> {

@@ -228,12 +228,7 @@ impl Turn {
 
     /// Moves the parameters that this rank moves, which `gradients` are of, where `scale` takes the step. What modules compute
     /// with follows. Where ranks share out the work, each then hears of all values.
-    pub(crate) fn step(
-        &mut self,
-        gradients: &[Tensor],
-        scale: &GradScale,
-        ranks: &dyn Collective,
-    ) -> Result<()> {
+    pub(crate) fn step(&self, gradients: &[Tensor], scale: &GradScale, ranks: &dyn Collective) -> Result<()> {
         let (mut first, mut rest) = (0, gradients);
         let counts: Vec<usize> = self
             .groups
@@ -243,7 +238,7 @@ impl Turn {
                 (first - group.len..first).filter(|i| self.is_own(*i, ranks)).count()
             })
             .collect();
-        for (group, count) in self.groups.iter_mut().zip(counts) {
+        for (group, count) in self.groups.iter().zip(counts) {
             let (own, others) = rest.split_at(count);
             group.optimizer.step(own, scale)?;
             rest = others;
@@ -254,6 +249,11 @@ impl Turn {
         let others = pairs.enumerate().filter(|(i, _)| !self.is_own(*i, ranks));
         let copies = others.filter(|(_, (master, working))| working.dtype() != master.dtype());
         Ok(publish(&copies.map(|(_, (master, working))| (master, working.as_tensor())).collect::<Vec<_>>())?)
+    }
+
+    /// Whether a step asks nothing of the host.
+    pub(crate) fn stays_on_device(&self) -> bool {
+        self.groups.iter().all(|group| group.optimizer.stays_on_device())
     }
 
     /// What the optimizer remembers on this rank, by name.

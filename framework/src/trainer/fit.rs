@@ -3,14 +3,14 @@
 mod backprop;
 mod prepare;
 mod refuse;
+mod replays;
 mod save;
+mod update;
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor, Var};
-use candlepower_kernels::clipping::{Clipped, Clipping};
-use candlepower_kernels::updates::sum_squares_of;
 use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
@@ -21,20 +21,20 @@ use crate::batch::Batch;
 use crate::callback::{Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::Saver;
 use crate::collective::Collective;
-use crate::collective::shard::Shares;
 use crate::data::{Loaded, Loader, Pass, Source, Split};
 use crate::error::{Error, Result};
-use crate::grads::Grads;
 use crate::memory;
 use crate::metrics::Means;
-use crate::module::{Model, Module, Step};
+use crate::module::{Model, Module};
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
-use crate::reduction::{Reduced, Reduction};
+use crate::reduction::Reduction;
 use crate::schedule::PlateauState;
 use crate::taps::Taps;
-use backprop::{Backprop, Kind, Replays, forward, scaled};
+use backprop::Backprop;
 use refuse::Refusal;
+use replays::Replays;
+use update::Update;
 
 /// The module with taps on its parameters, by which ranks hear of gradients while the backward pass goes on.
 struct Tapped<B: Batch> {
@@ -170,16 +170,7 @@ impl<B: Batch> Fit<'_, B> {
         for turn in 0..self.turns.len() {
             let rates = self.turns[turn].rates(done, self.lr_scale);
             self.turns[turn].prepare(done + 1, rates)?;
-            let (gradients, wanted) = self.gradients(turn, &mut tally)?;
-            let _phase = phase!("optimizer");
-            // Whether the step is taken is decided where the gradients are; here it is heard of when all has been asked for.
-            let Clipped { scale, norm } = self.clip(&gradients)?;
-            let norm = norm.read()?;
-            self.turns[turn].step(&gradients, &scale, &*self.ranks)?;
-            let norm = norm.finish()?;
-            if wanted {
-                tally.gradients.append(&mut self.to_look_at(turn, &scale.apply(&gradients)?)?);
-            }
+            let Update { gradients, norm } = self.update(turn, &mut tally)?;
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
             if refusal.is_some() {
                 self.model.params().roll_back_buffers()?;
@@ -207,80 +198,6 @@ impl<B: Batch> Fit<'_, B> {
         self.progress.advance(tally.samples, tally.ends_epoch);
         self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
         Ok(Stepped::Moved(tally))
-    }
-
-    /// The gradients of those parameters of one optimizer that this rank moves, over all micro-batches of the step and over all
-    /// ranks; and whether somebody wants to look at those of all parameters.
-    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<(Vec<Tensor>, bool)> {
-        let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
-        let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
-        let mut grads = Grads::new(&self.turns[turn].params);
-        let mut reduction = self.tapped.as_ref().map(|_| Reduction::new(&self.turns[turn], &self.ranks));
-        tally.losses.clear();
-        tally.own_samples = 0;
-        for index in 0.. {
-            let loaded = self.micro_batch(index)?;
-            let place = loaded.place;
-            (tally.samples, tally.ends_epoch) = (place.step_samples, place.ends_epoch);
-            let Some(batch) = &loaded.batch else { break };
-            let batch = batch.to_device(self.model.params().device())?;
-            let batch = batch.cast(self.model.params().dtype())?;
-            let (name, images_due) = (&self.turns[turn].name, images_due && place.number == 0);
-            let step = || Step::training(done, place.number as u64, seed, name, images_due);
-            let share = batch.len() as f64 / tally.samples as f64;
-            let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
-            let backprop = match (&self.tapped, reduction.take()) {
-                (Some(Tapped { module, taps }), Some(before)) => {
-                    let mut step = step();
-                    forward(&**module, &batch, &mut step).and_then(|loss| {
-                        let _phase = phase!("backward");
-                        let before = before.before_backward(place.ends_step);
-                        reduction = Some(taps.during(before, || scaled(&loss, factor)?.backward())?);
-                        Ok(Backprop::told(&loss, step, Vec::new()))
-                    })
-                }
-                _ => {
-                    let kind = Kind { turn, factor };
-                    let (module, turn) = (self.model.training(), &self.turns[turn]);
-                    let passes = |batch: &B, step| Backprop::over(module, turn, batch, step, factor);
-                    // Steps with pictures compute what others do not.
-                    if images_due {
-                        passes(&batch, step())
-                    } else {
-                        self.replays.backprop(kind, &batch, step, passes)
-                    }
-                }
-            };
-            let backprop = backprop.map_err(|error| self.explain_precision(error))?;
-            grads.add(&backprop.gradients)?;
-            tally.losses.push((place.number, backprop.loss.clone()));
-            tally.own_samples += batch.len();
-            self.tell(backprop, turn, batch.len(), tally)?;
-            if place.ends_step {
-                break;
-            }
-            // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
-            // each may be somewhere else in it.
-            if turn == 0 && self.ranks.is_alone() && self.is_validation_due(true)? {
-                tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
-            }
-        }
-        let wants = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
-        let Some(reduction) = reduction else {
-            return Ok((grads.complete(&self.turns[turn].params)?, wants));
-        };
-        let _phase = phase!("all_reduce");
-        let Reduced { own, whole } = reduction.finish(wants)?;
-        Ok((own.complete(&self.turns[turn].own(&*self.ranks))?, whole))
-    }
-
-    /// The gradients of all of an optimizer's parameters, of which this rank has its own.
-    fn to_look_at(&self, turn: usize, own: &[Tensor]) -> Result<Vec<Tensor>> {
-        let Turn { params, .. } = &self.turns[turn];
-        match self.turns[turn].owners() {
-            None => Ok(own.to_vec()),
-            Some(owners) => Shares::new(&*self.ranks, params, owners).gather(own),
-        }
     }
 
     /// What is due after a step: telling, logging, validating, saving.
@@ -335,25 +252,6 @@ impl<B: Batch> Fit<'_, B> {
             self.kept.push(loaded.clone());
         }
         Ok(loaded)
-    }
-
-    /// What becomes of a step's gradients, by their norm.
-    fn clip(&self, gradients: &[Tensor]) -> Result<Clipped> {
-        let config = &self.trainer.config;
-        let clipping = Clipping {
-            loss_scale: self.loss_scale.map_or(1., |loss_scale| loss_scale.scale),
-            norm: config.clip_norm,
-            value: config.clip_value,
-            only_finite: config.nan_guard || self.loss_scale.is_some(),
-        };
-        if !self.sharded {
-            return Ok(clipping.decide(gradients)?);
-        }
-        // Each rank has a part of the gradients.
-        let part = sum_squares_of(gradients)?;
-        let parts = self.ranks.gather_numbers(&[part])?;
-        let norm = parts.iter().map(|part| part[0]).sum::<f64>().sqrt();
-        Ok(clipping.decide_by(norm / clipping.loss_scale))
     }
 
     /// Adds to a device's error, where its memory is full, what to change.

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use candle_core::Var;
 
-use super::backprop::Replays;
+use super::replays::Replays;
 use super::{Fit, Tapped};
 use crate::batch::Batch;
 use crate::callback::Progress;

@@ -1,0 +1,165 @@
+//! One optimizer's part in a step: the gradient of the mean loss over a batch, and the move against it.
+
+use candle_core::Tensor;
+use candlepower_kernels::updates::sum_squares_of;
+
+use super::backprop::{Backprop, forward, scaled};
+use super::replays::Kind;
+use super::{Fit, Tally, Tapped, phase};
+use crate::batch::Batch;
+use crate::callback::Flow;
+use crate::collective::Solo;
+use crate::collective::shard::Shares;
+use crate::error::Result;
+use crate::grads::Grads;
+use crate::module::Step;
+use crate::optim::{Clipped, Clipping, Turn};
+use crate::reduction::{Reduced, Reduction};
+
+/// What an update came to.
+pub(super) struct Update {
+    /// Of the parameters that this rank moves, over all micro-batches of the step and over all ranks.
+    pub(super) gradients: Vec<Tensor>,
+    /// Of all of the optimizer's gradients together, before clipping.
+    pub(super) norm: f64,
+}
+
+/// The gradients of an optimizer's parameters.
+struct Gradients {
+    /// Of those that this rank moves.
+    own: Vec<Tensor>,
+    /// Whether somebody wants to look at those of all.
+    wanted: bool,
+    /// Where they have moved the parameters already: what was decided of them.
+    clipped: Option<Clipped>,
+}
+
+impl<B: Batch> Fit<'_, B> {
+    /// Moves an optimizer's parameters, unless their gradients are such that the step is refused.
+    pub(super) fn update(&mut self, turn: usize, tally: &mut Tally) -> Result<Update> {
+        let Gradients { own, wanted, clipped } = self.gradients(turn, tally)?;
+        let _phase = phase!("optimizer");
+        let has_moved = clipped.is_some();
+        // Decided where the gradients are, and heard of here when all that follows has been asked for.
+        let Clipped { scale, norm } = clipped.map_or_else(|| self.clip(&own), Ok)?;
+        let norm = norm.read()?;
+        if !has_moved {
+            self.turns[turn].step(&own, &scale, &*self.ranks)?;
+        }
+        if wanted {
+            let counted = scale.apply(&own)?;
+            tally.gradients.extend(match self.turns[turn].owners() {
+                None => counted,
+                Some(owners) => {
+                    Shares::new(&*self.ranks, &self.turns[turn].params, owners).gather(&counted)?
+                }
+            });
+        }
+        Ok(Update { gradients: own, norm: norm.finish()? })
+    }
+
+    /// Both passes over the step's micro-batches; where one device does all of a step at once, the update as well.
+    fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Gradients> {
+        let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
+        let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
+        let mut grads = Grads::new(&self.turns[turn].params);
+        let mut reduction = self.tapped.as_ref().map(|_| Reduction::new(&self.turns[turn], &self.ranks));
+        let mut clipped = None;
+        tally.losses.clear();
+        tally.own_samples = 0;
+        for index in 0.. {
+            let loaded = self.micro_batch(index)?;
+            let place = loaded.place;
+            (tally.samples, tally.ends_epoch) = (place.step_samples, place.ends_epoch);
+            let Some(batch) = &loaded.batch else { break };
+            let batch = batch.to_device(self.model.params().device())?;
+            let batch = batch.cast(self.model.params().dtype())?;
+            let (name, images_due) = (&self.turns[turn].name, images_due && place.number == 0);
+            let step = || Step::training(done, place.number as u64, seed, name, images_due);
+            let share = batch.len() as f64 / tally.samples as f64;
+            let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
+            let backprop = match (&self.tapped, reduction.take()) {
+                (Some(Tapped { module, taps }), Some(before)) => {
+                    let mut step = step();
+                    forward(&**module, &batch, &mut step).and_then(|loss| {
+                        let _phase = phase!("backward");
+                        let before = before.before_backward(place.ends_step);
+                        reduction = Some(taps.during(before, || scaled(&loss, factor)?.backward())?);
+                        Ok(Backprop::told(&loss, step, Vec::new()))
+                    })
+                }
+                _ => {
+                    let (module, moves, clipping) =
+                        (self.model.training(), &self.turns[turn], self.clipping());
+                    let is_whole = place.number == 0 && place.ends_step;
+                    let updates = is_whole && self.replays.is_on() && moves.stays_on_device();
+                    let work = |batch: &B, step| {
+                        let backprop = Backprop::over(module, moves, batch, step, factor)?;
+                        if updates { moved(backprop, moves, &clipping) } else { Ok(backprop) }
+                    };
+                    // Steps with pictures compute what others do not.
+                    if images_due {
+                        work(&batch, step())
+                    } else {
+                        self.replays.run(Kind { turn, factor, updates }, &batch, step, work)
+                    }
+                }
+            };
+            let backprop = backprop.map_err(|error| self.explain_precision(error))?;
+            grads.add(&backprop.gradients)?;
+            clipped = backprop.clipped.clone();
+            tally.losses.push((place.number, backprop.loss.clone()));
+            tally.own_samples += batch.len();
+            self.tell(backprop, turn, batch.len(), tally)?;
+            if place.ends_step {
+                break;
+            }
+            // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
+            // each may be somewhere else in it.
+            if turn == 0 && self.ranks.is_alone() && self.is_validation_due(true)? {
+                tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
+            }
+        }
+        let wanted = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
+        let Some(reduction) = reduction else {
+            return Ok(Gradients { own: grads.complete(&self.turns[turn].params)?, wanted, clipped });
+        };
+        let _phase = phase!("all_reduce");
+        let Reduced { own, whole } = reduction.finish(wanted)?;
+        let own = own.complete(&self.turns[turn].own(&*self.ranks))?;
+        Ok(Gradients { own, wanted: whole, clipped })
+    }
+
+    /// What becomes of a step's gradients, by their norm.
+    fn clip(&self, gradients: &[Tensor]) -> Result<Clipped> {
+        let clipping = self.clipping();
+        if !self.sharded {
+            return Ok(clipping.decide(gradients)?);
+        }
+        // Each rank has a part of the gradients.
+        let parts = self.ranks.gather_numbers(&[sum_squares_of(gradients)?])?;
+        let norm = parts.iter().map(|part| part[0]).sum::<f64>().sqrt();
+        Ok(clipping.decide_by(norm / clipping.loss_scale))
+    }
+
+    fn clipping(&self) -> Clipping {
+        let config = &self.trainer.config;
+        Clipping {
+            loss_scale: self.loss_scale.map_or(1., |loss_scale| loss_scale.scale),
+            norm: config.clip_norm,
+            value: config.clip_value,
+            only_finite: config.nan_guard || self.loss_scale.is_some(),
+        }
+    }
+}
+
+/// Moves an optimizer's parameters by gradients that are complete after one micro-batch.
+fn moved(backprop: Backprop, turn: &Turn, clipping: &Clipping) -> Result<Backprop> {
+    let _phase = phase!("optimizer");
+    let mut grads = Grads::new(&turn.params);
+    grads.add(&backprop.gradients)?;
+    let gradients = grads.complete(&turn.params)?;
+    let clipped = clipping.decide(&gradients)?;
+    turn.step(&gradients, &clipped.scale, &Solo)?;
+    Ok(Backprop { gradients: gradients.into_iter().map(Some).collect(), clipped: Some(clipped), ..backprop })
+}
