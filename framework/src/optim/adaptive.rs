@@ -250,13 +250,14 @@ impl Optimizer for Moments {
             // The numerator, in a copy of the gradient.
             let numerator = gradient.copy()?;
             zip2(&numerator, first, move |g: &mut f32, m| *g = of_moment * m + of_gradient * *g)?;
-            Ok(match root {
+            match root {
                 None => zip2(param, &numerator, |w: &mut f32, n| *w -= n)?,
                 Some(_) if largest => zip3(param, &numerator, second, |w: &mut f32, n, v| *w -= n / v)?,
                 Some(factor) => zip3(param, &numerator, second, move |w: &mut f32, n, v| {
                     *w -= n / (v.sqrt() * factor + eps);
                 })?,
-            })
+            }
+            Ok(())
         })
     }
 

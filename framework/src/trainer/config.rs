@@ -82,9 +82,10 @@ pub struct TrainerConfig {
     pub threads: Option<usize>,
     /// Which implementation of convolutions and recurrent cells runs.
     pub kernels: Kernels,
-    /// Records the forward and backward pass of a training step on a CUDA device once, and replays it in all others: one call
-    /// starts all its operations. The numbers are the same. The recording has memory of its own, beside what other steps use.
-    /// Where a step cannot be recorded, a warning says why, and training goes on without.
+    /// Records a training step on a CUDA device once, and replays it in all others: one call starts all its operations. The
+    /// numbers are the same. With several micro-batches, and with optimizers that have no kernel, it is the passes alone. The
+    /// recording has memory of its own, beside what other steps use. Where a step cannot be recorded, a warning says why, and
+    /// training goes on without.
     pub cuda_graph: bool,
     /// Logs training metrics every so many steps.
     pub log_every: u64,
