@@ -155,7 +155,7 @@ impl GradScale {
             #[cfg(feature = "cuda")]
             Decision::Cuda { decided, value } => {
                 let x = x.broadcast_mul(&decided.narrow(0, 1, 1)?.reshape(())?)?;
-                value.map_or_else(|| Ok(x.clone()), |value| x.clamp(-value, value))
+                if let Some(value) = *value { x.clamp(-value, value) } else { Ok(x) }
             }
         };
         gradients.iter().map(scaled).collect()

@@ -17,6 +17,17 @@ use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 const CPU: Device = Device::Cpu;
+const ADAM: AdamStep = AdamStep {
+    one_minus_beta1: 0.1,
+    beta2: 0.99,
+    one_minus_beta2: 0.01,
+    eps: 1e-8,
+    step_size: 0.02,
+    root_correction: 0.3,
+    l2: 0.05,
+    keep: 0.97,
+};
+const SGD: SgdStep = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
 
 /// The first device; one test at a time, since TF32 is a setting of the process.
 fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
@@ -183,16 +194,6 @@ fn without_gradients_the_result_is_the_same() {
 fn updates() {
     let Some((device, _turn)) = device() else { return };
     let there = |x: &Tensor| x.to_device(&device).unwrap();
-    let step = AdamStep {
-        one_minus_beta1: 0.1,
-        beta2: 0.99,
-        one_minus_beta2: 0.01,
-        eps: 1e-8,
-        step_size: 0.02,
-        root_correction: 0.3,
-        l2: 0.05,
-        keep: 0.97,
-    };
     for n in [1, 1000, 100_003] {
         let [w, g, m] = [1, 2, 3].map(|seed| random(n, seed));
         let v = random(n, 5).sqr().unwrap();
@@ -221,7 +222,7 @@ fn updates() {
                 largest: None,
             });
             let mut placed = Placed::on(own[0].device()).unwrap();
-            placed.set(step).unwrap();
+            placed.set(ADAM).unwrap();
             placed.apply(&params.collect::<Vec<_>>(), &GradScale::default()).unwrap();
         };
         all([&w, &g, &m, &v], &others);
@@ -240,7 +241,6 @@ fn updates() {
         for (cpu, cuda) in [(&w, &w2), (&m, &m2), (&v, &v2), (&w, &view.reshape(n).unwrap())] {
             assert!(error(cuda, cpu) < 1e-6);
         }
-        let sgd = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
         let move_all = |own: [&Tensor; 4], others: &[[Tensor; 4]]| {
             let sets = std::iter::once(own).chain(others.iter().map(|it| it.each_ref())).collect::<Vec<_>>();
             let params = sets.iter().map(|[param, gradient, m, _]| SgdParam {
@@ -250,7 +250,7 @@ fn updates() {
                 momentum_buffer: Some(m),
             });
             let mut placed = Placed::on(own[0].device()).unwrap();
-            placed.set(sgd).unwrap();
+            placed.set(SGD).unwrap();
             placed.apply(&params.collect::<Vec<_>>(), &GradScale::default()).unwrap();
             // Neither is below zero, so that no small difference of large numbers is compared.
             let targets: Vec<Tensor> = sets.iter().map(|[_, g, ..]| g.abs().unwrap()).collect();
@@ -276,17 +276,6 @@ fn updates() {
 #[test]
 fn steps_are_decided_on_where_their_gradients_are() {
     let Some((device, _turn)) = device() else { return };
-    let adam = AdamStep {
-        one_minus_beta1: 0.1,
-        beta2: 0.99,
-        one_minus_beta2: 0.01,
-        eps: 1e-8,
-        step_size: 0.02,
-        root_correction: 0.3,
-        l2: 0.05,
-        keep: 0.97,
-    };
-    let sgd = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
     let plain = Clipping::default();
     let clipped = Clipping { loss_scale: 8., norm: Some(0.5), value: Some(4e-3), only_finite: true };
     for (clipping, spoilt) in
@@ -317,8 +306,8 @@ fn steps_are_decided_on_where_their_gradients_are() {
                 let norm = norm.read().unwrap();
                 let mut placed = Placed::on(device).unwrap();
                 // The last numbers count.
-                placed.set(AdamStep { keep: 7., ..adam }).unwrap();
-                placed.set(adam).unwrap();
+                placed.set(AdamStep { keep: 7., ..ADAM }).unwrap();
+                placed.set(ADAM).unwrap();
                 let params = sets.iter().map(|[param, gradient, first, second, copy]| AdamParam {
                     param,
                     copy: Some(copy),
@@ -329,7 +318,7 @@ fn steps_are_decided_on_where_their_gradients_are() {
                 });
                 placed.apply(&params.collect::<Vec<_>>(), &scale).unwrap();
                 let mut placed = Placed::on(device).unwrap();
-                placed.set(sgd).unwrap();
+                placed.set(SGD).unwrap();
                 let params = sets.iter().map(|[param, gradient, buffer, _, copy]| SgdParam {
                     param,
                     copy: Some(copy),

@@ -89,13 +89,13 @@ impl<B: Batch> Fit<'_, B> {
                     })
                 }
                 _ => {
-                    let (module, moves, clipping) =
+                    let (module, optimizer, clipping) =
                         (self.model.training(), &self.turns[turn], self.clipping());
                     let is_whole = place.number == 0 && place.ends_step;
-                    let updates = is_whole && self.replays.is_on() && moves.stays_on_device();
+                    let updates = is_whole && self.replays.is_on() && optimizer.stays_on_device();
                     let work = |batch: &B, step| {
-                        let backprop = Backprop::over(module, moves, batch, step, factor)?;
-                        if updates { moved(backprop, moves, &clipping) } else { Ok(backprop) }
+                        let backprop = Backprop::over(module, optimizer, batch, step, factor)?;
+                        if updates { moved(backprop, optimizer, &clipping) } else { Ok(backprop) }
                     };
                     // Steps with pictures compute what others do not.
                     if images_due {
