@@ -659,6 +659,32 @@ fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
 }
 
 #[test]
+fn ranks_that_share_the_optimizer_compute_with_all_new_weights_in_half_precision() {
+    for optimizer in every_optimizer() {
+        let run = |distributed: DistributedConfig| {
+            let precision = Precision::Bf16Mixed;
+            let config = TrainerConfig { precision, ..config(1, 3) };
+            let trainer = |_| {
+                let trainer = Trainer::new(config.clone()).optimizer(optimizer.clone());
+                trainer.distributed(distributed.clone())
+            };
+            let model = |_| {
+                let (config, spec) =
+                    (ConvLstmConfig { hidden: 2, ..Default::default() }, Blobs { samples: 1 }.spec());
+                let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
+                Model::with_precision(build, 1, &Device::Cpu, precision).unwrap()
+            };
+            let data = || Data::new(Blobs { samples: 8 });
+            each_rank(2, trainer, model, data, |outcome, model| {
+                outcome.map(drop).unwrap();
+                weights(model)
+            })
+        };
+        assert_eq!(run(DistributedConfig::default()), run(sharded()), "{optimizer:?}");
+    }
+}
+
+#[test]
 fn ranks_that_share_the_optimizer_clip_alike_and_show_gradients_to_who_wants_them() {
     /// Looks at the gradients of every second step.
     #[derive(Clone, Default)]
@@ -684,6 +710,18 @@ fn ranks_that_share_the_optimizer_clip_alike_and_show_gradients_to_who_wants_the
             (model, gradients.0.lock().unwrap().clone())
         };
         let (alone, expected) = train(1, DistributedConfig::default());
+        // They are seen as they are taken.
+        for gradients in &expected {
+            let all = gradients.iter().map(|x| x.flatten_all().unwrap()).collect::<Vec<_>>();
+            let all = Tensor::cat(&all, 0).unwrap().to_vec1::<f32>().unwrap();
+            match clip_norm {
+                Some(max) => {
+                    let norm = all.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+                    assert!((norm / max - 1.).abs() < 1e-4, "{norm}");
+                }
+                None => assert_eq!(all.iter().fold(0f32, |max, x| max.max(x.abs())), 0.05),
+            }
+        }
         for devices in [2, 5] {
             let (model, gradients) = train(devices, sharded());
             assert_same_weights(&format!("{devices} ranks"), &model, &alone);

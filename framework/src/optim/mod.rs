@@ -232,3 +232,60 @@ fn named_state(kind: &str, params: &[Param], state: &[Var]) -> Vec<(String, Var)
     let name = |param: &Param| format!("{kind}.{}", param.name);
     params.iter().zip(state).map(|(param, var)| (name(param), var.clone())).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn every_rule() -> [OptimizerConfig; 9] {
+        let moments = MomentsConfig { weight_decay: 0.1, ..Default::default() };
+        [
+            AdamConfig { weight_decay: 0.1, ..Default::default() }.into(),
+            AdamWConfig::default().into(),
+            SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() }.into(),
+            OptimizerConfig::Rmsprop(RmspropConfig { momentum: 0.9, ..Default::default() }),
+            OptimizerConfig::Adagrad(AdagradConfig::default()),
+            OptimizerConfig::Adadelta(AdadeltaConfig::default()),
+            OptimizerConfig::Adamax(moments.clone()),
+            OptimizerConfig::Nadam(moments.clone()),
+            OptimizerConfig::Radam(moments),
+        ]
+    }
+
+    fn values(var: &Var) -> Vec<f32> {
+        var.to_dtype(DType::F32).unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn every_rule_takes_what_counts_and_its_copies_follow() {
+        let gradients = [Tensor::new(&[0.5f32, -2., 0.25], &Device::Cpu).unwrap()];
+        let scaled = [(&gradients[0] * 4.).unwrap()];
+        for config in every_rule() {
+            // Three steps; then parameter, copy and state.
+            let run = |gradients: &[Tensor], clipping: Clipping| {
+                let master = Var::new(&[1f32, 2., -3.], &Device::Cpu).unwrap();
+                let copy = Var::zeros(3, DType::BF16, &Device::Cpu).unwrap();
+                let param = Param { name: "w".into(), master: master.clone(), copy: Some(copy.clone()) };
+                let mut optimizer = config.build(&[param]).unwrap();
+                for t in 1..=3 {
+                    optimizer.prepare(t, config.lr().into()).unwrap();
+                    optimizer.step(gradients, &clipping.decide(gradients).unwrap().scale).unwrap();
+                }
+                let state = optimizer.state().iter().map(|(_, var)| values(var)).collect::<Vec<_>>();
+                (values(&master), values(&copy), state)
+            };
+            let (plain, guarded) =
+                (Clipping::default(), Clipping { loss_scale: 4., only_finite: true, ..Default::default() });
+            let (master, copy, state) = run(&gradients, plain);
+            assert_ne!(master, [1., 2., -3.], "{config:?}");
+            let rounded = Tensor::new(&master[..], &Device::Cpu).unwrap().to_dtype(DType::BF16).unwrap();
+            assert_eq!(copy, rounded.to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap(), "{config:?}");
+            assert_eq!(run(&scaled, guarded), (master, copy, state), "{config:?}");
+            let (master, copy, state) = run(&[(&gradients[0] / 0.).unwrap()], guarded);
+            assert_eq!((master, copy), (vec![1., 2., -3.], vec![0.; 3]), "{config:?}");
+            assert!(state.iter().flatten().all(|x| *x == 0.), "{config:?}");
+        }
+    }
+}
