@@ -67,7 +67,8 @@ pub struct StepEnd<'a> {
     /// The parameters that are trained, after the step.
     pub params: &'a [(String, Var)],
     /// The gradient of each of them in this step, after clipping; none unless a callback
-    /// [wants them](Callback::wants_gradients).
+    /// [wants them](Callback::wants_gradients). Where one of several optimizers sat the step out, its gradients are those that
+    /// overflowed.
     pub gradients: &'a [Tensor],
 }
 

@@ -4,6 +4,9 @@ use candle_core::DType;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::error::Error;
+use crate::memory;
+
 /// Number format of the computation, by Lightning's names.
 ///
 /// In mixed precision every parameter exists twice: working weights in the compute type, which the module sees, and
@@ -28,6 +31,18 @@ impl Precision {
             Self::Full => DType::F32,
             Self::Bf16Mixed => DType::BF16,
             Self::Fp16Mixed => DType::F16,
+        }
+    }
+
+    /// Adds to a module's error, in half precision, what is probably wrong.
+    pub(crate) fn explain(self, error: Error) -> Error {
+        match self.dtype() {
+            _ if memory::is_full(&error) => error,
+            DType::F32 => error,
+            dtype => Error::msg(format!(
+                "{error}\nthe module computes in {dtype:?}: an operation that has no kernel for it, or that mixes types, \
+                 needs `.to_dtype(DType::F32)` before and `.to_dtype(x.dtype())` after it"
+            )),
         }
     }
 }

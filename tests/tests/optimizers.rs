@@ -36,7 +36,7 @@ fn every_configuration_of_the_fixture() {
         let mut optimizer = config.build(&vars.clone().map(Param::from)).unwrap();
         let clips = |key: &str| name.ends_with(key).then(|| golden.hparams[key].as_f64().unwrap());
         let clipping =
-            Clipping { norm: clips("clip_norm"), value: clips("clip_value"), ..Default::default() };
+            Clipping { max_norm: clips("clip_norm"), max_value: clips("clip_value"), ..Default::default() };
         for step in 0..golden.size("steps") {
             let row = |kind: &str, name: &str| golden.get(&format!("{kind}.{name}")).get(step).unwrap();
             let gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();

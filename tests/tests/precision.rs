@@ -136,20 +136,32 @@ fn an_optimizer_whose_gradients_overflow_sits_the_step_out_alone() {
         let one = |name| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(1.));
         Ok(Two(one("a")?, one("b")?))
     };
-    let model = Model::with_precision(build, 0, &device(), Precision::Fp16Mixed).unwrap();
-    let turn = |name: &str, lr| {
-        let sgd = SgdConfig { lr, ..Default::default() };
-        TurnConfig { name: name.into(), params: name.into(), ..TurnConfig::only(sgd.into(), Vec::new()) }
+    // Of this momentum, only the first gradient of all makes a difference: it enters whole.
+    let sgd = |lr| SgdConfig { lr, momentum: 0.5, dampening: 0.5, ..Default::default() };
+    let turn = |name: &str, lr| TurnConfig {
+        name: name.into(),
+        params: name.into(),
+        ..TurnConfig::only(sgd(lr).into(), Vec::new())
     };
-    let outcome = Trainer::new(config(Precision::Fp16Mixed, 8))
-        .optimizers(vec![turn("a", 0.25), turn("b", 1. / 32768.)])
-        .fit(&model, &Data::new(Points { samples: 6 }))
-        .unwrap();
-    assert_eq!(outcome.progress.step, 8);
-    let values: Vec<f32> = weights(&model).into_iter().flat_map(|(_, values)| values).collect();
-    // The first moves by 1/8 in each of 8 steps; the second, by as much, only in those after the scale fell from 2^16 to
-    // 2^3 or so that its 2^12 times the scale fits below 2^16: never within the first 8.
-    assert_eq!(values, [0., 1.]);
+    let dir = tempfile::tempdir().unwrap();
+    let run = |steps| {
+        let model = Model::with_precision(build, 0, &device(), Precision::Fp16Mixed).unwrap();
+        let mut trainer = Trainer::new(config(Precision::Fp16Mixed, steps))
+            .optimizers(vec![turn("a", 0.25), turn("b", 1. / 32768.)])
+            .checkpoints(dir.path(), CheckpointConfig::default());
+        let last = dir.path().join("last");
+        if last.exists() {
+            trainer = trainer.resume(Checkpoint::load(&last).unwrap());
+        }
+        let outcome = trainer.fit(&model, &Data::new(Points { samples: 6 })).unwrap();
+        assert_eq!(outcome.progress.step, steps);
+        weights(&model).into_iter().flat_map(|(_, values)| values).collect::<Vec<f32>>()
+    };
+    // The first moves by 1/8 in each step. The second, by as much, only in those after 13 steps: by then the scale has fallen
+    // from 2^16 to 2^3, so that its 2^12 times the scale fits below 2^16.
+    assert_eq!(run(13), [1. - 13. / 8., 1.]);
+    // What it sat out is none of its own steps, not even when the run is interrupted in between.
+    assert_eq!(run(16), [1. - 16. / 8., 1. - 3. / 8.]);
 }
 
 #[test]

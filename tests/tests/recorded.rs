@@ -165,6 +165,25 @@ fn an_update_is_part_of_the_recording_where_the_device_can_do_it() {
 }
 
 #[test]
+fn what_is_logged_is_as_it_was_before_the_update() {
+    let Some(_turn) = turn() else { return };
+    // The parameter itself, of one value, which the update moves in place.
+    struct Told(Tensor);
+    impl Module for Told {
+        type Batch = Video;
+
+        fn training_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
+            step.log("w", &self.0.squeeze(0)?);
+            Ok((batch.target.mean_all()? - self.0.squeeze(0)?)?.sqr()?)
+        }
+    }
+    let build = |vb: VarBuilder| Ok(Told(vb.get(1, "w")?));
+    let model = || Model::new(build, 1, &device()).unwrap();
+    let (said, _) = compare("told", config(4), &adam(), model, &data());
+    assert!(said.contains("a training step: recorded as"), "{said}");
+}
+
+#[test]
 fn recorded_steps_that_overflow_are_tried_again() {
     let Some(_turn) = turn() else { return };
     let model = habit(Precision::Fp16Mixed, |loss, _| Ok((loss * 100.)?));

@@ -91,7 +91,7 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
         assert!((value / expected - 1.).abs() < 2e-6, "{run}, loss before step {t}: {value}, not {expected}");
         let grads = (loss * scale).unwrap().backward().unwrap();
         let gradients: Vec<Tensor> = vars.iter().map(|(_, var)| grads.get(var).unwrap().clone()).collect();
-        let clipped = Clipping { norm: clip, ..Default::default() }.decide(&gradients).unwrap();
+        let clipped = Clipping { max_norm: clip, ..Default::default() }.decide(&gradients).unwrap();
         if clip.is_some() {
             let norm = clipped.norm.read().unwrap().finish().unwrap();
             let norms = golden.get(&format!("{run}.grad_norms")).to_vec1::<f64>().unwrap();

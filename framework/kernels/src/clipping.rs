@@ -1,6 +1,6 @@
 //! What becomes of a step's gradients before they move anything: the loss scale is taken out, norm and values are clipped, and
-//! a norm that is not finite refuses the step. All of that is decided where the gradients are, so that nobody waits for a
-//! device.
+//! a norm that is not finite refuses the step. All of that is decided where the gradients are, so that an update can be asked for
+//! before anybody has heard of it.
 
 use crate::updates::sum_squares_of;
 use candle_core::{Result, Tensor};
@@ -11,16 +11,16 @@ pub struct Clipping {
     /// What the loss, and with it each gradient, was multiplied with: it is taken out.
     pub loss_scale: f64,
     /// The L2 norm that all gradients together are scaled down to (`torch.nn.utils.clip_grad_norm_`).
-    pub norm: Option<f64>,
-    /// Then every value is brought into `[-value, value]` (`torch.nn.utils.clip_grad_value_`).
-    pub value: Option<f64>,
+    pub max_norm: Option<f64>,
+    /// Then every value is brought into `[-max_value, max_value]` (`torch.nn.utils.clip_grad_value_`).
+    pub max_value: Option<f64>,
     /// Whether gradients whose norm is not finite move nothing.
     pub only_finite: bool,
 }
 
 impl Default for Clipping {
     fn default() -> Self {
-        Self { loss_scale: 1., norm: None, value: None, only_finite: false }
+        Self { loss_scale: 1., max_norm: None, max_value: None, only_finite: false }
     }
 }
 
@@ -62,14 +62,13 @@ pub struct GradScale(Decision);
 
 #[derive(Debug, Clone)]
 enum Decision {
-    Taken(Share),
-    Refused,
-    #[cfg(feature = "cuda")]
-    Cuda {
-        /// Norm, factor, which is NaN where the step is refused, and value, f32.
-        decided: Tensor,
-        value: Option<f64>,
+    Here {
+        share: Share,
+        refused: bool,
     },
+    /// Norm, factor, largest value and, 0 or 1, refusal: f32, as kernels read them.
+    #[cfg(feature = "cuda")]
+    Cuda(Tensor),
 }
 
 /// How much of each gradient counts.
@@ -77,7 +76,7 @@ enum Decision {
 pub(crate) struct Share {
     pub(crate) factor: f32,
     /// Infinite where values are not clipped.
-    pub(crate) value: f32,
+    pub(crate) max_value: f32,
 }
 
 impl Clipping {
@@ -90,19 +89,20 @@ impl Clipping {
         if gradients.first().is_some_and(|x| x.device().is_cuda()) {
             let decided = crate::cuda::optimizer::decide(self, gradients)?;
             let norm = Norm(Place::Cuda(decided.narrow(0, 0, 1)?));
-            return Ok(Clipped { scale: GradScale(Decision::Cuda { decided, value: self.value }), norm });
+            return Ok(Clipped { scale: GradScale(Decision::Cuda(decided)), norm });
         }
         Ok(self.decide_by(sum_squares_of(gradients)?.sqrt() / self.loss_scale))
     }
 
     /// Decides by a norm, without the loss scale, that the host knows: of several ranks' gradients.
     pub fn decide_by(&self, norm: f64) -> Clipped {
-        let factor = self.norm.map_or(1., |max| max / (norm + 1e-6));
-        let factor = if factor < 1. { factor } else { 1. } / self.loss_scale;
-        let share = Share { factor: factor as f32, value: self.value.map_or(f32::INFINITY, |x| x as f32) };
+        let share = self.max_norm.map_or(1., |max| max / (norm + 1e-6));
+        let share = Share {
+            factor: (if share < 1. { share } else { 1. } / self.loss_scale) as f32,
+            max_value: self.max_value.map_or(f32::INFINITY, |x| x as f32),
+        };
         let refused = self.only_finite && !norm.is_finite();
-        let scale = GradScale(if refused { Decision::Refused } else { Decision::Taken(share) });
-        Clipped { scale, norm: Norm(Place::Here(norm)) }
+        Clipped { scale: GradScale(Decision::Here { share, refused }), norm: Norm(Place::Here(norm)) }
     }
 }
 
@@ -136,29 +136,29 @@ impl Reading {
 
 impl Default for GradScale {
     fn default() -> Self {
-        Self(Decision::Taken(Share { factor: 1., value: f32::INFINITY }))
+        Self(Decision::Here { share: Share::WHOLE, refused: false })
     }
 }
 
 impl GradScale {
-    /// The gradients as they count; of a step that is refused, something that does not.
+    /// The gradients as they count; of a step that is refused, as they would.
     ///
     /// # Errors
     /// Where the device fails.
     pub fn apply(&self, gradients: &[Tensor]) -> Result<Vec<Tensor>> {
-        let scaled = |x: &Tensor| match &self.0 {
-            Decision::Taken(share) => {
-                let x = if share.factor == 1. { x.clone() } else { (x * f64::from(share.factor))? };
-                if share.value.is_finite() { x.clamp(-share.value, share.value) } else { Ok(x) }
-            }
-            Decision::Refused => Ok(x.clone()),
+        let share = match &self.0 {
+            Decision::Here { share, .. } if *share == Share::WHOLE => return Ok(gradients.to_vec()),
+            Decision::Here { share, .. } => share,
             #[cfg(feature = "cuda")]
-            Decision::Cuda { decided, value } => {
-                let x = x.broadcast_mul(&decided.narrow(0, 1, 1)?.reshape(())?)?;
-                if let Some(value) = *value { x.clamp(-value, value) } else { Ok(x) }
-            }
+            Decision::Cuda(decided) => return crate::cuda::optimizer::counted(gradients, decided),
         };
-        gradients.iter().map(scaled).collect()
+        #[cfg(feature = "cuda")]
+        if let Some(first) = gradients.first()
+            && first.device().is_cuda()
+        {
+            return crate::cuda::optimizer::counted(gradients, &self.on_device(first.device())?);
+        }
+        gradients.iter().map(|x| share.of_all(x)).collect()
     }
 
     /// The gradients as they count, for an update that the host computes; none where it does not take place. Waits for a device.
@@ -166,35 +166,34 @@ impl GradScale {
     /// # Errors
     /// Where the device fails.
     pub fn taken(&self, gradients: &[Tensor]) -> Result<Option<Vec<Tensor>>> {
-        let is_taken = match &self.0 {
-            Decision::Taken(_) => true,
-            Decision::Refused => false,
+        let refused = match &self.0 {
+            Decision::Here { refused, .. } => *refused,
             #[cfg(feature = "cuda")]
-            Decision::Cuda { decided, .. } => !decided.get(1)?.to_scalar::<f32>()?.is_nan(),
+            Decision::Cuda(decided) => decided.get(3)?.to_scalar::<f32>()? != 0.,
         };
-        is_taken.then(|| self.apply(gradients)).transpose()
+        (!refused).then(|| self.apply(gradients)).transpose()
     }
 
     /// What counts of gradients on the CPU, if anything does.
     pub(crate) fn on_cpu(&self) -> Result<Option<Share>> {
         match self.0 {
-            Decision::Taken(share) => Ok(Some(share)),
-            Decision::Refused => Ok(None),
+            Decision::Here { share, refused } => Ok((!refused).then_some(share)),
             #[cfg(feature = "cuda")]
-            Decision::Cuda { .. } => {
+            Decision::Cuda(_) => {
                 candle_core::bail!("update: the gradients are on the CPU, and their scale is not")
             }
         }
     }
 
-    /// Norm, factor and value on a device, where kernels read them.
+    /// Norm, factor, largest value and refusal on a device, where kernels read them.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<Tensor> {
         match &self.0 {
-            Decision::Taken(Share { factor, value }) => Tensor::new(&[f32::NAN, *factor, *value], device),
-            Decision::Refused => Tensor::new(&[f32::NAN, f32::NAN, f32::INFINITY], device),
-            Decision::Cuda { decided, .. } if decided.device().same_device(device) => Ok(decided.clone()),
-            Decision::Cuda { .. } => {
+            Decision::Here { share: Share { factor, max_value }, refused } => {
+                Tensor::new(&[f32::NAN, *factor, *max_value, f32::from(u8::from(*refused))], device)
+            }
+            Decision::Cuda(decided) if decided.device().same_device(device) => Ok(decided.clone()),
+            Decision::Cuda(_) => {
                 candle_core::bail!("update: the gradients and their scale are on two devices")
             }
         }
@@ -202,17 +201,25 @@ impl GradScale {
 }
 
 impl Share {
+    const WHOLE: Self = Self { factor: 1., max_value: f32::INFINITY };
+
     /// What counts of a gradient's value.
     pub(crate) fn of(self, gradient: f32) -> f32 {
         let x = gradient * self.factor;
         // What is not a number stays so.
-        if x > self.value {
-            self.value
-        } else if x < -self.value {
-            -self.value
+        if x > self.max_value {
+            self.max_value
+        } else if x < -self.max_value {
+            -self.max_value
         } else {
             x
         }
+    }
+
+    /// What counts of a gradient on the CPU.
+    fn of_all(self, gradient: &Tensor) -> Result<Tensor> {
+        let x = (gradient * f64::from(self.factor))?;
+        if self.max_value.is_finite() { x.clamp(-self.max_value, self.max_value) } else { Ok(x) }
     }
 }
 
@@ -247,13 +254,13 @@ mod tests {
         let scaled = Clipping { loss_scale: 4., ..plain };
         assert_eq!(clipped(scaled, &gradients()), (3.25, Some(vec![0.75, -1., 3.])));
         // By norm to half; it is the norm of what has lost its scale that counts.
-        let by_norm = Clipping { norm: Some(1.625 * (1. + 1e-6 / 3.25)), ..scaled };
+        let by_norm = Clipping { max_norm: Some(1.625 * (1. + 1e-6 / 3.25)), ..scaled };
         assert_eq!(clipped(by_norm, &gradients()), (3.25, Some(vec![0.375, -0.5, 1.5])));
         assert_eq!(
-            clipped(Clipping { norm: Some(4.), ..scaled }, &gradients()),
+            clipped(Clipping { max_norm: Some(4.), ..scaled }, &gradients()),
             clipped(scaled, &gradients())
         );
-        let by_value = Clipping { value: Some(0.4), ..by_norm };
+        let by_value = Clipping { max_value: Some(0.4), ..by_norm };
         assert_eq!(clipped(by_value, &gradients()), (3.25, Some(vec![0.375, -0.4, 0.4])));
     }
 
@@ -264,7 +271,7 @@ mod tests {
         for x in [f32::NAN, f32::INFINITY] {
             let (norm, taken) = clipped(guarded, &with(x));
             assert!(!norm.is_finite() && taken.is_none());
-            let (_, taken) = clipped(Clipping { value: Some(1.), ..Default::default() }, &with(x));
+            let (_, taken) = clipped(Clipping { max_value: Some(1.), ..Default::default() }, &with(x));
             // Unguarded, what is not a number stays so.
             assert!(taken.is_some_and(|values| values[3].is_nan() == x.is_nan()));
         }

@@ -31,7 +31,7 @@ pub struct AdamStep {
 pub struct AdamParam<'a> {
     /// The parameter.
     pub param: &'a Tensor,
-    /// What is given its new value in bf16 or f16.
+    /// What is given its new value in bf16 or f16, the same for all that have one.
     pub copy: Option<&'a Tensor>,
     /// Its gradient.
     pub gradient: &'a Tensor,
@@ -63,7 +63,7 @@ pub struct SgdStep {
 pub struct SgdParam<'a> {
     /// The parameter.
     pub param: &'a Tensor,
-    /// What is given its new value in bf16 or f16.
+    /// What is given its new value in bf16 or f16, the same for all that have one.
     pub copy: Option<&'a Tensor>,
     /// Its gradient.
     pub gradient: &'a Tensor,
@@ -140,9 +140,10 @@ impl Placed<AdamStep> {
     pub fn apply(&self, params: &[AdamParam], scale: &GradScale) -> Result<()> {
         let Some(one) = params.first() else { return Ok(()) };
         let numbers = self.numbers()?;
+        let copied = params.iter().find_map(|it| it.copy);
         for AdamParam { param, copy, gradient, first, second, largest } in params {
             check([Some(param), Some(gradient), Some(first), Some(second), *largest])?;
-            check_copy(param, *copy, one.copy)?;
+            check_copy(param, *copy, copied)?;
             on_one_device(one.param, param)?;
         }
         #[cfg(feature = "cuda")]
@@ -188,9 +189,10 @@ impl Placed<SgdStep> {
     pub fn apply(&self, params: &[SgdParam], scale: &GradScale) -> Result<()> {
         let Some(one) = params.first() else { return Ok(()) };
         let numbers = self.numbers()?;
+        let copied = params.iter().find_map(|it| it.copy);
         for SgdParam { param, copy, gradient, momentum_buffer } in params {
             check([Some(param), Some(gradient), *momentum_buffer, None, None])?;
-            check_copy(param, *copy, one.copy)?;
+            check_copy(param, *copy, copied)?;
             on_one_device(one.param, param)?;
         }
         #[cfg(feature = "cuda")]
@@ -311,12 +313,12 @@ fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
     Ok(())
 }
 
-/// Checks what a parameter is copied to; all copies are of the type of `like`.
+/// Checks what a parameter is copied to, where it is; all copies are of the type of `like`.
 fn check_copy(param: &Tensor, copy: Option<&Tensor>, like: Option<&Tensor>) -> Result<()> {
-    if copy.map(Tensor::dtype) != like.map(Tensor::dtype) {
+    let Some(copy) = copy else { return Ok(()) };
+    if like.is_some_and(|like| like.dtype() != copy.dtype()) {
         bail!("update: expected copies of one type, got {copy:?} and {like:?}");
     }
-    let Some(copy) = copy else { return Ok(()) };
     on_one_device(param, copy)?;
     let fits = param.dims() == copy.dims() && param.dtype() == DType::F32;
     if !fits || !copy.is_contiguous() || !param.is_contiguous() {

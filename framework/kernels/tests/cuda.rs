@@ -268,6 +268,7 @@ fn updates() {
         zip3(&w, &g, &v, |w: &mut f32, g, v| *w += g * v).unwrap();
         zip3(&w2, &g2, &there(&v), |w: &mut f32, g, v| *w += g * v).unwrap();
         assert!(error(&w2, &w) < 1e-6 && error(&view.reshape(n).unwrap(), &w) < 1e-6);
+        assert_eq!(sum_squares_of(&[w2.narrow(0, 0, 0).unwrap()]).unwrap(), 0.);
         let (one, two) = (sum_squares_of(&[w.clone(), g]).unwrap(), sum_squares_of(&[w2, g2]).unwrap());
         assert!((two / one - 1.).abs() < 1e-6, "{two} {one}");
     }
@@ -277,7 +278,7 @@ fn updates() {
 fn steps_are_decided_on_where_their_gradients_are() {
     let Some((device, _turn)) = device() else { return };
     let plain = Clipping::default();
-    let clipped = Clipping { loss_scale: 8., norm: Some(0.5), value: Some(4e-3), only_finite: true };
+    let clipped = Clipping { loss_scale: 8., max_norm: Some(0.5), max_value: Some(4e-3), only_finite: true };
     for (clipping, spoilt) in
         [(plain, None), (clipped, None), (clipped, Some(f32::NAN)), (plain, Some(f32::INFINITY))]
     {
@@ -308,28 +309,22 @@ fn steps_are_decided_on_where_their_gradients_are() {
                 // The last numbers count.
                 placed.set(AdamStep { keep: 7., ..ADAM }).unwrap();
                 placed.set(ADAM).unwrap();
-                let params = sets.iter().map(|[param, gradient, first, second, copy]| AdamParam {
-                    param,
-                    copy: Some(copy),
-                    gradient,
-                    first,
-                    second,
-                    largest: None,
+                // The first is not copied.
+                let params = sets.iter().enumerate().map(|(i, [param, gradient, first, second, copy])| {
+                    AdamParam { param, copy: (i > 0).then_some(copy), gradient, first, second, largest: None }
                 });
                 placed.apply(&params.collect::<Vec<_>>(), &scale).unwrap();
                 let mut placed = Placed::on(device).unwrap();
                 placed.set(SGD).unwrap();
-                let params = sets.iter().map(|[param, gradient, buffer, _, copy]| SgdParam {
-                    param,
-                    copy: Some(copy),
-                    gradient,
-                    momentum_buffer: Some(buffer),
+                let params = sets.iter().enumerate().map(|(i, [param, gradient, buffer, _, copy])| {
+                    SgdParam { param, copy: (i > 0).then_some(copy), gradient, momentum_buffer: Some(buffer) }
                 });
                 placed.apply(&params.collect::<Vec<_>>(), &scale).unwrap();
                 let counted = scale.taken(&gradients).unwrap();
-                (norm.finish().unwrap(), sets, counted)
+                let shown = scale.apply(&gradients).unwrap();
+                (norm.finish().unwrap(), sets, counted, shown)
             };
-            let ((norm, cpu, counted), (norm2, cuda, counted2)) = (run(&CPU), run(&device));
+            let ((norm, cpu, counted, shown), (norm2, cuda, counted2, shown2)) = (run(&CPU), run(&device));
             assert!(
                 norm == norm2 || norm.is_nan() && norm2.is_nan() || (norm2 / norm - 1.).abs() < 1e-6,
                 "{norm2} {norm}"
@@ -345,12 +340,17 @@ fn steps_are_decided_on_where_their_gradients_are() {
             for (ours, theirs) in counted2.iter().flatten().zip(counted.iter().flatten()) {
                 assert!(same(ours, theirs, 1e-6));
             }
-            for ((ours, theirs), before) in cuda.iter().zip(&cpu).zip(sets(&CPU)) {
+            // What does not count is shown all the same.
+            for (ours, theirs) in shown2.iter().zip(&shown) {
+                assert!(same(ours, theirs, 1e-6));
+            }
+            for (set, ((ours, theirs), before)) in cuda.iter().zip(&cpu).zip(sets(&CPU)).enumerate() {
                 for (i, tolerance) in [(0, 2e-6), (2, 1e-6), (3, 1e-6)] {
                     assert!(same(&ours[i], &theirs[i], tolerance), "{clipping:?} {spoilt:?}, tensor {i}");
                     assert_eq!(values(&ours[i]) == values(&before[i]), refused);
                 }
-                let master = if refused { before[4].clone() } else { ours[0].to_dtype(dtype).unwrap() };
+                let master =
+                    if refused || set == 0 { before[4].clone() } else { ours[0].to_dtype(dtype).unwrap() };
                 assert!(same(&ours[4], &master, 0.));
             }
         }

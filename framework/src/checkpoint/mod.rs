@@ -93,6 +93,8 @@ pub struct State {
     pub plateau: PlateauState,
     /// The loss scale of fp16.
     pub loss_scale: Option<LossScale>,
+    /// The steps that each optimizer has taken, by its name.
+    pub optimizer_steps: IndexMap<String, u64>,
     /// How many updates the average of the weights has had.
     pub average_updates: u64,
     /// Seconds of training, where the run's length is limited by them.

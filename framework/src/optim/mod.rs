@@ -26,7 +26,8 @@ use crate::schedule::Rates;
 
 /// A rule that moves parameters against their gradients.
 pub trait Optimizer: Send {
-    /// Takes in the numbers of step `t`, which counts this optimizer's steps from 1: its `rates`, from the schedule.
+    /// Takes in the numbers of step `t`: its `rates`, from the schedule. `t` counts from 1 the steps that this optimizer has
+    /// taken, so that of one that is refused comes again.
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()>;
 
     /// Moves every parameter, with its copy, by so much of its gradient as `scale` says, or, where that refuses the step, none.
@@ -268,10 +269,17 @@ mod tests {
                 let master = Var::new(&[1f32, 2., -3.], &Device::Cpu).unwrap();
                 let copy = Var::zeros(3, DType::BF16, &Device::Cpu).unwrap();
                 let param = Param { name: "w".into(), master: master.clone(), copy: Some(copy.clone()) };
-                let mut optimizer = config.build(&[param]).unwrap();
+                // Beside parameters that the module keeps in 32 bits.
+                let whole = || {
+                    let master = Var::new(&[1f32], &Device::Cpu).unwrap();
+                    Param { name: "whole".into(), master, copy: None }
+                };
+                let mut optimizer = config.build(&[whole(), param, whole()]).unwrap();
+                let zero = [Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()];
+                let gradients = [&zero[..], gradients, &zero].concat();
                 for t in 1..=3 {
                     optimizer.prepare(t, config.lr().into()).unwrap();
-                    optimizer.step(gradients, &clipping.decide(gradients).unwrap().scale).unwrap();
+                    optimizer.step(&gradients, &clipping.decide(&gradients).unwrap().scale).unwrap();
                 }
                 let state = optimizer.state().iter().map(|(_, var)| values(var)).collect::<Vec<_>>();
                 (values(&master), values(&copy), state)

@@ -99,6 +99,8 @@ pub(crate) struct Turn {
     pub(crate) unused: Vec<(String, Var)>,
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
+    /// The steps it has taken: those that its gradients' overflow made it sit out do not count.
+    pub(crate) steps: u64,
     schedule: Schedule,
     groups: Vec<Group>,
 }
@@ -193,7 +195,8 @@ impl Turn {
         let owners = shard.map(|_| all_owners);
         let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
         let unused = idle.map(|(var, name)| (name, var)).collect();
-        Ok(Self { name: config.name.clone(), params: moved, working, owners, unused, lr, schedule, groups })
+        let name = config.name.clone();
+        Ok(Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, groups })
     }
 
     /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
@@ -220,8 +223,9 @@ impl Turn {
         self.owners.as_ref().is_none_or(|owners| owners[param] == ranks.rank())
     }
 
-    /// Takes in the numbers of step `t`, counted from 1.
-    pub(crate) fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
+    /// Takes in the numbers of its next step.
+    pub(crate) fn prepare(&mut self, rates: Rates) -> Result<()> {
+        let t = self.steps + 1;
         let mut groups = self.groups.iter_mut();
         groups.try_for_each(|it| it.optimizer.prepare(t, Rates { lr: rates.lr * it.ratio, ..rates }))
     }
@@ -324,7 +328,7 @@ mod tests {
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
         let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
-        turn.prepare(1, turn.rates(1, 1.)).unwrap();
+        turn.prepare(turn.rates(1, 1.)).unwrap();
         turn.step(&gradients, &GradScale::default(), &Solo).unwrap();
         // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
         let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];

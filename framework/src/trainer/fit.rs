@@ -10,7 +10,7 @@ mod update;
 use std::sync::Arc;
 use std::time::Instant;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 use indexmap::IndexMap;
 
 use super::evaluate::evaluate;
@@ -169,7 +169,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         for turn in 0..self.turns.len() {
             let rates = self.turns[turn].rates(done, self.lr_scale);
-            self.turns[turn].prepare(done + 1, rates)?;
+            self.turns[turn].prepare(rates)?;
             let Update { gradients, norm } = self.update(turn, &mut tally)?;
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
             if refusal.is_some() {
@@ -183,6 +183,7 @@ impl<B: Batch> Fit<'_, B> {
                 // ... or ends the run, whose last checkpoint is still good.
                 Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
+            self.turns[turn].steps += 1;
             for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
                 tally.note(
                     &self.metric_name(turn, name),
@@ -259,18 +260,6 @@ impl<B: Batch> Fit<'_, B> {
         let config = &self.trainer.config;
         let share = config.batch_size.div_ceil(self.ranks.world_size());
         memory::explain(error, config.micro_batch_size.unwrap_or(share))
-    }
-
-    /// Adds to a module's error, in half precision, what is probably wrong.
-    fn explain_precision(&self, error: Error) -> Error {
-        match self.trainer.config.precision.dtype() {
-            _ if memory::is_full(&error) => error,
-            DType::F32 => error,
-            dtype => Error::msg(format!(
-                "{error}\nthe module computes in {dtype:?}: an operation that has no kernel for it, or that mixes types, \
-                 needs `.to_dtype(DType::F32)` before and `.to_dtype(x.dtype())` after it"
-            )),
-        }
     }
 
     /// A metric's name; several optimizers have one each.

@@ -1,4 +1,5 @@
-//! What kernels are called with: each takes one of these, laid out as the struct of the same name in its source.
+//! What kernels are called with: each takes one of these, laid out as the struct of the same name in its source, where it may
+//! be a template.
 //!
 //! Addresses are those of the device's memory, 0 for nothing; offsets and strides count values, not bytes.
 
@@ -84,31 +85,34 @@ pub(crate) struct Narrow {
     pub(crate) count: u32,
 }
 
-/// A tensor among many: the addresses that a kernel uses of it, its values, and the blocks of all up to it.
+/// A tensor among many: where a kernel finds what belongs to it, its values, and the blocks of all up to it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Span {
-    pub(crate) at: [u64; 6],
+pub(crate) struct Span<P> {
+    pub(crate) at: P,
     pub(crate) count: u32,
     pub(crate) end: u32,
 }
 
-/// As many tensors as the arguments of a kernel, 4 KB, have room for. Of `publish`.
+/// As many tensors as the arguments of a kernel, 4 KB, have room for.
+pub(crate) const MOST_TENSORS: usize = 64;
+const _: () = assert!(size_of::<Update<AdamAt>>() <= 4096, "the largest of all arguments");
+
+/// So many tensors at most. Of `publish`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Many {
-    pub(crate) spans: [Span; Many::MOST],
+pub(crate) struct Many<P> {
+    pub(crate) spans: [Span<P>; MOST_TENSORS],
     pub(crate) tensors: u32,
 }
 
-impl Many {
-    pub(crate) const MOST: usize = 64;
+impl<P: Copy + Default> Many<P> {
     /// Values that a block takes.
     const CHUNK: usize = 4096;
 
-    /// Tensors with their values' count; at most [`MOST`](Self::MOST) of them, none empty.
-    pub(crate) fn new(tensors: &[([u64; 6], usize)]) -> Self {
-        let (mut spans, mut end) = ([Span::default(); Self::MOST], 0);
+    /// Tensors with their values' count; at most [`MOST_TENSORS`] of them, none empty.
+    pub(crate) fn new(tensors: &[(P, usize)]) -> Self {
+        let (mut spans, mut end) = ([Span::default(); MOST_TENSORS], 0);
         for (span, (at, count)) in spans.iter_mut().zip(tensors) {
             end += count.div_ceil(Self::CHUNK) as u32;
             *span = Span { at: *at, count: *count as u32, end };
@@ -122,31 +126,85 @@ impl Many {
     }
 }
 
-/// Of `adam`: parameter, gradient, first and second moment, the largest second moment or 0, a copy or 0. Of `sgd`: parameter,
-/// gradient, the momentum buffer or 0, a copy or 0.
+/// Of `adam` and `sgd`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Update {
-    pub(crate) tensors: Many,
+pub(crate) struct Update<P> {
+    pub(crate) tensors: Many<P>,
     /// The numbers of an [`AdamStep`](crate::updates::AdamStep) or [`SgdStep`](crate::updates::SgdStep).
     pub(crate) step: u64,
-    /// Norm, factor and value of the gradients.
+    /// What was decided of the gradients.
     pub(crate) decided: u64,
 }
 
-/// Of `approach`: what is moved, and where to.
+/// What `adam` uses of a parameter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AdamAt {
+    pub(crate) param: u64,
+    pub(crate) gradient: u64,
+    pub(crate) first: u64,
+    pub(crate) second: u64,
+    pub(crate) largest: u64,
+    pub(crate) copy: u64,
+}
+
+/// What `sgd` uses of a parameter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct SgdAt {
+    pub(crate) param: u64,
+    pub(crate) gradient: u64,
+    pub(crate) buffer: u64,
+    pub(crate) copy: u64,
+}
+
+/// What `publish` uses of a parameter.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PublishAt {
+    pub(crate) master: u64,
+    pub(crate) copy: u64,
+}
+
+/// Of `counted`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Counted {
+    pub(crate) tensors: Many<CountedAt>,
+    /// What was decided of the gradients.
+    pub(crate) decided: u64,
+}
+
+/// What `counted` reads, and where it writes to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CountedAt {
+    pub(crate) gradient: u64,
+    pub(crate) to: u64,
+}
+
+/// Of `approach`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Approach {
-    pub(crate) tensors: Many,
+    pub(crate) tensors: Many<ApproachAt>,
     pub(crate) share: f32,
+}
+
+/// What `approach` moves, and where to.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ApproachAt {
+    pub(crate) x: u64,
+    pub(crate) target: u64,
 }
 
 /// Of `square_sums`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SquareSums {
-    pub(crate) tensors: Many,
+    pub(crate) tensors: Many<u64>,
     pub(crate) sums: u64,
 }
 
@@ -167,8 +225,8 @@ pub(crate) struct Decide {
     pub(crate) sums: u64,
     pub(crate) decided: u64,
     pub(crate) loss_scale: f64,
-    pub(crate) norm: f64,
-    pub(crate) value: f32,
+    pub(crate) max_norm: f64,
+    pub(crate) max_value: f32,
     pub(crate) count: u32,
     pub(crate) only_finite: u32,
 }
@@ -176,14 +234,15 @@ pub(crate) struct Decide {
 /// Structs of plain numbers, which a kernel takes by value.
 #[cfg(feature = "cuda")]
 mod device {
+    use super::*;
     use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 
     macro_rules! device_repr {
-        ($($name:ident)*) => { $(
+        ($($name:ty)*) => { $(
             // SAFETY: laid out as C does, of numbers alone.
-            unsafe impl DeviceRepr for super::$name {}
+            unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Many Update Approach SquareSums Sums
-        Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Counted Approach SquareSums Sums Decide);
+    device_repr!(Many<PublishAt> Update<AdamAt> Update<SgdAt>);
 }

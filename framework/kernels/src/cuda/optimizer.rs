@@ -1,25 +1,29 @@
 //! Updates of parameters in place, and what the norm of gradients decides of them.
 
-use super::arguments::{Approach, Decide, Many, SquareSums, Sums, Update};
+use super::arguments::{
+    AdamAt, Approach, ApproachAt, Counted, CountedAt, Decide, MOST_TENSORS, Many, PublishAt, SgdAt,
+    SquareSums, Sums, Update,
+};
 use super::launch::{THREADS, launch, type_name};
 use super::memory::{address, allocate, packed, read, tensor, with_address};
 use super::sources::OPTIMIZER;
 use crate::clipping::{Clipping, GradScale};
 use crate::updates::{AdamParam, SgdParam};
+use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaStorage, DType, Result, Tensor, bail};
 
-/// Addresses of what belongs together, and how many values each of that has.
-type Places = ([u64; 6], usize);
-
-/// Calls `launch` with all tensors, as many at once as a kernel takes.
-fn in_groups(tensors: Vec<Places>, mut launch: impl FnMut(Many) -> Result<()>) -> Result<()> {
+/// Calls `launch` with all tensors, as many at once as a kernel takes. They come with how many values each has.
+fn in_groups<P: Copy + Default>(
+    tensors: Vec<(P, usize)>,
+    mut launch: impl FnMut(Many<P>) -> Result<()>,
+) -> Result<()> {
     let filled: Vec<_> = tensors.into_iter().filter(|(_, count)| *count > 0).collect();
     for (_, count) in &filled {
         if *count >= 1 << 31 {
             bail!("a parameter of {count} values is too large for a CUDA device");
         }
     }
-    filled.chunks(Many::MOST).try_for_each(|some| launch(Many::new(some)))
+    filled.chunks(MOST_TENSORS).try_for_each(|some| launch(Many::new(some)))
 }
 
 fn at(x: &Tensor) -> Result<u64> {
@@ -36,10 +40,17 @@ pub(crate) fn adam(numbers: &Tensor, params: &[AdamParam], scale: &GradScale) ->
     let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
     let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
         let AdamParam { param, copy, first, second, largest, .. } = *it;
-        let places = [at(param)?, at(gradient)?, at(first)?, at(second)?, at_or_0(largest)?, at_or_0(copy)?];
-        Ok((places, gradient.elem_count()))
+        let at = AdamAt {
+            param: at(param)?,
+            gradient: at(gradient)?,
+            first: at(first)?,
+            second: at(second)?,
+            largest: at_or_0(largest)?,
+            copy: at_or_0(copy)?,
+        };
+        Ok((at, gradient.elem_count()))
     });
-    let copy = params.first().and_then(|it| it.copy);
+    let copy = params.iter().find_map(|it| it.copy);
     // SAFETY: all have as many values as their parameter, and copies are of one type, which the caller has checked.
     unsafe { update("adam", numbers, tensors.collect::<Result<_>>()?, copy, scale) }
 }
@@ -49,10 +60,15 @@ pub(crate) fn sgd(numbers: &Tensor, params: &[SgdParam], scale: &GradScale) -> R
     let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
     let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
         let SgdParam { param, copy, momentum_buffer, .. } = *it;
-        let places = [at(param)?, at(gradient)?, at_or_0(momentum_buffer)?, at_or_0(copy)?, 0, 0];
-        Ok((places, gradient.elem_count()))
+        let at = SgdAt {
+            param: at(param)?,
+            gradient: at(gradient)?,
+            buffer: at_or_0(momentum_buffer)?,
+            copy: at_or_0(copy)?,
+        };
+        Ok((at, gradient.elem_count()))
     });
-    let copy = params.first().and_then(|it| it.copy);
+    let copy = params.iter().find_map(|it| it.copy);
     // SAFETY: as in `adam`.
     unsafe { update("sgd", numbers, tensors.collect::<Result<_>>()?, copy, scale) }
 }
@@ -61,13 +77,16 @@ pub(crate) fn sgd(numbers: &Tensor, params: &[SgdParam], scale: &GradScale) -> R
 ///
 /// # Safety
 /// The tensors are those of the rule's kernels, each of as many values as it says; copies are of the type of `copy`.
-unsafe fn update(
+unsafe fn update<P: Copy + Default>(
     rule: &str,
     numbers: &Tensor,
-    tensors: Vec<Places>,
+    tensors: Vec<(P, usize)>,
     copy: Option<&Tensor>,
     scale: &GradScale,
-) -> Result<()> {
+) -> Result<()>
+where
+    Update<P>: DeviceRepr,
+{
     let device = numbers.device().as_cuda_device()?;
     let kernel = format!("{rule}_{}", type_name(copy.map_or(DType::F32, Tensor::dtype))?);
     let decided = scale.on_device(numbers.device())?;
@@ -84,8 +103,9 @@ pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     let Some((_, first)) = pairs.first() else { return Ok(()) };
     let (device, dtype) = (first.device().as_cuda_device()?, first.dtype());
     let kernel = format!("publish_{}", type_name(dtype)?);
-    let tensors =
-        pairs.iter().map(|(master, copy)| Ok(([at(master)?, at(copy)?, 0, 0, 0, 0], copy.elem_count())));
+    let tensors = pairs
+        .iter()
+        .map(|(master, copy)| Ok((PublishAt { master: at(master)?, copy: at(copy)? }, copy.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         // SAFETY: as in `adam`; copies are of the kernel's type.
         unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, tensors) }
@@ -100,7 +120,7 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     let tensors = pairs
         .iter()
         .zip(&targets)
-        .map(|((x, _), target)| Ok(([at(x)?, at(target)?, 0, 0, 0, 0], target.elem_count())));
+        .map(|((x, _), target)| Ok((ApproachAt { x: at(x)?, target: at(target)? }, target.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         // SAFETY: as in `adam`.
         unsafe {
@@ -109,27 +129,51 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     })
 }
 
-/// Norm, factor and value of gradients, as [`Clipping::decide`] decides them.
+/// Gradients as they count, by what was decided of them.
+pub(crate) fn counted(gradients: &[Tensor], decided: &Tensor) -> Result<Vec<Tensor>> {
+    let device = decided.device().as_cuda_device()?;
+    let decided_at = at(decided)?;
+    let gradients = gradients.iter().map(packed).collect::<Result<Vec<_>>>()?;
+    let to = gradients.iter().map(|x| {
+        if x.dtype() != DType::F32 {
+            bail!("expected gradients in f32, got {:?}", x.dtype());
+        }
+        Ok(tensor(allocate(device, x.elem_count(), DType::F32, false)?, x.shape()))
+    });
+    let to = to.collect::<Result<Vec<_>>>()?;
+    let tensors = gradients
+        .iter()
+        .zip(&to)
+        .map(|(x, to)| Ok((CountedAt { gradient: at(x)?, to: at(to)? }, x.elem_count())));
+    in_groups(tensors.collect::<Result<_>>()?, |tensors| {
+        let arguments = Counted { tensors, decided: decided_at };
+        // SAFETY: each gradient has as many values, f32, as there is room for, which nobody else knows yet.
+        unsafe { launch(device, &OPTIMIZER, "counted", tensors.blocks() * THREADS, arguments) }
+    })?;
+    Ok(to)
+}
+
+/// Norm, factor, largest value and refusal of gradients, as [`Clipping::decide`] decides them.
 pub(crate) fn decide(clipping: &Clipping, gradients: &[Tensor]) -> Result<Tensor> {
     /// Sums that one thread adds up.
     const LAST: usize = 1 << 6;
-    let Clipping { loss_scale, norm, value, only_finite } = *clipping;
+    let Clipping { loss_scale, max_norm, max_value, only_finite } = *clipping;
     let Some(first) = gradients.first() else { bail!("there is no gradient to decide of") };
     let device = first.device().as_cuda_device()?;
     let sums = square_sums(gradients, LAST)?;
-    let decided = allocate(device, 3, DType::F32, false)?;
+    let decided = allocate(device, 4, DType::F32, false)?;
     let arguments = Decide {
         sums: address(&sums.values)?,
         decided: address(&decided)?,
         loss_scale,
-        norm: norm.unwrap_or(f64::INFINITY),
-        value: value.map_or(f32::INFINITY, |value| value as f32),
+        max_norm: max_norm.unwrap_or(f64::INFINITY),
+        max_value: max_value.map_or(f32::INFINITY, |value| value as f32),
         count: sums.count as u32,
         only_finite: u32::from(only_finite),
     };
-    // SAFETY: there are `count` sums, and room for three numbers.
+    // SAFETY: there are `count` sums, and room for four numbers.
     unsafe { launch(device, &OPTIMIZER, "decide", 1, arguments)? };
-    Ok(tensor(decided, 3))
+    Ok(tensor(decided, 4))
 }
 
 /// The sum of the squares of all tensors' values. Waits for the device once.
@@ -145,21 +189,23 @@ struct PartialSums {
     count: usize,
 }
 
-/// At most so many sums, which come to the sum of the squares of all tensors' values; always in one order.
+/// At most so many sums, and at least one, which come to the sum of the squares of all tensors' values; always in one order.
 fn square_sums(tensors: &[Tensor], most: usize) -> Result<PartialSums> {
     /// Each thread adds up so many sums.
     const EACH: usize = 1 << 6;
     let Some(first) = tensors.first() else { bail!("there is no tensor to take the squares of") };
     let device = first.device().as_cuda_device()?;
     let tensors = tensors.iter().map(|x| packed(&x.to_dtype(DType::F32)?)).collect::<Result<Vec<_>>>()?;
-    let all =
-        tensors.iter().map(|x| Ok(([at(x)?, 0, 0, 0, 0, 0], x.elem_count()))).collect::<Result<Vec<_>>>()?;
+    let all = tensors.iter().map(|x| Ok((at(x)?, x.elem_count()))).collect::<Result<Vec<_>>>()?;
     let mut count = 0;
     in_groups(all.clone(), |some| {
         count += some.blocks() * THREADS;
         Ok(())
     })?;
-    let mut values = allocate(device, count.max(1), DType::F64, false)?;
+    if count == 0 {
+        return Ok(PartialSums { values: allocate(device, 1, DType::F64, true)?, count: 1 });
+    }
+    let mut values = allocate(device, count, DType::F64, false)?;
     let (to, mut done) = (address(&values)?, 0);
     in_groups(all, |tensors| {
         let (threads, sums) = (tensors.blocks() * THREADS, to + (done * size_of::<f64>()) as u64);

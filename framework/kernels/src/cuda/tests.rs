@@ -1,12 +1,12 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    AddBias, Approach, ColumnSums, CopyColumns, Decide, GatesBackward, GatesForward, Many, Narrow, Plane,
-    SquareSums, Sums, Update,
+    AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide,
+    GatesBackward, GatesForward, Many, Narrow, Plane, SgdAt, SquareSums, Sums, Update,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
-use crate::clipping::Clipping;
+use crate::clipping::{Clipping, Share};
 use crate::updates::{AdamParam, AdamStep, Numbers, Placed, SgdParam, SgdStep, approach};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -238,22 +238,18 @@ fn assert_same<const N: usize>(params: &[Copied<N>]) {
 }
 
 /// What is decided of gradients by this norm: for kernels.
-fn decided(clipping: &Clipping, norm: f64) -> [f32; 3] {
+fn decided(clipping: &Clipping, norm: f64) -> [f32; 4] {
     let share = clipping.decide_by(norm).scale.on_cpu().unwrap();
-    share.map_or([f32::NAN; 3], |share| [norm as f32, share.factor, share.value])
+    share.map_or([7., 7., 7., 1.], |share| [norm as f32, share.factor, share.max_value, 0.])
 }
 
 #[test]
 fn parameters_move_as_on_the_cpu() {
     let Some(host) = Host::new() else { return };
     let plain = Clipping::default();
-    let clipped = Clipping { loss_scale: 4., norm: Some(1.), value: Some(0.06), only_finite: true };
+    let clipped = Clipping { loss_scale: 4., max_norm: Some(1.), max_value: Some(0.06), only_finite: true };
     // Gradients are up to 2: a factor of 1 / 40 leaves them at 0.05, one of 1 / 20 does not.
     let clippings = [(plain, 1.), (clipped, 10.), (clipped, 5.), (clipped, f64::NAN), (clipped, 0.5)];
-    let update = |kernel: &str, tensors: Many, step: &[f32], decided: &[f32]| {
-        let arguments = Update { tensors, step: at(step), decided: at(decided) };
-        run(host, &OPTIMIZER, kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
-    };
     let step = AdamStep {
         one_minus_beta1: 0.1,
         beta2: 0.99,
@@ -283,10 +279,13 @@ fn parameters_move_as_on_the_cpu() {
         let tensors = params.each_mut().map(|Copied { own, own_copy, .. }| {
             let [w, g, m, v, largest] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
             let copy = own_copy.as_mut_ptr() as u64 * u64::from(with_copy);
-            ([w, g, m, v, largest * u64::from(amsgrad), copy], own[0].len())
+            let largest = largest * u64::from(amsgrad);
+            (AdamAt { param: w, gradient: g, first: m, second: v, largest, copy }, own[0].len())
         });
         let kernel = if with_copy { "adam_bf16" } else { "adam_float" };
-        update(kernel, Many::new(&tensors), &step.in_order(), &decided(&clipping, norm));
+        let (step, decided) = (step.in_order(), decided(&clipping, norm));
+        let arguments = Update { tensors: Many::new(&tensors), step: at(&step), decided: at(&decided) };
+        run(host, &OPTIMIZER, kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
         assert_same(&params);
         let moved = params[0].own[0] != random(SIZES[0], 1);
         assert_eq!(moved, norm.is_finite());
@@ -304,19 +303,21 @@ fn parameters_move_as_on_the_cpu() {
         });
         placed.apply(&of_cpu, &clipping.decide_by(norm).scale).unwrap();
         let tensors = params.each_mut().map(|Copied { own, own_copy, .. }| {
-            let [w, gradient, buffer] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+            let [param, gradient, buffer] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
             let copy = own_copy.as_mut_ptr() as u64 * u64::from(nesterov);
-            ([w, gradient, buffer * u64::from(with_momentum), copy, 0, 0], own[0].len())
+            (SgdAt { param, gradient, buffer: buffer * u64::from(with_momentum), copy }, own[0].len())
         });
         let kernel = if nesterov { "sgd_bf16" } else { "sgd_float" };
-        update(kernel, Many::new(&tensors), &step.in_order(), &decided(&clipping, norm));
+        let (step, decided) = (step.in_order(), decided(&clipping, norm));
+        let arguments = Update { tensors: Many::new(&tensors), step: at(&step), decided: at(&decided) };
+        run(host, &OPTIMIZER, kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
         assert_same(&params);
     }
     let mut params = SIZES.map(|n| copied([random(n, 6), random(n, 7)]));
     approach(&params.each_ref().map(|Copied { cpu: [x, target], .. }| (x, target)), 0.25).unwrap();
     let tensors = params.each_mut().map(|Copied { own, .. }| {
         let [x, target] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
-        ([x, target, 0, 0, 0, 0], own[0].len())
+        (ApproachAt { x, target }, own[0].len())
     });
     let arguments = Approach { tensors: Many::new(&tensors), share: 0.25 };
     run(host, &OPTIMIZER, "approach", arguments.tensors.blocks() * Host::THREADS, arguments);
@@ -324,24 +325,54 @@ fn parameters_move_as_on_the_cpu() {
 }
 
 #[test]
+fn gradients_count_as_on_the_cpu() {
+    let Some(host) = Host::new() else { return };
+    let clipping = Clipping { loss_scale: 4., max_norm: Some(1.), max_value: Some(0.06), only_finite: false };
+    for norm in [0.5, 5., f64::NAN] {
+        let scale = clipping.decide_by(norm).scale;
+        let gradients = SIZES.map(|n| {
+            let mut x = random(n, 1);
+            x[n / 2] = f32::NAN;
+            x
+        });
+        let mut to = SIZES.map(|n| vec![7f32; n]);
+        let tensors: Vec<_> = gradients
+            .iter()
+            .zip(&mut to)
+            .map(|(x, to)| (CountedAt { gradient: at(x), to: to.as_mut_ptr() as u64 }, x.len()))
+            .collect();
+        let decided = decided(&clipping, norm);
+        let arguments = Counted { tensors: Many::new(&tensors), decided: at(&decided) };
+        run(host, &OPTIMIZER, "counted", arguments.tensors.blocks() * Host::THREADS, arguments);
+        let gradients = gradients.map(|x| Tensor::new(x, &Device::Cpu).unwrap());
+        for (ours, cpu) in to.iter().zip(scale.apply(&gradients).unwrap()) {
+            let bits = |x: &f32| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() };
+            let cpu = cpu.to_vec1::<f32>().unwrap();
+            assert!(ours.iter().map(bits).eq(cpu.iter().map(bits)), "{norm}");
+            assert!(ours[ours.len() / 2].is_nan());
+        }
+    }
+}
+
+#[test]
 fn a_step_is_decided_on_as_on_the_cpu() {
     let Some(host) = Host::new() else { return };
     for sums in [[9., 16.], [1e-40, 0.], [f64::INFINITY, 1.], [f64::NAN, 1.], [1e80, 0.]] {
-        for (norm, value, only_finite) in [
+        for (max_norm, max_value, only_finite) in [
             (None, None, false),
             (None, None, true),
             (Some(0.5), None, true),
             (Some(0.5), Some(0.1), false),
             (Some(100.), Some(0.1), true),
         ] {
-            let clipping = Clipping { loss_scale: 2., norm, value, only_finite };
-            let mut ours = [7f32; 3];
+            let clipping = Clipping { loss_scale: 2., max_norm, max_value, only_finite };
+            let mut ours = [7f32; 4];
             let arguments = Decide {
                 sums: at(&sums),
                 decided: ours.as_mut_ptr() as u64,
                 loss_scale: 2.,
-                norm: norm.unwrap_or(f64::INFINITY),
-                value: value.map_or(f32::INFINITY, |value| value as f32),
+                max_norm: max_norm.unwrap_or(f64::INFINITY),
+                max_value: max_value.map_or(f32::INFINITY, |value| value as f32),
                 count: 2,
                 only_finite: u32::from(only_finite),
             };
@@ -349,10 +380,11 @@ fn a_step_is_decided_on_as_on_the_cpu() {
             // What is finite in 64 bits alone is too large as well.
             let of_host = (sums[0] + sums[1]).sqrt() / 2.;
             let refused = only_finite && !(of_host as f32).is_finite();
-            let share = clipping.decide_by(of_host).scale.on_cpu().unwrap();
-            let factor = share.filter(|_| !refused).map_or(f32::NAN, |share| share.factor);
-            let expected = [of_host as f32, factor, value.map_or(f32::INFINITY, |value| value as f32)];
-            let bits = |x: [f32; 3]| x.map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() });
+            let share =
+                Clipping { only_finite: false, ..clipping }.decide_by(of_host).scale.on_cpu().unwrap();
+            let Some(Share { factor, max_value }) = share else { panic!("nothing refuses it") };
+            let expected = [of_host as f32, factor, max_value, f32::from(u8::from(refused))];
+            let bits = |x: [f32; 4]| x.map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() });
             assert_eq!(bits(ours), bits(expected), "{sums:?} {clipping:?}: {ours:?} {expected:?}");
         }
     }
@@ -364,7 +396,7 @@ fn squares_are_summed_in_64_bits() {
     // Of very different sizes, whose squares do not fit into 32 bits.
     let x: Vec<f32> =
         random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
-    let tensors = Many::new(&[&x[..300], &x[300..]].map(|some| ([at(some), 0, 0, 0, 0, 0], some.len())));
+    let tensors = Many::new(&[&x[..300], &x[300..]].map(|some| (at(some), some.len())));
     let parts = tensors.blocks() * Host::THREADS;
     let (mut sums, mut total) = (vec![f64::NAN; parts], vec![f64::NAN; 1]);
     let arguments = SquareSums { tensors, sums: sums.as_mut_ptr() as u64 };

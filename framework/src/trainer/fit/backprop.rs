@@ -1,13 +1,14 @@
-//! The forward and backward pass over a micro-batch.
+//! The forward and backward pass over a micro-batch, and what may follow at once.
 
 use candle_core::{DType, Tensor};
 
 use super::super::phase;
 use crate::batch::Batch;
+use crate::collective::Solo;
 use crate::error::Result;
-use crate::grads;
+use crate::grads::{self, Grads};
 use crate::module::{Logged, Module, Sketch, Step};
-use crate::optim::{Clipped, Turn};
+use crate::optim::{Clipped, Clipping, Turn};
 
 /// What the two passes came to.
 pub(super) struct Backprop {
@@ -16,7 +17,7 @@ pub(super) struct Backprop {
     pub(super) pictures: Vec<Sketch>,
     /// Of the parameters that the optimizer moves, in their order.
     pub(super) gradients: Vec<Option<Tensor>>,
-    /// Where these gradients have moved the parameters already: what was decided of them.
+    /// Where the work was the update as well: what was decided of these gradients, which are then complete.
     pub(super) clipped: Option<Clipped>,
 }
 
@@ -37,12 +38,45 @@ impl Backprop {
         Ok(Self::told(&loss, step, gradients))
     }
 
+    /// Moves the optimizer's parameters as well, by gradients that are complete after this one micro-batch.
+    pub(super) fn then_update(self, turn: &Turn, clipping: &Clipping) -> Result<Self> {
+        // What it tells may share memory with what moves now.
+        let told = self.map(&Tensor::force_contiguous, &|gradient| Ok(gradient.clone()))?;
+        let mut grads = Grads::new(&turn.params);
+        grads.add(&told.gradients)?;
+        let gradients = grads.complete(&turn.params)?;
+        let _phase = phase!("optimizer");
+        let clipped = clipping.decide(&gradients)?;
+        turn.step(&gradients, &clipped.scale, &Solo)?;
+        Ok(Self { gradients: gradients.into_iter().map(Some).collect(), clipped: Some(clipped), ..told })
+    }
+
+    /// The same, each tensor that it tells replaced by what `told` makes of it, each gradient by what `gradient` does.
+    pub(super) fn map(&self, told: MapTensor, gradient: MapTensor) -> candle_core::Result<Self> {
+        let metric = |(name, x): &(String, Tensor)| Ok((name.clone(), told(x)?));
+        let picture = |sketch: &Sketch| {
+            let of = sketch.of.iter().map(told).collect::<candle_core::Result<_>>()?;
+            Ok(Sketch { of, ..sketch.clone() })
+        };
+        let of_some = |x: &Option<Tensor>| x.as_ref().map(gradient).transpose();
+        Ok(Self {
+            loss: told(&self.loss)?,
+            metrics: self.metrics.iter().map(metric).collect::<candle_core::Result<_>>()?,
+            pictures: self.pictures.iter().map(picture).collect::<candle_core::Result<_>>()?,
+            gradients: self.gradients.iter().map(of_some).collect::<candle_core::Result<_>>()?,
+            clipped: self.clipped.clone(),
+        })
+    }
+
     /// What a module returned and told, with the gradients that were found.
     pub(super) fn told(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Self {
         let (metrics, pictures) = step.into_logged();
         Self { loss: loss.detach(), metrics, pictures, gradients, clipped: None }
     }
 }
+
+/// What becomes of a tensor.
+type MapTensor<'a> = &'a dyn Fn(&Tensor) -> candle_core::Result<Tensor>;
 
 /// The loss of a batch, in 32 bits.
 pub(super) fn forward<B: Batch>(

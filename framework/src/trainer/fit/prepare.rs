@@ -46,13 +46,18 @@ impl<'a, B: Batch> Fit<'a, B> {
         let state = state.as_ref();
         let progress = state.map(|state| state.progress).unwrap_or_default();
         let sharded = trainer.distributed.shard == Shard::Optimizer && !ranks.is_alone();
-        let turns = Turn::share(
+        let mut turns = Turn::share(
             &trainer.turns,
             &trainer.schedule,
             model.params(),
             model.training().unused(),
             sharded.then_some(&*ranks as &dyn Collective),
         )?;
+        for turn in &mut turns {
+            // Checkpoints of old know of no step that an optimizer sat out.
+            let known = state.and_then(|state| state.optimizer_steps.get(&turn.name));
+            turn.steps = known.copied().unwrap_or(progress.step);
+        }
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
         let mut average =
             trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;

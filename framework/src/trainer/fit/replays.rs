@@ -1,5 +1,5 @@
-//! A device's work on a micro-batch, as it comes, or recorded once and replayed: both work and, where a step is one micro-batch,
-//! the update.
+//! A device's work on a micro-batch, as it comes, or recorded once and replayed: both passes and, where a step is one
+//! micro-batch, the update.
 
 use std::sync::atomic::Ordering;
 
@@ -10,7 +10,7 @@ use super::super::phase;
 use super::backprop::Backprop;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
-use crate::module::{Logged, Sketch, Step};
+use crate::module::Step;
 use crate::taps::refresh;
 
 /// How many kinds of work are recorded: beyond that, shapes change too often for it to be worth its memory.
@@ -126,7 +126,7 @@ impl<B: Batch> Recorded<B> {
         let (results, recording) = record(device, || {
             // Without what they were computed from, which is freed here.
             let detached = |x: &Tensor| Ok(x.detach());
-            Ok::<_, Error>(map(&work(&batch, step)?, detached, detached)?)
+            Ok::<_, Error>(work(&batch, step)?.map(&detached, &detached)?)
         })?;
         if was_asked.load(Ordering::Relaxed) {
             // They have never been computed, so that there is nothing to free.
@@ -147,32 +147,11 @@ impl<B: Batch> Recorded<B> {
         }
         self.recording.replay()?;
         // Others keep these for longer than until the next replay, ...
-        let copied = |x: &Tensor| x.force_contiguous();
+        let copied = &Tensor::force_contiguous;
         // ... but not gradients that have done what they are for.
-        let is_over = self.results.clipped.is_some();
-        Ok(map(&self.results, copied, |x| if is_over { Ok(x.clone()) } else { copied(x) })?)
+        let shared = &|x: &Tensor| Ok(x.clone());
+        Ok(self.results.map(copied, if self.results.clipped.is_some() { shared } else { copied })?)
     }
-}
-
-/// The same numbers, each tensor replaced by what `f` makes of it, each gradient by what `of_gradient` does.
-fn map(
-    backprop: &Backprop,
-    f: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
-    of_gradient: impl Fn(&Tensor) -> candle_core::Result<Tensor>,
-) -> candle_core::Result<Backprop> {
-    let Backprop { loss, metrics, pictures, gradients, clipped } = backprop;
-    let metric = |(name, x): &(String, Tensor)| Ok((name.clone(), f(x)?));
-    let picture = |sketch: &Sketch| -> candle_core::Result<Sketch> {
-        Ok(Sketch { of: sketch.of.iter().map(&f).collect::<Result<_, _>>()?, ..sketch.clone() })
-    };
-    let gradient = |x: &Option<Tensor>| x.as_ref().map(&of_gradient).transpose();
-    Ok(Backprop {
-        loss: f(loss)?,
-        metrics: metrics.iter().map(metric).collect::<candle_core::Result<Logged>>()?,
-        pictures: pictures.iter().map(picture).collect::<Result<_, _>>()?,
-        gradients: gradients.iter().map(gradient).collect::<Result<_, _>>()?,
-        clipped: clipped.clone(),
-    })
 }
 
 fn tensors<B: Batch>(batch: &B) -> Result<Vec<Tensor>> {

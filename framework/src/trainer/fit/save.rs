@@ -49,6 +49,7 @@ impl<B: Batch> Fit<'_, B> {
             lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
             plateau: self.plateau,
             loss_scale: self.loss_scale,
+            optimizer_steps: self.turns.iter().map(|turn| (turn.name.clone(), turn.steps)).collect(),
             average_updates: average.map_or(0, |average| average.updates),
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             callbacks: trainer.callback_states(),

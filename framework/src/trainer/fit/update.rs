@@ -8,12 +8,11 @@ use super::replays::Kind;
 use super::{Fit, Tally, Tapped, phase};
 use crate::batch::Batch;
 use crate::callback::Flow;
-use crate::collective::Solo;
 use crate::collective::shard::Shares;
 use crate::error::Result;
 use crate::grads::Grads;
 use crate::module::Step;
-use crate::optim::{Clipped, Clipping, Turn};
+use crate::optim::{Clipped, Clipping};
 use crate::reduction::{Reduced, Reduction};
 
 /// What an update came to.
@@ -30,7 +29,7 @@ struct Gradients {
     own: Vec<Tensor>,
     /// Whether somebody wants to look at those of all.
     wanted: bool,
-    /// Where they have moved the parameters already: what was decided of them.
+    /// Where the update has followed them at once: what was decided of them.
     clipped: Option<Clipped>,
 }
 
@@ -39,11 +38,11 @@ impl<B: Batch> Fit<'_, B> {
     pub(super) fn update(&mut self, turn: usize, tally: &mut Tally) -> Result<Update> {
         let Gradients { own, wanted, clipped } = self.gradients(turn, tally)?;
         let _phase = phase!("optimizer");
-        let has_moved = clipped.is_some();
-        // Decided where the gradients are, and heard of here when all that follows has been asked for.
+        let is_over = clipped.is_some();
         let Clipped { scale, norm } = clipped.map_or_else(|| self.clip(&own), Ok)?;
+        // Decided where the gradients are, and heard of here when all that follows has been asked for.
         let norm = norm.read()?;
-        if !has_moved {
+        if !is_over {
             self.turns[turn].step(&own, &scale, &*self.ranks)?;
         }
         if wanted {
@@ -81,31 +80,33 @@ impl<B: Batch> Fit<'_, B> {
             let backprop = match (&self.tapped, reduction.take()) {
                 (Some(Tapped { module, taps }), Some(before)) => {
                     let mut step = step();
-                    forward(&**module, &batch, &mut step).and_then(|loss| {
+                    let passes = forward(&**module, &batch, &mut step).and_then(|loss| {
                         let _phase = phase!("backward");
                         let before = before.before_backward(place.ends_step);
                         reduction = Some(taps.during(before, || scaled(&loss, factor)?.backward())?);
                         Ok(Backprop::told(&loss, step, Vec::new()))
-                    })
+                    });
+                    passes.map_err(|error| self.trainer.config.precision.explain(error))?
                 }
                 _ => {
                     let (module, optimizer, clipping) =
                         (self.model.training(), &self.turns[turn], self.clipping());
                     let is_whole = place.number == 0 && place.ends_step;
                     let updates = is_whole && self.replays.is_on() && optimizer.stays_on_device();
+                    let precision = self.trainer.config.precision;
                     let work = |batch: &B, step| {
-                        let backprop = Backprop::over(module, optimizer, batch, step, factor)?;
-                        if updates { moved(backprop, optimizer, &clipping) } else { Ok(backprop) }
+                        let passes = Backprop::over(module, optimizer, batch, step, factor);
+                        let passes = passes.map_err(|error| precision.explain(error))?;
+                        if updates { passes.then_update(optimizer, &clipping) } else { Ok(passes) }
                     };
                     // Steps with pictures compute what others do not.
                     if images_due {
-                        work(&batch, step())
+                        work(&batch, step())?
                     } else {
-                        self.replays.run(Kind { turn, factor, updates }, &batch, step, work)
+                        self.replays.run(Kind { turn, factor, updates }, &batch, step, work)?
                     }
                 }
             };
-            let backprop = backprop.map_err(|error| self.explain_precision(error))?;
             grads.add(&backprop.gradients)?;
             clipped = backprop.clipped.clone();
             tally.losses.push((place.number, backprop.loss.clone()));
@@ -146,20 +147,9 @@ impl<B: Batch> Fit<'_, B> {
         let config = &self.trainer.config;
         Clipping {
             loss_scale: self.loss_scale.map_or(1., |loss_scale| loss_scale.scale),
-            norm: config.clip_norm,
-            value: config.clip_value,
+            max_norm: config.clip_norm,
+            max_value: config.clip_value,
             only_finite: config.nan_guard || self.loss_scale.is_some(),
         }
     }
-}
-
-/// Moves an optimizer's parameters by gradients that are complete after one micro-batch.
-fn moved(backprop: Backprop, turn: &Turn, clipping: &Clipping) -> Result<Backprop> {
-    let _phase = phase!("optimizer");
-    let mut grads = Grads::new(&turn.params);
-    grads.add(&backprop.gradients)?;
-    let gradients = grads.complete(&turn.params)?;
-    let clipped = clipping.decide(&gradients)?;
-    turn.step(&gradients, &clipped.scale, &Solo)?;
-    Ok(Backprop { gradients: gradients.into_iter().map(Some).collect(), clipped: Some(clipped), ..backprop })
 }
