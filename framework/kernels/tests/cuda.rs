@@ -10,8 +10,8 @@ use candlepower_kernels::updates::{
 };
 use candlepower_kernels::{
     Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download, Exchange,
-    Keep, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory,
-    reset_peak_memory, to_device,
+    Keep, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, record,
+    rehearse, reset_peak_memory, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -417,6 +417,27 @@ fn downloads_bring_what_was_there_when_they_began() {
     let first = there.narrow(0, 1, 2).unwrap();
     let here = Download::start(&first).unwrap().finish().unwrap();
     assert_eq!((here.dtype(), values(&here)), (DType::F32, values(&half.narrow(0, 1, 2).unwrap())));
+}
+
+#[test]
+fn a_recording_keeps_the_memory_that_its_convolutions_work_in() {
+    let Some((device, _turn)) = device() else { return };
+    // No test has convolved so many images before: there is more to work in for each more.
+    let [x, larger] = [40, 80].map(|batch| random((batch, 8, 8, 16), 1).to_device(&device).unwrap());
+    let weight = random((16, 16, 3, 3), 2).to_device(&device).unwrap();
+    let convolve = |x: &Tensor| conv2d(x, &weight, None, Conv2dOptions { padding: 1, ..Default::default() });
+    let expected = values(&rehearse(&device, || convolve(&x)).unwrap());
+    let (y, recording) = record(&device, || convolve(&x)).unwrap();
+    device.synchronize().unwrap();
+    convolve(&larger).unwrap();
+    // Memory that was freed is somebody else's now.
+    let others: Vec<Tensor> = (0..64).map(|i| Tensor::full(i as f32, 40 << 10, &device).unwrap()).collect();
+    recording.replay().unwrap();
+    assert_eq!(values(&y), expected);
+    drop(y); // it is the recording's memory
+    for (i, other) in others.iter().enumerate() {
+        assert!(values(other).iter().all(|x| *x == i as f64), "{i}");
+    }
 }
 
 #[test]

@@ -9,17 +9,17 @@ use crate::numbers::{Kind, Matrix, multiply, read, tf32_allowed, to_tf32, write}
 use std::ffi::{c_char, c_int, c_void};
 use std::sync::Arc;
 
-const BAD_PARAM: c_int = 2000;
-const NOT_SUPPORTED: c_int = 3000;
+pub(crate) const BAD_PARAM: c_int = 2000;
+pub(crate) const NOT_SUPPORTED: c_int = 3000;
 const FAILED: c_int = 5000;
 
-/// Bytes that each algorithm wants to work in.
+/// Bytes that each algorithm of the legacy calls wants to work in.
 const WORKSPACE: usize = 4096;
 /// Of an algorithm that gives other bits each time, and of one that does not.
 const LOOSE: c_int = 0;
 const STRICT: c_int = 1;
 /// 32 bits are 32 bits.
-const FMA: c_int = 3;
+pub(crate) const FMA: c_int = 3;
 
 #[derive(Debug)]
 pub(crate) struct Handle {
@@ -30,18 +30,18 @@ pub(crate) struct Handle {
 /// Of a tensor (n, c, h, w), or a filter (outputs, inputs, h, w).
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tensor {
-    dims: [usize; 4],
-    strides: [usize; 4],
-    kind: c_int,
+    pub(crate) dims: [usize; 4],
+    pub(crate) strides: [usize; 4],
+    pub(crate) kind: c_int,
 }
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Options {
-    padding: [usize; 2],
-    stride: [usize; 2],
-    dilation: [usize; 2],
-    groups: usize,
-    math: c_int,
+    pub(crate) padding: [usize; 2],
+    pub(crate) stride: [usize; 2],
+    pub(crate) dilation: [usize; 2],
+    pub(crate) groups: usize,
+    pub(crate) math: c_int,
 }
 
 /// What the library says of an algorithm.
@@ -72,6 +72,7 @@ fn kind(kind: c_int) -> Result<Kind, c_int> {
     })
 }
 
+/// Functions of cuDNN: the body is a `Result<(), i32>`.
 macro_rules! library {
     ($(fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => { $(
         #[unsafe(no_mangle)]
@@ -80,6 +81,16 @@ macro_rules! library {
             body().err().unwrap_or(0)
         }
     )* };
+}
+pub(crate) use library;
+
+/// A scalar of a legacy call.
+///
+/// # Safety
+/// It is of 64 bits where the tensor is, else of 32.
+unsafe fn scalar(of: &Tensor, at: *const c_void) -> f64 {
+    // SAFETY: the caller's promise.
+    unsafe { if kind(of.kind) == Ok(Kind::F64) { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) } }
 }
 
 fn size(x: c_int) -> Result<usize, c_int> {
@@ -218,7 +229,10 @@ library! {
         options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, y_is: *const Tensor, y: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe { Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, [alpha, beta])? };
+        let call = unsafe {
+            let scalars = [alpha, beta].map(|at| scalar(&*x_is, at));
+            Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, scalars)?
+        };
         call.ask(algorithm, workspace, bytes)
     }
     fn cudnnConvolutionBackwardData(
@@ -226,7 +240,10 @@ library! {
         options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, dx_is: *const Tensor, dx: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe { Call::new(Pass::Data, &*handle, [&*dx_is, &*w_is, &*dy_is], [dx, w, dy], &*options, [alpha, beta])? };
+        let call = unsafe {
+            let scalars = [alpha, beta].map(|at| scalar(&*dx_is, at));
+            Call::new(Pass::Data, &*handle, [&*dx_is, &*w_is, &*dy_is], [dx, w, dy], &*options, scalars)?
+        };
         call.ask(algorithm, workspace, bytes)
     }
     fn cudnnConvolutionBackwardFilter(
@@ -234,7 +251,10 @@ library! {
         options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, dw_is: *const Tensor, dw: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe { Call::new(Pass::Filter, &*handle, [&*x_is, &*dw_is, &*dy_is], [x, dw, dy], &*options, [alpha, beta])? };
+        let call = unsafe {
+            let scalars = [alpha, beta].map(|at| scalar(&*x_is, at));
+            Call::new(Pass::Filter, &*handle, [&*x_is, &*dw_is, &*dy_is], [x, dw, dy], &*options, scalars)?
+        };
         call.ask(algorithm, workspace, bytes)
     }
 }
@@ -262,6 +282,12 @@ unsafe extern "C" fn cudnnGetLastErrorString(to: *mut c_char, len: usize) {
     }
 }
 
+/// Whether there is a way to convolve: not in groups, channels last.
+pub(crate) fn is_supported(x: &Tensor, w: &Tensor, groups: usize) -> bool {
+    let channels_last = x.strides == packed(x.dims, true) && x.strides != packed(x.dims, false);
+    !(channels_last && groups > 1) && kind(x.kind).is_ok() && x.kind == w.kind
+}
+
 /// Lists two algorithms, the quicker of which is not deterministic; neither takes groups channels last.
 ///
 /// # Safety
@@ -274,9 +300,7 @@ unsafe fn candidates(
     count: *mut c_int,
     list: *mut Candidate,
 ) -> Result<(), c_int> {
-    let channels_last = x.strides == packed(x.dims, true) && x.strides != packed(x.dims, false);
-    let supported = !(channels_last && options.groups > 1) && kind(x.kind).is_ok() && x.kind == w.kind;
-    let status = if supported { 0 } else { NOT_SUPPORTED };
+    let status = if is_supported(x, w, options.groups) { 0 } else { NOT_SUPPORTED };
     for (i, algorithm) in [LOOSE, STRICT].into_iter().enumerate().take(size(room)?) {
         let deterministic = c_int::from(algorithm == STRICT);
         let candidate = Candidate {
@@ -296,7 +320,7 @@ unsafe fn candidates(
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Pass {
+pub(crate) enum Pass {
     Forward,
     Data,
     Filter,
@@ -304,7 +328,7 @@ enum Pass {
 
 /// A convolution to compute: x, filter and y, or their gradients.
 #[derive(Clone)]
-struct Call {
+pub(crate) struct Call {
     pass: Pass,
     stream: u64,
     ordinal: usize,
@@ -316,23 +340,17 @@ struct Call {
 }
 
 impl Call {
-    /// # Safety
-    /// Scalars are of 64 bits where tensors are, else of 32.
-    unsafe fn new(
+    pub(crate) fn new(
         pass: Pass,
         handle: &Handle,
         tensors: [&Tensor; 3],
         places: [u64; 3],
         options: &Options,
-        scalars: [*const c_void; 2],
+        scalars: [f64; 2],
     ) -> Result<Call, c_int> {
         let ordinal = if handle.stream == 0 { handle.ordinal } else { owner(handle.stream) };
         let [x, w, y] = tensors;
         let kind = kind(x.kind)?;
-        // SAFETY: the caller's promise.
-        let scalar = |at: *const c_void| unsafe {
-            if kind == Kind::F64 { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) }
-        };
         let out = |i: usize| {
             let (padding, stride, dilation) = (options.padding[i], options.stride[i], options.dilation[i]);
             (x.dims[2 + i] + 2 * padding)
@@ -354,18 +372,24 @@ impl Call {
             tensors: tensors.map(Clone::clone),
             places,
             options: options.clone(),
-            scalars: scalars.map(scalar),
+            scalars,
             kind,
         })
     }
 
+    /// By a legacy algorithm.
     fn ask(self, algorithm: c_int, workspace: u64, bytes: usize) -> Result<(), c_int> {
-        if algorithm != STRICT && self.pass != Pass::Forward {
-            eprintln!("stand-in: cuDNN: {:?} by an algorithm that gives other bits each time", self.pass);
-            return Err(FAILED);
-        }
         if bytes < WORKSPACE {
             return Err(BAD_PARAM);
+        }
+        self.ask_of(algorithm == STRICT, workspace, bytes)
+    }
+
+    /// By an algorithm that gives the same bits every time, or another.
+    pub(crate) fn ask_of(self, is_strict: bool, workspace: u64, bytes: usize) -> Result<(), c_int> {
+        if !is_strict && self.pass != Pass::Forward {
+            eprintln!("stand-in: cuDNN: {:?} by an algorithm that gives other bits each time", self.pass);
+            return Err(FAILED);
         }
         let (ordinal, stream) = (self.ordinal, self.stream);
         device(ordinal)?.ask(

@@ -8,6 +8,7 @@
 //! What it cannot tell: how quick something is, which algorithm cuDNN picks, and whether a real device rounds as it does.
 #![allow(non_snake_case)]
 
+mod backend;
 mod blas;
 mod convolution;
 mod device;

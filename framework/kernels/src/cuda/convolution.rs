@@ -1,17 +1,22 @@
-//! Convolutions by cuDNN: descriptors and algorithms are found once a shape, and workspace is used again.
+//! Convolutions by cuDNN: a plan is made once a shape and pass, and workspace is used again.
 
+use super::backend::{Descriptor, Note, Place};
 use super::failed;
 use super::memory::{address, allocate};
 use crate::direct::Geometry;
-use candle_core::cuda_backend::cudarc::cudnn::result::{self, CudnnError};
-use candle_core::cuda_backend::cudarc::cudnn::sys;
+use candle_core::cuda_backend::cudarc::cudnn::result;
+use candle_core::cuda_backend::cudarc::cudnn::sys::{
+    self, cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind,
+    cudnnBackendHeurMode_t as Mode,
+};
 use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
 use std::collections::HashMap;
-use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Algorithms that want more workspace are not taken, where there is another.
+/// Engines that want more workspace are not taken, where there is another.
 const MOST_WORKSPACE: usize = 2 << 30;
+/// What addresses are multiples of, where cuDNN's quick engines can be used.
+const ALIGNMENT: u64 = 16;
 
 /// How tensors lie in memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -22,61 +27,47 @@ pub(crate) enum Order {
     ChannelsFirst,
 }
 
+/// Which of a convolution's tensors is computed from the two others.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+enum Pass {
+    /// y.
+    Forward,
+    /// The gradient of x.
+    BackwardData,
+    /// The gradient of w.
+    BackwardFilter,
+}
+
 /// What a plan is for.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 struct Key {
     dims: [usize; 13],
+    pass: Pass,
+    /// Whether the result is added to what is there.
+    add: bool,
     order: Order,
     dtype: DType,
+    is_aligned: bool,
     tf32: bool,
 }
 
-impl Key {
-    fn new(g: &Geometry, order: Order, dtype: DType) -> Key {
-        let dims = [
-            g.batch,
-            g.height,
-            g.width,
-            g.inputs,
-            g.outputs,
-            g.kernel_height,
-            g.kernel_width,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.groups,
-            g.out_height,
-            g.out_width,
-        ];
-        Key { dims, order, dtype, tf32: super::device::tf32_allowed() }
-    }
-}
-
-/// The descriptors of a convolution, and the algorithm of each of its three passes with the workspace that it needs.
-#[derive(Clone, Copy)]
+/// How a pass is computed.
 struct Plan {
-    x: sys::cudnnTensorDescriptor_t,
-    y: sys::cudnnTensorDescriptor_t,
-    w: sys::cudnnFilterDescriptor_t,
-    convolution: sys::cudnnConvolutionDescriptor_t,
-    forward: Option<(sys::cudnnConvolutionFwdAlgo_t, usize)>,
-    backward_data: Option<(sys::cudnnConvolutionBwdDataAlgo_t, usize)>,
-    backward_filter: Option<(sys::cudnnConvolutionBwdFilterAlgo_t, usize)>,
+    execution: Descriptor,
+    /// Bytes.
+    workspace: usize,
+    /// What it was made of.
+    _parts: Vec<Descriptor>,
 }
 
-impl Plan {
-    fn is_complete(&self) -> bool {
-        self.forward.is_some() && self.backward_data.is_some() && self.backward_filter.is_some()
-    }
-}
-
-/// cuDNN on one device. Plans stay until the process ends; there are as many as shapes.
+/// cuDNN on one device. Plans stay until the process ends; there are as many as shapes and passes.
 struct Engine {
     /// Which knows the device's stream.
     handle: sys::cudnnHandle_t,
     device: CudaDevice,
-    plans: HashMap<Key, Plan>,
-    workspace: Option<CudaStorage>,
+    /// None where cuDNN has no way.
+    plans: HashMap<Key, Option<Arc<Plan>>>,
+    workspace: Option<Arc<CudaStorage>>,
 }
 
 // SAFETY: cuDNN's handles may be used by any thread, by one at a time, and the lock around this sees to that.
@@ -97,17 +88,29 @@ fn engine(device: &CudaDevice) -> Result<Arc<Mutex<Engine>>> {
     Ok(engine)
 }
 
+/// Where convolutions of this device work now: whoever records them keeps it.
+pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
+    let engines = ENGINES.lock().unwrap_or_else(PoisonError::into_inner);
+    let engine = engines.as_ref()?.get(&device.id())?.lock().unwrap_or_else(PoisonError::into_inner);
+    engine.workspace.clone()
+}
+
 /// The order in which cuDNN can compute this convolution and its gradients: channels last, where it has a way.
 pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType) -> Result<Order> {
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let engine = engine(device)?;
     let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
     for order in [Order::ChannelsLast, Order::ChannelsFirst] {
-        if engine.plan(g, order, dtype)?.is_complete() {
+        let mut has_all = true;
+        for pass in [Pass::Forward, Pass::BackwardData, Pass::BackwardFilter] {
+            let key = Key::new(g, pass, false, order, dtype, true);
+            has_all = has_all && engine.plan(g, key)?.is_some();
+        }
+        if has_all {
             return Ok(order);
         }
     }
-    bail!("cuDNN has no algorithm that gives the same bits every time, in {dtype:?}, for {g:?}")
+    Err(no_engine(g, dtype))
 }
 
 /// y = x * w.
@@ -121,29 +124,8 @@ pub(crate) unsafe fn forward(
     dtype: DType,
     [x, w, y]: [u64; 3],
 ) -> Result<()> {
-    with_plan(device, g, order, dtype, |engine, plan| {
-        let (algorithm, bytes) = found(plan.forward, g, dtype)?;
-        let (workspace, [one, zero]) = (engine.workspace(bytes)?, [1f32, 0.]);
-        // SAFETY: the descriptors are of this geometry; the addresses fit them, says the caller.
-        unsafe {
-            result::convolution_forward(
-                engine.handle,
-                scalar(&one),
-                plan.x,
-                memory(x),
-                plan.w,
-                memory(w),
-                plan.convolution,
-                algorithm,
-                memory_mut(workspace),
-                bytes,
-                scalar(&zero),
-                plan.y,
-                memory_mut(y),
-            )
-        }
-        .map_err(refused("cuDNN, convolution"))
-    })
+    // SAFETY: the caller's promise.
+    unsafe { compute(device, g, order, dtype, Pass::Forward, [x, w, y], false) }
 }
 
 /// The gradient of x.
@@ -157,29 +139,8 @@ pub(crate) unsafe fn backward_data(
     dtype: DType,
     [w, dy, dx]: [u64; 3],
 ) -> Result<()> {
-    with_plan(device, g, order, dtype, |engine, plan| {
-        let (algorithm, bytes) = found(plan.backward_data, g, dtype)?;
-        let (workspace, [one, zero]) = (engine.workspace(bytes)?, [1f32, 0.]);
-        // SAFETY: as in `forward`.
-        unsafe {
-            result::convolution_backward_data(
-                engine.handle,
-                scalar(&one),
-                plan.w,
-                memory(w),
-                plan.y,
-                memory(dy),
-                plan.convolution,
-                algorithm,
-                memory_mut(workspace),
-                bytes,
-                scalar(&zero),
-                plan.x,
-                memory_mut(dx),
-            )
-        }
-        .map_err(refused("cuDNN, convolution's gradient of its input"))
-    })
+    // SAFETY: the caller's promise.
+    unsafe { compute(device, g, order, dtype, Pass::BackwardData, [dx, w, dy], false) }
 }
 
 /// The gradient of w, put in its place or added to it.
@@ -194,90 +155,87 @@ pub(crate) unsafe fn backward_filter(
     [x, dy, dw]: [u64; 3],
     add: bool,
 ) -> Result<()> {
-    with_plan(device, g, order, dtype, |engine, plan| {
-        let (algorithm, bytes) = found(plan.backward_filter, g, dtype)?;
-        let (workspace, [one, kept]) = (engine.workspace(bytes)?, [1f32, f32::from(u8::from(add))]);
-        // SAFETY: as in `forward`.
-        unsafe {
-            result::convolution_backward_filter(
-                engine.handle,
-                scalar(&one),
-                plan.x,
-                memory(x),
-                plan.y,
-                memory(dy),
-                plan.convolution,
-                algorithm,
-                memory_mut(workspace),
-                bytes,
-                scalar(&kept),
-                plan.w,
-                memory_mut(dw),
-            )
-        }
-        .map_err(refused("cuDNN, convolution's gradient of its weight"))
-    })
+    // SAFETY: the caller's promise.
+    unsafe { compute(device, g, order, dtype, Pass::BackwardFilter, [x, dw, dy], add) }
 }
 
-fn with_plan(
+/// Asks for a pass over x, w and y, or their gradients.
+///
+/// # Safety
+/// As for [`forward`].
+unsafe fn compute(
     device: &CudaDevice,
     g: &Geometry,
     order: Order,
     dtype: DType,
-    call: impl FnOnce(&mut Engine, &Plan) -> Result<()>,
+    pass: Pass,
+    places: [u64; 3],
+    add: bool,
 ) -> Result<()> {
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let engine = engine(device)?;
     let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
-    let plan = engine.plan(g, order, dtype)?;
-    call(&mut engine, &plan)
+    let is_aligned = places.iter().all(|at| at.is_multiple_of(ALIGNMENT));
+    let plan = engine.plan(g, Key::new(g, pass, add, order, dtype, is_aligned))?;
+    let plan = plan.ok_or_else(|| no_engine(g, dtype))?;
+    let workspace = engine.place_to_work(plan.workspace)?;
+    let pack = Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
+        .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
+        .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
+        .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
+        .finish()?;
+    // SAFETY: the plan is of this geometry; the addresses fit it, says the caller.
+    unsafe { plan.execution.execute(engine.handle, &pack) }
 }
 
-fn found<A>(algorithm: Option<A>, g: &Geometry, dtype: DType) -> Result<A> {
-    algorithm.ok_or_else(|| {
-        Error::Msg(format!(
-            "cuDNN has no algorithm that gives the same bits every time, in {dtype:?}, for {g:?}"
-        ))
-    })
+fn no_engine(g: &Geometry, dtype: DType) -> Error {
+    Error::Msg(format!("cuDNN has no engine that gives the same bits every time, in {dtype:?}, for {g:?}"))
 }
 
-/// What cuDNN says, as an error of candle: its code, and the last words that it had.
-fn refused(what: &str) -> impl Fn(CudnnError) -> Error + '_ {
-    move |CudnnError(code)| {
-        let mut words: [c_char; 1024] = [0; 1024];
-        // SAFETY: there is room for as much as is asked for, and a zero at the end in any case.
-        let words = unsafe {
-            sys::cudnnGetLastErrorString(words.as_mut_ptr(), words.len() - 1);
-            CStr::from_ptr(words.as_ptr()).to_string_lossy()
-        };
-        Error::Msg(format!("{what}: {code:?} {words}").trim_end().to_string())
+/// What plans call x, w and y.
+const IDS: [i64; 3] = [1, 2, 3];
+
+impl Key {
+    fn new(g: &Geometry, pass: Pass, add: bool, order: Order, dtype: DType, is_aligned: bool) -> Key {
+        let dims = [
+            g.batch,
+            g.height,
+            g.width,
+            g.inputs,
+            g.outputs,
+            g.kernel_height,
+            g.kernel_width,
+            g.stride,
+            g.padding,
+            g.dilation,
+            g.groups,
+            g.out_height,
+            g.out_width,
+        ];
+        Key { dims, pass, add, order, dtype, is_aligned, tf32: super::device::tf32_allowed() }
     }
-}
 
-fn memory(at: u64) -> *const c_void {
-    at as *const c_void
-}
-
-fn memory_mut(at: u64) -> *mut c_void {
-    at as *mut c_void
-}
-
-fn scalar(x: &f32) -> *const c_void {
-    std::ptr::from_ref(x).cast()
+    /// Whether an engine of which cuDNN notes this may be used. The same bits every time: a training that goes on from a
+    /// checkpoint ends as one that was never interrupted. And 32 bits are 32 bits, unless TF32 is allowed.
+    fn allows(&self, notes: &[Note]) -> bool {
+        let is_whole = self.dtype == DType::F32 && !self.tf32;
+        !notes.contains(&Note::NONDETERMINISTIC)
+            && !(is_whole
+                && (notes.contains(&Note::TENSOR_CORE) || notes.contains(&Note::DOWN_CONVERT_INPUTS)))
+    }
 }
 
 impl Engine {
     fn new(device: &CudaDevice) -> Result<Engine> {
-        let failed = refused("cuDNN");
         let stream = device.cuda_stream();
-        let handle = result::create_handle().map_err(&failed)?;
+        let handle = result::create_handle().map_err(failed("cuDNN"))?;
         // SAFETY: the stream lives as long as the device, which is kept here.
-        unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(&failed)?;
+        unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(failed("cuDNN"))?;
         Ok(Engine { handle, device: device.clone(), plans: HashMap::new(), workspace: None })
     }
 
     /// At least so many bytes for the operation that is asked for next; the one after it may use them again.
-    fn workspace(&mut self, bytes: usize) -> Result<u64> {
+    fn place_to_work(&mut self, bytes: usize) -> Result<u64> {
         const ITEM: usize = size_of::<f32>();
         if bytes == 0 {
             return Ok(0);
@@ -290,146 +248,168 @@ impl Engine {
             if super::is_recording() {
                 bail!("cuDNN wants more memory to work in than when this was rehearsed");
             }
-            // First freed: both together may be more than there is.
+            // First freed, unless something recorded works there: both together may be more than there is.
             self.workspace = None;
-            self.workspace = Some(allocate(&self.device, bytes.div_ceil(ITEM), DType::F32, false)?);
+            self.workspace = Some(Arc::new(allocate(&self.device, bytes.div_ceil(ITEM), DType::F32, false)?));
         }
-        self.workspace.as_ref().map_or(Ok(0), address)
+        self.workspace.as_ref().map_or(Ok(0), |held| address(held))
     }
 
-    /// The plan of a convolution: made for the first time, and kept.
-    fn plan(&mut self, g: &Geometry, order: Order, dtype: DType) -> Result<Plan> {
-        let key = Key::new(g, order, dtype);
+    /// The plan of a pass: made for the first time, and kept.
+    fn plan(&mut self, g: &Geometry, key: Key) -> Result<Option<Arc<Plan>>> {
         if let Some(plan) = self.plans.get(&key) {
-            return Ok(*plan);
+            return Ok(plan.clone());
         }
-        let plan = plan(self.handle, g, &key)?;
-        self.plans.insert(key, plan);
+        let plan = plan(self.handle, g, &key)?.map(Arc::new);
+        self.plans.insert(key, plan.clone());
         Ok(plan)
     }
 }
 
-fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key) -> Result<Plan> {
+/// Picks, of the engines that cuDNN's heuristics list with the one that they think quickest first, the first that is allowed, is
+/// there, and does with little memory; where none does, the one that needs least.
+fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key) -> Result<Option<Plan>> {
+    let mut parts = operation(g, key)?;
+    let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
+        .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
+        .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
+        .finish()?;
+    let mut smallest: Option<(Descriptor, usize, Descriptor)> = None;
+    // The second mode's engines can do what the first one's cannot.
+    for config in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK]
+        .iter()
+        .flat_map(|mode| engines(&graph, *mode))
+    {
+        if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
+            continue;
+        }
+        let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
+            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, &config)?
+            .finish();
+        // What is listed is not always there.
+        let Ok(execution) = execution else { continue };
+        let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
+        let bytes = bytes.first().map_or(0, |bytes| *bytes as usize);
+        if smallest.as_ref().is_none_or(|(_, least, _)| bytes < *least) {
+            smallest = Some((execution, bytes, config));
+        }
+        if bytes <= MOST_WORKSPACE {
+            break;
+        }
+    }
+    let Some((execution, workspace, config)) = smallest else { return Ok(None) };
+    parts.extend([graph, config]);
+    Ok(Some(Plan { execution, workspace, _parts: parts }))
+}
+
+/// The engines that cuDNN proposes, the one that it thinks quickest first; none where it knows none.
+fn engines(graph: &Descriptor, mode: Mode) -> Vec<Descriptor> {
+    let listed = || {
+        Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
+            .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
+            .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
+            .finish()?
+            .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
+    };
+    listed().unwrap_or_default()
+}
+
+/// What cuDNN notes of an engine's numbers.
+fn notes(config: &Descriptor) -> Result<Vec<Note>> {
+    /// More than there are.
+    const MOST: usize = 32;
+    config
+        .get_part(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?
+        .get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)
+}
+
+/// A pass as cuDNN knows it, and then what it is made of.
+fn operation(g: &Geometry, key: &Key) -> Result<Vec<Descriptor>> {
     use sys::cudnnDataType_t::{CUDNN_DATA_BFLOAT16, CUDNN_DATA_FLOAT, CUDNN_DATA_HALF};
-    use sys::cudnnMathType_t::{CUDNN_DEFAULT_MATH, CUDNN_FMA_MATH, CUDNN_TENSOR_OP_MATH};
-    let (data, math) = match key.dtype {
-        DType::F32 if key.tf32 => (CUDNN_DATA_FLOAT, CUDNN_DEFAULT_MATH),
-        DType::F32 => (CUDNN_DATA_FLOAT, CUDNN_FMA_MATH),
-        DType::F16 => (CUDNN_DATA_HALF, CUDNN_TENSOR_OP_MATH),
-        DType::BF16 => (CUDNN_DATA_BFLOAT16, CUDNN_TENSOR_OP_MATH),
+    let data = match key.dtype {
+        DType::F32 => CUDNN_DATA_FLOAT,
+        DType::F16 => CUDNN_DATA_HALF,
+        DType::BF16 => CUDNN_DATA_BFLOAT16,
         other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
     };
-    let size = |size: usize| {
-        c_int::try_from(size)
-            .map_err(|_| Error::Msg(format!("cuDNN: {size} is too large for a size, in {g:?}")))
-    };
-    let dims = |dims: [usize; 4]| -> Result<[c_int; 4]> {
-        let [a, b, c, d] = dims;
-        Ok([size(a)?, size(b)?, size(c)?, size(d)?])
-    };
-    let failed = refused("cuDNN, descriptor");
-    let format = match key.order {
-        Order::ChannelsLast => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NHWC,
-        Order::ChannelsFirst => sys::cudnnTensorFormat_t::CUDNN_TENSOR_NCHW,
-    };
-    let [x, y] = [result::create_tensor_descriptor(), result::create_tensor_descriptor()];
-    let (x, y) = (x.map_err(&failed)?, y.map_err(&failed)?);
-    let w = result::create_filter_descriptor().map_err(&failed)?;
-    let convolution = result::create_convolution_descriptor().map_err(&failed)?;
+    let alignment = if key.is_aligned { ALIGNMENT } else { key.dtype.size_in_bytes() as u64 };
     // Sizes are told in the order N, C, H, W, whatever the order in memory.
-    let x_dims = dims([g.batch, g.inputs, g.height, g.width])?;
-    let y_dims = dims([g.batch, g.outputs, g.out_height, g.out_width])?;
-    let w_dims = dims([g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
-    let (padding, stride, dilation) = (size(g.padding)?, size(g.stride)?, size(g.dilation)?);
-    // SAFETY: all descriptors were made above; they are not freed, since plans are not.
-    unsafe {
-        result::set_tensor4d_descriptor(x, format, data, x_dims).map_err(&failed)?;
-        result::set_tensor4d_descriptor(y, format, data, y_dims).map_err(&failed)?;
-        result::set_filter4d_descriptor(w, data, format, w_dims).map_err(&failed)?;
-        result::set_convolution2d_descriptor(
-            convolution,
-            padding,
-            padding,
-            stride,
-            stride,
-            dilation,
-            dilation,
-            sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION,
-            // Products are added in 32 bits.
-            CUDNN_DATA_FLOAT,
-        )
-        .map_err(&failed)?;
-        result::set_convolution_group_count(convolution, size(g.groups)?).map_err(&failed)?;
-        result::set_convolution_math_type(convolution, math).map_err(&failed)?;
-    }
-    let mut plan = Plan { x, y, w, convolution, forward: None, backward_data: None, backward_filter: None };
-    // SAFETY: the descriptors are set, and there is room for as many results as are asked for.
-    unsafe {
-        plan.forward = best_forward(handle, &plan);
-        plan.backward_data = best_backward_data(handle, &plan);
-        plan.backward_filter = best_backward_filter(handle, &plan);
-    }
-    Ok(plan)
-}
-
-/// Picks, of the algorithms that cuDNN lists with the one that it thinks quickest first, the first that is there, gives the
-/// same bits every time, so that a training that goes on from a checkpoint ends as one that was never interrupted, and does
-/// with little memory; where none does, the one that needs least.
-macro_rules! best {
-    ($name:ident, $algorithm:ty, $performance:ty, $list:path, $workspace:path, [$a:ident, $b:ident, $c:ident, $d:ident]) => {
-        /// # Safety
-        /// Handle and descriptors are set.
-        unsafe fn $name(handle: sys::cudnnHandle_t, plan: &Plan) -> Option<($algorithm, usize)> {
-            const MOST: usize = 16;
-            let mut count = 0;
-            // SAFETY: plain numbers, for which zero is a value.
-            let mut list: [$performance; MOST] = unsafe { std::mem::zeroed() };
-            // SAFETY: the caller's promise; the list has room for as many as are asked for.
-            let listed = unsafe {
-                let (list, most) = (list.as_mut_ptr(), MOST as c_int);
-                $list(handle, plan.$a, plan.$b, plan.$c, plan.$d, most, &mut count, list)
-            };
-            listed.ok()?;
-            let listed = list.iter().take(count.max(0) as usize);
-            let usable = listed.filter(|it| {
-                it.status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS
-                    && it.determinism == sys::cudnnDeterminism_t::CUDNN_DETERMINISTIC
-            });
-            let candidates = usable
-                .filter_map(|it| {
-                    let algorithm = it.algo;
-                    // SAFETY: the caller's promise.
-                    let bytes = unsafe { $workspace(handle, plan.$a, plan.$b, plan.$c, plan.$d, algorithm) };
-                    Some((algorithm, bytes.ok()?))
-                })
-                .collect::<Vec<_>>();
-            let modest = candidates.iter().find(|(_, bytes)| *bytes <= MOST_WORKSPACE);
-            modest.or_else(|| candidates.iter().min_by_key(|(_, bytes)| *bytes)).copied()
-        }
+    let tensor = |id: i64, dims: [usize; 4]| {
+        let dims = dims.map(|size| size as i64);
+        let [_, c, h, w] = dims;
+        let strides = match key.order {
+            Order::ChannelsLast => [h * w * c, 1, w * c, c],
+            Order::ChannelsFirst => [c * h * w, h * w, w, 1],
+        };
+        Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &[id])?
+            .with(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, &[data])?
+            .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[alignment as i64])?
+            .with(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &dims)?
+            .with(Name::CUDNN_ATTR_TENSOR_STRIDES, &strides)?
+            .finish()
     };
+    let x = tensor(IDS[0], [g.batch, g.inputs, g.height, g.width])?;
+    // Groups follow from the inputs that are left.
+    let w = tensor(IDS[1], [g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
+    let y = tensor(IDS[2], [g.batch, g.outputs, g.out_height, g.out_width])?;
+    let both = |size: usize| [size as i64; 2];
+    let convolution = Descriptor::new(Kind::CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR)?
+        // Products are added in 32 bits.
+        .with(Name::CUDNN_ATTR_CONVOLUTION_COMP_TYPE, &[CUDNN_DATA_FLOAT])?
+        .with(
+            Name::CUDNN_ATTR_CONVOLUTION_CONV_MODE,
+            &[sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION],
+        )?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, &[2i64])?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, &both(g.padding))?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, &both(g.padding))?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, &both(g.stride))?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_DILATIONS, &both(g.dilation))?
+        .finish()?;
+    let (kind, [of_x, of_w, of_y, of_convolution, alpha, beta]) = match key.pass {
+        Pass::Forward => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA,
+            ],
+        ),
+        Pass::BackwardData => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_BETA,
+            ],
+        ),
+        Pass::BackwardFilter => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_BETA,
+            ],
+        ),
+    };
+    let operation = Descriptor::new(kind)?
+        .with_part(of_x, &x)?
+        .with_part(of_w, &w)?
+        .with_part(of_y, &y)?
+        .with_part(of_convolution, &convolution)?
+        .with(alpha, &[1f32])?
+        .with(beta, &[f32::from(u8::from(key.add))])?
+        .finish()?;
+    Ok(vec![operation, x, w, y, convolution])
 }
-
-best!(
-    best_forward,
-    sys::cudnnConvolutionFwdAlgo_t,
-    sys::cudnnConvolutionFwdAlgoPerf_t,
-    result::get_convolution_forward_algorithm,
-    result::get_convolution_forward_workspace_size,
-    [x, w, convolution, y]
-);
-best!(
-    best_backward_data,
-    sys::cudnnConvolutionBwdDataAlgo_t,
-    sys::cudnnConvolutionBwdDataAlgoPerf_t,
-    result::get_convolution_backward_data_algorithm,
-    result::get_convolution_backward_data_workspace_size,
-    [w, y, convolution, x]
-);
-best!(
-    best_backward_filter,
-    sys::cudnnConvolutionBwdFilterAlgo_t,
-    sys::cudnnConvolutionBwdFilterAlgoPerf_t,
-    result::get_convolution_backward_filter_algorithm,
-    result::get_convolution_backward_filter_workspace_size,
-    [x, y, convolution, w]
-);

@@ -1,11 +1,11 @@
 //! CUDA graphs: a stream's work, captured and launched again.
 
-use super::failed;
+use super::{convolution, failed};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUgraphNodeType, CUmemorytype, CUstreamCaptureMode,
 };
 use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, sys};
-use candle_core::{CudaDevice, Error, Result, bail};
+use candle_core::{CudaDevice, CudaStorage, Error, Result, bail};
 use std::cell::Cell;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
@@ -47,6 +47,8 @@ pub(crate) fn unrecorded() -> Option<RwLockReadGuard<'static, ()>> {
 pub(crate) struct Graph {
     graph: CudaGraph,
     operations: usize,
+    /// Where its convolutions work.
+    _workspace: Option<Arc<CudaStorage>>,
 }
 
 // SAFETY: a graph may be used by any thread, by one at a time, and replaying is the only use that there is.
@@ -76,7 +78,7 @@ impl Graph {
         // Of what was dropped while a recording failed: nothing to do with what comes next.
         let _ = stream.context().check_err();
         let results = results?;
-        match finished(ended) {
+        match finished(ended, convolution::workspace(device)) {
             Ok(graph) => Ok((results, graph)),
             Err(error) => {
                 // They were never allocated, so that nobody may free them.
@@ -95,7 +97,10 @@ impl Graph {
     }
 }
 
-fn finished(ended: std::result::Result<Option<CudaGraph>, impl std::fmt::Debug>) -> Result<Graph> {
+fn finished(
+    ended: std::result::Result<Option<CudaGraph>, impl std::fmt::Debug>,
+    workspace: Option<Arc<CudaStorage>>,
+) -> Result<Graph> {
     let graph = ended.map_err(failed("recording a CUDA graph"))?;
     let Some(graph) = graph else { bail!("recording a CUDA graph: nothing was asked for") };
     let nodes = nodes(&graph)?;
@@ -104,7 +109,7 @@ fn finished(ended: std::result::Result<Option<CudaGraph>, impl std::fmt::Debug>)
             bail!("recording a CUDA graph: the work uploads something that the host does not keep for it");
         }
     }
-    Ok(Graph { graph, operations: nodes.len() })
+    Ok(Graph { graph, operations: nodes.len(), _workspace: workspace })
 }
 
 fn nodes(graph: &CudaGraph) -> Result<Vec<sys::CUgraphNode>> {

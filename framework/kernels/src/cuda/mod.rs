@@ -6,6 +6,8 @@
 
 pub(crate) mod arguments;
 #[cfg(feature = "cuda")]
+mod backend;
+#[cfg(feature = "cuda")]
 mod communicator;
 #[cfg(feature = "cuda")]
 mod conv2d;
