@@ -42,6 +42,9 @@ shift
 tests=()
 for test in "$@"; do tests+=("$(realpath "$test")"); done
 python=${CANDLEPOWER_BENCH_PYTHON:-python3}
+# CUDA's libraries, where they come from pip beside torch.
+libraries=$("$python" -c 'import glob, nvidia; print(":".join(at for root in nvidia.__path__ for at in glob.glob(root + "/*/lib")))' \
+    2>/dev/null) && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
 out=$(realpath "$out")
@@ -51,6 +54,8 @@ cd "$repository" || exit 1
 summary=$out/summary.txt
 : >"$summary"
 failures=0
+# A training that is told to end saves first; one that hangs ends all the same.
+within() { timeout --kill-after=10 "$@"; }
 note() { echo "$*" | tee -a "$summary"; }
 check() { # WHAT COMMAND...: runs it, its words in a log
     ((benchmark_alone)) && return
@@ -77,14 +82,14 @@ for test in ${tests[@]+"${tests[@]}"}; do
     # kernels' own tests switch it themselves.
     tf32=(NVIDIA_TF32_OVERRIDE=0)
     [[ $(basename "$test") == cuda* ]] && tf32=()
-    check "$(basename "$test")" timeout "$limit" env ${tf32[@]+"${tf32[@]}"} CANDLEPOWER_TEST_DEVICE=cuda \
+    check "$(basename "$test")" within "$limit" env ${tf32[@]+"${tf32[@]}"} CANDLEPOWER_TEST_DEVICE=cuda \
         CANDLEPOWER_GOLDEN="$repository/tests/golden" "$test" --test-threads 1 --nocapture
 done
 
 train() { # NAME CONFIG STEPS ACCELERATOR [ARGUMENT...]: a training without pictures, every step logged
     local name=$1 config=$2 steps=$3 accelerator=$4
     shift 4
-    timeout "$limit" "$candlepower" train "$config" --accelerator "$accelerator" --set run.dir="\"$out/runs\"" \
+    within "$limit" "$candlepower" train "$config" --accelerator "$accelerator" --set run.dir="\"$out/runs\"" \
         --set run.name="\"$name\"" --set trainer.max_steps="$steps" --set trainer.log_every=1 --set trainer.limit_val_batches=1 \
         --set trainer.sanity_val_batches=0 --set logging.image_every=0 --set logging.progress=false "$@"
 }
@@ -132,7 +137,7 @@ done
 
 full() { # a batch that no device has memory for
     local words
-    words=$(timeout "$limit" "$candlepower" bench bench/tutorial.toml --accelerator cuda --steps 1 \
+    words=$(within "$limit" "$candlepower" bench bench/tutorial.toml --accelerator cuda --steps 1 \
         --set trainer.batch_size=4000 2>&1) && { echo "it fitted"; return 1; }
     echo "$words"
     grep -q 'trainer.micro_batch_size' <<<"$words"
@@ -147,7 +152,7 @@ measure() { # WHAT COMMAND...
     local what=$1 json log
     log=$out/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$1").log
     shift
-    if json=$(timeout "$limit" "$@" 2>"$log") && json=$(tail -1 <<<"$json") && [[ $json == \{* ]]; then
+    if json=$(within "$limit" "$@" 2>"$log") && json=$(tail -1 <<<"$json") && [[ $json == \{* ]]; then
         printf '%s\t%s\n' "$what" "$json" >>"$results"
         echo "  $what: $json"
     else
@@ -219,7 +224,7 @@ print("\nGPU idle between steps, 16 bf16-mixed:", "; ".join(shares) or "not meas
 PYTHON
 if ((quality_steps)); then
     every=$((quality_steps < 6 ? 1 : quality_steps / 6))
-    timeout $((4 * limit)) "$python" bench/quality.py "$candlepower" --out "$out/quality" --steps "$quality_steps" \
+    within $((4 * limit)) "$python" bench/quality.py "$candlepower" --out "$out/quality" --steps "$quality_steps" \
         --every $every >"$out/quality.txt" 2>"$out/quality.log" || {
         note "FAILED  the same training in PyTorch: $(tail -1 "$out/quality.log" | cut -c1-150)"
         failures=$((failures + 1))

@@ -1,0 +1,69 @@
+"""Our convolutions beside PyTorch's on this machine's first CUDA device, in bf16, as a Markdown table.
+
+    cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
+    python3 bench/conv_gpu.py [target/release/examples/conv_cuda]      (with a torch for CUDA)
+
+The shapes are those of bench/tutorial.toml with batches of 16: a cell's step, the gradient of a weight over ten steps at once,
+and the convolution that makes frames. Milliseconds of the forward pass and of the gradients of input and weight, each waited
+for; the median of 30. PyTorch's tensors are channels last, as ours are, and cuDNN is asked to try its ways.
+"""
+
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+# Batch, height and width, inputs, outputs, kernel.
+SHAPES = [(16, 64, 72, 256, 3), (16, 64, 128, 256, 3), (160, 64, 128, 256, 3), (160, 64, 64, 1, 3)]
+
+
+def median(step):
+    times = []
+    for _ in range(35):
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[5:])
+
+
+def pytorch(batch, size, inputs, outputs, kernel):
+    def random(*shape):
+        x = torch.rand(shape, device="cuda", dtype=torch.bfloat16)
+        return x.to(memory_format=torch.channels_last)
+
+    x, w = random(batch, inputs, size, size), random(outputs, inputs, kernel, kernel)
+    dy, pad = random(batch, outputs, size, size), [kernel // 2] * 2
+
+    def backward(of_x, of_w):
+        torch.ops.aten.convolution_backward(dy, x, w, None, [1, 1], pad, [1, 1], False, [0, 0], 1, [of_x, of_w, False])
+
+    passes = lambda: F.conv2d(x, w, padding=pad), lambda: backward(True, False), lambda: backward(False, True)
+    return [median(step) for step in passes]
+
+
+def ours(program, shape):
+    done = subprocess.run([program, *map(str, shape)], check=True, capture_output=True, text=True)
+    return [float(ms) for ms in done.stdout.split()]
+
+
+def main():
+    program = sys.argv[1] if len(sys.argv) > 1 else "target/release/examples/conv_cuda"
+    torch.backends.cudnn.benchmark = True
+    print("| batch, size, channels | pass | ours, ms | TFLOP/s | PyTorch, ms | TFLOP/s | ours is |")
+    print("|---" * 7 + "|")
+    for shape in SHAPES:
+        batch, size, inputs, outputs, kernel = shape
+        tflop = 2e-12 * batch * size**2 * inputs * outputs * kernel**2
+        for name, own, theirs in zip(("forward", "input", "weight"), ours(program, shape), pytorch(*shape)):
+            rates = [tflop / ms * 1e3 for ms in (own, theirs)]
+            print(f"| {batch} x {size}x{size}, {inputs} to {outputs} | {name} | {own:.3f} | {rates[0]:.0f} | "
+                  f"{theirs:.3f} | {rates[1]:.0f} | {theirs / own:.2f}x as fast |", flush=True)
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
+
+
+if __name__ == "__main__":
+    main()
