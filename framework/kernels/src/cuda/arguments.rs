@@ -26,7 +26,6 @@ pub(crate) struct GatesForward {
     pub(crate) rows: u32,
     pub(crate) hidden: u32,
     pub(crate) pixels: u32,
-    pub(crate) keep: u32,
 }
 
 /// Of `gates_backward`.
@@ -34,6 +33,7 @@ pub(crate) struct GatesForward {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GatesBackward {
     pub(crate) gates: u64,
+    pub(crate) bias: u64,
     pub(crate) c_before: u64,
     pub(crate) c: u64,
     pub(crate) dc: u64,
@@ -74,6 +74,19 @@ pub(crate) struct CopyColumns {
     pub(crate) rows: u32,
     pub(crate) columns: u32,
     pub(crate) pixels: u32,
+}
+
+/// Of `pack_weight` and `unpack_weight`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PackWeight {
+    pub(crate) weight: u64,
+    pub(crate) packed: u64,
+    pub(crate) outputs: u32,
+    pub(crate) all: u32,
+    pub(crate) hidden: u32,
+    pub(crate) kernel: u32,
+    pub(crate) channels: u32,
 }
 
 /// Of `narrow`.
@@ -243,6 +256,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns Narrow Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt> Update<AdamAt> Update<SgdAt>);
 }

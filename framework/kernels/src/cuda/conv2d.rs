@@ -200,10 +200,11 @@ pub(crate) unsafe fn column_sums(
             stretch: STRETCH as u32,
             parts: parts as u32,
         };
+        let four = 4 * if name == "float" { size_of::<f32>() } else { dtype.size_in_bytes() } as u64;
+        let at_once = if columns.is_multiple_of(4) && from.is_multiple_of(four) { 4 } else { 1 };
+        let kernel = format!("column_sums_{name}_{at_once}");
         // SAFETY: x is (rows, columns), and the sums (parts, columns).
-        unsafe {
-            launch(device, &COLUMNS, &format!("column_sums_{name}"), parts * columns, arguments)?;
-        }
+        unsafe { launch(device, &COLUMNS, &kernel, parts * columns / at_once, arguments)? };
         held.push(sums);
         (from, name, rows) = (arguments.sums, "float", parts);
         if parts == 1 {

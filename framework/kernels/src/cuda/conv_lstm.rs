@@ -5,7 +5,8 @@ use super::conv2d::column_sums;
 use super::convolution::{self, Order};
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, allocate, clear, packed, tensor, with_address};
-use super::roll_out::{Engine, Kept, Layer, RollOut, pack};
+use super::packing::pack;
+use super::roll_out::{Engine, Kept, Layer, RollOut};
 use super::sources::{COLUMNS, GATES};
 use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, take_kept};
 use crate::direct::Geometry;
@@ -214,7 +215,7 @@ impl Engine for Cuda<'_> {
         unsafe { self.run("gates_forward", [a.rows, a.hidden], &places, a) }
     }
     unsafe fn gates_backward(&self, a: GatesBackward) -> Result<()> {
-        let places = [a.gates, a.dh[0].at, a.dh[1].at, a.dh[2].at];
+        let places = [a.gates, a.bias, a.dh[0].at, a.dh[1].at, a.dh[2].at];
         // SAFETY: the caller's promise.
         unsafe { self.run("gates_backward", [a.rows, a.hidden], &places, a) }
     }

@@ -4,20 +4,45 @@
 // cell's state are 32 bits wide whatever T is.
 
 // The functions of 32-bit runs are as exact as the type; half types round more than the quick ones do.
-DEVICE float exponential(float x, float) { return expf(x); }
-template <typename T> DEVICE float exponential(float x, T) {
-#ifdef __CUDACC__
-    return __expf(x);
-#else
-    return expf(x);
-#endif
-}
-template <typename T> DEVICE float sigmoid(float x, T like) { return 1.f / (1.f + exponential(-x, like)); }
+DEVICE float sigmoid(float x, float) { return 1.f / (1.f + expf(-x)); }
 DEVICE float tangent(float x, float) { return tanhf(x); }
+template <typename T> DEVICE float sigmoid(float x, T) {
+#ifdef __CUDACC__
+    float power = __expf(-x);
+#else
+    float power = expf(-x);
+#endif
+    return quotient(1.f, 1.f + power);
+}
 template <typename T> DEVICE float tangent(float x, T like) { return 2.f * sigmoid(2.f * x, like) - 1.f; }
 
+// The gates of V channels of a pixel.
+template <typename T, int V> struct Gates {
+    float i[V], f[V], o[V], g[V];
+};
+// From pre-activations (rows, 4 N) without their bias (4 N), from a row and a channel on.
+template <typename T, int V> DEVICE Gates<T, V> activated(const T* first, const T* bias, unsigned n) {
+    Gates<T, V> x, b;
+    load<T, V>(first, x.i);
+    load<T, V>(first + n, x.f);
+    load<T, V>(first + 2 * n, x.o);
+    load<T, V>(first + 3 * n, x.g);
+    load<T, V>(bias, b.i);
+    load<T, V>(bias + n, b.f);
+    load<T, V>(bias + 2 * n, b.o);
+    load<T, V>(bias + 3 * n, b.g);
+    T like = T();
+    for (int v = 0; v < V; v++) {
+        x.i[v] = sigmoid(x.i[v] + b.i[v], like);
+        x.f[v] = sigmoid(x.f[v] + b.f[v], like);
+        x.o[v] = sigmoid(x.o[v] + b.o[v], like);
+        x.g[v] = tangent(x.g[v] + b.g[v], like);
+    }
+    return x;
+}
+
 template <typename T> struct GatesForward {
-    T* gates;              // (rows, 4 N): pre-activations without their bias; where `keep`, the activations take their place
+    const T* gates;        // (rows, 4 N): pre-activations without their bias
     const T* bias;         // (4 N)
     const float* c_before; // (rows, N), or null: zeros
     float* c;              // (rows, N)
@@ -25,7 +50,6 @@ template <typename T> struct GatesForward {
     unsigned rows;         // pixels of all images
     unsigned hidden;       // N
     unsigned pixels;       // of an image
-    unsigned keep;
 };
 
 template <typename T, int V> DEVICE void gates_forward(const GatesForward<T>& a) {
@@ -33,43 +57,26 @@ template <typename T, int V> DEVICE void gates_forward(const GatesForward<T>& a)
     if (at >= a.rows * groups) return;
     unsigned row = at / groups, channel = at % groups * V, n = a.hidden;
     index_t cell = (index_t)row * n + channel;
-    T* first = a.gates + (index_t)row * 4 * n + channel;
-    const T* bias = a.bias + channel;
-    float i[V], f[V], o[V], g[V], bi[V], bf[V], bo[V], bg[V], before[V], after[V], h[V];
-    load<T, V>(first, i);
-    load<T, V>(first + n, f);
-    load<T, V>(first + 2 * n, o);
-    load<T, V>(first + 3 * n, g);
-    load<T, V>(bias, bi);
-    load<T, V>(bias + n, bf);
-    load<T, V>(bias + 2 * n, bo);
-    load<T, V>(bias + 3 * n, bg);
+    Gates<T, V> x = activated<T, V>(a.gates + (index_t)row * 4 * n + channel, a.bias + channel, n);
+    float before[V], after[V], h[V];
     for (int v = 0; v < V; v++) before[v] = 0.f;
     if (a.c_before) load<float, V>(a.c_before + cell, before);
     T like = T();
     for (int v = 0; v < V; v++) {
-        i[v] = sigmoid(i[v] + bi[v], like);
-        f[v] = sigmoid(f[v] + bf[v], like);
-        o[v] = sigmoid(o[v] + bo[v], like);
-        g[v] = tangent(g[v] + bg[v], like);
-        after[v] = f[v] * before[v] + i[v] * g[v];
-        h[v] = o[v] * tangent(after[v], like);
-    }
-    if (a.keep) {
-        store<T, V>(first, i);
-        store<T, V>(first + n, f);
-        store<T, V>(first + 2 * n, o);
-        store<T, V>(first + 3 * n, g);
+        after[v] = x.f[v] * before[v] + x.i[v] * x.g[v];
+        h[v] = x.o[v] * tangent(after[v], like);
     }
     store<float, V>(a.c + cell, after);
+    Pack<T, V> pack = narrowed<T, V>(h);
     unsigned image = row / a.pixels, pixel = row % a.pixels;
     for (int to = 0; to < 3; to++) {
-        if (a.h[to].at) store<T, V>(place(a.h[to], image, pixel) + channel, h);
+        if (a.h[to].at) *(Pack<T, V>*)(place(a.h[to], image, pixel) + channel) = pack;
     }
 }
 
 template <typename T> struct GatesBackward {
-    T* gates;              // (rows, 4 N): the activations; the gradients of the pre-activations take their place
+    T* gates;              // (rows, 4 N): as in the forward pass; their gradients take their place
+    const T* bias;         // (4 N)
     const float* c_before; // (rows, N), or null: zeros
     const float* c;        // (rows, N)
     float* dc;             // (rows, N): the gradient of c; that of c_before takes its place
@@ -77,17 +84,15 @@ template <typename T> struct GatesBackward {
     unsigned rows, hidden, pixels;
 };
 
+// Gates are computed again: reading and writing them would take longer.
 template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& a) {
     unsigned groups = a.hidden / V, at = thread_index();
     if (at >= a.rows * groups) return;
     unsigned row = at / groups, channel = at % groups * V, n = a.hidden;
     index_t cell = (index_t)row * n + channel;
     T* first = a.gates + (index_t)row * 4 * n + channel;
-    float i[V], f[V], o[V], g[V], before[V], after[V], dafter[V], dh[V], more[V];
-    load<T, V>(first, i);
-    load<T, V>(first + n, f);
-    load<T, V>(first + 2 * n, o);
-    load<T, V>(first + 3 * n, g);
+    Gates<T, V> x = activated<T, V>(first, a.bias + channel, n);
+    float before[V], after[V], dafter[V], dh[V], more[V];
     for (int v = 0; v < V; v++) before[v] = dh[v] = 0.f;
     if (a.c_before) load<float, V>(a.c_before + cell, before);
     load<float, V>(a.c + cell, after);
@@ -101,18 +106,18 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
     T like = T();
     for (int v = 0; v < V; v++) {
         float squashed = tangent(after[v], like);
-        float input = i[v], forget = f[v], output = o[v], candidate = g[v];
+        float input = x.i[v], forget = x.f[v], output = x.o[v], candidate = x.g[v];
         float d = dafter[v] + dh[v] * output * (1.f - squashed * squashed);
-        i[v] = d * candidate * input * (1.f - input);
-        f[v] = d * before[v] * forget * (1.f - forget);
-        o[v] = dh[v] * squashed * output * (1.f - output);
-        g[v] = d * input * (1.f - candidate * candidate);
+        x.i[v] = d * candidate * input * (1.f - input);
+        x.f[v] = d * before[v] * forget * (1.f - forget);
+        x.o[v] = dh[v] * squashed * output * (1.f - output);
+        x.g[v] = d * input * (1.f - candidate * candidate);
         dafter[v] = d * forget;
     }
-    store<T, V>(first, i);
-    store<T, V>(first + n, f);
-    store<T, V>(first + 2 * n, o);
-    store<T, V>(first + 3 * n, g);
+    store<T, V>(first, x.i);
+    store<T, V>(first + n, x.f);
+    store<T, V>(first + 2 * n, x.o);
+    store<T, V>(first + 3 * n, x.g);
     store<float, V>(a.dc + cell, dafter);
 }
 

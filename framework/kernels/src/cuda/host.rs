@@ -144,14 +144,14 @@ impl Engine for Mutex<Host> {
         Ok(())
     }
     unsafe fn gates_forward(&self, a: GatesForward) -> Result<()> {
-        let v = width(a.hidden, &[a.gates, a.c, a.h[0].at, a.h[1].at, a.h[2].at]);
+        let v = width(a.hidden, &[a.gates, a.bias, a.c, a.h[0].at, a.h[1].at, a.h[2].at]);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.
         unsafe { host.run(&GATES, &format!("gates_forward_float_{v}"), (a.rows * a.hidden) as usize / v, a) };
         Ok(())
     }
     unsafe fn gates_backward(&self, a: GatesBackward) -> Result<()> {
-        let v = width(a.hidden, &[a.gates, a.c, a.dh[0].at, a.dh[1].at, a.dh[2].at]);
+        let v = width(a.hidden, &[a.gates, a.bias, a.c, a.dh[0].at, a.dh[1].at, a.dh[2].at]);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.
         unsafe {
@@ -170,7 +170,7 @@ impl Engine for Mutex<Host> {
         let a = ColumnSums { x, sums: to, rows, columns, stretch, parts: 1 };
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.
-        unsafe { host.run(&COLUMNS, "column_sums_float", columns as usize, a) };
+        unsafe { host.run(&COLUMNS, "column_sums_float_1", columns as usize, a) };
         Ok(())
     }
 }

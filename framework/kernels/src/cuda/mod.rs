@@ -27,6 +27,8 @@ mod launch;
 mod memory;
 #[cfg(feature = "cuda")]
 pub(crate) mod optimizer;
+#[cfg(feature = "cuda")]
+mod packing;
 pub(crate) mod roll_out;
 pub(crate) mod sources;
 #[cfg(test)]

@@ -19,6 +19,8 @@ DEVICE bits16 float_to_half(float x) {
 }
 DEVICE float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
+// To a unit in the last place or two; a very large denominator gives 0.
+DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 #endif
 
 struct bf16 {
@@ -34,10 +36,14 @@ DEVICE float to_float(f16 x) { return half_to_float(x.bits); }
 
 DEVICE void from_float(float x, float& to) { to = x; }
 DEVICE void from_float(float x, bf16& to) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
+#else
     // To the nearest, ties to even; what is not a number stays so.
     unsigned bits = float_to_bits(x);
     unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     to.bits = (bits16)(x != x ? 0x7fffu : rounded);
+#endif
 }
 DEVICE void from_float(float x, f16& to) { to.bits = float_to_half(x); }
 
@@ -51,11 +57,13 @@ template <typename T, int V> DEVICE void load(const T* from, float (&x)[V]) {
     for (int i = 0; i < V; i++) x[i] = to_float(pack.values[i]);
 }
 
-template <typename T, int V> DEVICE void store(T* to, const float (&x)[V]) {
+template <typename T, int V> DEVICE Pack<T, V> narrowed(const float (&x)[V]) {
     Pack<T, V> pack;
     for (int i = 0; i < V; i++) from_float(x[i], pack.values[i]);
-    *(Pack<T, V>*)to = pack;
+    return pack;
 }
+
+template <typename T, int V> DEVICE void store(T* to, const float (&x)[V]) { *(Pack<T, V>*)to = narrowed<T, V>(x); }
 
 // The number of this thread among all. Counts of threads are below 2^31; places in memory need more bits.
 DEVICE unsigned thread_index() { return blockIdx.x * blockDim.x + threadIdx.x; }

@@ -8,9 +8,8 @@
 //! The same code runs on the processor, for tests: what a device does is behind [`Engine`].
 
 use super::arguments::{CopyColumns, GatesBackward, GatesForward, Plane};
-use crate::conv_lstm::ConvLstmLayer;
 use crate::direct::Geometry;
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 /// What a device does. Operations run in the order in which they are asked for. "Storage" is memory of the type that is
 /// trained in, 16 or 32 bits.
@@ -96,21 +95,6 @@ pub(crate) struct RollOut {
     pub(crate) layers: Vec<Layer>,
 }
 
-/// The parameters of layers in a roll-out's order. Differentiable.
-pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
-    let mut parts = Vec::with_capacity(2 * layers.len());
-    for ConvLstmLayer { weight, .. } in layers {
-        let (hidden, all) = (weight.dim(0)? / 4, weight.dim(1)?);
-        let (x, h) = (weight.narrow(1, 0, all - hidden)?, weight.narrow(1, all - hidden, hidden)?);
-        let rest = all.next_multiple_of(8) - all;
-        let channels = Tensor::cat(&[&h, &x], 1)?;
-        let channels = if rest > 0 { channels.pad_with_zeros(1, 0, rest)? } else { channels };
-        parts.push(channels.permute((0, 2, 3, 1))?.flatten_all()?);
-    }
-    parts.extend(layers.iter().map(|layer| layer.bias.clone()));
-    Tensor::cat(&parts, 0)
-}
-
 /// What backward needs of a forward pass.
 pub(crate) struct Kept<M> {
     layers: Vec<LayerMemory<M>>,
@@ -120,7 +104,7 @@ pub(crate) struct Kept<M> {
 struct LayerMemory<M> {
     /// (steps, B, H, W, channels).
     inputs: M,
-    /// (steps, B, H, W, gates): activations, in backward gradients.
+    /// (steps, B, H, W, gates): pre-activations without their bias, in backward gradients.
     gates: M,
     /// (steps, B, H, W, hidden), f32.
     c: M,
@@ -276,7 +260,6 @@ impl RollOut {
                     rows: rows as u32,
                     hidden: layer.hidden as u32,
                     pixels: self.pixels() as u32,
-                    keep: u32::from(gradients),
                 };
                 let weight = parameters + item * self.weight(index) as u64;
                 let x = input_of(index, step, 0).at;
@@ -340,6 +323,7 @@ impl RollOut {
                 ];
                 let gates = GatesBackward {
                     gates: gates_of(index, step),
+                    bias: parameters + item * self.bias(index) as u64,
                     c_before: if step > 0 { c_of(index, step - 1) } else { 0 },
                     c: c_of(index, step),
                     dc: engine.address(&dc[index]),
@@ -396,10 +380,10 @@ impl RollOut {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::conv_lstm::{ConvLstmInput, Keep, conv_lstm};
+    use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, conv_lstm};
     use crate::cuda::host::Host;
     use crate::tensors::with_values;
-    use candle_core::{Device, Var};
+    use candle_core::{Device, Tensor, Var};
     use std::sync::Mutex;
 
     const DEVICE: Device = Device::Cpu;
@@ -409,6 +393,21 @@ mod tests {
         let (shape, mut rng) = (shape.into(), rand_chacha::ChaCha8Rng::seed_from_u64(seed));
         let values: Vec<f32> = (0..shape.elem_count()).map(|_| rng.random_range(-1f32..1.)).collect();
         Tensor::from_vec(values, shape, &DEVICE).unwrap()
+    }
+
+    /// The parameters of layers in a roll-out's order, by candle's operations.
+    fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
+        let mut parts = Vec::with_capacity(2 * layers.len());
+        for ConvLstmLayer { weight, .. } in layers {
+            let (hidden, all) = (weight.dim(0)? / 4, weight.dim(1)?);
+            let (x, h) = (weight.narrow(1, 0, all - hidden)?, weight.narrow(1, all - hidden, hidden)?);
+            let rest = all.next_multiple_of(8) - all;
+            let channels = Tensor::cat(&[&h, &x], 1)?;
+            let channels = if rest > 0 { channels.pad_with_zeros(1, 0, rest)? } else { channels };
+            parts.push(channels.permute((0, 2, 3, 1))?.flatten_all()?);
+        }
+        parts.extend(layers.iter().map(|layer| layer.bias.clone()));
+        Tensor::cat(&parts, 0)
     }
 
     fn values(x: &Tensor) -> Vec<f32> {

@@ -2,7 +2,7 @@
 
 use super::arguments::{
     AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide,
-    GatesBackward, GatesForward, Many, Narrow, Plane, SgdAt, SquareSums, Sums, Update,
+    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, SgdAt, SquareSums, Sums, Update,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
@@ -136,14 +136,14 @@ fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
         rows,
         hidden: hidden as u32,
         pixels,
-        keep: 1,
     };
     let threads = n / at_once;
     run(host, &GATES, &format!("gates_forward_{}_{at_once}", T::NAME), threads, forward);
-    let mut all = [wide(&gates), c.clone(), wide(&plain), wide(&wider)].concat();
+    let mut all = [c.clone(), wide(&plain), wide(&wider)].concat();
     let (one, two) = (narrow(random(n, 6)), narrow(random(3 * n, 7)));
     let backward = GatesBackward {
         gates: forward.gates,
+        bias: at(&bias),
         c_before: at(&before),
         c: at(&c),
         dc: dc.as_mut_ptr() as u64,
@@ -175,19 +175,24 @@ fn cells_are_the_same_in_every_type_and_at_any_width() {
 #[test]
 fn columns_are_summed_copied_and_shifted() {
     let Some(host) = Host::new() else { return };
-    let (rows, columns) = (37u32, 5u32);
-    let x = random((rows * columns) as usize, 1);
-    let (stretch, parts) = (10, 4);
-    let mut sums = vec![f32::NAN; (parts * columns) as usize];
-    let arguments = ColumnSums { x: at(&x), sums: sums.as_mut_ptr() as u64, rows, columns, stretch, parts };
-    run(host, &COLUMNS, "column_sums_float", sums.len(), arguments);
-    for (i, sum) in sums.iter().enumerate() {
-        let (part, column) = (i as u32 / columns, i as u32 % columns);
-        let rows = part * stretch..rows.min((part + 1) * stretch);
-        let expected: f32 = rows.map(|row| x[(row * columns + column) as usize]).sum();
-        assert_eq!(*sum, expected);
+    let rows = 37u32;
+    let x = random(rows as usize * 8, 1);
+    for (columns, at_once) in [(5u32, 1), (8, 4)] {
+        let (stretch, parts) = (10, 4);
+        let mut sums = vec![f32::NAN; (parts * columns) as usize];
+        let arguments =
+            ColumnSums { x: at(&x), sums: sums.as_mut_ptr() as u64, rows, columns, stretch, parts };
+        run(host, &COLUMNS, &format!("column_sums_float_{at_once}"), sums.len() / at_once, arguments);
+        for (i, sum) in sums.iter().enumerate() {
+            let (part, column) = (i as u32 / columns, i as u32 % columns);
+            let rows = part * stretch..rows.min((part + 1) * stretch);
+            let expected: f32 = rows.map(|row| x[(row * columns + column) as usize]).sum();
+            assert_eq!(*sum, expected);
+        }
     }
 
+    let columns = 5;
+    let x = random((rows * columns) as usize, 1);
     let (mut y, bias) = (x.clone(), random(columns as usize, 2));
     let arguments = AddBias { y: y.as_mut_ptr() as u64, bias: at(&bias), count: rows * columns, columns };
     run(host, &COLUMNS, "add_bias_float", y.len(), arguments);
@@ -208,6 +213,35 @@ fn columns_are_summed_copied_and_shifted() {
         let (pixel, image, channel) = (i / 8, i / 4 % 2, i % 4);
         assert_eq!(*value, if channel == 0 { 0. } else { x[image * 20 + pixel * 5 + channel] });
     }
+}
+
+#[test]
+fn weights_are_packed_as_convolutions_take_them() {
+    let Some(host) = Host::new() else { return };
+    // (4 * 2 outputs, 3 + 2 inputs, 3 taps): h, x, then zeros up to 8 channels.
+    let (outputs, all, hidden, kernel, channels) = (8usize, 5usize, 2usize, 3usize, 8usize);
+    let mut weight = random(outputs * all * kernel, 1);
+    let mut packed = vec![7f32; outputs * kernel * channels];
+    let arguments = PackWeight {
+        weight: weight.as_mut_ptr() as u64,
+        packed: packed.as_mut_ptr() as u64,
+        outputs: outputs as u32,
+        all: all as u32,
+        hidden: hidden as u32,
+        kernel: kernel as u32,
+        channels: channels as u32,
+    };
+    run(host, &COLUMNS, "pack_weight_float", packed.len(), arguments);
+    for (i, value) in packed.iter().enumerate() {
+        let (output, tap, channel) = (i / kernel / channels, i / channels % kernel, i % channels);
+        let of = |input: usize| weight[(output * all + input) * kernel + tap];
+        let expected = [of(3), of(4), of(0), of(1), of(2), 0., 0., 0.];
+        assert_eq!(*value, expected[channel], "{i}");
+    }
+    let before = std::mem::replace(&mut weight, vec![7f32; outputs * all * kernel]);
+    let arguments = PackWeight { weight: weight.as_mut_ptr() as u64, ..arguments };
+    run(host, &COLUMNS, "unpack_weight_float", packed.len(), arguments);
+    assert_eq!(weight, before);
 }
 
 /// Three parameters: of less than a block, of several, and of one.

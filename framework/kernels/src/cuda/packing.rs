@@ -1,0 +1,80 @@
+//! The parameters of ConvLSTM layers as one tensor, in the order of a [roll-out](super::roll_out::RollOut).
+
+use super::arguments::PackWeight;
+use super::launch::{launch, type_name};
+use super::memory::{address, address_of, allocate, packed, tensor, with_address};
+use super::sources::COLUMNS;
+use crate::conv_lstm::ConvLstmLayer;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
+
+/// All weights, one after the other, as their convolutions take them, then all biases. Differentiable.
+pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
+    let mut parts = Vec::with_capacity(2 * layers.len());
+    for ConvLstmLayer { weight, .. } in layers {
+        let (outputs, all, height, width) = weight.dims4()?;
+        let channels = all.next_multiple_of(8);
+        parts.push(packed(weight)?.apply_op1(Packing { outputs, all, kernel: height * width, channels })?);
+    }
+    parts.extend(layers.iter().map(|layer| layer.bias.clone()));
+    Tensor::cat(&parts, 0)
+}
+
+/// A weight (outputs, all, height, width), input channels x then h, to (outputs * height * width * channels): h, x, zeros.
+struct Packing {
+    outputs: usize,
+    all: usize,
+    /// Taps.
+    kernel: usize,
+    channels: usize,
+}
+
+impl Packing {
+    fn len(&self) -> usize {
+        self.outputs * self.kernel * self.channels
+    }
+
+    fn arguments(&self, weight: u64, packed: u64) -> PackWeight {
+        PackWeight {
+            weight,
+            packed,
+            outputs: self.outputs as u32,
+            all: self.all as u32,
+            hidden: (self.outputs / 4) as u32,
+            kernel: self.kernel as u32,
+            channels: self.channels as u32,
+        }
+    }
+}
+
+impl CustomOp1 for Packing {
+    fn name(&self) -> &'static str {
+        "conv_lstm's weight"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("conv_lstm: expected tensors on one CUDA device")
+    }
+
+    fn cuda_fwd(&self, weight: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (device, dtype, len) = (weight.device(), weight.dtype(), self.len());
+        let to = allocate(device, len, dtype, false)?;
+        let arguments = self.arguments(address_of(weight, layout)?, address(&to)?);
+        // SAFETY: the weight is of these sizes, and there is room for as many values as are packed.
+        unsafe { launch(device, &COLUMNS, &format!("pack_weight_{}", type_name(dtype)?), len, arguments)? };
+        Ok((to, Shape::from(len)))
+    }
+
+    fn bwd(&self, weight: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let (device, dtype) = (weight.device().as_cuda_device()?, weight.dtype());
+        let gradient = packed(&gradient.to_dtype(dtype)?)?;
+        let to = allocate(device, weight.elem_count(), dtype, false)?;
+        with_address(&gradient, |from| {
+            let arguments = self.arguments(address(&to)?, from);
+            let kernel = format!("unpack_weight_{}", type_name(dtype)?);
+            // SAFETY: as in `cuda_fwd`; each value of the weight's gradient is among what was packed.
+            unsafe { launch(device, &COLUMNS, &kernel, self.len(), arguments) }
+        })?;
+        Ok(Some(tensor(to, weight.shape())))
+    }
+}
