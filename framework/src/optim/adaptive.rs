@@ -168,8 +168,34 @@ pub struct Moments {
     second: Vec<Var>,
     rule: Rule,
     config: MomentsConfig,
+    warm_up: WarmUp,
     /// Of this step.
     numbers: Factors,
+}
+
+/// NAdam's momentum, which warms up, and its product over the steps so far.
+#[derive(Clone, Copy, Default)]
+struct WarmUp {
+    beta1: f64,
+    steps: u64,
+    product: f64,
+}
+
+impl WarmUp {
+    /// The momentum of step `t`.
+    fn momentum(beta1: f64, t: u64) -> f64 {
+        beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004))
+    }
+
+    /// The product over the first `t` steps with this beta1. From one step to the next it is one factor more.
+    fn product(&mut self, beta1: f64, t: u64) -> f64 {
+        if self.beta1 != beta1 || self.steps == 0 || self.steps > t {
+            *self = Self { beta1, steps: 0, product: 1. };
+        }
+        let rest = (self.steps + 1..=t).map(|t| Self::momentum(beta1, t));
+        (self.product, self.steps) = (rest.fold(self.product, |product, mu| product * mu), t);
+        self.product
+    }
 }
 
 /// Of a step of [`Moments`].
@@ -192,47 +218,46 @@ impl Moments {
             second,
             rule,
             config: config.clone(),
+            warm_up: WarmUp::default(),
             numbers: Factors::default(),
         })
     }
 
-    /// Factors of this step: of the first moment, of the gradient itself, and of the root in the denominator (none: the
-    /// denominator is 1).
-    fn factors(&self, t: u64, lr: f64, [beta1, beta2]: [f64; 2]) -> (f64, f64, Option<f64>) {
+    fn factors(&mut self, t: u64, lr: f64, [beta1, beta2]: [f64; 2]) -> Factors {
         let correction = |beta: f64| 1. - beta.powf(t as f64);
-        match self.rule {
+        let (of_moment, of_gradient, root) = match self.rule {
             Rule::Adamax => (lr / correction(beta1), 0., Some(1.)),
             Rule::Nadam => {
-                // Momentum warms up; its product over the steps so far replaces the power of beta1.
-                let mu = |t: u64| beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004));
-                let product: f64 = (1..=t).map(mu).product();
-                let of_moment = lr * mu(t + 1) / (1. - product * mu(t + 1));
-                let of_gradient = lr * (1. - mu(t)) / (1. - product);
-                (of_moment, of_gradient, Some(1. / correction(beta2).sqrt()))
+                // The product replaces the power of beta1.
+                let product = self.warm_up.product(beta1, t);
+                let [now, next] = [t, t + 1].map(|t| WarmUp::momentum(beta1, t));
+                let of_moment = lr * next / (1. - product * next);
+                (of_moment, lr * (1. - now) / (1. - product), Some(1. / correction(beta2).sqrt()))
             }
             Rule::Radam => {
                 let longest = 2. / (1. - beta2) - 1.;
                 let length = longest - 2. * t as f64 * beta2.powf(t as f64) / correction(beta2);
                 let step = lr / correction(beta1);
                 if length <= 5. {
-                    return (step, 0., None);
+                    (step, 0., None)
+                } else {
+                    let rectified = ((length - 4.) * (length - 2.) * longest
+                        / ((longest - 4.) * (longest - 2.) * length))
+                        .sqrt();
+                    // Here eps is added to the root before its correction.
+                    (step * rectified * correction(beta2).sqrt(), 0., Some(1.))
                 }
-                let rectified = ((length - 4.) * (length - 2.) * longest
-                    / ((longest - 4.) * (longest - 2.) * length))
-                    .sqrt();
-                // Here eps is added to the root before its correction.
-                (step * rectified * correction(beta2).sqrt(), 0., Some(1.))
             }
-        }
+        };
+        let [beta1, of_moment, of_gradient] = [beta1, of_moment, of_gradient].map(|x| x as f32);
+        Factors { beta1, of_moment, of_gradient, root: root.map(|x| x as f32) }
     }
 }
 
 impl Optimizer for Moments {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
-        let [beta1, beta2] = [rates.momentum.unwrap_or(self.config.betas[0]), self.config.betas[1]];
-        let (of_moment, of_gradient, root) = self.factors(t, rates.lr, [beta1, beta2]);
-        let [beta1, of_moment, of_gradient] = [beta1, of_moment, of_gradient].map(|x| x as f32);
-        self.numbers = Factors { beta1, of_moment, of_gradient, root: root.map(|x| x as f32) };
+        let beta1 = rates.momentum.unwrap_or(self.config.betas[0]);
+        self.numbers = self.factors(t, rates.lr, [beta1, self.config.betas[1]]);
         Ok(())
     }
 
@@ -266,5 +291,21 @@ impl Optimizer for Moments {
         let second = if self.rule == Rule::Adamax { "exp_inf" } else { "exp_avg_sq" };
         state.extend(named_state(second, &self.params, &self.second));
         state
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_product_of_momenta_is_the_same_however_one_comes_to_a_step() {
+        let from_one = |beta1, t| (1..=t).map(|t| WarmUp::momentum(beta1, t)).product::<f64>();
+        let mut warm_up = WarmUp::default();
+        // Step after step, the same one again, after a resume, and with another beta1.
+        for (beta1, t) in [(0.9, 1), (0.9, 2), (0.9, 2), (0.9, 3), (0.9, 40), (0.8, 41), (0.8, 42), (0.8, 7)]
+        {
+            assert_eq!(warm_up.product(beta1, t).to_bits(), from_one(beta1, t).to_bits(), "{beta1} {t}");
+        }
     }
 }

@@ -67,15 +67,14 @@ impl Optimizer for Rmsprop {
         on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
             let (param, square, update) = (&self.params[i].master, &self.square[i], &self.update[i]);
             zip2(square, gradient, move |v: &mut f32, g| *v = *v * alpha + (1. - alpha) * g * g)?;
-            // The root goes through `update`'s memory: momentum needs what was there before.
-            let step = match self.mean.get(i) {
+            let root = match self.mean.get(i) {
                 Some(mean) => {
                     zip2(mean, gradient, move |m: &mut f32, g| *m += (g - *m) * (1. - alpha))?;
                     ((square.as_tensor() - mean.sqr()?)?.sqrt()? + f64::from(eps))?
                 }
                 None => (square.sqrt()? + f64::from(eps))?,
             };
-            zip3(update, gradient, &step, move |u: &mut f32, g, root| *u = momentum * *u + g / root)?;
+            zip3(update, gradient, &root, move |u: &mut f32, g, root| *u = momentum * *u + g / root)?;
             Ok(zip2(param, update, move |w: &mut f32, u| *w -= lr * u)?)
         })
     }

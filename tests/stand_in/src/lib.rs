@@ -5,7 +5,7 @@
 //! as late as they may, threads and blocks in reverse, fresh memory is full of NaN, and an access to what is not allocated is
 //! an error that names kernel, thread and instruction.
 //!
-//! What it cannot tell: how quick something is, which algorithm cuDNN picks, and whether a real device rounds as it does.
+//! What it cannot tell: how quick something is, which engine cuDNN picks, and whether a real device rounds as it does.
 #![allow(non_snake_case)]
 
 mod backend;

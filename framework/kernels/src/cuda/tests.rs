@@ -2,7 +2,7 @@
 
 use super::arguments::{
     AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide,
-    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, SgdAt, SquareSums, Sums, Update,
+    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, PublishAt, SgdAt, SquareSums, Sums, Update,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
@@ -386,6 +386,29 @@ fn gradients_count_as_on_the_cpu() {
             assert!(ours[ours.len() / 2].is_nan());
         }
     }
+}
+
+#[test]
+fn copies_are_given_their_masters_values() {
+    let Some(host) = Host::new() else { return };
+    fn publish<T: Half>(host: &Mutex<Host>) {
+        let masters = SIZES.map(|n| random(n, 1));
+        let mut copies = SIZES.map(|n| vec![T::new(7.); n]);
+        let tensors: Vec<_> = masters
+            .iter()
+            .zip(&mut copies)
+            .map(|(x, to)| (PublishAt { master: at(x), copy: to.as_mut_ptr() as u64 }, x.len()))
+            .collect();
+        let arguments = Many::new(&tensors);
+        let kernel = format!("publish_{}", T::NAME);
+        run(host, &OPTIMIZER, &kernel, arguments.blocks() * Host::THREADS, arguments);
+        for (copy, master) in copies.iter().zip(&masters) {
+            let expected: Vec<f32> = master.iter().map(|x| T::new(*x).wide()).collect();
+            assert_eq!(wide(copy), expected);
+        }
+    }
+    publish::<bf16>(host);
+    publish::<f16>(host);
 }
 
 #[test]
