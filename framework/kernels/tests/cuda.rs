@@ -420,6 +420,59 @@ fn downloads_bring_what_was_there_when_they_began() {
 }
 
 #[test]
+fn halves_are_rounded_as_on_the_cpu() {
+    let Some((device, _turn)) = device() else { return };
+    // Ties, the largest numbers, small ones, and what is none.
+    let special = [
+        1. + 1. / 256.,
+        1. + 3. / 256.,
+        1. + 1. / 2048.,
+        65504.,
+        65519.,
+        65520.,
+        3.4e38,
+        1e-7,
+        -6e-8,
+        1e-40,
+        -0.,
+        f32::INFINITY,
+        f32::NAN,
+    ];
+    let master = Tensor::new(&special, &device).unwrap();
+    for dtype in [DType::BF16, DType::F16] {
+        let copy = Tensor::zeros(special.len(), dtype, &device).unwrap();
+        publish(&[(&master, &copy)]).unwrap();
+        let expected = Tensor::new(&special, &CPU).unwrap().to_dtype(dtype).unwrap();
+        let bits = |x: f64| if x.is_nan() { f64::NAN.to_bits() } else { x.to_bits() };
+        let (ours, expected) = (values(&copy), values(&expected));
+        assert!(ours.iter().zip(&expected).all(|(a, b)| bits(*a) == bits(*b)), "{ours:?} {expected:?}");
+    }
+}
+
+#[test]
+fn gates_that_are_far_open_or_shut_stay_numbers() {
+    let Some((device, _turn)) = device() else { return };
+    for dtype in [DType::F32, DType::BF16, DType::F16] {
+        for far in [-200., 200.] {
+            let run = |device: &Device| {
+                let there = |x: Tensor| {
+                    Var::from_tensor(&x.to_dtype(dtype).unwrap().to_device(device).unwrap()).unwrap()
+                };
+                let (x, weight) = (there(random((1, 3, 8, 8, 4), 1)), there(random((32, 12, 3, 3), 2)));
+                let bias = there(Tensor::full(far, 32, &CPU).unwrap());
+                let layers = [ConvLstmLayer { weight: &weight, bias: &bias }];
+                let y = conv_lstm(ConvLstmInput::Frames(&x), &layers, Keep::All).unwrap();
+                let gradients = y.sum_all().unwrap().backward().unwrap();
+                [y.clone(), gradients.get(&weight).unwrap().clone()].map(|x| values(&x))
+            };
+            for (ours, expected) in run(&device).iter().zip(&run(&CPU)) {
+                assert!(ours.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-2 * (1. + b.abs())));
+            }
+        }
+    }
+}
+
+#[test]
 fn a_recording_keeps_the_memory_that_its_convolutions_work_in() {
     let Some((device, _turn)) = device() else { return };
     // No test has convolved so many images before: there is more to work in for each more.

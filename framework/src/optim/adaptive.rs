@@ -1,6 +1,6 @@
 //! Adagrad, Adadelta, Adamax, NAdam and RAdam, as PyTorch computes them.
 
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::elementwise::{zip2, zip3};
 use schemars::JsonSchema;
@@ -168,38 +168,13 @@ pub struct Moments {
     second: Vec<Var>,
     rule: Rule,
     config: MomentsConfig,
-    warm_up: WarmUp,
-    /// Of this step.
-    numbers: Factors,
-}
-
-/// NAdam's momentum, which warms up, and its product over the steps so far.
-#[derive(Clone, Copy, Default)]
-struct WarmUp {
-    beta1: f64,
-    steps: u64,
-    product: f64,
-}
-
-impl WarmUp {
-    /// The momentum of step `t`.
-    fn momentum(beta1: f64, t: u64) -> f64 {
-        beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004))
-    }
-
-    /// The product over the first `t` steps with this beta1. From one step to the next it is one factor more.
-    fn product(&mut self, beta1: f64, t: u64) -> f64 {
-        if self.beta1 != beta1 || self.steps == 0 || self.steps > t {
-            *self = Self { beta1, steps: 0, product: 1. };
-        }
-        let rest = (self.steps + 1..=t).map(|t| Self::momentum(beta1, t));
-        (self.product, self.steps) = (rest.fold(self.product, |product, mu| product * mu), t);
-        self.product
-    }
+    /// Of NAdam: the product of the momenta of all steps, for each parameter.
+    products: Vec<Var>,
+    /// Of this step: its number, its learning rate, and the decays of both moments.
+    step: (u64, f64, [f64; 2]),
 }
 
 /// Of a step of [`Moments`].
-#[derive(Clone, Copy, Default)]
 struct Factors {
     beta1: f32,
     of_moment: f32,
@@ -212,25 +187,44 @@ impl Moments {
     /// The optimizer of these parameters by this rule.
     pub fn new(params: &[Param], rule: Rule, config: &MomentsConfig) -> Result<Self> {
         let (first, second) = (zeros_like(params)?, zeros_like(params)?);
+        let ones = params.iter().filter(|_| rule == Rule::Nadam);
+        let ones = ones.map(|it| Ok(Var::ones(1, DType::F32, it.master.device())?));
         Ok(Self {
             params: params.to_vec(),
             first,
             second,
             rule,
             config: config.clone(),
-            warm_up: WarmUp::default(),
-            numbers: Factors::default(),
+            products: ones.collect::<Result<_>>()?,
+            step: (0, 0., config.betas),
         })
     }
 
-    fn factors(&mut self, t: u64, lr: f64, [beta1, beta2]: [f64; 2]) -> Factors {
+    /// NAdam's momentum of step `t`: it warms up.
+    fn momentum(&self, t: u64) -> f64 {
+        let (_, _, [beta1, _]) = self.step;
+        beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004))
+    }
+
+    /// Takes this step's momentum into a parameter's product, which is returned; 1 for other rules. With a schedule of beta1, each
+    /// step's is of its own.
+    fn product(&self, param: usize) -> Result<f64> {
+        let Some(product) = self.products.get(param) else { return Ok(1.) };
+        let (t, ..) = self.step;
+        let taken = product.to_vec1::<f32>()?[0] * self.momentum(t) as f32;
+        product.slice_set(&Tensor::new(&[taken], product.device())?, 0, 0)?;
+        Ok(f64::from(taken))
+    }
+
+    /// The factors of a parameter whose momenta have come to this product.
+    fn factors(&self, product: f64) -> Factors {
+        let (t, lr, [beta1, beta2]) = self.step;
         let correction = |beta: f64| 1. - beta.powf(t as f64);
         let (of_moment, of_gradient, root) = match self.rule {
             Rule::Adamax => (lr / correction(beta1), 0., Some(1.)),
             Rule::Nadam => {
                 // The product replaces the power of beta1.
-                let product = self.warm_up.product(beta1, t);
-                let [now, next] = [t, t + 1].map(|t| WarmUp::momentum(beta1, t));
+                let [now, next] = [t, t + 1].map(|t| self.momentum(t));
                 let of_moment = lr * next / (1. - product * next);
                 (of_moment, lr * (1. - now) / (1. - product), Some(1. / correction(beta2).sqrt()))
             }
@@ -256,17 +250,17 @@ impl Moments {
 
 impl Optimizer for Moments {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
-        let beta1 = rates.momentum.unwrap_or(self.config.betas[0]);
-        self.numbers = self.factors(t, rates.lr, [beta1, self.config.betas[1]]);
+        let [beta1, beta2] = self.config.betas;
+        self.step = (t, rates.lr, [rates.momentum.unwrap_or(beta1), beta2]);
         Ok(())
     }
 
     fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
-        let Factors { beta1, of_moment, of_gradient, root } = self.numbers;
         let (beta2, eps) = (self.config.betas[1] as f32, self.config.eps as f32);
         let largest = self.rule == Rule::Adamax;
         on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
             let (param, first, second) = (&self.params[i].master, &self.first[i], &self.second[i]);
+            let Factors { beta1, of_moment, of_gradient, root } = self.factors(self.product(i)?);
             zip2(first, gradient, move |m: &mut f32, g| *m += (g - *m) * (1. - beta1))?;
             zip2(second, gradient, move |v: &mut f32, g| {
                 *v =
@@ -290,22 +284,43 @@ impl Optimizer for Moments {
         let mut state = named_state("exp_avg", &self.params, &self.first);
         let second = if self.rule == Rule::Adamax { "exp_inf" } else { "exp_avg_sq" };
         state.extend(named_state(second, &self.params, &self.second));
+        state.extend(named_state("mu_product", &self.params, &self.products));
         state
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
+    use crate::optim::Clipping;
 
     #[test]
-    fn the_product_of_momenta_is_the_same_however_one_comes_to_a_step() {
-        let from_one = |beta1, t| (1..=t).map(|t| WarmUp::momentum(beta1, t)).product::<f64>();
-        let mut warm_up = WarmUp::default();
-        // Step after step, the same one again, after a resume, and with another beta1.
-        for (beta1, t) in [(0.9, 1), (0.9, 2), (0.9, 2), (0.9, 3), (0.9, 40), (0.8, 41), (0.8, 42), (0.8, 7)]
-        {
-            assert_eq!(warm_up.product(beta1, t).to_bits(), from_one(beta1, t).to_bits(), "{beta1} {t}");
+    fn nadams_momenta_are_those_of_the_steps_that_were_taken() {
+        let w = Var::new(&[1f32], &Device::Cpu).unwrap();
+        let params = [Param::from(("w".into(), w.clone()))];
+        let config = MomentsConfig::default();
+        let mut nadam = Moments::new(&params, Rule::Nadam, &config).unwrap();
+        let guarded = Clipping { only_finite: true, ..Default::default() };
+        let (mut expected, mut m, mut v, mut product) = (1f64, 0., 0., 1.);
+        let lr = 0.1;
+        // By PyTorch's lines, with another beta1 in each step. The second step is refused first, and changes nothing.
+        for (t, beta1, gradient) in [(1, 0.95, 0.5), (2, 0.9, f64::NAN), (2, 0.9, -2.), (3, 0.85, 0.25)] {
+            nadam.prepare(t, Rates { momentum: Some(beta1), ..lr.into() }).unwrap();
+            let gradients = [Tensor::new(&[gradient as f32], &Device::Cpu).unwrap()];
+            nadam.step(&gradients, &guarded.decide(&gradients).unwrap().scale).unwrap();
+            if gradient.is_finite() {
+                let mu = |t: u64| beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004));
+                product *= mu(t);
+                m += (gradient - m) * (1. - beta1);
+                v = v * config.betas[1] + (1. - config.betas[1]) * gradient * gradient;
+                let root = (v / (1. - config.betas[1].powf(t as f64))).sqrt() + config.eps;
+                expected -= lr * (1. - mu(t)) / (1. - product) * gradient / root;
+                expected -= lr * mu(t + 1) / (1. - product * mu(t + 1)) * m / root;
+            }
+            let ours = f64::from(w.to_vec1::<f32>().unwrap()[0]);
+            assert!((ours - expected).abs() < 1e-6, "step {t}: {ours}, not {expected}");
         }
     }
 }

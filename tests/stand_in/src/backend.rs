@@ -10,6 +10,7 @@ use std::collections::HashMap;
 use std::ffi::{c_int, c_void};
 
 const NOT_INITIALIZED: c_int = 1001;
+const EXECUTION_FAILED: c_int = 5000;
 
 /// What descriptors are.
 mod kind {
@@ -44,10 +45,16 @@ mod of {
     pub(super) const DESCRIPTOR: Of = (15, 8);
 }
 
-/// An engine: a quick one that gives other bits each time, one by tensor cores, and a plain one.
+/// An engine, the first ones of which nobody should use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Engine {
+    /// Gives other bits each time.
     Loose,
+    /// Computes with fewer bits than its inputs have.
+    Narrowing,
+    /// Can be planned, but not executed.
+    Failing,
+    /// By tensor cores.
     TensorCore,
     Plain,
 }
@@ -158,8 +165,9 @@ library! {
             (kind::ENGINE, 1303, 11) => {
                 let notes: &[u32] = match descriptor.engine.ok_or(NOT_INITIALIZED)? {
                     Engine::Loose => &[0, 4],
+                    Engine::Narrowing => &[0, 1],
                     Engine::TensorCore => &[0],
-                    Engine::Plain => &[],
+                    Engine::Failing | Engine::Plain => &[],
                 };
                 for (i, note) in notes.iter().enumerate().take(room as usize) {
                     // SAFETY: there is as much room as the caller says.
@@ -288,7 +296,7 @@ impl Descriptor {
         self.part(201)?;
         Ok(match self.attributes[&200][0] {
             2 => vec![Engine::Plain],
-            _ => vec![Engine::Loose, Engine::TensorCore],
+            _ => vec![Engine::Loose, Engine::Narrowing, Engine::Failing, Engine::TensorCore],
         })
     }
 
@@ -326,7 +334,16 @@ impl Descriptor {
         let scalars = [operation.scalar(alpha)?, operation.scalar(beta)?];
         let call = Call::new(pass, handle, tensors.each_ref(), of_tensors, &options, scalars)?;
         let [workspace] = pack.numbers(1003)[..] else { return Err(BAD_PARAM) };
-        call.ask_of(self.engine != Some(Engine::Loose), workspace, self.workspace()?)
+        match self.engine {
+            Some(Engine::Failing) => Err(EXECUTION_FAILED),
+            Some(Engine::Narrowing) => {
+                eprintln!(
+                    "stand-in: cuDNN: {pass:?} by an engine that computes with fewer bits than its inputs have"
+                );
+                Err(BAD_PARAM)
+            }
+            engine => call.ask_of(engine != Some(Engine::Loose), workspace, self.workspace()?),
+        }
     }
 }
 

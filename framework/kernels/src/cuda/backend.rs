@@ -7,14 +7,9 @@ use candle_core::cuda_backend::cudarc::cudnn::sys::{
 use candle_core::{Error, Result};
 use std::ffi::{CStr, c_char, c_void};
 
-/// A descriptor of ours.
+/// A descriptor of ours. It may go to another thread, but cuDNN does not promise that two may use it at once.
 #[derive(Debug)]
 pub(crate) struct Descriptor(sys::cudnnBackendDescriptor_t);
-
-// SAFETY: descriptors may be used by any thread, by one at a time, and what changes them needs `&mut` or a descriptor whole.
-unsafe impl Send for Descriptor {}
-// SAFETY: reading attributes, and executing a plan, leave a finished descriptor as it is.
-unsafe impl Sync for Descriptor {}
 
 /// What attributes are made of.
 ///

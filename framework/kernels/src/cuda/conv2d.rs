@@ -1,7 +1,7 @@
 //! Convolutions, and transposed ones, as ops of the graph.
 
 use super::arguments::{AddBias, ColumnSums, Narrow};
-use super::convolution::{self, Order, order_for};
+use super::convolution::{self, Order, Pass, order_for};
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, allocate, packed, tensor, with_address};
 use super::sources::COLUMNS;
@@ -40,7 +40,11 @@ fn convolve(
 ) -> Result<Tensor> {
     let (batch, leading, [height, width, channels]) = (g.batch, &x.dims()[..x.rank() - 3], result);
     let shape = [leading, &result[..]].concat();
-    let order = order_for(x.device().as_cuda_device()?, &g, x.dtype())?;
+    let forward = if transposed { Pass::BackwardData } else { Pass::Forward };
+    let is_tracked = [Some(x), Some(weight), bias].into_iter().flatten().any(tracked);
+    let passes: &[Pass] =
+        if is_tracked { &[Pass::Forward, Pass::BackwardData, Pass::BackwardFilter] } else { &[forward] };
+    let order = order_for(x.device().as_cuda_device()?, &g, x.dtype(), passes)?;
     if order == Order::ChannelsLast {
         let op = Convolution { g, order, shape: shape.into(), transposed };
         return apply(x, &taps_last(weight)?, bias, op);

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Engines that want more workspace are not taken, where there is another.
 const MOST_WORKSPACE: usize = 2 << 30;
-/// What addresses are multiples of, where cuDNN's quick engines can be used.
+/// What addresses are multiples of, where cuDNN's quick engines can be used: a power of two.
 const ALIGNMENT: u64 = 16;
 
 /// How tensors lie in memory.
@@ -29,7 +29,7 @@ pub(crate) enum Order {
 
 /// Which of a convolution's tensors is computed from the two others.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-enum Pass {
+pub(crate) enum Pass {
     /// y.
     Forward,
     /// The gradient of x.
@@ -47,7 +47,8 @@ struct Key {
     add: bool,
     order: Order,
     dtype: DType,
-    is_aligned: bool,
+    /// What the addresses of x, w and y are multiples of.
+    alignments: [u64; 3],
     tf32: bool,
 }
 
@@ -56,6 +57,8 @@ struct Plan {
     execution: Descriptor,
     /// Bytes.
     workspace: usize,
+    /// Which of the engines that may be used it is, from 1.
+    number: usize,
     /// What it was made of.
     _parts: Vec<Descriptor>,
 }
@@ -65,12 +68,12 @@ struct Engine {
     /// Which knows the device's stream.
     handle: sys::cudnnHandle_t,
     device: CudaDevice,
-    /// None where cuDNN has no way.
-    plans: HashMap<Key, Option<Arc<Plan>>>,
+    /// Where there is none: what cuDNN said last.
+    plans: HashMap<Key, std::result::Result<Arc<Plan>, String>>,
     workspace: Option<Arc<CudaStorage>>,
 }
 
-// SAFETY: cuDNN's handles may be used by any thread, by one at a time, and the lock around this sees to that.
+// SAFETY: cuDNN's handles and descriptors may be used by any thread, by one at a time, and the lock around this sees to that.
 unsafe impl Send for Engine {}
 
 type Engines = HashMap<candle_core::cuda_backend::DeviceId, Arc<Mutex<Engine>>>;
@@ -95,22 +98,16 @@ pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
     engine.workspace.clone()
 }
 
-/// The order in which cuDNN can compute this convolution and its gradients: channels last, where it has a way.
-pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType) -> Result<Order> {
+/// The order in which cuDNN can compute these passes of a convolution: channels last, where it has a way.
+pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType, passes: &[Pass]) -> Result<Order> {
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let engine = engine(device)?;
     let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
-    for order in [Order::ChannelsLast, Order::ChannelsFirst] {
-        let mut has_all = true;
-        for pass in [Pass::Forward, Pass::BackwardData, Pass::BackwardFilter] {
-            let key = Key::new(g, pass, false, order, dtype, true);
-            has_all = has_all && engine.plan(g, key)?.is_some();
-        }
-        if has_all {
-            return Ok(order);
-        }
-    }
-    Err(no_engine(g, dtype))
+    let mut has_all = |order| {
+        let key = |pass: &Pass| Key::new(g, *pass, false, order, dtype, [ALIGNMENT; 3]);
+        passes.iter().try_for_each(|pass| engine.plan(g, key(pass)).map(drop)).map(|()| order)
+    };
+    has_all(Order::ChannelsLast).or_else(|_| has_all(Order::ChannelsFirst))
 }
 
 /// y = x * w.
@@ -175,28 +172,30 @@ unsafe fn compute(
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let engine = engine(device)?;
     let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
-    let is_aligned = places.iter().all(|at| at.is_multiple_of(ALIGNMENT));
-    let plan = engine.plan(g, Key::new(g, pass, add, order, dtype, is_aligned))?;
-    let plan = plan.ok_or_else(|| no_engine(g, dtype))?;
-    let workspace = engine.place_to_work(plan.workspace)?;
-    let pack = Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
-        .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
-        .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
-        .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
-        .finish()?;
-    // SAFETY: the plan is of this geometry; the addresses fit it, says the caller.
-    unsafe { plan.execution.execute(engine.handle, &pack) }
-}
-
-fn no_engine(g: &Geometry, dtype: DType) -> Error {
-    Error::Msg(format!("cuDNN has no engine that gives the same bits every time, in {dtype:?}, for {g:?}"))
+    let alignments = places.map(|at| ALIGNMENT.min(1 << at.trailing_zeros().min(u64::BITS - 1)));
+    let key = Key::new(g, pass, add, order, dtype, alignments);
+    loop {
+        let plan = engine.plan(g, key)?;
+        let workspace = engine.place_to_work(plan.workspace)?;
+        let pack = Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
+            .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
+            .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
+            .finish()?;
+        // SAFETY: the plan is of this geometry; the addresses fit it, says the caller.
+        match unsafe { plan.execution.execute(engine.handle, &pack) } {
+            // What could be planned cannot always be done: then another engine may do it.
+            Err(_) if !super::is_recording() && engine.plan_another(g, key, plan.number) => {}
+            done => return done,
+        }
+    }
 }
 
 /// What plans call x, w and y.
 const IDS: [i64; 3] = [1, 2, 3];
 
 impl Key {
-    fn new(g: &Geometry, pass: Pass, add: bool, order: Order, dtype: DType, is_aligned: bool) -> Key {
+    fn new(g: &Geometry, pass: Pass, add: bool, order: Order, dtype: DType, alignments: [u64; 3]) -> Key {
         let dims = [
             g.batch,
             g.height,
@@ -212,16 +211,17 @@ impl Key {
             g.out_height,
             g.out_width,
         ];
-        Key { dims, pass, add, order, dtype, is_aligned, tf32: super::device::tf32_allowed() }
+        Key { dims, pass, add, order, dtype, alignments, tf32: super::device::tf32_allowed() }
     }
 
     /// Whether an engine of which cuDNN notes this may be used. The same bits every time: a training that goes on from a
-    /// checkpoint ends as one that was never interrupted. And 32 bits are 32 bits, unless TF32 is allowed.
+    /// checkpoint ends as one that was never interrupted. Inputs are taken as they are; and 32 bits are 32 bits, unless TF32 is
+    /// allowed.
     fn allows(&self, notes: &[Note]) -> bool {
         let is_whole = self.dtype == DType::F32 && !self.tf32;
         !notes.contains(&Note::NONDETERMINISTIC)
-            && !(is_whole
-                && (notes.contains(&Note::TENSOR_CORE) || notes.contains(&Note::DOWN_CONVERT_INPUTS)))
+            && !notes.contains(&Note::DOWN_CONVERT_INPUTS)
+            && !(is_whole && notes.contains(&Note::TENSOR_CORE))
     }
 }
 
@@ -256,63 +256,90 @@ impl Engine {
     }
 
     /// The plan of a pass: made for the first time, and kept.
-    fn plan(&mut self, g: &Geometry, key: Key) -> Result<Option<Arc<Plan>>> {
-        if let Some(plan) = self.plans.get(&key) {
-            return Ok(plan.clone());
+    fn plan(&mut self, g: &Geometry, key: Key) -> Result<Arc<Plan>> {
+        let known = self.plans.entry(key);
+        let plan = known.or_insert_with(|| match plan(self.handle, g, &key, 0) {
+            Ok(plan) => Ok(Arc::new(plan)),
+            Err(why) => Err(why.to_string()),
+        });
+        plan.clone().map_err(|why| {
+            let dtype = key.dtype;
+            let way = "cuDNN has no engine that gives the same bits every time";
+            Error::Msg(format!("{way}, in {dtype:?}, for {g:?}: {why}"))
+        })
+    }
+
+    /// Makes another plan, by an engine after the one of this number; tells whether there is one.
+    fn plan_another(&mut self, g: &Geometry, key: Key, number: usize) -> bool {
+        let another = plan(self.handle, g, &key, number).map(Arc::new);
+        let is_there = another.is_ok();
+        if let Ok(plan) = another {
+            self.plans.insert(key, Ok(plan));
         }
-        let plan = plan(self.handle, g, &key)?.map(Arc::new);
-        self.plans.insert(key, plan.clone());
-        Ok(plan)
+        is_there
     }
 }
 
 /// Picks, of the engines that cuDNN's heuristics list with the one that they think quickest first, the first that is allowed, is
-/// there, and does with little memory; where none does, the one that needs least.
-fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key) -> Result<Option<Plan>> {
-    let mut parts = operation(g, key)?;
+/// there, and does with little memory; where none does, the one that needs least. Of those that are allowed, it leaves out the
+/// first `skipped`.
+fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key, skipped: usize) -> Result<Plan> {
+    let parts = operation(g, key)?;
     let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
         .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
         .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
         .finish()?;
-    let mut smallest: Option<(Descriptor, usize, Descriptor)> = None;
-    // The second mode's engines can do what the first one's cannot.
-    for config in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK]
-        .iter()
-        .flat_map(|mode| engines(&graph, *mode))
-    {
-        if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
-            continue;
-        }
+    let of_engine = |config: &Descriptor| -> Result<(Descriptor, usize)> {
         let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
             .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
-            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, &config)?
-            .finish();
-        // What is listed is not always there.
-        let Ok(execution) = execution else { continue };
+            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?
+            .finish()?;
         let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
-        let bytes = bytes.first().map_or(0, |bytes| *bytes as usize);
-        if smallest.as_ref().is_none_or(|(_, least, _)| bytes < *least) {
-            smallest = Some((execution, bytes, config));
-        }
-        if bytes <= MOST_WORKSPACE {
-            break;
+        Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
+    };
+    let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
+    let mut why = Error::Msg("it proposes none".into());
+    // The second mode's engines can do what the first one's cannot.
+    'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
+        let listed = engines(&graph, mode).unwrap_or_else(|error| {
+            why = error;
+            Vec::new()
+        });
+        for config in listed {
+            if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
+                continue;
+            }
+            number += 1;
+            if number <= skipped {
+                continue;
+            }
+            match of_engine(&config) {
+                Ok((execution, workspace)) => {
+                    if best.as_ref().is_none_or(|best| workspace < best.workspace) {
+                        best = Some(Plan { execution, workspace, number, _parts: vec![config] });
+                    }
+                    if workspace <= MOST_WORKSPACE {
+                        break 'found;
+                    }
+                }
+                // What is listed is not always there.
+                Err(error) => why = error,
+            }
         }
     }
-    let Some((execution, workspace, config)) = smallest else { return Ok(None) };
-    parts.extend([graph, config]);
-    Ok(Some(Plan { execution, workspace, _parts: parts }))
+    let mut best = best.ok_or(why)?;
+    best._parts.extend(parts);
+    best._parts.push(graph);
+    Ok(best)
 }
 
-/// The engines that cuDNN proposes, the one that it thinks quickest first; none where it knows none.
-fn engines(graph: &Descriptor, mode: Mode) -> Vec<Descriptor> {
-    let listed = || {
-        Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
-            .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
-            .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
-            .finish()?
-            .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
-    };
-    listed().unwrap_or_default()
+/// The engines that cuDNN proposes, the one that it thinks quickest first.
+fn engines(graph: &Descriptor, mode: Mode) -> Result<Vec<Descriptor>> {
+    Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
+        .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
+        .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
+        .finish()?
+        .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
 }
 
 /// What cuDNN notes of an engine's numbers.
@@ -333,9 +360,8 @@ fn operation(g: &Geometry, key: &Key) -> Result<Vec<Descriptor>> {
         DType::BF16 => CUDNN_DATA_BFLOAT16,
         other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
     };
-    let alignment = if key.is_aligned { ALIGNMENT } else { key.dtype.size_in_bytes() as u64 };
     // Sizes are told in the order N, C, H, W, whatever the order in memory.
-    let tensor = |id: i64, dims: [usize; 4]| {
+    let tensor = |i: usize, dims: [usize; 4]| {
         let dims = dims.map(|size| size as i64);
         let [_, c, h, w] = dims;
         let strides = match key.order {
@@ -343,17 +369,17 @@ fn operation(g: &Geometry, key: &Key) -> Result<Vec<Descriptor>> {
             Order::ChannelsFirst => [c * h * w, h * w, w, 1],
         };
         Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &[id])?
+            .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &IDS[i..=i])?
             .with(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, &[data])?
-            .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[alignment as i64])?
+            .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[key.alignments[i] as i64])?
             .with(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &dims)?
             .with(Name::CUDNN_ATTR_TENSOR_STRIDES, &strides)?
             .finish()
     };
-    let x = tensor(IDS[0], [g.batch, g.inputs, g.height, g.width])?;
+    let x = tensor(0, [g.batch, g.inputs, g.height, g.width])?;
     // Groups follow from the inputs that are left.
-    let w = tensor(IDS[1], [g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
-    let y = tensor(IDS[2], [g.batch, g.outputs, g.out_height, g.out_width])?;
+    let w = tensor(1, [g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
+    let y = tensor(2, [g.batch, g.outputs, g.out_height, g.out_width])?;
     let both = |size: usize| [size as i64; 2];
     let convolution = Descriptor::new(Kind::CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR)?
         // Products are added in 32 bits.

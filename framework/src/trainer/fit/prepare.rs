@@ -54,8 +54,13 @@ impl<'a, B: Batch> Fit<'a, B> {
             sharded.then_some(&*ranks as &dyn Collective),
         )?;
         for turn in &mut turns {
-            // Checkpoints of old know of no step that an optimizer sat out.
             let known = state.and_then(|state| state.optimizer_steps.get(&turn.name));
+            if known.is_none() && state.is_some_and(|state| !state.optimizer_steps.is_empty()) {
+                tracing::warn!(
+                    "the checkpoint knows no optimizer `{}`: all of its steps count as taken",
+                    turn.name
+                );
+            }
             turn.steps = known.copied().unwrap_or(progress.step);
         }
         let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
