@@ -144,13 +144,14 @@ fn transposed_convolutions() {
 #[test]
 fn roll_outs() {
     const STEPS: usize = 5;
-    for (hidden, inputs, kernel, feedback, keep) in [
-        (&[16usize, 32][..], 1, 3, false, Keep::Last),
-        (&[32, 32], 16, 3, false, Keep::All),
-        (&[16, 32], 32, 3, true, Keep::All),
-        (&[3, 5], 5, 5, true, Keep::Last),
+    // The steps of the last one lie where cuDNN's quick engines cannot read them.
+    for ([batch, height, width], hidden, inputs, kernel, feedback, keep) in [
+        ([2, 8, 12], &[16usize, 32][..], 1, 3, false, Keep::Last),
+        ([2, 8, 12], &[32, 32], 16, 3, false, Keep::All),
+        ([2, 8, 12], &[16, 32], 32, 3, true, Keep::All),
+        ([2, 8, 12], &[3, 5], 5, 5, true, Keep::Last),
+        ([1, 3, 5], &[3], 1, 3, false, Keep::All),
     ] {
-        let (batch, height, width) = (2, 8, 12);
         let x = match feedback {
             true => random((batch, height, width, inputs), 1),
             false => random((batch, STEPS, height, width, inputs), 1),

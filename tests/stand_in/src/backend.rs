@@ -3,7 +3,7 @@
 //! Source: "cuDNN Graph API", version 9, its backend descriptor types.
 
 use crate::convolution::{
-    BAD_PARAM, Call, FMA, Handle, NOT_SUPPORTED, Options, Pass, Tensor, is_supported, library,
+    BAD_PARAM, Call, Handle, NOT_SUPPORTED, Options, Pass, Tensor, is_supported, library,
 };
 use crate::driver::give;
 use std::collections::HashMap;
@@ -45,12 +45,12 @@ mod of {
     pub(super) const DESCRIPTOR: Of = (15, 8);
 }
 
-/// An engine, the first ones of which nobody should use.
+/// An engine, the first ones of which nobody should use. All are listed, whatever the environment says of TF32.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Engine {
-    /// Gives other bits each time.
+    /// Gives other bits each time, and so that a test sees it, wrong ones.
     Loose,
-    /// Computes with fewer bits than its inputs have.
+    /// Computes with fewer bits than its inputs have; wrong as well.
     Narrowing,
     /// Can be planned, but not executed.
     Failing,
@@ -329,21 +329,17 @@ impl Descriptor {
             stride: two(103).ok_or(BAD_PARAM)?,
             dilation: two(102).ok_or(BAD_PARAM)?,
             groups: groups(&tensors[0], &tensors[1]),
-            math: if self.engine == Some(Engine::Plain) { FMA } else { 0 },
+            tf32: self.engine != Some(Engine::Plain),
         };
-        let scalars = [operation.scalar(alpha)?, operation.scalar(beta)?];
+        let wrong = match self.engine {
+            Some(Engine::Failing) => return Err(EXECUTION_FAILED),
+            Some(Engine::Loose | Engine::Narrowing) => 1.1,
+            _ => 1.,
+        };
+        let scalars = [wrong * operation.scalar(alpha)?, operation.scalar(beta)?];
         let call = Call::new(pass, handle, tensors.each_ref(), of_tensors, &options, scalars)?;
         let [workspace] = pack.numbers(1003)[..] else { return Err(BAD_PARAM) };
-        match self.engine {
-            Some(Engine::Failing) => Err(EXECUTION_FAILED),
-            Some(Engine::Narrowing) => {
-                eprintln!(
-                    "stand-in: cuDNN: {pass:?} by an engine that computes with fewer bits than its inputs have"
-                );
-                Err(BAD_PARAM)
-            }
-            engine => call.ask_of(engine != Some(Engine::Loose), workspace, self.workspace()?),
-        }
+        call.ask_within(workspace, self.workspace()?)
     }
 }
 

@@ -19,7 +19,7 @@ const WORKSPACE: usize = 4096;
 const LOOSE: c_int = 0;
 const STRICT: c_int = 1;
 /// 32 bits are 32 bits.
-pub(crate) const FMA: c_int = 3;
+const FMA: c_int = 3;
 
 #[derive(Debug)]
 pub(crate) struct Handle {
@@ -41,7 +41,8 @@ pub(crate) struct Options {
     pub(crate) stride: [usize; 2],
     pub(crate) dilation: [usize; 2],
     pub(crate) groups: usize,
-    pub(crate) math: c_int,
+    /// Whether 32 bits are narrowed.
+    pub(crate) tf32: bool,
 }
 
 /// What the library says of an algorithm.
@@ -132,7 +133,7 @@ library! {
     }
     fn cudnnCreateConvolutionDescriptor(to: *mut *mut Options) {
         // SAFETY: the caller's pointer.
-        unsafe { give(to, Box::into_raw(Box::new(Options { groups: 1, ..Options::default() }))) }
+        unsafe { give(to, Box::into_raw(Box::new(Options { groups: 1, tf32: tf32_allowed(), ..Options::default() }))) }
     }
     fn cudnnDestroyConvolutionDescriptor(options: *mut Options) {
         // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
@@ -179,7 +180,7 @@ library! {
     }
     fn cudnnSetConvolutionMathType(to: *mut Options, math: c_int) {
         // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
-        unsafe { (*to).math = math };
+        unsafe { (*to).tf32 = math != FMA && tf32_allowed() };
         Ok(())
     }
     fn cudnnGetConvolutionForwardAlgorithm_v7(
@@ -309,7 +310,7 @@ unsafe fn candidates(
             time: 0.1,
             memory: WORKSPACE,
             deterministic,
-            math: options.math,
+            math: 0,
             reserved: [0; 3],
         };
         // SAFETY: the caller's promise.
@@ -379,18 +380,18 @@ impl Call {
 
     /// By a legacy algorithm.
     fn ask(self, algorithm: c_int, workspace: u64, bytes: usize) -> Result<(), c_int> {
-        if bytes < WORKSPACE {
-            return Err(BAD_PARAM);
-        }
-        self.ask_of(algorithm == STRICT, workspace, bytes)
-    }
-
-    /// By an algorithm that gives the same bits every time, or another.
-    pub(crate) fn ask_of(self, is_strict: bool, workspace: u64, bytes: usize) -> Result<(), c_int> {
-        if !is_strict && self.pass != Pass::Forward {
+        if algorithm != STRICT && self.pass != Pass::Forward {
             eprintln!("stand-in: cuDNN: {:?} by an algorithm that gives other bits each time", self.pass);
             return Err(FAILED);
         }
+        if bytes < WORKSPACE {
+            return Err(BAD_PARAM);
+        }
+        self.ask_within(workspace, bytes)
+    }
+
+    /// In this workspace, of which so many bytes are used.
+    pub(crate) fn ask_within(self, workspace: u64, bytes: usize) -> Result<(), c_int> {
         let (ordinal, stream) = (self.ordinal, self.stream);
         device(ordinal)?.ask(
             stream,
@@ -407,7 +408,7 @@ impl Call {
 
     fn load(&self, memory: &Memory, i: usize) -> Result<Vec<f64>, String> {
         let mut values = read(memory, self.places[i], self.tensors[i].len(), self.kind)?;
-        if self.kind == Kind::F32 && self.options.math != FMA && tf32_allowed() {
+        if self.kind == Kind::F32 && self.options.tf32 {
             values.iter_mut().for_each(|x| *x = to_tf32(*x));
         }
         Ok(values)
