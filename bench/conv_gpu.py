@@ -5,7 +5,8 @@
 
 The shapes are those of bench/tutorial.toml with batches of 16: a cell's step, the gradient of a weight over ten steps at once,
 and the convolution that makes frames. Milliseconds of the forward pass and of the gradients of input and weight, each waited
-for; the median of 30. PyTorch's tensors are channels last, as ours are, and cuDNN is asked to try its ways.
+for; the median of 30. "Timed" is with cuDNN's ways tried first (`trainer.benchmark`), as PyTorch's are here; its tensors are
+channels last, as ours are.
 """
 
 import statistics
@@ -45,23 +46,24 @@ def pytorch(batch, size, inputs, outputs, kernel):
     return [median(step) for step in passes]
 
 
-def ours(program, shape):
-    done = subprocess.run([program, *map(str, shape)], check=True, capture_output=True, text=True)
+def ours(program, shape, *more):
+    done = subprocess.run([program, *map(str, shape), *more], check=True, capture_output=True, text=True)
     return [float(ms) for ms in done.stdout.split()]
 
 
 def main():
     program = sys.argv[1] if len(sys.argv) > 1 else "target/release/examples/conv_cuda"
     torch.backends.cudnn.benchmark = True
-    print("| batch, size, channels | pass | ours, ms | TFLOP/s | PyTorch, ms | TFLOP/s | ours is |")
-    print("|---" * 7 + "|")
+    print("| batch, size, channels | pass | ours, ms | TFLOP/s | timed, ms | TFLOP/s | PyTorch, ms | TFLOP/s | ours is |")
+    print("|---" * 9 + "|")
     for shape in SHAPES:
         batch, size, inputs, outputs, kernel = shape
         tflop = 2e-12 * batch * size**2 * inputs * outputs * kernel**2
-        for name, own, theirs in zip(("forward", "input", "weight"), ours(program, shape), pytorch(*shape)):
-            rates = [tflop / ms * 1e3 for ms in (own, theirs)]
-            print(f"| {batch} x {size}x{size}, {inputs} to {outputs} | {name} | {own:.3f} | {rates[0]:.0f} | "
-                  f"{theirs:.3f} | {rates[1]:.0f} | {theirs / own:.2f}x as fast |", flush=True)
+        sides = ours(program, shape), ours(program, shape, "timed"), pytorch(*shape)
+        for name, *times in zip(("forward", "input", "weight"), *sides):
+            cells = " | ".join(f"{ms:.3f} | {tflop / ms * 1e3:.0f}" for ms in times)
+            print(f"| {batch} x {size}x{size}, {inputs} to {outputs} | {name} | {cells} | {times[2] / times[0]:.2f}x as fast |",
+                  flush=True)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
 
 

@@ -176,6 +176,8 @@ batches=(16 64)
 for batch in "${batches[@]}"; do
     ours "$batch bf16-mixed|candlepower" "$batch" --precision bf16-mixed
     ours "$batch bf16-mixed|candlepower, recorded" "$batch" --precision bf16-mixed --set trainer.cuda_graph=true
+    ours "$batch bf16-mixed|candlepower, recorded, benchmark" "$batch" --precision bf16-mixed --set trainer.cuda_graph=true \
+        --set trainer.benchmark=true
     torch "$batch bf16-mixed|eager" "$batch" --precision bf16-mixed
 done
 ours "16 32|candlepower" 16 --precision 32

@@ -80,6 +80,11 @@ pub(crate) fn set_matmul_precision(precision: MatmulPrecision) {
     kernels::allow_tf32(precision == MatmulPrecision::High);
 }
 
+/// Has the engines of convolutions timed from now on, or not.
+pub(crate) fn set_benchmark(wanted: bool) {
+    kernels::time_convolutions(wanted);
+}
+
 /// A line for each kind of device that this program can use, or cannot, and why.
 pub fn describe_devices() -> Vec<String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);

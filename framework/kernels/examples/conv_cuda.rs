@@ -2,11 +2,11 @@
 //! stands them beside PyTorch's.
 //!
 //!     cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
-//!     target/release/examples/conv_cuda batch size inputs outputs kernel
+//!     target/release/examples/conv_cuda batch size inputs outputs kernel [timed]
 #![allow(clippy::print_stdout)]
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
-use candlepower_kernels::{Conv2dOptions, conv2d, open_cuda};
+use candlepower_kernels::{Conv2dOptions, conv2d, open_cuda, time_convolutions};
 use std::time::Instant;
 
 /// Milliseconds of the median of many, each waited for: launching takes less than the device needs for these.
@@ -30,6 +30,7 @@ fn main() -> Result<()> {
     let &[batch, size, inputs, outputs, kernel] = &args[..] else {
         bail!("expected batch, size, inputs, outputs and kernel");
     };
+    time_convolutions(std::env::args().any(|arg| arg == "timed"));
     let device = open_cuda(0)?;
     let random =
         |shape: &[usize]| Tensor::rand(-1f32, 1., shape, &device).and_then(|x| x.to_dtype(DType::BF16));

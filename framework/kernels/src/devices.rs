@@ -51,6 +51,16 @@ pub fn allow_tf32(allowed: bool) {
     let _ = allowed;
 }
 
+/// Whether the engines that cuDNN proposes for a convolution are timed when a shape comes for the first time, and the quickest
+/// is taken, instead of the one that cuDNN thinks quickest. Which that is may differ from one process to the next, and with it the
+/// last bits. For the whole process; at first none is.
+pub fn time_convolutions(wanted: bool) {
+    #[cfg(feature = "cuda")]
+    crate::cuda::convolution::time_convolutions(wanted);
+    #[cfg(not(feature = "cuda"))]
+    let _ = wanted;
+}
+
 /// The most bytes that tensors on this device have held at once since it was opened, or [reset](reset_peak_memory). What
 /// recordings have held is of another pool: its own peak is added, so that with them this is a bound. None on the CPU.
 pub fn peak_memory(device: &Device) -> Option<u64> {

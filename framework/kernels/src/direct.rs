@@ -28,7 +28,7 @@ use lines::run_passes;
 use pass::{Pass, backward_passes, forward_pass};
 
 /// The sizes of a convolution.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Geometry {
     pub(crate) batch: usize,
     pub(crate) height: usize,

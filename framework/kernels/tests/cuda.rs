@@ -11,7 +11,7 @@ use candlepower_kernels::updates::{
 use candlepower_kernels::{
     Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download, Exchange,
     Keep, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, record,
-    rehearse, reset_peak_memory, to_device,
+    rehearse, reset_peak_memory, time_convolutions, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -418,6 +418,21 @@ fn downloads_bring_what_was_there_when_they_began() {
     let first = there.narrow(0, 1, 2).unwrap();
     let here = Download::start(&first).unwrap().finish().unwrap();
     assert_eq!((here.dtype(), values(&here)), (DType::F32, values(&half.narrow(0, 1, 2).unwrap())));
+}
+
+#[test]
+fn what_the_quickest_engines_compute_is_right() {
+    time_convolutions(true);
+    // Shapes of no other test: each is timed once.
+    let inputs = [random((2, 7, 8, 8), 1), (random((24, 8, 3, 3), 2) * 0.2).unwrap(), random(24, 3)];
+    let options = Conv2dOptions { padding: 1, ..Default::default() };
+    compare("timed conv2d", &inputs, |x| conv2d(&x[0], &x[1], Some(&x[2]), options));
+    let inputs = [random((1, 4, 7, 8, 2), 1), (random((32, 10, 3, 3), 2) * 0.1).unwrap(), random(32, 3)];
+    compare("timed conv_lstm", &inputs, |x| {
+        let layers = [ConvLstmLayer { weight: &x[1], bias: &x[2] }];
+        conv_lstm(ConvLstmInput::Frames(&x[0]), &layers, Keep::All)
+    });
+    time_convolutions(false);
 }
 
 #[test]

@@ -87,6 +87,9 @@ pub struct TrainerConfig {
     /// recording has memory of its own, beside what other steps use. Where a step cannot be recorded, a warning says why, and
     /// training goes on without.
     pub cuda_graph: bool,
+    /// On a CUDA device: times, when a shape comes for the first time, the ways that cuDNN has to convolve, and takes the quickest.
+    /// Worth it where shapes stay the same. Another run may take others, so that a resumed run is not the same to the bit.
+    pub benchmark: bool,
     /// Logs training metrics every so many steps.
     pub log_every: u64,
 }
@@ -129,6 +132,7 @@ impl Default for TrainerConfig {
             threads: None,
             kernels: Kernels::Fast,
             cuda_graph: false,
+            benchmark: false,
             log_every: 10,
         }
     }

@@ -411,6 +411,7 @@ impl Trainer {
         candlepower_kernels::keep_freed_memory();
         candlepower_kernels::idle_soon();
         accelerator::set_matmul_precision(self.config.float32_matmul_precision);
+        accelerator::set_benchmark(self.config.benchmark);
         let threads = self.config.threads.or(std::thread::available_parallelism().ok().map(usize::from));
         // Ranks side by side share the processor's cores.
         let threads = threads.map_or(0, |threads| (threads / self.ranks.ranks_here()).max(1));

@@ -1,9 +1,10 @@
 //! Convolutions, and transposed ones, as ops of the graph.
 
 use super::arguments::{AddBias, ColumnSums, Narrow};
-use super::convolution::{self, Order, Pass, order_for};
+use super::convolution::{self, order_for};
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, allocate, packed, tensor, with_address};
+use super::plan::{Order, Pass};
 use super::sources::COLUMNS;
 use crate::direct::Geometry;
 use crate::tensors::tracked;

@@ -2,10 +2,11 @@
 
 use super::arguments::{CopyColumns, GatesBackward, GatesForward};
 use super::conv2d::column_sums;
-use super::convolution::{self, Order};
+use super::convolution;
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, allocate, clear, packed, tensor, with_address};
 use super::packing::pack;
+use super::plan::Order;
 use super::roll_out::{Engine, Kept, Layer, RollOut};
 use super::sources::{COLUMNS, GATES};
 use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, take_kept};

@@ -1,111 +1,84 @@
 //! Convolutions by cuDNN: a plan is made once a shape and pass, and workspace is used again.
 
-use super::backend::{Descriptor, Note, Place};
+use super::backend::{Descriptor, Place};
+use super::device::tf32_allowed;
 use super::failed;
 use super::memory::{address, allocate};
+use super::plan::{ALIGNMENT, IDS, Key, Order, Pass, Plan, plan};
 use crate::direct::Geometry;
 use candle_core::cuda_backend::cudarc::cudnn::result;
 use candle_core::cuda_backend::cudarc::cudnn::sys::{
     self, cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind,
-    cudnnBackendHeurMode_t as Mode,
 };
 use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-/// Engines that want more workspace are not taken, where there is another.
-const MOST_WORKSPACE: usize = 2 << 30;
-/// What addresses are multiples of, where cuDNN's quick engines can be used: a power of two.
-const ALIGNMENT: u64 = 16;
-
-/// How tensors lie in memory.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) enum Order {
-    /// x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
-    ChannelsLast,
-    /// x and y (B, C, H, W), w (outputs, inputs / groups, kernel height, kernel width).
-    ChannelsFirst,
-}
-
-/// Which of a convolution's tensors is computed from the two others.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) enum Pass {
-    /// y.
-    Forward,
-    /// The gradient of x.
-    BackwardData,
-    /// The gradient of w.
-    BackwardFilter,
-}
-
-/// What a plan is for.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-struct Key {
-    dims: [usize; 13],
-    pass: Pass,
-    /// Whether the result is added to what is there.
-    add: bool,
-    order: Order,
-    dtype: DType,
-    /// What the addresses of x, w and y are multiples of.
-    alignments: [u64; 3],
-    tf32: bool,
-}
-
-/// How a pass is computed.
-struct Plan {
-    execution: Descriptor,
-    /// Bytes.
-    workspace: usize,
-    /// Which of the engines that may be used it is, from 1.
-    number: usize,
-    /// What it was made of.
-    _parts: Vec<Descriptor>,
-}
-
-/// cuDNN on one device. Plans stay until the process ends; there are as many as shapes and passes.
-struct Engine {
+/// cuDNN on one device. Plans stay until the process ends; there are about as many as shapes and passes.
+struct Cudnn {
     /// Which knows the device's stream.
     handle: sys::cudnnHandle_t,
     device: CudaDevice,
     /// Where there is none: what cuDNN said last.
     plans: HashMap<Key, std::result::Result<Arc<Plan>, String>>,
+    /// Plans that others have taken the place of: something recorded may still use them.
+    replaced: Vec<Arc<Plan>>,
+    /// What quick engines were looked for.
+    timed: HashSet<Key>,
     workspace: Option<Arc<CudaStorage>>,
 }
 
 // SAFETY: cuDNN's handles and descriptors may be used by any thread, by one at a time, and the lock around this sees to that.
-unsafe impl Send for Engine {}
+unsafe impl Send for Cudnn {}
 
-type Engines = HashMap<candle_core::cuda_backend::DeviceId, Arc<Mutex<Engine>>>;
+type Opened = HashMap<candle_core::cuda_backend::DeviceId, Arc<Mutex<Cudnn>>>;
 
-static ENGINES: Mutex<Option<Engines>> = Mutex::new(None);
+static OPENED: Mutex<Option<Opened>> = Mutex::new(None);
 
-fn engine(device: &CudaDevice) -> Result<Arc<Mutex<Engine>>> {
-    let mut engines = ENGINES.lock().unwrap_or_else(PoisonError::into_inner);
-    let engines = engines.get_or_insert_default();
-    if let Some(engine) = engines.get(&device.id()) {
-        return Ok(engine.clone());
+/// Whether engines are timed.
+static TIMES: AtomicBool = AtomicBool::new(false);
+
+pub(crate) fn time_convolutions(wanted: bool) {
+    TIMES.store(wanted, Ordering::Relaxed);
+}
+
+/// cuDNN on this device, whose context is this thread's afterwards.
+fn cudnn(device: &CudaDevice) -> Result<Arc<Mutex<Cudnn>>> {
+    device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let opened = opened.get_or_insert_default();
+    if let Some(cudnn) = opened.get(&device.id()) {
+        return Ok(cudnn.clone());
     }
-    let engine = Arc::new(Mutex::new(Engine::new(device)?));
-    engines.insert(device.id(), engine.clone());
-    Ok(engine)
+    let cudnn = Arc::new(Mutex::new(Cudnn::new(device)?));
+    opened.insert(device.id(), cudnn.clone());
+    Ok(cudnn)
 }
 
 /// Where convolutions of this device work now: whoever records them keeps it.
 pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
-    let engines = ENGINES.lock().unwrap_or_else(PoisonError::into_inner);
-    let engine = engines.as_ref()?.get(&device.id())?.lock().unwrap_or_else(PoisonError::into_inner);
-    engine.workspace.clone()
+    let opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
+    let cudnn = opened.as_ref()?.get(&device.id())?.lock().unwrap_or_else(PoisonError::into_inner);
+    cudnn.workspace.clone()
 }
 
 /// The order in which cuDNN can compute these passes of a convolution: channels last, where it has a way.
 pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType, passes: &[Pass]) -> Result<Order> {
-    device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
-    let engine = engine(device)?;
-    let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
+    let cudnn = cudnn(device)?;
+    let mut cudnn = cudnn.lock().unwrap_or_else(PoisonError::into_inner);
     let mut has_all = |order| {
-        let key = |pass: &Pass| Key::new(g, *pass, false, order, dtype, [ALIGNMENT; 3]);
-        passes.iter().try_for_each(|pass| engine.plan(g, key(pass)).map(drop)).map(|()| order)
+        let key = |pass: &Pass| Key {
+            g: *g,
+            pass: *pass,
+            add: false,
+            order,
+            dtype,
+            alignments: [ALIGNMENT; 3],
+            tf32: tf32_allowed(),
+        };
+        passes.iter().try_for_each(|pass| cudnn.plan(key(pass)).map(drop)).map(|()| order)
     };
     has_all(Order::ChannelsLast).or_else(|_| has_all(Order::ChannelsFirst))
 }
@@ -169,69 +142,62 @@ unsafe fn compute(
     places: [u64; 3],
     add: bool,
 ) -> Result<()> {
-    device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
-    let engine = engine(device)?;
-    let mut engine = engine.lock().unwrap_or_else(PoisonError::into_inner);
+    let cudnn = cudnn(device)?;
+    let mut cudnn = cudnn.lock().unwrap_or_else(PoisonError::into_inner);
     let alignments = places.map(|at| ALIGNMENT.min(1 << at.trailing_zeros().min(u64::BITS - 1)));
-    let key = Key::new(g, pass, add, order, dtype, alignments);
+    let key = Key { g: *g, pass, add, order, dtype, alignments, tf32: tf32_allowed() };
+    // Timing computes the result over and over, which must not add up.
+    if TIMES.load(Ordering::Relaxed) && !add && !super::is_recording() {
+        // SAFETY: the key is of this geometry; the addresses fit it, says the caller.
+        unsafe { cudnn.time(key, places)? };
+    }
     loop {
-        let plan = engine.plan(g, key)?;
-        let workspace = engine.place_to_work(plan.workspace)?;
-        let pack = Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
-            .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
-            .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
-            .finish()?;
-        // SAFETY: the plan is of this geometry; the addresses fit it, says the caller.
-        match unsafe { plan.execution.execute(engine.handle, &pack) } {
+        let plan = cudnn.plan(key)?;
+        // SAFETY: as above.
+        match unsafe { cudnn.execute(&plan, places) } {
             // What could be planned cannot always be done: then another engine may do it.
-            Err(_) if !super::is_recording() && engine.plan_another(g, key, plan.number) => {}
-            done => return done,
+            Err(Failure::Execution(_)) if !super::is_recording() && cudnn.plan_another(key, plan.number) => {}
+            done => return done.map_err(Error::from),
         }
     }
 }
 
-/// What plans call x, w and y.
-const IDS: [i64; 3] = [1, 2, 3];
+/// Why something was not computed.
+enum Failure {
+    /// cuDNN refuses to compute it so.
+    Execution(Error),
+    /// Anything else, such as a lack of memory.
+    Other(Error),
+}
 
-impl Key {
-    fn new(g: &Geometry, pass: Pass, add: bool, order: Order, dtype: DType, alignments: [u64; 3]) -> Key {
-        let dims = [
-            g.batch,
-            g.height,
-            g.width,
-            g.inputs,
-            g.outputs,
-            g.kernel_height,
-            g.kernel_width,
-            g.stride,
-            g.padding,
-            g.dilation,
-            g.groups,
-            g.out_height,
-            g.out_width,
-        ];
-        Key { dims, pass, add, order, dtype, alignments, tf32: super::device::tf32_allowed() }
-    }
-
-    /// Whether an engine of which cuDNN notes this may be used. The same bits every time: a training that goes on from a
-    /// checkpoint ends as one that was never interrupted. Inputs are taken as they are; and 32 bits are 32 bits, unless TF32 is
-    /// allowed.
-    fn allows(&self, notes: &[Note]) -> bool {
-        let is_whole = self.dtype == DType::F32 && !self.tf32;
-        !notes.contains(&Note::NONDETERMINISTIC)
-            && !notes.contains(&Note::DOWN_CONVERT_INPUTS)
-            && !(is_whole && notes.contains(&Note::TENSOR_CORE))
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Failure::Other(error)
     }
 }
 
-impl Engine {
-    fn new(device: &CudaDevice) -> Result<Engine> {
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Execution(error) | Failure::Other(error) => error,
+        }
+    }
+}
+
+impl Cudnn {
+    fn new(device: &CudaDevice) -> Result<Cudnn> {
         let stream = device.cuda_stream();
         let handle = result::create_handle().map_err(failed("cuDNN"))?;
         // SAFETY: the stream lives as long as the device, which is kept here.
         unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(failed("cuDNN"))?;
-        Ok(Engine { handle, device: device.clone(), plans: HashMap::new(), workspace: None })
+        Ok(Cudnn {
+            handle,
+            device: device.clone(),
+            plans: HashMap::new(),
+            replaced: Vec::new(),
+            timed: HashSet::new(),
+            workspace: None,
+        })
     }
 
     /// At least so many bytes for the operation that is asked for next; the one after it may use them again.
@@ -256,186 +222,93 @@ impl Engine {
     }
 
     /// The plan of a pass: made for the first time, and kept.
-    fn plan(&mut self, g: &Geometry, key: Key) -> Result<Arc<Plan>> {
+    fn plan(&mut self, key: Key) -> Result<Arc<Plan>> {
         let known = self.plans.entry(key);
-        let plan = known.or_insert_with(|| match plan(self.handle, g, &key, 0) {
+        let plan = known.or_insert_with(|| match plan(self.handle, &key, 0) {
             Ok(plan) => Ok(Arc::new(plan)),
             Err(why) => Err(why.to_string()),
         });
         plan.clone().map_err(|why| {
-            let dtype = key.dtype;
+            let Key { g, dtype, .. } = key;
             let way = "cuDNN has no engine that gives the same bits every time";
             Error::Msg(format!("{way}, in {dtype:?}, for {g:?}: {why}"))
         })
     }
 
     /// Makes another plan, by an engine after the one of this number; tells whether there is one.
-    fn plan_another(&mut self, g: &Geometry, key: Key, number: usize) -> bool {
-        let another = plan(self.handle, g, &key, number).map(Arc::new);
+    fn plan_another(&mut self, key: Key, number: usize) -> bool {
+        let another = plan(self.handle, &key, number);
         let is_there = another.is_ok();
         if let Ok(plan) = another {
-            self.plans.insert(key, Ok(plan));
+            self.take(key, plan);
         }
         is_there
     }
-}
 
-/// Picks, of the engines that cuDNN's heuristics list with the one that they think quickest first, the first that is allowed, is
-/// there, and does with little memory; where none does, the one that needs least. Of those that are allowed, it leaves out the
-/// first `skipped`.
-fn plan(handle: sys::cudnnHandle_t, g: &Geometry, key: &Key, skipped: usize) -> Result<Plan> {
-    let parts = operation(g, key)?;
-    let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
-        .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
-        .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
-        .finish()?;
-    let of_engine = |config: &Descriptor| -> Result<(Descriptor, usize)> {
-        let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
-            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?
-            .finish()?;
-        let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
-        Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
-    };
-    let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
-    let mut why = Error::Msg("it proposes none".into());
-    // The second mode's engines can do what the first one's cannot.
-    'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
-        let listed = engines(&graph, mode).unwrap_or_else(|error| {
-            why = error;
-            Vec::new()
-        });
-        for config in listed {
-            if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
-                continue;
-            }
-            number += 1;
-            if number <= skipped {
-                continue;
-            }
-            match of_engine(&config) {
-                Ok((execution, workspace)) => {
-                    if best.as_ref().is_none_or(|best| workspace < best.workspace) {
-                        best = Some(Plan { execution, workspace, number, _parts: vec![config] });
-                    }
-                    if workspace <= MOST_WORKSPACE {
-                        break 'found;
-                    }
-                }
-                // What is listed is not always there.
-                Err(error) => why = error,
-            }
+    fn take(&mut self, key: Key, plan: Plan) {
+        if let Some(Ok(before)) = self.plans.insert(key, Ok(Arc::new(plan))) {
+            self.replaced.push(before);
         }
     }
-    let mut best = best.ok_or(why)?;
-    best._parts.extend(parts);
-    best._parts.push(graph);
-    Ok(best)
-}
 
-/// The engines that cuDNN proposes, the one that it thinks quickest first.
-fn engines(graph: &Descriptor, mode: Mode) -> Result<Vec<Descriptor>> {
-    Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
-        .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
-        .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
-        .finish()?
-        .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
-}
+    /// Takes the quickest of the engines that cuDNN proposes first, once for each key.
+    ///
+    /// # Safety
+    /// The addresses of x, w and y are of memory as large as the key says.
+    unsafe fn time(&mut self, key: Key, places: [u64; 3]) -> Result<()> {
+        /// Engines that are tried; those that come later are hardly ever quicker.
+        const MOST: usize = 10;
+        if !self.timed.insert(key) {
+            return Ok(());
+        }
+        let (mut number, mut quickest): (usize, Option<(Duration, Plan)>) = (0, None);
+        for _ in 0..MOST {
+            let Ok(plan) = plan(self.handle, &key, number) else { break };
+            number = plan.number;
+            // SAFETY: the caller's promise.
+            let Ok(time) = (unsafe { self.time_of(&plan, places) }) else { continue };
+            if quickest.as_ref().is_none_or(|(least, _)| time < *least) {
+                quickest = Some((time, plan));
+            }
+        }
+        if let Some((_, plan)) = quickest {
+            self.take(key, plan);
+        }
+        Ok(())
+    }
 
-/// What cuDNN notes of an engine's numbers.
-fn notes(config: &Descriptor) -> Result<Vec<Note>> {
-    /// More than there are.
-    const MOST: usize = 32;
-    config
-        .get_part(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?
-        .get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)
-}
+    /// How long a plan takes, after it has run once.
+    ///
+    /// # Safety
+    /// As for [`time`](Self::time).
+    unsafe fn time_of(&mut self, plan: &Plan, places: [u64; 3]) -> std::result::Result<Duration, Failure> {
+        const RUNS: usize = 3;
+        let stream = self.device.cuda_stream();
+        let wait = || stream.synchronize().map_err(failed("cuDNN, timing"));
+        // SAFETY: the caller's promise.
+        unsafe { self.execute(plan, places)? };
+        wait()?;
+        let start = Instant::now();
+        for _ in 0..RUNS {
+            // SAFETY: as above.
+            unsafe { self.execute(plan, places)? };
+        }
+        wait()?;
+        Ok(start.elapsed())
+    }
 
-/// A pass as cuDNN knows it, and then what it is made of.
-fn operation(g: &Geometry, key: &Key) -> Result<Vec<Descriptor>> {
-    use sys::cudnnDataType_t::{CUDNN_DATA_BFLOAT16, CUDNN_DATA_FLOAT, CUDNN_DATA_HALF};
-    let data = match key.dtype {
-        DType::F32 => CUDNN_DATA_FLOAT,
-        DType::F16 => CUDNN_DATA_HALF,
-        DType::BF16 => CUDNN_DATA_BFLOAT16,
-        other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
-    };
-    // Sizes are told in the order N, C, H, W, whatever the order in memory.
-    let tensor = |i: usize, dims: [usize; 4]| {
-        let dims = dims.map(|size| size as i64);
-        let [_, c, h, w] = dims;
-        let strides = match key.order {
-            Order::ChannelsLast => [h * w * c, 1, w * c, c],
-            Order::ChannelsFirst => [c * h * w, h * w, w, 1],
-        };
-        Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &IDS[i..=i])?
-            .with(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, &[data])?
-            .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[key.alignments[i] as i64])?
-            .with(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &dims)?
-            .with(Name::CUDNN_ATTR_TENSOR_STRIDES, &strides)?
-            .finish()
-    };
-    let x = tensor(0, [g.batch, g.inputs, g.height, g.width])?;
-    // Groups follow from the inputs that are left.
-    let w = tensor(1, [g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
-    let y = tensor(2, [g.batch, g.outputs, g.out_height, g.out_width])?;
-    let both = |size: usize| [size as i64; 2];
-    let convolution = Descriptor::new(Kind::CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR)?
-        // Products are added in 32 bits.
-        .with(Name::CUDNN_ATTR_CONVOLUTION_COMP_TYPE, &[CUDNN_DATA_FLOAT])?
-        .with(
-            Name::CUDNN_ATTR_CONVOLUTION_CONV_MODE,
-            &[sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION],
-        )?
-        .with(Name::CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, &[2i64])?
-        .with(Name::CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, &both(g.padding))?
-        .with(Name::CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, &both(g.padding))?
-        .with(Name::CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, &both(g.stride))?
-        .with(Name::CUDNN_ATTR_CONVOLUTION_DILATIONS, &both(g.dilation))?
-        .finish()?;
-    let (kind, [of_x, of_w, of_y, of_convolution, alpha, beta]) = match key.pass {
-        Pass::Forward => (
-            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR,
-            [
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA,
-            ],
-        ),
-        Pass::BackwardData => (
-            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR,
-            [
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_ALPHA,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_BETA,
-            ],
-        ),
-        Pass::BackwardFilter => (
-            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR,
-            [
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_ALPHA,
-                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_BETA,
-            ],
-        ),
-    };
-    let operation = Descriptor::new(kind)?
-        .with_part(of_x, &x)?
-        .with_part(of_w, &w)?
-        .with_part(of_y, &y)?
-        .with_part(of_convolution, &convolution)?
-        .with(alpha, &[1f32])?
-        .with(beta, &[f32::from(u8::from(key.add))])?
-        .finish()?;
-    Ok(vec![operation, x, w, y, convolution])
+    /// Asks for what a plan computes.
+    ///
+    /// # Safety
+    /// The addresses of x, w and y are of memory as large as the plan's tensors.
+    unsafe fn execute(&mut self, plan: &Plan, places: [u64; 3]) -> std::result::Result<(), Failure> {
+        let workspace = self.place_to_work(plan.workspace)?;
+        let pack = Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
+            .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
+            .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
+            .finish()?;
+        // SAFETY: the caller's promise.
+        unsafe { plan.execution.execute(self.handle, &pack) }.map_err(Failure::Execution)
+    }
 }

@@ -14,7 +14,7 @@ mod conv2d;
 #[cfg(feature = "cuda")]
 mod conv_lstm;
 #[cfg(feature = "cuda")]
-mod convolution;
+pub(crate) mod convolution;
 #[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
@@ -29,6 +29,8 @@ mod memory;
 pub(crate) mod optimizer;
 #[cfg(feature = "cuda")]
 mod packing;
+#[cfg(feature = "cuda")]
+mod plan;
 pub(crate) mod roll_out;
 pub(crate) mod sources;
 #[cfg(test)]

@@ -1,0 +1,235 @@
+//! How cuDNN computes a convolution's passes: by which of its engines.
+
+use super::backend::{Descriptor, Note};
+use crate::direct::Geometry;
+use candle_core::cuda_backend::cudarc::cudnn::sys::{
+    self, cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind,
+    cudnnBackendHeurMode_t as Mode,
+};
+use candle_core::{DType, Error, Result, bail};
+
+/// Engines that want more workspace are not taken, where there is another.
+const MOST_WORKSPACE: usize = 2 << 30;
+/// What addresses are multiples of, where cuDNN's quick engines can be used: a power of two.
+pub(crate) const ALIGNMENT: u64 = 16;
+
+/// How tensors lie in memory.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Order {
+    /// x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
+    ChannelsLast,
+    /// x and y (B, C, H, W), w (outputs, inputs / groups, kernel height, kernel width).
+    ChannelsFirst,
+}
+
+/// Which of a convolution's tensors is computed from the two others.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) enum Pass {
+    /// y.
+    Forward,
+    /// The gradient of x.
+    BackwardData,
+    /// The gradient of w.
+    BackwardFilter,
+}
+
+/// What a plan is for.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub(crate) struct Key {
+    pub(crate) g: Geometry,
+    pub(crate) pass: Pass,
+    /// Whether the result is added to what is there.
+    pub(crate) add: bool,
+    pub(crate) order: Order,
+    pub(crate) dtype: DType,
+    /// What the addresses of x, w and y are multiples of.
+    pub(crate) alignments: [u64; 3],
+    pub(crate) tf32: bool,
+}
+
+/// How a pass is computed.
+pub(crate) struct Plan {
+    pub(crate) execution: Descriptor,
+    /// Bytes.
+    pub(crate) workspace: usize,
+    /// Which of the engines that may be used it is, from 1.
+    pub(crate) number: usize,
+    /// What it was made of.
+    _parts: Vec<Descriptor>,
+}
+
+/// What plans call x, w and y.
+pub(crate) const IDS: [i64; 3] = [1, 2, 3];
+
+impl Key {
+    /// Whether an engine of which cuDNN notes this may be used. The same bits every time: a training that goes on from a
+    /// checkpoint ends as one that was never interrupted. Inputs are taken as they are; and 32 bits are 32 bits, unless TF32 is
+    /// allowed.
+    fn allows(&self, notes: &[Note]) -> bool {
+        let is_whole = self.dtype == DType::F32 && !self.tf32;
+        !notes.contains(&Note::NONDETERMINISTIC)
+            && !notes.contains(&Note::DOWN_CONVERT_INPUTS)
+            && !(is_whole && notes.contains(&Note::TENSOR_CORE))
+    }
+}
+
+/// Picks, of the engines that cuDNN's heuristics list with the one that they think quickest first, the first that is allowed, is
+/// there, and does with little memory; where none does, the one that needs least. Of those that are allowed, it leaves out the
+/// first `skipped`.
+pub(crate) fn plan(handle: sys::cudnnHandle_t, key: &Key, skipped: usize) -> Result<Plan> {
+    let parts = operation(key)?;
+    let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
+        .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
+        .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
+        .finish()?;
+    let of_engine = |config: &Descriptor| -> Result<(Descriptor, usize)> {
+        let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
+            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?
+            .finish()?;
+        let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
+        Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
+    };
+    let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
+    let mut why = Error::Msg("it proposes none".into());
+    // The second mode's engines can do what the first one's cannot.
+    'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
+        let listed = engines(&graph, mode).unwrap_or_else(|error| {
+            why = error;
+            Vec::new()
+        });
+        for config in listed {
+            if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
+                continue;
+            }
+            number += 1;
+            if number <= skipped {
+                continue;
+            }
+            match of_engine(&config) {
+                Ok((execution, workspace)) => {
+                    if best.as_ref().is_none_or(|best| workspace < best.workspace) {
+                        best = Some(Plan { execution, workspace, number, _parts: vec![config] });
+                    }
+                    if workspace <= MOST_WORKSPACE {
+                        break 'found;
+                    }
+                }
+                // What is listed is not always there.
+                Err(error) => why = error,
+            }
+        }
+    }
+    let mut best = best.ok_or(why)?;
+    best._parts.extend(parts);
+    best._parts.push(graph);
+    Ok(best)
+}
+
+/// The engines that cuDNN proposes, the one that it thinks quickest first.
+fn engines(graph: &Descriptor, mode: Mode) -> Result<Vec<Descriptor>> {
+    Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
+        .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
+        .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
+        .finish()?
+        .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
+}
+
+/// What cuDNN notes of an engine's numbers.
+fn notes(config: &Descriptor) -> Result<Vec<Note>> {
+    /// More than there are.
+    const MOST: usize = 32;
+    config
+        .get_part(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?
+        .get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)
+}
+
+/// A pass as cuDNN knows it, and then what it is made of.
+fn operation(key: &Key) -> Result<Vec<Descriptor>> {
+    let g = &key.g;
+    use sys::cudnnDataType_t::{CUDNN_DATA_BFLOAT16, CUDNN_DATA_FLOAT, CUDNN_DATA_HALF};
+    let data = match key.dtype {
+        DType::F32 => CUDNN_DATA_FLOAT,
+        DType::F16 => CUDNN_DATA_HALF,
+        DType::BF16 => CUDNN_DATA_BFLOAT16,
+        other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
+    };
+    // Sizes are told in the order N, C, H, W, whatever the order in memory.
+    let tensor = |i: usize, dims: [usize; 4]| {
+        let dims = dims.map(|size| size as i64);
+        let [_, c, h, w] = dims;
+        let strides = match key.order {
+            Order::ChannelsLast => [h * w * c, 1, w * c, c],
+            Order::ChannelsFirst => [c * h * w, h * w, w, 1],
+        };
+        Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &IDS[i..=i])?
+            .with(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, &[data])?
+            .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[key.alignments[i] as i64])?
+            .with(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &dims)?
+            .with(Name::CUDNN_ATTR_TENSOR_STRIDES, &strides)?
+            .finish()
+    };
+    let x = tensor(0, [g.batch, g.inputs, g.height, g.width])?;
+    // Groups follow from the inputs that are left.
+    let w = tensor(1, [g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
+    let y = tensor(2, [g.batch, g.outputs, g.out_height, g.out_width])?;
+    let both = |size: usize| [size as i64; 2];
+    let convolution = Descriptor::new(Kind::CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR)?
+        // Products are added in 32 bits.
+        .with(Name::CUDNN_ATTR_CONVOLUTION_COMP_TYPE, &[CUDNN_DATA_FLOAT])?
+        .with(
+            Name::CUDNN_ATTR_CONVOLUTION_CONV_MODE,
+            &[sys::cudnnConvolutionMode_t::CUDNN_CROSS_CORRELATION],
+        )?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_SPATIAL_DIMS, &[2i64])?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_PRE_PADDINGS, &both(g.padding))?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_POST_PADDINGS, &both(g.padding))?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_FILTER_STRIDES, &both(g.stride))?
+        .with(Name::CUDNN_ATTR_CONVOLUTION_DILATIONS, &both(g.dilation))?
+        .finish()?;
+    let (kind, [of_x, of_w, of_y, of_convolution, alpha, beta]) = match key.pass {
+        Pass::Forward => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_FORWARD_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_X,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_W,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_Y,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_FORWARD_BETA,
+            ],
+        ),
+        Pass::BackwardData => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_DATA_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DX,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_W,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_DY,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_DATA_BETA,
+            ],
+        ),
+        Pass::BackwardFilter => (
+            Kind::CUDNN_BACKEND_OPERATION_CONVOLUTION_BACKWARD_FILTER_DESCRIPTOR,
+            [
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_X,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DW,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_DY,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_CONV_DESC,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_ALPHA,
+                Name::CUDNN_ATTR_OPERATION_CONVOLUTION_BWD_FILTER_BETA,
+            ],
+        ),
+    };
+    let operation = Descriptor::new(kind)?
+        .with_part(of_x, &x)?
+        .with_part(of_w, &w)?
+        .with_part(of_y, &y)?
+        .with_part(of_convolution, &convolution)?
+        .with(alpha, &[1f32])?
+        .with(beta, &[f32::from(u8::from(key.add))])?
+        .finish()?;
+    Ok(vec![operation, x, w, y, convolution])
+}
