@@ -6,7 +6,7 @@ mod source;
 
 use std::sync::Arc;
 
-pub(crate) use loader::{Loaded, Loader};
+pub(crate) use loader::{Loaded, Loader, Place};
 pub use order::{Order, samples_in_turn};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};

@@ -9,7 +9,7 @@ use candle_core::cuda_backend::cudarc::cudnn::sys::{
 use candle_core::{DType, Error, Result, bail};
 
 /// Engines that want more workspace are not taken, where there is another.
-const MOST_WORKSPACE: usize = 2 << 30;
+const MOST_WORKSPACE: usize = 1 << 30;
 /// What addresses are multiples of, where cuDNN's quick engines can be used: a power of two.
 pub(crate) const ALIGNMENT: u64 = 16;
 

@@ -9,6 +9,7 @@ use super::{Fit, Tally, Tapped, phase};
 use crate::batch::Batch;
 use crate::callback::Flow;
 use crate::collective::shard::Shares;
+use crate::data::Place;
 use crate::error::Result;
 use crate::grads::Grads;
 use crate::module::Step;
@@ -59,8 +60,7 @@ impl<B: Batch> Fit<'_, B> {
 
     /// Both passes over the step's micro-batches; where one device does all of a step at once, the update as well.
     fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Gradients> {
-        let (done, image_every, seed) = (self.progress.step, self.trainer.image_every, self.trainer.seed);
-        let images_due = image_every > 0 && (done + 1).is_multiple_of(image_every);
+        let done = self.progress.step;
         let mut grads = Grads::new(&self.turns[turn].params);
         let mut reduction = self.tapped.as_ref().map(|_| Reduction::new(&self.turns[turn], &self.ranks));
         let mut clipped = None;
@@ -73,39 +73,13 @@ impl<B: Batch> Fit<'_, B> {
             let Some(batch) = &loaded.batch else { break };
             let batch = batch.to_device(self.model.params().device())?;
             let batch = batch.cast(self.model.params().dtype())?;
-            let (name, images_due) = (&self.turns[turn].name, images_due && place.number == 0);
-            let step = || Step::training(done, place.number as u64, seed, name, images_due);
-            let share = batch.len() as f64 / tally.samples as f64;
-            let factor = share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale);
             let backprop = match (&self.tapped, reduction.take()) {
-                (Some(Tapped { module, taps }), Some(before)) => {
-                    let mut step = step();
-                    let passes = forward(&**module, &batch, &mut step).and_then(|loss| {
-                        let _phase = phase!("backward");
-                        let before = before.before_backward(place.ends_step);
-                        reduction = Some(taps.during(before, || scaled(&loss, factor)?.backward())?);
-                        Ok(Backprop::told(&loss, step, Vec::new()))
-                    });
-                    passes.map_err(|error| self.trainer.config.precision.explain(error))?
+                (Some(tapped), Some(before)) => {
+                    let (backprop, after) = self.passes_among_ranks(tapped, turn, &batch, &place, before)?;
+                    reduction = Some(after);
+                    backprop
                 }
-                _ => {
-                    let (module, optimizer, clipping) =
-                        (self.model.training(), &self.turns[turn], self.clipping());
-                    let is_whole = place.number == 0 && place.ends_step;
-                    let updates = is_whole && self.replays.is_on() && optimizer.stays_on_device();
-                    let precision = self.trainer.config.precision;
-                    let work = |batch: &B, step| {
-                        let passes = Backprop::over(module, optimizer, batch, step, factor);
-                        let passes = passes.map_err(|error| precision.explain(error))?;
-                        if updates { passes.then_update(optimizer, &clipping) } else { Ok(passes) }
-                    };
-                    // Steps with pictures compute what others do not.
-                    if images_due {
-                        work(&batch, step())?
-                    } else {
-                        self.replays.run(Kind { turn, factor, updates }, &batch, step, work)?
-                    }
-                }
+                _ => self.passes(turn, &batch, &place)?,
             };
             grads.add(&backprop.gradients)?;
             clipped = backprop.clipped.clone();
@@ -129,6 +103,61 @@ impl<B: Batch> Fit<'_, B> {
         let Reduced { own, whole } = reduction.finish(wanted)?;
         let own = own.complete(&self.turns[turn].own(&*self.ranks))?;
         Ok(Gradients { own, wanted: whole, clipped })
+    }
+
+    /// Both passes over a micro-batch, and the update where that is the whole step.
+    fn passes(&mut self, turn: usize, batch: &B, place: &Place) -> Result<Backprop> {
+        let (factor, images_due) = (self.factor(batch.len(), place), self.images_due(place));
+        let (module, optimizer, clipping) = (self.model.training(), &self.turns[turn], self.clipping());
+        let (done, seed) = (self.progress.step, self.trainer.seed);
+        let step = || Step::training(done, place.number as u64, seed, &optimizer.name, images_due);
+        let is_whole = place.number == 0 && place.ends_step;
+        let updates = is_whole && self.replays.is_on() && optimizer.stays_on_device();
+        let precision = self.trainer.config.precision;
+        let work = |batch: &B, step| {
+            let passes = Backprop::over(module, optimizer, batch, step, factor);
+            let passes = passes.map_err(|error| precision.explain(error))?;
+            if updates { passes.then_update(optimizer, &clipping) } else { Ok(passes) }
+        };
+        // Steps with pictures compute what others do not.
+        if images_due {
+            work(batch, step())
+        } else {
+            self.replays.run(Kind { turn, factor, updates }, batch, step, work)
+        }
+    }
+
+    /// Both passes of one of several ranks: its gradients go to the reduction while they become known.
+    fn passes_among_ranks(
+        &self,
+        tapped: &Tapped<B>,
+        turn: usize,
+        batch: &B,
+        place: &Place,
+        reduction: Reduction,
+    ) -> Result<(Backprop, Reduction)> {
+        let (done, seed, name) = (self.progress.step, self.trainer.seed, &self.turns[turn].name);
+        let mut step = Step::training(done, place.number as u64, seed, name, self.images_due(place));
+        let passes = forward(&*tapped.module, batch, &mut step).and_then(|loss| {
+            let _phase = phase!("backward");
+            let (factor, before) =
+                (self.factor(batch.len(), place), reduction.before_backward(place.ends_step));
+            let after = tapped.taps.during(before, || scaled(&loss, factor)?.backward())?;
+            Ok((Backprop::told(&loss, step, Vec::new()), after))
+        });
+        passes.map_err(|error| self.trainer.config.precision.explain(error))
+    }
+
+    /// How often the loss of so many samples counts: by their share of the step's, and the loss scale.
+    fn factor(&self, samples: usize, place: &Place) -> f64 {
+        let share = samples as f64 / place.step_samples as f64;
+        share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale)
+    }
+
+    /// Whether the module is to log pictures: of the first micro-batch of every so many steps.
+    fn images_due(&self, place: &Place) -> bool {
+        let (number, every) = (self.progress.step + 1, self.trainer.image_every);
+        place.number == 0 && every > 0 && number.is_multiple_of(every)
     }
 
     /// What becomes of a step's gradients, by their norm.
