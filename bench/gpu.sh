@@ -56,6 +56,8 @@ summary=$out/summary.txt
 failures=0
 # A training that is told to end saves first; one that hangs ends all the same.
 within() { timeout --kill-after=10 "$@"; }
+# The line of a log that says most: our programs' errors have more below it, Python's have it last.
+why() { { grep -m1 '^error' "$1" || tail -1 "$1"; } | cut -c1-150; }
 note() { echo "$*" | tee -a "$summary"; }
 check() { # WHAT COMMAND...: runs it, its words in a log
     ((benchmark_alone)) && return
@@ -65,7 +67,7 @@ check() { # WHAT COMMAND...: runs it, its words in a log
     if "$@" >"$log" 2>&1; then
         note "ok      $what ($((SECONDS - since)) s)"
     else
-        note "FAILED  $what: $(tail -1 "$log" | cut -c1-150)"
+        note "FAILED  $what: $(why "$log")"
         # Of Rust's tests: which failed, and why.
         grep -A2 'panicked at' "$log" | cut -c1-200 | sed 's/^/          /' | head -24 | tee -a "$summary"
         failures=$((failures + 1))
@@ -156,7 +158,7 @@ measure() { # WHAT COMMAND...
         printf '%s\t%s\n' "$what" "$json" >>"$results"
         echo "  $what: $json"
     else
-        log=$(tail -1 "$log" | cut -c1-150)
+        log=$(why "$log")
         note "  $what: failed: ${log:-nothing was said, in at most $limit s}"
     fi
 }
@@ -228,7 +230,7 @@ if ((quality_steps)); then
     every=$((quality_steps < 6 ? 1 : quality_steps / 6))
     within $((4 * limit)) "$python" bench/quality.py "$candlepower" --out "$out/quality" --steps "$quality_steps" \
         --every $every >"$out/quality.txt" 2>"$out/quality.log" || {
-        note "FAILED  the same training in PyTorch: $(tail -1 "$out/quality.log" | cut -c1-150)"
+        note "FAILED  the same training in PyTorch: $(why "$out/quality.log")"
         failures=$((failures + 1))
     }
     { echo && grep '^|' "$out/quality.txt"; } | tee -a "$summary"
