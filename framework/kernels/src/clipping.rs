@@ -39,7 +39,7 @@ pub struct Norm(Place);
 
 #[derive(Debug, Clone)]
 enum Place {
-    Here(f64),
+    Host(f64),
     #[cfg(feature = "cuda")]
     Cuda(Tensor),
 }
@@ -50,7 +50,7 @@ pub struct Reading(Way);
 
 #[derive(Debug)]
 enum Way {
-    There(f64),
+    Host(f64),
     #[cfg(feature = "cuda")]
     Cuda(crate::Download),
 }
@@ -62,7 +62,7 @@ pub struct GradScale(Decision);
 
 #[derive(Debug, Clone)]
 enum Decision {
-    Here {
+    Host {
         share: Share,
         refused: bool,
     },
@@ -102,7 +102,7 @@ impl Clipping {
             max_value: self.max_value.map_or(f32::INFINITY, |x| x as f32),
         };
         let refused = self.only_finite && !norm.is_finite();
-        Clipped { scale: GradScale(Decision::Here { share, refused }), norm: Norm(Place::Here(norm)) }
+        Clipped { scale: GradScale(Decision::Host { share, refused }), norm: Norm(Place::Host(norm)) }
     }
 }
 
@@ -113,7 +113,7 @@ impl Norm {
     /// Where the device fails.
     pub fn read(&self) -> Result<Reading> {
         Ok(Reading(match &self.0 {
-            Place::Here(norm) => Way::There(*norm),
+            Place::Host(norm) => Way::Host(*norm),
             #[cfg(feature = "cuda")]
             Place::Cuda(norm) => Way::Cuda(crate::Download::start(norm)?),
         }))
@@ -127,7 +127,7 @@ impl Reading {
     /// Where the device has failed.
     pub fn finish(self) -> Result<f64> {
         match self.0 {
-            Way::There(norm) => Ok(norm),
+            Way::Host(norm) => Ok(norm),
             #[cfg(feature = "cuda")]
             Way::Cuda(download) => Ok(f64::from(download.finish()?.get(0)?.to_scalar::<f32>()?)),
         }
@@ -136,7 +136,7 @@ impl Reading {
 
 impl Default for GradScale {
     fn default() -> Self {
-        Self(Decision::Here { share: Share::WHOLE, refused: false })
+        Self(Decision::Host { share: Share::WHOLE, refused: false })
     }
 }
 
@@ -147,8 +147,8 @@ impl GradScale {
     /// Where the device fails.
     pub fn apply(&self, gradients: &[Tensor]) -> Result<Vec<Tensor>> {
         let share = match &self.0 {
-            Decision::Here { share, .. } if *share == Share::WHOLE => return Ok(gradients.to_vec()),
-            Decision::Here { share, .. } => share,
+            Decision::Host { share, .. } if *share == Share::WHOLE => return Ok(gradients.to_vec()),
+            Decision::Host { share, .. } => share,
             #[cfg(feature = "cuda")]
             Decision::Cuda(decided) => return crate::cuda::optimizer::counted(gradients, decided),
         };
@@ -167,7 +167,7 @@ impl GradScale {
     /// Where the device fails.
     pub fn taken(&self, gradients: &[Tensor]) -> Result<Option<Vec<Tensor>>> {
         let refused = match &self.0 {
-            Decision::Here { refused, .. } => *refused,
+            Decision::Host { refused, .. } => *refused,
             #[cfg(feature = "cuda")]
             Decision::Cuda(decided) => decided.get(3)?.to_scalar::<f32>()? != 0.,
         };
@@ -177,7 +177,7 @@ impl GradScale {
     /// What counts of gradients on the CPU, if anything does.
     pub(crate) fn on_cpu(&self) -> Result<Option<Share>> {
         match self.0 {
-            Decision::Here { share, refused } => Ok((!refused).then_some(share)),
+            Decision::Host { share, refused } => Ok((!refused).then_some(share)),
             #[cfg(feature = "cuda")]
             Decision::Cuda(_) => {
                 candle_core::bail!("update: the gradients are on the CPU, and their scale is not")
@@ -189,7 +189,7 @@ impl GradScale {
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<Tensor> {
         match &self.0 {
-            Decision::Here { share: Share { factor, max_value }, refused } => {
+            Decision::Host { share: Share { factor, max_value }, refused } => {
                 Tensor::new(&[f32::NAN, *factor, *max_value, f32::from(u8::from(*refused))], device)
             }
             Decision::Cuda(decided) if decided.device().same_device(device) => Ok(decided.clone()),

@@ -106,7 +106,7 @@ impl<S: Numbers> Placed<S> {
     /// # Errors
     /// Where the device fails.
     pub fn on(device: &Device) -> Result<Self> {
-        /// More than any update has.
+        /// As many as Adam has, which has the most.
         const MOST: usize = 8;
         let on_device = device.is_cuda().then(|| Tensor::zeros(MOST, DType::F32, device)).transpose()?;
         Ok(Self { numbers: None, on_device })

@@ -206,9 +206,9 @@ impl Moments {
         beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004))
     }
 
-    /// Takes this step's momentum into a parameter's product, which is returned; 1 for other rules. With a schedule of beta1, each
-    /// step's is of its own.
-    fn product(&self, param: usize) -> Result<f64> {
+    /// Multiplies this step's momentum into a parameter's product, and returns it; 1 for other rules. It is kept, as a schedule
+    /// may change beta1 from step to step.
+    fn advance_product(&self, param: usize) -> Result<f64> {
         let Some(product) = self.products.get(param) else { return Ok(1.) };
         let (t, ..) = self.step;
         let taken = product.to_vec1::<f32>()?[0] * self.momentum(t) as f32;
@@ -260,7 +260,7 @@ impl Optimizer for Moments {
         let largest = self.rule == Rule::Adamax;
         on_host(&self.params, gradients, scale, self.config.weight_decay, |i, gradient| {
             let (param, first, second) = (&self.params[i].master, &self.first[i], &self.second[i]);
-            let Factors { beta1, of_moment, of_gradient, root } = self.factors(self.product(i)?);
+            let Factors { beta1, of_moment, of_gradient, root } = self.factors(self.advance_product(i)?);
             zip2(first, gradient, move |m: &mut f32, g| *m += (g - *m) * (1. - beta1))?;
             zip2(second, gradient, move |v: &mut f32, g| {
                 *v =

@@ -106,9 +106,9 @@ pub(crate) struct Turn {
 }
 
 struct Group {
-    /// How many of the turn's parameters, in order, are this group's.
+    /// How many of the parameters that this rank moves, in order, are this group's.
     len: usize,
-    /// Of those parameters that this rank moves.
+    /// Of those parameters.
     optimizer: Box<dyn Optimizer>,
     /// Its learning rate over the optimizer's.
     ratio: f64,
@@ -175,7 +175,7 @@ impl Turn {
             let owners = shard::owners(&params, world_size);
             let own = params.iter().zip(&owners).filter(|(_, owner)| **owner == rank);
             let own: Vec<Param> = own.map(|((name, master), _)| store.param(name, master)).collect();
-            groups.push(Group { len: params.len(), optimizer: optimizer.build(&own)?, ratio });
+            groups.push(Group { len: own.len(), optimizer: optimizer.build(&own)?, ratio });
             moved.extend(params);
             all_owners.extend(owners);
             Ok(())
@@ -233,17 +233,9 @@ impl Turn {
     /// Moves the parameters that this rank moves, which `gradients` are of, where `scale` takes the step. What modules compute
     /// with follows. Where ranks share out the work, each then hears of all values.
     pub(crate) fn step(&self, gradients: &[Tensor], scale: &GradScale, ranks: &dyn Collective) -> Result<()> {
-        let (mut first, mut rest) = (0, gradients);
-        let counts: Vec<usize> = self
-            .groups
-            .iter()
-            .map(|group| {
-                first += group.len;
-                (first - group.len..first).filter(|i| self.is_own(*i, ranks)).count()
-            })
-            .collect();
-        for (group, count) in self.groups.iter().zip(counts) {
-            let (own, others) = rest.split_at(count);
+        let mut rest = gradients;
+        for group in &self.groups {
+            let (own, others) = rest.split_at(group.len);
             group.optimizer.step(own, scale)?;
             rest = others;
         }

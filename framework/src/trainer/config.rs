@@ -87,8 +87,9 @@ pub struct TrainerConfig {
     /// recording has memory of its own, beside what other steps use. Where a step cannot be recorded, a warning says why, and
     /// training goes on without.
     pub cuda_graph: bool,
-    /// On a CUDA device: times, when a shape comes for the first time, the ways that cuDNN has to convolve, and takes the quickest.
-    /// Worth it where shapes stay the same. Another run may take others, so that a resumed run is not the same to the bit.
+    /// On a CUDA device: when a shape first comes, times up to ten of cuDNN's engines for it and keeps the quickest (PyTorch's
+    /// `cudnn.benchmark`). Worth it where shapes stay the same. Another run may pick others, so that a resumed run is not the same
+    /// to the bit.
     pub benchmark: bool,
     /// Logs training metrics every so many steps.
     pub log_every: u64,

@@ -84,10 +84,10 @@ pub(super) struct Fit<'a, B: Batch> {
 struct Tally {
     /// The samples of the step.
     samples: usize,
-    /// Those that this rank has had in this turn.
-    own_samples: usize,
     /// Whether they were the last of their epoch.
     ends_epoch: bool,
+    /// Those that this rank has had in this turn.
+    own_samples: usize,
     /// What is logged, in steps after which it is read.
     means: Option<Means>,
     /// Of this rank's micro-batches, for this optimizer, with their numbers.
@@ -170,6 +170,7 @@ impl<B: Batch> Fit<'_, B> {
         for turn in 0..self.turns.len() {
             let rates = self.turns[turn].rates(done, self.lr_scale);
             self.turns[turn].prepare(rates)?;
+            // Gradients that are not finite move nothing; `refuse` then says why, and what follows.
             let Update { gradients, norm } = self.update(turn, &mut tally)?;
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
             if refusal.is_some() {
@@ -268,8 +269,8 @@ impl<B: Batch> Fit<'_, B> {
     }
 
     /// Hands on what a module logged in a step.
-    fn tell(&mut self, told: Backprop, turn: usize, samples: usize, tally: &mut Tally) -> Result<()> {
-        let Backprop { loss, metrics, pictures, .. } = told;
+    fn log(&mut self, backprop: Backprop, turn: usize, samples: usize, tally: &mut Tally) -> Result<()> {
+        let Backprop { loss, metrics, pictures, .. } = backprop;
         tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
         metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
         self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)

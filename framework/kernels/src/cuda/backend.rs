@@ -14,7 +14,7 @@ pub(crate) struct Descriptor(sys::cudnnBackendDescriptor_t);
 /// What attributes are made of.
 ///
 /// # Safety
-/// A value is laid out as cuDNN lays out those of this type, and any that cuDNN writes is one.
+/// A value is laid out as cuDNN expects for `TYPE`, and whatever cuDNN writes there is a valid value.
 pub(crate) unsafe trait Attribute: Copy {
     const TYPE: Type;
 }
@@ -67,7 +67,7 @@ impl Descriptor {
     pub(crate) fn new(kind: Kind) -> Result<Self> {
         let mut made = std::ptr::null_mut();
         // SAFETY: there is room for the descriptor.
-        done("descriptor", unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut made) })?;
+        done(format_args!("descriptor"), unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut made) })?;
         Ok(Self(made))
     }
 
@@ -75,7 +75,9 @@ impl Descriptor {
     pub(crate) fn with<A: Attribute>(self, name: Name, values: &[A]) -> Result<Self> {
         let (count, from) = (values.len() as i64, values.as_ptr().cast::<c_void>());
         // SAFETY: the descriptor lives, and there are so many values of this type.
-        done(name, unsafe { sys::cudnnBackendSetAttribute(self.0, name, A::TYPE, count, from) })?;
+        done(format_args!("{name:?}"), unsafe {
+            sys::cudnnBackendSetAttribute(self.0, name, A::TYPE, count, from)
+        })?;
         Ok(self)
     }
 
@@ -87,7 +89,7 @@ impl Descriptor {
     /// Checks what was told; then it can be used, and told nothing more.
     pub(crate) fn finish(self) -> Result<Self> {
         // SAFETY: the descriptor lives.
-        done("descriptor", unsafe { sys::cudnnBackendFinalize(self.0) })?;
+        done(format_args!("descriptor"), unsafe { sys::cudnnBackendFinalize(self.0) })?;
         Ok(self)
     }
 
@@ -98,7 +100,7 @@ impl Descriptor {
         // SAFETY: the descriptor lives, and there is room for as many values as are asked for.
         let status =
             unsafe { sys::cudnnBackendGetAttribute(self.0, name, A::TYPE, most as i64, &mut count, to) };
-        done(name, status)?;
+        done(format_args!("{name:?}"), status)?;
         values.truncate(count.max(0) as usize);
         Ok(values)
     }
@@ -108,13 +110,17 @@ impl Descriptor {
         let of = Type::CUDNN_TYPE_BACKEND_DESCRIPTOR;
         let (mut count, nothing) = (0, std::ptr::null_mut());
         // SAFETY: the descriptor lives, and nothing is asked for but how many there are.
-        done(name, unsafe { sys::cudnnBackendGetAttribute(self.0, name, of, 0, &mut count, nothing) })?;
+        done(format_args!("{name:?}"), unsafe {
+            sys::cudnnBackendGetAttribute(self.0, name, of, 0, &mut count, nothing)
+        })?;
         // cuDNN fills in what is made for it.
         let mut parts = (0..count).map(|_| Self::new(kind)).collect::<Result<Vec<_>>>()?;
         let mut filled: Vec<sys::cudnnBackendDescriptor_t> = parts.iter().map(|it| it.0).collect();
         let (most, to) = (count, filled.as_mut_ptr().cast::<c_void>());
         // SAFETY: the descriptor lives, and there are as many parts as are asked for.
-        done(name, unsafe { sys::cudnnBackendGetAttribute(self.0, name, of, most, &mut count, to) })?;
+        done(format_args!("{name:?}"), unsafe {
+            sys::cudnnBackendGetAttribute(self.0, name, of, most, &mut count, to)
+        })?;
         parts.truncate(count.max(0) as usize);
         Ok(parts)
     }
@@ -124,7 +130,9 @@ impl Descriptor {
         let (of, mut part, mut count) = (Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, Self::new(kind)?, 0);
         let to = (&raw mut part.0).cast::<c_void>();
         // SAFETY: the descriptor lives, and there is one part, which is filled in.
-        done(name, unsafe { sys::cudnnBackendGetAttribute(self.0, name, of, 1, &mut count, to) })?;
+        done(format_args!("{name:?}"), unsafe {
+            sys::cudnnBackendGetAttribute(self.0, name, of, 1, &mut count, to)
+        })?;
         Ok(part)
     }
 
@@ -134,7 +142,7 @@ impl Descriptor {
     /// The handle is the plan's, and the pack's addresses are of memory as large as the plan's tensors, on its device.
     pub(crate) unsafe fn execute(&self, handle: sys::cudnnHandle_t, pack: &Descriptor) -> Result<()> {
         // SAFETY: the caller's promise; both descriptors live.
-        done("convolution", unsafe { sys::cudnnBackendExecute(handle, self.0, pack.0) })
+        done(format_args!("convolution"), unsafe { sys::cudnnBackendExecute(handle, self.0, pack.0) })
     }
 }
 
@@ -146,7 +154,7 @@ impl Drop for Descriptor {
 }
 
 /// What cuDNN says, as an error of candle: its code, and the last words that it had.
-fn done(what: impl std::fmt::Debug, status: sys::cudnnStatus_t) -> Result<()> {
+fn done(what: std::fmt::Arguments, status: sys::cudnnStatus_t) -> Result<()> {
     if status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS {
         return Ok(());
     }
@@ -156,5 +164,5 @@ fn done(what: impl std::fmt::Debug, status: sys::cudnnStatus_t) -> Result<()> {
         sys::cudnnGetLastErrorString(words.as_mut_ptr(), words.len() - 1);
         CStr::from_ptr(words.as_ptr()).to_string_lossy()
     };
-    Err(Error::Msg(format!("cuDNN, {what:?}: {status:?} {words}").trim_end().to_string()))
+    Err(Error::Msg(format!("cuDNN, {what}: {status:?} {words}").trim_end().to_string()))
 }

@@ -1,7 +1,7 @@
 //! Devices that exchange tensors, by NCCL.
 
 use super::failed;
-use super::memory::{allocate, packed, tensor, with_address};
+use super::memory::{aligned, allocate, tensor, with_address};
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream};
 use candle_core::cuda_backend::cudarc::nccl::Id;
 use candle_core::cuda_backend::cudarc::nccl::{result, sys};
@@ -171,7 +171,7 @@ impl Communicator {
         }
         let main = self.device.cuda_stream();
         main.context().bind_to_thread().map_err(failed("CUDA context"))?;
-        let from = packed(x)?;
+        let from = aligned(x)?;
         let own = from.elem_count();
         let len = match what {
             Exchange::AllReduce | Exchange::AllReduceInPlace | Exchange::Broadcast => own,

@@ -3,7 +3,7 @@
 use super::arguments::{AddBias, ColumnSums, Narrow};
 use super::convolution::{self, order_for};
 use super::launch::{launch, type_name};
-use super::memory::{address, address_of, allocate, packed, tensor, with_address};
+use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
 use super::plan::{Order, Pass};
 use super::sources::COLUMNS;
 use crate::direct::Geometry;
@@ -30,7 +30,7 @@ pub(crate) fn conv_transpose2d(
     convolve(x, weight, bias, g, result, true)
 }
 
-/// The (height, width, channels) of the result are `result`'s. What cuDNN has no algorithm for, channels last, is turned around.
+/// The (height, width, channels) of the result are `result`'s. What cuDNN has no engine for, channels last, is turned around.
 fn convolve(
     x: &Tensor,
     weight: &Tensor,
@@ -63,12 +63,12 @@ fn taps_last(weight: &Tensor) -> Result<Tensor> {
 }
 
 fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, op: Convolution) -> Result<Tensor> {
-    let (x, weight) = (packed(x)?, packed(weight)?);
+    let (x, weight) = (aligned(x)?, aligned(weight)?);
     match bias {
         None if tracked(&x) || tracked(&weight) => x.apply_op2(&weight, op),
         None => x.apply_op2_no_bwd(&weight, &op),
         Some(bias) => {
-            let bias = packed(bias)?;
+            let bias = aligned(bias)?;
             match tracked(&x) || tracked(&weight) || tracked(&bias) {
                 true => x.apply_op3(&weight, &bias, op),
                 false => x.apply_op3_no_bwd(&weight, &bias, &op),
@@ -130,7 +130,7 @@ impl Convolution {
     /// The gradients of x and weight.
     fn gradients(&self, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 2]> {
         let (device, dtype, g, order) = (x.device().as_cuda_device()?, x.dtype(), &self.g, self.order);
-        let (x, w, dy) = (&packed(x)?, &packed(w)?, &packed(&dy.to_dtype(dtype)?)?);
+        let (x, w, dy) = (&aligned(x)?, &aligned(w)?, &aligned(&dy.to_dtype(dtype)?)?);
         let gradient = |of: &Tensor, pass: &dyn Fn(u64) -> Result<()>| {
             let storage = allocate(device, of.elem_count(), dtype, false)?;
             pass(address(&storage)?)?;
@@ -166,7 +166,7 @@ impl Convolution {
 
 /// The sums over all axes but the last, in 32 bits, of the tensor's type.
 pub(crate) fn sums_of_channels(x: &Tensor) -> Result<Tensor> {
-    let (x, channels) = (packed(x)?, x.dim(D::Minus1)?);
+    let (x, channels) = (aligned(x)?, x.dim(D::Minus1)?);
     let device = x.device().as_cuda_device()?;
     let sums = allocate(device, channels, x.dtype(), false)?;
     let to = address(&sums)?;

@@ -4,10 +4,10 @@ use super::arguments::{CopyColumns, GatesBackward, GatesForward};
 use super::conv2d::column_sums;
 use super::convolution;
 use super::launch::{launch, type_name};
-use super::memory::{address, address_of, allocate, clear, packed, tensor, with_address};
+use super::memory::{address, address_of, aligned, allocate, clear, tensor, with_address};
 use super::packing::pack;
 use super::plan::Order;
-use super::roll_out::{Engine, Kept, Layer, RollOut};
+use super::roll_out::{Kept, Layer, Operations, RollOut};
 use super::sources::{COLUMNS, GATES};
 use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, take_kept};
 use crate::direct::Geometry;
@@ -44,7 +44,7 @@ pub(crate) fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Ke
     }
     let keep_all = keep == Keep::All;
     let roll_out = RollOut { batch, height, width, steps, feedback, keep_all, layers: sizes };
-    let (x, parameters) = (packed(x)?, packed(&pack(layers)?)?);
+    let (x, parameters) = (aligned(x)?, aligned(&pack(layers)?)?);
     let gradients = tracked(&x) || tracked(&parameters);
     let op = Op { roll_out, gradients, kept: Mutex::new(None) };
     if gradients { x.apply_op2(&parameters, op) } else { x.apply_op2_no_bwd(&parameters, &op) }
@@ -115,7 +115,7 @@ impl CustomOp2 for Op {
         let to = |gradient: &Option<CudaStorage>| gradient.as_ref().map_or(Ok(0), address);
         let (to_x, to_p) = (to(&dx)?, to(&dp)?);
         with_address(parameters, |parameters| {
-            with_address(&packed(&dy.to_dtype(cuda.dtype)?)?, |dy| {
+            with_address(&aligned(&dy.to_dtype(cuda.dtype)?)?, |dy| {
                 // SAFETY: as in `cuda_fwd`; gradients are as large as what they are of.
                 unsafe { self.roll_out.backward(&cuda, kept, parameters, dy, to_x, to_p) }
             })
@@ -165,7 +165,7 @@ impl Cuda<'_> {
     }
 }
 
-impl Engine for Cuda<'_> {
+impl Operations for Cuda<'_> {
     type Memory = Memory;
 
     fn storage(&self, len: usize, zeroed: usize) -> Result<Memory> {

@@ -3,8 +3,8 @@
 use super::backend::{Descriptor, Place};
 use super::device::tf32_allowed;
 use super::failed;
-use super::memory::{address, allocate};
-use super::plan::{ALIGNMENT, IDS, Key, Order, Pass, Plan, plan};
+use super::memory::{ALIGNMENT, address, allocate};
+use super::plan::{IDS, Key, Order, Pass, Plan};
 use crate::direct::Geometry;
 use candle_core::cuda_backend::cudarc::cudnn::result;
 use candle_core::cuda_backend::cudarc::cudnn::sys::{
@@ -16,16 +16,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// cuDNN on one device. Plans stay until the process ends; there are about as many as shapes and passes.
+/// cuDNN on one device.
 struct Cudnn {
     /// Which knows the device's stream.
     handle: sys::cudnnHandle_t,
     device: CudaDevice,
-    /// Where there is none: what cuDNN said last.
-    plans: HashMap<Key, std::result::Result<Arc<Plan>, String>>,
-    /// Plans that others have taken the place of: something recorded may still use them.
-    replaced: Vec<Arc<Plan>>,
-    /// What quick engines were looked for.
+    /// All that were made, about as many as there are shapes and passes. They stay, as something recorded may use them.
+    plans: Vec<Plan>,
+    /// Which of them is in use; where there is none, what cuDNN said last.
+    in_use: HashMap<Key, std::result::Result<usize, String>>,
+    /// Keys whose engines have been timed.
     timed: HashSet<Key>,
     workspace: Option<Arc<CudaStorage>>,
 }
@@ -64,7 +64,7 @@ pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
     cudnn.workspace.clone()
 }
 
-/// The order in which cuDNN can compute these passes of a convolution: channels last, where it has a way.
+/// The order in which cuDNN can compute these passes of a convolution: channels last, where it has engines for them.
 pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType, passes: &[Pass]) -> Result<Order> {
     let cudnn = cudnn(device)?;
     let mut cudnn = cudnn.lock().unwrap_or_else(PoisonError::into_inner);
@@ -153,33 +153,14 @@ unsafe fn compute(
     }
     loop {
         let plan = cudnn.plan(key)?;
+        let workspace = cudnn.plans[plan].workspace;
+        let pack = cudnn.variant_pack(workspace, places)?;
         // SAFETY: as above.
-        match unsafe { cudnn.execute(&plan, places) } {
-            // What could be planned cannot always be done: then another engine may do it.
-            Err(Failure::Execution(_)) if !super::is_recording() && cudnn.plan_another(key, plan.number) => {}
-            done => return done.map_err(Error::from),
-        }
-    }
-}
-
-/// Why something was not computed.
-enum Failure {
-    /// cuDNN refuses to compute it so.
-    Execution(Error),
-    /// Anything else, such as a lack of memory.
-    Other(Error),
-}
-
-impl From<Error> for Failure {
-    fn from(error: Error) -> Self {
-        Failure::Other(error)
-    }
-}
-
-impl From<Failure> for Error {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Execution(error) | Failure::Other(error) => error,
+        let done = unsafe { cudnn.plans[plan].execution.execute(cudnn.handle, &pack) };
+        let Err(error) = done else { return Ok(()) };
+        // An engine that could be planned may refuse to run all the same, where another does not.
+        if super::is_recording() || !cudnn.plan_another(key, plan) {
+            return Err(error);
         }
     }
 }
@@ -193,8 +174,8 @@ impl Cudnn {
         Ok(Cudnn {
             handle,
             device: device.clone(),
-            plans: HashMap::new(),
-            replaced: Vec::new(),
+            plans: Vec::new(),
+            in_use: HashMap::new(),
             timed: HashSet::new(),
             workspace: None,
         })
@@ -221,34 +202,30 @@ impl Cudnn {
         self.workspace.as_ref().map_or(Ok(0), |held| address(held))
     }
 
-    /// The plan of a pass: made for the first time, and kept.
-    fn plan(&mut self, key: Key) -> Result<Arc<Plan>> {
-        let known = self.plans.entry(key);
-        let plan = known.or_insert_with(|| match plan(self.handle, &key, 0) {
-            Ok(plan) => Ok(Arc::new(plan)),
-            Err(why) => Err(why.to_string()),
-        });
-        plan.clone().map_err(|why| {
+    /// The plan of a pass, by its place: made for the first time, and kept.
+    fn plan(&mut self, key: Key) -> Result<usize> {
+        if !self.in_use.contains_key(&key) {
+            match Plan::new(self.handle, &key, 0) {
+                Ok(plan) => self.take(key, plan),
+                Err(why) => drop(self.in_use.insert(key, Err(why.to_string()))),
+            }
+        }
+        self.in_use[&key].clone().map_err(|why| {
             let Key { g, dtype, .. } = key;
             let way = "cuDNN has no engine that gives the same bits every time";
             Error::Msg(format!("{way}, in {dtype:?}, for {g:?}: {why}"))
         })
     }
 
-    /// Makes another plan, by an engine after the one of this number; tells whether there is one.
-    fn plan_another(&mut self, key: Key, number: usize) -> bool {
-        let another = plan(self.handle, &key, number);
-        let is_there = another.is_ok();
-        if let Ok(plan) = another {
-            self.take(key, plan);
-        }
-        is_there
+    /// Makes a plan by an engine after that of this one, in whose place it is used; tells whether there is one.
+    fn plan_another(&mut self, key: Key, plan: usize) -> bool {
+        let another = Plan::new(self.handle, &key, self.plans[plan].number);
+        another.map(|plan| self.take(key, plan)).is_ok()
     }
 
     fn take(&mut self, key: Key, plan: Plan) {
-        if let Some(Ok(before)) = self.plans.insert(key, Ok(Arc::new(plan))) {
-            self.replaced.push(before);
-        }
+        self.in_use.insert(key, Ok(self.plans.len()));
+        self.plans.push(plan);
     }
 
     /// Takes the quickest of the engines that cuDNN proposes first, once for each key.
@@ -263,7 +240,7 @@ impl Cudnn {
         }
         let (mut number, mut quickest): (usize, Option<(Duration, Plan)>) = (0, None);
         for _ in 0..MOST {
-            let Ok(plan) = plan(self.handle, &key, number) else { break };
+            let Ok(plan) = Plan::new(self.handle, &key, number) else { break };
             number = plan.number;
             // SAFETY: the caller's promise.
             let Ok(time) = (unsafe { self.time_of(&plan, places) }) else { continue };
@@ -281,34 +258,27 @@ impl Cudnn {
     ///
     /// # Safety
     /// As for [`time`](Self::time).
-    unsafe fn time_of(&mut self, plan: &Plan, places: [u64; 3]) -> std::result::Result<Duration, Failure> {
+    unsafe fn time_of(&mut self, plan: &Plan, places: [u64; 3]) -> Result<Duration> {
         const RUNS: usize = 3;
-        let stream = self.device.cuda_stream();
-        let wait = || stream.synchronize().map_err(failed("cuDNN, timing"));
+        let (pack, stream) = (self.variant_pack(plan.workspace, places)?, self.device.cuda_stream());
         // SAFETY: the caller's promise.
-        unsafe { self.execute(plan, places)? };
+        let run = || unsafe { plan.execution.execute(self.handle, &pack) };
+        let wait = || stream.synchronize().map_err(failed("cuDNN, timing"));
+        run()?;
         wait()?;
         let start = Instant::now();
-        for _ in 0..RUNS {
-            // SAFETY: as above.
-            unsafe { self.execute(plan, places)? };
-        }
+        (0..RUNS).try_for_each(|_| run())?;
         wait()?;
         Ok(start.elapsed())
     }
 
-    /// Asks for what a plan computes.
-    ///
-    /// # Safety
-    /// The addresses of x, w and y are of memory as large as the plan's tensors.
-    unsafe fn execute(&mut self, plan: &Plan, places: [u64; 3]) -> std::result::Result<(), Failure> {
-        let workspace = self.place_to_work(plan.workspace)?;
-        let pack = Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
+    /// What a plan is executed with: the addresses of x, w and y, and so many bytes to work in.
+    fn variant_pack(&mut self, workspace: usize, places: [u64; 3]) -> Result<Descriptor> {
+        let workspace = self.place_to_work(workspace)?;
+        Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
             .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
             .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
             .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
-            .finish()?;
-        // SAFETY: the caller's promise.
-        unsafe { plan.execution.execute(self.handle, &pack) }.map_err(Failure::Execution)
+            .finish()
     }
 }

@@ -9,8 +9,7 @@ use candle_core::{CudaDevice, CudaStorage, Error, Result, bail};
 use std::cell::Cell;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-/// While work is recorded no other thread may ask the device for anything: that would be recorded as well. Who asks holds it
-/// with others, who records alone.
+/// Held with others by who asks the device for something, alone by who records: other work would be recorded too.
 static UNRECORDED: RwLock<()> = RwLock::new(());
 
 thread_local! {

@@ -1,7 +1,7 @@
 //! The kernels' sources compiled as C++ and run on the processor, for tests where there is no device.
 
 use super::arguments::{ColumnSums, CopyColumns, GatesBackward, GatesForward};
-use super::roll_out::Engine;
+use super::roll_out::Operations;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
 use crate::direct::Geometry;
 use candle_core::Result;
@@ -96,7 +96,7 @@ fn width(hidden: u32, addresses: &[u64]) -> usize {
     if hidden.is_multiple_of(4) && addresses.iter().all(|at| at.is_multiple_of(16)) { 4 } else { 1 }
 }
 
-impl Engine for Mutex<Host> {
+impl Operations for Mutex<Host> {
     type Memory = Vec<f32>;
 
     fn storage(&self, len: usize, zeroed: usize) -> Result<Vec<f32>> {

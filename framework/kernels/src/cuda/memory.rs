@@ -9,7 +9,7 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 /// What alignment kernels that move several values at once, and cuDNN's quick ones, ask of a tensor.
-const ALIGNMENT: usize = 16;
+pub(crate) const ALIGNMENT: u64 = 16;
 
 /// Where a storage's memory begins.
 pub(crate) fn address(storage: &CudaStorage) -> Result<u64> {
@@ -46,10 +46,11 @@ pub(crate) fn with_address<R>(x: &Tensor, f: impl FnOnce(u64) -> Result<R>) -> R
     }
 }
 
-/// The same values contiguous, and aligned for kernels.
-pub(crate) fn packed(x: &Tensor) -> Result<Tensor> {
+/// The same values contiguous, at an address that kernels can read several of them at once from.
+pub(crate) fn aligned(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;
-    let is_aligned = (x.layout().start_offset() * x.dtype().size_in_bytes()).is_multiple_of(ALIGNMENT);
+    let is_aligned =
+        (x.layout().start_offset() * x.dtype().size_in_bytes()).is_multiple_of(ALIGNMENT as usize);
     // Not `copy`, which takes all of the storage along and so keeps the place within it.
     if is_aligned { Ok(x) } else { x.force_contiguous() }
 }

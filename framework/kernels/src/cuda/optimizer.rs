@@ -5,7 +5,7 @@ use super::arguments::{
     SquareSums, Sums, Update,
 };
 use super::launch::{THREADS, launch, type_name};
-use super::memory::{address, allocate, packed, read, tensor, with_address};
+use super::memory::{address, aligned, allocate, read, tensor, with_address};
 use super::sources::OPTIMIZER;
 use crate::clipping::{Clipping, GradScale};
 use crate::updates::{AdamParam, SgdParam};
@@ -37,7 +37,7 @@ fn at_or_0(x: Option<&Tensor>) -> Result<u64> {
 /// Of Adam's [`apply`](crate::updates::Placed::apply), by one kernel for many parameters; all are f32, contiguous, and those of
 /// a parameter of one shape.
 pub(crate) fn adam(numbers: &Tensor, params: &[AdamParam], scale: &GradScale) -> Result<()> {
-    let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
+    let gradients = params.iter().map(|it| aligned(it.gradient)).collect::<Result<Vec<_>>>()?;
     let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
         let AdamParam { param, copy, first, second, largest, .. } = *it;
         let at = AdamAt {
@@ -57,7 +57,7 @@ pub(crate) fn adam(numbers: &Tensor, params: &[AdamParam], scale: &GradScale) ->
 
 /// Of SGD's.
 pub(crate) fn sgd(numbers: &Tensor, params: &[SgdParam], scale: &GradScale) -> Result<()> {
-    let gradients = params.iter().map(|it| packed(it.gradient)).collect::<Result<Vec<_>>>()?;
+    let gradients = params.iter().map(|it| aligned(it.gradient)).collect::<Result<Vec<_>>>()?;
     let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
         let SgdParam { param, copy, momentum_buffer, .. } = *it;
         let at = SgdAt {
@@ -116,7 +116,7 @@ pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
 pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     let Some((first, _)) = pairs.first() else { return Ok(()) };
     let device = first.device().as_cuda_device()?;
-    let targets = pairs.iter().map(|(_, target)| packed(target)).collect::<Result<Vec<_>>>()?;
+    let targets = pairs.iter().map(|(_, target)| aligned(target)).collect::<Result<Vec<_>>>()?;
     let tensors = pairs
         .iter()
         .zip(&targets)
@@ -133,7 +133,7 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
 pub(crate) fn counted(gradients: &[Tensor], decided: &Tensor) -> Result<Vec<Tensor>> {
     let device = decided.device().as_cuda_device()?;
     let decided_at = at(decided)?;
-    let gradients = gradients.iter().map(packed).collect::<Result<Vec<_>>>()?;
+    let gradients = gradients.iter().map(aligned).collect::<Result<Vec<_>>>()?;
     let to = gradients.iter().map(|x| {
         if x.dtype() != DType::F32 {
             bail!("expected gradients in f32, got {:?}", x.dtype());
@@ -195,7 +195,7 @@ fn square_sums(tensors: &[Tensor], most: usize) -> Result<PartialSums> {
     const EACH: usize = 1 << 6;
     let Some(first) = tensors.first() else { bail!("there is no tensor to take the squares of") };
     let device = first.device().as_cuda_device()?;
-    let tensors = tensors.iter().map(|x| packed(&x.to_dtype(DType::F32)?)).collect::<Result<Vec<_>>>()?;
+    let tensors = tensors.iter().map(|x| aligned(&x.to_dtype(DType::F32)?)).collect::<Result<Vec<_>>>()?;
     let all = tensors.iter().map(|x| Ok((at(x)?, x.elem_count()))).collect::<Result<Vec<_>>>()?;
     let mut count = 0;
     in_groups(all.clone(), |some| {

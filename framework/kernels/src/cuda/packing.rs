@@ -2,7 +2,8 @@
 
 use super::arguments::PackWeight;
 use super::launch::{launch, type_name};
-use super::memory::{address, address_of, allocate, packed, tensor, with_address};
+use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
+use super::roll_out::Layer;
 use super::sources::COLUMNS;
 use crate::conv_lstm::ConvLstmLayer;
 use candle_core::backend::BackendStorage;
@@ -12,37 +13,28 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Ten
 pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
     let mut parts = Vec::with_capacity(2 * layers.len());
     for ConvLstmLayer { weight, .. } in layers {
-        let (outputs, all, height, width) = weight.dims4()?;
-        let channels = all.next_multiple_of(8);
-        parts.push(packed(weight)?.apply_op1(Packing { outputs, all, kernel: height * width, channels })?);
+        let (outputs, all, kernel, _) = weight.dims4()?;
+        let layer = Layer { inputs: all - outputs / 4, hidden: outputs / 4, kernel };
+        parts.push(aligned(weight)?.apply_op1(Packing(layer))?);
     }
     parts.extend(layers.iter().map(|layer| layer.bias.clone()));
     Tensor::cat(&parts, 0)
 }
 
 /// A weight (outputs, all, height, width), input channels x then h, to (outputs * height * width * channels): h, x, zeros.
-struct Packing {
-    outputs: usize,
-    all: usize,
-    /// Taps.
-    kernel: usize,
-    channels: usize,
-}
+struct Packing(Layer);
 
 impl Packing {
-    fn len(&self) -> usize {
-        self.outputs * self.kernel * self.channels
-    }
-
     fn arguments(&self, weight: u64, packed: u64) -> PackWeight {
+        let Layer { inputs, hidden, kernel } = self.0;
         PackWeight {
             weight,
             packed,
-            outputs: self.outputs as u32,
-            all: self.all as u32,
-            hidden: (self.outputs / 4) as u32,
-            kernel: self.kernel as u32,
-            channels: self.channels as u32,
+            outputs: (4 * hidden) as u32,
+            all: (inputs + hidden) as u32,
+            hidden: hidden as u32,
+            kernel: (kernel * kernel) as u32,
+            channels: self.0.channels() as u32,
         }
     }
 }
@@ -57,7 +49,7 @@ impl CustomOp1 for Packing {
     }
 
     fn cuda_fwd(&self, weight: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (device, dtype, len) = (weight.device(), weight.dtype(), self.len());
+        let (device, dtype, len) = (weight.device(), weight.dtype(), self.0.weight_len());
         let to = allocate(device, len, dtype, false)?;
         let arguments = self.arguments(address_of(weight, layout)?, address(&to)?);
         // SAFETY: the weight is of these sizes, and there is room for as many values as are packed.
@@ -67,13 +59,13 @@ impl CustomOp1 for Packing {
 
     fn bwd(&self, weight: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let (device, dtype) = (weight.device().as_cuda_device()?, weight.dtype());
-        let gradient = packed(&gradient.to_dtype(dtype)?)?;
+        let gradient = aligned(&gradient.to_dtype(dtype)?)?;
         let to = allocate(device, weight.elem_count(), dtype, false)?;
         with_address(&gradient, |from| {
             let arguments = self.arguments(address(&to)?, from);
             let kernel = format!("unpack_weight_{}", type_name(dtype)?);
             // SAFETY: as in `cuda_fwd`; each value of the weight's gradient is among what was packed.
-            unsafe { launch(device, &COLUMNS, &kernel, self.len(), arguments) }
+            unsafe { launch(device, &COLUMNS, &kernel, self.0.weight_len(), arguments) }
         })?;
         Ok(Some(tensor(to, weight.shape())))
     }

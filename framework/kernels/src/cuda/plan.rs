@@ -10,8 +10,6 @@ use candle_core::{DType, Error, Result, bail};
 
 /// Engines that want more workspace are not taken, where there is another.
 const MOST_WORKSPACE: usize = 1 << 30;
-/// What addresses are multiples of, where cuDNN's quick engines can be used: a power of two.
-pub(crate) const ALIGNMENT: u64 = 16;
 
 /// How tensors lie in memory.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -67,63 +65,66 @@ impl Key {
     /// allowed.
     fn allows(&self, notes: &[Note]) -> bool {
         let is_whole = self.dtype == DType::F32 && !self.tf32;
-        !notes.contains(&Note::NONDETERMINISTIC)
-            && !notes.contains(&Note::DOWN_CONVERT_INPUTS)
-            && !(is_whole && notes.contains(&Note::TENSOR_CORE))
+        let noted = |note| notes.contains(&note);
+        !(noted(Note::NONDETERMINISTIC)
+            || noted(Note::DOWN_CONVERT_INPUTS)
+            || is_whole && noted(Note::TENSOR_CORE))
     }
 }
 
-/// Picks, of the engines that cuDNN's heuristics list with the one that they think quickest first, the first that is allowed, is
-/// there, and does with little memory; where none does, the one that needs least. Of those that are allowed, it leaves out the
-/// first `skipped`.
-pub(crate) fn plan(handle: sys::cudnnHandle_t, key: &Key, skipped: usize) -> Result<Plan> {
-    let parts = operation(key)?;
-    let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
-        .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
-        .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
-        .finish()?;
-    let of_engine = |config: &Descriptor| -> Result<(Descriptor, usize)> {
-        let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
-            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?
+impl Plan {
+    /// A plan by the first engine, in the order of cuDNN's heuristics, the one that they think quickest first, that `key` allows,
+    /// that can be planned, and that needs at most [`MOST_WORKSPACE`]; where all need more, the one that needs least. The first
+    /// `skipped` of the allowed engines are passed over.
+    pub(crate) fn new(handle: sys::cudnnHandle_t, key: &Key, skipped: usize) -> Result<Plan> {
+        let parts = operation(key)?;
+        let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
+            .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
+            .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
             .finish()?;
-        let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
-        Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
-    };
-    let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
-    let mut why = Error::Msg("it proposes none".into());
-    // The second mode's engines can do what the first one's cannot.
-    'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
-        let listed = engines(&graph, mode).unwrap_or_else(|error| {
-            why = error;
-            Vec::new()
-        });
-        for config in listed {
-            if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
-                continue;
-            }
-            number += 1;
-            if number <= skipped {
-                continue;
-            }
-            match of_engine(&config) {
-                Ok((execution, workspace)) => {
-                    if best.as_ref().is_none_or(|best| workspace < best.workspace) {
-                        best = Some(Plan { execution, workspace, number, _parts: vec![config] });
-                    }
-                    if workspace <= MOST_WORKSPACE {
-                        break 'found;
-                    }
+        let of_engine = |config: &Descriptor| -> Result<(Descriptor, usize)> {
+            let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
+                .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
+                .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?
+                .finish()?;
+            let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
+            Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
+        };
+        let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
+        let mut why = Error::Msg("it proposes none".into());
+        // The second mode's engines can do what the first one's cannot.
+        'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
+            let listed = engines(&graph, mode).unwrap_or_else(|error| {
+                why = error;
+                Vec::new()
+            });
+            for config in listed {
+                if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
+                    continue;
                 }
-                // What is listed is not always there.
-                Err(error) => why = error,
+                number += 1;
+                if number <= skipped {
+                    continue;
+                }
+                match of_engine(&config) {
+                    Ok((execution, workspace)) => {
+                        if best.as_ref().is_none_or(|best| workspace < best.workspace) {
+                            best = Some(Plan { execution, workspace, number, _parts: vec![config] });
+                        }
+                        if workspace <= MOST_WORKSPACE {
+                            break 'found;
+                        }
+                    }
+                    // What is listed is not always there.
+                    Err(error) => why = error,
+                }
             }
         }
+        let mut best = best.ok_or(why)?;
+        best._parts.extend(parts);
+        best._parts.push(graph);
+        Ok(best)
     }
-    let mut best = best.ok_or(why)?;
-    best._parts.extend(parts);
-    best._parts.push(graph);
-    Ok(best)
 }
 
 /// The engines that cuDNN proposes, the one that it thinks quickest first.

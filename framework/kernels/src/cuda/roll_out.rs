@@ -5,15 +5,15 @@
 //! writes its output where it is read next: into the inputs of its own next step, and of the layer above. Backward keeps the
 //! gates' gradients of all steps, and makes that of the weights in one convolution over all of them.
 //!
-//! The same code runs on the processor, for tests: what a device does is behind [`Engine`].
+//! The same code runs on the processor, for tests: what a device does is behind [`Operations`].
 
 use super::arguments::{CopyColumns, GatesBackward, GatesForward, Plane};
 use crate::direct::Geometry;
 use candle_core::Result;
 
-/// What a device does. Operations run in the order in which they are asked for. "Storage" is memory of the type that is
+/// What a device does. All of it runs in the order in which they are asked for. "Storage" is memory of the type that is
 /// trained in, 16 or 32 bits.
-pub(crate) trait Engine {
+pub(crate) trait Operations {
     /// Memory that is freed when dropped, after all that was asked for before.
     type Memory;
 
@@ -74,7 +74,7 @@ impl Layer {
         4 * self.hidden
     }
     /// Values of its weight, (gates, kernel, kernel, channels).
-    fn weight_len(&self) -> usize {
+    pub(crate) fn weight_len(&self) -> usize {
         self.gates() * self.kernel * self.kernel * self.channels()
     }
 }
@@ -191,7 +191,7 @@ impl RollOut {
     ///
     /// # Safety
     /// The addresses are of storage as large as input, parameters and output are.
-    pub(crate) unsafe fn forward<E: Engine>(
+    pub(crate) unsafe fn forward<E: Operations>(
         &self,
         engine: &E,
         gradients: bool,
@@ -278,7 +278,7 @@ impl RollOut {
     ///
     /// # Safety
     /// The addresses are of storage as large as parameters, output and input are.
-    pub(crate) unsafe fn backward<E: Engine>(
+    pub(crate) unsafe fn backward<E: Operations>(
         &self,
         engine: &E,
         kept: Kept<E::Memory>,

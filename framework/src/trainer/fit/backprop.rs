@@ -35,32 +35,32 @@ impl Backprop {
             let _phase = phase!("backward");
             grads::of_turn(turn, scaled(&loss, factor)?.backward()?)?
         };
-        Ok(Self::told(&loss, step, gradients))
+        Ok(Self::new(&loss, step, gradients))
     }
 
     /// Moves the optimizer's parameters as well, by gradients that are complete after this one micro-batch.
     pub(super) fn then_update(self, turn: &Turn, clipping: &Clipping) -> Result<Self> {
-        // What it tells may share memory with what moves now.
-        let told = self.map(&Tensor::force_contiguous, &|gradient| Ok(gradient.clone()))?;
+        // What is logged may share memory with what moves now.
+        let copied = self.map(&Tensor::force_contiguous, &|gradient| Ok(gradient.clone()))?;
         let mut grads = Grads::new(&turn.params);
-        grads.add(&told.gradients)?;
+        grads.add(&copied.gradients)?;
         let gradients = grads.complete(&turn.params)?;
         let _phase = phase!("optimizer");
         let clipped = clipping.decide(&gradients)?;
         turn.step(&gradients, &clipped.scale, &Solo)?;
-        Ok(Self { gradients: gradients.into_iter().map(Some).collect(), clipped: Some(clipped), ..told })
+        Ok(Self { gradients: gradients.into_iter().map(Some).collect(), clipped: Some(clipped), ..copied })
     }
 
-    /// The same, each tensor that it tells replaced by what `told` makes of it, each gradient by what `gradient` does.
-    pub(super) fn map(&self, told: MapTensor, gradient: MapTensor) -> candle_core::Result<Self> {
-        let metric = |(name, x): &(String, Tensor)| Ok((name.clone(), told(x)?));
+    /// The same, with `logged` applied to the loss, metrics and pictures, and `gradient` to each gradient.
+    pub(super) fn map(&self, logged: MapTensor, gradient: MapTensor) -> candle_core::Result<Self> {
+        let metric = |(name, x): &(String, Tensor)| Ok((name.clone(), logged(x)?));
         let picture = |sketch: &Sketch| {
-            let of = sketch.of.iter().map(told).collect::<candle_core::Result<_>>()?;
+            let of = sketch.of.iter().map(logged).collect::<candle_core::Result<_>>()?;
             Ok(Sketch { of, ..sketch.clone() })
         };
         let of_some = |x: &Option<Tensor>| x.as_ref().map(gradient).transpose();
         Ok(Self {
-            loss: told(&self.loss)?,
+            loss: logged(&self.loss)?,
             metrics: self.metrics.iter().map(metric).collect::<candle_core::Result<_>>()?,
             pictures: self.pictures.iter().map(picture).collect::<candle_core::Result<_>>()?,
             gradients: self.gradients.iter().map(of_some).collect::<candle_core::Result<_>>()?,
@@ -68,8 +68,8 @@ impl Backprop {
         })
     }
 
-    /// What a module returned and told, with the gradients that were found.
-    pub(super) fn told(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Self {
+    /// What a module returned and logged, with the gradients that were found.
+    pub(super) fn new(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Self {
         let (metrics, pictures) = step.into_logged();
         Self { loss: loss.detach(), metrics, pictures, gradients, clipped: None }
     }

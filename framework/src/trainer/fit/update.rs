@@ -85,7 +85,7 @@ impl<B: Batch> Fit<'_, B> {
             clipped = backprop.clipped.clone();
             tally.losses.push((place.number, backprop.loss.clone()));
             tally.own_samples += batch.len();
-            self.tell(backprop, turn, batch.len(), tally)?;
+            self.log(backprop, turn, batch.len(), tally)?;
             if place.ends_step {
                 break;
             }
@@ -143,7 +143,7 @@ impl<B: Batch> Fit<'_, B> {
             let (factor, before) =
                 (self.factor(batch.len(), place), reduction.before_backward(place.ends_step));
             let after = tapped.taps.during(before, || scaled(&loss, factor)?.backward())?;
-            Ok((Backprop::told(&loss, step, Vec::new()), after))
+            Ok((Backprop::new(&loss, step, Vec::new()), after))
         });
         passes.map_err(|error| self.trainer.config.precision.explain(error))
     }
@@ -178,6 +178,7 @@ impl<B: Batch> Fit<'_, B> {
             loss_scale: self.loss_scale.map_or(1., |loss_scale| loss_scale.scale),
             max_norm: config.clip_norm,
             max_value: config.clip_value,
+            // On the same condition as in `refuse`.
             only_finite: config.nan_guard || self.loss_scale.is_some(),
         }
     }
