@@ -191,7 +191,7 @@ pub(crate) unsafe fn column_sums(
 ) -> Result<()> {
     /// Rows that a thread adds up: few enough that there are many threads.
     const STRETCH: usize = 128;
-    let (mut from, mut name, mut rows) = (x, type_name(dtype)?, rows);
+    let (mut from, mut of, mut rows) = (x, dtype, rows);
     // What is read may be freed as soon as its reader is queued; it is kept to the end for simplicity.
     let mut held = Vec::new();
     loop {
@@ -205,13 +205,13 @@ pub(crate) unsafe fn column_sums(
             stretch: STRETCH as u32,
             parts: parts as u32,
         };
-        let four = 4 * if name == "float" { size_of::<f32>() } else { dtype.size_in_bytes() } as u64;
+        let four = 4 * of.size_in_bytes() as u64;
         let at_once = if columns.is_multiple_of(4) && from.is_multiple_of(four) { 4 } else { 1 };
-        let kernel = format!("column_sums_{name}_{at_once}");
+        let kernel = format!("column_sums_{}_{at_once}", type_name(of)?);
         // SAFETY: x is (rows, columns), and the sums (parts, columns).
         unsafe { launch(device, &COLUMNS, &kernel, parts * columns / at_once, arguments)? };
         held.push(sums);
-        (from, name, rows) = (arguments.sums, "float", parts);
+        (from, of, rows) = (arguments.sums, DType::F32, parts);
         if parts == 1 {
             break;
         }

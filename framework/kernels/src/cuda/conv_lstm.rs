@@ -186,6 +186,10 @@ impl Operations for Cuda<'_> {
     fn item(&self) -> u64 {
         self.dtype.size_in_bytes() as u64
     }
+    fn most_values(&self) -> usize {
+        // What counts them has 31 bits.
+        1 << 30
+    }
 
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
         // SAFETY: the caller's promise.

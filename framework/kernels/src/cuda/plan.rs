@@ -147,8 +147,8 @@ fn notes(config: &Descriptor) -> Result<Vec<Note>> {
 
 /// A pass as cuDNN knows it, and then what it is made of.
 fn operation(key: &Key) -> Result<Vec<Descriptor>> {
-    let g = &key.g;
     use sys::cudnnDataType_t::{CUDNN_DATA_BFLOAT16, CUDNN_DATA_FLOAT, CUDNN_DATA_HALF};
+    let g = &key.g;
     let data = match key.dtype {
         DType::F32 => CUDNN_DATA_FLOAT,
         DType::F16 => CUDNN_DATA_HALF,

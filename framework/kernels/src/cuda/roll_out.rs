@@ -25,6 +25,8 @@ pub(crate) trait Operations {
     fn address(&self, memory: &Self::Memory) -> u64;
     /// Bytes of a value of the storage type.
     fn item(&self) -> u64;
+    /// How many values a convolution's x and y may have each.
+    fn most_values(&self) -> usize;
 
     /// y = x * w, all storage; x and y channels last, w (outputs, kernel height, kernel width, inputs).
     ///
@@ -181,10 +183,9 @@ impl RollOut {
             false => Plane::default(),
         }
     }
-    /// How many steps a convolution over several takes at once: what counts values has 31 bits.
-    fn steps_at_once(&self, layer: &Layer) -> usize {
-        const MOST: usize = 1 << 30;
-        (MOST / (self.rows() * layer.channels().max(layer.gates()))).clamp(1, self.steps)
+    /// How many steps a convolution over several takes at once, where it may have so many values.
+    fn steps_at_once(&self, layer: &Layer, most_values: usize) -> usize {
+        (most_values / (self.rows() * layer.channels().max(layer.gates()))).clamp(1, self.steps)
     }
 
     /// The output, and, where `gradients` will be asked for, what they need.
@@ -360,7 +361,7 @@ impl RollOut {
         }
         for (index, (layer, memory)) in self.layers.iter().zip(&kept.layers).enumerate() {
             let (inputs, gates) = (engine.address(&memory.inputs), engine.address(&memory.gates));
-            let at_once = self.steps_at_once(layer);
+            let at_once = self.steps_at_once(layer, engine.most_values());
             for first in (0..self.steps).step_by(at_once) {
                 let steps = at_once.min(self.steps - first);
                 let x = inputs + item * (first * rows * layer.channels()) as u64;
