@@ -4,7 +4,7 @@ use super::backend::{Descriptor, Place};
 use super::device::tf32_allowed;
 use super::failed;
 use super::memory::{ALIGNMENT, address, allocate};
-use super::plan::{IDS, Key, Order, Pass, Plan};
+use super::plan::{IDS, Key, Order, Pass, Plan, Target};
 use crate::direct::Geometry;
 use candle_core::cuda_backend::cudarc::cudnn::result;
 use candle_core::cuda_backend::cudarc::cudnn::sys::{
@@ -205,7 +205,7 @@ impl Cudnn {
     /// The plan of a pass, by its place: made for the first time, and kept.
     fn plan(&mut self, key: Key) -> Result<usize> {
         if !self.in_use.contains_key(&key) {
-            match Plan::new(self.handle, &key, 0) {
+            match Plan::new(&Target::Here(self.handle), &key, 0) {
                 Ok(plan) => self.take(key, plan),
                 Err(why) => drop(self.in_use.insert(key, Err(why.to_string()))),
             }
@@ -219,7 +219,7 @@ impl Cudnn {
 
     /// Makes a plan by an engine after that of this one, in whose place it is used; tells whether there is one.
     fn plan_another(&mut self, key: Key, plan: usize) -> bool {
-        let another = Plan::new(self.handle, &key, self.plans[plan].number);
+        let another = Plan::new(&Target::Here(self.handle), &key, self.plans[plan].number);
         another.map(|plan| self.take(key, plan)).is_ok()
     }
 
@@ -240,7 +240,7 @@ impl Cudnn {
         }
         let (mut number, mut quickest): (usize, Option<(Duration, Plan)>) = (0, None);
         for _ in 0..MOST {
-            let Ok(plan) = Plan::new(self.handle, &key, number) else { break };
+            let Ok(plan) = Plan::new(&Target::Here(self.handle), &key, number) else { break };
             number = plan.number;
             // SAFETY: the caller's promise.
             let Ok(time) = (unsafe { self.time_of(&plan, places) }) else { continue };

@@ -1,5 +1,8 @@
 //! How cuDNN computes a convolution's passes: by which of its engines.
 
+#[cfg(test)]
+mod tests;
+
 use super::backend::{Descriptor, Note};
 use crate::direct::Geometry;
 use candle_core::cuda_backend::cudarc::cudnn::sys::{
@@ -45,6 +48,15 @@ pub(crate) struct Key {
     pub(crate) tf32: bool,
 }
 
+/// The device that plans are for.
+pub(crate) enum Target {
+    /// That of a handle, which executes them.
+    Here(sys::cudnnHandle_t),
+    /// One that need not be here, by cuDNN's description: its plans are made and not executed.
+    #[cfg(test)]
+    Described(Descriptor),
+}
+
 /// How a pass is computed.
 pub(crate) struct Plan {
     pub(crate) execution: Descriptor,
@@ -76,25 +88,14 @@ impl Plan {
     /// A plan by the first engine, in the order of cuDNN's heuristics, the one that they think quickest first, that `key` allows,
     /// that can be planned, and that needs at most [`MOST_WORKSPACE`]; where all need more, the one that needs least. The first
     /// `skipped` of the allowed engines are passed over.
-    pub(crate) fn new(handle: sys::cudnnHandle_t, key: &Key, skipped: usize) -> Result<Plan> {
+    pub(crate) fn new(target: &Target, key: &Key, skipped: usize) -> Result<Plan> {
         let parts = operation(key)?;
-        let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[handle])?
-            .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, &parts[0])?
-            .finish()?;
-        let of_engine = |config: &Descriptor| -> Result<(Descriptor, usize)> {
-            let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
-                .with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[handle])?
-                .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?
-                .finish()?;
-            let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
-            Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
-        };
+        let graph = target.graph(&parts[0])?;
         let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
         let mut why = Error::Msg("it proposes none".into());
         // The second mode's engines can do what the first one's cannot.
         'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
-            let listed = engines(&graph, mode).unwrap_or_else(|error| {
+            let listed = target.engines(&graph, mode).unwrap_or_else(|error| {
                 why = error;
                 Vec::new()
             });
@@ -106,7 +107,7 @@ impl Plan {
                 if number <= skipped {
                     continue;
                 }
-                match of_engine(&config) {
+                match target.execution(&config) {
                     Ok((execution, workspace)) => {
                         if best.as_ref().is_none_or(|best| workspace < best.workspace) {
                             best = Some(Plan { execution, workspace, number, _parts: vec![config] });
@@ -127,13 +128,49 @@ impl Plan {
     }
 }
 
-/// The engines that cuDNN proposes, the one that it thinks quickest first.
-fn engines(graph: &Descriptor, mode: Mode) -> Result<Vec<Descriptor>> {
-    Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
-        .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
-        .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?
+impl Target {
+    /// A graph of one operation.
+    fn graph(&self, operation: &Descriptor) -> Result<Descriptor> {
+        let graph = Descriptor::new(Kind::CUDNN_BACKEND_OPERATIONGRAPH_DESCRIPTOR)?
+            .with_part(Name::CUDNN_ATTR_OPERATIONGRAPH_OPS, operation)?;
+        match self {
+            Self::Here(handle) => graph.with(Name::CUDNN_ATTR_OPERATIONGRAPH_HANDLE, &[*handle])?,
+            #[cfg(test)]
+            Self::Described(_) => graph,
+        }
+        .finish()
+    }
+
+    /// The engines that cuDNN proposes, the one that it thinks quickest first.
+    fn engines(&self, graph: &Descriptor, mode: Mode) -> Result<Vec<Descriptor>> {
+        let heuristics = Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
+            .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
+            .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?;
+        match self {
+            // The graph says which.
+            Self::Here(_) => heuristics,
+            #[cfg(test)]
+            Self::Described(device) => heuristics.with_part(Name::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, device)?,
+        }
         .finish()?
         .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
+    }
+
+    /// What executes an engine's work, and the bytes of workspace that it needs.
+    fn execution(&self, config: &Descriptor) -> Result<(Descriptor, usize)> {
+        let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
+            .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?;
+        let execution = match self {
+            Self::Here(handle) => execution.with(Name::CUDNN_ATTR_EXECUTION_PLAN_HANDLE, &[*handle])?,
+            #[cfg(test)]
+            Self::Described(device) => {
+                execution.with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_DEVICEPROP, device)?
+            }
+        }
+        .finish()?;
+        let bytes: Vec<i64> = execution.get(Name::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, 1)?;
+        Ok((execution, bytes.first().map_or(0, |bytes| *bytes as usize)))
+    }
 }
 
 /// What cuDNN notes of an engine's numbers.

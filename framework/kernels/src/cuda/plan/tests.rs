@@ -1,0 +1,220 @@
+//! Plans of cuDNN itself for devices that need not be here: it is told of them, and plans without executing.
+//!
+//! `CANDLEPOWER_TEST_CUDNN=1` says that cuDNN, 9.11 or later, is where libraries are looked for.
+
+use super::*;
+use crate::cuda::backend::Attribute;
+use crate::cuda::memory::ALIGNMENT;
+use candle_core::cuda_backend::cudarc::cudnn::sys::cudnnBackendAttributeType_t as Type;
+use proptest::prelude::*;
+
+// SAFETY: letters of one byte.
+unsafe impl Attribute for u8 {
+    const TYPE: Type = Type::CUDNN_TYPE_CHAR;
+}
+
+/// What devices differ in.
+struct Known {
+    name: &'static str,
+    /// 10 times the compute capability's first number, plus the second, times 10.
+    version: u32,
+    processors: u32,
+    /// KiB of shared memory that a block can ask for.
+    shared: u32,
+    /// GiB.
+    memory: u64,
+    /// MiB of second-level cache.
+    cache: u32,
+}
+
+const T4: Known = Known { name: "Tesla T4", version: 750, processors: 40, shared: 64, memory: 16, cache: 4 };
+const A100: Known =
+    Known { name: "NVIDIA A100-SXM4-80GB", version: 800, processors: 108, shared: 163, memory: 80, cache: 40 };
+const L4: Known = Known { name: "NVIDIA L4", version: 890, processors: 58, shared: 99, memory: 24, cache: 48 };
+const H200: Known =
+    Known { name: "NVIDIA H200", version: 900, processors: 132, shared: 227, memory: 140, cache: 50 };
+const B200: Known =
+    Known { name: "NVIDIA B200", version: 1000, processors: 148, shared: 227, memory: 180, cache: 126 };
+
+impl Known {
+    fn target(&self) -> Target {
+        let Known { name, version, processors, shared, memory, cache } = self;
+        let (shared, memory, cache) = (shared << 10, memory << 30, cache << 20);
+        let description = format!(
+            r#"{{"deviceName": "{name}", "deviceVer": {version}, "driverVer": 13000, "cudaDeviceId": 0, "pciDeviceId": 0,
+            "multiProcessorCount": {processors}, "smCountOrigin": 0, "smClockRateKHz": 1700000, "memClockRateKHz": 2600000,
+            "totalGlobalMem": {memory}, "l2CacheSize": {cache}, "maxSharedMemoryPerBlock": 49152,
+            "maxSharedMemoryPerBlockOptin": {shared}, "reservedSharedMemoryPerBlock": 1024, "oversizedSharedMemoryPerBlock": 0,
+            "regsPerBlock": 65536, "maxRegistersPerSM": 65536, "maxGridSize": [2147483647, 65535, 65535],
+            "maxBlockSize": [1024, 1024, 64], "maxThreadsPerBlock": 1024, "maxThreadsPerSM": 2048, "maxCtasPerSM": 32,
+            "warpSize": 32, "isTccDriver": 0, "supportCoopLaunch": 1}}"#
+        );
+        let told = Descriptor::new(Kind::CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR).and_then(|it| {
+            it.with(Name::CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, description.as_bytes())?.finish()
+        });
+        Target::Described(told.unwrap())
+    }
+}
+
+/// Whether cuDNN is here; says so where it is not.
+fn is_here() -> bool {
+    let is_here = std::env::var_os("CANDLEPOWER_TEST_CUDNN").is_some();
+    if !is_here {
+        eprintln!("SKIPPED: CANDLEPOWER_TEST_CUDNN does not say that cuDNN is here");
+    }
+    is_here
+}
+
+const PASSES: [Pass; 3] = [Pass::Forward, Pass::BackwardData, Pass::BackwardFilter];
+
+/// Of square images and kernels of 3x3, padded so that nothing is lost.
+fn geometry(batch: usize, size: usize, inputs: usize, outputs: usize) -> Geometry {
+    Geometry {
+        batch,
+        height: size,
+        width: size,
+        inputs,
+        outputs,
+        kernel_height: 3,
+        kernel_width: 3,
+        stride: 1,
+        padding: 1,
+        dilation: 1,
+        groups: 1,
+        out_height: size,
+        out_width: size,
+    }
+}
+
+/// Channels last, on memory that lies well.
+fn key(g: Geometry, pass: Pass, dtype: DType) -> Key {
+    Key { g, pass, add: false, order: Order::ChannelsLast, dtype, alignments: [ALIGNMENT; 3], tf32: false }
+}
+
+/// What cuDNN notes of a plan's engine.
+fn notes_of(plan: &Plan) -> Vec<Note> {
+    notes(&plan._parts[0]).unwrap()
+}
+
+/// The plans by all engines that are allowed.
+fn all(target: &Target, key: &Key) -> Vec<Plan> {
+    let next = |last: &Plan| Plan::new(target, key, last.number).ok();
+    std::iter::successors(Plan::new(target, key, 0).ok(), next).collect()
+}
+
+#[test]
+fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
+    if !is_here() {
+        return;
+    }
+    for device in [T4, A100, L4, H200, B200] {
+        let target = device.target();
+        for dtype in [DType::BF16, DType::F16] {
+            // It has no products of bf16.
+            if device.name == T4.name && dtype == DType::BF16 {
+                continue;
+            }
+            // The tutorial's layers, of 16 and 64 samples, and the gradients of their weights over ten steps at once.
+            for (inputs, pass) in [72, 128].into_iter().flat_map(|inputs| PASSES.map(|pass| (inputs, pass))) {
+                for batch in [16, 64, 160, 640] {
+                    let key = key(geometry(batch, 64, inputs, 256), pass, dtype);
+                    let plan = Plan::new(&target, &key, 0).unwrap();
+                    let what = format!("{}: {key:?}", device.name);
+                    assert_eq!(plan.number, 1, "{what}");
+                    assert!(notes_of(&plan).contains(&Note::TENSOR_CORE), "{what}");
+                    assert!(plan.workspace <= 64 << 20, "{what}: {} bytes", plan.workspace);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn engines_that_are_not_allowed_are_passed_over() {
+    if !is_here() {
+        return;
+    }
+    let target = H200.target();
+    for pass in PASSES {
+        let whole = key(geometry(16, 64, 128, 256), pass, DType::F32);
+        let with_tf32 = Key { tf32: true, ..whole };
+        let bf16 = Key { dtype: DType::BF16, ..whole };
+        let has = |plans: &[Plan], note| plans.iter().any(|plan| notes_of(plan).contains(&note));
+        let [of_whole, of_tf32, of_bf16] = [whole, with_tf32, bf16].map(|key| all(&target, &key));
+        assert!(!of_whole.is_empty() && !has(&of_whole, Note::TENSOR_CORE), "{pass:?}");
+        assert!(has(&of_tf32[..1], Note::TENSOR_CORE) && of_tf32.len() > of_whole.len(), "{pass:?}");
+        for plans in [of_whole, of_tf32, of_bf16] {
+            assert!(!has(&plans, Note::NONDETERMINISTIC) && !has(&plans, Note::DOWN_CONVERT_INPUTS), "{pass:?}");
+            // Each is another one.
+            assert!(plans.iter().map(|plan| plan.number).eq(1..=plans.len()), "{pass:?}");
+        }
+    }
+}
+
+#[test]
+fn a_step_that_is_as_large_as_a_call_may_be_is_planned() {
+    if !is_here() {
+        return;
+    }
+    let target = H200.target();
+    // 2^30 values of gates, also where the gradient is added to what is there.
+    for add in [false, true] {
+        for pass in PASSES {
+            let key = Key { add, ..key(geometry(1024, 64, 128, 256), pass, DType::BF16) };
+            assert!(Plan::new(&target, &key, 0).is_ok_and(|plan| plan.workspace <= MOST_WORKSPACE), "{key:?}");
+        }
+    }
+}
+
+prop_compose! {
+    fn any_geometry()(
+        (batch, groups) in (1usize..40, 1usize..5),
+        (group_inputs, group_outputs) in (1usize..70, 1usize..70),
+        (height, width) in (1usize..70, 1usize..70),
+        (kernel_height, kernel_width) in (1usize..6, 1usize..6),
+        (stride, padding, dilation) in (1usize..4, 0usize..5, 1usize..3),
+        depthwise: bool,
+    ) -> Option<Geometry> {
+        let of_group = |channels: usize| if depthwise { groups * 16 } else { groups * channels };
+        let out = |size: usize, kernel: usize| {
+            Some((size + 2 * padding).checked_sub(dilation * (kernel - 1) + 1)? / stride + 1)
+        };
+        Some(Geometry {
+            batch, height, width, kernel_height, kernel_width, stride, padding, dilation,
+            inputs: of_group(group_inputs),
+            outputs: of_group(group_outputs),
+            groups: if depthwise { groups * 16 } else { groups },
+            out_height: out(height, kernel_height)?,
+            out_width: out(width, kernel_width)?,
+        })
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..Default::default() })]
+
+    /// So that nothing has to be turned around.
+    #[test]
+    fn every_convolution_has_an_engine_that_takes_channels_last(
+        g in any_geometry().prop_filter_map("the kernel is larger than the image", |g| g),
+        alignments in prop::array::uniform3(prop::sample::select(vec![4u64, 8, ALIGNMENT])),
+    ) {
+        if std::env::var_os("CANDLEPOWER_TEST_CUDNN").is_none() {
+            return Ok(());
+        }
+        for device in [T4, A100, L4, H200, B200] {
+            let target = device.target();
+            for dtype in [DType::F32, DType::BF16, DType::F16] {
+                if device.name == T4.name && dtype == DType::BF16 {
+                    continue;
+                }
+                for pass in PASSES {
+                    let key = Key { alignments, ..key(g, pass, dtype) };
+                    if let Err(why) = Plan::new(&target, &key, 0) {
+                        prop_assert!(false, "{}: {key:?}: {why}", device.name);
+                    }
+                }
+            }
+        }
+    }
+}
