@@ -168,11 +168,11 @@ fn a_step_that_is_as_large_as_a_call_may_be_is_planned() {
 
 prop_compose! {
     fn any_geometry()(
-        (batch, groups) in (1usize..40, 1usize..5),
-        (group_inputs, group_outputs) in (1usize..70, 1usize..70),
-        (height, width) in (1usize..70, 1usize..70),
-        (kernel_height, kernel_width) in (1usize..6, 1usize..6),
-        (stride, padding, dilation) in (1usize..4, 0usize..5, 1usize..3),
+        (batch, groups) in (1usize..200, 1usize..9),
+        (group_inputs, group_outputs) in (1usize..200, 1usize..200),
+        (height, width) in (1usize..130, 1usize..130),
+        (kernel_height, kernel_width) in (1usize..12, 1usize..12),
+        (stride, padding, dilation) in (1usize..5, 0usize..8, 1usize..4),
         depthwise: bool,
     ) -> Option<Geometry> {
         let of_group = |channels: usize| if depthwise { groups * 16 } else { groups * channels };
@@ -191,8 +191,6 @@ prop_compose! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 48, ..Default::default() })]
-
     /// So that nothing has to be turned around.
     #[test]
     fn every_convolution_has_an_engine_that_takes_channels_last(
