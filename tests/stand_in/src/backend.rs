@@ -224,7 +224,7 @@ impl Descriptor {
                 let config = self.part(401)?;
                 let (engine, (_, [x, w, ..])) = (config.engine, config.part(201)?.operation()?);
                 self.engine = engine;
-                engine.is_some() && is_supported(&x, &w, groups(&x, &w))
+                engine.is_some() && is_supported(&x, &w)
             }
             kind if operation(kind).is_some() => {
                 let (_, [_, w, y]) = self.tensors()?;

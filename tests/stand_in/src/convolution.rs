@@ -184,42 +184,14 @@ library! {
         Ok(())
     }
     fn cudnnGetConvolutionForwardAlgorithm_v7(
-        _handle: *mut Handle, x: *const Tensor, w: *const Tensor, options: *const Options, _y: *const Tensor,
+        _handle: *mut Handle, x: *const Tensor, w: *const Tensor, _options: *const Options, _y: *const Tensor,
         room: c_int, count: *mut c_int, list: *mut Candidate,
     ) {
         // SAFETY: the caller's descriptors and list.
-        unsafe { candidates(&*x, &*w, &*options, room, count, list) }
-    }
-    fn cudnnGetConvolutionBackwardDataAlgorithm_v7(
-        _handle: *mut Handle, w: *const Tensor, _dy: *const Tensor, options: *const Options, dx: *const Tensor,
-        room: c_int, count: *mut c_int, list: *mut Candidate,
-    ) {
-        // SAFETY: the caller's descriptors and list.
-        unsafe { candidates(&*dx, &*w, &*options, room, count, list) }
-    }
-    fn cudnnGetConvolutionBackwardFilterAlgorithm_v7(
-        _handle: *mut Handle, x: *const Tensor, _dy: *const Tensor, options: *const Options, dw: *const Tensor,
-        room: c_int, count: *mut c_int, list: *mut Candidate,
-    ) {
-        // SAFETY: the caller's descriptors and list.
-        unsafe { candidates(&*x, &*dw, &*options, room, count, list) }
+        unsafe { candidates(&*x, &*w, room, count, list) }
     }
     fn cudnnGetConvolutionForwardWorkspaceSize(
         _handle: *mut Handle, _x: *const Tensor, _w: *const Tensor, _options: *const Options, _y: *const Tensor,
-        _algorithm: c_int, to: *mut usize,
-    ) {
-        // SAFETY: the caller's pointer.
-        unsafe { give(to, WORKSPACE) }
-    }
-    fn cudnnGetConvolutionBackwardDataWorkspaceSize(
-        _handle: *mut Handle, _w: *const Tensor, _dy: *const Tensor, _options: *const Options, _dx: *const Tensor,
-        _algorithm: c_int, to: *mut usize,
-    ) {
-        // SAFETY: the caller's pointer.
-        unsafe { give(to, WORKSPACE) }
-    }
-    fn cudnnGetConvolutionBackwardFilterWorkspaceSize(
-        _handle: *mut Handle, _x: *const Tensor, _dy: *const Tensor, _options: *const Options, _dw: *const Tensor,
         _algorithm: c_int, to: *mut usize,
     ) {
         // SAFETY: the caller's pointer.
@@ -233,28 +205,6 @@ library! {
         let call = unsafe {
             let scalars = [alpha, beta].map(|at| scalar(&*x_is, at));
             Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, scalars)?
-        };
-        call.ask(algorithm, workspace, bytes)
-    }
-    fn cudnnConvolutionBackwardData(
-        handle: *mut Handle, alpha: *const c_void, w_is: *const Tensor, w: u64, dy_is: *const Tensor, dy: u64,
-        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, dx_is: *const Tensor, dx: u64,
-    ) {
-        // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe {
-            let scalars = [alpha, beta].map(|at| scalar(&*dx_is, at));
-            Call::new(Pass::Data, &*handle, [&*dx_is, &*w_is, &*dy_is], [dx, w, dy], &*options, scalars)?
-        };
-        call.ask(algorithm, workspace, bytes)
-    }
-    fn cudnnConvolutionBackwardFilter(
-        handle: *mut Handle, alpha: *const c_void, x_is: *const Tensor, x: u64, dy_is: *const Tensor, dy: u64,
-        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, dw_is: *const Tensor, dw: u64,
-    ) {
-        // SAFETY: the caller's handle, descriptors and scalars.
-        let call = unsafe {
-            let scalars = [alpha, beta].map(|at| scalar(&*x_is, at));
-            Call::new(Pass::Filter, &*handle, [&*x_is, &*dw_is, &*dy_is], [x, dw, dy], &*options, scalars)?
         };
         call.ask(algorithm, workspace, bytes)
     }
@@ -283,25 +233,23 @@ unsafe extern "C" fn cudnnGetLastErrorString(to: *mut c_char, len: usize) {
     }
 }
 
-/// Whether there is a way to convolve: not in groups, channels last.
-pub(crate) fn is_supported(x: &Tensor, w: &Tensor, groups: usize) -> bool {
-    let channels_last = x.strides == packed(x.dims, true) && x.strides != packed(x.dims, false);
-    !(channels_last && groups > 1) && kind(x.kind).is_ok() && x.kind == w.kind
+/// Whether there is a way to convolve.
+pub(crate) fn is_supported(x: &Tensor, w: &Tensor) -> bool {
+    kind(x.kind).is_ok() && x.kind == w.kind
 }
 
-/// Lists two algorithms, the quicker of which is not deterministic; neither takes groups channels last.
+/// Lists two algorithms, the quicker of which is not deterministic.
 ///
 /// # Safety
 /// The list has room for `room`.
 unsafe fn candidates(
     x: &Tensor,
     w: &Tensor,
-    options: &Options,
     room: c_int,
     count: *mut c_int,
     list: *mut Candidate,
 ) -> Result<(), c_int> {
-    let status = if is_supported(x, w, options.groups) { 0 } else { NOT_SUPPORTED };
+    let status = if is_supported(x, w) { 0 } else { NOT_SUPPORTED };
     for (i, algorithm) in [LOOSE, STRICT].into_iter().enumerate().take(size(room)?) {
         let deterministic = c_int::from(algorithm == STRICT);
         let candidate = Candidate {

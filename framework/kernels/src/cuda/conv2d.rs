@@ -1,10 +1,9 @@
 //! Convolutions, and transposed ones, as ops of the graph.
 
 use super::arguments::{AddBias, ColumnSums, Narrow};
-use super::convolution::{self, order_for};
+use super::convolution;
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
-use super::plan::{Order, Pass};
 use super::sources::COLUMNS;
 use crate::direct::Geometry;
 use crate::tensors::tracked;
@@ -30,7 +29,7 @@ pub(crate) fn conv_transpose2d(
     convolve(x, weight, bias, g, result, true)
 }
 
-/// The (height, width, channels) of the result are `result`'s. What cuDNN has no engine for, channels last, is turned around.
+/// The (height, width, channels) of the result are `result`'s.
 fn convolve(
     x: &Tensor,
     weight: &Tensor,
@@ -39,31 +38,11 @@ fn convolve(
     result: [usize; 3],
     transposed: bool,
 ) -> Result<Tensor> {
-    let (batch, leading, [height, width, channels]) = (g.batch, &x.dims()[..x.rank() - 3], result);
-    let shape = [leading, &result[..]].concat();
-    let forward = if transposed { Pass::BackwardData } else { Pass::Forward };
-    let is_tracked = [Some(x), Some(weight), bias].into_iter().flatten().any(tracked);
-    let passes: &[Pass] =
-        if is_tracked { &[Pass::Forward, Pass::BackwardData, Pass::BackwardFilter] } else { &[forward] };
-    let order = order_for(x.device().as_cuda_device()?, &g, x.dtype(), passes)?;
-    if order == Order::ChannelsLast {
-        let op = Convolution { g, order, shape: shape.into(), transposed };
-        return apply(x, &taps_last(weight)?, bias, op);
-    }
-    let &[.., x_height, x_width, x_channels] = x.dims() else { bail!("conv2d: got {:?}", x.dims()) };
-    let planes = x.reshape((batch, x_height, x_width, x_channels))?.permute((0, 3, 1, 2))?;
-    let op = Convolution { g, order, shape: (batch, channels, height, width).into(), transposed };
-    let y = apply(&planes, weight, None, op)?.permute((0, 2, 3, 1))?.contiguous()?.reshape(shape)?;
-    bias.map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
-}
-
-/// (outputs, inputs, height, width), as PyTorch has it, to (outputs, height, width, inputs), as cuDNN wants it.
-fn taps_last(weight: &Tensor) -> Result<Tensor> {
-    weight.permute((0, 2, 3, 1))?.contiguous()
-}
-
-fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, op: Convolution) -> Result<Tensor> {
-    let (x, weight) = (aligned(x)?, aligned(weight)?);
+    let shape = [&x.dims()[..x.rank() - 3], &result[..]].concat();
+    let op = Convolution { g, shape: shape.into(), transposed };
+    // (outputs, inputs, height, width), as PyTorch has it, to (outputs, height, width, inputs), as cuDNN wants it.
+    let weight = weight.permute((0, 2, 3, 1))?.contiguous()?;
+    let (x, weight) = (aligned(x)?, aligned(&weight)?);
     match bias {
         None if tracked(&x) || tracked(&weight) => x.apply_op2(&weight, op),
         None => x.apply_op2_no_bwd(&weight, &op),
@@ -80,8 +59,6 @@ fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, op: Convolution) ->
 /// A convolution, or the transposed one: what the gradient of a convolution's input is to that of its output.
 struct Convolution {
     g: Geometry,
-    /// Of x, weight and result.
-    order: Order,
     /// Of the result.
     shape: Shape,
     transposed: bool,
@@ -107,8 +84,8 @@ impl Convolution {
         // SAFETY: the shapes were checked against the geometry, and y was made for it.
         unsafe {
             match self.transposed {
-                false => convolution::forward(device, &self.g, self.order, dtype, [x, w, to])?,
-                true => convolution::backward_data(device, &self.g, self.order, dtype, [w, x, to])?,
+                false => convolution::forward(device, &self.g, dtype, [x, w, to])?,
+                true => convolution::backward_data(device, &self.g, dtype, [w, x, to])?,
             }
         }
         if let Some((bias, layout)) = bias {
@@ -129,7 +106,7 @@ impl Convolution {
 
     /// The gradients of x and weight.
     fn gradients(&self, x: &Tensor, w: &Tensor, dy: &Tensor) -> Result<[Option<Tensor>; 2]> {
-        let (device, dtype, g, order) = (x.device().as_cuda_device()?, x.dtype(), &self.g, self.order);
+        let (device, dtype, g) = (x.device().as_cuda_device()?, x.dtype(), &self.g);
         let (x, w, dy) = (&aligned(x)?, &aligned(w)?, &aligned(&dy.to_dtype(dtype)?)?);
         let gradient = |of: &Tensor, pass: &dyn Fn(u64) -> Result<()>| {
             let storage = allocate(device, of.elem_count(), dtype, false)?;
@@ -142,8 +119,8 @@ impl Convolution {
                     // SAFETY: as in `run`.
                     unsafe {
                         match self.transposed {
-                            false => convolution::backward_data(device, g, order, dtype, [w, dy, to]),
-                            true => convolution::forward(device, g, order, dtype, [dy, w, to]),
+                            false => convolution::backward_data(device, g, dtype, [w, dy, to]),
+                            true => convolution::forward(device, g, dtype, [dy, w, to]),
                         }
                     }
                 })
@@ -154,7 +131,7 @@ impl Convolution {
                 with_address(dy, |dy| {
                     let sides = if self.transposed { [dy, x, to] } else { [x, dy, to] };
                     // SAFETY: as in `run`.
-                    unsafe { convolution::backward_filter(device, g, order, dtype, sides, false) }
+                    unsafe { convolution::backward_filter(device, g, dtype, sides, false) }
                 })
             })
         };

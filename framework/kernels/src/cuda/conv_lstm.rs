@@ -6,7 +6,6 @@ use super::convolution;
 use super::launch::{launch, type_name};
 use super::memory::{address, address_of, aligned, allocate, clear, tensor, with_address};
 use super::packing::pack;
-use super::plan::Order;
 use super::roll_out::{Kept, Layer, Operations, RollOut};
 use super::sources::{COLUMNS, GATES};
 use crate::conv_lstm::{ConvLstmInput, ConvLstmLayer, Keep, take_kept};
@@ -193,26 +192,15 @@ impl Operations for Cuda<'_> {
 
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { convolution::forward(self.device, geometry, Order::ChannelsLast, self.dtype, [x, w, y]) }
+        unsafe { convolution::forward(self.device, geometry, self.dtype, [x, w, y]) }
     }
     unsafe fn backward_data(&self, geometry: &Geometry, w: u64, dy: u64, dx: u64) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe {
-            convolution::backward_data(self.device, geometry, Order::ChannelsLast, self.dtype, [w, dy, dx])
-        }
+        unsafe { convolution::backward_data(self.device, geometry, self.dtype, [w, dy, dx]) }
     }
     unsafe fn backward_filter(&self, geometry: &Geometry, x: u64, dy: u64, dw: u64, add: bool) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe {
-            convolution::backward_filter(
-                self.device,
-                geometry,
-                Order::ChannelsLast,
-                self.dtype,
-                [x, dy, dw],
-                add,
-            )
-        }
+        unsafe { convolution::backward_filter(self.device, geometry, self.dtype, [x, dy, dw], add) }
     }
     unsafe fn gates_forward(&self, a: GatesForward) -> Result<()> {
         let places = [a.gates, a.bias, a.h[0].at, a.h[1].at, a.h[2].at];

@@ -1,15 +1,12 @@
 //! Convolutions by cuDNN: a plan is made once a shape and pass, and workspace is used again.
 
-use super::backend::{Descriptor, Place};
+use super::backend::Descriptor;
 use super::device::tf32_allowed;
 use super::failed;
 use super::memory::{ALIGNMENT, address, allocate};
-use super::plan::{IDS, Key, Order, Pass, Plan, Target};
+use super::plan::{self, Key, Pass, Plan, Target};
 use crate::direct::Geometry;
-use candle_core::cuda_backend::cudarc::cudnn::result;
-use candle_core::cuda_backend::cudarc::cudnn::sys::{
-    self, cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind,
-};
+use candle_core::cuda_backend::cudarc::cudnn::{result, sys};
 use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -64,25 +61,6 @@ pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
     cudnn.workspace.clone()
 }
 
-/// The order in which cuDNN can compute these passes of a convolution: channels last, where it has engines for them.
-pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType, passes: &[Pass]) -> Result<Order> {
-    let cudnn = cudnn(device)?;
-    let mut cudnn = cudnn.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut has_all = |order| {
-        let key = |pass: &Pass| Key {
-            g: *g,
-            pass: *pass,
-            add: false,
-            order,
-            dtype,
-            alignments: [ALIGNMENT; 3],
-            tf32: tf32_allowed(),
-        };
-        passes.iter().try_for_each(|pass| cudnn.plan(key(pass)).map(drop)).map(|()| order)
-    };
-    has_all(Order::ChannelsLast).or_else(|_| has_all(Order::ChannelsFirst))
-}
-
 /// y = x * w.
 ///
 /// # Safety
@@ -90,12 +68,11 @@ pub(crate) fn order_for(device: &CudaDevice, g: &Geometry, dtype: DType, passes:
 pub(crate) unsafe fn forward(
     device: &CudaDevice,
     g: &Geometry,
-    order: Order,
     dtype: DType,
     [x, w, y]: [u64; 3],
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { compute(device, g, order, dtype, Pass::Forward, [x, w, y], false) }
+    unsafe { compute(device, g, dtype, Pass::Forward, [x, w, y], false) }
 }
 
 /// The gradient of x.
@@ -105,12 +82,11 @@ pub(crate) unsafe fn forward(
 pub(crate) unsafe fn backward_data(
     device: &CudaDevice,
     g: &Geometry,
-    order: Order,
     dtype: DType,
     [w, dy, dx]: [u64; 3],
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { compute(device, g, order, dtype, Pass::BackwardData, [dx, w, dy], false) }
+    unsafe { compute(device, g, dtype, Pass::BackwardData, [dx, w, dy], false) }
 }
 
 /// The gradient of w, put in its place or added to it.
@@ -120,13 +96,12 @@ pub(crate) unsafe fn backward_data(
 pub(crate) unsafe fn backward_filter(
     device: &CudaDevice,
     g: &Geometry,
-    order: Order,
     dtype: DType,
     [x, dy, dw]: [u64; 3],
     add: bool,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    unsafe { compute(device, g, order, dtype, Pass::BackwardFilter, [x, dw, dy], add) }
+    unsafe { compute(device, g, dtype, Pass::BackwardFilter, [x, dw, dy], add) }
 }
 
 /// Asks for a pass over x, w and y, or their gradients.
@@ -136,7 +111,6 @@ pub(crate) unsafe fn backward_filter(
 unsafe fn compute(
     device: &CudaDevice,
     g: &Geometry,
-    order: Order,
     dtype: DType,
     pass: Pass,
     places: [u64; 3],
@@ -145,7 +119,7 @@ unsafe fn compute(
     let cudnn = cudnn(device)?;
     let mut cudnn = cudnn.lock().unwrap_or_else(PoisonError::into_inner);
     let alignments = places.map(|at| ALIGNMENT.min(1 << at.trailing_zeros().min(u64::BITS - 1)));
-    let key = Key { g: *g, pass, add, order, dtype, alignments, tf32: tf32_allowed() };
+    let key = Key { g: *g, pass, add, dtype, alignments, tf32: tf32_allowed() };
     // Timing computes the result over and over, which must not add up.
     if TIMES.load(Ordering::Relaxed) && !add && !super::is_recording() {
         // SAFETY: the key is of this geometry; the addresses fit it, says the caller.
@@ -273,11 +247,6 @@ impl Cudnn {
 
     /// What a plan is executed with: the addresses of x, w and y, and so many bytes to work in.
     fn variant_pack(&mut self, workspace: usize, places: [u64; 3]) -> Result<Descriptor> {
-        let workspace = self.place_to_work(workspace)?;
-        Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
-            .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
-            .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
-            .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
-            .finish()
+        plan::variant_pack(places, self.place_to_work(workspace)?)
     }
 }

@@ -3,7 +3,7 @@
 #[cfg(test)]
 mod tests;
 
-use super::backend::{Descriptor, Note};
+use super::backend::{Descriptor, Note, Place};
 use crate::direct::Geometry;
 use candle_core::cuda_backend::cudarc::cudnn::sys::{
     self, cudnnBackendAttributeName_t as Name, cudnnBackendDescriptorType_t as Kind,
@@ -13,15 +13,6 @@ use candle_core::{DType, Error, Result, bail};
 
 /// Engines that want more workspace are not taken, where there is another.
 const MOST_WORKSPACE: usize = 1 << 30;
-
-/// How tensors lie in memory.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub(crate) enum Order {
-    /// x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
-    ChannelsLast,
-    /// x and y (B, C, H, W), w (outputs, inputs / groups, kernel height, kernel width).
-    ChannelsFirst,
-}
 
 /// Which of a convolution's tensors is computed from the two others.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -34,14 +25,13 @@ pub(crate) enum Pass {
     BackwardFilter,
 }
 
-/// What a plan is for.
+/// What a plan is for: x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Key {
     pub(crate) g: Geometry,
     pub(crate) pass: Pass,
     /// Whether the result is added to what is there.
     pub(crate) add: bool,
-    pub(crate) order: Order,
     pub(crate) dtype: DType,
     /// What the addresses of x, w and y are multiples of.
     pub(crate) alignments: [u64; 3],
@@ -69,7 +59,7 @@ pub(crate) struct Plan {
 }
 
 /// What plans call x, w and y.
-pub(crate) const IDS: [i64; 3] = [1, 2, 3];
+const IDS: [i64; 3] = [1, 2, 3];
 
 impl Key {
     /// Whether an engine of which cuDNN notes this may be used. The same bits every time: a training that goes on from a
@@ -150,7 +140,9 @@ impl Target {
             // The graph says which.
             Self::Here(_) => heuristics,
             #[cfg(test)]
-            Self::Described(device) => heuristics.with_part(Name::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, device)?,
+            Self::Described(device) => {
+                heuristics.with_part(Name::CUDNN_ATTR_ENGINEHEUR_DEVICEPROP, device)?
+            }
         }
         .finish()?
         .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
@@ -173,6 +165,15 @@ impl Target {
     }
 }
 
+/// What a plan is executed with: the addresses of x, w and y, and where it may work.
+pub(crate) fn variant_pack(places: [u64; 3], workspace: u64) -> Result<Descriptor> {
+    Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
+        .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
+        .with(Name::CUDNN_ATTR_VARIANT_PACK_DATA_POINTERS, &places.map(Place))?
+        .with(Name::CUDNN_ATTR_VARIANT_PACK_WORKSPACE, &[Place(workspace)])?
+        .finish()
+}
+
 /// What cuDNN notes of an engine's numbers.
 fn notes(config: &Descriptor) -> Result<Vec<Note>> {
     /// More than there are.
@@ -192,20 +193,16 @@ fn operation(key: &Key) -> Result<Vec<Descriptor>> {
         DType::BF16 => CUDNN_DATA_BFLOAT16,
         other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
     };
-    // Sizes are told in the order N, C, H, W, whatever the order in memory.
+    // Sizes are told in the order N, C, H, W, and strides as well, which say that channels lie last.
     let tensor = |i: usize, dims: [usize; 4]| {
         let dims = dims.map(|size| size as i64);
         let [_, c, h, w] = dims;
-        let strides = match key.order {
-            Order::ChannelsLast => [h * w * c, 1, w * c, c],
-            Order::ChannelsFirst => [c * h * w, h * w, w, 1],
-        };
         Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
             .with(Name::CUDNN_ATTR_TENSOR_UNIQUE_ID, &IDS[i..=i])?
             .with(Name::CUDNN_ATTR_TENSOR_DATA_TYPE, &[data])?
             .with(Name::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[key.alignments[i] as i64])?
             .with(Name::CUDNN_ATTR_TENSOR_DIMENSIONS, &dims)?
-            .with(Name::CUDNN_ATTR_TENSOR_STRIDES, &strides)?
+            .with(Name::CUDNN_ATTR_TENSOR_STRIDES, &[h * w * c, 1, w * c, c])?
             .finish()
     };
     let x = tensor(0, [g.batch, g.inputs, g.height, g.width])?;

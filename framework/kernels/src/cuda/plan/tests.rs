@@ -28,9 +28,16 @@ struct Known {
 }
 
 const T4: Known = Known { name: "Tesla T4", version: 750, processors: 40, shared: 64, memory: 16, cache: 4 };
-const A100: Known =
-    Known { name: "NVIDIA A100-SXM4-80GB", version: 800, processors: 108, shared: 163, memory: 80, cache: 40 };
-const L4: Known = Known { name: "NVIDIA L4", version: 890, processors: 58, shared: 99, memory: 24, cache: 48 };
+const A100: Known = Known {
+    name: "NVIDIA A100-SXM4-80GB",
+    version: 800,
+    processors: 108,
+    shared: 163,
+    memory: 80,
+    cache: 40,
+};
+const L4: Known =
+    Known { name: "NVIDIA L4", version: 890, processors: 58, shared: 99, memory: 24, cache: 48 };
 const H200: Known =
     Known { name: "NVIDIA H200", version: 900, processors: 132, shared: 227, memory: 140, cache: 50 };
 const B200: Known =
@@ -86,9 +93,9 @@ fn geometry(batch: usize, size: usize, inputs: usize, outputs: usize) -> Geometr
     }
 }
 
-/// Channels last, on memory that lies well.
+/// On memory that lies well.
 fn key(g: Geometry, pass: Pass, dtype: DType) -> Key {
-    Key { g, pass, add: false, order: Order::ChannelsLast, dtype, alignments: [ALIGNMENT; 3], tf32: false }
+    Key { g, pass, add: false, dtype, alignments: [ALIGNMENT; 3], tf32: false }
 }
 
 /// What cuDNN notes of a plan's engine.
@@ -144,7 +151,10 @@ fn engines_that_are_not_allowed_are_passed_over() {
         assert!(!of_whole.is_empty() && !has(&of_whole, Note::TENSOR_CORE), "{pass:?}");
         assert!(has(&of_tf32[..1], Note::TENSOR_CORE) && of_tf32.len() > of_whole.len(), "{pass:?}");
         for plans in [of_whole, of_tf32, of_bf16] {
-            assert!(!has(&plans, Note::NONDETERMINISTIC) && !has(&plans, Note::DOWN_CONVERT_INPUTS), "{pass:?}");
+            assert!(
+                !has(&plans, Note::NONDETERMINISTIC) && !has(&plans, Note::DOWN_CONVERT_INPUTS),
+                "{pass:?}"
+            );
             // Each is another one.
             assert!(plans.iter().map(|plan| plan.number).eq(1..=plans.len()), "{pass:?}");
         }
@@ -161,8 +171,18 @@ fn a_step_that_is_as_large_as_a_call_may_be_is_planned() {
     for add in [false, true] {
         for pass in PASSES {
             let key = Key { add, ..key(geometry(1024, 64, 128, 256), pass, DType::BF16) };
-            assert!(Plan::new(&target, &key, 0).is_ok_and(|plan| plan.workspace <= MOST_WORKSPACE), "{key:?}");
+            assert!(
+                Plan::new(&target, &key, 0).is_ok_and(|plan| plan.workspace <= MOST_WORKSPACE),
+                "{key:?}"
+            );
         }
+    }
+}
+
+#[test]
+fn plans_are_handed_places_with_and_without_workspace() {
+    if is_here() {
+        assert!([0, 64].iter().all(|workspace| variant_pack([16, 32, 48], *workspace).is_ok()));
     }
 }
 
@@ -191,9 +211,8 @@ prop_compose! {
 }
 
 proptest! {
-    /// So that nothing has to be turned around.
     #[test]
-    fn every_convolution_has_an_engine_that_takes_channels_last(
+    fn every_convolution_has_an_engine(
         g in any_geometry().prop_filter_map("the kernel is larger than the image", |g| g),
         alignments in prop::array::uniform3(prop::sample::select(vec![4u64, 8, ALIGNMENT])),
     ) {
