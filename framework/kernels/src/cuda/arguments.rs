@@ -35,12 +35,14 @@ pub(crate) struct GatesBackward {
     pub(crate) gates: u64,
     pub(crate) bias: u64,
     pub(crate) c_before: u64,
-    pub(crate) c: u64,
     pub(crate) dc: u64,
+    pub(crate) dc_before: u64,
     pub(crate) dh: [Plane; 3],
+    pub(crate) sums: u64,
     pub(crate) rows: u32,
     pub(crate) hidden: u32,
     pub(crate) pixels: u32,
+    pub(crate) parts: u32,
 }
 
 /// Of `add_bias`.

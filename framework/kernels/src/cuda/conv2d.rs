@@ -149,26 +149,26 @@ pub(crate) fn sums_of_channels(x: &Tensor) -> Result<Tensor> {
     let to = address(&sums)?;
     with_address(&x, |at| {
         // SAFETY: x is (rows, channels).
-        unsafe { column_sums(device, x.dtype(), at, x.elem_count() / channels, channels, to) }
+        unsafe { column_sums(device, x.dtype(), at, [x.elem_count() / channels, channels], x.dtype(), to) }
     })?;
     Ok(tensor(sums, channels))
 }
 
-/// The sums of all columns of x (rows, columns), in 32 bits, to this type.
+/// The sums of all columns of x (rows, columns), added in 32 bits, to another type.
 ///
 /// # Safety
-/// The addresses are of memory of this device, type and size.
+/// The addresses are of memory of this device, and of these types and sizes.
 pub(crate) unsafe fn column_sums(
     device: &CudaDevice,
-    dtype: DType,
+    of: DType,
     x: u64,
-    rows: usize,
-    columns: usize,
+    [rows, columns]: [usize; 2],
+    to_type: DType,
     to: u64,
 ) -> Result<()> {
     /// Rows that a thread adds up: few enough that there are many threads.
     const STRETCH: usize = 128;
-    let (mut from, mut of, mut rows) = (x, dtype, rows);
+    let (mut from, mut of, mut rows) = (x, of, rows);
     // What is read may be freed as soon as its reader is queued; it is kept to the end for simplicity.
     let mut held = Vec::new();
     loop {
@@ -196,7 +196,7 @@ pub(crate) unsafe fn column_sums(
     let arguments = Narrow { from, to, count: columns as u32 };
     // SAFETY: both are (columns).
     unsafe {
-        launch(device, &COLUMNS, &format!("narrow_{}", type_name(dtype)?), columns, arguments)?;
+        launch(device, &COLUMNS, &format!("narrow_{}", type_name(to_type)?), columns, arguments)?;
     }
     Ok(())
 }

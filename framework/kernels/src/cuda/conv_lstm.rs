@@ -143,14 +143,14 @@ struct Cuda<'a> {
 }
 
 impl Cuda<'_> {
-    /// Runs a kernel on the channels of `rows` pixels: four at once where all places allow it.
+    /// Runs a kernel on the channels of `pixels`: four at once where all places allow it.
     ///
     /// # Safety
     /// As for [`launch`].
     unsafe fn run<A: DeviceRepr>(
         &self,
         name: &str,
-        [rows, hidden]: [u32; 2],
+        [pixels, hidden]: [u32; 2],
         places: &[u64],
         arguments: A,
     ) -> Result<()> {
@@ -158,7 +158,7 @@ impl Cuda<'_> {
         let at_once =
             if hidden.is_multiple_of(4) && places.iter().all(|at| at.is_multiple_of(four)) { 4 } else { 1 };
         let name = format!("{name}_{}_{at_once}", type_name(self.dtype)?);
-        let count = rows as usize * hidden as usize / at_once;
+        let count = pixels as usize * hidden as usize / at_once;
         // SAFETY: the caller's promise.
         unsafe { launch(self.device, &GATES, &name, count, arguments) }
     }
@@ -189,6 +189,10 @@ impl Operations for Cuda<'_> {
         // What counts them has 31 bits.
         1 << 30
     }
+    fn threads(&self) -> usize {
+        // Two blocks for each of the 132 multiprocessors that an H200 has.
+        1 << 16
+    }
 
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
         // SAFETY: the caller's promise.
@@ -210,7 +214,7 @@ impl Operations for Cuda<'_> {
     unsafe fn gates_backward(&self, a: GatesBackward) -> Result<()> {
         let places = [a.gates, a.bias, a.dh[0].at, a.dh[1].at, a.dh[2].at];
         // SAFETY: the caller's promise.
-        unsafe { self.run("gates_backward", [a.rows, a.hidden], &places, a) }
+        unsafe { self.run("gates_backward", [a.parts, a.hidden], &places, a) }
     }
     unsafe fn copy_columns(&self, a: CopyColumns) -> Result<()> {
         let name = format!("copy_columns_{}", type_name(self.dtype)?);
@@ -219,6 +223,6 @@ impl Operations for Cuda<'_> {
     }
     unsafe fn column_sums(&self, x: u64, rows: usize, columns: usize, to: u64) -> Result<()> {
         // SAFETY: the caller's promise.
-        unsafe { column_sums(self.device, self.dtype, x, rows, columns, to) }
+        unsafe { column_sums(self.device, DType::F32, x, [rows, columns], self.dtype, to) }
     }
 }

@@ -78,47 +78,67 @@ template <typename T> struct GatesBackward {
     T* gates;              // (rows, 4 N): as in the forward pass; their gradients take their place
     const T* bias;         // (4 N)
     const float* c_before; // (rows, N), or null: zeros
-    const float* c;        // (rows, N)
-    float* dc;             // (rows, N): the gradient of c; that of c_before takes its place
+    const float* dc;       // (rows, N): the gradient of c, or null: zeros
+    float* dc_before;      // (rows, N): where that of c_before goes, in the other's place or nowhere
     Plane<const T> dh[3];  // the gradient of h is the sum of these
+    float* sums;           // (parts, 4 N): those of the gates' gradients are added
     unsigned rows, hidden, pixels;
+    unsigned parts; // of the rows: each has every parts-th one
 };
 
-// Gates are computed again: reading and writing them would take longer.
+template <int V> DEVICE void add(float* to, const float (&x)[V]) {
+    float sums[V];
+    load<float, V>(to, sums);
+    for (int v = 0; v < V; v++) sums[v] += x[v];
+    store<float, V>(to, sums);
+}
+
+// Gates and states are computed again, since to write and read them would take longer. A thread takes V channels of a part.
 template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& a) {
     unsigned groups = a.hidden / V, at = thread_index();
-    if (at >= a.rows * groups) return;
-    unsigned row = at / groups, channel = at % groups * V, n = a.hidden;
-    index_t cell = (index_t)row * n + channel;
-    T* first = a.gates + (index_t)row * 4 * n + channel;
-    Gates<T, V> x = activated<T, V>(first, a.bias + channel, n);
-    float before[V], after[V], dafter[V], dh[V], more[V];
-    for (int v = 0; v < V; v++) before[v] = dh[v] = 0.f;
-    if (a.c_before) load<float, V>(a.c_before + cell, before);
-    load<float, V>(a.c + cell, after);
-    load<float, V>(a.dc + cell, dafter);
-    unsigned image = row / a.pixels, pixel = row % a.pixels;
-    for (int from = 0; from < 3; from++) {
-        if (!a.dh[from].at) continue;
-        load<T, V>(place(a.dh[from], image, pixel) + channel, more);
-        for (int v = 0; v < V; v++) dh[v] += more[v];
+    if (at >= a.parts * groups) return;
+    unsigned part = at / groups, channel = at % groups * V, n = a.hidden;
+    Gates<T, V> sums = {};
+    for (unsigned row = part; row < a.rows; row += a.parts) {
+        index_t cell = (index_t)row * n + channel;
+        T* first = a.gates + (index_t)row * 4 * n + channel;
+        Gates<T, V> x = activated<T, V>(first, a.bias + channel, n);
+        float before[V], dc[V], dh[V], more[V];
+        for (int v = 0; v < V; v++) before[v] = dc[v] = dh[v] = 0.f;
+        if (a.c_before) load<float, V>(a.c_before + cell, before);
+        if (a.dc) load<float, V>(a.dc + cell, dc);
+        unsigned image = row / a.pixels, pixel = row % a.pixels;
+        for (int from = 0; from < 3; from++) {
+            if (!a.dh[from].at) continue;
+            load<T, V>(place(a.dh[from], image, pixel) + channel, more);
+            for (int v = 0; v < V; v++) dh[v] += more[v];
+        }
+        T like = T();
+        for (int v = 0; v < V; v++) {
+            float input = x.i[v], forget = x.f[v], output = x.o[v], candidate = x.g[v];
+            float squashed = tangent(forget * before[v] + input * candidate, like);
+            float d = dc[v] + dh[v] * output * (1.f - squashed * squashed);
+            x.i[v] = d * candidate * input * (1.f - input);
+            x.f[v] = d * before[v] * forget * (1.f - forget);
+            x.o[v] = dh[v] * squashed * output * (1.f - output);
+            x.g[v] = d * input * (1.f - candidate * candidate);
+            dc[v] = d * forget;
+            sums.i[v] += x.i[v];
+            sums.f[v] += x.f[v];
+            sums.o[v] += x.o[v];
+            sums.g[v] += x.g[v];
+        }
+        store<T, V>(first, x.i);
+        store<T, V>(first + n, x.f);
+        store<T, V>(first + 2 * n, x.o);
+        store<T, V>(first + 3 * n, x.g);
+        if (a.dc_before) store<float, V>(a.dc_before + cell, dc);
     }
-    T like = T();
-    for (int v = 0; v < V; v++) {
-        float squashed = tangent(after[v], like);
-        float input = x.i[v], forget = x.f[v], output = x.o[v], candidate = x.g[v];
-        float d = dafter[v] + dh[v] * output * (1.f - squashed * squashed);
-        x.i[v] = d * candidate * input * (1.f - input);
-        x.f[v] = d * before[v] * forget * (1.f - forget);
-        x.o[v] = dh[v] * squashed * output * (1.f - output);
-        x.g[v] = d * input * (1.f - candidate * candidate);
-        dafter[v] = d * forget;
-    }
-    store<T, V>(first, x.i);
-    store<T, V>(first + n, x.f);
-    store<T, V>(first + 2 * n, x.o);
-    store<T, V>(first + 3 * n, x.g);
-    store<float, V>(a.dc + cell, dafter);
+    float* to = a.sums + (index_t)part * 4 * n + channel;
+    add<V>(to, sums.i);
+    add<V>(to + n, sums.f);
+    add<V>(to + 2 * n, sums.o);
+    add<V>(to + 3 * n, sums.g);
 }
 
 #define KERNELS(T, V)                                                                                                          \

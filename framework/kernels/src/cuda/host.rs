@@ -117,6 +117,10 @@ impl Operations for Mutex<Host> {
         // So few that some of the tests' roll-outs are taken in parts, of one step or several.
         1000
     }
+    fn threads(&self) -> usize {
+        // So few that each takes several pixels.
+        8
+    }
 
     unsafe fn convolve(&self, g: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
         let (x, w, y) = (x as *const f32, w as *const f32, y as *mut f32);
@@ -155,11 +159,12 @@ impl Operations for Mutex<Host> {
         Ok(())
     }
     unsafe fn gates_backward(&self, a: GatesBackward) -> Result<()> {
-        let v = width(a.hidden, &[a.gates, a.bias, a.c, a.dh[0].at, a.dh[1].at, a.dh[2].at]);
+        let places = [a.gates, a.bias, a.c_before, a.dc, a.sums, a.dh[0].at, a.dh[1].at, a.dh[2].at];
+        let v = width(a.hidden, &places);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.
         unsafe {
-            host.run(&GATES, &format!("gates_backward_float_{v}"), (a.rows * a.hidden) as usize / v, a)
+            host.run(&GATES, &format!("gates_backward_float_{v}"), (a.parts * a.hidden) as usize / v, a)
         };
         Ok(())
     }

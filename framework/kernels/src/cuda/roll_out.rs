@@ -3,7 +3,8 @@
 //! A layer's input of a step is one tensor (B, H, W, P): its own last output, then its x, then zeros up to a multiple of 8
 //! channels, which is what tensor cores want. So a step of a layer is one convolution and one kernel for the gates, which
 //! writes its output where it is read next: into the inputs of its own next step, and of the layer above. Backward keeps the
-//! gates' gradients of all steps, and makes that of the weights in one convolution over all of them.
+//! gates' gradients of all steps, and makes that of the weights in one convolution over all of them; that of the bias is added
+//! up while they are made.
 //!
 //! The same code runs on the processor, for tests: what a device does is behind [`Operations`].
 
@@ -27,6 +28,8 @@ pub(crate) trait Operations {
     fn item(&self) -> u64;
     /// How many values a convolution's x and y may have each.
     fn most_values(&self) -> usize;
+    /// How many threads keep it busy.
+    fn threads(&self) -> usize;
 
     /// y = x * w, all storage; x and y channels last, w (outputs, kernel height, kernel width, inputs).
     ///
@@ -52,7 +55,7 @@ pub(crate) trait Operations {
     /// # Safety
     /// As for `gates_forward`.
     unsafe fn copy_columns(&self, arguments: CopyColumns) -> Result<()>;
-    /// The sums of all columns of x (rows, columns), storage, to storage.
+    /// The sums of all columns of x (rows, columns), f32, to storage.
     ///
     /// # Safety
     /// As for `gates_forward`.
@@ -188,6 +191,13 @@ impl RollOut {
         (most_values / (self.rows() * layer.channels().max(layer.gates()))).clamp(1, self.steps)
     }
 
+    /// In how many parts of a step's pixels the gates' gradients are added up: enough for a device, and few sums to read.
+    fn parts(&self, layer: &Layer, threads: usize) -> usize {
+        const PIXELS: usize = 16;
+        // A thread takes four channels.
+        (self.rows() / PIXELS).max(4 * threads / layer.hidden).clamp(1, self.rows())
+    }
+
     /// The output, and, where `gradients` will be asked for, what they need.
     ///
     /// # Safety
@@ -289,11 +299,15 @@ impl RollOut {
         d_parameters: u64,
     ) -> Result<()> {
         let (rows, item) = (self.rows(), engine.item());
-        // Of each layer the gradient of its input of the step that was last looked at, and of its state.
+        // Of each layer the gradient of its input of the step that was last looked at, of its state, and, in parts, of its bias.
         let d_inputs = |layer: &Layer| engine.storage(rows * layer.channels(), 0);
         let d_inputs = self.layers.iter().map(d_inputs).collect::<Result<Vec<_>>>()?;
-        let dc = self.layers.iter().map(|layer| engine.floats(rows * layer.hidden, true));
+        let dc = self.layers.iter().map(|layer| engine.floats(rows * layer.hidden, false));
         let dc = dc.collect::<Result<Vec<_>>>()?;
+        let parts: Vec<usize> = self.layers.iter().map(|layer| self.parts(layer, engine.threads())).collect();
+        let sums =
+            self.layers.iter().zip(&parts).map(|(layer, parts)| engine.floats(parts * layer.gates(), true));
+        let sums = sums.collect::<Result<Vec<_>>>()?;
         let d_input_of = |index: usize, channel: usize| {
             self.plane(
                 engine.address(&d_inputs[index]) + item * channel as u64,
@@ -326,12 +340,14 @@ impl RollOut {
                     gates: gates_of(index, step),
                     bias: parameters + item * self.bias(index) as u64,
                     c_before: if step > 0 { c_of(index, step - 1) } else { 0 },
-                    c: c_of(index, step),
-                    dc: engine.address(&dc[index]),
+                    dc: if last { 0 } else { engine.address(&dc[index]) },
+                    dc_before: if step > 0 { engine.address(&dc[index]) } else { 0 },
                     dh,
+                    sums: engine.address(&sums[index]),
                     rows: rows as u32,
                     hidden: layer.hidden as u32,
                     pixels: self.pixels() as u32,
+                    parts: parts[index] as u32,
                 };
                 let weight = parameters + item * self.weight(index) as u64;
                 // SAFETY: all addresses are of this step and layer, within memory made for them.
@@ -371,8 +387,8 @@ impl RollOut {
                 unsafe { engine.backward_filter(&self.geometry(layer, steps), x, dy, dw, first > 0)? };
             }
             let to = d_parameters + item * self.bias(index) as u64;
-            // SAFETY: all steps' gates are one matrix.
-            unsafe { engine.column_sums(gates, self.steps * rows, layer.gates(), to)? };
+            // SAFETY: the sums are (parts, gates).
+            unsafe { engine.column_sums(engine.address(&sums[index]), parts[index], layer.gates(), to)? };
         }
         Ok(())
     }

@@ -116,6 +116,7 @@ fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
     let narrow = |x: Vec<f32>| -> Vec<T> { x.into_iter().map(T::new).collect() };
     let (mut gates, bias) = (narrow(random(4 * n, 2)), narrow(random(4 * hidden, 3)));
     let (before, mut c, mut dc) = (random(n, 4), vec![0f32; n], random(n, 5));
+    let mut sums = vec![7f32; 4 * 4 * hidden];
     // Two pictures of three pixels; the second output lies in wider pixels, from the fifth channel on.
     let (mut plain, mut wider) = (vec![T::new(0.); n], vec![T::new(0.); 3 * n]);
     let plane = |at: u64, channels: usize, first: usize| Plane {
@@ -145,15 +146,25 @@ fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
         gates: forward.gates,
         bias: at(&bias),
         c_before: at(&before),
-        c: at(&c),
-        dc: dc.as_mut_ptr() as u64,
+        dc: at(&dc),
+        dc_before: dc.as_mut_ptr() as u64,
         dh: [plane(at(&one), hidden, 0), plane(at(&two), 3 * hidden, 4), Plane::default()],
+        sums: sums.as_mut_ptr() as u64,
         rows,
         hidden: hidden as u32,
         pixels,
+        parts: 4,
     };
+    let threads = 4 * hidden / at_once;
     run(host, &GATES, &format!("gates_backward_{}_{at_once}", T::NAME), threads, backward);
-    all.extend([wide(&gates), dc].concat());
+    // The first two of the four parts have two pixels, and there were sums before.
+    let (gates, columns) = (wide(&gates), 4 * hidden);
+    for (i, sum) in sums.iter().enumerate() {
+        let pixels = (i / columns..rows as usize).step_by(4);
+        let expected = 7. + pixels.map(|row| gates[row * columns + i % columns]).sum::<f32>();
+        assert!((sum - expected).abs() <= 6. * T::ROUNDING, "{i}: {sum} instead of {expected}");
+    }
+    all.extend([gates, dc, sums].concat());
     all
 }
 
