@@ -51,31 +51,34 @@ template <typename T> DEVICE void copy_columns(const CopyColumns<T>& a) {
     place(a.to, image, pixel)[column] = place(a.from, image, pixel)[column];
 }
 
-// A ConvLSTM layer's weight (outputs, all, kernel), input channels x then h, as its convolution takes it: (outputs, kernel,
-// channels), h then x then zeros. `packed` is read or written.
+// A ConvLSTM layer's weight (outputs, all, kernel), input channels x then h, as its convolutions take it: (outputs, kernel,
+// channels), h then x then zeros, and behind that, for the first step, (outputs, kernel, first), x then zeros. `weight` is read
+// to pack it, and written on the way back.
 template <typename T> struct PackWeight {
     T* weight;
     T* packed;
     unsigned outputs, all, hidden, kernel; // `kernel` taps
-    unsigned channels;
+    unsigned channels, first;
 };
-template <typename T> DEVICE bool packed_from(const PackWeight<T>& a, unsigned at, unsigned& from) {
-    unsigned channel = at % a.channels, tap = at / a.channels % a.kernel, output = at / a.channels / a.kernel;
-    if (channel >= a.all) return false;
-    channel = channel < a.hidden ? a.all - a.hidden + channel : channel - a.hidden;
-    from = (output * a.all + channel) * a.kernel + tap;
-    return true;
-}
 template <typename T> DEVICE void pack_weight(const PackWeight<T>& a) {
-    unsigned at = thread_index(), from;
-    if (at >= a.outputs * a.kernel * a.channels) return;
-    a.packed[at] = packed_from(a, at, from) ? a.weight[from] : T();
+    unsigned rows = a.outputs * a.kernel, x = a.all - a.hidden, at = thread_index();
+    if (at >= rows * (a.channels + a.first)) return;
+    bool is_first = at >= rows * a.channels;
+    unsigned place = is_first ? at - rows * a.channels : at, channels = is_first ? a.first : a.channels;
+    unsigned row = place / channels, channel = place % channels, hidden = is_first ? 0 : a.hidden;
+    unsigned from = channel < hidden ? x + channel : channel - hidden;
+    bool is_zero = channel >= hidden + x;
+    a.packed[at] = is_zero ? T() : a.weight[(row / a.kernel * a.all + from) * a.kernel + row % a.kernel];
 }
-// The way back: each value of the weight has one place.
+// The way back: each value of x is in two places.
 template <typename T> DEVICE void unpack_weight(const PackWeight<T>& a) {
-    unsigned at = thread_index(), from;
-    if (at >= a.outputs * a.kernel * a.channels) return;
-    if (packed_from(a, at, from)) a.weight[from] = a.packed[at];
+    unsigned x = a.all - a.hidden, at = thread_index();
+    if (at >= a.outputs * a.all * a.kernel) return;
+    unsigned channel = at / a.kernel % a.all, row = at / a.kernel / a.all * a.kernel + at % a.kernel;
+    const T* packed = a.packed + row * a.channels;
+    const T* first = a.packed + a.outputs * a.kernel * a.channels + row * a.first;
+    if (channel >= x) a.weight[at] = packed[channel - x];
+    else from_float(to_float(packed[a.hidden + channel]) + to_float(first[channel]), a.weight[at]);
 }
 
 // Narrows what was summed in 32 bits.

@@ -4,7 +4,7 @@ use super::arguments::{CopyColumns, GatesBackward, GatesForward};
 use super::conv2d::column_sums;
 use super::convolution;
 use super::launch::{launch, type_name};
-use super::memory::{address, address_of, aligned, allocate, clear, tensor, with_address};
+use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
 use super::packing::pack;
 use super::roll_out::{Kept, Layer, Operations, RollOut};
 use super::sources::{COLUMNS, GATES};
@@ -107,10 +107,10 @@ impl CustomOp2 for Op {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let kept = take_kept(&self.kept)?;
         let cuda = Cuda { device: x.device().as_cuda_device()?, dtype: x.dtype() };
-        let gradient = |of: &Tensor| {
-            of.track_op().then(|| allocate(cuda.device, of.elem_count(), cuda.dtype, false)).transpose()
+        let gradient = |of: &Tensor, zeroed: bool| {
+            of.track_op().then(|| allocate(cuda.device, of.elem_count(), cuda.dtype, zeroed)).transpose()
         };
-        let (dx, dp) = (gradient(x)?, gradient(parameters)?);
+        let (dx, dp) = (gradient(x, false)?, gradient(parameters, true)?);
         let to = |gradient: &Option<CudaStorage>| gradient.as_ref().map_or(Ok(0), address);
         let (to_x, to_p) = (to(&dx)?, to(&dp)?);
         with_address(parameters, |parameters| {
@@ -167,14 +167,8 @@ impl Cuda<'_> {
 impl Operations for Cuda<'_> {
     type Memory = Memory;
 
-    fn storage(&self, len: usize, zeroed: usize) -> Result<Memory> {
-        let memory = Memory::new(allocate(self.device, len, self.dtype, false)?)?;
-        let bytes = zeroed.min(len) * self.dtype.size_in_bytes();
-        if bytes > 0 {
-            // SAFETY: the memory was made for at least as many values.
-            unsafe { clear(self.device, memory.at, bytes)? };
-        }
-        Ok(memory)
+    fn storage(&self, len: usize, zeroed: bool) -> Result<Memory> {
+        Memory::new(allocate(self.device, len, self.dtype, zeroed)?)
     }
     fn floats(&self, len: usize, zeroed: bool) -> Result<Memory> {
         Memory::new(allocate(self.device, len, DType::F32, zeroed)?)

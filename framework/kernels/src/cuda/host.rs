@@ -99,13 +99,11 @@ fn width(hidden: u32, addresses: &[u64]) -> usize {
 impl Operations for Mutex<Host> {
     type Memory = Vec<f32>;
 
-    fn storage(&self, len: usize, zeroed: usize) -> Result<Vec<f32>> {
-        let mut values = vec![f32::NAN; len];
-        values[..zeroed].fill(0.);
-        Ok(values)
+    fn storage(&self, len: usize, zeroed: bool) -> Result<Vec<f32>> {
+        Ok(vec![if zeroed { 0. } else { f32::NAN }; len])
     }
     fn floats(&self, len: usize, zeroed: bool) -> Result<Vec<f32>> {
-        self.storage(len, if zeroed { len } else { 0 })
+        self.storage(len, zeroed)
     }
     fn address(&self, memory: &Vec<f32>) -> u64 {
         memory.as_ptr() as u64

@@ -2,7 +2,6 @@
 
 use super::failed;
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::cuda_backend::cudarc::driver::result::memset_d8_async;
 use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr};
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice};
 use candle_core::op::BackpropOp;
@@ -53,17 +52,6 @@ pub(crate) fn aligned(x: &Tensor) -> Result<Tensor> {
         (x.layout().start_offset() * x.dtype().size_in_bytes()).is_multiple_of(ALIGNMENT as usize);
     // Not `copy`, which takes all of the storage along and so keeps the place within it.
     if is_aligned { Ok(x) } else { x.force_contiguous() }
-}
-
-/// Sets bytes to zero, after what the device was asked for before.
-///
-/// # Safety
-/// So many bytes at this address are memory of this device.
-pub(crate) unsafe fn clear(device: &CudaDevice, at: u64, bytes: usize) -> Result<()> {
-    let stream = device.cuda_stream();
-    stream.context().bind_to_thread().map_err(failed("CUDA context"))?;
-    // SAFETY: the caller's promise.
-    unsafe { memset_d8_async(at, 0, bytes, stream.cu_stream()) }.map_err(failed("setting memory to zero"))
 }
 
 /// Memory of this type, of any value or zero.

@@ -9,7 +9,7 @@ use crate::conv_lstm::ConvLstmLayer;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-/// All weights, one after the other, as their convolutions take them, then all biases. Differentiable.
+/// All layers' weights, one after the other, as their convolutions take them, then all biases. Differentiable.
 pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
     let mut parts = Vec::with_capacity(2 * layers.len());
     for ConvLstmLayer { weight, .. } in layers {
@@ -21,7 +21,8 @@ pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
     Tensor::cat(&parts, 0)
 }
 
-/// A weight (outputs, all, height, width), input channels x then h, to (outputs * height * width * channels): h, x, zeros.
+/// A weight (outputs, all, height, width), input channels x then h, to (outputs, height, width, channels), h, x, zeros, and
+/// (outputs, height, width, first channels), x, zeros, one after the other.
 struct Packing(Layer);
 
 impl Packing {
@@ -35,6 +36,7 @@ impl Packing {
             hidden: hidden as u32,
             kernel: (kernel * kernel) as u32,
             channels: self.0.channels() as u32,
+            first: self.0.first_channels() as u32,
         }
     }
 }
@@ -49,7 +51,7 @@ impl CustomOp1 for Packing {
     }
 
     fn cuda_fwd(&self, weight: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
-        let (device, dtype, len) = (weight.device(), weight.dtype(), self.0.weight_len());
+        let (device, dtype, len) = (weight.device(), weight.dtype(), self.0.weights_len());
         let to = allocate(device, len, dtype, false)?;
         let arguments = self.arguments(address_of(weight, layout)?, address(&to)?);
         // SAFETY: the weight is of these sizes, and there is room for as many values as are packed.
@@ -64,8 +66,8 @@ impl CustomOp1 for Packing {
         with_address(&gradient, |from| {
             let arguments = self.arguments(address(&to)?, from);
             let kernel = format!("unpack_weight_{}", type_name(dtype)?);
-            // SAFETY: as in `cuda_fwd`; each value of the weight's gradient is among what was packed.
-            unsafe { launch(device, &COLUMNS, &kernel, self.0.weight_len(), arguments) }
+            // SAFETY: as in `cuda_fwd`.
+            unsafe { launch(device, &COLUMNS, &kernel, weight.elem_count(), arguments) }
         })?;
         Ok(Some(tensor(to, weight.shape())))
     }

@@ -229,10 +229,10 @@ fn columns_are_summed_copied_and_shifted() {
 #[test]
 fn weights_are_packed_as_convolutions_take_them() {
     let Some(host) = Host::new() else { return };
-    // (4 * 2 outputs, 3 + 2 inputs, 3 taps): h, x, then zeros up to 8 channels.
-    let (outputs, all, hidden, kernel, channels) = (8usize, 5usize, 2usize, 3usize, 8usize);
+    // (4 * 2 outputs, 3 + 2 inputs, 3 taps): h, x, then zeros up to 8 channels; and, for the first step, x and a zero.
+    let (outputs, all, hidden, kernel, channels, first) = (8usize, 5usize, 2usize, 3usize, 8usize, 4usize);
     let mut weight = random(outputs * all * kernel, 1);
-    let mut packed = vec![7f32; outputs * kernel * channels];
+    let mut packed = vec![7f32; outputs * kernel * (channels + first)];
     let arguments = PackWeight {
         weight: weight.as_mut_ptr() as u64,
         packed: packed.as_mut_ptr() as u64,
@@ -241,18 +241,23 @@ fn weights_are_packed_as_convolutions_take_them() {
         hidden: hidden as u32,
         kernel: kernel as u32,
         channels: channels as u32,
+        first: first as u32,
     };
     run(host, &COLUMNS, "pack_weight_float", packed.len(), arguments);
-    for (i, value) in packed.iter().enumerate() {
-        let (output, tap, channel) = (i / kernel / channels, i / channels % kernel, i % channels);
-        let of = |input: usize| weight[(output * all + input) * kernel + tap];
-        let expected = [of(3), of(4), of(0), of(1), of(2), 0., 0., 0.];
-        assert_eq!(*value, expected[channel], "{i}");
+    let (of_all, of_first) = packed.split_at(outputs * kernel * channels);
+    let rows = of_all.chunks(channels).zip(of_first.chunks(first));
+    for (i, (of_all, of_first)) in rows.enumerate() {
+        let of = |input: usize| weight[(i / kernel * all + input) * kernel + i % kernel];
+        assert_eq!(of_all, [of(3), of(4), of(0), of(1), of(2), 0., 0., 0.], "{i}");
+        assert_eq!(of_first, [of(0), of(1), of(2), 0.], "{i}");
     }
+    // On the way back both places of x count.
     let before = std::mem::replace(&mut weight, vec![7f32; outputs * all * kernel]);
     let arguments = PackWeight { weight: weight.as_mut_ptr() as u64, ..arguments };
-    run(host, &COLUMNS, "unpack_weight_float", packed.len(), arguments);
-    assert_eq!(weight, before);
+    run(host, &COLUMNS, "unpack_weight_float", weight.len(), arguments);
+    for (i, (value, before)) in weight.iter().zip(&before).enumerate() {
+        assert_eq!(*value, if i / kernel % all < all - hidden { 2. * before } else { *before }, "{i}");
+    }
 }
 
 /// Three parameters: of less than a block, of several, and of one.

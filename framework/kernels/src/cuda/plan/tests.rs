@@ -121,8 +121,10 @@ fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
             if device.name == T4.name && dtype == DType::BF16 {
                 continue;
             }
-            // The tutorial's layers, of 16 and 64 samples, and the gradients of their weights over ten steps at once.
-            for (inputs, pass) in [72, 128].into_iter().flat_map(|inputs| PASSES.map(|pass| (inputs, pass))) {
+            // The tutorial's layers, at the first step and later, of 16 and 64 samples, and over ten steps at once.
+            for (inputs, pass) in
+                [8, 64, 72, 128].into_iter().flat_map(|inputs| PASSES.map(|pass| (inputs, pass)))
+            {
                 for batch in [16, 64, 160, 640] {
                     let key = key(geometry(batch, 64, inputs, 256), pass, dtype);
                     let plan = Plan::new(&target, &key, 0).unwrap();
