@@ -114,6 +114,9 @@ fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
     if !is_here() {
         return;
     }
+    // The tutorial's layers, at the first step and later, of 16 and 64 samples; then the gradient of a weight over nine steps.
+    let steps = [16, 64].map(|batch| [64, 72, 128].map(|inputs| geometry(batch, 64, inputs, 256))).concat();
+    let all_steps = [144, 576].map(|batch| geometry(batch, 64, 128, 256));
     for device in [T4, A100, L4, H200, B200] {
         let target = device.target();
         for dtype in [DType::BF16, DType::F16] {
@@ -121,18 +124,14 @@ fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
             if device.name == T4.name && dtype == DType::BF16 {
                 continue;
             }
-            // The tutorial's layers, at the first step and later, of 16 and 64 samples, and over ten steps at once.
-            for (inputs, pass) in
-                [8, 64, 72, 128].into_iter().flat_map(|inputs| PASSES.map(|pass| (inputs, pass)))
-            {
-                for batch in [16, 64, 160, 640] {
-                    let key = key(geometry(batch, 64, inputs, 256), pass, dtype);
-                    let plan = Plan::new(&target, &key, 0).unwrap();
-                    let what = format!("{}: {key:?}", device.name);
-                    assert_eq!(plan.number, 1, "{what}");
-                    assert!(notes_of(&plan).contains(&Note::TENSOR_CORE), "{what}");
-                    assert!(plan.workspace <= 64 << 20, "{what}: {} bytes", plan.workspace);
-                }
+            let of_steps = steps.iter().flat_map(|g| PASSES.map(|pass| key(*g, pass, dtype)));
+            let of_all_steps = all_steps.iter().map(|g| key(*g, Pass::BackwardFilter, dtype));
+            for key in of_steps.chain(of_all_steps) {
+                let plan = Plan::new(&target, &key, 0).unwrap();
+                let what = format!("{}: {key:?}", device.name);
+                assert_eq!(plan.number, 1, "{what}");
+                assert!(notes_of(&plan).contains(&Note::TENSOR_CORE), "{what}");
+                assert!(plan.workspace <= 64 << 20, "{what}: {} bytes", plan.workspace);
             }
         }
     }
@@ -217,6 +216,7 @@ proptest! {
     fn every_convolution_has_an_engine(
         g in any_geometry().prop_filter_map("the kernel is larger than the image", |g| g),
         alignments in prop::array::uniform3(prop::sample::select(vec![4u64, 8, ALIGNMENT])),
+        add: bool,
     ) {
         if std::env::var_os("CANDLEPOWER_TEST_CUDNN").is_none() {
             return Ok(());
@@ -228,7 +228,7 @@ proptest! {
                     continue;
                 }
                 for pass in PASSES {
-                    let key = Key { alignments, ..key(g, pass, dtype) };
+                    let key = Key { alignments, add, ..key(g, pass, dtype) };
                     if let Err(why) = Plan::new(&target, &key, 0) {
                         prop_assert!(false, "{}: {key:?}: {why}", device.name);
                     }
