@@ -102,25 +102,28 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
     for (unsigned row = part; row < a.rows; row += a.parts) {
         index_t cell = (index_t)row * n + channel;
         T* first = a.gates + (index_t)row * 4 * n + channel;
+        // No branch stands between the reads, so that all are under way before one is waited for.
         Gates<T, V> x = activated<T, V>(first, a.bias + channel, n);
-        float before[V], dc[V], dh[V], more[V];
-        for (int v = 0; v < V; v++) before[v] = dc[v] = dh[v] = 0.f;
+        float before[V], dc[V];
+        for (int v = 0; v < V; v++) before[v] = dc[v] = 0.f;
         if (a.c_before) load<float, V>(a.c_before + cell, before);
         if (a.dc) load<float, V>(a.dc + cell, dc);
         unsigned image = row / a.pixels, pixel = row % a.pixels;
+        float parts_of_dh[3][V];
         for (int from = 0; from < 3; from++) {
-            if (!a.dh[from].at) continue;
-            load<T, V>(place(a.dh[from], image, pixel) + channel, more);
-            for (int v = 0; v < V; v++) dh[v] += more[v];
+            // Where there is none, what is read anyway.
+            const T* part = a.dh[from].at ? place(a.dh[from], image, pixel) + channel : first;
+            load<T, V>(part, parts_of_dh[from]);
         }
         T like = T();
         for (int v = 0; v < V; v++) {
-            float input = x.i[v], forget = x.f[v], output = x.o[v], candidate = x.g[v];
+            float dh = 0.f, input = x.i[v], forget = x.f[v], output = x.o[v], candidate = x.g[v];
+            for (int from = 0; from < 3; from++) dh += a.dh[from].at ? parts_of_dh[from][v] : 0.f;
             float squashed = tangent(forget * before[v] + input * candidate, like);
-            float d = dc[v] + dh[v] * output * (1.f - squashed * squashed);
+            float d = dc[v] + dh * output * (1.f - squashed * squashed);
             x.i[v] = d * candidate * input * (1.f - input);
             x.f[v] = d * before[v] * forget * (1.f - forget);
-            x.o[v] = dh[v] * squashed * output * (1.f - output);
+            x.o[v] = dh * squashed * output * (1.f - output);
             x.g[v] = d * input * (1.f - candidate * candidate);
             dc[v] = d * forget;
             sums.i[v] += x.i[v];
