@@ -11,13 +11,9 @@ use std::sync::Arc;
 
 pub(crate) const BAD_PARAM: c_int = 2000;
 pub(crate) const NOT_SUPPORTED: c_int = 3000;
-const FAILED: c_int = 5000;
 
-/// Bytes that each algorithm of the legacy calls wants to work in.
+/// Bytes that the one algorithm of the legacy calls wants to work in.
 const WORKSPACE: usize = 4096;
-/// Of an algorithm that gives other bits each time, and of one that does not.
-const LOOSE: c_int = 0;
-const STRICT: c_int = 1;
 /// 32 bits are 32 bits.
 const FMA: c_int = 3;
 
@@ -185,10 +181,17 @@ library! {
     }
     fn cudnnGetConvolutionForwardAlgorithm_v7(
         _handle: *mut Handle, x: *const Tensor, w: *const Tensor, _options: *const Options, _y: *const Tensor,
-        room: c_int, count: *mut c_int, list: *mut Candidate,
+        _room: c_int, count: *mut c_int, list: *mut Candidate,
     ) {
-        // SAFETY: the caller's descriptors and list.
-        unsafe { candidates(&*x, &*w, room, count, list) }
+        // SAFETY: the caller's descriptors, and a list with room for one.
+        unsafe {
+            let status = if is_supported(&*x, &*w) { 0 } else { NOT_SUPPORTED };
+            let candidate = Candidate {
+                algorithm: 0, status, time: 0.1, memory: WORKSPACE, deterministic: 1, math: 0, reserved: [0; 3],
+            };
+            give(list, candidate)?;
+            give(count, 1)
+        }
     }
     fn cudnnGetConvolutionForwardWorkspaceSize(
         _handle: *mut Handle, _x: *const Tensor, _w: *const Tensor, _options: *const Options, _y: *const Tensor,
@@ -199,14 +202,17 @@ library! {
     }
     fn cudnnConvolutionForward(
         handle: *mut Handle, alpha: *const c_void, x_is: *const Tensor, x: u64, w_is: *const Tensor, w: u64,
-        options: *const Options, algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, y_is: *const Tensor, y: u64,
+        options: *const Options, _algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, y_is: *const Tensor, y: u64,
     ) {
         // SAFETY: the caller's handle, descriptors and scalars.
         let call = unsafe {
             let scalars = [alpha, beta].map(|at| scalar(&*x_is, at));
             Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, scalars)?
         };
-        call.ask(algorithm, workspace, bytes)
+        if bytes < WORKSPACE {
+            return Err(BAD_PARAM);
+        }
+        call.ask_within(workspace, bytes)
     }
 }
 
@@ -236,36 +242,6 @@ unsafe extern "C" fn cudnnGetLastErrorString(to: *mut c_char, len: usize) {
 /// Whether there is a way to convolve.
 pub(crate) fn is_supported(x: &Tensor, w: &Tensor) -> bool {
     kind(x.kind).is_ok() && x.kind == w.kind
-}
-
-/// Lists two algorithms, the quicker of which is not deterministic.
-///
-/// # Safety
-/// The list has room for `room`.
-unsafe fn candidates(
-    x: &Tensor,
-    w: &Tensor,
-    room: c_int,
-    count: *mut c_int,
-    list: *mut Candidate,
-) -> Result<(), c_int> {
-    let status = if is_supported(x, w) { 0 } else { NOT_SUPPORTED };
-    for (i, algorithm) in [LOOSE, STRICT].into_iter().enumerate().take(size(room)?) {
-        let deterministic = c_int::from(algorithm == STRICT);
-        let candidate = Candidate {
-            algorithm,
-            status,
-            time: 0.1,
-            memory: WORKSPACE,
-            deterministic,
-            math: 0,
-            reserved: [0; 3],
-        };
-        // SAFETY: the caller's promise.
-        unsafe { list.add(i).write(candidate) };
-    }
-    // SAFETY: the caller's pointer.
-    unsafe { give(count, room.min(2)) }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -324,18 +300,6 @@ impl Call {
             scalars,
             kind,
         })
-    }
-
-    /// By a legacy algorithm.
-    fn ask(self, algorithm: c_int, workspace: u64, bytes: usize) -> Result<(), c_int> {
-        if algorithm != STRICT && self.pass != Pass::Forward {
-            eprintln!("stand-in: cuDNN: {:?} by an algorithm that gives other bits each time", self.pass);
-            return Err(FAILED);
-        }
-        if bytes < WORKSPACE {
-            return Err(BAD_PARAM);
-        }
-        self.ask_within(workspace, bytes)
     }
 
     /// In this workspace, of which so many bytes are used.

@@ -89,7 +89,7 @@ pub(crate) struct PackWeight {
     pub(crate) hidden: u32,
     pub(crate) kernel: u32,
     pub(crate) channels: u32,
-    pub(crate) first: u32,
+    pub(crate) first_channels: u32,
 }
 
 /// Of `narrow`.

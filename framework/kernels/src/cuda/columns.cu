@@ -52,20 +52,20 @@ template <typename T> DEVICE void copy_columns(const CopyColumns<T>& a) {
 }
 
 // A ConvLSTM layer's weight (outputs, all, kernel), input channels x then h, as its convolutions take it: (outputs, kernel,
-// channels), h then x then zeros, and behind that, for the first step, (outputs, kernel, first), x then zeros. `weight` is read
-// to pack it, and written on the way back.
+// channels), h then x then zeros, and behind that, for the first step, (outputs, kernel, first channels), x then zeros. `weight`
+// is read to pack it, and written on the way back.
 template <typename T> struct PackWeight {
     T* weight;
     T* packed;
     unsigned outputs, all, hidden, kernel; // `kernel` taps
-    unsigned channels, first;
+    unsigned channels, first_channels;
 };
 template <typename T> DEVICE void pack_weight(const PackWeight<T>& a) {
     unsigned rows = a.outputs * a.kernel, x = a.all - a.hidden, at = thread_index();
-    if (at >= rows * (a.channels + a.first)) return;
+    if (at >= rows * (a.channels + a.first_channels)) return;
     bool is_first = at >= rows * a.channels;
-    unsigned place = is_first ? at - rows * a.channels : at, channels = is_first ? a.first : a.channels;
-    unsigned row = place / channels, channel = place % channels, hidden = is_first ? 0 : a.hidden;
+    unsigned to = is_first ? at - rows * a.channels : at, channels = is_first ? a.first_channels : a.channels;
+    unsigned row = to / channels, channel = to % channels, hidden = is_first ? 0 : a.hidden;
     unsigned from = channel < hidden ? x + channel : channel - hidden;
     bool is_zero = channel >= hidden + x;
     a.packed[at] = is_zero ? T() : a.weight[(row / a.kernel * a.all + from) * a.kernel + row % a.kernel];
@@ -76,7 +76,7 @@ template <typename T> DEVICE void unpack_weight(const PackWeight<T>& a) {
     if (at >= a.outputs * a.all * a.kernel) return;
     unsigned channel = at / a.kernel % a.all, row = at / a.kernel / a.all * a.kernel + at % a.kernel;
     const T* packed = a.packed + row * a.channels;
-    const T* first = a.packed + a.outputs * a.kernel * a.channels + row * a.first;
+    const T* first = a.packed + a.outputs * a.kernel * a.channels + row * a.first_channels;
     if (channel >= x) a.weight[at] = packed[channel - x];
     else from_float(to_float(packed[a.hidden + channel]) + to_float(first[channel]), a.weight[at]);
 }

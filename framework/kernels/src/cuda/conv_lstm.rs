@@ -3,7 +3,7 @@
 use super::arguments::{CopyColumns, GatesBackward, GatesForward};
 use super::conv2d::column_sums;
 use super::convolution;
-use super::launch::{launch, type_name};
+use super::launch::{THREADS, launch, type_name};
 use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
 use super::packing::pack;
 use super::roll_out::{Kept, Layer, Operations, RollOut};
@@ -110,7 +110,7 @@ impl CustomOp2 for Op {
         let gradient = |of: &Tensor, zeroed: bool| {
             of.track_op().then(|| allocate(cuda.device, of.elem_count(), cuda.dtype, zeroed)).transpose()
         };
-        let (dx, dp) = (gradient(x, false)?, gradient(parameters, true)?);
+        let (dx, dp) = (gradient(x, false)?, gradient(parameters, self.roll_out.steps == 1)?);
         let to = |gradient: &Option<CudaStorage>| gradient.as_ref().map_or(Ok(0), address);
         let (to_x, to_p) = (to(&dx)?, to(&dp)?);
         with_address(parameters, |parameters| {
@@ -184,8 +184,9 @@ impl Operations for Cuda<'_> {
         1 << 30
     }
     fn threads(&self) -> usize {
-        // Three blocks, as many as the gates' registers allow at once, for each of the 132 multiprocessors that an H200 has.
-        3 << 15
+        // Three blocks, as many as the gates' registers allow at once, for each multiprocessor of an H200. Of any other device as
+        // well: sums of as many parts have the same bits.
+        3 * 132 * THREADS
     }
 
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {

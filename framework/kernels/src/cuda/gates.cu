@@ -45,7 +45,7 @@ template <typename T> struct GatesForward {
     const T* gates;        // (rows, 4 N): pre-activations without their bias
     const T* bias;         // (4 N)
     const float* c_before; // (rows, N), or null: zeros
-    float* c;              // (rows, N)
+    float* c;              // (rows, N), or null: no step needs it
     Plane<T> h[3];         // where h goes
     unsigned rows;         // pixels of all images
     unsigned hidden;       // N
@@ -66,7 +66,7 @@ template <typename T, int V> DEVICE void gates_forward(const GatesForward<T>& a)
         after[v] = x.f[v] * before[v] + x.i[v] * x.g[v];
         h[v] = x.o[v] * tangent(after[v], like);
     }
-    store<float, V>(a.c + cell, after);
+    if (a.c) store<float, V>(a.c + cell, after);
     Pack<T, V> pack = narrowed<T, V>(h);
     unsigned image = row / a.pixels, pixel = row % a.pixels;
     for (int to = 0; to < 3; to++) {
@@ -102,7 +102,7 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
     for (unsigned row = part; row < a.rows; row += a.parts) {
         index_t cell = (index_t)row * n + channel;
         T* first = a.gates + (index_t)row * 4 * n + channel;
-        // No branch stands between the reads, so that all are under way before one is waited for.
+        // Nothing is computed between the reads, so that nearly all are under way before one is waited for.
         Gates<T, V> x = activated<T, V>(first, a.bias + channel, n);
         float before[V], dc[V];
         for (int v = 0; v < V; v++) before[v] = dc[v] = 0.f;
@@ -112,8 +112,8 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
         float parts_of_dh[3][V];
         for (int from = 0; from < 3; from++) {
             // Where there is none, what is read anyway.
-            const T* part = a.dh[from].at ? place(a.dh[from], image, pixel) + channel : first;
-            load<T, V>(part, parts_of_dh[from]);
+            const T* source = a.dh[from].at ? place(a.dh[from], image, pixel) + channel : first;
+            load<T, V>(source, parts_of_dh[from]);
         }
         T like = T();
         for (int v = 0; v < V; v++) {

@@ -157,7 +157,8 @@ impl Operations for Mutex<Host> {
         Ok(())
     }
     unsafe fn gates_backward(&self, a: GatesBackward) -> Result<()> {
-        let places = [a.gates, a.bias, a.c_before, a.dc, a.sums, a.dh[0].at, a.dh[1].at, a.dh[2].at];
+        let places =
+            [a.gates, a.bias, a.c_before, a.dc, a.dc_before, a.sums, a.dh[0].at, a.dh[1].at, a.dh[2].at];
         let v = width(a.hidden, &places);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the caller's promise.

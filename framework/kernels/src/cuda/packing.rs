@@ -36,7 +36,7 @@ impl Packing {
             hidden: hidden as u32,
             kernel: (kernel * kernel) as u32,
             channels: self.0.channels() as u32,
-            first: self.0.first_channels() as u32,
+            first_channels: self.0.first_channels() as u32,
         }
     }
 }

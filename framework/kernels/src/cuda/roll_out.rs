@@ -3,9 +3,8 @@
 //! A layer's input of a step is one tensor (B, H, W, P): its own last output, then its x, then zeros up to a multiple of 8
 //! channels, which is what tensor cores want. At the first step, where there is no last output, it is x and zeros alone. So a
 //! step of a layer is one convolution and one kernel for the gates, which writes its output where it is read next: into the
-//! inputs of its own next step, and of the layer above. Backward keeps the
-//! gates' gradients of all steps, and makes that of the weights in one convolution over all of them; that of the bias is added
-//! up while they are made.
+//! inputs of its own next step, and of the layer above. Backward keeps the gates' gradients of all steps, and makes that of the
+//! weights in one convolution over the first and one over all later ones; that of the bias is added up while they are made.
 //!
 //! The same code runs on the processor, for tests: what a device does is behind [`Operations`].
 
@@ -129,7 +128,7 @@ struct LayerMemory<M> {
     inputs: M,
     /// (steps, B, H, W, gates): pre-activations without their bias, in backward gradients.
     gates: M,
-    /// (steps, B, H, W, hidden), f32.
+    /// (steps - 1, B, H, W, hidden), f32: nothing needs the last one's.
     c: M,
 }
 
@@ -232,8 +231,9 @@ impl RollOut {
     ) -> Result<Option<Kept<E::Memory>>> {
         let (rows, item) = (self.rows(), engine.item());
         // Without gradients the step before is all that is needed; the state is then updated in place.
-        let [input_slots, gate_slots] =
-            if gradients { [(self.steps - 1).max(1), self.steps] } else { [2, 1] };
+        let later = (self.steps - 1).max(1);
+        let [input_slots, gate_slots, c_slots] =
+            if gradients { [later, self.steps, later] } else { [2, 1, 1] };
         let memory = |layer: &Layer| -> Result<LayerMemory<E::Memory>> {
             // Channels that are there for their number stay zero. All else is written before it is read.
             let inputs = |slots: usize, channels: usize, used: usize| {
@@ -243,7 +243,7 @@ impl RollOut {
                 first: inputs(1, layer.first_channels(), layer.inputs)?,
                 inputs: inputs(input_slots, layer.channels(), layer.hidden + layer.inputs)?,
                 gates: engine.storage(gate_slots * rows * layer.gates(), false)?,
-                c: engine.floats(gate_slots * rows * layer.hidden, false)?,
+                c: engine.floats(c_slots * rows * layer.hidden, false)?,
             })
         };
         let memories = self.layers.iter().map(memory).collect::<Result<Vec<_>>>()?;
@@ -262,7 +262,7 @@ impl RollOut {
             engine.address(&memories[index].gates) + item * at as u64
         };
         let c_of = |index: usize, step: usize| {
-            let at = step % gate_slots * rows * self.layers[index].hidden;
+            let at = step % c_slots * rows * self.layers[index].hidden;
             engine.address(&memories[index].c) + size_of::<f32>() as u64 * at as u64
         };
         for step in 0..self.steps {
@@ -293,7 +293,7 @@ impl RollOut {
                     gates: gates_of(index, step),
                     bias: parameters + item * self.bias(index) as u64,
                     c_before: if step > 0 { c_of(index, step - 1) } else { 0 },
-                    c: c_of(index, step),
+                    c: if last { 0 } else { c_of(index, step) },
                     h,
                     rows: rows as u32,
                     hidden: layer.hidden as u32,
@@ -311,8 +311,8 @@ impl RollOut {
         Ok(gradients.then_some(Kept { layers: memories }))
     }
 
-    /// The gradients of input and parameters, put at these addresses, the latter's in the place of zeros; 0 for one that is not
-    /// wanted. That of the input must be asked for to be computed at all.
+    /// The gradients of input and parameters, put at these addresses; 0 for one that is not wanted. Where there is one step alone,
+    /// zeros must be in the place of the parameters' gradient: nothing is written for later steps' weights.
     ///
     /// # Safety
     /// The addresses are of storage as large as parameters, output and input are.
@@ -526,27 +526,35 @@ mod tests {
         let sizes = roll_out.sizes();
         assert_eq!(sizes, [x.elem_count(), packed.elem_count(), d.elem_count()]);
         let [mut dx, mut dp, mut y] = sizes.map(|len| vec![f32::NAN; len]);
-        dp.fill(0.);
-        let mut alone = y.clone();
+        if steps == 1 {
+            dp.fill(0.);
+        }
+        let [mut dx_alone, mut dp_alone, mut y_alone] = [&dx, &dp, &y].map(Clone::clone);
+        let to = |values: &mut Vec<f32>| values.as_mut_ptr() as u64;
         with_values(&packed, |p| {
             with_values(&x, |x| {
                 with_values(&d, |d| {
-                    let at = |values: &[f32]| values.as_ptr() as u64;
-                    // SAFETY: all have the roll-out's sizes.
-                    unsafe {
-                        let kept = roll_out.forward(host, true, at(x), at(p), y.as_mut_ptr() as u64)?;
-                        let (dx, dp) = (dx.as_mut_ptr() as u64, dp.as_mut_ptr() as u64);
-                        roll_out.backward(host, kept.unwrap(), at(p), at(d), dx, dp)?;
-                        let none = roll_out.forward(host, false, at(x), at(p), alone.as_mut_ptr() as u64)?;
-                        assert!(none.is_none());
+                    let [x, p, d] = [x, p, d].map(|values: &[f32]| values.as_ptr() as u64);
+                    for (dx, dp) in
+                        [(to(&mut dx), to(&mut dp)), (to(&mut dx_alone), 0), (0, to(&mut dp_alone))]
+                    {
+                        // SAFETY: all have the roll-out's sizes.
+                        unsafe {
+                            let kept = roll_out.forward(host, true, x, p, to(&mut y))?;
+                            roll_out.backward(host, kept.unwrap(), p, d, dx, dp)?;
+                        }
                     }
+                    // SAFETY: as above.
+                    let none = unsafe { roll_out.forward(host, false, x, p, to(&mut y_alone))? };
+                    assert!(none.is_none());
                     Ok(())
                 })
             })
         })
         .unwrap();
+        assert_eq!((&dx, &dp), (&dx_alone, &dp_alone), "{case}: one gradient alone");
         assert_close(&format!("{case}: output"), &y, &values(&expected));
-        assert_eq!(y, alone, "{case}: without gradients");
+        assert_eq!(y, y_alone, "{case}: without gradients");
         assert_close(&format!("{case}: input's gradient"), &dx, &values(of_expected.get(&x).unwrap()));
         // The way back through the packing hands each parameter its own.
         let dp = Tensor::from_vec(dp, packed.shape(), &DEVICE).unwrap();
@@ -570,6 +578,7 @@ mod tests {
         compare(host, &[4], [4, 1, 4], true, Keep::All);
         compare(host, &[3, 2, 4], [2, 3, 4], false, Keep::All);
         compare(host, &[8, 4], [8, 3, 1], false, Keep::Last);
+        compare(host, &[4, 8], [8, 3, 1], true, Keep::All);
         compare(host, &[4, 8], [8, 3, 2], true, Keep::All);
     }
 }

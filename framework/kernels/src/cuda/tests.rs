@@ -241,7 +241,7 @@ fn weights_are_packed_as_convolutions_take_them() {
         hidden: hidden as u32,
         kernel: kernel as u32,
         channels: channels as u32,
-        first: first as u32,
+        first_channels: first as u32,
     };
     run(host, &COLUMNS, "pack_weight_float", packed.len(), arguments);
     let (of_all, of_first) = packed.split_at(outputs * kernel * channels);

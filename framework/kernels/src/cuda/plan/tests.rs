@@ -7,6 +7,7 @@ use crate::cuda::backend::Attribute;
 use crate::cuda::memory::ALIGNMENT;
 use candle_core::cuda_backend::cudarc::cudnn::sys::cudnnBackendAttributeType_t as Type;
 use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
 
 // SAFETY: letters of one byte.
 unsafe impl Attribute for u8 {
@@ -16,9 +17,10 @@ unsafe impl Attribute for u8 {
 /// What devices differ in.
 struct Known {
     name: &'static str,
-    /// 10 times the compute capability's first number, plus the second, times 10.
+    /// Compute capability x.y as 100 x + 10 y.
     version: u32,
-    processors: u32,
+    /// Multiprocessors, and the blocks and threads that each holds at once.
+    processors: [u32; 3],
     /// KiB of shared memory that a block can ask for.
     shared: u32,
     /// GiB.
@@ -27,25 +29,9 @@ struct Known {
     cache: u32,
 }
 
-const T4: Known = Known { name: "Tesla T4", version: 750, processors: 40, shared: 64, memory: 16, cache: 4 };
-const A100: Known = Known {
-    name: "NVIDIA A100-SXM4-80GB",
-    version: 800,
-    processors: 108,
-    shared: 163,
-    memory: 80,
-    cache: 40,
-};
-const L4: Known =
-    Known { name: "NVIDIA L4", version: 890, processors: 58, shared: 99, memory: 24, cache: 48 };
-const H200: Known =
-    Known { name: "NVIDIA H200", version: 900, processors: 132, shared: 227, memory: 140, cache: 50 };
-const B200: Known =
-    Known { name: "NVIDIA B200", version: 1000, processors: 148, shared: 227, memory: 180, cache: 126 };
-
 impl Known {
     fn target(&self) -> Target {
-        let Known { name, version, processors, shared, memory, cache } = self;
+        let Known { name, version, processors: [processors, blocks, threads], shared, memory, cache } = self;
         let (shared, memory, cache) = (shared << 10, memory << 30, cache << 20);
         let description = format!(
             r#"{{"deviceName": "{name}", "deviceVer": {version}, "driverVer": 13000, "cudaDeviceId": 0, "pciDeviceId": 0,
@@ -53,15 +39,49 @@ impl Known {
             "totalGlobalMem": {memory}, "l2CacheSize": {cache}, "maxSharedMemoryPerBlock": 49152,
             "maxSharedMemoryPerBlockOptin": {shared}, "reservedSharedMemoryPerBlock": 1024, "oversizedSharedMemoryPerBlock": 0,
             "regsPerBlock": 65536, "maxRegistersPerSM": 65536, "maxGridSize": [2147483647, 65535, 65535],
-            "maxBlockSize": [1024, 1024, 64], "maxThreadsPerBlock": 1024, "maxThreadsPerSM": 2048, "maxCtasPerSM": 32,
-            "warpSize": 32, "isTccDriver": 0, "supportCoopLaunch": 1}}"#
+            "maxBlockSize": [1024, 1024, 64], "maxThreadsPerBlock": 1024, "maxThreadsPerSM": {threads},
+            "maxCtasPerSM": {blocks}, "warpSize": 32, "isTccDriver": 0, "supportCoopLaunch": 1}}"#
         );
         let told = Descriptor::new(Kind::CUDNN_BACKEND_DEVICEPROP_DESCRIPTOR).and_then(|it| {
             it.with(Name::CUDNN_ATTR_DEVICEPROP_JSON_REPRESENTATION, description.as_bytes())?.finish()
         });
         Target::Described(told.unwrap())
     }
+
+    /// In which types it computes.
+    fn has(&self, dtype: DType) -> bool {
+        dtype != DType::BF16 || self.version >= 800
+    }
 }
+
+const T4: Known =
+    Known { name: "Tesla T4", version: 750, processors: [40, 16, 1024], shared: 64, memory: 16, cache: 4 };
+const A100: Known = Known {
+    name: "NVIDIA A100-SXM4-80GB",
+    version: 800,
+    processors: [108, 32, 2048],
+    shared: 163,
+    memory: 80,
+    cache: 40,
+};
+const L4: Known =
+    Known { name: "NVIDIA L4", version: 890, processors: [58, 24, 1536], shared: 99, memory: 24, cache: 48 };
+const H200: Known = Known {
+    name: "NVIDIA H200",
+    version: 900,
+    processors: [132, 32, 2048],
+    shared: 227,
+    memory: 140,
+    cache: 60,
+};
+const B200: Known = Known {
+    name: "NVIDIA B200",
+    version: 1000,
+    processors: [148, 32, 2048],
+    shared: 227,
+    memory: 180,
+    cache: 126,
+};
 
 /// Whether cuDNN is here; says so where it is not.
 fn is_here() -> bool {
@@ -98,15 +118,24 @@ fn key(g: Geometry, pass: Pass, dtype: DType) -> Key {
     Key { g, pass, add: false, dtype, alignments: [ALIGNMENT; 3], tf32: false }
 }
 
-/// What cuDNN notes of a plan's engine.
-fn notes_of(plan: &Plan) -> Vec<Note> {
-    notes(&plan._parts[0]).unwrap()
-}
-
 /// The plans by all engines that are allowed.
 fn all(target: &Target, key: &Key) -> Vec<Plan> {
     let next = |last: &Plan| Plan::new(target, key, last.number).ok();
     std::iter::successors(Plan::new(target, key, 0).ok(), next).collect()
+}
+
+/// What cuDNN notes of a plan's engine.
+fn notes_of(plan: &Plan) -> Vec<Note> {
+    let config = Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG;
+    notes(&plan.execution.get_part(config, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR).unwrap()).unwrap()
+}
+
+/// What cuDNN notes of the engines that it proposes first, allowed or not.
+fn proposed(target: &Target, key: &Key) -> Vec<Vec<Note>> {
+    let parts = operation(key).unwrap();
+    let graph = target.graph(&parts[0]).unwrap();
+    let engines = target.engines(&graph, Mode::CUDNN_HEUR_MODE_A).unwrap();
+    engines.iter().map(|config| notes(config).unwrap()).collect()
 }
 
 #[test]
@@ -114,23 +143,20 @@ fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
     if !is_here() {
         return;
     }
-    // The tutorial's layers, at the first step and later, of 16 and 64 samples; then the gradient of a weight over nine steps.
+    // The tutorial's layers, of 16 and 64 samples: at later steps, and where x of the first step has 64 channels; then the
+    // gradients of weights over nine steps.
     let steps = [16, 64].map(|batch| [64, 72, 128].map(|inputs| geometry(batch, 64, inputs, 256))).concat();
-    let all_steps = [144, 576].map(|batch| geometry(batch, 64, 128, 256));
+    let all_steps = [144, 576].map(|batch| [72, 128].map(|inputs| geometry(batch, 64, inputs, 256))).concat();
     for device in [T4, A100, L4, H200, B200] {
         let target = device.target();
-        for dtype in [DType::BF16, DType::F16] {
-            // It has no products of bf16.
-            if device.name == T4.name && dtype == DType::BF16 {
-                continue;
-            }
+        for dtype in [DType::BF16, DType::F16].into_iter().filter(|dtype| device.has(*dtype)) {
             let of_steps = steps.iter().flat_map(|g| PASSES.map(|pass| key(*g, pass, dtype)));
             let of_all_steps = all_steps.iter().map(|g| key(*g, Pass::BackwardFilter, dtype));
             for key in of_steps.chain(of_all_steps) {
                 let plan = Plan::new(&target, &key, 0).unwrap();
-                let what = format!("{}: {key:?}", device.name);
-                assert_eq!(plan.number, 1, "{what}");
-                assert!(notes_of(&plan).contains(&Note::TENSOR_CORE), "{what}");
+                let (what, first) = (format!("{}: {key:?}", device.name), &proposed(&target, &key)[0]);
+                assert!(key.allows(first) && first.contains(&Note::TENSOR_CORE), "{what}: {first:?}");
+                assert_eq!((plan.number, &notes_of(&plan)), (1, first), "{what}");
                 assert!(plan.workspace <= 64 << 20, "{what}: {} bytes", plan.workspace);
             }
         }
@@ -142,7 +168,7 @@ fn engines_that_are_not_allowed_are_passed_over() {
     if !is_here() {
         return;
     }
-    let target = H200.target();
+    let (target, mut is_any_loose) = (H200.target(), false);
     for pass in PASSES {
         let whole = key(geometry(16, 64, 128, 256), pass, DType::F32);
         let with_tf32 = Key { tf32: true, ..whole };
@@ -159,7 +185,9 @@ fn engines_that_are_not_allowed_are_passed_over() {
             // Each is another one.
             assert!(plans.iter().map(|plan| plan.number).eq(1..=plans.len()), "{pass:?}");
         }
+        is_any_loose |= proposed(&target, &whole).iter().any(|notes| notes.contains(&Note::NONDETERMINISTIC));
     }
+    assert!(is_any_loose, "nothing was there to be passed over");
 }
 
 #[test]
@@ -211,29 +239,28 @@ prop_compose! {
     }
 }
 
-proptest! {
-    #[test]
-    fn every_convolution_has_an_engine(
-        g in any_geometry().prop_filter_map("the kernel is larger than the image", |g| g),
-        alignments in prop::array::uniform3(prop::sample::select(vec![4u64, 8, ALIGNMENT])),
-        add: bool,
-    ) {
-        if std::env::var_os("CANDLEPOWER_TEST_CUDNN").is_none() {
-            return Ok(());
-        }
+#[test]
+fn every_convolution_has_an_engine() {
+    if !is_here() {
+        return;
+    }
+    let has_engines = |(g, alignments, add): (Geometry, [u64; 3], bool)| {
         for device in [T4, A100, L4, H200, B200] {
             let target = device.target();
-            for dtype in [DType::F32, DType::BF16, DType::F16] {
-                if device.name == T4.name && dtype == DType::BF16 {
-                    continue;
-                }
+            for dtype in [DType::F32, DType::BF16, DType::F16].into_iter().filter(|dtype| device.has(*dtype))
+            {
                 for pass in PASSES {
                     let key = Key { alignments, add, ..key(g, pass, dtype) };
                     if let Err(why) = Plan::new(&target, &key, 0) {
-                        prop_assert!(false, "{}: {key:?}: {why}", device.name);
+                        return Err(TestCaseError::fail(format!("{}: {key:?}: {why}", device.name)));
                     }
                 }
             }
         }
-    }
+        Ok(())
+    };
+    let geometries = any_geometry().prop_filter_map("the kernel is larger than the image", |g| g);
+    let alignments = prop::array::uniform3(prop::sample::select(vec![4u64, 8, ALIGNMENT]));
+    let config = ProptestConfig { failure_persistence: None, ..Default::default() };
+    TestRunner::new(config).run(&(geometries, alignments, any::<bool>()), has_engines).unwrap();
 }
