@@ -138,14 +138,45 @@ fn a_process_that_is_gone_ends_the_others_with_its_name() {
     assert!(said.contains("a rank is gone"), "{said}");
 }
 
+/// Whether the devices are the stand-in's; says so where they are not.
+fn are_played() -> bool {
+    let devices = Command::new(env!("CARGO_BIN_EXE_candlepower")).arg("devices").output().unwrap();
+    let are_played = String::from_utf8_lossy(&devices.stdout).contains("stand-in");
+    if !are_played {
+        eprintln!("SKIPPED: only on the stand-in can this be tried");
+    }
+    are_played
+}
+
+#[test]
+fn a_library_that_is_missing_is_told_of() {
+    let Some(place) = Place::new().filter(|_| are_played()) else { return };
+    let path = std::env::var("LD_LIBRARY_PATH").unwrap();
+    let (played, others) = path.split_once(':').unwrap();
+    let cases = [("libcublas.so", "cuBLAS"), ("libcurand.so", "cuRAND"), ("libcudnn.so", "cuDNN 9")];
+    for (file, name) in cases.into_iter().chain([("libnvrtc.so", "NVRTC")]) {
+        // All of them but one.
+        let folder = place.path().join(format!("libraries without {name}"));
+        std::fs::create_dir(&folder).unwrap();
+        for library in std::fs::read_dir(played).unwrap().map(|entry| entry.unwrap().path()) {
+            let own = library.file_name().unwrap().to_str().unwrap();
+            if own.starts_with("lib") && !own.starts_with(file) {
+                std::os::unix::fs::symlink(&library, folder.join(own)).unwrap();
+            }
+        }
+        let folder = folder.to_str().unwrap();
+        let path = if name == "NVRTC" { folder.to_string() } else { format!("{folder}:{others}") };
+        let output = place.command("train", name, &[]).env("LD_LIBRARY_PATH", path).output().unwrap();
+        let said = words(&output);
+        assert!(!output.status.success(), "{said}");
+        assert!(said.contains(&format!("but not the library {name}:")), "{said}");
+        assert!(!place.path().join(name).join("tiny").exists(), "{name}: something was written");
+    }
+}
+
 #[test]
 fn a_full_memory_says_what_to_change() {
-    let Some(place) = Place::new() else { return };
-    let devices = Command::new(env!("CARGO_BIN_EXE_candlepower")).arg("devices").output().unwrap();
-    if !String::from_utf8_lossy(&devices.stdout).contains("stand-in") {
-        eprintln!("SKIPPED: only the stand-in's memory can be made small");
-        return;
-    }
+    let Some(place) = Place::new().filter(|_| are_played()) else { return };
     let mut train = place.command("train", "full", &["--set", "trainer.micro_batch_size=2"]);
     let output = train.env("CANDLEPOWER_STAND_IN_MEMORY", "2000000").output().unwrap();
     let said = words(&output);

@@ -32,6 +32,12 @@ fn kind(kind: c_int) -> Result<Kind, c_int> {
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn cublasGetProperty(which: c_int, to: *mut c_int) -> c_int {
+    // SAFETY: the caller's pointer.
+    answer(unsafe { give(to, [13, 1, 0][which as usize]) })
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn cublasCreate_v2(to: *mut *mut Handle) -> c_int {
     // SAFETY: the caller's pointer.
     answer(

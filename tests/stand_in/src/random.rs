@@ -18,6 +18,12 @@ fn answer(result: Result<(), c_int>) -> c_int {
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn curandGetVersion(to: *mut c_int) -> c_int {
+    // SAFETY: the caller's pointer.
+    answer(unsafe { give(to, 10400) })
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn curandCreateGenerator(to: *mut *mut Generator, _kind: c_int) -> c_int {
     let new = |ordinal| Box::into_raw(Box::new(Generator { stream: 0, ordinal, state: 1 }));
     // SAFETY: the caller's pointer.

@@ -61,7 +61,8 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
         return Ok(());
     }
     // A module that is loaded already is found by its name; the text is needed for the first time alone.
-    let function = device.get_or_load_custom_func(kernel, source.name, compiled(device, source)?)?;
+    let function = device.get_or_load_custom_func(kernel, source.name, compiled(device, source)?);
+    let function = function.map_err(explain_loading)?;
     let blocks = count.div_ceil(THREADS) as u32;
     let config =
         LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
@@ -72,6 +73,18 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     Ok(())
 }
 
+/// Adds to what the driver says of compiled kernels, where it is too old for them, what to do.
+fn explain_loading(error: Error) -> Error {
+    if !error.to_string().contains("UNSUPPORTED_PTX_VERSION") {
+        return error;
+    }
+    Error::Msg(
+        "the driver is older than CUDA's compiler, NVRTC, and cannot read what it makes: update the driver, or take the NVRTC of \
+         the CUDA version that `nvidia-smi` shows, by a folder in LD_LIBRARY_PATH"
+            .into(),
+    )
+}
+
 /// What kernels call a type.
 pub(crate) fn type_name(dtype: DType) -> Result<&'static str> {
     match dtype {
@@ -79,5 +92,18 @@ pub(crate) fn type_name(dtype: DType) -> Result<&'static str> {
         DType::BF16 => Ok("bf16"),
         DType::F16 => Ok("f16"),
         other => bail!("expected f32, bf16 or f16, got {other:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_driver_that_is_too_old_is_told_of() {
+        let of =
+            |code: &str| explain_loading(Error::Msg(format!("DriverError(CUDA_ERROR_{code})"))).to_string();
+        assert!(of("UNSUPPORTED_PTX_VERSION").starts_with("the driver is older"));
+        assert!(of("OUT_OF_MEMORY").contains("OUT_OF_MEMORY"));
     }
 }

@@ -24,6 +24,8 @@ mod host;
 #[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
+mod libraries;
+#[cfg(feature = "cuda")]
 mod memory;
 #[cfg(feature = "cuda")]
 pub(crate) mod optimizer;

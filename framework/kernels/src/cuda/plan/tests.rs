@@ -30,6 +30,17 @@ struct Known {
 }
 
 impl Known {
+    const fn new(
+        name: &'static str,
+        version: u32,
+        processors: [u32; 3],
+        shared: u32,
+        memory: u64,
+        cache: u32,
+    ) -> Self {
+        Self { name, version, processors, shared, memory, cache }
+    }
+
     fn target(&self) -> Target {
         let Known { name, version, processors: [processors, blocks, threads], shared, memory, cache } = self;
         let (shared, memory, cache) = (shared << 10, memory << 30, cache << 20);
@@ -54,34 +65,11 @@ impl Known {
     }
 }
 
-const T4: Known =
-    Known { name: "Tesla T4", version: 750, processors: [40, 16, 1024], shared: 64, memory: 16, cache: 4 };
-const A100: Known = Known {
-    name: "NVIDIA A100-SXM4-80GB",
-    version: 800,
-    processors: [108, 32, 2048],
-    shared: 163,
-    memory: 80,
-    cache: 40,
-};
-const L4: Known =
-    Known { name: "NVIDIA L4", version: 890, processors: [58, 24, 1536], shared: 99, memory: 24, cache: 48 };
-const H200: Known = Known {
-    name: "NVIDIA H200",
-    version: 900,
-    processors: [132, 32, 2048],
-    shared: 227,
-    memory: 140,
-    cache: 60,
-};
-const B200: Known = Known {
-    name: "NVIDIA B200",
-    version: 1000,
-    processors: [148, 32, 2048],
-    shared: 227,
-    memory: 180,
-    cache: 126,
-};
+const T4: Known = Known::new("Tesla T4", 750, [40, 16, 1024], 64, 16, 4);
+const A100: Known = Known::new("NVIDIA A100-SXM4-80GB", 800, [108, 32, 2048], 163, 80, 40);
+const L4: Known = Known::new("NVIDIA L4", 890, [58, 24, 1536], 99, 24, 48);
+const H200: Known = Known::new("NVIDIA H200", 900, [132, 32, 2048], 227, 140, 60);
+const B200: Known = Known::new("NVIDIA B200", 1000, [148, 32, 2048], 227, 180, 126);
 
 /// Whether cuDNN is here; says so where it is not.
 fn is_here() -> bool {
