@@ -55,6 +55,9 @@ impl Accelerator {
         if first + devices > found {
             return Err(Error::setting("devices", too_many(first + devices, found)));
         }
+        if let Err(why) = kernels::cuda_libraries() {
+            return Err(Error::setting("accelerator", format!("{why}. Or train on the \"cpu\"")));
+        }
         Ok(kernels::open_cuda(first)?)
     }
 }
@@ -91,11 +94,15 @@ pub fn describe_devices() -> Vec<String> {
     let mut lines = vec![format!("cpu       {threads} threads")];
     match kernels::cuda_devices() {
         Err(why) => lines.push(format!("cuda      {why}")),
-        Ok(devices) => lines.extend(devices.iter().enumerate().map(|(i, device)| {
-            let kernels::CudaDevice { name, memory, capability: (major, minor) } = device;
-            let gigabytes = *memory as f64 / 1e9;
-            format!("cuda:{i:<4} {name}, {gigabytes:.1} GB, compute capability {major}.{minor}")
-        })),
+        Ok(devices) => {
+            lines.extend(devices.iter().enumerate().map(|(i, device)| {
+                let kernels::CudaDevice { name, memory, capability: (major, minor) } = device;
+                let gigabytes = *memory as f64 / 1e9;
+                format!("cuda:{i:<4} {name}, {gigabytes:.1} GB, compute capability {major}.{minor}")
+            }));
+            let missing = kernels::cuda_libraries().err();
+            lines.extend(missing.map(|why| format!("cuda      {why}")));
+        }
     }
     lines
 }

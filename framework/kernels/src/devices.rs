@@ -27,6 +27,17 @@ pub fn cuda_devices() -> Result<Vec<CudaDevice>> {
     Err(without_cuda())
 }
 
+/// Whether CUDA's libraries, which the driver does not bring, are there as well.
+///
+/// # Errors
+/// Where one is missing, by name; where this build has no CUDA.
+pub fn cuda_libraries() -> Result<()> {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::libraries::require();
+    #[cfg(not(feature = "cuda"))]
+    Err(without_cuda())
+}
+
 /// Opens a CUDA device: all work on it goes through one stream, in the order in which it is asked for, whichever thread
 /// asks. Freed memory is kept for the next tensors.
 ///

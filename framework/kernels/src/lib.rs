@@ -44,8 +44,8 @@ pub use conv2d::{Conv2dOptions, conv2d, conv2d_backward};
 #[cfg(feature = "cuda")]
 pub use cuda::{Communicator, Exchange, Pending};
 pub use devices::{
-    BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, open_cuda, peak_memory, reset_peak_memory,
-    time_convolutions, to_device,
+    BUILT_WITH_CUDA, CudaDevice, allow_tf32, cuda_devices, cuda_libraries, open_cuda, peak_memory,
+    reset_peak_memory, time_convolutions, to_device,
 };
 pub use download::Download;
 pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};

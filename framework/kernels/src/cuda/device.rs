@@ -1,6 +1,6 @@
 //! The devices of this machine.
 
-use super::{failed, libraries};
+use super::failed;
 use crate::devices::CudaDevice;
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, result, sys};
 use candle_core::{Device, Error, Result};
@@ -39,7 +39,6 @@ pub(crate) fn open(ordinal: usize) -> Result<Device> {
     if ordinal >= found {
         return Err(Error::Msg(format!("there is no CUDA device {ordinal}: {found} are found")));
     }
-    libraries::require()?;
     let device = Device::new_cuda_with_stream(ordinal)?;
     let cuda = device.as_cuda_device()?;
     // SAFETY: one stream does all the work on tensors. The two others that there are, of copies up and down, wait for that one

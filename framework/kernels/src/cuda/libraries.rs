@@ -1,7 +1,7 @@
 //! CUDA's libraries: the driver brings none of them, and a program may have started without.
 
 use candle_core::cuda_backend::cudarc::{cublas, cudnn, curand, nvrtc};
-use candle_core::{Result, bail};
+use candle_core::{Error, Result};
 
 /// Refuses to go on where one that is needed is missing.
 pub(crate) fn require() -> Result<()> {
@@ -19,11 +19,11 @@ pub(crate) fn require() -> Result<()> {
     };
     for (name, is_there) in found {
         if !is_there {
-            bail!(
-                "there is a CUDA device, but not the library {name}: all four of cuBLAS, cuRAND, NVRTC and cuDNN are needed. \
+            return Err(Error::Msg(format!(
+                "there is a CUDA device, but not the library {name}: of cuBLAS, cuRAND, NVRTC and cuDNN each is needed. \
                  They come with CUDA (cuDNN apart), and with a PyTorch from pip; LD_LIBRARY_PATH must name the folders of those \
                  that the system does not know"
-            );
+            )));
         }
     }
     Ok(())

@@ -24,7 +24,7 @@ mod host;
 #[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
-mod libraries;
+pub(crate) mod libraries;
 #[cfg(feature = "cuda")]
 mod memory;
 #[cfg(feature = "cuda")]
