@@ -4,9 +4,9 @@
     python3 bench/conv_gpu.py [target/release/examples/conv_cuda]      (with a torch for CUDA)
 
 The shapes are those of bench/tutorial.toml with batches of 16: a cell's first step, later ones, the gradient of a weight over
-nine steps at once, and the convolution that makes frames. Milliseconds, medians of 30. PyTorch's passes are timed one by one. Ours for the gradients
-are what remains of a forward and backward pass without the forward pass and the loss's backward pass, and our forward pass turns
-the weight around. "Timed" is with `trainer.benchmark`, as PyTorch's are here; its tensors are channels last, as ours are.
+nine steps at once, and the convolution that makes frames. Milliseconds, medians of 30. PyTorch's passes are timed one by one.
+Ours for the gradients are what remains of a forward and backward pass without the forward pass and the loss's backward pass,
+and our forward pass turns the weight around. "Timed" is with `trainer.benchmark`, as PyTorch's are here; its tensors are channels last, as ours are.
 """
 
 import statistics

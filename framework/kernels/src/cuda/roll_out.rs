@@ -223,13 +223,13 @@ impl RollOut {
     /// The addresses are of storage as large as input, parameters and output are.
     pub(crate) unsafe fn forward<E: Operations>(
         &self,
-        engine: &E,
+        device: &E,
         gradients: bool,
         input: u64,
         parameters: u64,
         output: u64,
     ) -> Result<Option<Kept<E::Memory>>> {
-        let (rows, item) = (self.rows(), engine.item());
+        let (rows, item) = (self.rows(), device.item());
         // Without gradients the step before is all that is needed; the state is then updated in place.
         let later = (self.steps - 1).max(1);
         let [input_slots, gate_slots, c_slots] =
@@ -237,13 +237,13 @@ impl RollOut {
         let memory = |layer: &Layer| -> Result<LayerMemory<E::Memory>> {
             // Channels that are there for their number stay zero. All else is written before it is read.
             let inputs = |slots: usize, channels: usize, used: usize| {
-                engine.storage(slots * rows * channels, channels > used)
+                device.storage(slots * rows * channels, channels > used)
             };
             Ok(LayerMemory {
                 first: inputs(1, layer.first_channels(), layer.inputs)?,
                 inputs: inputs(input_slots, layer.channels(), layer.hidden + layer.inputs)?,
-                gates: engine.storage(gate_slots * rows * layer.gates(), false)?,
-                c: engine.floats(c_slots * rows * layer.hidden, false)?,
+                gates: device.storage(gate_slots * rows * layer.gates(), false)?,
+                c: device.floats(c_slots * rows * layer.hidden, false)?,
             })
         };
         let memories = self.layers.iter().map(memory).collect::<Result<Vec<_>>>()?;
@@ -251,19 +251,19 @@ impl RollOut {
         let h_of = |index: usize, step: usize| {
             let channels = self.layers[index].channels();
             let at = (step - 1) % input_slots * rows * channels;
-            self.plane(engine.address(&memories[index].inputs) + item * at as u64, channels)
+            self.plane(device.address(&memories[index].inputs) + item * at as u64, channels)
         };
         let x_of = |index: usize, step: usize| match step {
-            0 => self.plane(engine.address(&memories[index].first), self.layers[index].first_channels()),
+            0 => self.plane(device.address(&memories[index].first), self.layers[index].first_channels()),
             _ => h_of(index, step).from(item, self.layers[index].hidden),
         };
         let gates_of = |index: usize, step: usize| {
             let at = step % gate_slots * rows * self.layers[index].gates();
-            engine.address(&memories[index].gates) + item * at as u64
+            device.address(&memories[index].gates) + item * at as u64
         };
         let c_of = |index: usize, step: usize| {
             let at = step % c_slots * rows * self.layers[index].hidden;
-            engine.address(&memories[index].c) + size_of::<f32>() as u64 * at as u64
+            device.address(&memories[index].c) + size_of::<f32>() as u64 * at as u64
         };
         for step in 0..self.steps {
             if !self.feedback || step == 0 {
@@ -276,7 +276,7 @@ impl RollOut {
                     pixels: self.pixels() as u32,
                 };
                 // SAFETY: both lie within the input, and the first layer's inputs.
-                unsafe { engine.copy_columns(copy)? };
+                unsafe { device.copy_columns(copy)? };
             }
             for (index, layer) in self.layers.iter().enumerate() {
                 let (top, last) = (index == self.top(), step + 1 == self.steps);
@@ -303,8 +303,8 @@ impl RollOut {
                 let input = if step == 0 { x_of(index, 0) } else { h_of(index, step) };
                 // SAFETY: all addresses are of this step and layer, within memory made for them.
                 unsafe {
-                    engine.convolve(&self.geometry(layer, step, 1), input.at, weight, gates.gates)?;
-                    engine.gates_forward(gates)?;
+                    device.convolve(&self.geometry(layer, step, 1), input.at, weight, gates.gates)?;
+                    device.gates_forward(gates)?;
                 }
             }
         }
@@ -318,36 +318,36 @@ impl RollOut {
     /// The addresses are of storage as large as parameters, output and input are.
     pub(crate) unsafe fn backward<E: Operations>(
         &self,
-        engine: &E,
+        device: &E,
         kept: Kept<E::Memory>,
         parameters: u64,
         d_output: u64,
         d_input: u64,
         d_parameters: u64,
     ) -> Result<()> {
-        let (rows, item) = (self.rows(), engine.item());
+        let (rows, item) = (self.rows(), device.item());
         // Of each layer the gradient of its input of the step that was last looked at, of its state, and, in parts, of its bias.
-        let d_inputs = |layer: &Layer| engine.storage(rows * layer.channels(), false);
+        let d_inputs = |layer: &Layer| device.storage(rows * layer.channels(), false);
         let d_inputs = self.layers.iter().map(d_inputs).collect::<Result<Vec<_>>>()?;
-        let dc = self.layers.iter().map(|layer| engine.floats(rows * layer.hidden, false));
+        let dc = self.layers.iter().map(|layer| device.floats(rows * layer.hidden, false));
         let dc = dc.collect::<Result<Vec<_>>>()?;
-        let parts: Vec<usize> = self.layers.iter().map(|layer| self.parts(layer, engine.threads())).collect();
+        let parts: Vec<usize> = self.layers.iter().map(|layer| self.parts(layer, device.threads())).collect();
         let sums =
-            self.layers.iter().zip(&parts).map(|(layer, parts)| engine.floats(parts * layer.gates(), true));
+            self.layers.iter().zip(&parts).map(|(layer, parts)| device.floats(parts * layer.gates(), true));
         let sums = sums.collect::<Result<Vec<_>>>()?;
         let d_h_of =
-            |index: usize| self.plane(engine.address(&d_inputs[index]), self.layers[index].channels());
+            |index: usize| self.plane(device.address(&d_inputs[index]), self.layers[index].channels());
         let d_x_of = |index: usize, step: usize| match step {
-            0 => self.plane(engine.address(&d_inputs[index]), self.layers[index].first_channels()),
+            0 => self.plane(device.address(&d_inputs[index]), self.layers[index].first_channels()),
             _ => d_h_of(index).from(item, self.layers[index].hidden),
         };
         let gates_of = |index: usize, step: usize| {
-            engine.address(&kept.layers[index].gates)
+            device.address(&kept.layers[index].gates)
                 + item * (step * rows * self.layers[index].gates()) as u64
         };
         let c_of = |index: usize, step: usize| {
             let at = step * rows * self.layers[index].hidden;
-            engine.address(&kept.layers[index].c) + size_of::<f32>() as u64 * at as u64
+            device.address(&kept.layers[index].c) + size_of::<f32>() as u64 * at as u64
         };
         for step in (0..self.steps).rev() {
             for (index, layer) in self.layers.iter().enumerate().rev() {
@@ -367,10 +367,10 @@ impl RollOut {
                     gates: gates_of(index, step),
                     bias: parameters + item * self.bias(index) as u64,
                     c_before: if step > 0 { c_of(index, step - 1) } else { 0 },
-                    dc: if last { 0 } else { engine.address(&dc[index]) },
-                    dc_before: if step > 0 { engine.address(&dc[index]) } else { 0 },
+                    dc: if last { 0 } else { device.address(&dc[index]) },
+                    dc_before: if step > 0 { device.address(&dc[index]) } else { 0 },
                     dh,
-                    sums: engine.address(&sums[index]),
+                    sums: device.address(&sums[index]),
                     rows: rows as u32,
                     hidden: layer.hidden as u32,
                     pixels: self.pixels() as u32,
@@ -379,10 +379,10 @@ impl RollOut {
                 let weight = parameters + item * self.weight(index, step) as u64;
                 // SAFETY: all addresses are of this step and layer, within memory made for them.
                 unsafe {
-                    engine.gates_backward(gates)?;
+                    device.gates_backward(gates)?;
                     if index > 0 || step > 0 || d_input != 0 {
-                        let to = engine.address(&d_inputs[index]);
-                        engine.backward_data(&self.geometry(layer, step, 1), weight, gates.gates, to)?;
+                        let to = device.address(&d_inputs[index]);
+                        device.backward_data(&self.geometry(layer, step, 1), weight, gates.gates, to)?;
                     }
                 }
             }
@@ -396,30 +396,30 @@ impl RollOut {
                     pixels: self.pixels() as u32,
                 };
                 // SAFETY: both lie within the first layer's gradient, and the input's.
-                unsafe { engine.copy_columns(copy)? };
+                unsafe { device.copy_columns(copy)? };
             }
         }
         if d_parameters == 0 {
             return Ok(());
         }
         for (index, (layer, memory)) in self.layers.iter().zip(&kept.layers).enumerate() {
-            let at_once = self.steps_at_once(layer, engine.most_values());
+            let at_once = self.steps_at_once(layer, device.most_values());
             for from in std::iter::once(0).chain((1..self.steps).step_by(at_once)) {
                 let (x, steps) = match from {
-                    0 => (engine.address(&memory.first), 1),
+                    0 => (device.address(&memory.first), 1),
                     _ => {
                         let at = (from - 1) * rows * layer.channels();
-                        (engine.address(&memory.inputs) + item * at as u64, at_once.min(self.steps - from))
+                        (device.address(&memory.inputs) + item * at as u64, at_once.min(self.steps - from))
                     }
                 };
                 let dw = d_parameters + item * self.weight(index, from) as u64;
                 let geometry = self.geometry(layer, from, steps);
                 // SAFETY: the steps lie one after the other in memory.
-                unsafe { engine.backward_filter(&geometry, x, gates_of(index, from), dw, from > 1)? };
+                unsafe { device.backward_filter(&geometry, x, gates_of(index, from), dw, from > 1)? };
             }
             let to = d_parameters + item * self.bias(index) as u64;
             // SAFETY: the sums are (parts, gates).
-            unsafe { engine.column_sums(engine.address(&sums[index]), parts[index], layer.gates(), to)? };
+            unsafe { device.column_sums(device.address(&sums[index]), parts[index], layer.gates(), to)? };
         }
         Ok(())
     }
