@@ -108,6 +108,45 @@ fn compare(case: &str, inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Result<Tenso
 }
 
 #[test]
+fn convolutions_by_winograd() {
+    // Channels enough on both sides for it to be worth it; sizes that tiles of 4x4 divide and do not, and every padding.
+    for [b, h, w, i, o, padding] in
+        [[2, 8, 12, 48, 48, 1], [3, 7, 5, 50, 49, 1], [1, 6, 9, 48, 64, 0], [2, 3, 6, 64, 48, 2]]
+    {
+        let inputs = [random((b, h, w, i), 1), (random((o, i, 3, 3), 2) * 0.2).unwrap()];
+        let options = Conv2dOptions { padding, ..Default::default() };
+        compare(&format!("conv2d {options:?} {b}x{h}x{w}x{i} to {o}"), &inputs, |x| {
+            conv2d(&x[0], &x[1], None, options)
+        });
+        let inputs = [random((b, h, w, i), 1), (random((i, o, 3, 3), 2) * 0.2).unwrap()];
+        let options = ConvTranspose2dOptions { padding, ..Default::default() };
+        compare(&format!("conv_transpose2d {options:?} {b}x{h}x{w}x{i} to {o}"), &inputs, |x| {
+            conv_transpose2d(&x[0], &x[1], None, options)
+        });
+    }
+}
+
+#[test]
+fn a_convolution_by_winograd_of_more_images_than_are_transformed_at_once() {
+    let Some((device, _turn)) = device() else { return };
+    let run = |device: &Device| {
+        let vars: Vec<Var> = [random((2, 200, 197, 48), 1), (random((48, 48, 3, 3), 2) * 0.2).unwrap()]
+            .iter()
+            .map(|x| Var::from_tensor(&x.to_device(device).unwrap()).unwrap())
+            .collect();
+        let y = conv2d(&vars[0], &vars[1], None, Conv2dOptions { padding: 1, ..Default::default() }).unwrap();
+        let d = random(y.shape(), 3).to_device(device).unwrap();
+        let gradients = (&y * d).unwrap().sum_all().unwrap().backward().unwrap();
+        let of = |var: &Var| gradients.get(var).unwrap().clone();
+        [y, of(&vars[0]), of(&vars[1])]
+    };
+    for (ours, expected) in run(&device).iter().zip(&run(&CPU)) {
+        let error = error(ours, expected);
+        assert!(error <= KINDS[0].2, "{error:e}");
+    }
+}
+
+#[test]
 fn convolutions() {
     // Batch, height, width, input channels, output channels, kernel, stride, padding, dilation, groups.
     for [b, h, w, i, o, k, stride, padding, dilation, groups] in [

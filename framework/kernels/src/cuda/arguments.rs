@@ -101,6 +101,32 @@ pub(crate) struct Narrow {
     pub(crate) count: u32,
 }
 
+/// Of `winograd_input`, `winograd_output` and `winograd_output_adjoint`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiles {
+    pub(crate) images: u64,
+    pub(crate) transformed: u64,
+    pub(crate) count: u32,
+    pub(crate) height: u32,
+    pub(crate) width: u32,
+    pub(crate) channels: u32,
+    pub(crate) down: u32,
+    pub(crate) across: u32,
+    pub(crate) padding: i32,
+}
+
+/// Of `winograd_filter` and `winograd_filter_adjoint`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Filters {
+    pub(crate) weight: u64,
+    pub(crate) transformed: u64,
+    pub(crate) outputs: u32,
+    pub(crate) inputs: u32,
+    pub(crate) other: u32,
+}
+
 /// A tensor among many: where a kernel finds what belongs to it, its values, and the blocks of all up to it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -259,6 +285,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Tiles Filters Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt> Update<AdamAt> Update<SgdAt>);
 }

@@ -1,14 +1,16 @@
-//! Convolutions by cuDNN: a plan is made once a shape and pass, and workspace is used again.
+//! Convolutions: by cuDNN, where a plan is made once a shape and pass, and workspace is used again; or by our own
+//! [`Winograd`].
 
 use super::backend::Descriptor;
 use super::device::tf32_allowed;
 use super::failed;
 use super::memory::{ALIGNMENT, address, allocate};
 use super::plan::{self, Key, Pass, Plan, Target};
+use super::winograd::Winograd;
 use crate::direct::Geometry;
 use candle_core::cuda_backend::cudarc::cudnn::{result, sys};
 use candle_core::{CudaDevice, CudaStorage, DType, Error, Result, bail};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,8 +24,8 @@ struct Cudnn {
     plans: Vec<Plan>,
     /// Which of them is in use; where there is none, what cuDNN said last.
     in_use: HashMap<Key, std::result::Result<usize, String>>,
-    /// Keys whose engines have been timed.
-    timed: HashSet<Key>,
+    /// Keys whose engines have been timed, and whether Winograd was quicker than all of them.
+    timed: HashMap<Key, bool>,
     workspace: Option<Arc<CudaStorage>>,
 }
 
@@ -125,6 +127,12 @@ unsafe fn compute(
         // SAFETY: the key is of this geometry; the addresses fit it, says the caller.
         unsafe { cudnn.time(key, places) };
     }
+    if let Some(winograd) = Winograd::new(&key, places)
+        && cudnn.timed.get(&key).copied().unwrap_or(winograd.is_worth_it())
+    {
+        // SAFETY: as above.
+        return unsafe { winograd.compute(device) };
+    }
     loop {
         let plan = cudnn.plan(key)?;
         let workspace = cudnn.plans[plan].workspace;
@@ -150,7 +158,7 @@ impl Cudnn {
             device: device.clone(),
             plans: Vec::new(),
             in_use: HashMap::new(),
-            timed: HashSet::new(),
+            timed: HashMap::new(),
             workspace: None,
         })
     }
@@ -202,40 +210,43 @@ impl Cudnn {
         self.plans.push(plan);
     }
 
-    /// Takes the quickest of the engines that cuDNN proposes first, once for each key.
+    /// Takes the quickest of Winograd and the engines that cuDNN proposes first, once for each key.
     ///
     /// # Safety
     /// The addresses of x, w and y are of memory as large as the key says.
     unsafe fn time(&mut self, key: Key, places: [u64; 3]) {
         /// Engines that are tried; those that come later are hardly ever quicker.
         const MOST: usize = 10;
-        if !self.timed.insert(key) {
+        if self.timed.contains_key(&key) {
             return;
         }
         let (mut number, mut quickest): (usize, Option<(Duration, Plan)>) = (0, None);
         for _ in 0..MOST {
             let Ok(plan) = Plan::new(&Target::Here(self.handle), &key, number) else { break };
             number = plan.number;
+            let Ok(pack) = self.variant_pack(plan.workspace, places) else { continue };
             // SAFETY: the caller's promise.
-            let Ok(time) = (unsafe { self.time_of(&plan, places) }) else { continue };
+            let Ok(time) = self.time_of(|| unsafe { plan.execution.execute(self.handle, &pack) }) else {
+                continue;
+            };
             if quickest.as_ref().is_none_or(|(least, _)| time < *least) {
                 quickest = Some((time, plan));
             }
         }
+        // SAFETY: as above.
+        let winograd = Winograd::new(&key, places)
+            .and_then(|winograd| self.time_of(|| unsafe { winograd.compute(&self.device) }).ok());
+        let least = quickest.as_ref().map(|(least, _)| *least);
+        self.timed.insert(key, winograd.is_some_and(|time| least.is_none_or(|least| time < least)));
         if let Some((_, plan)) = quickest {
             self.take(key, plan);
         }
     }
 
-    /// How long a plan takes, after it has run once.
-    ///
-    /// # Safety
-    /// As for [`time`](Self::time).
-    unsafe fn time_of(&mut self, plan: &Plan, places: [u64; 3]) -> Result<Duration> {
+    /// How long it takes, after it has run once.
+    fn time_of(&self, run: impl Fn() -> Result<()>) -> Result<Duration> {
         const RUNS: usize = 3;
-        let (pack, stream) = (self.variant_pack(plan.workspace, places)?, self.device.cuda_stream());
-        // SAFETY: the caller's promise.
-        let run = || unsafe { plan.execution.execute(self.handle, &pack) };
+        let stream = self.device.cuda_stream();
         let wait = || stream.synchronize().map_err(failed("cuDNN, timing"));
         run()?;
         wait()?;

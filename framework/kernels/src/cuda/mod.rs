@@ -39,6 +39,8 @@ pub(crate) mod sources;
 mod tests;
 #[cfg(feature = "cuda")]
 pub(crate) mod transfer;
+#[cfg(feature = "cuda")]
+mod winograd;
 
 #[cfg(feature = "cuda")]
 pub use communicator::{Communicator, Exchange, Pending};

@@ -1,11 +1,12 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide,
-    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, PublishAt, SgdAt, SquareSums, Sums, Update,
+    AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide, Filters,
+    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, PublishAt, SgdAt, SquareSums, Sums, Tiles,
+    Update,
 };
 use super::host::Host;
-use super::sources::{COLUMNS, GATES, OPTIMIZER, Source};
+use super::sources::{COLUMNS, GATES, OPTIMIZER, Source, WINOGRAD};
 use crate::clipping::{Clipping, Share};
 use crate::updates::{AdamParam, AdamStep, Numbers, Placed, SgdParam, SgdStep, approach};
 use candle_core::{Device, Tensor};
@@ -479,4 +480,75 @@ fn squares_are_summed_in_64_bits() {
     run(host, &OPTIMIZER, "sums", 1, arguments);
     let expected: f64 = x.iter().map(|x| f64::from(*x).powi(2)).sum();
     assert!((total[0] / expected - 1.).abs() < 1e-12, "{} {expected}", total[0]);
+}
+
+#[test]
+fn winograds_transforms_and_products_between_them_are_convolutions() {
+    let Some(host) = Host::new() else { return };
+    const POSITIONS: usize = 36;
+    let (images, height, width, inputs, outputs, padding) = (2, 5, 9, 3, 2, 1);
+    // As many outputs as pixels, in tiles of 4x4.
+    let (down, across) = (2, 3);
+    let (tiles, pixels) = (images * down * across, images * height * width);
+    let (x, w, dy) =
+        (random(pixels * inputs, 1), random(outputs * 9 * inputs, 2), random(pixels * outputs, 3));
+    let transform = |kernel: &str, images: &[f32], transformed: &[f32], channels: usize, padding: i32| {
+        let count = (tiles * channels) as u32;
+        let [height, width, channels, down, across] =
+            [height, width, channels, down, across].map(|n| n as u32);
+        let (images, transformed) = (at(images), at(transformed));
+        let arguments = Tiles { images, transformed, count, height, width, channels, down, across, padding };
+        run(host, &WINOGRAD, kernel, count as usize, arguments);
+    };
+    let filters = |kernel: &str, weight: &[f32], transformed: &[f32], other: bool| {
+        let (weight, transformed) = (at(weight), at(transformed));
+        let (outputs, inputs) = (outputs as u32, inputs as u32);
+        let arguments = Filters { weight, transformed, outputs, inputs, other: other.into() };
+        run(host, &WINOGRAD, kernel, (outputs * inputs) as usize, arguments);
+    };
+    // Calls with the places of x, w and y of each product of the convolution by definition.
+    let products = |turned: bool, product: &mut dyn FnMut(usize, usize, usize)| {
+        for (pixel, tap) in (0..pixels).flat_map(|pixel| (0..9).map(move |tap| (pixel, tap))) {
+            let (row, column) = (pixel / width % height + tap / 3, pixel % width + tap % 3);
+            if (padding..height + padding).contains(&row) && (padding..width + padding).contains(&column) {
+                let of = pixel / (height * width) * height + row - padding;
+                let (of, tap) = (of * width + column - padding, if turned { 8 - tap } else { tap });
+                for (o, i) in (0..outputs).flat_map(|o| (0..inputs).map(move |i| (o, i))) {
+                    product(of * inputs + i, (o * 9 + tap) * inputs + i, pixel * outputs + o);
+                }
+            }
+        }
+    };
+    let of_x = vec![f32::NAN; POSITIONS * tiles * inputs];
+    let mut of_y = vec![f32::NAN; POSITIONS * tiles * outputs];
+    let mut of_w = vec![f32::NAN; POSITIONS * outputs * inputs];
+    transform("winograd_input", &x, &of_x, inputs, padding as i32);
+    for turned in [false, true] {
+        filters("winograd_filter", &w, &of_w, turned);
+        of_y.fill(0.);
+        for (to, at) in of_y.iter_mut().zip(0..) {
+            let (position, tile, o) = (at / outputs / tiles, at / outputs % tiles, at % outputs);
+            let x = &of_x[(position * tiles + tile) * inputs..][..inputs];
+            let w = &of_w[(position * outputs + o) * inputs..][..inputs];
+            *to = x.iter().zip(w).map(|(x, w)| x * w).sum();
+        }
+        let (y, mut expected) = (vec![f32::NAN; pixels * outputs], vec![0.; pixels * outputs]);
+        transform("winograd_output", &y, &of_y, outputs, 0);
+        products(turned, &mut |i, j, k| expected[k] += x[i] * w[j]);
+        assert_close("output", &y, &expected, 1e-4);
+    }
+    transform("winograd_output_adjoint", &dy, &of_y, outputs, 0);
+    for (to, at) in of_w.iter_mut().zip(0..) {
+        let (position, o, i) = (at / inputs / outputs, at / inputs % outputs, at % inputs);
+        let tile = |tile| {
+            of_y[(position * tiles + tile) * outputs + o] * of_x[(position * tiles + tile) * inputs + i]
+        };
+        *to = (0..tiles).map(tile).sum();
+    }
+    for add in [false, true] {
+        let (dw, mut expected) = (vec![5.; w.len()], vec![if add { 5. } else { 0. }; w.len()]);
+        filters("winograd_filter_adjoint", &dw, &of_w, add);
+        products(false, &mut |i, j, k| expected[j] += x[i] * dy[k]);
+        assert_close("weight's gradient", &dw, &expected, 1e-4);
+    }
 }
