@@ -1,12 +1,14 @@
-"""Our convolutions beside PyTorch's on this machine's first CUDA device, in bf16, as a Markdown table.
+"""Our convolutions beside PyTorch's on this machine's first CUDA device, in bf16 and f32, as a Markdown table.
 
     cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
     python3 bench/conv_gpu.py [target/release/examples/conv_cuda]      (with a torch for CUDA)
 
 The shapes are those of bench/tutorial.toml with batches of 16: a cell's first step, later ones, the gradient of a weight over
 nine steps at once, and the convolution that makes frames. Milliseconds, medians of 30. PyTorch's passes are timed one by one.
+In f32 neither uses TF32.
 Ours for the gradients are what remains of a forward and backward pass without the forward pass and the loss's backward pass,
-and our forward pass turns the weight around. "Timed" is with `trainer.benchmark`, as PyTorch's are here; its tensors are channels last, as ours are.
+and our forward pass turns the weight around. "Timed" is with `trainer.benchmark`, as PyTorch's are here; its
+tensors of bf16 are channels last, as all of ours are.
 """
 
 import statistics
@@ -19,6 +21,7 @@ from torch.nn import functional as F
 
 # Batch, height and width, inputs, outputs, kernel.
 SHAPES = [(16, 64, 64, 256, 3), (16, 64, 72, 256, 3), (16, 64, 128, 256, 3), (144, 64, 128, 256, 3), (160, 64, 64, 1, 3)]
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
 def median(step):
@@ -31,10 +34,11 @@ def median(step):
     return statistics.median(times[5:])
 
 
-def pytorch(batch, size, inputs, outputs, kernel):
+def pytorch(dtype, batch, size, inputs, outputs, kernel):
     def random(*shape):
-        x = torch.rand(shape, device="cuda", dtype=torch.bfloat16)
-        return x.to(memory_format=torch.channels_last)
+        x = torch.rand(shape, device="cuda", dtype=DTYPES[dtype])
+        # Of each type in the order for which cuDNN's engines need no copy.
+        return x.to(memory_format=torch.channels_last) if dtype == "bf16" else x
 
     x, w = random(batch, inputs, size, size), random(outputs, inputs, kernel, kernel)
     dy, pad = random(batch, outputs, size, size), [kernel // 2] * 2
@@ -46,23 +50,24 @@ def pytorch(batch, size, inputs, outputs, kernel):
     return [median(step) for step in passes]
 
 
-def ours(program, shape, *more):
-    done = subprocess.run([program, *map(str, shape), *more], check=True, capture_output=True, text=True)
+def ours(program, dtype, shape, *more):
+    done = subprocess.run([program, *map(str, shape), dtype, *more], check=True, capture_output=True, text=True)
     return [float(ms) for ms in done.stdout.split()]
 
 
 def main():
     program = sys.argv[1] if len(sys.argv) > 1 else "target/release/examples/conv_cuda"
     torch.backends.cudnn.benchmark = True
-    print("| batch, size, channels | pass | ours, ms | TFLOP/s | timed, ms | TFLOP/s | PyTorch, ms | TFLOP/s | ours is |")
+    torch.backends.cudnn.allow_tf32 = False
+    print("| type, batch, size, channels | pass | ours, ms | TFLOP/s | timed, ms | TFLOP/s | PyTorch, ms | TFLOP/s | ours is |")
     print("|---" * 9 + "|")
-    for shape in SHAPES:
+    for dtype, shape in [("bf16", shape) for shape in SHAPES] + [("f32", shape) for shape in SHAPES[1:4]]:
         batch, size, inputs, outputs, kernel = shape
         tflop = 2e-12 * batch * size**2 * inputs * outputs * kernel**2
-        sides = ours(program, shape), ours(program, shape, "timed"), pytorch(*shape)
+        sides = ours(program, dtype, shape), ours(program, dtype, shape, "timed"), pytorch(dtype, *shape)
         for name, *times in zip(("forward", "input", "weight"), *sides):
             cells = " | ".join(f"{ms:.3f} | {tflop / ms * 1e3:.0f}" for ms in times)
-            print(f"| {batch} x {size}x{size}, {inputs} to {outputs} | {name} | {cells} | {times[2] / times[0]:.2f}x as fast |",
+            print(f"| {dtype}, {batch} x {size}x{size}, {inputs} to {outputs} | {name} | {cells} | {times[2] / times[0]:.2f}x as fast |",
                   flush=True)
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}")
 

@@ -183,6 +183,7 @@ for batch in "${batches[@]}"; do
     torch "$batch bf16-mixed|eager" "$batch" --precision bf16-mixed
 done
 ours "16 32|candlepower" 16 --precision 32
+ours "16 32|candlepower, benchmark" 16 --precision 32 --set trainer.benchmark=true
 torch "16 32|eager" 16 --precision 32
 ours "16 32 TF32|candlepower" 16 --precision 32 --set 'trainer.float32_matmul_precision="high"'
 torch "16 32 TF32|eager" 16 --precision 32 --tf32

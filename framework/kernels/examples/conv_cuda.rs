@@ -1,8 +1,8 @@
-//! Times convolutions on the first CUDA device, in bf16: forwards, and the gradients of input and weight. bench/conv_gpu.py
-//! stands them beside PyTorch's.
+//! Times convolutions on the first CUDA device, in bf16 or f32: forwards, and the gradients of input and weight.
+//! bench/conv_gpu.py stands them beside PyTorch's.
 //!
 //!     cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
-//!     target/release/examples/conv_cuda batch size inputs outputs kernel [timed]
+//!     target/release/examples/conv_cuda batch size inputs outputs kernel [bf16 | f32] [timed]
 #![allow(clippy::print_stdout)]
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
@@ -30,10 +30,11 @@ fn main() -> Result<()> {
     let &[batch, size, inputs, outputs, kernel] = &args[..] else {
         bail!("expected batch, size, inputs, outputs and kernel");
     };
-    time_convolutions(std::env::args().any(|arg| arg == "timed"));
+    let asked = |word: &str| std::env::args().any(|arg| arg == word);
+    time_convolutions(asked("timed"));
     let device = open_cuda(0)?;
-    let random =
-        |shape: &[usize]| Tensor::rand(-1f32, 1., shape, &device).and_then(|x| x.to_dtype(DType::BF16));
+    let dtype = if asked("f32") { DType::F32 } else { DType::BF16 };
+    let random = |shape: &[usize]| Tensor::rand(-1f32, 1., shape, &device).and_then(|x| x.to_dtype(dtype));
     let x = random(&[batch, size, size, inputs])?;
     let w = random(&[outputs, inputs, kernel, kernel])?;
     let dy = random(&[batch, size, size, outputs])?;

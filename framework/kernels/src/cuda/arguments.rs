@@ -113,7 +113,7 @@ pub(crate) struct Tiles {
     pub(crate) channels: u32,
     pub(crate) down: u32,
     pub(crate) across: u32,
-    pub(crate) padding: i32,
+    pub(crate) padding: u32,
 }
 
 /// Of `winograd_filter` and `winograd_filter_adjoint`.
@@ -124,7 +124,7 @@ pub(crate) struct Filters {
     pub(crate) transformed: u64,
     pub(crate) outputs: u32,
     pub(crate) inputs: u32,
-    pub(crate) other: u32,
+    pub(crate) turned: u32,
 }
 
 /// A tensor among many: where a kernel finds what belongs to it, its values, and the blocks of all up to it.

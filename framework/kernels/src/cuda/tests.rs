@@ -492,7 +492,7 @@ fn winograds_transforms_and_products_between_them_are_convolutions() {
     let (tiles, pixels) = (images * down * across, images * height * width);
     let (x, w, dy) =
         (random(pixels * inputs, 1), random(outputs * 9 * inputs, 2), random(pixels * outputs, 3));
-    let transform = |kernel: &str, images: &[f32], transformed: &[f32], channels: usize, padding: i32| {
+    let transform = |kernel: &str, images: &[f32], transformed: &[f32], channels: usize, padding: u32| {
         let count = (tiles * channels) as u32;
         let [height, width, channels, down, across] =
             [height, width, channels, down, across].map(|n| n as u32);
@@ -500,10 +500,10 @@ fn winograds_transforms_and_products_between_them_are_convolutions() {
         let arguments = Tiles { images, transformed, count, height, width, channels, down, across, padding };
         run(host, &WINOGRAD, kernel, count as usize, arguments);
     };
-    let filters = |kernel: &str, weight: &[f32], transformed: &[f32], other: bool| {
+    let filters = |kernel: &str, weight: &[f32], transformed: &[f32], turned: bool| {
         let (weight, transformed) = (at(weight), at(transformed));
         let (outputs, inputs) = (outputs as u32, inputs as u32);
-        let arguments = Filters { weight, transformed, outputs, inputs, other: other.into() };
+        let arguments = Filters { weight, transformed, outputs, inputs, turned: turned.into() };
         run(host, &WINOGRAD, kernel, (outputs * inputs) as usize, arguments);
     };
     // Calls with the places of x, w and y of each product of the convolution by definition.
@@ -522,7 +522,7 @@ fn winograds_transforms_and_products_between_them_are_convolutions() {
     let of_x = vec![f32::NAN; POSITIONS * tiles * inputs];
     let mut of_y = vec![f32::NAN; POSITIONS * tiles * outputs];
     let mut of_w = vec![f32::NAN; POSITIONS * outputs * inputs];
-    transform("winograd_input", &x, &of_x, inputs, padding as i32);
+    transform("winograd_input", &x, &of_x, inputs, padding as u32);
     for turned in [false, true] {
         filters("winograd_filter", &w, &of_w, turned);
         of_y.fill(0.);
@@ -545,10 +545,8 @@ fn winograds_transforms_and_products_between_them_are_convolutions() {
         };
         *to = (0..tiles).map(tile).sum();
     }
-    for add in [false, true] {
-        let (dw, mut expected) = (vec![5.; w.len()], vec![if add { 5. } else { 0. }; w.len()]);
-        filters("winograd_filter_adjoint", &dw, &of_w, add);
-        products(false, &mut |i, j, k| expected[j] += x[i] * dy[k]);
-        assert_close("weight's gradient", &dw, &expected, 1e-4);
-    }
+    let (dw, mut expected) = (vec![f32::NAN; w.len()], vec![0.; w.len()]);
+    filters("winograd_filter_adjoint", &dw, &of_w, false);
+    products(false, &mut |i, j, k| expected[j] += x[i] * dy[k]);
+    assert_close("weight's gradient", &dw, &expected, 1e-4);
 }

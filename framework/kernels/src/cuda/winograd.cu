@@ -68,7 +68,7 @@ struct Tiles {
     unsigned count;        // tiles * channels
     unsigned height, width, channels;
     unsigned down, across; // tiles of an image
-    int padding;           // zeros before an image's first pixel that belong to its first tile
+    unsigned padding;      // zeros before an image's first pixel that belong to its first tile
 };
 
 // One channel of a tile.
@@ -80,8 +80,8 @@ struct Tile {
 DEVICE Tile tile_of(const Tiles& a, unsigned at) {
     unsigned channel = at % a.channels, tile = at / a.channels, row = tile / a.across % a.down;
     index_t image = tile / a.across / a.down;
-    return {a.images + image * (a.height * a.width * a.channels) + channel, a.transformed + at, (int)(4 * row) - a.padding,
-            (int)(4 * (tile % a.across)) - a.padding};
+    return {a.images + image * (a.height * a.width * a.channels) + channel, a.transformed + at, (int)(4 * row - a.padding),
+            (int)(4 * (tile % a.across) - a.padding)};
 }
 DEVICE bool is_inside(int at, unsigned size) { return (unsigned)at < size; }
 // From the first pixel of a tile's row on, which may be outside the image.
@@ -151,7 +151,7 @@ struct Filters {
     float* weight;      // (outputs, 3, 3, inputs)
     float* transformed; // (36, outputs, inputs)
     unsigned outputs, inputs;
-    unsigned other;     // to transform: whether filters are turned by half a circle; the adjoint: whether to add to what is there
+    unsigned turned;    // whether filters are turned by half a circle first, which the adjoint does not ask
 };
 
 extern "C" __global__ void winograd_filter(Filters a) {
@@ -160,7 +160,7 @@ extern "C" __global__ void winograd_filter(Filters a) {
     const float* weight = a.weight + (index_t)(at / a.inputs) * 9 * a.inputs + at % a.inputs;
     float g[3][3], u[6][6];
     for (int r = 0; r < 3; r++) {
-        for (int c = 0; c < 3; c++) g[r][c] = weight[(a.other ? 8 - 3 * r - c : 3 * r + c) * a.inputs];
+        for (int c = 0; c < 3; c++) g[r][c] = weight[(a.turned ? 8 - 3 * r - c : 3 * r + c) * a.inputs];
     }
     both_ways<3, 6, filter>(g, u);
     store_positions(a.transformed + at, count, u);
@@ -174,9 +174,6 @@ extern "C" __global__ void winograd_filter_adjoint(Filters a) {
     both_ways<6, 3, filter_adjoint>(u, g);
     float* weight = a.weight + (index_t)(at / a.inputs) * 9 * a.inputs + at % a.inputs;
     for (int r = 0; r < 3; r++) {
-        for (int c = 0; c < 3; c++) {
-            float* to = weight + (3 * r + c) * a.inputs;
-            *to = a.other ? *to + g[r][c] : g[r][c];
-        }
+        for (int c = 0; c < 3; c++) weight[(3 * r + c) * a.inputs] = g[r][c];
     }
 }

@@ -8,7 +8,8 @@ use super::memory::{address, allocate};
 use super::plan::{Key, Pass};
 use super::sources::WINOGRAD;
 use candle_core::cuda_backend::cudarc::cublas::{result, sys};
-use candle_core::{CudaDevice, CudaStorage, DType, Result};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, bail};
+use std::ops::Range;
 
 /// Positions in the transformed domain.
 const POSITIONS: usize = 36;
@@ -17,20 +18,18 @@ const OUT: usize = 4;
 /// Transformed values of images at once, those of both sides of the products: 64 MB, about what a large device's cache holds.
 const MOST_VALUES: usize = 1 << 24;
 
-/// A convolution, or what is one: the gradient of a convolution's input, of turned filters and the output's gradient.
+/// A convolution, or what is one: the gradient of a convolution's input, of turned filters and its output's gradient.
 pub(crate) struct Winograd {
-    /// What its tiles of 6x6 are read of, with so many zeros around it.
-    input: Images,
-    padding: usize,
-    /// What its tiles of 4x4 are of.
-    output: Images,
-    batch: usize,
-    /// (outputs, 3, 3, inputs).
-    weight: u64,
-    filters: [usize; 2],
     pass: Pass,
-    /// Whether the weight's gradient is added to what is there.
-    add: bool,
+    batch: usize,
+    /// What tiles of 6x6 are read of.
+    input: Images,
+    /// What tiles of 4x4 are of.
+    output: Images,
+    weight: u64,
+    /// Of the weight, (outputs, 3, 3, inputs), whichever way the pass goes.
+    outputs: usize,
+    inputs: usize,
 }
 
 /// Images, or their gradient, channels last.
@@ -40,17 +39,19 @@ struct Images {
     height: usize,
     width: usize,
     channels: usize,
+    /// Zeros before the first pixel that belong to the first tile.
+    padding: usize,
 }
 
-/// 36 matrices, row after row, one behind the other.
+/// A matrix at each position, row after row.
 struct Matrices {
     storage: CudaStorage,
     rows: usize,
     columns: usize,
 }
 
-/// A side of a product: as it lies, or transposed.
-enum Side<'a> {
+/// A factor: as it lies, or transposed.
+enum Factor<'a> {
     Plain(&'a Matrices),
     Transposed(&'a Matrices),
 }
@@ -61,34 +62,26 @@ impl Winograd {
         let g = &key.g;
         let is_3x3 = (g.kernel_height, g.kernel_width) == (3, 3) && g.padding <= 2;
         let is_plain = (g.stride, g.dilation, g.groups) == (1, 1, 1);
-        if key.dtype != DType::F32 || key.tf32 || !is_3x3 || !is_plain {
+        let is_whole = key.dtype == DType::F32 && !key.tf32;
+        // A weight's gradient that is added up over several calls is left to cuDNN.
+        if !is_3x3 || !is_plain || !is_whole || key.add || g.batch == 0 {
             return None;
         }
-        let x = Images { at: x, height: g.height, width: g.width, channels: g.inputs };
-        let y = Images { at: y, height: g.out_height, width: g.out_width, channels: g.outputs };
-        let (input, padding, output) = match key.pass {
-            Pass::Forward | Pass::BackwardFilter => (x, g.padding, y),
-            Pass::BackwardData => (y, 2 - g.padding, x),
+        let x = Images { at: x, height: g.height, width: g.width, channels: g.inputs, padding: 0 };
+        let y = Images { at: y, height: g.out_height, width: g.out_width, channels: g.outputs, padding: 0 };
+        let (input, output) = match key.pass {
+            Pass::Forward | Pass::BackwardFilter => (Images { padding: g.padding, ..x }, y),
+            Pass::BackwardData => (Images { padding: 2 - g.padding, ..y }, x),
         };
-        let filters = [g.outputs, g.inputs];
-        let it = Winograd {
-            input,
-            padding,
-            output,
-            batch: g.batch,
-            weight: w,
-            filters,
-            pass: key.pass,
-            add: key.add,
-        };
-        (g.batch > 0 && it.values_of_an_image() <= MOST_VALUES).then_some(it)
+        let (batch, outputs, inputs) = (g.batch, g.outputs, g.inputs);
+        let it = Winograd { pass: key.pass, batch, input, output, weight: w, outputs, inputs };
+        (it.values_of_an_image() <= MOST_VALUES).then_some(it)
     }
 
     /// Whether it is likely to be quicker than a sum by definition: with few channels on one side, by a device's rates (some 50
     /// TFLOP/s in 32 bits, 4 TB/s), the transforms take as long as the products that they save.
     pub(crate) fn is_worth_it(&self) -> bool {
-        let [outputs, inputs] = self.filters;
-        outputs * inputs >= 24 * (outputs + inputs)
+        self.outputs * self.inputs >= 24 * (self.outputs + self.inputs)
     }
 
     /// Computes it.
@@ -96,89 +89,111 @@ impl Winograd {
     /// # Safety
     /// The addresses are of memory of this device, as large as the key's geometry says.
     pub(crate) unsafe fn compute(&self, device: &CudaDevice) -> Result<()> {
-        let matrices = |rows: usize, columns: usize| {
-            let storage = allocate(device, POSITIONS * rows * columns, DType::F32, false)?;
-            Ok::<_, candle_core::Error>(Matrices { storage, rows, columns })
-        };
-        let [outputs, inputs] = self.filters;
-        let filters = matrices(outputs, inputs)?;
-        // SAFETY: the caller's promise; and what is transformed was made for it.
+        let filters = Matrices::new(device, self.outputs, self.inputs)?;
+        // SAFETY: the caller's promise; and what is transformed has been made for it.
         unsafe {
-            if self.pass != Pass::BackwardFilter {
-                let turned = self.pass == Pass::BackwardData;
-                self.transform_filters(device, "winograd_filter", &filters, turned)?;
-            }
-            let images = self.images_at_once();
-            for first in (0..self.batch).step_by(images) {
-                let (input, output) = (self.input.skip(first), self.output.skip(first));
-                let tiles = images.min(self.batch - first) * self.tiles_of_an_image();
-                let (of_input, of_output) =
-                    (matrices(tiles, input.channels)?, matrices(tiles, output.channels)?);
-                self.transform(device, "winograd_input", &input, self.padding, &of_input)?;
-                let of_input = Side::Plain(&of_input);
-                if self.pass == Pass::BackwardFilter {
-                    self.transform(device, "winograd_output_adjoint", &output, 0, &of_output)?;
-                    multiply(device, &Side::Transposed(&of_output), &of_input, &filters, first > 0)?;
-                    continue;
-                }
-                let by = match self.pass {
-                    Pass::BackwardData => Side::Plain(&filters),
-                    _ => Side::Transposed(&filters),
-                };
-                multiply(device, &of_input, &by, &of_output, false)?;
-                self.transform(device, "winograd_output", &output, 0, &of_output)?;
-            }
-            if self.pass == Pass::BackwardFilter {
-                self.transform_filters(device, "winograd_filter_adjoint", &filters, self.add)?;
+            match self.pass {
+                Pass::Forward => self.convolve(device, &filters, false)?,
+                Pass::BackwardData => self.convolve(device, &filters, true)?,
+                Pass::BackwardFilter => self.filter_gradient(device, &filters)?,
             }
         }
         Ok(())
     }
 
-    fn tiles_of_an_image(&self) -> usize {
-        self.output.height.div_ceil(OUT) * self.output.width.div_ceil(OUT)
-    }
-
-    /// Transformed, of both sides.
-    fn values_of_an_image(&self) -> usize {
-        POSITIONS * self.tiles_of_an_image() * (self.input.channels + self.output.channels)
-    }
-
-    /// Equally many each time, as far as they can be.
-    fn images_at_once(&self) -> usize {
-        let most = (MOST_VALUES / self.values_of_an_image()).max(1);
-        self.batch.div_ceil(self.batch.div_ceil(most))
-    }
-
-    /// From or to tiles of images, whose first begins so far before the image.
+    /// The output, forwards or on the way back.
     ///
     /// # Safety
-    /// There are as many images as the matrices have tiles for.
+    /// As for [`compute`](Self::compute).
+    unsafe fn convolve(&self, device: &CudaDevice, filters: &Matrices, back: bool) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.transform_filters(device, "winograd_filter", filters, back)? };
+        // What was an output is an input on the way back.
+        let by = if back { Factor::Plain(filters) } else { Factor::Transposed(filters) };
+        for part in self.parts() {
+            let (input, output) = self.tiles(device, &part)?;
+            // SAFETY: as above.
+            unsafe { self.transform(device, "winograd_input", &self.input, &part, &input)? };
+            multiply(device, &Factor::Plain(&input), &by, &output, false)?;
+            // SAFETY: as above.
+            unsafe { self.transform(device, "winograd_output", &self.output, &part, &output)? };
+        }
+        Ok(())
+    }
+
+    /// The weight's gradient, where `output` is that of the output.
+    ///
+    /// # Safety
+    /// As for [`compute`](Self::compute).
+    unsafe fn filter_gradient(&self, device: &CudaDevice, filters: &Matrices) -> Result<()> {
+        for part in self.parts() {
+            let (input, output) = self.tiles(device, &part)?;
+            // SAFETY: the caller's promise.
+            unsafe {
+                self.transform(device, "winograd_input", &self.input, &part, &input)?;
+                self.transform(device, "winograd_output_adjoint", &self.output, &part, &output)?;
+            }
+            multiply(device, &Factor::Transposed(&output), &Factor::Plain(&input), filters, part.start > 0)?;
+        }
+        // SAFETY: as above.
+        unsafe { self.transform_filters(device, "winograd_filter_adjoint", filters, false) }
+    }
+
+    /// Tiles of an image: down and across.
+    fn tiling(&self) -> [usize; 2] {
+        [self.output.height.div_ceil(OUT), self.output.width.div_ceil(OUT)]
+    }
+
+    /// Transformed values of an image, of both sides.
+    fn values_of_an_image(&self) -> usize {
+        let [down, across] = self.tiling();
+        POSITIONS * down * across * (self.input.channels + self.output.channels)
+    }
+
+    /// Which images are transformed at once: as equally many each time as they can be.
+    fn parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let most = MOST_VALUES / self.values_of_an_image();
+        let (batch, images) = (self.batch, self.batch.div_ceil(self.batch.div_ceil(most)));
+        (0..batch).step_by(images).map(move |first| first..batch.min(first + images))
+    }
+
+    /// Room for the tiles of some images, of both sides.
+    fn tiles(&self, device: &CudaDevice, images: &Range<usize>) -> Result<(Matrices, Matrices)> {
+        let [down, across] = self.tiling();
+        let of = |side: &Images| Matrices::new(device, images.len() * down * across, side.channels);
+        Ok((of(&self.input)?, of(&self.output)?))
+    }
+
+    /// From some images to their tiles, or back.
+    ///
+    /// # Safety
+    /// As for [`compute`](Self::compute); the tiles are theirs.
     unsafe fn transform(
         &self,
         device: &CudaDevice,
         kernel: &str,
-        images: &Images,
-        padding: usize,
+        all: &Images,
+        images: &Range<usize>,
         tiles: &Matrices,
     ) -> Result<()> {
-        let count = tiles.rows * tiles.columns;
+        let ([down, across], count) = (self.tiling(), tiles.rows * tiles.columns);
+        let before = images.start * all.height * all.width * all.channels * size_of::<f32>();
         let arguments = Tiles {
-            images: images.at,
+            images: all.at + before as u64,
             transformed: address(&tiles.storage)?,
             count: count as u32,
-            height: images.height as u32,
-            width: images.width as u32,
-            channels: images.channels as u32,
-            down: self.output.height.div_ceil(OUT) as u32,
-            across: self.output.width.div_ceil(OUT) as u32,
-            padding: padding as i32,
+            height: all.height as u32,
+            width: all.width as u32,
+            channels: all.channels as u32,
+            down: down as u32,
+            across: across as u32,
+            padding: all.padding as u32,
         };
         // SAFETY: the caller's promise.
         unsafe { launch(device, &WINOGRAD, kernel, count, arguments) }
     }
 
-    /// From or to the weight. `other`: whether filters are turned, or whether their gradient is added.
+    /// From the weight, `turned` or not, to its transform, or back.
     ///
     /// # Safety
     /// As for [`compute`](Self::compute).
@@ -187,74 +202,67 @@ impl Winograd {
         device: &CudaDevice,
         kernel: &str,
         filters: &Matrices,
-        other: bool,
+        turned: bool,
     ) -> Result<()> {
-        let [outputs, inputs] = self.filters;
         let arguments = Filters {
             weight: self.weight,
             transformed: address(&filters.storage)?,
-            outputs: outputs as u32,
-            inputs: inputs as u32,
-            other: other.into(),
+            outputs: self.outputs as u32,
+            inputs: self.inputs as u32,
+            turned: turned.into(),
         };
         // SAFETY: the caller's promise.
-        unsafe { launch(device, &WINOGRAD, kernel, outputs * inputs, arguments) }
+        unsafe { launch(device, &WINOGRAD, kernel, self.outputs * self.inputs, arguments) }
     }
 }
 
-impl Images {
-    /// From an image on.
-    fn skip(self, images: usize) -> Images {
-        let values = images * self.height * self.width * self.channels;
-        Images { at: self.at + (values * size_of::<f32>()) as u64, ..self }
+impl Matrices {
+    fn new(device: &CudaDevice, rows: usize, columns: usize) -> Result<Matrices> {
+        let storage = allocate(device, POSITIONS * rows * columns, DType::F32, false)?;
+        Ok(Matrices { storage, rows, columns })
     }
 }
 
-impl Side<'_> {
-    /// Rows and columns as they count in a product.
-    fn sizes(&self) -> [usize; 2] {
-        match self {
-            Side::Plain(it) => [it.rows, it.columns],
-            Side::Transposed(it) => [it.columns, it.rows],
-        }
-    }
-
+impl Factor<'_> {
     fn matrices(&self) -> &Matrices {
         match self {
-            Side::Plain(it) | Side::Transposed(it) => it,
+            Factor::Plain(it) | Factor::Transposed(it) => it,
         }
     }
 
-    /// Whether cuBLAS, which counts columns first, is to transpose it: it sees all three of a product transposed.
+    /// Rows and columns as they count in the product.
+    fn sizes(&self) -> [usize; 2] {
+        match self {
+            Factor::Plain(it) => [it.rows, it.columns],
+            Factor::Transposed(it) => [it.columns, it.rows],
+        }
+    }
+
     fn operation(&self) -> sys::cublasOperation_t {
         match self {
-            Side::Plain(_) => sys::cublasOperation_t::CUBLAS_OP_N,
-            Side::Transposed(_) => sys::cublasOperation_t::CUBLAS_OP_T,
+            Factor::Plain(_) => sys::cublasOperation_t::CUBLAS_OP_N,
+            Factor::Transposed(_) => sys::cublasOperation_t::CUBLAS_OP_T,
         }
     }
 }
 
 /// `to` = `a` times `b` at each position, put in its place or added to it.
-fn multiply(device: &CudaDevice, a: &Side, b: &Side, to: &Matrices, add: bool) -> Result<()> {
+fn multiply(device: &CudaDevice, a: &Factor, b: &Factor, to: &Matrices, add: bool) -> Result<()> {
     let ([rows, inner], [inner_of_b, columns]) = (a.sizes(), b.sizes());
     if inner != inner_of_b || [rows, columns] != [to.rows, to.columns] {
-        candle_core::bail!(
-            "winograd: {rows}x{inner} times {inner_of_b}x{columns} to {}x{}",
-            to.rows,
-            to.columns
-        );
+        bail!("winograd: {rows}x{inner} by {inner_of_b}x{columns} to {}x{}", to.rows, to.columns);
     }
-    let at = |it: &Matrices| {
+    // Where they begin, and how far it is to the next row and to the next matrix.
+    let place = |it: &Matrices| {
         Ok::<_, candle_core::Error>((address(&it.storage)?, it.columns as i32, (it.rows * it.columns) as i64))
     };
-    let ((at_a, row_a, next_a), (at_b, row_b, next_b), (at_to, row_to, next_to)) =
-        (at(a.matrices())?, at(b.matrices())?, at(to)?);
-    let (one, others) = (1f32, if add { 1f32 } else { 0. });
-    let blas = device.cublas_handle();
+    let (a_place, b_place, to_place) = (place(a.matrices())?, place(b.matrices())?, place(to)?);
+    let (alpha, beta) = (1f32, if add { 1f32 } else { 0. });
+    let (blas, float) = (device.cublas_handle(), sys::cudaDataType_t::CUDA_R_32F);
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
-    // SAFETY: three times 36 matrices of sizes that fit, in memory of this device that was made for them.
-    let done = unsafe {
-        // As what lies row after row, `b` times `a` of what lies column after column.
+    // SAFETY: sizes that fit, as was checked, of memory of this device that was made for them. cuBLAS counts column after column:
+    // it sees all three transposed, and so multiplies `b` by `a`.
+    let asked = unsafe {
         result::gemm_strided_batched_ex(
             *blas.handle(),
             b.operation(),
@@ -262,25 +270,24 @@ fn multiply(device: &CudaDevice, a: &Side, b: &Side, to: &Matrices, add: bool) -
             columns as i32,
             rows as i32,
             inner as i32,
-            (&raw const one).cast(),
-            at_b as *const _,
-            sys::cudaDataType_t::CUDA_R_32F,
-            row_b,
-            next_b,
-            at_a as *const _,
-            sys::cudaDataType_t::CUDA_R_32F,
-            row_a,
-            next_a,
-            (&raw const others).cast(),
-            at_to as *mut _,
-            sys::cudaDataType_t::CUDA_R_32F,
-            row_to,
-            next_to,
+            (&raw const alpha).cast(),
+            b_place.0 as *const _,
+            float,
+            b_place.1,
+            b_place.2,
+            a_place.0 as *const _,
+            float,
+            a_place.1,
+            a_place.2,
+            (&raw const beta).cast(),
+            to_place.0 as *mut _,
+            float,
+            to_place.1,
+            to_place.2,
             POSITIONS as i32,
-            // Not by TF32, whatever the setting is: who allows that does not come here.
             sys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
             sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
         )
     };
-    done.map_err(failed("cuBLAS"))
+    asked.map_err(failed("cuBLAS"))
 }
