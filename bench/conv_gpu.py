@@ -4,13 +4,15 @@
     python3 bench/conv_gpu.py [target/release/examples/conv_cuda]      (with a torch for CUDA)
 
 The shapes are those of bench/tutorial.toml with batches of 16: a cell's first step, later ones, the gradient of a weight over
-nine steps at once, and the convolution that makes frames. Milliseconds, medians of 30. PyTorch's passes are timed one by one.
+nine steps at once, and the convolution that makes frames. Milliseconds, medians of 30 times ten. PyTorch's passes are timed one by one.
 In f32 neither uses TF32.
 Ours for the gradients are what remains of a forward and backward pass without the forward pass and the loss's backward pass,
 and our forward pass turns the weight around. "Timed" is with `trainer.benchmark`, as PyTorch's are here; its
 tensors of bf16 are channels last, as all of ours are.
 """
 
+import glob
+import os
 import statistics
 import subprocess
 import sys
@@ -28,9 +30,10 @@ def median(step):
     times = []
     for _ in range(35):
         start = time.perf_counter()
-        step()
+        for _ in range(10):
+            step()
         torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e2 * (time.perf_counter() - start))
     return statistics.median(times[5:])
 
 
@@ -50,8 +53,20 @@ def pytorch(dtype, batch, size, inputs, outputs, kernel):
     return [median(step) for step in passes]
 
 
+def libraries():
+    """CUDA's, where they come from pip beside torch."""
+    try:
+        import nvidia
+    except ImportError:
+        return []
+    return [at for root in nvidia.__path__ for at in glob.glob(f"{root}/*/lib")]
+
+
 def ours(program, dtype, shape, *more):
-    done = subprocess.run([program, *map(str, shape), dtype, *more], check=True, capture_output=True, text=True)
+    folders = [os.environ.get("LD_LIBRARY_PATH"), *libraries()]
+    environment = {**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, folders))}
+    command = [program, *map(str, shape), dtype, *more]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return [float(ms) for ms in done.stdout.split()]
 
 

@@ -45,6 +45,8 @@ python=${CANDLEPOWER_BENCH_PYTHON:-python3}
 # CUDA's libraries, where they come from pip beside torch.
 libraries=$("$python" -c 'import glob, nvidia; print(":".join(at for root in nvidia.__path__ for at in glob.glob(root + "/*/lib")))' \
     2>/dev/null) && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
+# Drivers compile kernels for their device once, where the result has a place.
+export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/candlepower-cuda-cache} CUDA_CACHE_MAXSIZE=4294967296
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
 out=$(realpath "$out")
@@ -93,7 +95,8 @@ train() { # NAME CONFIG STEPS ACCELERATOR [ARGUMENT...]: a training without pict
     shift 4
     within "$limit" "$candlepower" train "$config" --accelerator "$accelerator" --set run.dir="\"$out/runs\"" \
         --set run.name="\"$name\"" --set trainer.max_steps="$steps" --set trainer.log_every=1 --set trainer.limit_val_batches=1 \
-        --set trainer.sanity_val_batches=0 --set logging.image_every=0 --set logging.progress=false "$@"
+        --set trainer.sanity_val_batches=0 --set data.val_samples=4 --set logging.image_every=0 \
+        --set logging.progress=false "$@"
 }
 metrics() { echo "$out/runs/$1/version_0/metrics.jsonl"; }
 same_losses() { # CONFIG TOLERANCE [ARGUMENT...]: three steps on the CPU and on the device
@@ -157,6 +160,10 @@ measure() { # WHAT COMMAND...
     if json=$(within "$limit" "$@" 2>"$log") && json=$(tail -1 <<<"$json") && [[ $json == \{* ]]; then
         printf '%s\t%s\n' "$what" "$json" >>"$results"
         echo "  $what: $json"
+        if [[ $what == *recorded* ]] && ! grep -q 'recorded as a CUDA graph' "$log"; then
+            note "FAILED  $what: $(grep -m1 'not recorded' "$log" || echo 'steps were not recorded')"
+            failures=$((failures + 1))
+        fi
     else
         log=$(why "$log")
         note "  $what: failed: ${log:-nothing was said, in at most $limit s}"

@@ -67,10 +67,10 @@ pub(crate) fn measure<B: Batch>(
         return Err(Error::msg("the training data is empty"));
     }
     let device = model.params().device().clone();
-    kernels::reset_peak_memory(&device);
     let (ends, receiver) = channel();
     let total = WARM_UP + steps;
-    let mut trainer = trainer.trial(total).callback(Stopwatch { device: device.clone(), ends });
+    let mut trainer =
+        trainer.trial(total).callback(Stopwatch { device: device.clone(), warm_up: WARM_UP, ends });
     let samples = match pass {
         Pass::Training => {
             let batch = trainer.config.batch_size;
@@ -118,13 +118,19 @@ pub(crate) fn measure<B: Batch>(
 /// Notes when each step ends. The time between two ends is all that a step costs, waiting for data included.
 struct Stopwatch {
     device: Device,
+    /// Steps before those that are timed.
+    warm_up: u64,
     ends: Sender<Instant>,
 }
 
 impl Stopwatch {
-    fn note(&self) -> Result<()> {
+    fn note(&mut self) -> Result<()> {
         // A step has ended when its device is idle, not when its last operation has been asked for.
         self.device.synchronize()?;
+        if self.warm_up == 1 {
+            kernels::reset_peak_memory(&self.device);
+        }
+        self.warm_up = self.warm_up.saturating_sub(1);
         // Nobody listens only after the benchmark has failed.
         let _ = self.ends.send(Instant::now());
         Ok(())

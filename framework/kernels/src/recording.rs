@@ -19,8 +19,7 @@ pub struct Recording {
 pub fn rehearse<T>(device: &Device, work: impl FnOnce() -> T) -> T {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
-        let _kept = device.enable_cuda_graph_htod_cache();
-        return work();
+        return crate::cuda::Graph::rehearse(device, work);
     }
     let _ = device;
     work()

@@ -421,6 +421,7 @@ driver! {
         // SAFETY: the caller's pointer.
         unsafe { give(to, 0) }
     }
+    fn cuDeviceGraphMemTrim(_device: c_int) { Ok(()) }
     fn cuDeviceSetGraphMemAttribute(_device: c_int, _attribute: c_uint, _value: *mut c_void) { Ok(()) }
     fn cuGetExportTable(to: *mut *const usize, _name: *const c_void) {
         // The compiler asks for one that no documentation names, and looks at its size first: this one is of nothing else.

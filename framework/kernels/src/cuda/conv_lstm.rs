@@ -184,8 +184,8 @@ impl Operations for Cuda<'_> {
         1 << 30
     }
     fn threads(&self) -> usize {
-        // Three blocks, as many as the gates' registers allow at once, for each multiprocessor of an H200. Of any other device as
-        // well: sums of as many parts have the same bits.
+        // Three blocks, as many as the gates' kernels ask to run at once, for each multiprocessor of an H200. Of any other device
+        // as well: sums of as many parts have the same bits.
         3 * 132 * THREADS
     }
 

@@ -144,9 +144,12 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
     add<V>(to + 3 * n, sums.g);
 }
 
+// Three blocks of a multiprocessor at once: what the host shares rows out for.
 #define KERNELS(T, V)                                                                                                          \
     extern "C" __global__ void gates_forward_##T##_##V(GatesForward<T> a) { gates_forward<T, V>(a); }                          \
-    extern "C" __global__ void gates_backward_##T##_##V(GatesBackward<T> a) { gates_backward<T, V>(a); }
+    extern "C" __global__ void __launch_bounds__(256, 3) gates_backward_##T##_##V(GatesBackward<T> a) {                        \
+        gates_backward<T, V>(a);                                                                                               \
+    }
 KERNELS(float, 1)
 KERNELS(float, 4)
 KERNELS(bf16, 1)

@@ -56,6 +56,14 @@ unsafe impl Send for Graph {}
 unsafe impl Sync for Graph {}
 
 impl Graph {
+    /// Does work that is to be recorded, in memory that recordings which are dropped no longer need.
+    pub(crate) fn rehearse<T>(device: &CudaDevice, work: impl FnOnce() -> T) -> T {
+        // Only a saving: where it fails, so will the work, which says why.
+        let _ = give_back_recorded_memory(&device.cuda_stream());
+        let _uploaded = device.enable_cuda_graph_htod_cache();
+        work()
+    }
+
     pub(crate) fn record<T, E: From<Error>>(
         device: &CudaDevice,
         work: impl FnOnce() -> std::result::Result<T, E>,
@@ -152,6 +160,14 @@ fn give_back_memory(stream: &Arc<CudaStream>) -> Result<()> {
         .map_err(&failed)?;
         sys::cuMemPoolTrimTo(pool, 0).result().map_err(&failed)
     }
+}
+
+/// Gives what recordings have freed back to the driver.
+fn give_back_recorded_memory(stream: &Arc<CudaStream>) -> Result<()> {
+    let failed = failed("memory of CUDA graphs");
+    stream.synchronize().map_err(&failed)?;
+    // SAFETY: the context's device exists; what is in use is not touched.
+    unsafe { sys::cuDeviceGraphMemTrim(stream.context().cu_device()) }.result().map_err(&failed)
 }
 
 impl std::fmt::Debug for Graph {

@@ -4,6 +4,7 @@
 
 #define DEVICE static inline
 #define __global__
+#define __launch_bounds__(threads, blocks)
 
 struct Place {
     unsigned x;

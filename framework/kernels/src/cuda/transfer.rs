@@ -51,9 +51,9 @@ impl Transfers {
     }
 }
 
-/// Waiting for it sleeps.
-fn event(stream: &CudaStream) -> Result<CudaEvent> {
-    stream.record_event(Some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed("CUDA event"))
+/// Who waits for it sleeps, or looks again and again, which is quicker.
+fn event(stream: &CudaStream, sleeps: bool) -> Result<CudaEvent> {
+    stream.record_event(sleeps.then_some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed("CUDA event"))
 }
 
 /// A tensor of f32 on the CPU, copied to a device by a stream of its own, without making the device's work wait. Returns when
@@ -74,7 +74,7 @@ pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
         transfers.up.memcpy_htod(&values[..len], slice)
     };
     // Also where the copy failed: nothing may still be under way when the memory goes back.
-    let done = event(&transfers.up).and_then(|event| event.synchronize().map_err(failed("CUDA event")));
+    let done = event(&transfers.up, true).and_then(|event| event.synchronize().map_err(failed("CUDA event")));
     copied.map_err(failed("copying to a CUDA device"))?;
     done?;
     transfers.give_back(staging);
@@ -109,7 +109,8 @@ impl Download {
             let to = &mut staging.as_mut_slice().map_err(failed("pinned memory"))?[..end - start];
             transfers.down.memcpy_dtoh(&values, to).map_err(failed("copying from a CUDA device"))
         };
-        match copied.and_then(|()| event(&transfers.down)) {
+        // The training waits for one in each step, and by then the device has little left to do.
+        match copied.and_then(|()| event(&transfers.down, false)) {
             Ok(done) => {
                 Ok(Self { transfers, staging: Some(staging), done, shape: x.shape().clone(), _source: x })
             }
