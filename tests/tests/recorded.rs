@@ -144,6 +144,24 @@ fn recorded_steps_are_those_that_run_as_they_come() {
     }
 }
 
+#[test]
+fn so_are_those_whose_convolutions_are_winograds() {
+    let Some(_turn) = turn() else { return };
+    let model = || {
+        let build = |vb: VarBuilder| {
+            ConvLstm::build(
+                &ConvLstmConfig { hidden: 32, ..Default::default() },
+                &Blobs { samples: 1 }.spec(),
+                vb,
+            )
+        };
+        Model::new(build, 1, &device()).unwrap()
+    };
+    let config = TrainerConfig { max_steps: Some(6), ..config(4) };
+    let (said, _) = compare("32 channels", config, &adam(), model, &data());
+    assert_eq!(said.matches("a training step: recorded as a CUDA graph").count(), 2, "{said}");
+}
+
 fn habit(precision: Precision, habit: fn(&Tensor, &Step) -> Result<Tensor>) -> impl Fn() -> Model<Video> {
     move || {
         let build = move |vb: VarBuilder| Ok(Habit(vb.get((1, 1, 1, 8, 8), "w")?, habit));
