@@ -2,8 +2,8 @@
 //!
 //! Touching fresh pages costs as much as the arithmetic of a small op, and training asks for the same sizes at every
 //! step. A dropped [`Buffer`] therefore stays in a pool until a buffer of the same size, or a little less, is asked for. Lent
-//! and idle memory together stay below what was once lent at the same time, and an eighth more: before a fresh allocation
-//! would pass that, the blocks that were idle for longest are freed. [`release_scratch`] frees all that is idle.
+//! and idle memory together stay below what was once lent at the same time, and an eighth or 32 MiB more: before a fresh
+//! allocation would pass that, the blocks that were idle for longest are freed. [`release_scratch`] frees all that is idle.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::cmp::Reverse;
@@ -25,6 +25,9 @@ const PAGE: usize = 4 << 10;
 const LARGE: usize = 64 << 10;
 /// Buffers from here on are aligned to, and made of, huge pages where the system has them.
 const HUGE: usize = 2 << 20;
+/// What may be idle in any case: the ops of a step want many sizes, of which few are lent at once, and each of them again in
+/// the next step.
+const SPARE: usize = 32 << 20;
 
 /// A block of memory that the pool owns or has lent: pages of its own, so that it leaves no holes among tensors, and goes
 /// back to the system as a whole.
@@ -69,8 +72,7 @@ struct Pool {
     peak_bytes: usize,
 }
 
-static POOL: Mutex<Pool> =
-    Mutex::new(Pool { idle: VecDeque::new(), idle_bytes: 0, lent_bytes: 0, peak_bytes: 0 });
+static POOL: Mutex<Pool> = Mutex::new(Pool::new());
 
 fn pool() -> MutexGuard<'static, Pool> {
     // Nothing in here panics half-way.
@@ -78,6 +80,10 @@ fn pool() -> MutexGuard<'static, Pool> {
 }
 
 impl Pool {
+    const fn new() -> Self {
+        Self { idle: VecDeque::new(), idle_bytes: 0, lent_bytes: 0, peak_bytes: 0 }
+    }
+
     /// Takes an idle block of this size, or of a little more, or makes room for a fresh one.
     fn lend(&mut self, bytes: usize) -> Option<Block> {
         let fits = |block: &Block| (bytes..=bytes + bytes / 8).contains(&block.bytes);
@@ -91,7 +97,8 @@ impl Pool {
             self.idle_bytes -= block.bytes;
             return Some(block);
         }
-        while self.lent_bytes + self.idle_bytes > self.peak_bytes + self.peak_bytes / 8
+        let most = self.peak_bytes + (self.peak_bytes / 8).max(SPARE);
+        while self.lent_bytes + self.idle_bytes > most
             && let Some(old) = self.idle.pop_front()
         {
             self.idle_bytes -= old.bytes;
@@ -217,6 +224,33 @@ impl<T> std::fmt::Debug for Buffer<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn small_ones_of_many_sizes_stay_though_one_is_lent_at_a_time() {
+        let mut pool = Pool::new();
+        // 18 MiB in all, none of which fits another.
+        let sizes: Vec<usize> = (1..=8).map(|i| (i << 19) + PAGE).collect();
+        let fresh = |pool: &mut Pool| {
+            let count_fresh = |fresh: usize, &bytes: &usize| {
+                let found = pool.lend(bytes);
+                let count = fresh + usize::from(found.is_none());
+                pool.take_back(found.unwrap_or_else(|| Block::allocate(bytes)));
+                count
+            };
+            sizes.iter().fold(0, count_fresh)
+        };
+        assert_eq!(fresh(&mut pool), sizes.len());
+        assert_eq!(fresh(&mut pool), 0);
+        assert_eq!((pool.lent_bytes, pool.idle_bytes), (0, sizes.iter().sum()));
+        // A large one that is used once does not stay beside them for ever.
+        let large = pool.lend(2 * SPARE).unwrap_or_else(|| Block::allocate(2 * SPARE));
+        pool.take_back(large);
+        for bytes in (0..40).map(|i| (3 << 20) + (i << 19)) {
+            let block = pool.lend(bytes).unwrap_or_else(|| Block::allocate(bytes));
+            pool.take_back(block);
+        }
+        assert!(pool.idle_bytes <= 3 * SPARE, "{}", pool.idle_bytes);
+    }
 
     /// Other tests of this process use the pool, too: the sizes here are theirs alone.
     #[test]
