@@ -144,6 +144,8 @@ pub(crate) trait Simd: Copy {
     fn neg_mul_add(self, b: Self, c: Self) -> Self;
     fn min(self, b: Self) -> Self;
     fn max(self, b: Self) -> Self;
+    /// 1 where a lane is above zero, else 0.
+    fn above_zero(self) -> Self;
     /// 1 / self, to about one unit in the last place, for normal values.
     fn reciprocal(self) -> Self;
     /// The bits shifted left by 23: turns an integer in the low bits into the exponent of a float.
@@ -305,6 +307,10 @@ impl Simd for Portable {
         self.zip(b, |x, y| if x > y { x } else { y })
     }
     #[inline(always)]
+    fn above_zero(self) -> Self {
+        self.zip(self, |x, _| if x > 0. { 1. } else { 0. })
+    }
+    #[inline(always)]
     fn reciprocal(self) -> Self {
         self.zip(self, |x, _| 1. / x)
     }
@@ -432,6 +438,13 @@ mod x86 {
         #[inline(always)]
         fn max(self, b: Self) -> Self {
             Avx512(op!(_mm512_max_ps(self.0, b.0)))
+        }
+        #[inline(always)]
+        fn above_zero(self) -> Self {
+            op!({
+                let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(self.0, _mm512_setzero_ps());
+                Avx512(_mm512_maskz_mov_ps(above, _mm512_set1_ps(1.)))
+            })
         }
         #[inline(always)]
         fn reciprocal(self) -> Self {
@@ -581,6 +594,14 @@ mod x86 {
         #[inline(always)]
         fn max(self, b: Self) -> Self {
             op!(Avx2(_mm256_max_ps(self.0, b.0), _mm256_max_ps(self.1, b.1)))
+        }
+        #[inline(always)]
+        fn above_zero(self) -> Self {
+            op!({
+                let (zero, one) = (_mm256_setzero_ps(), _mm256_set1_ps(1.));
+                let above = |x| _mm256_and_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(x, zero), one);
+                Avx2(above(self.0), above(self.1))
+            })
         }
         #[inline(always)]
         fn reciprocal(self) -> Self {

@@ -57,7 +57,7 @@ pub(crate) fn check_type(op: &str, name: &str, x: &Tensor, dtype: DType) -> Resu
     check_elements(op, name, x)
 }
 
-fn check_elements(op: &str, name: &str, x: &Tensor) -> Result<()> {
+pub(crate) fn check_elements(op: &str, name: &str, x: &Tensor) -> Result<()> {
     if x.elem_count() == 0 {
         bail!("{op}: {name} has no elements, its shape is {:?}", x.dims());
     }

@@ -1,0 +1,288 @@
+//! Activations of a network's layers, value by value, as one op each.
+
+use crate::activations::{exp_below, sigmoid};
+use crate::buffer::filled;
+use crate::float::Float;
+use crate::parallel::{Shared, for_rows, on_pool};
+use crate::simd::{Kernel, LANES, Level, Simd};
+use crate::tensors::{check_elements, packed, tracked, with_values};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
+use half::{bf16, f16};
+use std::f32::consts::FRAC_1_SQRT_2;
+
+/// What becomes of each value.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Activation {
+    /// `x sigmoid(x)` (Elfwing, Uchibe and Doya 2018).
+    Silu,
+    /// `x/2 (1 + erf(x / sqrt 2))` (Hendrycks and Gimpel 2016), not its approximation by tanh; to 1e-7 of x.
+    Gelu,
+    /// `x` where it is above zero, else so many times `x`.
+    LeakyRelu(f32),
+}
+
+/// An activation of each value of x, of any shape. Differentiable.
+///
+/// # Errors
+/// Where x has no elements, or is not f32, bf16 or f16 on the CPU.
+pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
+    if !x.device().is_cpu() || !matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16) {
+        let (dtype, location) = (x.dtype(), x.device().location());
+        bail!("activation: x must be f32, bf16 or f16 on the CPU, got {dtype:?} on {location:?}");
+    }
+    check_elements("activation", "x", x)?;
+    if tracked(x) { x.apply_op1(activation) } else { x.apply_op1_no_bwd(&activation) }
+}
+
+/// Values forwards, or, where there are gradients of the results, backwards.
+struct Values<'a, T> {
+    activation: Activation,
+    x: &'a [T],
+    /// Of the results, as many.
+    d: Option<&'a [T]>,
+    /// Room for as many.
+    to: Shared<T>,
+}
+
+impl<T: Float> Kernel for Values<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        // SAFETY: the fields' promise.
+        unsafe {
+            match (self.activation, self.d) {
+                (Activation::Silu, None) => self.each(
+                    #[inline(always)]
+                    |x: S, _| x.mul(sigmoid(x)),
+                ),
+                (Activation::Silu, Some(_)) => self.each(
+                    #[inline(always)]
+                    |x: S, d| {
+                        let s = sigmoid(x);
+                        d.mul(x.mul(S::splat(1.).sub(s)).mul_add(s, s))
+                    },
+                ),
+                (Activation::Gelu, None) => self.each(
+                    #[inline(always)]
+                    |x: S, _| {
+                        let it = Normal::of(x);
+                        it.tail.neg_mul_add(it.size, S::zero().max(x))
+                    },
+                ),
+                (Activation::Gelu, Some(_)) => self.each(
+                    #[inline(always)]
+                    |x: S, d| {
+                        let it = Normal::of(x);
+                        let one = S::splat(1.);
+                        let cumulative =
+                            x.above_zero().mul_add(it.tail.neg_mul_add(S::splat(2.), one), it.tail);
+                        let near = it.size.min(S::zero().sub(it.size).max(x));
+                        d.mul(near.mul_add(it.density, cumulative))
+                    },
+                ),
+                (Activation::LeakyRelu(slope), None) => self.each(
+                    #[inline(always)]
+                    |x: S, _| S::zero().min(x).mul_add(S::splat(slope), S::zero().max(x)),
+                ),
+                (Activation::LeakyRelu(slope), Some(_)) => self.each(
+                    #[inline(always)]
+                    |x: S, d| d.mul(x.above_zero().mul_add(S::splat(1. - slope), S::splat(slope))),
+                ),
+            }
+        }
+    }
+}
+
+impl<T: Float> Values<'_, T> {
+    /// # Safety
+    /// As for the fields; the caller has vectors.
+    #[inline(always)]
+    unsafe fn each<S: Simd>(self, f: impl Fn(S, S) -> S) {
+        for at in (0..self.x.len()).step_by(LANES) {
+            let lanes = LANES.min(self.x.len() - at);
+            // SAFETY: so many lanes are left.
+            unsafe {
+                let x = T::load_lanes(self.x.as_ptr().add(at), lanes);
+                let d = self.d.map_or(S::zero(), |d| T::load_lanes(d.as_ptr().add(at), lanes));
+                T::store_lanes(f(x, d), self.to.at(at), lanes);
+            }
+        }
+    }
+}
+
+/// The standard normal distribution at some x.
+struct Normal<S> {
+    /// |x|, of which what is beyond 10^4 is left out: there is nothing.
+    size: S,
+    /// The probability of what is larger than |x|.
+    tail: S,
+    density: S,
+}
+
+impl<S: Simd> Normal<S> {
+    /// By formula 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), whose error is below 1.5e-7.
+    /// # Safety
+    /// The caller has vectors.
+    #[inline(always)]
+    unsafe fn of(x: S) -> Self {
+        const P: f32 = 0.327_591_1 * FRAC_1_SQRT_2;
+        // From the fifth power of t down.
+        const TERMS: [f32; 5] = [1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
+        /// 1 / sqrt(2 pi)
+        const HIGHEST: f32 = 0.398_942_3;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let size = S::splat(1e4).min(S::zero().sub(x).max(x));
+            let power = exp_below(size.mul(size).mul(S::splat(-0.5)));
+            let t = size.mul_add(S::splat(P), S::splat(1.)).reciprocal();
+            let mut sum = S::zero();
+            for term in TERMS {
+                sum = sum.mul_add(t, S::splat(0.5 * term));
+            }
+            Self { size, tail: sum.mul(t).mul(power), density: power.mul(S::splat(HIGHEST)) }
+        }
+    }
+}
+
+impl Activation {
+    fn run<T: Float>(self, x: &[T], d: Option<&[T]>) -> Vec<T> {
+        let level = Level::current();
+        let fill = |to: Shared<T>| {
+            for_rows(x.len(), 1, |part| {
+                // SAFETY: each part belongs to one task.
+                let to = unsafe { to.offset(part.start) };
+                level.run(Values {
+                    activation: self,
+                    x: &x[part.clone()],
+                    d: d.map(|d| &d[part.clone()]),
+                    to,
+                });
+            });
+        };
+        // SAFETY: every part is written.
+        unsafe { filled(x.len(), |to| on_pool(|| fill(to))) }
+    }
+
+    fn forward<T: Float>(self, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
+        Ok(T::to_cpu_storage_owned(self.run::<T>(&packed(x, layout)?, None)))
+    }
+
+    fn gradient<T: Float>(self, x: &Tensor, d: &Tensor) -> Result<Tensor> {
+        let dx = with_values(x, |values: &[T]| with_values(d, |d| Ok(self.run(values, Some(d)))))?;
+        Tensor::from_vec(dx, x.shape(), &Device::Cpu)
+    }
+}
+
+impl CustomOp1 for Activation {
+    fn name(&self) -> &'static str {
+        "activation"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let y = match x {
+            CpuStorage::BF16(_) => self.forward::<bf16>(x, layout)?,
+            CpuStorage::F16(_) => self.forward::<f16>(x, layout)?,
+            _ => self.forward::<f32>(x, layout)?,
+        };
+        Ok((y, layout.shape().clone()))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(match x.dtype() {
+            DType::BF16 => self.gradient::<bf16>(x, d)?,
+            DType::F16 => self.gradient::<f16>(x, d)?,
+            _ => self.gradient::<f32>(x, d)?,
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    /// Results and slopes in f64, by definition; the distribution function from its Taylor series.
+    fn expected(activation: Activation, x: f64) -> (f64, f64) {
+        match activation {
+            Activation::Silu => {
+                let s = 1. / (1. + (-x).exp());
+                (x * s, s * (1. + x * (1. - s)))
+            }
+            Activation::Gelu => {
+                let density = (-0.5 * x * x).exp() / (2. * std::f64::consts::PI).sqrt();
+                let (mut term, mut sum, mut n) = (x, x, 1.);
+                while n < 400. {
+                    n += 2.;
+                    term *= x * x / n;
+                    sum += term;
+                }
+                let cumulative = 0.5 + density * sum;
+                (x * cumulative, cumulative + x * density)
+            }
+            Activation::LeakyRelu(slope) if x <= 0. => (x * f64::from(slope), f64::from(slope)),
+            Activation::LeakyRelu(_) => (x, 1.),
+        }
+    }
+
+    const ALL: [Activation; 3] = [Activation::Silu, Activation::Gelu, Activation::LeakyRelu(0.2)];
+
+    fn run(activation: Activation, x: &[f32], dtype: DType) -> [Vec<f32>; 2] {
+        let x = Tensor::new(x, &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let y = activate(&x, activation).unwrap();
+        let dx = (&y * 2.).unwrap().sum_all().unwrap().backward().unwrap().remove(&x).unwrap();
+        [y, dx].map(|it| it.to_dtype(DType::F32).unwrap().to_vec1().unwrap())
+    }
+
+    #[test]
+    fn close_to_f64_everywhere_at_every_instruction_set() {
+        // As many as are not whole vectors, and more than a task takes.
+        let x: Vec<f32> = (0..40_003).map(|i| (i as f32 - 20_001.) * 6e-4).collect();
+        for level in [Level::Portable, Level::Avx2, Level::Avx512] {
+            if !Level::force(Some(level)) {
+                continue;
+            }
+            for activation in ALL {
+                for (dtype, rounding) in [(DType::F32, 6e-7), (DType::F16, 1e-3), (DType::BF16, 8e-3)] {
+                    let rounded = Tensor::new(&x[..], &Device::Cpu).unwrap().to_dtype(dtype).unwrap();
+                    let rounded: Vec<f32> = rounded.to_dtype(DType::F32).unwrap().to_vec1().unwrap();
+                    let [y, dx] = run(activation, &x, dtype);
+                    for ((x, y), dx) in rounded.iter().zip(y).zip(dx) {
+                        let (value, slope) = expected(activation, f64::from(*x));
+                        let off =
+                            |ours: f32, value: f64| (f64::from(ours) - value).abs() / (0.5 + value.abs());
+                        assert!(
+                            off(y, value) < rounding,
+                            "{level:?} {activation:?} {dtype:?} {x}: {y}, {value}"
+                        );
+                        let slope = 2. * slope;
+                        assert!(
+                            off(dx, slope) < 2. * rounding,
+                            "{level:?} {activation:?} {x}: {dx}, {slope}"
+                        );
+                    }
+                }
+            }
+        }
+        Level::force(None);
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so_and_what_is_infinite_has_its_limit() {
+        for activation in ALL {
+            let [y, dx] = run(activation, &[f32::NAN, f32::INFINITY, -1e20, 1e20, 0.], DType::F32);
+            let case = format!("{activation:?}: {y:?}, {dx:?}");
+            assert!(y[0].is_nan() && y[1] == f32::INFINITY && y[3] == 1e20 && y[4] == 0., "{case}");
+            let below = if let Activation::LeakyRelu(slope) = activation { slope } else { 0. };
+            assert!((y[2] - below * -1e20).abs() < 1e-6 && (dx[2] - 2. * below).abs() < 1e-6, "{case}");
+            // Of an infinite one the slope of SiLU is no number in PyTorch either.
+            assert!(dx[3] == 2. && (activation == Activation::Silu || dx[1] == 2.), "{case}");
+        }
+    }
+
+    #[test]
+    fn other_tensors_are_refused() {
+        let wide = Tensor::zeros(3, DType::F64, &Device::Cpu).unwrap();
+        let error = activate(&wide, Activation::Silu).unwrap_err().to_string();
+        assert!(error.contains("x must be f32, bf16 or f16 on the CPU, got F64"), "{error}");
+    }
+}
