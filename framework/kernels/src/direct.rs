@@ -139,10 +139,15 @@ impl Weights<'_> {
         let (i, o) = (self.geometry.group_inputs(), self.geometry.group_outputs());
         if self.swapped { (o, i) } else { (i, o) }
     }
+    /// All taps between two channels.
+    #[inline(always)]
+    fn taps(&self, group: usize, from: usize, to: usize) -> &[f32] {
+        let (i, o) = if self.swapped { (to, from) } else { (from, to) };
+        &self.data[self.geometry.weight(group, o, i, 0)..][..self.geometry.taps()]
+    }
     #[inline(always)]
     fn at(&self, group: usize, from: usize, to: usize, tap: usize) -> f32 {
-        let (i, o) = if self.swapped { (to, from) } else { (from, to) };
-        self.data[self.geometry.weight(group, o, i, tap)]
+        self.taps(group, from, to)[tap]
     }
 }
 

@@ -144,10 +144,19 @@ fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
                         depth * width,
                     )
                 };
-                for (k, line) in panel.chunks_exact_mut(width).enumerate() {
-                    let (tap, i) = (pass.taps[k / from].index, k % from);
-                    for (column, x) in line.iter_mut().enumerate() {
-                        *x = if first + column < to { weights.at(group, i, first + column, tap) } else { 0. };
+                // A channel's taps lie side by side in the weight, its columns here: turned around in a tile that stays in the cache,
+                // as neither side's strides do.
+                let columns = width.min(to - first);
+                let mut tile = vec![0f32; pass.taps.len() * width];
+                for i in 0..from {
+                    for column in 0..columns {
+                        let taps = weights.taps(group, i, first + column);
+                        for (k, tap) in pass.taps.iter().enumerate() {
+                            tile[k * width + column] = taps[tap.index];
+                        }
+                    }
+                    for (k, line) in tile.chunks_exact(width).enumerate() {
+                        panel[(k * from + i) * width..][..width].copy_from_slice(line);
                     }
                 }
             });

@@ -70,7 +70,7 @@ pub(crate) fn backward_weight<T: Float>(
     let part_floats = groups * rows_of_c * row_of_c;
     let mut sums = Buffer::zeroed(parts * part_floats);
     let data = Shared::new(&mut sums);
-    let scratch = || Buffer::new(LINE * (PIECE + 2 * LANES));
+    let scratch = || Buffer::new(LINE * (PIECE + PANEL));
     parallel::for_each_with(parts * groups * pieces.len(), scratch, |task, scratch| {
         let (part, piece) = (task / (groups * pieces.len()), task % (groups * pieces.len()));
         let (group, piece) = (piece / pieces.len(), piece % pieces.len());
@@ -113,22 +113,37 @@ pub(crate) fn backward_weight<T: Float>(
     let (total, others) = sums.split_at_mut(part_floats);
     parallel::add_all(total, others);
     let out = Shared::new(dw);
-    parallel::for_each(g.outputs, |o| {
-        let (group, o) = (o / to, o % to);
-        for i in 0..from {
-            for tap in 0..g.taps() {
+    // By panels of outputs, as they lie in the sums of products.
+    let (panels, chunks) = (to.div_ceil(PANEL), from.div_ceil(PANEL));
+    parallel::for_each(g.groups * panels * chunks, |task| {
+        let (group, panel, chunk) = (task / (panels * chunks), task / chunks % panels, task % chunks);
+        let first = panel * PANEL;
+        let width = (row_of_c - first).min(PANEL);
+        let outputs = width.min(to - first);
+        // All taps of a channel to these outputs: a tile that stays in the cache, as neither side's strides do.
+        let mut tile = vec![0f32; g.taps() * outputs];
+        for i in chunk * PANEL..from.min((chunk + 1) * PANEL) {
+            for (tap, line) in tile.chunks_exact_mut(outputs).enumerate() {
                 let k = tap * from + i;
-                let at = match shape {
-                    Shape::Depthwise => tap * row_of_c + group,
-                    Shape::Dot => (group * rows_of_c + o) * row_of_c + columns[k],
-                    Shape::Product => {
-                        let first = o / (2 * LANES) * 2 * LANES;
-                        let width = (row_of_c - first).min(2 * LANES);
-                        group * rows_of_c * row_of_c + first * depth + k * width + o - first
+                match shape {
+                    Shape::Depthwise => line[0] = total[tap * row_of_c + group],
+                    Shape::Dot => {
+                        for (o, x) in line.iter_mut().enumerate() {
+                            *x = total[(group * rows_of_c + first + o) * row_of_c + columns[k]];
+                        }
                     }
+                    Shape::Product => {
+                        let at = group * rows_of_c * row_of_c + first * depth + k * width;
+                        line.copy_from_slice(&total[at..][..outputs]);
+                    }
+                }
+            }
+            for o in 0..outputs {
+                // SAFETY: each weight belongs to one panel and chunk, and these to one task.
+                let taps = unsafe {
+                    std::slice::from_raw_parts_mut(out.at(g.weight(group, first + o, i, 0)), g.taps())
                 };
-                // SAFETY: each weight belongs to one output channel, and that to one task.
-                unsafe { *out.at(g.weight(group, o, i, tap)) += total[at] };
+                taps.iter_mut().enumerate().for_each(|(tap, x)| *x += tile[tap * outputs + o]);
             }
         }
     });
@@ -138,6 +153,8 @@ pub(crate) fn backward_weight<T: Float>(
 const PIECE: usize = 96;
 /// Pixels of a line: so many that the operands of its products stay in the L1 cache.
 const LINE: usize = 64;
+/// Outputs of a panel of products.
+const PANEL: usize = 2 * LANES;
 /// Tasks of a weight gradient, where its size does not already make more.
 const TASKS: usize = 32;
 
@@ -197,8 +214,8 @@ impl Kernel for WeightSums<'_> {
                         // and few of them would fit into the cache at once.
                         let (a, b) = self.scratch.split_at_mut(LINE * PIECE);
                         copy_rows::<S>(x, x_row, a.as_mut_ptr(), self.piece.len, len);
-                        for panel in 0..self.row_of_c.div_ceil(2 * LANES) {
-                            let column = panel * 2 * LANES;
+                        for panel in 0..self.row_of_c.div_ceil(PANEL) {
+                            let column = panel * PANEL;
                             let width = ((self.row_of_c - column) / LANES).min(2);
                             let outputs = (to - column).min(width * LANES);
                             let dy = dy.add(self.group * to + column);
