@@ -5,8 +5,10 @@ use crate::buffer::filled;
 use crate::float::Float;
 use crate::parallel::{Shared, for_rows, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_elements, packed, tracked, with_values};
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
+use crate::tensors::{check_convolves, packed, tracked, with_values};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use half::{bf16, f16};
 use std::f32::consts::FRAC_1_SQRT_2;
 
@@ -24,13 +26,11 @@ pub enum Activation {
 /// An activation of each value of x, of any shape. Differentiable.
 ///
 /// # Errors
-/// Where x has no elements, or is not f32, bf16 or f16 on the CPU.
+/// Where x has no elements, or [`convolves`](crate::convolves) does not take it.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
-    if !x.device().is_cpu() || !matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16) {
-        let (dtype, location) = (x.dtype(), x.device().location());
-        bail!("activation: x must be f32, bf16 or f16 on the CPU, got {dtype:?} on {location:?}");
-    }
-    check_elements("activation", "x", x)?;
+    check_convolves("activation", "x", x)?;
+    #[cfg(feature = "cuda")]
+    let x = &if x.device().is_cuda() { crate::cuda::aligned(x)? } else { x.clone() };
     if tracked(x) { x.apply_op1(activation) } else { x.apply_op1_no_bwd(&activation) }
 }
 
@@ -186,7 +186,16 @@ impl CustomOp1 for Activation {
         Ok((y, layout.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::pointwise::forward(*self, x, layout)?, layout.shape().clone()))
+    }
+
     fn bwd(&self, x: &Tensor, _: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            return crate::cuda::pointwise::gradient(*self, x, d).map(Some);
+        }
         Ok(Some(match x.dtype() {
             DType::BF16 => self.gradient::<bf16>(x, d)?,
             DType::F16 => self.gradient::<f16>(x, d)?,
@@ -283,6 +292,6 @@ mod tests {
     fn other_tensors_are_refused() {
         let wide = Tensor::zeros(3, DType::F64, &Device::Cpu).unwrap();
         let error = activate(&wide, Activation::Silu).unwrap_err().to_string();
-        assert!(error.contains("x must be f32, bf16 or f16 on the CPU, got F64"), "{error}");
+        assert!(error.contains("x must be f32, bf16 or f16 on the CPU"), "{error}");
     }
 }

@@ -13,7 +13,7 @@ pub fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Whether [`conv2d`](crate::conv2d()) and [`conv_lstm`](crate::conv_lstm()) take this tensor: f32, bf16 or f16, on the CPU or, with
+/// Whether [`conv2d`](crate::conv2d()), [`conv_lstm`](crate::conv_lstm()) and [`activate`](crate::activate()) take this tensor: f32, bf16 or f16, on the CPU or, with
 /// the feature `cuda`, on a CUDA device.
 pub fn convolves(x: &Tensor) -> bool {
     let device = x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda();
@@ -57,7 +57,7 @@ pub(crate) fn check_type(op: &str, name: &str, x: &Tensor, dtype: DType) -> Resu
     check_elements(op, name, x)
 }
 
-pub(crate) fn check_elements(op: &str, name: &str, x: &Tensor) -> Result<()> {
+fn check_elements(op: &str, name: &str, x: &Tensor) -> Result<()> {
     if x.elem_count() == 0 {
         bail!("{op}: {name} has no elements, its shape is {:?}", x.dims());
     }

@@ -9,9 +9,9 @@ use candlepower_kernels::updates::{
     AdamParam, AdamStep, Placed, SgdParam, SgdStep, approach, publish, sum_squares_of,
 };
 use candlepower_kernels::{
-    Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download, Exchange,
-    Keep, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda, peak_memory, record,
-    rehearse, reset_peak_memory, time_convolutions, to_device,
+    Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,
+    Exchange, Keep, activate, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda,
+    peak_memory, record, rehearse, reset_peak_memory, time_convolutions, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -177,6 +177,19 @@ fn convolutions() {
         let view = x[0].permute((0, 1, 4, 3, 2))?;
         conv2d(&view, &x[1], None, Conv2dOptions { padding: 1, ..Default::default() })
     });
+}
+
+#[test]
+fn activations() {
+    for activation in [Activation::Silu, Activation::Gelu, Activation::LeakyRelu(0.2)] {
+        for shape in [&[3usize, 5, 7][..], &[2, 300, 4]] {
+            let inputs = [(random(shape, 1) * 6.).unwrap()];
+            compare(&format!("{activation:?} of {shape:?}"), &inputs, |x| activate(&x[0], activation));
+        }
+    }
+    // A view, whose first value lies where four cannot be read at once.
+    let inputs = [random((4, 9), 1)];
+    compare("SiLU of a view", &inputs, |x| activate(&x[0].narrow(1, 1, 8)?.t()?, Activation::Silu));
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Activations that candle computes on one thread, or without a gradient that agrees with PyTorch's.
+//! Activations that candle computes on one thread, by many kernels, or without a gradient that agrees with PyTorch's.
 
 use candle_core::Tensor;
 use candlepower_kernels::{Activation, activate};
@@ -8,25 +8,20 @@ use crate::error::Result;
 
 /// `x/2 (1 + erf(x / sqrt 2))`: PyTorch's GELU, not the tanh approximation (Hendrycks and Gimpel 2016).
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    Ok(if fast(x) { activate(x, Activation::Gelu)? } else { x.gelu_erf()? })
+    Ok(if convolves(x) { activate(x, Activation::Gelu)? } else { x.gelu_erf()? })
 }
 
 /// `x sigmoid(x)` (Elfwing, Uchibe and Doya 2018).
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    Ok(if fast(x) { activate(x, Activation::Silu)? } else { x.silu()? })
+    Ok(if convolves(x) { activate(x, Activation::Silu)? } else { x.silu()? })
 }
 
 /// `x` where it is above zero, else `slope * x`.
 pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
-    if fast(x) {
+    if convolves(x) {
         return Ok(activate(x, Activation::LeakyRelu(slope as f32))?);
     }
     Ok(candle_nn::ops::leaky_relu(x, slope)?)
-}
-
-/// Whether our kernel is wanted, and takes this tensor.
-fn fast(x: &Tensor) -> bool {
-    convolves(x) && x.device().is_cpu()
 }
 
 #[cfg(test)]

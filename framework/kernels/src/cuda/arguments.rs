@@ -101,6 +101,17 @@ pub(crate) struct Narrow {
     pub(crate) count: u32,
 }
 
+/// Of `silu`, `gelu` and `leaky_relu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pointwise {
+    pub(crate) x: u64,
+    pub(crate) d: u64,
+    pub(crate) to: u64,
+    pub(crate) slope: f32,
+    pub(crate) count: u32,
+}
+
 /// Of `winograd_input`, `winograd_output` and `winograd_output_adjoint`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -285,6 +296,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Tiles Filters Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise Tiles Filters Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt> Update<AdamAt> Update<SgdAt>);
 }

@@ -33,6 +33,8 @@ pub(crate) mod optimizer;
 mod packing;
 #[cfg(feature = "cuda")]
 mod plan;
+#[cfg(feature = "cuda")]
+pub(crate) mod pointwise;
 pub(crate) mod roll_out;
 pub(crate) mod sources;
 #[cfg(test)]
@@ -50,6 +52,8 @@ pub(crate) use conv_lstm::conv_lstm;
 pub(crate) use conv2d::{conv_transpose2d, conv2d};
 #[cfg(feature = "cuda")]
 pub(crate) use graph::{Graph, is_recording, unrecorded};
+#[cfg(feature = "cuda")]
+pub(crate) use memory::aligned;
 
 /// What one of CUDA's libraries says, as an error of candle.
 #[cfg(feature = "cuda")]
