@@ -17,8 +17,8 @@ pub use self::channels_last::{channels_first, channels_last};
 pub use activation::{gelu, leaky_relu, silu};
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
-pub use candlepower_kernels::Keep;
 use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLstmLayer};
+pub use candlepower_kernels::{Activation, Keep};
 
 pub use lstm::{Linear, LstmCell, LstmState};
 pub use noise::{drop_path, normal};

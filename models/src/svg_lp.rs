@@ -6,7 +6,7 @@ use candlepower::metrics::video::{self, Pixels};
 use candlepower::nn::channels_last::{
     BatchNorm, Conv2dOptions, ConvTranspose, ConvTranspose2dOptions, fold_frames, unfold_frames,
 };
-use candlepower::nn::{self, Conv, Linear, LstmCell, LstmState};
+use candlepower::nn::{self, Activation, Conv, Linear, LstmCell, LstmState};
 use candlepower::prelude::*;
 use candlepower::seed::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -136,6 +136,8 @@ impl Norm {
     }
 }
 
+const LEAKY: Activation = Activation::LeakyRelu(0.2);
+
 /// Five convolutions, each but the last halving the size (DCGAN, Radford et al. 2016).
 struct Encoder(Vec<(Conv, BatchNorm)>);
 
@@ -147,7 +149,8 @@ impl Encoder {
             let vb = vb.pp(format!("c{}", i + 1));
             let vb = if i < 4 { vb.pp("main") } else { vb };
             let conv = Conv::drawn(&[widths[i + 1], widths[i], 4, 4], DRAWN, vb.pp(0))?;
-            Ok((conv, norm(widths[i + 1], vb.pp(1))?))
+            let norm = norm(widths[i + 1], vb.pp(1))?;
+            Ok((conv, if i < 4 { norm.then(LEAKY) } else { norm }))
         };
         Ok(Self((0..5).map(layer).collect::<Result<_>>()?))
     }
@@ -160,11 +163,9 @@ impl Encoder {
             let (stride, padding) = if last { (1, 0) } else { (2, 1) };
             x = conv.channels_last(&x, Conv2dOptions { stride, padding, ..Default::default() })?;
             x = mode.apply(norm, &x)?;
-            if last {
-                break;
+            if !last {
+                skips.push(x.clone());
             }
-            x = nn::leaky_relu(&x, 0.2)?;
-            skips.push(x.clone());
         }
         Ok((x.flatten_from(1)?.tanh()?, skips))
     }
@@ -184,7 +185,7 @@ impl Decoder {
             let vb = vb.pp(format!("upc{}", i + 1));
             let vb = if i == 0 { vb } else { vb.pp("main") };
             let conv = ConvTranspose::new([*inputs, *outputs, 4, 4], DRAWN, vb.pp(0))?;
-            Ok((conv, norm(*outputs, vb.pp(1))?))
+            Ok((conv, norm(*outputs, vb.pp(1))?.then(LEAKY)))
         };
         Ok(Self {
             layers: widths.iter().enumerate().map(layer).collect::<Result<_>>()?,
@@ -201,7 +202,6 @@ impl Decoder {
         for (i, (conv, norm)) in self.layers.iter().enumerate() {
             let options = if i == 0 { ConvTranspose2dOptions::default() } else { double };
             x = mode.apply(norm, &conv.channels_last(&x, options)?)?;
-            x = nn::leaky_relu(&x, 0.2)?;
             if let Some(skip) = skips.next() {
                 x = Tensor::cat(&[&x, skip], D::Minus1)?;
             }

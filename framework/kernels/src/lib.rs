@@ -22,6 +22,7 @@ mod float;
 mod gates;
 mod gemm;
 mod kept;
+mod normalize;
 mod parallel;
 mod pointwise;
 mod recall;
@@ -51,6 +52,7 @@ pub use devices::{
 pub use download::Download;
 pub use gates::{MemoryUpdate, OutputGate, memory_update, open_output, sum_gates};
 pub use kept::Kept;
+pub use normalize::{Normalized, Over, normalize};
 pub use parallel::idle_soon;
 pub use pointwise::{Activation, activate};
 pub use recall::recall;

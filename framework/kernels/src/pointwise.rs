@@ -47,63 +47,61 @@ struct Values<'a, T> {
 impl<T: Float> Kernel for Values<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: the fields' promise.
-        unsafe {
-            match (self.activation, self.d) {
-                (Activation::Silu, None) => self.each(
-                    #[inline(always)]
-                    |x: S, _| x.mul(sigmoid(x)),
-                ),
-                (Activation::Silu, Some(_)) => self.each(
-                    #[inline(always)]
-                    |x: S, d| {
-                        let s = sigmoid(x);
-                        d.mul(x.mul(S::splat(1.).sub(s)).mul_add(s, s))
-                    },
-                ),
-                (Activation::Gelu, None) => self.each(
-                    #[inline(always)]
-                    |x: S, _| {
-                        let it = Normal::of(x);
-                        it.tail.neg_mul_add(it.size, S::zero().max(x))
-                    },
-                ),
-                (Activation::Gelu, Some(_)) => self.each(
-                    #[inline(always)]
-                    |x: S, d| {
-                        let it = Normal::of(x);
-                        let one = S::splat(1.);
-                        let cumulative =
-                            x.above_zero().mul_add(it.tail.neg_mul_add(S::splat(2.), one), it.tail);
-                        let near = it.size.min(S::zero().sub(it.size).max(x));
-                        d.mul(near.mul_add(it.density, cumulative))
-                    },
-                ),
-                (Activation::LeakyRelu(slope), None) => self.each(
-                    #[inline(always)]
-                    |x: S, _| S::zero().min(x).mul_add(S::splat(slope), S::zero().max(x)),
-                ),
-                (Activation::LeakyRelu(slope), Some(_)) => self.each(
-                    #[inline(always)]
-                    |x: S, d| d.mul(x.above_zero().mul_add(S::splat(1. - slope), S::splat(slope))),
-                ),
+        let Values { activation, x, d, to } = self;
+        for at in (0..x.len()).step_by(LANES) {
+            let lanes = LANES.min(x.len() - at);
+            // SAFETY: so many lanes are left, of results' gradients as well.
+            unsafe {
+                let x: S = T::load_lanes(x.as_ptr().add(at), lanes);
+                let result = match d {
+                    None => activation.of(x),
+                    Some(d) => activation.slope(x).mul(T::load_lanes(d.as_ptr().add(at), lanes)),
+                };
+                T::store_lanes(result, to.at(at), lanes);
             }
         }
     }
 }
 
-impl<T: Float> Values<'_, T> {
+impl Activation {
+    /// The results at x.
     /// # Safety
-    /// As for the fields; the caller has vectors.
+    /// The caller has vectors.
     #[inline(always)]
-    unsafe fn each<S: Simd>(self, f: impl Fn(S, S) -> S) {
-        for at in (0..self.x.len()).step_by(LANES) {
-            let lanes = LANES.min(self.x.len() - at);
-            // SAFETY: so many lanes are left.
-            unsafe {
-                let x = T::load_lanes(self.x.as_ptr().add(at), lanes);
-                let d = self.d.map_or(S::zero(), |d| T::load_lanes(d.as_ptr().add(at), lanes));
-                T::store_lanes(f(x, d), self.to.at(at), lanes);
+    pub(crate) unsafe fn of<S: Simd>(self, x: S) -> S {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                Self::Silu => x.mul(sigmoid(x)),
+                Self::Gelu => {
+                    let it = Normal::of(x);
+                    it.tail.neg_mul_add(it.size, S::zero().max(x))
+                }
+                Self::LeakyRelu(slope) => S::zero().min(x).mul_add(S::splat(slope), S::zero().max(x)),
+            }
+        }
+    }
+
+    /// The slopes at x.
+    /// # Safety
+    /// The caller has vectors.
+    #[inline(always)]
+    pub(crate) unsafe fn slope<S: Simd>(self, x: S) -> S {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let one = S::splat(1.);
+            match self {
+                Self::Silu => {
+                    let s = sigmoid(x);
+                    x.mul(one.sub(s)).mul_add(s, s)
+                }
+                Self::Gelu => {
+                    let it = Normal::of(x);
+                    let cumulative = x.above_zero().mul_add(it.tail.neg_mul_add(S::splat(2.), one), it.tail);
+                    let near = it.size.min(S::zero().sub(it.size).max(x));
+                    near.mul_add(it.density, cumulative)
+                }
+                Self::LeakyRelu(slope) => x.above_zero().mul_add(S::splat(1. - slope), S::splat(slope)),
             }
         }
     }

@@ -24,6 +24,16 @@ pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     Ok(candle_nn::ops::leaky_relu(x, slope)?)
 }
 
+/// One of these, or x itself.
+pub(super) fn activated(x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
+    match activation {
+        None => Ok(x.clone()),
+        Some(Activation::Gelu) => gelu(x),
+        Some(Activation::Silu) => silu(x),
+        Some(Activation::LeakyRelu(slope)) => leaky_relu(x, slope.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::{DType, Device, Var};

@@ -1,19 +1,17 @@
 //! Normalisation over channels-last tensors, in 32 bits whatever the precision.
 //!
-//! One operation of the graph with a backward pass of its own; sums are f64, over parts that do not depend on the number of
-//! threads. Where the kernels are not wanted, or not on the CPU, it is composed of candle's operations. These leave everything
-//! on the device, the running statistics too: who reads a value of a device waits for all that was asked of it before.
+//! By a kernel of the CPU, one operation of the graph with the activation behind it; elsewhere, or where kernels are not wanted,
+//! composed of candle's operations. These leave everything on the device, the running statistics too: who reads a value of a
+//! device waits for all that was asked of it before.
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Shape, Storage, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
-use rayon::prelude::*;
+use candlepower_kernels::{self as kernels, Activation, Normalized, Over};
 
+use super::activation::activated;
 use super::fast;
 use crate::error::{Error, Result};
 use crate::params::Buffer;
-
-/// Values that a thread takes at once.
-const GRAIN: usize = 1 << 14;
 
 /// Normalises each channel over the batch and its pixels, by PyTorch's rules (Ioffe and Szegedy 2015).
 ///
@@ -30,6 +28,7 @@ pub struct BatchNorm {
     running_var: Buffer,
     /// A scalar, i64.
     num_batches_tracked: Buffer,
+    then: Option<Activation>,
 }
 
 /// The share of a batch in the running statistics.
@@ -47,7 +46,13 @@ impl BatchNorm {
             running_mean: Buffer::new(channels, "running_mean", 0., dtype, &vb)?,
             running_var: Buffer::new(channels, "running_var", 1., dtype, &vb)?,
             num_batches_tracked: Buffer::new((), "num_batches_tracked", 0., DType::I64, &vb)?,
+            then: None,
         })
+    }
+
+    /// The same with an activation behind it: in training both are one operation on the CPU.
+    pub fn then(self, activation: Activation) -> Self {
+        Self { then: Some(activation), ..self }
     }
 
     /// Normalises (B, .., C) by the running statistics: what evaluation does.
@@ -57,14 +62,14 @@ impl BatchNorm {
         let scale = (self.weight.to_dtype(dtype)? / deviation)?;
         let centred = x.to_dtype(dtype)?.broadcast_sub(&self.running_mean.value())?;
         let y = centred.broadcast_mul(&scale)?.broadcast_add(&self.bias.to_dtype(dtype)?)?;
-        Ok(y.to_dtype(x.dtype())?)
+        Ok(activated(&y, self.then)?.to_dtype(x.dtype())?)
     }
 
     /// Normalises (B, .., C) by the statistics of the batch: what training does. The build for training also takes them
     /// into the running statistics, as if it had seen this batch `times` times in a row. Fails where a channel has one
     /// value alone.
     pub fn by_batch(&self, x: &Tensor, times: usize) -> Result<Tensor> {
-        let (y, statistics) = normalize(x, Over::Batch, &self.weight, &self.bias, EPS)?;
+        let (y, statistics) = normalize(x, Over::Batch, &self.weight, &self.bias, self.then)?;
         if statistics.count < 2 {
             return Err(Error::msg(format!(
                 "batch normalisation in training needs more than one value a channel; the input is {:?}",
@@ -103,6 +108,7 @@ pub struct GroupNorm {
     /// (C).
     bias: Tensor,
     groups: usize,
+    then: Option<Activation>,
 }
 
 impl GroupNorm {
@@ -112,22 +118,19 @@ impl GroupNorm {
             return Err(Error::msg(format!("{channels} channels do not make {groups} equal groups")));
         }
         let weight = vb.get_with_hints(channels, "weight", Init::Const(1.))?;
-        Ok(Self { weight, bias: vb.get_with_hints(channels, "bias", Init::Const(0.))?, groups })
+        let bias = vb.get_with_hints(channels, "bias", Init::Const(0.))?;
+        Ok(Self { weight, bias, groups, then: None })
+    }
+
+    /// The same with an activation behind it: on the CPU both are one operation.
+    pub fn then(self, activation: Activation) -> Self {
+        Self { then: Some(activation), ..self }
     }
 
     /// Normalises (B, .., C).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(normalize(x, Over::Groups(self.groups), &self.weight, &self.bias, EPS)?.0)
+        Ok(normalize(x, Over::Groups(self.groups), &self.weight, &self.bias, self.then)?.0)
     }
-}
-
-/// What has a mean and a variance of its own.
-#[derive(Debug, Clone, Copy, PartialEq)]
-enum Over {
-    /// Each channel.
-    Batch,
-    /// Each of so many groups of channels, in each sample.
-    Groups(usize),
 }
 
 /// Mean and (biased) variance of each group, f64, on the device of the values, and of how many values.
@@ -147,13 +150,13 @@ impl Statistics {
     }
 }
 
-/// `(x - mean) / sqrt(variance + eps) * weight + bias` for (B, .., C), with weight and bias (C).
+/// `(x - mean) / sqrt(variance + eps) * weight + bias`, and then an activation, for (B, .., C), with weight and bias (C).
 fn normalize(
     x: &Tensor,
     over: Over,
     weight: &Tensor,
     bias: &Tensor,
-    eps: f64,
+    then: Option<Activation>,
 ) -> Result<(Tensor, Statistics)> {
     let dims = x.dims();
     let (Some(&batch), Some(&channels), true) = (dims.first(), dims.last(), dims.len() >= 2) else {
@@ -167,28 +170,19 @@ fn normalize(
     let pixels = x.elem_count() / (batch * channels);
     let rows = y.reshape((batch, pixels, channels))?.contiguous()?;
     let (y, statistics) = if fast(&rows) {
-        let rows_of = Rows { batch, pixels, channels };
-        let [means, variances] = with_values(&rows, |x| Ok(rows_of.statistics(over, x)))?;
-        let tensor = |values: &[f64]| Tensor::from_slice(values, values.len(), rows.device());
-        let statistics =
-            Statistics { means: tensor(&means)?, variances: tensor(&variances)?, count: rows_of.count(over) };
-        let scales = variances.iter().map(|variance| 1. / (variance + eps).sqrt()).collect();
-        let op = Normalize { rows: rows_of, over, means, scales };
-        (rows.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)?, statistics)
+        let Normalized { y, means, variances, count } =
+            kernels::normalize(&rows, over, &weight, &bias, EPS, then)?;
+        let tensor = |values: Vec<f64>| Tensor::new(values, rows.device());
+        (y, Statistics { means: tensor(means)?, variances: tensor(variances)?, count })
     } else {
-        composed(&rows, over, &weight, &bias, eps)?
+        let (y, statistics) = composed(&rows, over, &weight, &bias)?;
+        (activated(&y, then)?, statistics)
     };
     Ok((y.reshape(dims)?.to_dtype(x.dtype())?, statistics))
 }
 
 /// The same for (B, P, C), one candle operation after the other.
-fn composed(
-    x: &Tensor,
-    over: Over,
-    weight: &Tensor,
-    bias: &Tensor,
-    eps: f64,
-) -> Result<(Tensor, Statistics)> {
+fn composed(x: &Tensor, over: Over, weight: &Tensor, bias: &Tensor) -> Result<(Tensor, Statistics)> {
     let (batch, pixels, channels) = x.dims3()?;
     let (grouped, axes, count) = match over {
         Over::Batch => (x.reshape((batch, pixels, channels, 1))?, vec![0, 1], batch * pixels),
@@ -202,254 +196,10 @@ fn composed(
     let mean = mean_of(&grouped)?;
     let centred = grouped.broadcast_sub(&mean)?;
     let variance = mean_of(&centred.sqr()?)?;
-    let y = centred.broadcast_div(&(&variance + eps)?.sqrt()?)?.reshape((batch, pixels, channels))?;
+    let y = centred.broadcast_div(&(&variance + EPS)?.sqrt()?)?.reshape((batch, pixels, channels))?;
     let y = y.broadcast_mul(weight)?.broadcast_add(bias)?;
     let flat = |x: &Tensor| x.detach().to_dtype(DType::F64)?.flatten_all();
     Ok((y, Statistics { means: flat(&mean)?, variances: flat(&variance)?, count }))
-}
-
-/// How values lie in memory: channels within pixels within samples.
-#[derive(Debug, Clone, Copy)]
-struct Rows {
-    batch: usize,
-    pixels: usize,
-    channels: usize,
-}
-
-impl Rows {
-    /// The group of a sample's channel.
-    fn group(&self, over: Over, sample: usize, channel: usize) -> usize {
-        match over {
-            Over::Batch => channel,
-            Over::Groups(n) => sample * n + channel / (self.channels / n),
-        }
-    }
-
-    /// How many values a group has.
-    fn count(&self, over: Over) -> usize {
-        match over {
-            Over::Batch => self.batch * self.pixels,
-            Over::Groups(n) => self.pixels * self.channels / n,
-        }
-    }
-
-    fn groups(&self, over: Over) -> usize {
-        match over {
-            Over::Batch => self.channels,
-            Over::Groups(n) => self.batch * n,
-        }
-    }
-
-    /// Pixels that a thread takes at once.
-    fn pixels_at_once(&self) -> usize {
-        (GRAIN / self.channels).clamp(1, self.pixels)
-    }
-
-    /// Two sums over the pixels of each sample's channels: `add` adds a pixel of `a` and `b` to those of its sample.
-    fn sums(
-        &self,
-        a: &[f32],
-        b: &[f32],
-        add: impl Fn(usize, &[f32], &[f32], &mut [f64], &mut [f64]) + Sync,
-    ) -> [Vec<f64>; 2] {
-        let Self { batch, pixels, channels } = *self;
-        let part = self.pixels_at_once();
-        let parts = pixels.div_ceil(part);
-        let sums: Vec<[Vec<f64>; 2]> = (0..batch * parts)
-            .into_par_iter()
-            .map(|task| {
-                let (sample, first) = (task / parts, task % parts * part);
-                let at = (sample * pixels + first) * channels
-                    ..(sample * pixels + pixels.min(first + part)) * channels;
-                let mut sums = [vec![0.; channels], vec![0.; channels]];
-                let [one, two] = &mut sums;
-                for (a, b) in a[at.clone()].chunks_exact(channels).zip(b[at].chunks_exact(channels)) {
-                    add(sample, a, b, one, two);
-                }
-                sums
-            })
-            .collect();
-        let mut total = [vec![0.; batch * channels], vec![0.; batch * channels]];
-        for (task, sums) in sums.iter().enumerate() {
-            let sample = task / parts;
-            for (total, sums) in total.iter_mut().zip(sums) {
-                let total = &mut total[sample * channels..(sample + 1) * channels];
-                total.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
-            }
-        }
-        total
-    }
-
-    /// Adds up, over each group, what was summed for each sample's channels, each with a factor of its channel.
-    fn by_group(&self, over: Over, sums: &[f64], factor: impl Fn(usize) -> f64) -> Vec<f64> {
-        let mut groups = vec![0.; self.groups(over)];
-        for (i, sum) in sums.iter().enumerate() {
-            let (sample, channel) = (i / self.channels, i % self.channels);
-            groups[self.group(over, sample, channel)] += factor(channel) * sum;
-        }
-        groups
-    }
-
-    /// Mean and (biased) variance of each group.
-    fn statistics(&self, over: Over, x: &[f32]) -> [Vec<f64>; 2] {
-        let [sums, squares] = self.sums(x, x, |_, x, _, sums, squares| {
-            for ((sum, square), &x) in sums.iter_mut().zip(squares).zip(x) {
-                let x = f64::from(x);
-                *sum += x;
-                *square += x * x;
-            }
-        });
-        let count = self.count(over);
-        let mean = |sums: &[f64]| -> Vec<f64> {
-            self.by_group(over, sums, |_| 1.).into_iter().map(|sum| sum / count as f64).collect()
-        };
-        let (means, squares) = (mean(&sums), mean(&squares));
-        // In f64 the difference loses nothing that f32 values had.
-        let variances =
-            squares.iter().zip(&means).map(|(square, mean)| (square - mean * mean).max(0.)).collect();
-        [means, variances]
-    }
-
-    /// Fills values sample by sample: `fill` is told the sample, and some of its pixels by their place among all.
-    fn fill(&self, fill: impl Fn(usize, usize, &mut [f32]) + Sync) -> Vec<f32> {
-        let Self { batch, pixels, channels } = *self;
-        let mut out = vec![0f32; batch * pixels * channels];
-        let part = self.pixels_at_once() * channels;
-        out.par_chunks_mut(pixels * channels).enumerate().for_each(|(sample, out)| {
-            out.par_chunks_mut(part).enumerate().for_each(|(i, out)| {
-                fill(sample, sample * pixels * channels + i * part, out);
-            });
-        });
-        out
-    }
-}
-
-struct Normalize {
-    rows: Rows,
-    over: Over,
-    /// Of each group.
-    means: Vec<f64>,
-    /// 1 / sqrt(variance + eps) of each group.
-    scales: Vec<f64>,
-}
-
-impl Normalize {
-    /// A value for each channel of each sample.
-    fn table(&self, value: impl Fn(usize, usize) -> f64) -> Vec<f32> {
-        let Rows { batch, channels, .. } = self.rows;
-        let of =
-            |i: usize| value(self.rows.group(self.over, i / channels, i % channels), i % channels) as f32;
-        (0..batch * channels).map(of).collect()
-    }
-
-    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
-        let channels = self.rows.channels;
-        let means = self.table(|group, _| self.means[group]);
-        let factors = self.table(|group, channel| self.scales[group] * f64::from(weight[channel]));
-        self.rows.fill(|sample, at, y| {
-            let row = sample * channels..(sample + 1) * channels;
-            let (means, factors) = (&means[row.clone()], &factors[row]);
-            for (y, x) in y.chunks_exact_mut(channels).zip(x[at..].chunks_exact(channels)) {
-                for c in 0..channels {
-                    y[c] = (x[c] - means[c]) * factors[c] + bias[c];
-                }
-            }
-        })
-    }
-
-    /// The gradients of x, weight and bias.
-    fn backward(&self, x: &[f32], weight: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
-        let (rows, channels) = (self.rows, self.rows.channels);
-        let means = self.table(|group, _| self.means[group]);
-        let scales = self.table(|group, _| self.scales[group]);
-        // Of each sample's channels: the sums of dy, and of dy times the normalised x.
-        let [plain, projected] = rows.sums(dy, x, |sample, dy, x, plain, projected| {
-            let row = sample * channels..(sample + 1) * channels;
-            let (means, scales) = (&means[row.clone()], &scales[row]);
-            for c in 0..channels {
-                plain[c] += f64::from(dy[c]);
-                projected[c] += f64::from(dy[c] * ((x[c] - means[c]) * scales[c]));
-            }
-        });
-        let over_batch = |sums: &[f64]| -> Vec<f32> {
-            rows.by_group(Over::Batch, sums, |_| 1.).into_iter().map(|sum| sum as f32).collect()
-        };
-        // dx = scale (w dy - mean(w dy) - n mean(w dy n)), n being the normalised x.
-        let mean = |sums: &[f64]| -> Vec<f64> {
-            let sums = rows.by_group(self.over, sums, |channel| f64::from(weight[channel]));
-            sums.into_iter().map(|sum| sum / rows.count(self.over) as f64).collect()
-        };
-        let (along, tilt) = (mean(&plain), mean(&projected));
-        let gain = self.table(|group, channel| self.scales[group] * f64::from(weight[channel]));
-        let shift = self.table(|group, _| self.scales[group] * along[group]);
-        let slope = self.table(|group, _| self.scales[group].powi(2) * tilt[group]);
-        let dx = rows.fill(|sample, at, dx| {
-            let row = sample * channels..(sample + 1) * channels;
-            let (means, gain) = (&means[row.clone()], &gain[row.clone()]);
-            let (shift, slope) = (&shift[row.clone()], &slope[row]);
-            let inputs = x[at..].chunks_exact(channels).zip(dy[at..].chunks_exact(channels));
-            for (dx, (x, dy)) in dx.chunks_exact_mut(channels).zip(inputs) {
-                for c in 0..channels {
-                    dx[c] = gain[c] * dy[c] - shift[c] - slope[c] * (x[c] - means[c]);
-                }
-            }
-        });
-        [dx, over_batch(&projected), over_batch(&plain)]
-    }
-}
-
-impl CustomOp3 for Normalize {
-    fn name(&self) -> &'static str {
-        "normalize"
-    }
-
-    fn cpu_fwd(
-        &self,
-        x: &CpuStorage,
-        lx: &Layout,
-        weight: &CpuStorage,
-        lw: &Layout,
-        bias: &CpuStorage,
-        lb: &Layout,
-    ) -> candle_core::Result<(CpuStorage, Shape)> {
-        let y = self.forward(values(x, lx)?, values(weight, lw)?, values(bias, lb)?);
-        Ok((CpuStorage::F32(y), lx.shape().clone()))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        weight: &Tensor,
-        bias: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> candle_core::Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let dy = dy.contiguous()?;
-        let [dx, dw, db] = with_values(x, |x| {
-            with_values(weight, |weight| with_values(&dy, |dy| Ok(self.backward(x, weight, dy))))
-        })?;
-        let tensor =
-            |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device()).map(Some);
-        Ok((tensor(dx, x)?, tensor(dw, weight)?, tensor(db, bias)?))
-    }
-}
-
-/// The values of a contiguous tensor.
-fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> candle_core::Result<&'a [f32]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&storage.as_slice::<f32>()?[start..end]),
-        None => candle_core::bail!("normalize: needs contiguous tensors, got {layout:?}"),
-    }
-}
-
-fn with_values<R>(x: &Tensor, f: impl FnOnce(&[f32]) -> candle_core::Result<R>) -> candle_core::Result<R> {
-    match &*x.storage_and_layout().0 {
-        Storage::Cpu(storage) => f(values(storage, x.layout())?),
-        _ => candle_core::bail!(
-            "normalize: expected a tensor on the CPU, got one on {:?}",
-            x.device().location()
-        ),
-    }
 }
 
 #[cfg(test)]
@@ -459,7 +209,7 @@ mod tests {
     use super::*;
     use crate::params::Params;
 
-    fn random(shape: impl Into<Shape>) -> Var {
+    fn random(shape: impl Into<candle_core::Shape>) -> Var {
         Var::randn(3f32, 2., shape, &Device::Cpu).unwrap()
     }
 
@@ -477,20 +227,25 @@ mod tests {
 
     #[test]
     fn the_fused_operation_is_the_composed_one_in_f64() {
-        // More pixels than a thread takes at once; and a plain (B, C).
-        for (shape, over) in [
-            (vec![3, 40, 50, 12], Over::Batch),
-            (vec![3, 40, 50, 12], Over::Groups(3)),
-            (vec![2, 5, 1, 12], Over::Groups(12)),
-            (vec![7, 12], Over::Batch),
-            (vec![4, 12], Over::Groups(2)),
+        let leaky = Some(Activation::LeakyRelu(0.2));
+        // More pixels than a thread takes at once, channels that fill vectors and do not, and a plain (B, C).
+        for (shape, over, then) in [
+            (vec![3, 40, 50, 12], Over::Batch, None),
+            (vec![3, 40, 50, 12], Over::Groups(3), Some(Activation::Silu)),
+            (vec![3, 40, 50, 12], Over::Batch, leaky),
+            (vec![2, 20, 19, 35], Over::Groups(5), None),
+            (vec![2, 20, 19, 48], Over::Batch, Some(Activation::Gelu)),
+            (vec![2, 5, 1, 12], Over::Groups(12), leaky),
+            (vec![7, 12], Over::Batch, None),
+            (vec![4, 12], Over::Groups(2), Some(Activation::Silu)),
         ] {
-            let (x, weight, bias) = (random(shape.clone()), random(12), random(12));
+            let channels = *shape.last().unwrap();
+            let (x, weight, bias) = (random(shape.clone()), random(channels), random(channels));
             let wanted = random(shape.clone());
             let run = |dtype| {
                 let of = |var: &Var| Var::from_tensor(&var.to_dtype(dtype).unwrap()).unwrap();
                 let vars = [of(&x), of(&weight), of(&bias)];
-                let (y, statistics) = normalize(&vars[0], over, &vars[1], &vars[2], EPS).unwrap();
+                let (y, statistics) = normalize(&vars[0], over, &vars[1], &vars[2], then).unwrap();
                 let loss = (&y * wanted.to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap();
                 let grads = loss.backward().unwrap();
                 let grads = vars.iter().map(|var| grads.get(var).unwrap().clone());
@@ -502,10 +257,26 @@ mod tests {
             let (fast, wide) = (run(DType::F32), run(DType::F64));
             for (i, (fast, wide)) in fast.0.iter().zip(&wide.0).enumerate() {
                 let error = error(fast, &wide.to_dtype(DType::F32).unwrap());
-                assert!(error < 1e-5, "{shape:?}, {over:?}, {i}: {error:e}");
+                assert!(error < 1e-5, "{shape:?}, {over:?}, {then:?}, {i}: {error:e}");
             }
             let off = fast.1.iter().zip(&wide.1).map(|(a, b)| (a / b - 1.).abs()).fold(0., f64::max);
             assert!(off < 1e-6 && fast.1.len() == wide.1.len(), "{shape:?}, {over:?}: {off:e}");
+        }
+    }
+
+    #[test]
+    fn values_far_from_zero_keep_their_variance() {
+        let x = (random((3, 70, 20)).as_tensor() + 1000.).unwrap();
+        let [weight, bias] = [random(20), random(20)];
+        for over in [Over::Batch, Over::Groups(4)] {
+            let variances = |dtype| {
+                let [x, weight, bias] = [&x, &weight, &bias].map(|it| it.to_dtype(dtype).unwrap());
+                let (_, statistics) = normalize(&x, over, &weight, &bias, None).unwrap();
+                statistics.variances.to_vec1::<f64>().unwrap()
+            };
+            for (fast, wide) in variances(DType::F32).iter().zip(variances(DType::F64)) {
+                assert!((fast / wide - 1.).abs() < 1e-5, "{over:?}: {fast} instead of {wide}");
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use candlepower::nn::channels_last::{Conv2dOptions, GroupNorm};
-use candlepower::nn::{self, Conv};
+use candlepower::nn::{Activation, Conv};
 use candlepower::prelude::*;
 
 use super::SimVpConfig;
@@ -30,7 +30,11 @@ impl Inception {
         let branch = |(i, side): (usize, &usize)| {
             let vb = vb.pp("layers").pp(i);
             let conv = Conv::new(&[outputs, hidden / groups, *side, *side], vb.pp("conv"))?;
-            Ok(Branch { conv, norm: GroupNorm::new(groups, outputs, vb.pp("norm"))?, groups })
+            Ok(Branch {
+                conv,
+                norm: GroupNorm::new(groups, outputs, vb.pp("norm"))?.then(Activation::LeakyRelu(0.2)),
+                groups,
+            })
         };
         let enter = Conv::new(&[hidden, inputs, 1, 1], vb.pp("conv1"))?;
         Ok(Self { enter, branches: KERNELS.iter().enumerate().map(branch).collect::<Result<_>>()? })
@@ -43,7 +47,7 @@ impl Inception {
             let padding = conv.weight.dim(2)? / 2;
             let y =
                 conv.channels_last(&x, Conv2dOptions { padding, groups: *groups, ..Default::default() })?;
-            let y = nn::leaky_relu(&norm.forward(&y)?, 0.2)?;
+            let y = norm.forward(&y)?;
             sum = Some(match sum {
                 Some(sum) => (sum + y)?,
                 None => y,

@@ -6,7 +6,7 @@ mod meta;
 use candle_core::Tensor;
 use candle_nn::{Init, VarBuilder};
 use candlepower::nn::channels_last::{Conv2dOptions, GroupNorm, fold_frames, pixel_shuffle, unfold_frames};
-use candlepower::nn::{self, Conv};
+use candlepower::nn::{Activation, Conv};
 use candlepower::prelude::*;
 use candlepower::seed::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -118,7 +118,11 @@ impl Layer {
         let (conv, widen) = if resize == Resize::Double { ("conv.0", 4) } else { ("conv", 1) };
         let init = Init::Randn { mean: 0., stdev: 0.02 };
         let conv = Conv::drawn(&[widen * outputs, inputs, 3, 3], init, vb.pp(conv))?;
-        Ok(Self { conv, norm: GroupNorm::new(GROUPS, outputs, vb.pp("norm"))?, resize })
+        Ok(Self {
+            conv,
+            norm: GroupNorm::new(GROUPS, outputs, vb.pp("norm"))?.then(Activation::Silu),
+            resize,
+        })
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
@@ -127,7 +131,7 @@ impl Layer {
         if self.resize == Resize::Double {
             x = pixel_shuffle(&x, 2)?;
         }
-        nn::silu(&self.norm.forward(&x)?)
+        self.norm.forward(&x)
     }
 }
 

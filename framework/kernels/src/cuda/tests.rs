@@ -2,12 +2,13 @@
 
 use super::arguments::{
     AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide, Filters,
-    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, PublishAt, SgdAt, SquareSums, Sums, Tiles,
-    Update,
+    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, Pointwise, PublishAt, SgdAt, SquareSums,
+    Sums, Tiles, Update,
 };
 use super::host::Host;
-use super::sources::{COLUMNS, GATES, OPTIMIZER, Source, WINOGRAD};
+use super::sources::{COLUMNS, GATES, OPTIMIZER, POINTWISE, Source, WINOGRAD};
 use crate::clipping::{Clipping, Share};
+use crate::pointwise::{Activation, activate};
 use crate::updates::{AdamParam, AdamStep, Numbers, Placed, SgdParam, SgdStep, approach};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -549,4 +550,33 @@ fn winograds_transforms_and_products_between_them_are_convolutions() {
     filters("winograd_filter_adjoint", &dw, &of_w, false);
     products(false, &mut |i, j, k| expected[j] += x[i] * dy[k]);
     assert_close("weight's gradient", &dw, &expected, 1e-4);
+}
+
+#[test]
+fn activations_are_those_of_the_cpu() {
+    fn compare<T: Half>(host: &Mutex<Host>, name: &str, activation: Activation, at_once: usize) {
+        let narrow = |x: Vec<f32>| -> Vec<T> { x.into_iter().map(|x| T::new(3. * x)).collect() };
+        let (x, d, to) = (narrow(random(52, 1)), narrow(random(52, 2)), narrow(vec![f32::NAN; 52]));
+        let var = candle_core::Var::new(wide(&x), &Device::Cpu).unwrap();
+        let y = activate(&var, activation).unwrap();
+        let dy = Tensor::new(wide(&d), &Device::Cpu).unwrap();
+        let dx = (&y * dy).unwrap().sum_all().unwrap().backward().unwrap().remove(&var).unwrap();
+        let slope = if let Activation::LeakyRelu(slope) = activation { slope } else { f32::NAN };
+        for (expected, d) in [(y, 0), (dx, at(&d))] {
+            let arguments = Pointwise { x: at(&x), d, to: at(&to), slope, count: x.len() as u32 };
+            let kernel = format!("{name}_{}_{at_once}", T::NAME);
+            run(host, &POINTWISE, &kernel, x.len() / at_once, arguments);
+            assert_close(&kernel, &wide(&to), &expected.to_vec1::<f32>().unwrap(), T::ROUNDING);
+        }
+    }
+    let Some(host) = Host::new() else { return };
+    for (name, activation) in
+        [("silu", Activation::Silu), ("gelu", Activation::Gelu), ("leaky_relu", Activation::LeakyRelu(0.2))]
+    {
+        for at_once in [1, 4] {
+            compare::<f32>(host, name, activation, at_once);
+            compare::<bf16>(host, name, activation, at_once);
+            compare::<f16>(host, name, activation, at_once);
+        }
+    }
 }

@@ -1,0 +1,448 @@
+//! Normalisation over channels-last tensors, and the activation behind it, as one candle op.
+//!
+//! A value x of a group with mean m and variance v becomes act(n w + b), where n = (x - m) / sqrt(v + eps), with weight w and bias
+//! b of its channel. Sums are f64 over short stretches in f32, over parts that do not depend on the number of threads.
+
+use crate::buffer::filled;
+use crate::parallel::{self, GRAIN, Shared, on_pool};
+use crate::pointwise::Activation;
+use crate::simd::{Kernel, LANES, Level, Simd};
+use crate::tensors::{check_type, packed, tracked, with_values};
+use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
+use std::ops::Range;
+
+/// Pixels that are added in f32 before their sum is added up in f64.
+const STRETCH: usize = 32;
+
+/// What has a mean and a variance of its own.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Over {
+    /// Each channel, over all samples (Ioffe and Szegedy 2015).
+    Batch,
+    /// Each of so many equal groups of channels, in each sample (Wu and He 2018).
+    Groups(usize),
+}
+
+/// A normalised tensor, and what it was normalised by.
+#[derive(Debug)]
+pub struct Normalized {
+    /// (B, P, C).
+    pub y: Tensor,
+    /// Of each group.
+    pub means: Vec<f64>,
+    /// Of each group: the mean square of the deviations from its mean.
+    pub variances: Vec<f64>,
+    /// How many values a group has.
+    pub count: usize,
+}
+
+/// Normalises x (B, P, C) by its own statistics, with weight and bias (C), and then activates it. Differentiable in all three.
+///
+/// # Errors
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+pub fn normalize(
+    x: &Tensor,
+    over: Over,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+    then: Option<Activation>,
+) -> Result<Normalized> {
+    let op = "normalize";
+    for (name, tensor) in [("x", x), ("the weight", weight), ("the bias", bias)] {
+        check_type(op, name, tensor, DType::F32)?;
+    }
+    let (batch, pixels, channels) = x.dims3()?;
+    let divides = if let Over::Groups(groups) = over { groups > 0 && channels % groups == 0 } else { true };
+    if weight.dims() != [channels] || bias.dims() != [channels] || !divides {
+        let (weight, bias) = (weight.dims(), bias.dims());
+        bail!("{op}: {channels} channels over {over:?} with weight {weight:?} and bias {bias:?}");
+    }
+    let rows = Rows { batch, pixels, channels, over };
+    let (means, variances) = with_values(x, |x| Ok(rows.statistics(x)))?;
+    let scales = variances.iter().map(|variance| 1. / (variance + eps).sqrt()).collect();
+    let op = Normalize { rows, then, means: means.clone(), scales };
+    let y = match [x, weight, bias].into_iter().any(tracked) {
+        true => x.apply_op3(weight, bias, op)?,
+        false => x.apply_op3_no_bwd(weight, bias, &op)?,
+    };
+    Ok(Normalized { y, means, variances, count: rows.count() })
+}
+
+/// How values lie in memory, channels within pixels within samples, and what is normalised together.
+#[derive(Debug, Clone, Copy)]
+struct Rows {
+    batch: usize,
+    pixels: usize,
+    channels: usize,
+    over: Over,
+}
+
+/// Numbers of each channel of a sample.
+#[derive(Clone, Copy)]
+struct Tables<'a> {
+    means: &'a [f32],
+    scales: &'a [f32],
+    weight: &'a [f32],
+    bias: &'a [f32],
+}
+
+/// What is added up over pixels, two numbers for each channel: x and its square, both less the first pixel's x; or dy and
+/// n dy, where dy is the gradient of n w + b.
+struct PixelSums<'a> {
+    x: &'a [f32],
+    of: SumsOf<'a>,
+    channels: usize,
+    /// Of each channel, to add to.
+    sums: [&'a mut [f64]; 2],
+}
+
+#[derive(Clone, Copy)]
+enum SumsOf<'a> {
+    Values,
+    Gradients { dy: &'a [f32], tables: Tables<'a>, then: Option<Activation> },
+}
+
+/// n w + b, and dy behind the activation.
+#[inline(always)]
+unsafe fn normalized<S: Simd>(
+    tables: &Tables,
+    then: Option<Activation>,
+    channel: usize,
+    lanes: usize,
+    x: S,
+    dy: S,
+) -> [S; 3] {
+    // SAFETY: the caller has vectors, and the tables so many channels.
+    unsafe {
+        let load = |of: &[f32]| S::load_lanes(of.as_ptr().add(channel), lanes);
+        let n = x.sub(load(tables.means)).mul(load(tables.scales));
+        let u = n.mul_add(load(tables.weight), load(tables.bias));
+        let dy = match then {
+            Some(then) => dy.mul(then.slope(u)),
+            None => dy,
+        };
+        [n, u, dy]
+    }
+}
+
+impl Kernel for PixelSums<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let PixelSums { x, of, channels, sums: [first, second] } = self;
+        let pixels = x.len() / channels;
+        for channel in (0..channels).step_by(LANES) {
+            let lanes = LANES.min(channels - channel);
+            let mut totals = [[0f64; LANES]; 2];
+            // SAFETY: x has so many pixels of so many channels, and so has dy.
+            unsafe {
+                let load = |of: &[f32], pixel: usize| {
+                    S::load_lanes(of.as_ptr().add(pixel * channels + channel), lanes)
+                };
+                let pivot = load(x, 0);
+                for start in (0..pixels).step_by(STRETCH) {
+                    let mut stretch = [S::zero(); 2];
+                    for pixel in start..pixels.min(start + STRETCH) {
+                        let x = load(x, pixel);
+                        let added = match of {
+                            SumsOf::Values => {
+                                let x = x.sub(pivot);
+                                [x, x.mul(x)]
+                            }
+                            SumsOf::Gradients { dy, tables, then } => {
+                                let [n, _, dy] =
+                                    normalized(&tables, then, channel, lanes, x, load(dy, pixel));
+                                [dy, n.mul(dy)]
+                            }
+                        };
+                        stretch = [stretch[0].add(added[0]), stretch[1].add(added[1])];
+                    }
+                    for (totals, stretch) in totals.iter_mut().zip(stretch) {
+                        let mut values = [0f32; LANES];
+                        stretch.store(values.as_mut_ptr());
+                        totals.iter_mut().zip(values).for_each(|(total, value)| *total += f64::from(value));
+                    }
+                }
+                if let SumsOf::Values = of {
+                    // Of x itself, from those less the pivot.
+                    let mut values = [0f32; LANES];
+                    pivot.store(values.as_mut_ptr());
+                    let n = pixels as f64;
+                    let [sums, squares] = &mut totals;
+                    for ((sum, square), pivot) in sums.iter_mut().zip(squares).zip(values) {
+                        let pivot = f64::from(pivot);
+                        *square += pivot * (2. * *sum + n * pivot);
+                        *sum += n * pivot;
+                    }
+                }
+            }
+            for (to, totals) in [(&mut *first, &totals[0]), (&mut *second, &totals[1])] {
+                to[channel..channel + lanes].iter_mut().zip(totals).for_each(|(to, total)| *to += total);
+            }
+        }
+    }
+}
+
+/// Some pixels forwards, or, where there is dy, backwards.
+struct Pixels<'a> {
+    x: &'a [f32],
+    back: Option<Back<'a>>,
+    tables: Tables<'a>,
+    then: Option<Activation>,
+    channels: usize,
+    to: Shared,
+}
+
+/// dx = gain dy - shift - tilt n
+#[derive(Clone, Copy)]
+struct Back<'a> {
+    dy: &'a [f32],
+    gain: &'a [f32],
+    shift: &'a [f32],
+    tilt: &'a [f32],
+}
+
+impl Kernel for Pixels<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Pixels { x, back, tables, then, channels, to } = self;
+        for first in (0..x.len()).step_by(channels) {
+            for channel in (0..channels).step_by(LANES) {
+                let (at, lanes) = (first + channel, LANES.min(channels - channel));
+                // SAFETY: so many lanes of this pixel are left in all.
+                unsafe {
+                    let load = |of: &[f32], at: usize| S::load_lanes(of.as_ptr().add(at), lanes);
+                    let x = load(x, at);
+                    let result = match back {
+                        None => {
+                            let [_, u, _] = normalized(&tables, None, channel, lanes, x, S::zero());
+                            match then {
+                                Some(then) => then.of(u),
+                                None => u,
+                            }
+                        }
+                        Some(Back { dy, gain, shift, tilt }) => {
+                            let [n, _, dy] = normalized(&tables, then, channel, lanes, x, load(dy, at));
+                            let straight = dy.mul(load(gain, channel)).sub(load(shift, channel));
+                            n.neg_mul_add(load(tilt, channel), straight)
+                        }
+                    };
+                    result.store_lanes(to.at(at), lanes);
+                }
+            }
+        }
+    }
+}
+
+impl Rows {
+    fn groups(&self) -> usize {
+        match self.over {
+            Over::Batch => self.channels,
+            Over::Groups(n) => self.batch * n,
+        }
+    }
+
+    /// The group of a sample's channel.
+    fn group(&self, sample: usize, channel: usize) -> usize {
+        match self.over {
+            Over::Batch => channel,
+            Over::Groups(n) => sample * n + channel / (self.channels / n),
+        }
+    }
+
+    /// How many values a group has.
+    fn count(&self) -> usize {
+        match self.over {
+            Over::Batch => self.batch * self.pixels,
+            Over::Groups(n) => self.pixels * self.channels / n,
+        }
+    }
+
+    /// Calls `f` with parts of samples, in any order: the number of the part, its sample, and the values that it is.
+    fn for_parts(&self, f: impl Fn(usize, usize, Range<usize>) + Sync + Send) {
+        let Self { batch, pixels, channels, .. } = *self;
+        let at_once = (GRAIN / channels).clamp(1, pixels);
+        let parts = pixels.div_ceil(at_once);
+        let work = |task: usize| {
+            let (sample, first) = (task / parts, task % parts * at_once);
+            let (first, end) = (sample * pixels + first, sample * pixels + pixels.min(first + at_once));
+            f(task, sample, first * channels..end * channels);
+        };
+        on_pool(|| parallel::for_each(batch * parts, work));
+    }
+
+    /// Two sums over the pixels of each sample's channels, (B, C) each.
+    fn sums<'a>(
+        &self,
+        x: &'a [f32],
+        of: impl Fn(usize, Range<usize>) -> SumsOf<'a> + Sync + Send,
+    ) -> [Vec<f64>; 2] {
+        let (level, channels) = (Level::current(), self.channels);
+        let parts = self.batch * self.pixels.div_ceil((GRAIN / channels).clamp(1, self.pixels));
+        let mut sums = vec![0f64; parts * 2 * channels];
+        let mut samples = vec![0; parts];
+        {
+            let (sums, samples) = (Shared::new(&mut sums), Shared::new(&mut samples));
+            self.for_parts(|task, sample, values| {
+                // SAFETY: each part has its own sums.
+                let own =
+                    unsafe { std::slice::from_raw_parts_mut(sums.at(task * 2 * channels), 2 * channels) };
+                // SAFETY: as above.
+                unsafe { *samples.at(task) = sample };
+                let (first, second) = own.split_at_mut(channels);
+                let of = of(sample, values.clone());
+                level.run(PixelSums { x: &x[values], of, channels, sums: [first, second] });
+            });
+        }
+        let mut totals = [vec![0f64; self.batch * channels], vec![0f64; self.batch * channels]];
+        for (part, sample) in sums.chunks_exact(2 * channels).zip(samples) {
+            for (totals, sums) in totals.iter_mut().zip(part.chunks_exact(channels)) {
+                let totals = &mut totals[sample * channels..][..channels];
+                totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
+            }
+        }
+        totals
+    }
+
+    /// Adds up, over each group, what was summed for each sample's channels, each with a factor of its channel.
+    fn by_group(&self, sums: &[f64], factor: impl Fn(usize) -> f64) -> Vec<f64> {
+        let mut groups = vec![0.; self.groups()];
+        for (i, sum) in sums.iter().enumerate() {
+            let (sample, channel) = (i / self.channels, i % self.channels);
+            groups[self.group(sample, channel)] += factor(channel) * sum;
+        }
+        groups
+    }
+
+    /// Mean and (biased) variance of each group.
+    fn statistics(&self, x: &[f32]) -> (Vec<f64>, Vec<f64>) {
+        let [sums, squares] = self.sums(x, |_, _| SumsOf::Values);
+        let count = self.count() as f64;
+        let mean = |sums: &[f64]| -> Vec<f64> {
+            self.by_group(sums, |_| 1.).into_iter().map(|sum| sum / count).collect()
+        };
+        let (means, squares) = (mean(&sums), mean(&squares));
+        // In f64 the difference loses nothing that f32 values had.
+        let variances =
+            squares.iter().zip(&means).map(|(square, mean)| (square - mean * mean).max(0.)).collect();
+        (means, variances)
+    }
+}
+
+struct Normalize {
+    rows: Rows,
+    then: Option<Activation>,
+    /// Of each group.
+    means: Vec<f64>,
+    /// 1 / sqrt(variance + eps) of each group.
+    scales: Vec<f64>,
+}
+
+impl Normalize {
+    /// A number for each channel of each sample.
+    fn table(&self, number: impl Fn(usize, usize) -> f64) -> Vec<f32> {
+        let Rows { batch, channels, .. } = self.rows;
+        let of = |i: usize| number(self.rows.group(i / channels, i % channels), i % channels) as f32;
+        (0..batch * channels).map(of).collect()
+    }
+
+    fn forward(&self, x: &[f32], weight: &[f32], bias: &[f32]) -> Vec<f32> {
+        let (level, channels, then) = (Level::current(), self.rows.channels, self.then);
+        let means = self.table(|group, _| self.means[group]);
+        let scales = self.table(|group, _| self.scales[group]);
+        let fill = |y: Shared| {
+            self.rows.for_parts(|_, sample, values| {
+                let own = sample * channels..(sample + 1) * channels;
+                let tables = Tables { means: &means[own.clone()], scales: &scales[own], weight, bias };
+                // SAFETY: each part belongs to one task.
+                let to = unsafe { y.offset(values.start) };
+                level.run(Pixels { x: &x[values], back: None, tables, then, channels, to });
+            });
+        };
+        // SAFETY: every part is written.
+        unsafe { filled(x.len(), fill) }
+    }
+
+    /// The gradients of x, weight and bias.
+    fn backward(&self, x: &[f32], weight: &[f32], bias: &[f32], dy: &[f32]) -> [Vec<f32>; 3] {
+        let (rows, level, channels, then) = (self.rows, Level::current(), self.rows.channels, self.then);
+        let means = self.table(|group, _| self.means[group]);
+        let scales = self.table(|group, _| self.scales[group]);
+        let tables = |sample: usize| {
+            let own = sample * channels..(sample + 1) * channels;
+            Tables { means: &means[own.clone()], scales: &scales[own], weight, bias }
+        };
+        let [plain, projected] = rows.sums(x, |sample, values| SumsOf::Gradients {
+            dy: &dy[values],
+            tables: tables(sample),
+            then,
+        });
+        // dx = scale (w dy - mean(w dy) - n mean(w dy n))
+        let mean = |sums: &[f64]| -> Vec<f64> {
+            let sums = rows.by_group(sums, |channel| f64::from(weight[channel]));
+            sums.into_iter().map(|sum| sum / rows.count() as f64).collect()
+        };
+        let (along, across) = (mean(&plain), mean(&projected));
+        let gain = self.table(|group, channel| self.scales[group] * f64::from(weight[channel]));
+        let shift = self.table(|group, _| self.scales[group] * along[group]);
+        let tilt = self.table(|group, _| self.scales[group] * across[group]);
+        let fill = |dx: Shared| {
+            rows.for_parts(|_, sample, values| {
+                let own = sample * channels..(sample + 1) * channels;
+                let back = Back {
+                    dy: &dy[values.clone()],
+                    gain: &gain[own.clone()],
+                    shift: &shift[own.clone()],
+                    tilt: &tilt[own],
+                };
+                // SAFETY: each part belongs to one task.
+                let to = unsafe { dx.offset(values.start) };
+                let (x, tables) = (&x[values], tables(sample));
+                level.run(Pixels { x, back: Some(back), tables, then, channels, to });
+            });
+        };
+        // SAFETY: every part is written.
+        let dx = unsafe { filled(x.len(), fill) };
+        let of_channels = |sums: &[f64]| -> Vec<f32> {
+            let over = Rows { over: Over::Batch, ..rows };
+            over.by_group(sums, |_| 1.).into_iter().map(|sum| sum as f32).collect()
+        };
+        [dx, of_channels(&projected), of_channels(&plain)]
+    }
+}
+
+impl CustomOp3 for Normalize {
+    fn name(&self) -> &'static str {
+        "normalize"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        lx: &Layout,
+        weight: &CpuStorage,
+        lw: &Layout,
+        bias: &CpuStorage,
+        lb: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let y = self.forward(&packed(x, lx)?, &packed(weight, lw)?, &packed(bias, lb)?);
+        Ok((CpuStorage::F32(y), lx.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [dx, dw, db] = with_values(x, |x| {
+            with_values(weight, |weight| {
+                with_values(bias, |bias| with_values(dy, |dy| Ok(self.backward(x, weight, bias, dy))))
+            })
+        })?;
+        let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
+        Ok((Some(tensor(dx, x)?), Some(tensor(dw, weight)?), Some(tensor(db, bias)?)))
+    }
+}
