@@ -43,7 +43,7 @@ fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
-/// The same for convolutions and ConvLSTM roll-outs, which also take half types, and run on CUDA devices.
+/// The same for convolutions, ConvLSTM roll-outs and activations, which also take half types, and run on CUDA devices.
 fn convolves(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::convolves(x)
 }

@@ -157,7 +157,8 @@ fn so_are_those_whose_convolutions_are_winograds() {
         };
         Model::new(build, 1, &device()).unwrap()
     };
-    let config = TrainerConfig { max_steps: Some(6), ..config(4) };
+    // Eight images are tiles enough for it.
+    let config = TrainerConfig { batch_size: 8, max_steps: Some(6), ..config(8) };
     let (said, _) = compare("32 channels", config, &adam(), model, &data());
     assert_eq!(said.matches("a training step: recorded as a CUDA graph").count(), 2, "{said}");
 }

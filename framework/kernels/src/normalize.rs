@@ -39,7 +39,7 @@ pub struct Normalized {
 /// Normalises x (B, P, C) by its own statistics, with weight and bias (C), and then activates it. Differentiable in all three.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or has no elements.
 pub fn normalize(
     x: &Tensor,
     over: Over,
@@ -103,7 +103,10 @@ enum SumsOf<'a> {
     Gradients { dy: &'a [f32], tables: Tables<'a>, then: Option<Activation> },
 }
 
-/// n w + b, and dy behind the activation.
+/// n, n w + b, and the gradient of the latter from dy, that of its activation.
+///
+/// # Safety
+/// The caller has vectors; the tables have so many lanes from the channel on.
 #[inline(always)]
 unsafe fn normalized<S: Simd>(
     tables: &Tables,
@@ -113,7 +116,7 @@ unsafe fn normalized<S: Simd>(
     x: S,
     dy: S,
 ) -> [S; 3] {
-    // SAFETY: the caller has vectors, and the tables so many channels.
+    // SAFETY: the caller's promise.
     unsafe {
         let load = |of: &[f32]| S::load_lanes(of.as_ptr().add(channel), lanes);
         let n = x.sub(load(tables.means)).mul(load(tables.scales));
@@ -258,17 +261,21 @@ impl Rows {
         }
     }
 
-    /// Calls `f` with parts of samples, in any order: the number of the part, its sample, and the values that it is.
+    /// Pixels of a part of a sample, and how many parts each sample has: a function of the sizes alone.
+    fn parts(&self) -> (usize, usize) {
+        let pixels = (GRAIN / self.channels).clamp(1, self.pixels);
+        (pixels, self.pixels.div_ceil(pixels))
+    }
+
+    /// Calls `f` with the parts of all samples, in any order: a part's number, its sample, and the values that it is.
     fn for_parts(&self, f: impl Fn(usize, usize, Range<usize>) + Sync + Send) {
-        let Self { batch, pixels, channels, .. } = *self;
-        let at_once = (GRAIN / channels).clamp(1, pixels);
-        let parts = pixels.div_ceil(at_once);
-        let work = |task: usize| {
-            let (sample, first) = (task / parts, task % parts * at_once);
-            let (first, end) = (sample * pixels + first, sample * pixels + pixels.min(first + at_once));
-            f(task, sample, first * channels..end * channels);
+        let (pixels, parts) = self.parts();
+        let work = |part: usize| {
+            let (sample, first) = (part / parts, part % parts * pixels);
+            let pixel = |at: usize| (sample * self.pixels + at) * self.channels;
+            f(part, sample, pixel(first)..pixel(self.pixels.min(first + pixels)));
         };
-        on_pool(|| parallel::for_each(batch * parts, work));
+        on_pool(|| parallel::for_each(self.batch * parts, work));
     }
 
     /// Two sums over the pixels of each sample's channels, (B, C) each.
@@ -277,27 +284,20 @@ impl Rows {
         x: &'a [f32],
         of: impl Fn(usize, Range<usize>) -> SumsOf<'a> + Sync + Send,
     ) -> [Vec<f64>; 2] {
-        let (level, channels) = (Level::current(), self.channels);
-        let parts = self.batch * self.pixels.div_ceil((GRAIN / channels).clamp(1, self.pixels));
-        let mut sums = vec![0f64; parts * 2 * channels];
-        let mut samples = vec![0; parts];
-        {
-            let (sums, samples) = (Shared::new(&mut sums), Shared::new(&mut samples));
-            self.for_parts(|task, sample, values| {
-                // SAFETY: each part has its own sums.
-                let own =
-                    unsafe { std::slice::from_raw_parts_mut(sums.at(task * 2 * channels), 2 * channels) };
-                // SAFETY: as above.
-                unsafe { *samples.at(task) = sample };
-                let (first, second) = own.split_at_mut(channels);
-                let of = of(sample, values.clone());
-                level.run(PixelSums { x: &x[values], of, channels, sums: [first, second] });
-            });
-        }
+        let (level, channels, (_, parts)) = (Level::current(), self.channels, self.parts());
+        let mut sums = vec![0f64; self.batch * parts * 2 * channels];
+        let to = Shared::new(&mut sums);
+        self.for_parts(|part, sample, values| {
+            // SAFETY: each part has its own sums.
+            let own = unsafe { std::slice::from_raw_parts_mut(to.at(part * 2 * channels), 2 * channels) };
+            let (first, second) = own.split_at_mut(channels);
+            let of = of(sample, values.clone());
+            level.run(PixelSums { x: &x[values], of, channels, sums: [first, second] });
+        });
         let mut totals = [vec![0f64; self.batch * channels], vec![0f64; self.batch * channels]];
-        for (part, sample) in sums.chunks_exact(2 * channels).zip(samples) {
-            for (totals, sums) in totals.iter_mut().zip(part.chunks_exact(channels)) {
-                let totals = &mut totals[sample * channels..][..channels];
+        for (part, sums) in sums.chunks_exact(2 * channels).enumerate() {
+            for (totals, sums) in totals.iter_mut().zip(sums.chunks_exact(channels)) {
+                let totals = &mut totals[part / parts * channels..][..channels];
                 totals.iter_mut().zip(sums).for_each(|(total, sum)| *total += sum);
             }
         }
@@ -444,5 +444,76 @@ impl CustomOp3 for Normalize {
         })?;
         let tensor = |values: Vec<f32>, like: &Tensor| Tensor::from_vec(values, like.shape(), &Device::Cpu);
         Ok((Some(tensor(dx, x)?), Some(tensor(dw, weight)?), Some(tensor(db, bias)?)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Var;
+
+    const LEAKY: Option<Activation> = Some(Activation::LeakyRelu(0.2));
+
+    fn random(shape: impl Into<Shape>) -> Tensor {
+        Tensor::randn(1f32, 2., shape, &Device::Cpu).unwrap()
+    }
+
+    /// Result and gradients.
+    fn run(x: &Tensor, weight: &Tensor, bias: &Tensor, over: Over) -> Vec<Vec<f32>> {
+        let vars = [x, weight, bias].map(|it| Var::from_tensor(it).unwrap());
+        let y = normalize(&vars[0], over, &vars[1], &vars[2], 1e-5, LEAKY).unwrap().y;
+        let gradients = (&y * &y).unwrap().sum_all().unwrap().backward().unwrap();
+        let of = vars.iter().map(|var| gradients.get(var).unwrap());
+        std::iter::once(&y).chain(of).map(|it| it.flatten_all().unwrap().to_vec1().unwrap()).collect()
+    }
+
+    #[test]
+    fn the_same_bits_on_any_number_of_threads_and_nearly_at_every_instruction_set() {
+        // Several parts a sample, and channels that are not whole vectors.
+        let (x, weight, bias) = (random((2, 2000, 21)), random(21), random(21));
+        for over in [Over::Batch, Over::Groups(3)] {
+            let expected = run(&x, &weight, &bias, over);
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                assert!(
+                    pool.install(|| run(&x, &weight, &bias, over)) == expected,
+                    "{over:?}, {threads} threads"
+                );
+            }
+            for level in [Level::Portable, Level::Avx2] {
+                if !Level::force(Some(level)) {
+                    continue;
+                }
+                for (ours, expected) in run(&x, &weight, &bias, over).iter().zip(&expected) {
+                    let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+                    let close = ours.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-5 * largest);
+                    assert!(close, "{level:?}, {over:?}");
+                }
+            }
+            Level::force(None);
+        }
+    }
+
+    #[test]
+    fn parameters_learn_where_x_does_not() {
+        let weight = Var::from_tensor(&random(4)).unwrap();
+        let it = normalize(&random((2, 3, 4)), Over::Batch, &weight, &random(4), 1e-5, None).unwrap();
+        let gradients = (&it.y * &it.y).unwrap().sum_all().unwrap().backward().unwrap();
+        assert!(gradients.get(&weight).is_some() && it.count == 6 && it.means.len() == 4);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let (x, four) = (random((2, 3, 4)), random(4));
+        let error = |x: &Tensor, over, bias: &Tensor| {
+            normalize(x, over, &four, bias, 1e-5, None).unwrap_err().to_string()
+        };
+        let groups = error(&x, Over::Groups(3), &four);
+        assert!(groups.contains("4 channels over Groups(3) with weight [4] and bias [4]"), "{groups}");
+        assert!(error(&x, Over::Groups(0), &four).contains("Groups(0)"));
+        assert!(error(&x, Over::Batch, &random(3)).contains("bias [3]"));
+        assert!(
+            error(&x.to_dtype(DType::F64).unwrap(), Over::Batch, &four).contains("x must be f32 on the CPU")
+        );
     }
 }

@@ -13,8 +13,8 @@ pub fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Whether [`conv2d`](crate::conv2d()), [`conv_lstm`](crate::conv_lstm()) and [`activate`](crate::activate()) take this tensor: f32, bf16 or f16, on the CPU or, with
-/// the feature `cuda`, on a CUDA device.
+/// Whether [`conv2d`](crate::conv2d()), [`conv_lstm`](crate::conv_lstm()) and [`activate`](crate::activate()) take this tensor: f32,
+/// bf16 or f16, on the CPU or, with the feature `cuda`, on a CUDA device.
 pub fn convolves(x: &Tensor) -> bool {
     let device = x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda();
     device && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)

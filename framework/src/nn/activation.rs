@@ -1,4 +1,5 @@
-//! Activations that candle computes on one thread, by many kernels, or without a gradient that agrees with PyTorch's.
+//! Activations of tensors of any shape and float type. Candle computes them on one thread, by many kernels, or with a gradient
+//! that is not PyTorch's.
 
 use candle_core::Tensor;
 use candlepower_kernels::{Activation, activate};

@@ -310,6 +310,17 @@ mod tests {
     }
 
     #[test]
+    fn evaluation_has_the_activation_too() {
+        let norm = BatchNorm::new(3, Init::Const(1.), Params::new(0, DType::F32, &Device::Cpu).var_builder());
+        let (norm, x) = (norm.unwrap(), (random((4, 3)).as_tensor() - 3.).unwrap());
+        let plain = flat(&norm.by_running(&x).unwrap());
+        let leaky = norm.then(Activation::LeakyRelu(0.5)).forward(&x, false).unwrap();
+        assert!(plain.iter().any(|x| *x < 0.), "{plain:?}");
+        let expected: Vec<f32> = plain.iter().map(|x| if *x < 0. { 0.5 * x } else { *x }).collect();
+        assert_eq!(flat(&leaky), expected);
+    }
+
+    #[test]
     fn one_value_a_channel_has_no_variance() {
         let norm = BatchNorm::new(2, Init::Const(1.), Params::new(0, DType::F32, &Device::Cpu).var_builder());
         let x = Tensor::new(&[[1f32, 10.]], &Device::Cpu).unwrap();

@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// Threads of a block.
 pub(crate) const THREADS: usize = 256;
-/// More threads than kernels count to.
+/// More threads, or values, than kernels count to.
 const TOO_MANY: usize = 1 << 31;
 
 type Compiled = HashMap<(&'static str, DeviceId), &'static str>;
@@ -43,6 +43,14 @@ fn compiled(device: &CudaDevice, source: &Source) -> Result<&'static str> {
     Ok(ptx)
 }
 
+/// An error where kernels cannot count so many values.
+pub(crate) fn check_count(kernel: &str, count: usize) -> Result<()> {
+    if count >= TOO_MANY {
+        bail!("{kernel}: {count} values are too many at once: lower `trainer.micro_batch_size`");
+    }
+    Ok(())
+}
+
 /// Asks for a kernel with at least `count` threads; it takes one struct, by value.
 ///
 /// # Safety
@@ -54,9 +62,7 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     count: usize,
     arguments: A,
 ) -> Result<()> {
-    if count >= TOO_MANY {
-        bail!("{kernel}: {count} values are too many at once: lower `trainer.micro_batch_size`");
-    }
+    check_count(kernel, count)?;
     if count == 0 {
         return Ok(());
     }

@@ -1,14 +1,14 @@
 //! Activations on a device.
 
 use super::arguments::Pointwise;
-use super::launch::{launch, type_name};
+use super::launch::{check_count, launch, type_name};
 use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
 use super::sources::POINTWISE;
 use crate::pointwise::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor};
 
-/// An activation of contiguous values.
+/// An activation of contiguous values, [aligned](super::memory::aligned).
 pub(crate) fn forward(activation: Activation, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
     run(activation, x.device(), x.dtype(), layout.shape().elem_count(), address_of(x, layout)?, 0)
 }
@@ -22,6 +22,7 @@ pub(crate) fn gradient(activation: Activation, x: &Tensor, d: &Tensor) -> Result
     Ok(tensor(dx, x.shape()))
 }
 
+/// Forwards, or, where there are gradients `d`, backwards; all aligned.
 fn run(
     activation: Activation,
     device: &CudaDevice,
@@ -30,6 +31,7 @@ fn run(
     x: u64,
     d: u64,
 ) -> Result<CudaStorage> {
+    check_count("activation", count)?;
     let to = allocate(device, count, dtype, false)?;
     let (name, slope) = match activation {
         Activation::Silu => ("silu", 0.),
@@ -37,9 +39,7 @@ fn run(
         Activation::LeakyRelu(slope) => ("leaky_relu", slope),
     };
     let arguments = Pointwise { x, d, to: address(&to)?, slope, count: count as u32 };
-    let four = 4 * dtype.size_in_bytes() as u64;
-    let is_aligned = [x, d, arguments.to].iter().all(|at| at.is_multiple_of(four));
-    let at_once = if count.is_multiple_of(4) && is_aligned { 4 } else { 1 };
+    let at_once = if count.is_multiple_of(4) { 4 } else { 1 };
     let kernel = format!("{name}_{}_{at_once}", type_name(dtype)?);
     // SAFETY: so many values of this type lie at each address.
     unsafe { launch(device, &POINTWISE, &kernel, count / at_once, arguments)? };

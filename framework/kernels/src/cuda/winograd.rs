@@ -78,10 +78,11 @@ impl Winograd {
         (it.values_of_an_image() <= MOST_VALUES).then_some(it)
     }
 
-    /// Whether it is likely to be quicker than a sum by definition: with few channels on one side, by a device's rates (some 50
-    /// TFLOP/s in 32 bits, 4 TB/s), the transforms take as long as the products that they save.
+    /// Whether it is likely to be quicker than a sum by definition. With few channels on one side, or few tiles, by a device's rates
+    /// (some 50 TFLOP/s in 32 bits, 4 TB/s), the transforms take as long as the products that they save.
     pub(crate) fn is_worth_it(&self) -> bool {
-        self.outputs * self.inputs >= 24 * (self.outputs + self.inputs)
+        let [down, across] = self.tiling();
+        self.outputs * self.inputs >= 24 * (self.outputs + self.inputs) && self.batch * down * across >= 32
     }
 
     /// Computes it.
@@ -290,4 +291,71 @@ fn multiply(device: &CudaDevice, a: &Factor, b: &Factor, to: &Matrices, add: boo
         )
     };
     asked.map_err(failed("cuBLAS"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::direct::Geometry;
+
+    fn key([batch, size, inputs, outputs]: [usize; 4]) -> Key {
+        let g = Geometry {
+            batch,
+            height: size,
+            width: size,
+            inputs,
+            outputs,
+            kernel_height: 3,
+            kernel_width: 3,
+            stride: 1,
+            padding: 1,
+            dilation: 1,
+            groups: 1,
+            out_height: size,
+            out_width: size,
+        };
+        Key { g, pass: Pass::Forward, add: false, dtype: DType::F32, alignments: [16; 3], tf32: false }
+    }
+
+    #[test]
+    fn is_for_the_tutorial_s_cells_and_not_for_what_is_small() {
+        for pass in [Pass::Forward, Pass::BackwardData, Pass::BackwardFilter] {
+            let worth =
+                |sizes| Winograd::new(&Key { pass, ..key(sizes) }, [0; 3]).is_some_and(|it| it.is_worth_it());
+            for inputs in [64, 72, 128] {
+                assert!(worth([16, 64, inputs, 256]), "{pass:?}, {inputs}");
+            }
+            // Making frames, the first step's x, and few tiles.
+            assert!(
+                !worth([160, 64, 64, 1]) && !worth([16, 64, 8, 256]) && !worth([1, 16, 128, 256]),
+                "{pass:?}"
+            );
+        }
+        // Four images of 3.5 million values each at once: as equally many as they can be.
+        let parts: Vec<_> = Winograd::new(&key([18, 64, 128, 256]), [0; 3]).unwrap().parts().collect();
+        assert_eq!(parts, [0..4, 4..8, 8..12, 12..16, 16..18]);
+    }
+
+    #[test]
+    fn is_not_for_other_convolutions_types_and_sums() {
+        let plain = key([16, 64, 64, 256]);
+        let g = plain.g;
+        for g in [
+            Geometry { kernel_width: 5, ..g },
+            Geometry { stride: 2, ..g },
+            Geometry { dilation: 2, ..g },
+            Geometry { groups: 2, ..g },
+            Geometry { padding: 3, ..g },
+        ] {
+            assert!(Winograd::new(&Key { g, ..plain }, [0; 3]).is_none(), "{g:?}");
+        }
+        for key in [
+            Key { dtype: DType::BF16, ..plain },
+            Key { tf32: true, ..plain },
+            Key { add: true, ..plain },
+            key([1, 512, 64, 64]),
+        ] {
+            assert!(Winograd::new(&key, [0; 3]).is_none(), "{key:?}");
+        }
+    }
 }

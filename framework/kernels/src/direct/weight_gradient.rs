@@ -118,8 +118,7 @@ pub(crate) fn backward_weight<T: Float>(
     parallel::for_each(g.groups * panels * chunks, |task| {
         let (group, panel, chunk) = (task / (panels * chunks), task / chunks % panels, task % chunks);
         let first = panel * PANEL;
-        let width = (row_of_c - first).min(PANEL);
-        let outputs = width.min(to - first);
+        let outputs = PANEL.min(to - first);
         // All taps of a channel to these outputs: a tile that stays in the cache, as neither side's strides do.
         let mut tile = vec![0f32; g.taps() * outputs];
         for i in chunk * PANEL..from.min((chunk + 1) * PANEL) {
@@ -133,6 +132,7 @@ pub(crate) fn backward_weight<T: Float>(
                         }
                     }
                     Shape::Product => {
+                        let width = PANEL.min(row_of_c - first);
                         let at = group * rows_of_c * row_of_c + first * depth + k * width;
                         line.copy_from_slice(&total[at..][..outputs]);
                     }
