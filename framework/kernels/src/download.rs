@@ -13,7 +13,7 @@ enum Way {
 }
 
 impl Download {
-    /// Begins to copy a tensor of any float type. From a CUDA device that waits neither for the device nor for the copy, and
+    /// Begins to copy a tensor of any float type, f64 as it is, others as f32. From a CUDA device that waits neither for the device nor for the copy, and
     /// the device computes on.
     ///
     /// # Errors
@@ -25,7 +25,7 @@ impl Download {
         {
             return Ok(Self(Way::Cuda(crate::cuda::transfer::Download::start(x, device)?)));
         }
-        let x = x.detach().to_dtype(DType::F32)?.force_contiguous()?;
+        let x = x.detach().to_dtype(travels_as(x))?.force_contiguous()?;
         Ok(Self(Way::There(x.to_device(&candle_core::Device::Cpu)?)))
     }
 
@@ -41,7 +41,7 @@ impl Download {
         }
     }
 
-    /// The values, f32 on the CPU; waits for them.
+    /// The values, f32 or f64 on the CPU; waits for them.
     ///
     /// # Errors
     /// Where the device has failed.
@@ -52,6 +52,11 @@ impl Download {
             Way::Cuda(download) => download.finish(),
         }
     }
+}
+
+/// The type that a tensor's values have on the host.
+pub(crate) fn travels_as(x: &Tensor) -> DType {
+    if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
 }
 
 impl std::fmt::Debug for Download {
@@ -73,6 +78,8 @@ mod tests {
         approach(&[(&x, &x.zeros_like().unwrap())], 1.).unwrap();
         assert!(download.is_done().unwrap());
         assert_eq!(download.finish().unwrap().to_vec2::<f32>().unwrap(), [[1., 4.], [2., 5.], [3., 6.]]);
+        let wide = Tensor::new(&[1f64 / 3.], &Device::Cpu).unwrap();
+        assert_eq!(Download::start(&wide).unwrap().finish().unwrap().to_vec1::<f64>().unwrap(), [1. / 3.]);
         let empty = Tensor::zeros((0, 3), DType::F64, &Device::Cpu).unwrap();
         assert_eq!(Download::start(&empty).unwrap().finish().unwrap().dims(), [0, 3]);
     }

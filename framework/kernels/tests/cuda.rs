@@ -475,6 +475,10 @@ fn downloads_bring_what_was_there_when_they_began() {
         let there = x.to_device(&device).unwrap();
         assert_eq!(values(&Download::start(&there).unwrap().finish().unwrap()), values(&x));
     }
+    let wide = (random((3, 5), 1).to_dtype(DType::F64).unwrap() / 3.).unwrap();
+    let there = wide.to_device(&device).unwrap().narrow(0, 1, 2).unwrap();
+    let here = Download::start(&there).unwrap().finish().unwrap();
+    assert_eq!((here.dtype(), values(&here)), (DType::F64, values(&wide.narrow(0, 1, 2).unwrap())));
     let half = random((3, 5), 1).to_dtype(DType::BF16).unwrap();
     let there = half.to_device(&device).unwrap();
     let first = there.narrow(0, 1, 2).unwrap();

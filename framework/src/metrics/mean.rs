@@ -1,6 +1,7 @@
 //! Means over samples that stay on the device until someone reads them.
 
 use candle_core::{DType, Tensor};
+use candlepower_kernels::Download;
 use indexmap::IndexMap;
 
 use crate::collective::Collective;
@@ -10,6 +11,8 @@ use crate::error::{Error, Result};
 #[derive(Default)]
 pub struct Means {
     sums: IndexMap<String, (Tensor, f64)>,
+    /// The sums of a device on their way to the host, in their order.
+    coming: Option<Download>,
 }
 
 impl Means {
@@ -20,6 +23,9 @@ impl Means {
             return Err(Error::msg(format!(
                 "metric `{name}` is logged with shape {shape:?}: expected a scalar"
             )));
+        }
+        if !value.device().is_cpu() {
+            self.coming = None;
         }
         let weighted = (value.detach().flatten_all()?.to_dtype(DType::F64)? * samples as f64)?;
         match self.sums.get_mut(name) {
@@ -34,13 +40,27 @@ impl Means {
         Ok(())
     }
 
+    /// Begins to read: what a device is asked for afterwards does not delay that.
+    pub(crate) fn begin(&mut self) -> Result<()> {
+        let on_device = self.sums_on(false);
+        if !on_device.is_empty() {
+            self.coming = Some(Download::start(&Tensor::cat(&on_device, 0)?)?);
+        }
+        Ok(())
+    }
+
+    /// The sums that are on the CPU, or on a device.
+    fn sums_on(&self, cpu: bool) -> Vec<&Tensor> {
+        self.sums.values().map(|(sum, _)| sum).filter(|sum| sum.device().is_cpu() == cpu).collect()
+    }
+
     /// Reads every mean: the one place that waits for the device.
-    pub fn read(&self) -> Result<IndexMap<String, f64>> {
+    pub fn read(self) -> Result<IndexMap<String, f64>> {
         Ok(self.read_sums()?.into_iter().map(|(name, sum, weight)| (name, sum / weight)).collect())
     }
 
     /// Reads every mean over what all ranks have added: one exchange for all metrics, whichever of them a rank has.
-    pub(crate) fn read_over(&self, ranks: &dyn Collective) -> Result<IndexMap<String, f64>> {
+    pub(crate) fn read_over(self, ranks: &dyn Collective) -> Result<IndexMap<String, f64>> {
         if ranks.is_alone() {
             return self.read();
         }
@@ -63,19 +83,20 @@ impl Means {
     }
 
     /// Name, weighted sum and weights' sum of every metric. Waits for the device once, not once a metric.
-    fn read_sums(&self) -> Result<Vec<(String, f64, f64)>> {
-        let (here, on_device): (Vec<_>, Vec<_>) =
-            self.sums.values().map(|(sum, _)| sum).partition(|sum| sum.device().is_cpu());
-        let read = |sums: &[&Tensor]| match sums {
-            [] => Ok(Vec::new()),
-            sums => Tensor::cat(sums, 0)?.to_vec1::<f64>(),
-        };
-        let (mut here, mut on_device) = (read(&here)?.into_iter(), read(&on_device)?.into_iter());
-        let value = |(name, (sum, weight)): (&String, &(Tensor, f64))| {
+    fn read_sums(mut self) -> Result<Vec<(String, f64, f64)>> {
+        if self.coming.is_none() {
+            self.begin()?;
+        }
+        let on_device = self.coming.take().map(Download::finish).transpose()?;
+        let here = self.sums_on(true);
+        let here = if here.is_empty() { None } else { Some(Tensor::cat(&here, 0)?) };
+        let values = |sums: Option<Tensor>| sums.map_or(Ok(Vec::new()), |sums| sums.to_vec1::<f64>());
+        let (mut here, mut on_device) = (values(here)?.into_iter(), values(on_device)?.into_iter());
+        let value = |(name, (sum, weight)): (String, (Tensor, f64))| {
             let value = if sum.device().is_cpu() { here.next() } else { on_device.next() };
-            Some((name.clone(), value?, *weight))
+            Some((name, value?, weight))
         };
-        Ok(self.sums.iter().filter_map(value).collect())
+        Ok(self.sums.into_iter().filter_map(value).collect())
     }
 }
 
@@ -91,8 +112,8 @@ mod tests {
         let scalar = |x: f32| Tensor::new(x, &Device::Cpu).unwrap();
         means.add("loss", &scalar(1.), 3).unwrap();
         means.add("loss", &scalar(5.), 1).unwrap();
-        assert_eq!(means.read().unwrap()["loss"], 2.);
         let error = means.add("mse", &scalar(1.).broadcast_as(3).unwrap(), 1).unwrap_err();
         assert_eq!(error.to_string(), "metric `mse` is logged with shape [3]: expected a scalar");
+        assert_eq!(means.read().unwrap()["loss"], 2.);
     }
 }

@@ -2,11 +2,12 @@
 
 use super::failed;
 use super::memory::{allocate, tensor};
+use crate::download::travels_as;
 use crate::tensors::with_values;
 use candle_core::cuda_backend::CudaStorageSlice;
 use candle_core::cuda_backend::cudarc::driver::sys::CUevent_flags;
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
-use candle_core::{CudaDevice, DType, Device, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CudaDevice, DType, Device, Result, Storage, Tensor, bail};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -87,16 +88,16 @@ pub(crate) struct Download {
     /// Until it is given back.
     staging: Option<PinnedHostSlice<f32>>,
     done: CudaEvent,
-    shape: Shape,
-    /// Keeps what is read: its own stream would give the memory away while another reads it.
-    _source: Tensor,
+    /// What is read, kept: its own stream would give the memory away while another reads it.
+    source: Tensor,
 }
 
 impl Download {
     pub(crate) fn start(x: &Tensor, device: &CudaDevice) -> Result<Self> {
         // A copy: the device may change the tensor while it is read.
-        let (x, transfers) = (x.detach().to_dtype(DType::F32)?.force_contiguous()?, transfers(device)?);
-        let mut staging = transfers.staging(x.elem_count())?;
+        let (x, transfers) = (x.detach().to_dtype(travels_as(x))?.force_contiguous()?, transfers(device)?);
+        let words = x.elem_count() * x.dtype().size_in_bytes() / size_of::<f32>();
+        let mut staging = transfers.staging(words)?;
         transfers.down.join(&device.cuda_stream()).map_err(failed("CUDA stream"))?;
         let copied = {
             let (storage, layout) = x.storage_and_layout();
@@ -104,16 +105,23 @@ impl Download {
             else {
                 bail!("download: expected a contiguous tensor on a CUDA device, got {layout:?}");
             };
-            let values = storage.as_cuda_slice::<f32>()?.slice(start..end);
-            // As many values as the place has are copied, and the memory may have room for more.
-            let to = &mut staging.as_mut_slice().map_err(failed("pinned memory"))?[..end - start];
-            transfers.down.memcpy_dtoh(&values, to).map_err(failed("copying from a CUDA device"))
+            // As many as the place has are copied, and the memory may have room for more.
+            let to = &mut staging.as_mut_slice().map_err(failed("pinned memory"))?[..words];
+            let copied = if x.dtype() == DType::F64 {
+                let values = storage.as_cuda_slice::<f64>()?.slice(start..end);
+                // SAFETY: two words each, which nobody computes with.
+                let Some(halves) = (unsafe { values.transmute::<f32>(words) }) else {
+                    bail!("download: expected {words} words of {} values", end - start);
+                };
+                transfers.down.memcpy_dtoh(&halves, to)
+            } else {
+                transfers.down.memcpy_dtoh(&storage.as_cuda_slice::<f32>()?.slice(start..end), to)
+            };
+            copied.map_err(failed("copying from a CUDA device"))
         };
         // The training waits for one in each step, and by then the device has little left to do.
         match copied.and_then(|()| event(&transfers.down, false)) {
-            Ok(done) => {
-                Ok(Self { transfers, staging: Some(staging), done, shape: x.shape().clone(), _source: x })
-            }
+            Ok(done) => Ok(Self { transfers, staging: Some(staging), done, source: x }),
             Err(error) => {
                 // Nothing may still be under way when the memory goes; the first error is the one to tell.
                 let _ = transfers.down.synchronize();
@@ -129,8 +137,15 @@ impl Download {
     pub(crate) fn finish(self) -> Result<Tensor> {
         self.done.synchronize().map_err(failed("copying from a CUDA device"))?;
         let Some(staging) = &self.staging else { bail!("download: the values are gone") };
-        let values = staging.as_slice().map_err(failed("pinned memory"))?;
-        Tensor::from_slice(&values[..self.shape.elem_count()], &self.shape, &Device::Cpu)
+        let (words, source) = (staging.as_slice().map_err(failed("pinned memory"))?, &self.source);
+        if source.dtype() != DType::F64 {
+            return Tensor::from_slice(&words[..source.elem_count()], source.shape(), &Device::Cpu);
+        }
+        let whole = |halves: &[f32]| {
+            f64::from_bits(u64::from(halves[0].to_bits()) | u64::from(halves[1].to_bits()) << u32::BITS)
+        };
+        let values = words[..2 * source.elem_count()].chunks_exact(2).map(whole).collect();
+        Tensor::from_vec(values, source.shape(), &Device::Cpu)
     }
 }
 

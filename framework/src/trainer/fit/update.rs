@@ -12,6 +12,7 @@ use crate::collective::shard::Shares;
 use crate::data::Place;
 use crate::error::Result;
 use crate::grads::Grads;
+use crate::metrics::Means;
 use crate::module::Step;
 use crate::optim::{Clipped, Clipping};
 use crate::reduction::{Reduced, Reduction};
@@ -41,8 +42,9 @@ impl<B: Batch> Fit<'_, B> {
         let _phase = phase!("optimizer");
         let is_over = clipped.is_some();
         let Clipped { scale, norm } = clipped.map_or_else(|| self.clip(&own), Ok)?;
-        // Decided where the gradients are, and heard of here when all that follows has been asked for.
+        // Decided where the gradients are, and heard of here, as what is logged, when all that follows has been asked for.
         let norm = norm.read()?;
+        tally.means.as_mut().map_or(Ok(()), Means::begin)?;
         if !is_over {
             self.turns[turn].step(&own, &scale, &*self.ranks)?;
         }
