@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 pub struct Means {
     sums: IndexMap<String, (Tensor, f64)>,
     /// The sums of a device on their way to the host, in their order.
-    coming: Option<Download>,
+    coming: Option<Box<Download>>,
 }
 
 impl Means {
@@ -44,7 +44,7 @@ impl Means {
     pub(crate) fn begin(&mut self) -> Result<()> {
         let on_device = self.sums_on(false);
         if !on_device.is_empty() {
-            self.coming = Some(Download::start(&Tensor::cat(&on_device, 0)?)?);
+            self.coming = Some(Box::new(Download::start(&Tensor::cat(&on_device, 0)?)?));
         }
         Ok(())
     }
@@ -87,7 +87,7 @@ impl Means {
         if self.coming.is_none() {
             self.begin()?;
         }
-        let on_device = self.coming.take().map(Download::finish).transpose()?;
+        let on_device = self.coming.take().map(|coming| coming.finish()).transpose()?;
         let here = self.sums_on(true);
         let here = if here.is_empty() { None } else { Some(Tensor::cat(&here, 0)?) };
         let values = |sums: Option<Tensor>| sums.map_or(Ok(Vec::new()), |sums| sums.to_vec1::<f64>());
