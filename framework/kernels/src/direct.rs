@@ -46,6 +46,25 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// Of square images and filters of 3x3, padded so that nothing is lost.
+    #[cfg(all(test, feature = "cuda"))]
+    pub(crate) fn of_3x3(batch: usize, size: usize, inputs: usize, outputs: usize) -> Self {
+        Self {
+            batch,
+            height: size,
+            width: size,
+            inputs,
+            outputs,
+            kernel_height: 3,
+            kernel_width: 3,
+            stride: 1,
+            padding: 1,
+            dilation: 1,
+            groups: 1,
+            out_height: size,
+            out_width: size,
+        }
+    }
     fn taps(&self) -> usize {
         self.kernel_height * self.kernel_width
     }

@@ -82,25 +82,6 @@ fn is_here() -> bool {
 
 const PASSES: [Pass; 3] = [Pass::Forward, Pass::BackwardData, Pass::BackwardFilter];
 
-/// Of square images and kernels of 3x3, padded so that nothing is lost.
-fn geometry(batch: usize, size: usize, inputs: usize, outputs: usize) -> Geometry {
-    Geometry {
-        batch,
-        height: size,
-        width: size,
-        inputs,
-        outputs,
-        kernel_height: 3,
-        kernel_width: 3,
-        stride: 1,
-        padding: 1,
-        dilation: 1,
-        groups: 1,
-        out_height: size,
-        out_width: size,
-    }
-}
-
 /// On memory that lies well.
 fn key(g: Geometry, pass: Pass, dtype: DType) -> Key {
     Key { g, pass, add: false, dtype, alignments: [ALIGNMENT; 3], tf32: false }
@@ -133,8 +114,10 @@ fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
     }
     // The tutorial's layers, of 16 and 64 samples: at later steps, and where x of the first step has 64 channels; then the
     // gradients of weights over nine steps.
-    let steps = [16, 64].map(|batch| [64, 72, 128].map(|inputs| geometry(batch, 64, inputs, 256))).concat();
-    let all_steps = [144, 576].map(|batch| [72, 128].map(|inputs| geometry(batch, 64, inputs, 256))).concat();
+    let steps =
+        [16, 64].map(|batch| [64, 72, 128].map(|inputs| Geometry::of_3x3(batch, 64, inputs, 256))).concat();
+    let all_steps =
+        [144, 576].map(|batch| [72, 128].map(|inputs| Geometry::of_3x3(batch, 64, inputs, 256))).concat();
     for device in [T4, A100, L4, H200, B200] {
         let target = device.target();
         for dtype in [DType::BF16, DType::F16].into_iter().filter(|dtype| device.has(*dtype)) {
@@ -158,7 +141,7 @@ fn engines_that_are_not_allowed_are_passed_over() {
     }
     let (target, mut is_any_loose) = (H200.target(), false);
     for pass in PASSES {
-        let whole = key(geometry(16, 64, 128, 256), pass, DType::F32);
+        let whole = key(Geometry::of_3x3(16, 64, 128, 256), pass, DType::F32);
         let with_tf32 = Key { tf32: true, ..whole };
         let bf16 = Key { dtype: DType::BF16, ..whole };
         let has = |plans: &[Plan], note| plans.iter().any(|plan| notes_of(plan).contains(&note));
@@ -187,7 +170,7 @@ fn a_step_that_is_as_large_as_a_call_may_be_is_planned() {
     // 2^30 values of gates, also where the gradient is added to what is there.
     for add in [false, true] {
         for pass in PASSES {
-            let key = Key { add, ..key(geometry(1024, 64, 128, 256), pass, DType::BF16) };
+            let key = Key { add, ..key(Geometry::of_3x3(1024, 64, 128, 256), pass, DType::BF16) };
             assert!(
                 Plan::new(&target, &key, 0).is_ok_and(|plan| plan.workspace <= MOST_WORKSPACE),
                 "{key:?}"
