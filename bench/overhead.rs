@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use candlepower::candle_core::Var;
 use candlepower::candle_nn::{self, Linear, Optimizer as _, VarMap, linear, loss::cross_entropy};
 use candlepower::logger::{Loggers, LoggingConfig};
-use candlepower::optim::{Adam, GradScale, Optimizer, Param};
+use candlepower::optim::{GradScale, Optimizer, OptimizerConfig, Param};
 use candlepower::prelude::*;
 use candlepower::rand::{Rng, SeedableRng};
 use candlepower::schedule::Rates;
@@ -101,7 +101,7 @@ impl Dataset for Ready {
 /// Whose Adam moves the parameters of a loop by hand.
 enum Rule {
     Candles(candle_nn::AdamW),
-    Ours(Adam, Vec<Var>),
+    Ours(Box<dyn Optimizer>, Vec<Var>),
 }
 
 /// What somebody would write who has no framework.
@@ -125,7 +125,7 @@ impl ByHand {
             .map(|(name, var)| (name.clone(), var.clone()))
             .collect();
         let params: Vec<Param> = named.iter().cloned().map(Param::from).collect();
-        let adam = Adam::new(&params, &AdamConfig::default())?;
+        let adam = OptimizerConfig::from(AdamConfig::default()).build(&params)?;
         let vars: Vec<Var> = named.into_iter().map(|(_, var)| var).collect();
         let rule = if ours {
             Rule::Ours(adam, vars)
@@ -147,6 +147,7 @@ impl ByHand {
                 let gradients: Vec<Tensor> = vars.iter().filter_map(|var| found.remove(var)).collect();
                 adam.prepare(self.step, Rates { lr: LR, momentum: None })?;
                 adam.step(&gradients, &GradScale::default())?;
+                adam.commit()?;
             }
         }
         if self.step.is_multiple_of(LOG_EVERY) {

@@ -51,6 +51,7 @@ fn every_configuration_of_the_fixture() {
             }
             optimizer.prepare(step as u64 + 1, config.lr().into()).unwrap();
             optimizer.step(&gradients, &clipped.scale).unwrap();
+            optimizer.commit().unwrap();
             for (param, var) in &vars {
                 let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 let expected = row(name, param);

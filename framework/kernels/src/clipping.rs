@@ -161,19 +161,6 @@ impl GradScale {
         gradients.iter().map(|x| share.of_all(x)).collect()
     }
 
-    /// The gradients as they count, for an update that the host computes; none where it does not take place. Waits for a device.
-    ///
-    /// # Errors
-    /// Where the device fails.
-    pub fn taken(&self, gradients: &[Tensor]) -> Result<Option<Vec<Tensor>>> {
-        let refused = match &self.0 {
-            Decision::Host { refused, .. } => *refused,
-            #[cfg(feature = "cuda")]
-            Decision::Cuda(decided) => decided.get(3)?.to_scalar::<f32>()? != 0.,
-        };
-        (!refused).then(|| self.apply(gradients)).transpose()
-    }
-
     /// What counts of gradients on the CPU, if anything does.
     pub(crate) fn on_cpu(&self) -> Result<Option<Share>> {
         match self.0 {
@@ -201,7 +188,7 @@ impl GradScale {
 }
 
 impl Share {
-    const WHOLE: Self = Self { factor: 1., max_value: f32::INFINITY };
+    pub(crate) const WHOLE: Self = Self { factor: 1., max_value: f32::INFINITY };
 
     /// What counts of a gradient's value.
     pub(crate) fn of(self, gradient: f32) -> f32 {
@@ -236,10 +223,11 @@ mod tests {
     /// Norm, and all values that count; none where the step is refused.
     fn clipped(clipping: Clipping, gradients: &[Tensor]) -> (f64, Option<Vec<f32>>) {
         let Clipped { scale, norm } = clipping.decide(gradients).unwrap();
-        let taken = scale.taken(gradients).unwrap();
-        let values = taken.map(|x| Tensor::cat(&x, 0).unwrap().to_vec1().unwrap());
+        let share = scale.on_cpu().unwrap();
+        let counted = share.map(|_| Tensor::cat(&scale.apply(gradients).unwrap(), 0).unwrap());
+        let values = counted.map(|x| x.to_vec1().unwrap());
         // What is computed value by value is the same.
-        if let (Some(share), Some(values)) = (scale.on_cpu().unwrap(), &values) {
+        if let (Some(share), Some(values)) = (share, &values) {
             let all: Vec<f32> = Tensor::cat(gradients, 0).unwrap().to_vec1().unwrap();
             let bits = |x: f32| x.to_bits();
             assert!(all.iter().zip(values).all(|(x, y)| bits(share.of(*x)) == bits(*y)), "{values:?}");

@@ -2,9 +2,9 @@
 
 use crate::float::Float;
 use crate::parallel::{self, Shared};
-use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor, bail};
 use std::borrow::Cow;
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 
 /// Whether these kernels take this tensor: f32 on the CPU.
 ///
@@ -125,5 +125,50 @@ pub(crate) fn with_values<T: Float, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Resul
     match &*storage {
         Storage::Cpu(storage) => f(&packed::<T>(storage, layout)?),
         _ => bail!("expected a tensor on the CPU, got one on {:?}", x.device().location()),
+    }
+}
+
+/// `f` of where the values of tensors lie, those that there are: f32 on the CPU, contiguous, each in a storage of its own. Nobody
+/// else uses them meanwhile.
+pub(crate) fn in_place<const N: usize>(
+    tensors: [Option<&Tensor>; N],
+    f: impl FnOnce([Option<Shared>; N]),
+) -> Result<()> {
+    let mut f = Some(f);
+    hold(&tensors, [None; N], &mut |places| f.take().map_or((), |f| f(places)))
+}
+
+/// Holds the storages of the first of these tensors, then of those behind it, and then calls `f` with the places of all.
+fn hold<const N: usize>(
+    tensors: &[Option<&Tensor>],
+    mut places: [Option<Shared>; N],
+    f: &mut dyn FnMut([Option<Shared>; N]),
+) -> Result<()> {
+    match tensors {
+        [] => Ok(f(places)),
+        [None, rest @ ..] => hold(rest, places, f),
+        [Some(x), rest @ ..] => {
+            let and_then = |values: &mut [f32]| {
+                places[N - tensors.len()] = Some(Shared::new(values));
+                hold(rest, places, f)
+            };
+            x.inplace_op1(&InPlace(RefCell::new(and_then)))
+        }
+    }
+}
+
+/// A function of a tensor's values while nobody else uses them.
+struct InPlace<F>(RefCell<F>);
+
+impl<F: FnMut(&mut [f32]) -> Result<()>> InplaceOp1 for InPlace<F> {
+    fn name(&self) -> &'static str {
+        "in place"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match (storage, layout.contiguous_offsets()) {
+            (CpuStorage::F32(values), Some((start, end))) => (self.0.borrow_mut())(&mut values[start..end]),
+            _ => bail!("in place: expected a contiguous tensor of f32"),
+        }
     }
 }

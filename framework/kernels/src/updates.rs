@@ -1,229 +1,150 @@
 //! What optimizers do to parameters, in place: on the CPU, and by one kernel for many parameters on a CUDA device.
 
+mod rules;
+
 use crate::clipping::{GradScale, Share};
-use crate::elementwise::{sum_squares, zip2, zip3};
+use crate::parallel::{Shared, for_rows, on_pool};
+use crate::simd::{Kernel, Level, Simd};
+use crate::squares::sum_squares;
+use crate::tensors::{in_place, with_values};
 use candle_core::{DType, Device, Result, Tensor, bail};
+use std::collections::HashSet;
+pub use rules::{
+    AdadeltaStep, AdagradStep, AdamStep, AdamaxStep, MOST_STATES, RmspropStep, Rule, SgdStep,
+};
 
-/// A step of Adam (Kingma and Ba 2015, algorithm 1) or AdamW (Loshchilov and Hutter 2019, algorithm 2), as PyTorch
-/// computes it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AdamStep {
-    /// 1 less the decay of the first moment.
-    pub one_minus_beta1: f32,
-    /// The decay of the second moment.
-    pub beta2: f32,
-    /// 1 less that.
-    pub one_minus_beta2: f32,
-    /// Added to the root of the second moment.
-    pub eps: f32,
-    /// The learning rate over the first moment's correction.
-    pub step_size: f32,
-    /// The root of the second moment's correction.
-    pub root_correction: f32,
-    /// Times the parameter, added to its gradient.
-    pub l2: f32,
-    /// What decay leaves of the parameter itself.
-    pub keep: f32,
-}
-
-/// A parameter and what Adam knows of it: contiguous, of one shape, and f32 but for the copy.
+/// A parameter and what a rule keeps of it: contiguous, of one shape, and f32 but for the copy.
 #[derive(Debug, Clone, Copy)]
-pub struct AdamParam<'a> {
+pub struct UpdateParam<'a> {
     /// The parameter.
     pub param: &'a Tensor,
     /// What is given its new value in bf16 or f16, the same for all that have one.
     pub copy: Option<&'a Tensor>,
     /// Its gradient.
     pub gradient: &'a Tensor,
-    /// Its first moment.
-    pub first: &'a Tensor,
-    /// Its second moment.
-    pub second: &'a Tensor,
-    /// With AMSGrad, the largest second moment so far.
-    pub largest: Option<&'a Tensor>,
+    /// What the rule keeps of each of its values, in the rule's order.
+    pub kept: [Option<&'a Tensor>; MOST_STATES],
 }
 
-/// A step of stochastic gradient descent, with or without momentum (Sutskever et al. 2013), as PyTorch computes it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct SgdStep {
-    /// The learning rate.
-    pub lr: f32,
-    /// The share of the last update that goes on.
-    pub momentum: f32,
-    /// The share of the gradient that enters the momentum.
-    pub entering: f32,
-    /// Times the parameter, added to its gradient.
-    pub l2: f32,
-    /// Looks ahead along the momentum.
-    pub nesterov: bool,
-}
-
-/// A parameter and what SGD knows of it: contiguous, of one shape, and f32 but for the copy.
-#[derive(Debug, Clone, Copy)]
-pub struct SgdParam<'a> {
-    /// The parameter.
-    pub param: &'a Tensor,
-    /// What is given its new value in bf16 or f16, the same for all that have one.
-    pub copy: Option<&'a Tensor>,
-    /// Its gradient.
-    pub gradient: &'a Tensor,
-    /// With momentum, its last update.
-    pub momentum_buffer: Option<&'a Tensor>,
-}
-
-/// An update's numbers, and on a CUDA device the memory where its kernels read them: a recorded update has those of each replay.
+/// A rule's numbers, and on a CUDA device the memory where its kernels read them: a recorded update has those of each replay.
 #[derive(Debug)]
-pub struct Placed<S> {
-    numbers: Option<S>,
+pub struct Placed<R> {
+    rule: Option<R>,
     /// f32, of the device.
     on_device: Option<Tensor>,
 }
 
-/// Numbers that kernels read.
-pub trait Numbers: Copy {
-    /// In the order of the kernel's struct.
-    fn in_order(&self) -> Vec<f32>;
-}
-
-impl Numbers for AdamStep {
-    fn in_order(&self) -> Vec<f32> {
-        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
-            *self;
-        vec![one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep]
-    }
-}
-
-impl Numbers for SgdStep {
-    fn in_order(&self) -> Vec<f32> {
-        let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
-        vec![lr, momentum, entering, l2, f32::from(u8::from(nesterov))]
-    }
-}
-
-impl<S: Numbers> Placed<S> {
+impl<R: Rule> Placed<R> {
     /// None yet, for parameters of this device.
     ///
     /// # Errors
     /// Where the device fails.
     pub fn on(device: &Device) -> Result<Self> {
         /// As many as Adam has, which has the most.
-        const MOST: usize = 8;
+        const MOST: usize = 9;
         let on_device = device.is_cuda().then(|| Tensor::zeros(MOST, DType::F32, device)).transpose()?;
-        Ok(Self { numbers: None, on_device })
+        Ok(Self { rule: None, on_device })
     }
 
     /// The numbers of the updates that come.
     ///
     /// # Errors
     /// Where the device fails.
-    pub fn set(&mut self, numbers: S) -> Result<()> {
+    pub fn set(&mut self, rule: R) -> Result<()> {
         if let Some(on_device) = &self.on_device {
-            on_device.slice_set(&Tensor::new(numbers.in_order(), on_device.device())?, 0, 0)?;
+            on_device.slice_set(&Tensor::new(rule.numbers(), on_device.device())?, 0, 0)?;
         }
-        self.numbers = Some(numbers);
+        self.rule = Some(rule);
         Ok(())
     }
 
-    fn numbers(&self) -> Result<S> {
-        match self.numbers {
-            Some(numbers) => Ok(numbers),
-            None => bail!("update: it has no numbers yet"),
-        }
-    }
-}
-
-impl Placed<AdamStep> {
-    /// Moves parameters and their moments by so much of their gradients, if at all; copies follow.
+    /// Moves parameters, and what is kept of them, by so much of their gradients, if at all; copies follow.
     ///
     /// # Errors
     /// Where the numbers were never set, the tensors of a parameter do not fit together, or not all are on one device.
-    pub fn apply(&self, params: &[AdamParam], scale: &GradScale) -> Result<()> {
+    pub fn apply(&self, params: &[UpdateParam], scale: &GradScale) -> Result<()> {
         let Some(one) = params.first() else { return Ok(()) };
-        let numbers = self.numbers()?;
+        let Some(rule) = self.rule else { bail!("update: it has no numbers yet") };
         let copied = params.iter().find_map(|it| it.copy);
-        for AdamParam { param, copy, gradient, first, second, largest } in params {
-            check([Some(param), Some(gradient), Some(first), Some(second), *largest])?;
+        for UpdateParam { param, copy, gradient, kept: [a, b, c] } in params {
+            check([Some(param), Some(gradient), *a, *b, *c])?;
             check_copy(param, *copy, copied)?;
             on_one_device(one.param, param)?;
         }
         #[cfg(feature = "cuda")]
         if let Some(numbers) = &self.on_device {
-            return crate::cuda::optimizer::adam(numbers, params, scale);
+            return crate::cuda::optimizer::update(R::NAME, numbers, params, scale);
         }
         let Some(share) = scale.on_cpu()? else { return Ok(()) };
-        params.iter().try_for_each(|it| numbers.apply_on_cpu(*it, share))
+        for UpdateParam { param, copy, gradient, kept } in params {
+            update_on_cpu(rule, share, param, gradient, *kept)?;
+            copy.map_or(Ok(()), |copy| give(param, copy))?;
+        }
+        Ok(())
     }
 }
 
-impl AdamStep {
-    fn apply_on_cpu(&self, it: AdamParam, share: Share) -> Result<()> {
-        let AdamParam { param, copy, gradient, first, second, largest } = it;
-        let AdamStep { one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, l2, keep } =
-            *self;
-        zip3(first, gradient, param, move |m: &mut f32, g, w| {
-            *m += (share.of(g) + l2 * w - *m) * one_minus_beta1;
-        })?;
-        zip3(second, gradient, param, move |v: &mut f32, g, w| {
-            let g = share.of(g) + l2 * w;
-            *v = *v * beta2 + one_minus_beta2 * g * g;
-        })?;
-        let second = match largest {
-            None => second,
-            Some(largest) => {
-                zip2(largest, second, |max: &mut f32, v| *max = max.max(v))?;
-                largest
+/// Moves a parameter on the CPU, in one pass over all that belongs to it.
+fn update_on_cpu(
+    rule: impl Rule,
+    share: Share,
+    param: &Tensor,
+    gradient: &Tensor,
+    [a, b, c]: [Option<&Tensor>; MOST_STATES],
+) -> Result<()> {
+    let level = Level::current();
+    with_values(gradient, |gradient: &[f32]| {
+        in_place([Some(param), a, b, c], |[w, kept @ ..]| {
+            on_pool(|| {
+                for_rows(gradient.len(), 1, |part| {
+                    // SAFETY: all have as many values, and each part belongs to one task.
+                    let place = |x: Shared| unsafe { x.offset(part.start) };
+                    let (Some(w), kept) = (w.map(place), kept.map(|x| x.map(place))) else { return };
+                    level.run(Update { rule, share, w, gradient: &gradient[part.clone()], kept });
+                });
+            });
+        })
+    })
+}
+
+/// A part of a parameter, and what is kept of it: of as many values as there are gradients.
+struct Update<'a, R> {
+    rule: R,
+    share: Share,
+    w: Shared,
+    gradient: &'a [f32],
+    kept: [Option<Shared>; MOST_STATES],
+}
+
+impl<R: Rule> Kernel for Update<'_, R> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        /// So many values at once have what is kept of them here, whether a parameter keeps it or not, so that there is one loop.
+        const BLOCK: usize = 128;
+        let Update { rule, share, w, gradient, kept } = self;
+        let mut here = [[0f32; BLOCK]; MOST_STATES];
+        for start in (0..gradient.len()).step_by(BLOCK) {
+            let gradient = &gradient[start..gradient.len().min(start + BLOCK)];
+            // SAFETY: there are so many values from there on, of this task alone.
+            let place = |x: Shared| unsafe { std::slice::from_raw_parts_mut(x.at(start), gradient.len()) };
+            for (here, kept) in here.iter_mut().zip(kept) {
+                match kept {
+                    Some(kept) => here[..gradient.len()].copy_from_slice(place(kept)),
+                    None => here.fill(0.),
+                }
             }
-        };
-        zip3(param, first, second, move |w: &mut f32, m, v| {
-            *w = *w * keep - step_size * (m / (v.sqrt() / root_correction + eps));
-        })?;
-        copy.map_or(Ok(()), |copy| give(param, copy))
-    }
-}
-
-impl Placed<SgdStep> {
-    /// Moves parameters, and their momentum, where they have one, by so much of their gradients, if at all; copies follow.
-    ///
-    /// # Errors
-    /// As for Adam.
-    pub fn apply(&self, params: &[SgdParam], scale: &GradScale) -> Result<()> {
-        let Some(one) = params.first() else { return Ok(()) };
-        let numbers = self.numbers()?;
-        let copied = params.iter().find_map(|it| it.copy);
-        for SgdParam { param, copy, gradient, momentum_buffer } in params {
-            check([Some(param), Some(gradient), *momentum_buffer, None, None])?;
-            check_copy(param, *copy, copied)?;
-            on_one_device(one.param, param)?;
-        }
-        #[cfg(feature = "cuda")]
-        if let Some(numbers) = &self.on_device {
-            return crate::cuda::optimizer::sgd(numbers, params, scale);
-        }
-        let Some(share) = scale.on_cpu()? else { return Ok(()) };
-        params.iter().try_for_each(|it| numbers.apply_on_cpu(*it, share))
-    }
-}
-
-impl SgdStep {
-    fn apply_on_cpu(&self, it: SgdParam, share: Share) -> Result<()> {
-        let SgdParam { param, copy, gradient, momentum_buffer } = it;
-        let SgdStep { lr, momentum, entering, l2, nesterov } = *self;
-        match momentum_buffer {
-            None => zip2(param, gradient, move |w: &mut f32, g| *w -= lr * (share.of(g) + l2 * *w))?,
-            Some(buffer) => {
-                zip3(buffer, gradient, param, move |b: &mut f32, g, w| {
-                    *b = momentum * *b + entering * (share.of(g) + l2 * w);
-                })?;
-                if nesterov {
-                    zip3(param, gradient, buffer, move |w: &mut f32, g, b| {
-                        *w -= lr * (share.of(g) + l2 * *w + momentum * b);
-                    })?;
-                } else {
-                    zip2(param, buffer, move |w: &mut f32, b| *w -= lr * b)?;
+            let [a, b, c] = &mut here;
+            for ((((w, g), a), b), c) in place(w).iter_mut().zip(gradient).zip(a).zip(b).zip(c) {
+                let mut kept = [*a, *b, *c];
+                *w = rule.step(*w, share.of(*g), &mut kept);
+                [*a, *b, *c] = kept;
+            }
+            for (here, kept) in here.iter().zip(kept) {
+                if let Some(kept) = kept {
+                    place(kept).copy_from_slice(&here[..gradient.len()]);
                 }
             }
         }
-        copy.map_or(Ok(()), |copy| give(param, copy))
     }
 }
 
@@ -240,9 +161,25 @@ pub fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     if pairs.first().is_some_and(|(x, _)| x.device().is_cuda()) {
         return crate::cuda::optimizer::approach(pairs, share);
     }
-    pairs
-        .iter()
-        .try_for_each(|(x, target)| zip2(x, target, move |x: &mut f32, target| *x += (target - *x) * share))
+    let nothing = [None; MOST_STATES];
+    pairs.iter().try_for_each(|(x, target)| update_on_cpu(Approach(share), Share::WHOLE, x, target, nothing))
+}
+
+/// Moves a value this share of the way to another, which takes its gradient's place.
+#[derive(Clone, Copy)]
+struct Approach(f32);
+
+impl Rule for Approach {
+    const NAME: &'static str = "approach";
+
+    fn numbers(&self) -> Vec<f32> {
+        vec![self.0]
+    }
+
+    #[inline(always)]
+    fn step(&self, w: f32, target: f32, _: &mut [f32; MOST_STATES]) -> f32 {
+        w + (target - w) * self.0
+    }
 }
 
 /// Gives tensors the values that their masters have now, in their own type, in place: on a CUDA device many half-precision ones
@@ -296,6 +233,12 @@ fn on_one_device(a: &Tensor, b: &Tensor) -> Result<()> {
 }
 
 fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
+    // Tensors with one storage would wait for each other.
+    let mut storages = HashSet::new();
+    let mut is_new = |x: &Tensor| storages.insert(std::ptr::from_ref(&*x.storage_and_layout().0));
+    if !tensors.iter().flatten().all(|x| is_new(x)) {
+        bail!("update: expected tensors that share no memory");
+    }
     let mut tensors = tensors.into_iter().flatten();
     let Some(first) = tensors.next() else { return Ok(()) };
     for x in tensors {

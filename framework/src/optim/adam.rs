@@ -1,13 +1,10 @@
 //! Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes them.
 
-use candle_core::{Device, Tensor, Var};
-use candlepower_kernels::clipping::GradScale;
-use candlepower_kernels::updates::{AdamParam, AdamStep, Placed};
+use candlepower_kernels::updates::{AdamStep, MOST_STATES};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{Optimizer, Param, named_state, zeros_like};
-use crate::error::Result;
+use super::ruled::Recipe;
 use crate::schedule::Rates;
 
 /// Fields of `[optimizer]` for `adam`.
@@ -57,111 +54,61 @@ impl Default for AdamWConfig {
 /// How much of a parameter is taken away, and where.
 enum Decay {
     /// As a part of the gradient, so it passes through the moments.
-    Gradient(f32),
+    Gradient(f64),
     /// From the parameter itself, times the learning rate.
     Parameter(f64),
 }
 
-/// Adam with the moments of every parameter.
-pub struct Adam {
-    params: Vec<Param>,
-    first: Vec<Var>,
-    second: Vec<Var>,
-    /// The largest second moment so far; empty without amsgrad.
-    largest: Vec<Var>,
-    betas: [f64; 2],
-    eps: f64,
-    decay: Decay,
-    numbers: Placed<AdamStep>,
-}
-
-impl Adam {
-    /// The optimizer of these parameters.
-    pub fn new(params: &[Param], config: &AdamConfig) -> Result<Self> {
-        let AdamConfig { betas, eps, weight_decay, amsgrad, .. } = *config;
-        Self::with_decay(params, betas, eps, amsgrad, Decay::Gradient(weight_decay as f32))
-    }
-
-    fn with_decay(params: &[Param], betas: [f64; 2], eps: f64, amsgrad: bool, decay: Decay) -> Result<Self> {
-        let largest = if amsgrad { zeros_like(params)? } else { Vec::new() };
-        let (first, second) = (zeros_like(params)?, zeros_like(params)?);
-        let numbers = Placed::on(params.first().map_or(&Device::Cpu, |it| it.master.device()))?;
-        Ok(Self { params: params.to_vec(), first, second, largest, betas, eps, decay, numbers })
+/// Of both.
+fn step(betas: [f64; 2], eps: f64, decay: Decay, t: u64, rates: Rates) -> AdamStep {
+    let Rates { lr, momentum } = rates;
+    let (beta1, beta2) = (momentum.unwrap_or(betas[0]), betas[1]);
+    let (l2, keep) = match decay {
+        Decay::Gradient(decay) => (decay as f32, 1.),
+        Decay::Parameter(decay) => (0., (1. - lr * decay) as f32),
+    };
+    AdamStep {
+        one_minus_beta1: (1. - beta1) as f32,
+        beta2: beta2 as f32,
+        one_minus_beta2: (1. - beta2) as f32,
+        eps: eps as f32,
+        of_moment: (lr / correction(beta1, t)) as f32,
+        of_gradient: 0.,
+        root_correction: correction(beta2, t).sqrt() as f32,
+        l2,
+        keep,
     }
 }
 
-impl Optimizer for Adam {
-    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
-        let Rates { lr, momentum } = rates;
-        let (beta1, beta2) = (momentum.unwrap_or(self.betas[0]), self.betas[1]);
-        let correction = |beta: f64| 1. - beta.powf(t as f64);
-        let step_size = (lr / correction(beta1)) as f32;
-        let root_correction = correction(beta2).sqrt() as f32;
-        let (l2, keep) = match self.decay {
-            Decay::Gradient(decay) => (decay, 1.),
-            Decay::Parameter(decay) => (0., (1. - lr * decay) as f32),
-        };
-        Ok(self.numbers.set(AdamStep {
-            one_minus_beta1: (1. - beta1) as f32,
-            beta2: beta2 as f32,
-            one_minus_beta2: (1. - beta2) as f32,
-            eps: self.eps as f32,
-            step_size,
-            root_correction,
-            l2,
-            keep,
-        })?)
+/// What a mean of `t` values that decays by `beta` from zero on is divided by.
+pub(super) fn correction(beta: f64, t: u64) -> f64 {
+    1. - beta.powf(t as f64)
+}
+
+fn kept(amsgrad: bool) -> [Option<&'static str>; MOST_STATES] {
+    [Some("exp_avg"), Some("exp_avg_sq"), amsgrad.then_some("max_exp_avg_sq")]
+}
+
+impl Recipe for AdamConfig {
+    type Step = AdamStep;
+
+    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+        kept(self.amsgrad)
     }
 
-    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
-        let params = gradients.iter().enumerate().map(|(i, gradient)| AdamParam {
-            param: &self.params[i].master,
-            copy: self.params[i].copy.as_ref().map(Var::as_tensor),
-            gradient,
-            first: &self.first[i],
-            second: &self.second[i],
-            largest: self.largest.get(i).map(Var::as_tensor),
-        });
-        Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
-    }
-
-    fn stays_on_device(&self) -> bool {
-        true
-    }
-
-    fn state(&self) -> Vec<(String, Var)> {
-        let mut state = named_state("exp_avg", &self.params, &self.first);
-        state.extend(named_state("exp_avg_sq", &self.params, &self.second));
-        state.extend(named_state("max_exp_avg_sq", &self.params, &self.largest));
-        state
+    fn step(&self, t: u64, rates: Rates) -> AdamStep {
+        step(self.betas, self.eps, Decay::Gradient(self.weight_decay), t, rates)
     }
 }
 
-/// Adam whose weight decay does not pass through the moments.
-pub struct AdamW(Adam);
+impl Recipe for AdamWConfig {
+    type Step = AdamStep;
 
-impl AdamW {
-    /// The optimizer of these parameters.
-    pub fn new(params: &[Param], config: &AdamWConfig) -> Result<Self> {
-        let AdamWConfig { betas, eps, weight_decay, amsgrad, .. } = *config;
-        Ok(Self(Adam::with_decay(params, betas, eps, amsgrad, Decay::Parameter(weight_decay))?))
-    }
-}
-
-impl Optimizer for AdamW {
-    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
-        self.0.prepare(t, rates)
+    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+        kept(self.amsgrad)
     }
 
-    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
-        self.0.step(gradients, scale)
-    }
-
-    fn stays_on_device(&self) -> bool {
-        true
-    }
-
-    fn state(&self) -> Vec<(String, Var)> {
-        self.0.state()
+    fn step(&self, t: u64, rates: Rates) -> AdamStep {
+        step(self.betas, self.eps, Decay::Parameter(self.weight_decay), t, rates)
     }
 }

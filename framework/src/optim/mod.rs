@@ -3,21 +3,25 @@
 mod adam;
 mod adaptive;
 mod average;
+mod moments;
 mod rmsprop;
+mod ruled;
 mod sgd;
 mod turn;
 
-pub use adam::{Adam, AdamConfig, AdamW, AdamWConfig};
-pub use adaptive::{Adadelta, AdadeltaConfig, Adagrad, AdagradConfig, Moments, MomentsConfig, Rule};
+pub use adam::{AdamConfig, AdamWConfig};
+pub use adaptive::{AdadeltaConfig, AdagradConfig};
 pub(crate) use average::Average;
 pub use average::{AverageConfig, EmaConfig, SwaConfig};
-use candle_core::{DType, Tensor, Var};
+use candle_core::{Tensor, Var};
 pub use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
-use candlepower_kernels::updates;
-pub use rmsprop::{Rmsprop, RmspropConfig};
+pub use moments::MomentsConfig;
+use moments::{Adamax, Nadam, Radam};
+pub use rmsprop::RmspropConfig;
+use ruled::Ruled;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-pub use sgd::{Sgd, SgdConfig};
+pub use sgd::SgdConfig;
 pub(crate) use turn::Turn;
 pub use turn::{GroupConfig, TurnConfig};
 
@@ -31,13 +35,13 @@ pub trait Optimizer: Send {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()>;
 
     /// Moves every parameter, with its copy, by so much of its gradient as `scale` says, or, where that refuses the step, none.
-    /// `gradients` are in the order of the parameters.
+    /// `gradients` are in the order of the parameters. Asks nothing of the host, where parameters are on a device: it can be
+    /// recorded, and replayed after [`prepare`](Self::prepare) with other numbers.
     fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()>;
 
-    /// Whether a step asks nothing of the host, where its parameters are on a device: then it can be recorded, and replayed
-    /// after [`prepare`](Self::prepare) with other numbers.
-    fn stays_on_device(&self) -> bool {
-        false
+    /// Hears that the step which was prepared has been taken.
+    fn commit(&mut self) -> Result<()> {
+        Ok(())
     }
 
     /// What it remembers between steps, by name. The tensors share memory with the optimizer: writing to them
@@ -166,15 +170,15 @@ impl OptimizerConfig {
     /// The optimizer of these parameters.
     pub fn build(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {
         Ok(match self {
-            Self::Adam(config) => Box::new(Adam::new(params, config)?),
-            Self::AdamW(config) => Box::new(AdamW::new(params, config)?),
-            Self::Sgd(config) => Box::new(Sgd::new(params, config)?),
-            Self::Rmsprop(config) => Box::new(Rmsprop::new(params, config)?),
-            Self::Adagrad(config) => Box::new(Adagrad::new(params, config)?),
-            Self::Adadelta(config) => Box::new(Adadelta::new(params, config)?),
-            Self::Adamax(config) => Box::new(Moments::new(params, Rule::Adamax, config)?),
-            Self::Nadam(config) => Box::new(Moments::new(params, Rule::Nadam, config)?),
-            Self::Radam(config) => Box::new(Moments::new(params, Rule::Radam, config)?),
+            Self::Adam(config) => Box::new(Ruled::new(params, config.clone())?),
+            Self::AdamW(config) => Box::new(Ruled::new(params, config.clone())?),
+            Self::Sgd(config) => Box::new(Ruled::new(params, config.clone())?),
+            Self::Rmsprop(config) => Box::new(Ruled::new(params, config.clone())?),
+            Self::Adagrad(config) => Box::new(Ruled::new(params, config.clone())?),
+            Self::Adadelta(config) => Box::new(Ruled::new(params, config.clone())?),
+            Self::Adamax(config) => Box::new(Ruled::new(params, Adamax(config.clone()))?),
+            Self::Nadam(config) => Box::new(Nadam::new(params, config)?),
+            Self::Radam(config) => Box::new(Ruled::new(params, Radam(config.clone()))?),
         })
     }
 }
@@ -203,40 +207,9 @@ impl From<SgdConfig> for OptimizerConfig {
     }
 }
 
-/// A zeroed f32 tensor for each parameter: what moments start as.
-fn zeros_like(params: &[Param]) -> Result<Vec<Var>> {
-    let zeros = |Param { master, .. }: &Param| Ok(Var::zeros(master.shape(), DType::F32, master.device())?);
-    params.iter().map(zeros).collect()
-}
-
-/// Moves parameters, by their places, one after the other by a rule that the host computes, if the step is taken at all;
-/// copies follow. `decay` times a parameter is added to its gradient.
-fn on_host(
-    params: &[Param],
-    gradients: &[Tensor],
-    scale: &GradScale,
-    decay: f64,
-    rule: impl Fn(usize, &Tensor) -> Result<()>,
-) -> Result<()> {
-    let Some(gradients) = scale.taken(gradients)? else { return Ok(()) };
-    for (i, (Param { master, .. }, gradient)) in params.iter().zip(gradients).enumerate() {
-        // Of the loss plus half the decay times the squared parameter.
-        let gradient = if decay == 0. { gradient } else { (gradient + (master.as_tensor() * decay)?)? };
-        rule(i, &gradient)?;
-    }
-    let pairs = params.iter().filter_map(|it| Some((it.master.as_tensor(), it.copy.as_ref()?.as_tensor())));
-    Ok(updates::publish(&pairs.collect::<Vec<_>>())?)
-}
-
-/// Names of one kind of state, `<kind>.<parameter>`, beside its tensors.
-fn named_state(kind: &str, params: &[Param], state: &[Var]) -> Vec<(String, Var)> {
-    let name = |param: &Param| format!("{kind}.{}", param.name);
-    params.iter().zip(state).map(|(param, var)| (name(param), var.clone())).collect()
-}
-
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     use super::*;
 
@@ -279,7 +252,11 @@ mod tests {
                 let gradients = [&zero[..], gradients, &zero].concat();
                 for t in 1..=steps {
                     optimizer.prepare(t, config.lr().into()).unwrap();
-                    optimizer.step(&gradients, &clipping.decide(&gradients).unwrap().scale).unwrap();
+                    let Clipped { scale, norm } = clipping.decide(&gradients).unwrap();
+                    optimizer.step(&gradients, &scale).unwrap();
+                    if norm.read().unwrap().finish().unwrap().is_finite() {
+                        optimizer.commit().unwrap();
+                    }
                 }
                 let state = optimizer.state().iter().map(|(_, var)| values(var)).collect::<Vec<_>>();
                 (values(&master), values(&copy), state)

@@ -247,9 +247,10 @@ impl Turn {
         Ok(publish(&copies.map(|(_, (master, working))| (master, working.as_tensor())).collect::<Vec<_>>())?)
     }
 
-    /// Whether a step asks nothing of the host.
-    pub(crate) fn stays_on_device(&self) -> bool {
-        self.groups.iter().all(|group| group.optimizer.stays_on_device())
+    /// Counts the step that was prepared, which has been taken.
+    pub(crate) fn commit(&mut self) -> Result<()> {
+        self.steps += 1;
+        self.groups.iter_mut().try_for_each(|group| group.optimizer.commit())
     }
 
     /// What the optimizer remembers on this rank, by name.

@@ -184,7 +184,7 @@ impl<B: Batch> Fit<'_, B> {
                 // ... or ends the run, whose last checkpoint is still good.
                 Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
-            self.turns[turn].steps += 1;
+            self.turns[turn].commit()?;
             for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
                 tally.note(
                     &self.metric_name(turn, name),

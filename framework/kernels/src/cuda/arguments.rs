@@ -3,6 +3,8 @@
 //!
 //! Addresses are those of the device's memory, 0 for nothing; offsets and strides count values, not bytes.
 
+use crate::updates::MOST_STATES;
+
 /// Pixels of images within a larger tensor.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -149,7 +151,7 @@ pub(crate) struct Span<P> {
 
 /// As many tensors as the arguments of a kernel, 4 KB, have room for.
 pub(crate) const MOST_TENSORS: usize = 64;
-const _: () = assert!(size_of::<Update<AdamAt>>() <= 4096, "the largest of all arguments");
+const _: () = assert!(size_of::<Update>() <= 4096, "the largest of all arguments");
 
 /// So many tensors at most. Of `publish`.
 #[repr(C)]
@@ -179,36 +181,24 @@ impl<P: Copy + Default> Many<P> {
     }
 }
 
-/// Of `adam` and `sgd`.
+/// Of the kernels of [rules](crate::updates::Rule).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Update<P> {
-    pub(crate) tensors: Many<P>,
-    /// The numbers of an [`AdamStep`](crate::updates::AdamStep) or [`SgdStep`](crate::updates::SgdStep).
+pub(crate) struct Update {
+    pub(crate) tensors: Many<ParamAt>,
+    /// The rule's numbers.
     pub(crate) step: u64,
     /// What was decided of the gradients.
     pub(crate) decided: u64,
 }
 
-/// What `adam` uses of a parameter.
+/// What a rule uses of a parameter.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct AdamAt {
+pub(crate) struct ParamAt {
     pub(crate) param: u64,
     pub(crate) gradient: u64,
-    pub(crate) first: u64,
-    pub(crate) second: u64,
-    pub(crate) largest: u64,
-    pub(crate) copy: u64,
-}
-
-/// What `sgd` uses of a parameter.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct SgdAt {
-    pub(crate) param: u64,
-    pub(crate) gradient: u64,
-    pub(crate) buffer: u64,
+    pub(crate) kept: [u64; MOST_STATES],
     pub(crate) copy: u64,
 }
 
@@ -296,6 +286,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise Tiles Filters Counted Approach SquareSums Sums Decide);
-    device_repr!(Many<PublishAt> Update<AdamAt> Update<SgdAt>);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise Tiles Filters Update Counted Approach SquareSums Sums Decide);
+    device_repr!(Many<PublishAt>);
 }

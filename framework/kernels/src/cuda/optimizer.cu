@@ -56,87 +56,112 @@ extern "C" __global__ void counted(Counted a) {
     for (unsigned i = it.first; i < it.end; i += blockDim.x) it.at.to[i] = counted(it.at.gradient[i], decided);
 }
 
-// What a rule moves parameters by: `S` are its numbers.
-template <typename P, typename S> struct Update {
-    Many<P> tensors;
-    const S* step;
+// What a rule moves: its numbers are an R, which gives the value that follows one, given its gradient, and changes what is kept of it.
+template <typename T> struct ParamAt {
+    float* param;
+    const float* gradient;
+    float* kept[3]; // each null where a parameter keeps no such number: it is 0 then, and what becomes of it is forgotten
+    T* copy;        // or null
+};
+template <typename T, typename R> struct Update {
+    Many<ParamAt<T>> tensors;
+    const R* step;
     const Decided* decided;
 };
 
-// A step of Adam (Kingma and Ba 2015, algorithm 1) or AdamW (Loshchilov and Hutter 2019, algorithm 2), as PyTorch computes it.
-struct AdamStep {
-    float one_minus_beta1, beta2, one_minus_beta2, eps;
-    float step_size;       // the learning rate over the first moment's correction
-    float root_correction; // the root of the second moment's
-    float l2;              // times the parameter, added to its gradient
-    float keep;            // what decay leaves of the parameter itself
+// The rules are those of updates/rules.rs, which says what their numbers are.
+struct Adam {
+    float one_minus_beta1, beta2, one_minus_beta2, eps, of_moment, of_gradient, root_correction, l2, keep;
 };
-template <typename T> struct AdamAt {
-    float* param;
-    const float* gradient;
-    float *first, *second;
-    float* largest; // null without AMSGrad
-    T* copy;        // or null
-};
-template <typename T> DEVICE void adam(const Update<AdamAt<T>, AdamStep>& a) {
-    const AdamStep step = *a.step;
-    const Decided decided = *a.decided;
-    if (decided.refused != 0.f) return;
-    auto it = own(a.tensors);
-    AdamAt<T> at = it.at;
-    for (unsigned i = it.first; i < it.end; i += blockDim.x) {
-        float w = at.param[i], g = counted(at.gradient[i], decided) + step.l2 * w, m = at.first[i], v = at.second[i];
-        m += (g - m) * step.one_minus_beta1;
-        v = v * step.beta2 + step.one_minus_beta2 * g * g;
-        at.first[i] = m;
-        at.second[i] = v;
-        if (at.largest) {
-            v = fmaxf(at.largest[i], v);
-            at.largest[i] = v;
-        }
-        w = w * step.keep - step.step_size * (m / (sqrtf(v) / step.root_correction + step.eps));
-        at.param[i] = w;
-        if (at.copy) from_float(w, at.copy[i]);
-    }
+DEVICE float step(const Adam& rule, float w, float gradient, float (&kept)[3]) {
+    float &m = kept[0], &v = kept[1], &largest = kept[2];
+    float g = gradient + rule.l2 * w;
+    m += (g - m) * rule.one_minus_beta1;
+    v = v * rule.beta2 + rule.one_minus_beta2 * g * g;
+    // What is not a number stays so.
+    largest = largest > v ? largest : v;
+    return w * rule.keep - (rule.of_moment * m + rule.of_gradient * g) / (sqrtf(largest) / rule.root_correction + rule.eps);
 }
-extern "C" __global__ void adam_float(Update<AdamAt<float>, AdamStep> a) { adam(a); }
-extern "C" __global__ void adam_bf16(Update<AdamAt<bf16>, AdamStep> a) { adam(a); }
-extern "C" __global__ void adam_f16(Update<AdamAt<f16>, AdamStep> a) { adam(a); }
+struct Sgd {
+    float lr, momentum, entering, l2, nesterov;
+};
+DEVICE float step(const Sgd& rule, float w, float gradient, float (&kept)[3]) {
+    float& update = kept[0];
+    float g = gradient + rule.l2 * w;
+    update = rule.momentum * update + rule.entering * g;
+    return w - rule.lr * (rule.nesterov != 0.f ? g + rule.momentum * update : update);
+}
+struct Rmsprop {
+    float lr, alpha, one_minus_alpha, eps, momentum, l2, centered;
+};
+DEVICE float step(const Rmsprop& rule, float w, float gradient, float (&kept)[3]) {
+    float &square = kept[0], &update = kept[1], &mean = kept[2];
+    float g = gradient + rule.l2 * w;
+    square = square * rule.alpha + rule.one_minus_alpha * g * g;
+    mean += (g - mean) * rule.one_minus_alpha;
+    float variance = rule.centered != 0.f ? square - mean * mean : square;
+    update = rule.momentum * update + g / (sqrtf(variance) + rule.eps);
+    return w - rule.lr * update;
+}
+struct Adagrad {
+    float lr, eps, l2;
+};
+DEVICE float step(const Adagrad& rule, float w, float gradient, float (&kept)[3]) {
+    float& sum = kept[0];
+    float g = gradient + rule.l2 * w;
+    sum += g * g;
+    return w - rule.lr * g / (sqrtf(sum) + rule.eps);
+}
+struct Adadelta {
+    float lr, rho, one_minus_rho, eps, l2;
+};
+DEVICE float step(const Adadelta& rule, float w, float gradient, float (&kept)[3]) {
+    float &square = kept[0], &moved = kept[1];
+    float g = gradient + rule.l2 * w;
+    square = square * rule.rho + rule.one_minus_rho * g * g;
+    float update = g * (sqrtf(moved + rule.eps) / sqrtf(square + rule.eps));
+    moved = moved * rule.rho + rule.one_minus_rho * update * update;
+    return w - rule.lr * update;
+}
+struct Adamax {
+    float one_minus_beta1, beta2, eps, of_moment, l2;
+};
+DEVICE float step(const Adamax& rule, float w, float gradient, float (&kept)[3]) {
+    float &m = kept[0], &largest = kept[1];
+    float g = gradient + rule.l2 * w;
+    m += (g - m) * rule.one_minus_beta1;
+    float before = largest * rule.beta2, size = fabsf(g) + rule.eps;
+    largest = before > size ? before : size;
+    return w - rule.of_moment * m / largest;
+}
 
-// A step of SGD (Sutskever et al. 2013), as PyTorch computes it.
-struct SgdStep {
-    float lr, momentum;
-    float entering; // the share of the gradient that enters the momentum
-    float l2;       // times the parameter, added to its gradient
-    float nesterov; // 0 or 1
-};
-template <typename T> struct SgdAt {
-    float* param;
-    const float* gradient;
-    float* buffer; // null without momentum
-    T* copy;       // or null
-};
-template <typename T> DEVICE void sgd(const Update<SgdAt<T>, SgdStep>& a) {
-    const SgdStep step = *a.step;
+template <typename T, typename R> DEVICE void update(const Update<T, R>& a) {
+    const R rule = *a.step;
     const Decided decided = *a.decided;
     if (decided.refused != 0.f) return;
     auto it = own(a.tensors);
-    SgdAt<T> at = it.at;
+    ParamAt<T> at = it.at;
     for (unsigned i = it.first; i < it.end; i += blockDim.x) {
-        float w = at.param[i], g = counted(at.gradient[i], decided) + step.l2 * w;
-        if (at.buffer) {
-            float b = step.momentum * at.buffer[i] + step.entering * g;
-            at.buffer[i] = b;
-            g = step.nesterov != 0.f ? g + step.momentum * b : b;
-        }
-        w -= step.lr * g;
+        float kept[3];
+        for (int k = 0; k < 3; k++) kept[k] = at.kept[k] ? at.kept[k][i] : 0.f;
+        float w = step(rule, at.param[i], counted(at.gradient[i], decided), kept);
+        for (int k = 0; k < 3; k++)
+            if (at.kept[k]) at.kept[k][i] = kept[k];
         at.param[i] = w;
         if (at.copy) from_float(w, at.copy[i]);
     }
 }
-extern "C" __global__ void sgd_float(Update<SgdAt<float>, SgdStep> a) { sgd(a); }
-extern "C" __global__ void sgd_bf16(Update<SgdAt<bf16>, SgdStep> a) { sgd(a); }
-extern "C" __global__ void sgd_f16(Update<SgdAt<f16>, SgdStep> a) { sgd(a); }
+
+#define RULE(NAME, R)                                                                                                          \
+    extern "C" __global__ void NAME##_float(Update<float, R> a) { update(a); }                                                 \
+    extern "C" __global__ void NAME##_bf16(Update<bf16, R> a) { update(a); }                                                   \
+    extern "C" __global__ void NAME##_f16(Update<f16, R> a) { update(a); }
+RULE(adam, Adam)
+RULE(sgd, Sgd)
+RULE(rmsprop, Rmsprop)
+RULE(adagrad, Adagrad)
+RULE(adadelta, Adadelta)
+RULE(adamax, Adamax)
 
 // Gives half-precision copies the values that their 32-bit masters have now.
 template <typename T> struct PublishAt {

@@ -1,15 +1,14 @@
 //! Updates of parameters in place, and what the norm of gradients decides of them.
 
 use super::arguments::{
-    AdamAt, Approach, ApproachAt, Counted, CountedAt, Decide, MOST_TENSORS, Many, PublishAt, SgdAt,
-    SquareSums, Sums, Update,
+    Approach, ApproachAt, Counted, CountedAt, Decide, MOST_TENSORS, Many, ParamAt, PublishAt, SquareSums,
+    Sums, Update,
 };
 use super::launch::{THREADS, launch, type_name};
 use super::memory::{address, aligned, allocate, read, tensor, with_address};
 use super::sources::OPTIMIZER;
 use crate::clipping::{Clipping, GradScale};
-use crate::updates::{AdamParam, SgdParam};
-use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
+use crate::updates::UpdateParam;
 use candle_core::{CudaStorage, DType, Result, Tensor, bail};
 
 /// Calls `launch` with all tensors, as many at once as a kernel takes. They come with how many values each has.
@@ -34,66 +33,25 @@ fn at_or_0(x: Option<&Tensor>) -> Result<u64> {
     x.map_or(Ok(0), at)
 }
 
-/// Of Adam's [`apply`](crate::updates::Placed::apply), by one kernel for many parameters; all are f32, contiguous, and those of
-/// a parameter of one shape.
-pub(crate) fn adam(numbers: &Tensor, params: &[AdamParam], scale: &GradScale) -> Result<()> {
-    let gradients = params.iter().map(|it| aligned(it.gradient)).collect::<Result<Vec<_>>>()?;
-    let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
-        let AdamParam { param, copy, first, second, largest, .. } = *it;
-        let at = AdamAt {
-            param: at(param)?,
-            gradient: at(gradient)?,
-            first: at(first)?,
-            second: at(second)?,
-            largest: at_or_0(largest)?,
-            copy: at_or_0(copy)?,
-        };
-        Ok((at, gradient.elem_count()))
-    });
-    let copy = params.iter().find_map(|it| it.copy);
-    // SAFETY: all have as many values as their parameter, and copies are of one type, which the caller has checked.
-    unsafe { update("adam", numbers, tensors.collect::<Result<_>>()?, copy, scale) }
-}
-
-/// Of SGD's.
-pub(crate) fn sgd(numbers: &Tensor, params: &[SgdParam], scale: &GradScale) -> Result<()> {
-    let gradients = params.iter().map(|it| aligned(it.gradient)).collect::<Result<Vec<_>>>()?;
-    let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
-        let SgdParam { param, copy, momentum_buffer, .. } = *it;
-        let at = SgdAt {
-            param: at(param)?,
-            gradient: at(gradient)?,
-            buffer: at_or_0(momentum_buffer)?,
-            copy: at_or_0(copy)?,
-        };
-        Ok((at, gradient.elem_count()))
-    });
-    let copy = params.iter().find_map(|it| it.copy);
-    // SAFETY: as in `adam`.
-    unsafe { update("sgd", numbers, tensors.collect::<Result<_>>()?, copy, scale) }
-}
-
-/// Asks for the kernels of an update.
-///
-/// # Safety
-/// The tensors are those of the rule's kernels, each of as many values as it says; copies are of the type of `copy`.
-unsafe fn update<P: Copy + Default>(
-    rule: &str,
-    numbers: &Tensor,
-    tensors: Vec<(P, usize)>,
-    copy: Option<&Tensor>,
-    scale: &GradScale,
-) -> Result<()>
-where
-    Update<P>: DeviceRepr,
-{
+/// As a rule's [`apply`](crate::updates::Placed::apply), by one kernel for many parameters: all are f32, contiguous, and those of a
+/// parameter of one shape.
+pub(crate) fn update(rule: &str, numbers: &Tensor, params: &[UpdateParam], scale: &GradScale) -> Result<()> {
     let device = numbers.device().as_cuda_device()?;
-    let kernel = format!("{rule}_{}", type_name(copy.map_or(DType::F32, Tensor::dtype))?);
+    let gradients = params.iter().map(|it| aligned(it.gradient)).collect::<Result<Vec<_>>>()?;
+    let tensors = params.iter().zip(&gradients).map(|(it, gradient)| {
+        let UpdateParam { param, copy, kept: [a, b, c], .. } = *it;
+        let kept = [at_or_0(a)?, at_or_0(b)?, at_or_0(c)?];
+        let place = ParamAt { param: at(param)?, gradient: at(gradient)?, kept, copy: at_or_0(copy)? };
+        Ok((place, gradient.elem_count()))
+    });
+    let copied = params.iter().find_map(|it| it.copy).map_or(DType::F32, Tensor::dtype);
+    let kernel = format!("{rule}_{}", type_name(copied)?);
     let decided = scale.on_device(numbers.device())?;
     let (step, decided_at) = (at(numbers)?, at(&decided)?);
-    in_groups(tensors, |tensors| {
+    in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         let arguments = Update { tensors, step, decided: decided_at };
-        // SAFETY: the caller's promise, and tensors are written by nobody else on the device's one stream.
+        // SAFETY: all that belongs to a parameter has as many values, and copies are of one type, which the caller has checked;
+        // tensors are written by nobody else on the device's one stream.
         unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, arguments) }
     })
 }
@@ -107,7 +65,7 @@ pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
         .iter()
         .map(|(master, copy)| Ok((PublishAt { master: at(master)?, copy: at(copy)? }, copy.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
-        // SAFETY: as in `adam`; copies are of the kernel's type.
+        // SAFETY: as in `update`; copies are of the kernel's type.
         unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, tensors) }
     })
 }
@@ -122,7 +80,7 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
         .zip(&targets)
         .map(|((x, _), target)| Ok((ApproachAt { x: at(x)?, target: at(target)? }, target.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
-        // SAFETY: as in `adam`.
+        // SAFETY: as in `update`.
         unsafe {
             launch(device, &OPTIMIZER, "approach", tensors.blocks() * THREADS, Approach { tensors, share })
         }

@@ -1,15 +1,18 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
 use super::arguments::{
-    AdamAt, AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide, Filters,
-    GatesBackward, GatesForward, Many, Narrow, PackWeight, Plane, Pointwise, PublishAt, SgdAt, SquareSums,
+    AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide, Filters,
+    GatesBackward, GatesForward, Many, Narrow, PackWeight, ParamAt, Plane, Pointwise, PublishAt, SquareSums,
     Sums, Tiles, Update,
 };
 use super::host::Host;
 use super::sources::{COLUMNS, GATES, OPTIMIZER, POINTWISE, Source, WINOGRAD};
 use crate::clipping::{Clipping, Share};
 use crate::pointwise::{Activation, activate};
-use crate::updates::{AdamParam, AdamStep, Numbers, Placed, SgdParam, SgdStep, approach};
+use crate::updates::{
+    AdadeltaStep, AdagradStep, AdamStep, AdamaxStep, MOST_STATES, Placed, RmspropStep, Rule, SgdStep,
+    UpdateParam, approach,
+};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng};
@@ -295,76 +298,81 @@ fn decided(clipping: &Clipping, norm: f64) -> [f32; 4] {
     share.map_or([7., 7., 7., 1.], |share| [norm as f32, share.factor, share.max_value, 0.])
 }
 
-#[test]
-fn parameters_move_as_on_the_cpu() {
-    let Some(host) = Host::new() else { return };
+const ADAM: AdamStep = AdamStep {
+    one_minus_beta1: 0.1,
+    beta2: 0.99,
+    one_minus_beta2: 0.01,
+    eps: 1e-8,
+    of_moment: 0.02,
+    of_gradient: 0.01,
+    root_correction: 0.3,
+    l2: 0.05,
+    keep: 0.97,
+};
+
+/// Moves parameters by a rule that keeps what is `kept`, under every kind of clipping.
+fn moves_as_on_the_cpu<R: Rule>(host: &Mutex<Host>, rule: R, kept: [bool; MOST_STATES]) {
     let plain = Clipping::default();
     let clipped = Clipping { loss_scale: 4., max_norm: Some(1.), max_value: Some(0.06), only_finite: true };
     // Gradients are up to 2: a factor of 1 / 40 leaves them at 0.05, one of 1 / 20 does not.
     let clippings = [(plain, 1.), (clipped, 10.), (clipped, 5.), (clipped, f64::NAN), (clipped, 0.5)];
-    let step = AdamStep {
-        one_minus_beta1: 0.1,
-        beta2: 0.99,
-        one_minus_beta2: 0.01,
-        eps: 1e-8,
-        step_size: 0.02,
-        root_correction: 0.3,
-        l2: 0.05,
-        keep: 0.97,
-    };
     let mut placed = Placed::on(&Device::Cpu).unwrap();
-    placed.set(step).unwrap();
-    for ((amsgrad, with_copy), (clipping, norm)) in
-        [(false, false), (true, true), (false, true)].into_iter().flat_map(|x| clippings.map(|y| (x, y)))
-    {
+    placed.set(rule).unwrap();
+    for (with_copy, (clipping, norm)) in [false, true].into_iter().flat_map(|x| clippings.map(|y| (x, y))) {
         let mut params = SIZES.map(|n| {
             let mut own = [random(n, 1), random(n, 2), random(n, 3), random(n, 4), random(n, 5)];
-            own[3].iter_mut().for_each(|v| *v = v.abs());
+            // Mean squares are above zero, and above the squares of means.
+            own[2].iter_mut().for_each(|x| *x = x.abs() + 4.);
+            own[3].iter_mut().for_each(|x| *x = x.abs());
             copied(own)
         });
         let of_cpu = params.each_ref().map(|Copied { cpu, cpu_copy, .. }| {
-            let [param, gradient, first, second, largest] = cpu;
-            let (largest, copy) = (amsgrad.then_some(largest), with_copy.then_some(cpu_copy));
-            AdamParam { param, copy, gradient, first, second, largest }
+            let [param, gradient, a, b, c] = cpu;
+            let those = [(kept[0], a), (kept[1], b), (kept[2], c)].map(|(is_kept, x)| is_kept.then_some(x));
+            UpdateParam { param, copy: with_copy.then_some(cpu_copy), gradient, kept: those }
         });
         placed.apply(&of_cpu, &clipping.decide_by(norm).scale).unwrap();
         let tensors = params.each_mut().map(|Copied { own, own_copy, .. }| {
-            let [w, g, m, v, largest] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
+            let [param, gradient, a, b, c] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
             let copy = own_copy.as_mut_ptr() as u64 * u64::from(with_copy);
-            let largest = largest * u64::from(amsgrad);
-            (AdamAt { param: w, gradient: g, first: m, second: v, largest, copy }, own[0].len())
+            let those = [(kept[0], a), (kept[1], b), (kept[2], c)].map(|(is_kept, x)| x * u64::from(is_kept));
+            (ParamAt { param, gradient, kept: those, copy }, own[0].len())
         });
-        let kernel = if with_copy { "adam_bf16" } else { "adam_float" };
-        let (step, decided) = (step.in_order(), decided(&clipping, norm));
+        let kernel = format!("{}_{}", R::NAME, if with_copy { "bf16" } else { "float" });
+        let (step, decided) = (rule.numbers(), decided(&clipping, norm));
         let arguments = Update { tensors: Many::new(&tensors), step: at(&step), decided: at(&decided) };
-        run(host, &OPTIMIZER, kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
+        run(host, &OPTIMIZER, &kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
         assert_same(&params);
         let moved = params[0].own[0] != random(SIZES[0], 1);
         assert_eq!(moved, norm.is_finite());
     }
-    for ((with_momentum, nesterov), (clipping, norm)) in
-        [(false, false), (true, false), (true, true)].into_iter().flat_map(|x| clippings.map(|y| (x, y)))
-    {
-        let step = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov };
-        let mut placed = Placed::on(&Device::Cpu).unwrap();
-        placed.set(step).unwrap();
-        let mut params = SIZES.map(|n| copied([random(n, 1), random(n, 2), random(n, 3)]));
-        let of_cpu = params.each_ref().map(|Copied { cpu: [param, gradient, buffer], cpu_copy, .. }| {
-            let (copy, momentum_buffer) = (nesterov.then_some(cpu_copy), with_momentum.then_some(buffer));
-            SgdParam { param, copy, gradient, momentum_buffer }
-        });
-        placed.apply(&of_cpu, &clipping.decide_by(norm).scale).unwrap();
-        let tensors = params.each_mut().map(|Copied { own, own_copy, .. }| {
-            let [param, gradient, buffer] = own.each_mut().map(|values| values.as_mut_ptr() as u64);
-            let copy = own_copy.as_mut_ptr() as u64 * u64::from(nesterov);
-            (SgdAt { param, gradient, buffer: buffer * u64::from(with_momentum), copy }, own[0].len())
-        });
-        let kernel = if nesterov { "sgd_bf16" } else { "sgd_float" };
-        let (step, decided) = (step.in_order(), decided(&clipping, norm));
-        let arguments = Update { tensors: Many::new(&tensors), step: at(&step), decided: at(&decided) };
-        run(host, &OPTIMIZER, kernel, arguments.tensors.blocks() * Host::THREADS, arguments);
-        assert_same(&params);
+}
+
+#[test]
+fn parameters_move_as_on_the_cpu() {
+    let Some(host) = Host::new() else { return };
+    for amsgrad in [false, true] {
+        moves_as_on_the_cpu(host, ADAM, [true, true, amsgrad]);
     }
+    for (momentum, nesterov) in [(0., false), (0.9, false), (0.9, true)] {
+        let sgd = SgdStep { lr: 0.1, momentum, entering: 0.7, l2: 0.05, nesterov };
+        moves_as_on_the_cpu(host, sgd, [momentum > 0., false, false]);
+    }
+    for (momentum, centered) in [(0., false), (0.9, false), (0., true), (0.9, true)] {
+        let rmsprop =
+            RmspropStep { lr: 0.1, alpha: 0.9, one_minus_alpha: 0.1, eps: 1e-3, momentum, l2: 0.05, centered };
+        moves_as_on_the_cpu(host, rmsprop, [true, momentum > 0., centered]);
+    }
+    moves_as_on_the_cpu(host, AdagradStep { lr: 0.1, eps: 1e-3, l2: 0.05 }, [true, false, false]);
+    let adadelta = AdadeltaStep { lr: 0.5, rho: 0.9, one_minus_rho: 0.1, eps: 1e-3, l2: 0.05 };
+    moves_as_on_the_cpu(host, adadelta, [true, true, false]);
+    let adamax = AdamaxStep { one_minus_beta1: 0.1, beta2: 0.3, eps: 1e-3, of_moment: 0.1, l2: 0.05 };
+    moves_as_on_the_cpu(host, adamax, [true, true, false]);
+}
+
+#[test]
+fn tensors_approach_others_as_on_the_cpu() {
+    let Some(host) = Host::new() else { return };
     let mut params = SIZES.map(|n| copied([random(n, 6), random(n, 7)]));
     approach(&params.each_ref().map(|Copied { cpu: [x, target], .. }| (x, target)), 0.25).unwrap();
     let tensors = params.each_mut().map(|Copied { own, .. }| {

@@ -114,7 +114,7 @@ impl<B: Batch> Fit<'_, B> {
         let (done, seed) = (self.progress.step, self.trainer.seed);
         let step = || Step::training(done, place.number as u64, seed, &optimizer.name, images_due);
         let is_whole = place.number == 0 && place.ends_step;
-        let updates = is_whole && self.replays.is_on() && optimizer.stays_on_device();
+        let updates = is_whole && self.replays.is_on();
         let precision = self.trainer.config.precision;
         let work = |batch: &B, step| {
             let passes = Backprop::over(module, optimizer, batch, step, factor);

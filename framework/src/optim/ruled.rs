@@ -1,0 +1,75 @@
+//! Optimizers that are a rule of the kernels: their parameters, what is kept of each, and the numbers of each step.
+
+use candle_core::{DType, Device, Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
+use candlepower_kernels::updates::{MOST_STATES, Placed, Rule, UpdateParam};
+
+use super::{Optimizer, Param};
+use crate::error::Result;
+use crate::schedule::Rates;
+
+/// What a configuration makes of a rule.
+pub(super) trait Recipe: Send {
+    /// The rule, with the numbers of a step.
+    type Step: Rule;
+
+    /// Names for what is kept of each parameter, in the rule's order; none: it is not.
+    fn kept(&self) -> [Option<&'static str>; MOST_STATES];
+
+    /// The step number `t`, counted from 1.
+    fn step(&self, t: u64, rates: Rates) -> Self::Step;
+}
+
+/// Parameters that a rule moves, all by the same numbers.
+pub(super) struct Ruled<C: Recipe> {
+    pub(super) recipe: C,
+    params: Vec<Param>,
+    kept: [Option<Kept>; MOST_STATES],
+    numbers: Placed<C::Step>,
+}
+
+/// One kind of what is kept: a tensor for each parameter, zeros at first.
+struct Kept {
+    name: &'static str,
+    vars: Vec<Var>,
+}
+
+impl<C: Recipe> Ruled<C> {
+    pub(super) fn new(params: &[Param], recipe: C) -> Result<Self> {
+        let zeros = |it: &Param| Ok(Var::zeros(it.master.shape(), DType::F32, it.master.device())?);
+        let mut kept = [const { None }; MOST_STATES];
+        for (kept, name) in kept.iter_mut().zip(recipe.kept()) {
+            let Some(name) = name else { continue };
+            *kept = Some(Kept { name, vars: params.iter().map(zeros).collect::<Result<_>>()? });
+        }
+        let numbers = Placed::on(params.first().map_or(&Device::Cpu, |it| it.master.device()))?;
+        Ok(Self { recipe, params: params.to_vec(), kept, numbers })
+    }
+}
+
+impl<C: Recipe> Optimizer for Ruled<C> {
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
+        Ok(self.numbers.set(self.recipe.step(t, rates))?)
+    }
+
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        let params = self.params.iter().zip(gradients).enumerate().map(|(i, (param, gradient))| UpdateParam {
+            param: &param.master,
+            copy: param.copy.as_ref().map(Var::as_tensor),
+            gradient,
+            kept: self.kept.each_ref().map(|kept| kept.as_ref().map(|kept| kept.vars[i].as_tensor())),
+        });
+        Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        let of_kind = |Kept { name, vars }: &Kept| named_state(name, &self.params, vars);
+        self.kept.iter().flatten().flat_map(of_kind).collect()
+    }
+}
+
+/// Names of one kind of state, `<kind>.<parameter>`, beside its tensors.
+pub(super) fn named_state(kind: &str, params: &[Param], state: &[Var]) -> Vec<(String, Var)> {
+    let name = |param: &Param| format!("{kind}.{}", param.name);
+    params.iter().zip(state).map(|(param, var)| (name(param), var.clone())).collect()
+}
