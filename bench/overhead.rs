@@ -22,7 +22,7 @@ use candlepower::logger::{Loggers, LoggingConfig};
 use candlepower::optim::{GradScale, Optimizer, OptimizerConfig, Param};
 use candlepower::prelude::*;
 use candlepower::rand::{Rng, SeedableRng};
-use candlepower::schedule::Rates;
+use candlepower::schedule::{Rates, Schedule};
 use candlepower::seed::ChaCha8Rng;
 use cpu_time::ProcessTime;
 
@@ -125,7 +125,7 @@ impl ByHand {
             .map(|(name, var)| (name.clone(), var.clone()))
             .collect();
         let params: Vec<Param> = named.iter().cloned().map(Param::from).collect();
-        let adam = OptimizerConfig::from(AdamConfig::default()).build(&params)?;
+        let adam = OptimizerConfig::from(AdamConfig::default()).build(&params, &Schedule::default())?;
         let vars: Vec<Var> = named.into_iter().map(|(_, var)| var).collect();
         let rule = if ours {
             Rule::Ours(adam, vars)

@@ -129,9 +129,12 @@ pub struct OneCycle {
     /// Comes back to the start's learning rate first, as quickly as it rose.
     #[serde(default)]
     pub three_phases: bool,
-    /// The momentum at the highest learning rate and at both ends; absent: it is left alone.
+    /// The momentum at the highest learning rate and at both ends.
     #[serde(default = "OneCycle::momentum")]
-    pub momentum: Option<[f64; 2]>,
+    pub momentum: [f64; 2],
+    /// Whether the momentum moves; false: it stays the optimizer's own.
+    #[serde(default = "OneCycle::cycles_momentum")]
+    pub cycle_momentum: bool,
 }
 
 fn one() -> f64 {
@@ -218,6 +221,15 @@ impl Schedule {
             }
         }
     }
+
+    /// Whether it drives the momentum, at any step.
+    pub fn drives_momentum(&self) -> bool {
+        match self {
+            Self::OneCycle(cycle) => cycle.cycle_momentum,
+            Self::Sequence { parts, .. } => parts.iter().any(Self::drives_momentum),
+            _ => false,
+        }
+    }
 }
 
 impl From<f64> for Rates {
@@ -239,14 +251,18 @@ impl OneCycle {
         1e4
     }
 
-    fn momentum() -> Option<[f64; 2]> {
-        Some([0.85, 0.95])
+    fn momentum() -> [f64; 2] {
+        [0.85, 0.95]
+    }
+
+    fn cycles_momentum() -> bool {
+        true
     }
 
     fn at(&self, t: u64) -> Rates {
         let first = self.max_lr / self.start_divisor;
         let last = first / self.end_divisor;
-        let [low, high] = self.momentum.unwrap_or_default();
+        let [low, high] = self.momentum;
         let (end, top) = (self.steps as f64 - 1., self.rising * self.steps as f64 - 1.);
         // Each phase: its last step, and learning rate and momentum from where to where.
         let up = (top, [first, self.max_lr], [high, low]);
@@ -264,7 +280,7 @@ impl OneCycle {
             true => from + (to - from) * share,
             false => half_cosine(from, to, share),
         };
-        Rates { lr: between(lr), momentum: self.momentum.map(|_| between(momentum)) }
+        Rates { lr: between(lr), momentum: self.cycle_momentum.then(|| between(momentum)) }
     }
 }
 

@@ -1,9 +1,10 @@
-//! Optimizers agree with PyTorch's on fixed gradients, step by step.
+//! Optimizers agree with PyTorch's on fixed gradients, step by step; with `CANDLEPOWER_TEST_DEVICE=cuda` on a CUDA device.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{Tensor, Var};
 use candlepower::optim::{Clipping, OptimizerConfig, Param};
-use candlepower_tests::golden;
+use candlepower::schedule::Schedule;
+use candlepower_tests::{device, golden};
 use serde_json::Value;
 
 /// The optimizer that PyTorch calls by this name.
@@ -25,20 +26,23 @@ fn parse(name: &str, fields: Value) -> OptimizerConfig {
 #[test]
 fn every_configuration_of_the_fixture() {
     let golden = golden("optimizers");
+    let device = device();
+    let there = |x: &Tensor| x.to_device(&device).unwrap();
     assert!(!golden.hparams["configs"].as_object().unwrap().is_empty());
     for (name, fields) in golden.hparams["configs"].as_object().unwrap() {
         let mut fields = fields.as_object().unwrap().clone();
         let optimizer = fields.remove("optimizer").unwrap();
         let config = parse(optimizer.as_str().unwrap(), Value::Object(fields));
         let names = ["w", "b"];
-        let start = |name: &str| Var::from_tensor(golden.get(&format!("param0.{name}"))).unwrap();
+        let start = |name: &str| Var::from_tensor(&there(golden.get(&format!("param0.{name}")))).unwrap();
         let vars = names.map(|name| (name.to_string(), start(name)));
-        let mut optimizer = config.build(&vars.clone().map(Param::from)).unwrap();
+        let mut optimizer = config.build(&vars.clone().map(Param::from), &Schedule::default()).unwrap();
         let clips = |key: &str| name.ends_with(key).then(|| golden.hparams[key].as_f64().unwrap());
         let clipping =
             Clipping { max_norm: clips("clip_norm"), max_value: clips("clip_value"), ..Default::default() };
         for step in 0..golden.size("steps") {
-            let row = |kind: &str, name: &str| golden.get(&format!("{kind}.{name}")).get(step).unwrap();
+            let row =
+                |kind: &str, name: &str| there(&golden.get(&format!("{kind}.{name}")).get(step).unwrap());
             let gradients: Vec<Tensor> = names.iter().map(|name| row("grad", name)).collect();
             let clipped = clipping.decide(&gradients).unwrap();
             if clipping.max_norm.is_some() {

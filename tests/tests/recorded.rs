@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::RmspropConfig;
+use candlepower::optim::{AdadeltaConfig, AdagradConfig, MomentsConfig, RmspropConfig};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
@@ -171,14 +171,20 @@ fn habit(precision: Precision, habit: fn(&Tensor, &Step) -> Result<Tensor>) -> i
 }
 
 #[test]
-fn an_update_is_part_of_the_recording_where_the_device_can_do_it() {
+fn the_update_of_every_optimizer_is_part_of_the_recording() {
     let Some(_turn) = turn() else { return };
-    let sgd = SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() }.into();
-    let rmsprop = OptimizerConfig::Rmsprop(RmspropConfig { lr: 0.01, ..Default::default() });
-    for (optimizer, what) in [(sgd, "a training step"), (rmsprop, "passes over a micro-batch")] {
+    let optimizers: [OptimizerConfig; 6] = [
+        SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() }.into(),
+        OptimizerConfig::Rmsprop(RmspropConfig { lr: 0.01, momentum: 0.5, ..Default::default() }),
+        OptimizerConfig::Adagrad(AdagradConfig { lr_decay: 0.1, ..Default::default() }),
+        OptimizerConfig::Adadelta(AdadeltaConfig::default()),
+        OptimizerConfig::Nadam(MomentsConfig::default()),
+        OptimizerConfig::Radam(MomentsConfig::default()),
+    ];
+    for optimizer in optimizers {
         let model = habit(Precision::Full, |loss, _| Ok(loss.clone()));
-        let (said, _) = compare(what, config(4), &optimizer, model, &data());
-        assert_eq!(said.matches(&format!("{what}: recorded as a CUDA graph")).count(), 2, "{said}");
+        let (said, _) = compare(&format!("{optimizer:?}"), config(4), &optimizer, model, &data());
+        assert_eq!(said.matches("a training step: recorded as a CUDA graph").count(), 2, "{said}");
         assert_eq!(said.matches("recorded as").count(), 2, "{said}");
     }
 }

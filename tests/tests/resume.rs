@@ -64,7 +64,8 @@ fn cases() -> Vec<Case> {
                 end_divisor: 1e4,
                 linear: false,
                 three_phases: false,
-                momentum: Some([0.85, 0.95]),
+                momentum: [0.85, 0.95],
+                cycle_momentum: true,
             }))
         }),
         case("plateau", |config| {

@@ -5,6 +5,7 @@ use candle_core::{DType, Tensor, Var};
 use candlepower::optim::{Clipping, OptimizerConfig};
 use candlepower::params::Params;
 use candlepower::prelude::*;
+use candlepower::schedule::Schedule;
 use candlepower::trainer::Kernels;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
@@ -77,7 +78,7 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
     let scales = hparams.remove("loss_scale_per_step");
     let config = parse(Value::Object(hparams));
     let vars = params.vars();
-    let mut optimizer = config.build(&params.for_optimizer()).unwrap();
+    let mut optimizer = config.build(&params.for_optimizer(), &Schedule::default()).unwrap();
     let loss = || {
         let frames = model.forward(start.get("in.x")).unwrap();
         candlepower::nn::mse(&frames, &target(&start)).unwrap()

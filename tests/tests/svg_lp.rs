@@ -5,6 +5,7 @@ use candlepower::candle_core::Tensor;
 use candlepower::optim::{AdamConfig, GradScale, OptimizerConfig};
 use candlepower::params::Params;
 use candlepower::prelude::*;
+use candlepower::schedule::Schedule;
 use candlepower::trainer::Kernels;
 use candlepower_models::SvgLp;
 use candlepower_models::svg_lp::{Gaussian, Reconstruction, Statistics, SvgLpConfig};
@@ -96,7 +97,8 @@ fn three_steps_of_adam_agree() {
     let steps = hparams.remove("steps").unwrap().as_u64().unwrap();
     let adam: AdamConfig = serde_json::from_value(hparams.into()).unwrap();
     let (vars, lr) = (params.vars(), adam.lr);
-    let mut optimizer = OptimizerConfig::Adam(adam).build(&params.for_optimizer()).unwrap();
+    let mut optimizer =
+        OptimizerConfig::Adam(adam).build(&params.for_optimizer(), &Schedule::default()).unwrap();
     let losses = golden.get("adam.losses").to_vec1::<f64>().unwrap();
     for t in 1..=steps {
         let (_, loss) = reconstruct(&golden, &model);

@@ -8,10 +8,8 @@ use crate::simd::{Kernel, Level, Simd};
 use crate::squares::sum_squares;
 use crate::tensors::{in_place, with_values};
 use candle_core::{DType, Device, Result, Tensor, bail};
+pub use rules::{AdadeltaStep, AdagradStep, AdamStep, AdamaxStep, MOST_STATES, RmspropStep, Rule, SgdStep};
 use std::collections::HashSet;
-pub use rules::{
-    AdadeltaStep, AdagradStep, AdamStep, AdamaxStep, MOST_STATES, RmspropStep, Rule, SgdStep,
-};
 
 /// A parameter and what a rule keeps of it: contiguous, of one shape, and f32 but for the copy.
 #[derive(Debug, Clone, Copy)]

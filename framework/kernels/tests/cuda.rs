@@ -5,7 +5,7 @@
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
 use candlepower_kernels::updates::{
-    AdamStep, Placed, RmspropStep, SgdStep, UpdateParam, approach, publish, sum_squares_of,
+    AdamStep, Placed, SgdStep, UpdateParam, approach, publish, sum_squares_of,
 };
 use candlepower_kernels::{
     Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,

@@ -46,7 +46,8 @@ fn every_value_moves_and_nothing_beside_a_view() {
 #[test]
 fn tensors_approach_others() {
     let pairs = SIZES.map(|n| [random(&[n], 1), random(&[n], 2)]);
-    let wanted = pairs.each_ref().map(|[x, target]| ((x * 0.75).unwrap() + (target * 0.25).unwrap()).unwrap());
+    let wanted =
+        pairs.each_ref().map(|[x, target]| ((x * 0.75).unwrap() + (target * 0.25).unwrap()).unwrap());
     approach(&pairs.each_ref().map(|[x, target]| (x, target)), 0.25).unwrap();
     for ([x, _], wanted) in pairs.iter().zip(&wanted) {
         assert!(error(x, wanted) < 1e-6);

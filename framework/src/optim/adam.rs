@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ruled::Recipe;
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// Fields of `[optimizer]` for `adam`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -92,7 +92,7 @@ fn kept(amsgrad: bool) -> [Option<&'static str>; MOST_STATES] {
 impl Recipe for AdamConfig {
     type Step = AdamStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         kept(self.amsgrad)
     }
 
@@ -104,7 +104,7 @@ impl Recipe for AdamConfig {
 impl Recipe for AdamWConfig {
     type Step = AdamStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         kept(self.amsgrad)
     }
 

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ruled::Recipe;
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// Fields of `[optimizer]` for `adagrad`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -50,7 +50,7 @@ impl Default for AdadeltaConfig {
 impl Recipe for AdagradConfig {
     type Step = AdagradStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         [Some("sum"), None, None]
     }
 
@@ -63,7 +63,7 @@ impl Recipe for AdagradConfig {
 impl Recipe for AdadeltaConfig {
     type Step = AdadeltaStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         [Some("square_avg"), Some("acc_delta"), None]
     }
 

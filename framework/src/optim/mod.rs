@@ -26,7 +26,7 @@ pub(crate) use turn::Turn;
 pub use turn::{GroupConfig, TurnConfig};
 
 use crate::error::{Error, Result};
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// A rule that moves parameters against their gradients.
 pub trait Optimizer: Send {
@@ -167,18 +167,18 @@ impl OptimizerConfig {
         Ok(())
     }
 
-    /// The optimizer of these parameters.
-    pub fn build(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {
+    /// The optimizer of these parameters, whose rates will come from this schedule.
+    pub fn build(&self, params: &[Param], schedule: &Schedule) -> Result<Box<dyn Optimizer>> {
         Ok(match self {
-            Self::Adam(config) => Box::new(Ruled::new(params, config.clone())?),
-            Self::AdamW(config) => Box::new(Ruled::new(params, config.clone())?),
-            Self::Sgd(config) => Box::new(Ruled::new(params, config.clone())?),
-            Self::Rmsprop(config) => Box::new(Ruled::new(params, config.clone())?),
-            Self::Adagrad(config) => Box::new(Ruled::new(params, config.clone())?),
-            Self::Adadelta(config) => Box::new(Ruled::new(params, config.clone())?),
-            Self::Adamax(config) => Box::new(Ruled::new(params, Adamax(config.clone()))?),
-            Self::Nadam(config) => Box::new(Nadam::new(params, config)?),
-            Self::Radam(config) => Box::new(Ruled::new(params, Radam(config.clone()))?),
+            Self::Adam(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::AdamW(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::Sgd(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::Rmsprop(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::Adagrad(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::Adadelta(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::Adamax(config) => Box::new(Ruled::new(params, Adamax(config.clone()), schedule)?),
+            Self::Nadam(config) => Box::new(Nadam::new(params, config, schedule)?),
+            Self::Radam(config) => Box::new(Ruled::new(params, Radam(config.clone()), schedule)?),
         })
     }
 }
@@ -247,7 +247,7 @@ mod tests {
                     let master = Var::new(&[1f32], &Device::Cpu).unwrap();
                     Param { name: "whole".into(), master, copy: None }
                 };
-                let mut optimizer = config.build(&[whole(), param, whole()]).unwrap();
+                let mut optimizer = config.build(&[whole(), param, whole()], &Schedule::default()).unwrap();
                 let zero = [Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap()];
                 let gradients = [&zero[..], gradients, &zero].concat();
                 for t in 1..=steps {

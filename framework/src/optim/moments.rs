@@ -10,7 +10,7 @@ use super::adam::correction;
 use super::ruled::{Recipe, Ruled, named_state};
 use super::{Optimizer, Param};
 use crate::error::Result;
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// Fields of `[optimizer]` for `adamax`, `nadam` and `radam`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -38,7 +38,7 @@ pub(super) struct Adamax(pub(super) MomentsConfig);
 impl Recipe for Adamax {
     type Step = AdamaxStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         [Some("exp_avg"), Some("exp_inf"), None]
     }
 
@@ -61,7 +61,7 @@ pub(super) struct Radam(pub(super) MomentsConfig);
 impl Recipe for Radam {
     type Step = AdamStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         BOTH_MOMENTS
     }
 
@@ -129,7 +129,7 @@ impl LookAhead {
 impl Recipe for LookAhead {
     type Step = AdamStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
+    fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
         BOTH_MOMENTS
     }
 
@@ -146,8 +146,8 @@ impl Recipe for LookAhead {
 }
 
 impl Nadam {
-    pub(super) fn new(params: &[Param], config: &MomentsConfig) -> Result<Self> {
-        let ruled = Ruled::new(params, LookAhead { config: config.clone(), product: 1. })?;
+    pub(super) fn new(params: &[Param], config: &MomentsConfig, schedule: &Schedule) -> Result<Self> {
+        let ruled = Ruled::new(params, LookAhead { config: config.clone(), product: 1. }, schedule)?;
         let ones = params.iter().map(|_| Ok(Var::ones(1, DType::F32, &Device::Cpu)?));
         Ok(Self { ruled, params: params.to_vec(), products: ones.collect::<Result<_>>()? })
     }
@@ -190,7 +190,7 @@ mod tests {
         let w = Var::new(&[1f32], &Device::Cpu).unwrap();
         let params = [Param::from(("w".into(), w.clone()))];
         let config = MomentsConfig::default();
-        let mut nadam = Nadam::new(&params, &config).unwrap();
+        let mut nadam = Nadam::new(&params, &config, &Schedule::default()).unwrap();
         let guarded = Clipping { only_finite: true, ..Default::default() };
         let (mut expected, mut m, mut v, mut product) = (1f64, 0., 0., 1.);
         let lr = 0.1;

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ruled::Recipe;
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// Fields of `[optimizer]` for `rmsprop`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -34,9 +34,9 @@ impl Default for RmspropConfig {
 impl Recipe for RmspropConfig {
     type Step = RmspropStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
-        let update = (self.momentum != 0.).then_some("momentum_buffer");
-        [Some("square_avg"), update, self.centered.then_some("grad_avg")]
+    fn kept(&self, schedule: &Schedule) -> [Option<&'static str>; MOST_STATES] {
+        let has_momentum = self.momentum != 0. || schedule.drives_momentum();
+        [Some("square_avg"), has_momentum.then_some("momentum_buffer"), self.centered.then_some("grad_avg")]
     }
 
     fn step(&self, _: u64, rates: Rates) -> RmspropStep {

@@ -6,7 +6,7 @@ use candlepower_kernels::updates::{MOST_STATES, Placed, Rule, UpdateParam};
 
 use super::{Optimizer, Param};
 use crate::error::Result;
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// What a configuration makes of a rule.
 pub(super) trait Recipe: Send {
@@ -14,7 +14,7 @@ pub(super) trait Recipe: Send {
     type Step: Rule;
 
     /// Names for what is kept of each parameter, in the rule's order; none: it is not.
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES];
+    fn kept(&self, schedule: &Schedule) -> [Option<&'static str>; MOST_STATES];
 
     /// The step number `t`, counted from 1.
     fn step(&self, t: u64, rates: Rates) -> Self::Step;
@@ -35,10 +35,10 @@ struct Kept {
 }
 
 impl<C: Recipe> Ruled<C> {
-    pub(super) fn new(params: &[Param], recipe: C) -> Result<Self> {
+    pub(super) fn new(params: &[Param], recipe: C, schedule: &Schedule) -> Result<Self> {
         let zeros = |it: &Param| Ok(Var::zeros(it.master.shape(), DType::F32, it.master.device())?);
         let mut kept = [const { None }; MOST_STATES];
-        for (kept, name) in kept.iter_mut().zip(recipe.kept()) {
+        for (kept, name) in kept.iter_mut().zip(recipe.kept(schedule)) {
             let Some(name) = name else { continue };
             *kept = Some(Kept { name, vars: params.iter().map(zeros).collect::<Result<_>>()? });
         }
@@ -53,12 +53,13 @@ impl<C: Recipe> Optimizer for Ruled<C> {
     }
 
     fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
-        let params = self.params.iter().zip(gradients).enumerate().map(|(i, (param, gradient))| UpdateParam {
-            param: &param.master,
-            copy: param.copy.as_ref().map(Var::as_tensor),
-            gradient,
-            kept: self.kept.each_ref().map(|kept| kept.as_ref().map(|kept| kept.vars[i].as_tensor())),
-        });
+        let params =
+            self.params.iter().zip(gradients).enumerate().map(|(i, (param, gradient))| UpdateParam {
+                param: &param.master,
+                copy: param.copy.as_ref().map(Var::as_tensor),
+                gradient,
+                kept: self.kept.each_ref().map(|kept| kept.as_ref().map(|kept| kept.vars[i].as_tensor())),
+            });
         Ok(self.numbers.apply(&params.collect::<Vec<_>>(), scale)?)
     }
 

@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::ruled::Recipe;
-use crate::schedule::Rates;
+use crate::schedule::{Rates, Schedule};
 
 /// Fields of `[optimizer]` for `sgd`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -32,16 +32,18 @@ impl Default for SgdConfig {
 impl Recipe for SgdConfig {
     type Step = SgdStep;
 
-    fn kept(&self) -> [Option<&'static str>; MOST_STATES] {
-        [(self.momentum != 0.).then_some("momentum_buffer"), None, None]
+    fn kept(&self, schedule: &Schedule) -> [Option<&'static str>; MOST_STATES] {
+        let has_momentum = self.momentum != 0. || schedule.drives_momentum();
+        [has_momentum.then_some("momentum_buffer"), None, None]
     }
 
     fn step(&self, t: u64, rates: Rates) -> SgdStep {
+        let momentum = rates.momentum.unwrap_or(self.momentum);
         // The first gradient enters whole: there is no update yet that it could dampen.
-        let entering = if t == 1 || self.momentum == 0. { 1. } else { 1. - self.dampening };
+        let entering = if t == 1 || momentum == 0. { 1. } else { 1. - self.dampening };
         SgdStep {
             lr: rates.lr as f32,
-            momentum: rates.momentum.unwrap_or(self.momentum) as f32,
+            momentum: momentum as f32,
             entering: entering as f32,
             l2: self.weight_decay as f32,
             nesterov: self.nesterov,

@@ -168,6 +168,7 @@ impl Turn {
         let lr = config.optimizer.lr();
         let (mut moved, mut groups, mut idle) = (Vec::new(), Vec::new(), Vec::new());
         let mut all_owners = Vec::new();
+        let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
         let mut add = |mut params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
             unused.iter().for_each(|pattern| idle.extend(take(pattern, &mut params)));
             let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
@@ -175,7 +176,7 @@ impl Turn {
             let owners = shard::owners(&params, world_size);
             let own = params.iter().zip(&owners).filter(|(_, owner)| **owner == rank);
             let own: Vec<Param> = own.map(|((name, master), _)| store.param(name, master)).collect();
-            groups.push(Group { len: own.len(), optimizer: optimizer.build(&own)?, ratio });
+            groups.push(Group { len: own.len(), optimizer: optimizer.build(&own, &schedule)?, ratio });
             moved.extend(params);
             all_owners.extend(owners);
             Ok(())
@@ -190,7 +191,6 @@ impl Turn {
             }
         }
         add(rest, config.optimizer.clone())?;
-        let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
         let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
         let owners = shard.map(|_| all_owners);
         let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
@@ -289,7 +289,7 @@ mod tests {
 
     use super::*;
     use crate::collective::Solo;
-    use crate::optim::SgdConfig;
+    use crate::optim::{RmspropConfig, SgdConfig};
 
     fn params(names: &[&str]) -> Params {
         let params = Params::new(0, DType::F32, &Device::Cpu);
@@ -326,6 +326,45 @@ mod tests {
         // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
         let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];
         assert_eq!([value(0), value(1), value(2), value(3)], [1. - 0.05 * 1.5, 1. - 0.005, 1. - 0.05, 1.]);
+    }
+
+    #[test]
+    fn a_schedule_drives_the_momentum_of_those_that_have_none_of_their_own() {
+        let rmsprop = OptimizerConfig::Rmsprop(RmspropConfig { lr: 0.1, alpha: 0., ..Default::default() });
+        for optimizer in [sgd(0.1), rmsprop] {
+            let moved = |cycle: &str| {
+                let all = params(&["w"]);
+                let schedule: Schedule = serde_json::from_str(cycle).unwrap();
+                let turns = Turn::share(
+                    &[TurnConfig::only(optimizer.clone(), Vec::new())],
+                    &schedule,
+                    &all,
+                    &[],
+                    None,
+                );
+                let mut turn = turns.unwrap().remove(0);
+                for step in 0..2 {
+                    turn.prepare(turn.rates(step, 1.)).unwrap();
+                    turn.step(&[Tensor::new(&[1f32], &Device::Cpu).unwrap()], &GradScale::default(), &Solo)
+                        .unwrap();
+                    turn.commit().unwrap();
+                }
+                1. - all.vars()[0].1.to_vec1::<f32>().unwrap()[0]
+            };
+            // Both move by the gradient's sign; the second update has half of the first in it.
+            let cycle = |more: &str| {
+                format!(
+                    r#"{{"one_cycle": {{"max_lr": 0.1, "steps": 100, "start_divisor": 1, "momentum": [0.5, 0.5]{more}}}}}"#
+                )
+            };
+            assert!((moved(&cycle("")) - 0.25).abs() < 1e-6);
+            assert!((moved(&cycle(r#", "cycle_momentum": false"#)) - 0.2).abs() < 1e-6);
+            let sequence = format!(
+                r#"{{"sequence": {{"parts": [{{"constant": {{}}}}, {}], "milestones": [1]}}}}"#,
+                cycle("")
+            );
+            assert!((moved(&sequence) - 0.25).abs() < 1e-6);
+        }
     }
 
     #[test]

@@ -359,8 +359,15 @@ fn parameters_move_as_on_the_cpu() {
         moves_as_on_the_cpu(host, sgd, [momentum > 0., false, false]);
     }
     for (momentum, centered) in [(0., false), (0.9, false), (0., true), (0.9, true)] {
-        let rmsprop =
-            RmspropStep { lr: 0.1, alpha: 0.9, one_minus_alpha: 0.1, eps: 1e-3, momentum, l2: 0.05, centered };
+        let rmsprop = RmspropStep {
+            lr: 0.1,
+            alpha: 0.9,
+            one_minus_alpha: 0.1,
+            eps: 1e-3,
+            momentum,
+            l2: 0.05,
+            centered,
+        };
         moves_as_on_the_cpu(host, rmsprop, [true, momentum > 0., centered]);
     }
     moves_as_on_the_cpu(host, AdagradStep { lr: 0.1, eps: 1e-3, l2: 0.05 }, [true, false, false]);
