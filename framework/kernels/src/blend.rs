@@ -4,10 +4,12 @@ use crate::activations::sigmoid;
 use crate::buffer::filled;
 use crate::gates::check_place;
 use crate::parallel::{Shared, for_rows, on_pool};
-use crate::several::{self, Several};
+use crate::several::{self, Several, with_all_values};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_type, with_values};
-use candle_core::{CpuStorage, DType, Device, Layout, Result, Shape, Tensor, bail};
+use crate::tensors::{check_in_32_bits, with_values};
+use candle_core::{CpuStorage, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaDevice, CudaStorage};
 use std::ops::Range;
 
 /// A gate's place in a tensor (.., k N) of k gates of N channels.
@@ -17,13 +19,13 @@ pub type Gate<'a> = (&'a Tensor, usize);
 /// Differentiable in all.
 ///
 /// # Errors
-/// Where the shapes do not fit together, two of the three are the same, or a tensor is not f32 on the CPU.
+/// Where the shapes do not fit together, two of the three are the same, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
     let op = "blend";
     let mut sources: Vec<&Tensor> = Vec::new();
     let mut places = [Place::default(); 3];
     for (to, (values, place)) in places.iter_mut().zip([gate, a, b]) {
-        check_type(op, "a gate", values, DType::F32)?;
+        check_in_32_bits(op, "a gate", values)?;
         let stride = match (values.dims(), gate.0.dims()) {
             (&[ref own @ .., wide], [like @ .., _]) if own == like && width > 0 && wide % width == 0 => wide,
             (own, like) => bail!("{op}: expected (.., k {width}) like {like:?}, got {own:?}"),
@@ -44,16 +46,16 @@ pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
 
 /// Where a gate lies: in which of the op's tensors, floats from row to row, and where it begins in a row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Place {
-    source: usize,
-    stride: usize,
-    offset: usize,
+pub(crate) struct Place {
+    pub(crate) source: usize,
+    pub(crate) stride: usize,
+    pub(crate) offset: usize,
 }
 
-struct Blend {
-    width: usize,
+pub(crate) struct Blend {
+    pub(crate) width: usize,
     /// Of the gate, a and b.
-    places: [Place; 3],
+    pub(crate) places: [Place; 3],
 }
 
 /// Rows of a blend: forwards, or, where there is a gradient, backwards.
@@ -122,9 +124,9 @@ impl Several for Blend {
         "blend"
     }
 
-    fn run(&self, sources: &[&[f32]], first: &Layout) -> (CpuStorage, Shape) {
+    fn run(&self, sources: &[&[f32]], layouts: &[&Layout]) -> (CpuStorage, Shape) {
         let (width, level) = (self.width, Level::current());
-        let dims = first.dims();
+        let dims = layouts[0].dims();
         let leading = &dims[..dims.len() - 1];
         let rows: usize = leading.iter().product();
         let from = self.from(sources);
@@ -138,7 +140,21 @@ impl Several for Blend {
         (CpuStorage::F32(output), [leading, &[width]].concat().into())
     }
 
+    #[cfg(feature = "cuda")]
+    fn run_on_cuda(
+        &self,
+        device: &CudaDevice,
+        at: &[u64],
+        layouts: &[&Layout],
+    ) -> Result<(CudaStorage, Shape)> {
+        crate::cuda::cells::blend(self, device, at, layouts[0])
+    }
+
     fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if d.device().is_cuda() {
+            return crate::cuda::cells::blend_gradients(self, tensors, d);
+        }
         let mut gradients: Vec<Option<Vec<f32>>> =
             tensors.iter().map(|x| x.track_op().then(|| vec![0f32; x.elem_count()])).collect();
         let pointers: Vec<Option<Shared>> =
@@ -151,12 +167,7 @@ impl Several for Blend {
             on_pool(|| for_rows(rows, 3 * width, |rows| level.run(BlendRows { from, to, width, rows })));
             Ok(())
         };
-        with_values(d, |d| match tensors {
-            [a] => with_values(a, |a| run(&[a], d)),
-            [a, b] => with_values(a, |a| with_values(b, |b| run(&[a, b], d))),
-            [a, b, c] => with_values(a, |a| with_values(b, |b| with_values(c, |c| run(&[a, b, c], d)))),
-            _ => bail!("blend: takes one to three tensors, got {}", tensors.len()),
-        })?;
+        with_values(d, |d| with_all_values(tensors, |sources| run(sources, d)))?;
         let tensor = |(gradient, x): (Option<Vec<f32>>, &&Tensor)| {
             gradient.map(|gradient| Tensor::from_vec(gradient, x.shape(), &Device::Cpu)).transpose()
         };

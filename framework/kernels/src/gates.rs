@@ -1,15 +1,17 @@
 //! The pointwise parts of recurrent cells as candle ops: sums of pre-activations, memories, output gates.
 //!
-//! All tensors are (.., C), f32 on the CPU, of any strides. Gates lie side by side: (.., gates N). What backward needs is
+//! All tensors are (.., C), f32, of any strides. Gates lie side by side: (.., gates N). What backward needs is
 //! computed again, since that is cheaper than keeping it.
 
 use crate::activations::{sigmoid, tanh};
 use crate::buffer::filled;
 use crate::parallel::{Shared, for_rows, on_pool};
-use crate::several::{self, Several};
+use crate::several::{self, Several, with_all_values};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_type, packed, tracked, with_values};
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, DType, Device, Layout, Result, Shape, Tensor, bail};
+use crate::tensors::{check_in_32_bits, with_values};
+use candle_core::{CpuStorage, D, Device, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaDevice, CudaStorage};
 use std::ops::Range;
 
 /// What several convolutions say about gates, added up gate by gate.
@@ -18,13 +20,13 @@ use std::ops::Range;
 /// N); a gate about which no term says anything is zero.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
     let op = "sum_gates";
     let Some((first, places)) = terms.first() else { bail!("{op}: needs at least one term") };
     let width = first.dim(D::Minus1)? / places.len().max(1);
     for (values, places) in terms {
-        check_type(op, "a term", values, DType::F32)?;
+        check_in_32_bits(op, "a term", values)?;
         let fits = match (values.dims(), first.dims()) {
             ([a @ .., own], [b @ .., _]) => a == b && *own == places.len() * width,
             _ => false,
@@ -58,14 +60,20 @@ fn add(gates: usize, width: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tens
     several::apply(&tensors, op)
 }
 
-struct SumGates {
-    gates: usize,
-    width: usize,
+pub(crate) struct SumGates {
+    pub(crate) gates: usize,
+    pub(crate) width: usize,
     /// Of each term.
-    places: Vec<Vec<usize>>,
+    pub(crate) places: Vec<Vec<usize>>,
 }
 
 impl SumGates {
+    /// Of the sum of terms like this.
+    fn shape(&self, term: &Layout) -> Shape {
+        let dims = term.dims();
+        [&dims[..dims.len() - 1], &[self.gates * self.width]].concat().into()
+    }
+
     /// The gradient of a term: that of its gates.
     fn gradient(&self, term: usize, values: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
         if !values.track_op() {
@@ -74,6 +82,10 @@ impl SumGates {
         let (gates, width, places) = (self.gates, self.width, &self.places[term]);
         if places.iter().copied().eq(0..gates) {
             return Ok(Some(d.clone()));
+        }
+        #[cfg(feature = "cuda")]
+        if d.device().is_cuda() {
+            return crate::cuda::cells::gradient_of_term(self, term, values.shape(), d).map(Some);
         }
         let rows = values.elem_count() / (places.len() * width);
         let gradient = with_values(d, |d| {
@@ -103,7 +115,7 @@ impl Several for SumGates {
         "sum_gates"
     }
 
-    fn run(&self, terms: &[&[f32]], like: &Layout) -> (CpuStorage, Shape) {
+    fn run(&self, terms: &[&[f32]], layouts: &[&Layout]) -> (CpuStorage, Shape) {
         let (gates, width) = (self.gates, self.width);
         let rows = terms[0].len() / (self.places[0].len() * width);
         let mut sources: Vec<Vec<(&[f32], usize, usize)>> = vec![Vec::new(); gates];
@@ -120,9 +132,17 @@ impl Several for SumGates {
         };
         // SAFETY: every gate of every row is written.
         let sum = unsafe { filled(rows * gates * width, |sum| on_pool(|| fill(sum))) };
-        let dims = like.dims();
-        let shape = [&dims[..dims.len() - 1], &[gates * width]].concat();
-        (CpuStorage::F32(sum), shape.into())
+        (CpuStorage::F32(sum), self.shape(layouts[0]))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn run_on_cuda(
+        &self,
+        device: &CudaDevice,
+        at: &[u64],
+        layouts: &[&Layout],
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::cells::sum_gates(self, device, at, layouts[0])?, self.shape(layouts[0])))
     }
 
     fn gradients(&self, terms: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
@@ -180,24 +200,19 @@ pub struct MemoryUpdate {
 /// both.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn memory_update(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> Result<Tensor> {
     let op = "memory_update";
     let count = count(op, gates, memory)?;
     let forget = update.forget.map_or(0, |(place, _)| place);
     check_place(op, count, update.input.max(update.candidate).max(forget))?;
-    let op = Memory { update, count };
-    if tracked(gates) || tracked(memory) {
-        gates.apply_op2(memory, op)
-    } else {
-        gates.apply_op2_no_bwd(memory, &op)
-    }
+    several::apply(&[gates, memory], Memory { update, count })
 }
 
 /// How many gates (.., gates N) there are beside `like`, (.., N).
 fn count(op: &str, gates: &Tensor, like: &Tensor) -> Result<usize> {
-    check_type(op, "gates", gates, DType::F32)?;
-    check_type(op, "the state", like, DType::F32)?;
+    check_in_32_bits(op, "gates", gates)?;
+    check_in_32_bits(op, "the state", like)?;
     match (gates.dims(), like.dims()) {
         ([a @ .., gates], [b @ .., width]) if a == b && gates % width == 0 => Ok(gates / width),
         (gates, like) => {
@@ -213,9 +228,9 @@ pub(crate) fn check_place(op: &str, count: usize, place: usize) -> Result<()> {
     Ok(())
 }
 
-struct Memory {
-    update: MemoryUpdate,
-    count: usize,
+pub(crate) struct Memory {
+    pub(crate) update: MemoryUpdate,
+    pub(crate) count: usize,
 }
 
 /// Rows of a memory, forwards.
@@ -311,66 +326,58 @@ impl Kernel for MemoryRowsBack<'_> {
     }
 }
 
-impl CustomOp2 for Memory {
+impl Several for Memory {
     fn name(&self) -> &'static str {
         "memory_update"
     }
 
-    fn cpu_fwd(
-        &self,
-        gates: &CpuStorage,
-        lg: &Layout,
-        memory: &CpuStorage,
-        lm: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let (gates, memory) = (packed(gates, lg)?, packed(memory, lm)?);
-        let (width, level) = (last(lm.dims()), Level::current());
+    fn run(&self, values: &[&[f32]], layouts: &[&Layout]) -> (CpuStorage, Shape) {
+        let (gates, memory) = (values[0], values[1]);
+        let (width, level) = (last(layouts[1].dims()), Level::current());
         let fill = |after: Shared| {
             for_rows(memory.len() / width, self.count * width, |rows| {
-                level.run(MemoryRows { op: self, gates: &gates, memory: &memory, after, width, rows });
+                level.run(MemoryRows { op: self, gates, memory, after, width, rows });
             });
         };
         // SAFETY: every row is written.
         let after = unsafe { filled(memory.len(), |after| on_pool(|| fill(after))) };
-        Ok((CpuStorage::F32(after), lm.shape().clone()))
+        (CpuStorage::F32(after), layouts[1].shape().clone())
     }
 
-    fn bwd(
+    #[cfg(feature = "cuda")]
+    fn run_on_cuda(
         &self,
-        gates: &Tensor,
-        memory: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        device: &CudaDevice,
+        at: &[u64],
+        layouts: &[&Layout],
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::cells::memory_update(self, device, at, layouts[1])?, layouts[1].shape().clone()))
+    }
+
+    fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if d.device().is_cuda() {
+            return crate::cuda::cells::memory_gradients(self, tensors, d);
+        }
+        let (gates, memory) = (tensors[0], tensors[1]);
         let (width, level) = (last(memory.dims()), Level::current());
         let mut d_gates = vec![0f32; gates.elem_count()];
         let mut d_memory = memory.track_op().then(|| vec![0f32; memory.elem_count()]);
-        with_values(gates, |gates| {
-            with_values(memory, |memory| {
-                with_values(d, |d| {
-                    let d_gates = Shared::new(&mut d_gates);
-                    let d_memory = d_memory.as_deref_mut().map(Shared::new);
-                    on_pool(|| {
-                        for_rows(memory.len() / width, self.count * width, |rows| {
-                            level.run(MemoryRowsBack {
-                                op: self,
-                                gates,
-                                memory,
-                                d,
-                                d_gates,
-                                d_memory,
-                                width,
-                                rows,
-                            });
-                        });
-                    });
-                    Ok(())
-                })
-            })
-        })?;
+        let mut run = |values: &[&[f32]], d: &[f32]| {
+            let (gates, memory) = (values[0], values[1]);
+            let d_gates = Shared::new(&mut d_gates);
+            let d_memory = d_memory.as_deref_mut().map(Shared::new);
+            on_pool(|| {
+                for_rows(memory.len() / width, self.count * width, |rows| {
+                    level.run(MemoryRowsBack { op: self, gates, memory, d, d_gates, d_memory, width, rows });
+                });
+            });
+            Ok(())
+        };
+        with_values(d, |d| with_all_values(tensors, |values| run(values, d)))?;
         let d_gates = Tensor::from_vec(d_gates, gates.shape(), &Device::Cpu)?;
         let d_memory = d_memory.map(|d| Tensor::from_vec(d, memory.shape(), &Device::Cpu)).transpose()?;
-        Ok((gates.track_op().then_some(d_gates), d_memory))
+        Ok(vec![gates.track_op().then_some(d_gates), d_memory])
     }
 }
 
@@ -389,7 +396,7 @@ pub enum OutputGate {
 /// (.., N). Differentiable in all three.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn open_output(
     gate: OutputGate,
     gates: &Tensor,
@@ -401,25 +408,20 @@ pub fn open_output(
     let count = count(op, gates, y)?;
     check_place(op, count, place)?;
     if let Some(more) = more {
-        check_type(op, "more", more, DType::F32)?;
+        check_in_32_bits(op, "more", more)?;
         if more.dims() != y.dims() {
             bail!("{op}: expected {:?} as y, got {:?}", y.dims(), more.dims());
         }
     }
-    let op = Output { gate, count, place };
-    let gradients = tracked(gates) || tracked(y) || more.is_some_and(tracked);
-    match (more, gradients) {
-        (Some(more), true) => gates.apply_op3(y, more, op),
-        (Some(more), false) => gates.apply_op3_no_bwd(y, more, &op),
-        (None, true) => gates.apply_op2(y, op),
-        (None, false) => gates.apply_op2_no_bwd(y, &op),
-    }
+    let tensors: Vec<&Tensor> = [gates, y].into_iter().chain(more).collect();
+    several::apply(&tensors, Output { gate, count, place })
 }
 
-struct Output {
-    gate: OutputGate,
-    count: usize,
-    place: usize,
+/// Of gates, y and, perhaps, what is added to the gate.
+pub(crate) struct Output {
+    pub(crate) gate: OutputGate,
+    pub(crate) count: usize,
+    pub(crate) place: usize,
 }
 
 /// Rows of an output: forwards, or, where there is a gradient, backwards.
@@ -491,9 +493,14 @@ impl Kernel for OutputRows<'_> {
     }
 }
 
-impl Output {
-    fn run(&self, gates: &[f32], y: &[f32], more: Option<&[f32]>, like: &Layout) -> (CpuStorage, Shape) {
-        let (width, level) = (last(like.dims()), Level::current());
+impl Several for Output {
+    fn name(&self) -> &'static str {
+        "open_output"
+    }
+
+    fn run(&self, values: &[&[f32]], layouts: &[&Layout]) -> (CpuStorage, Shape) {
+        let (gates, y, more) = (values[0], values[1], values.get(2).copied());
+        let (width, level) = (last(layouts[1].dims()), Level::current());
         let fill = |output: Shared| {
             for_rows(y.len() / width, width, |rows| {
                 level.run(OutputRows { op: self, gates, y, more, to: OutputTo::Output(output), width, rows });
@@ -501,21 +508,31 @@ impl Output {
         };
         // SAFETY: every row is written.
         let output = unsafe { filled(y.len(), |output| on_pool(|| fill(output))) };
-        (CpuStorage::F32(output), like.shape().clone())
+        (CpuStorage::F32(output), layouts[1].shape().clone())
     }
 
-    fn gradients(
+    #[cfg(feature = "cuda")]
+    fn run_on_cuda(
         &self,
-        gates: &Tensor,
-        y: &Tensor,
-        more: Option<&Tensor>,
-        d: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
+        device: &CudaDevice,
+        at: &[u64],
+        layouts: &[&Layout],
+    ) -> Result<(CudaStorage, Shape)> {
+        Ok((crate::cuda::cells::open_output(self, device, at, layouts[1])?, layouts[1].shape().clone()))
+    }
+
+    fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        #[cfg(feature = "cuda")]
+        if d.device().is_cuda() {
+            return crate::cuda::cells::output_gradients(self, tensors, d);
+        }
+        let (gates, y, more) = (tensors[0], tensors[1], tensors.get(2));
         let (width, level) = (last(y.dims()), Level::current());
         let mut d_gates = vec![0f32; gates.elem_count()];
         let mut dy = vec![0f32; y.elem_count()];
         let mut d_more = more.filter(|more| more.track_op()).map(|more| vec![0f32; more.elem_count()]);
-        let mut run = |gates: &[f32], y: &[f32], more: Option<&[f32]>, d: &[f32]| {
+        let mut run = |values: &[&[f32]], d: &[f32]| {
+            let (gates, y, more) = (values[0], values[1], values.get(2).copied());
             let to = OutputTo::Gradients {
                 d,
                 dy: Shared::new(&mut dy),
@@ -529,71 +546,13 @@ impl Output {
             });
             Ok(())
         };
-        with_values(gates, |gates| {
-            with_values(y, |y| {
-                with_values(d, |d| match more {
-                    Some(more) => with_values(more, |more| run(gates, y, Some(more), d)),
-                    None => run(gates, y, None, d),
-                })
-            })
-        })?;
+        with_values(d, |d| with_all_values(tensors, |values| run(values, d)))?;
         let d_gates = Tensor::from_vec(d_gates, gates.shape(), &Device::Cpu)?;
         let dy = Tensor::from_vec(dy, y.shape(), &Device::Cpu)?;
         let d_more = d_more.map(|d| Tensor::from_vec(d, y.shape(), &Device::Cpu)).transpose()?;
-        Ok([gates.track_op().then_some(d_gates), y.track_op().then_some(dy), d_more])
-    }
-}
-
-impl CustomOp2 for Output {
-    fn name(&self) -> &'static str {
-        "open_output"
-    }
-    fn cpu_fwd(
-        &self,
-        gates: &CpuStorage,
-        lg: &Layout,
-        y: &CpuStorage,
-        ly: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&packed(gates, lg)?, &packed(y, ly)?, None, ly))
-    }
-    fn bwd(
-        &self,
-        gates: &Tensor,
-        y: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let [d_gates, dy, _] = self.gradients(gates, y, None, d)?;
-        Ok((d_gates, dy))
-    }
-}
-
-impl CustomOp3 for Output {
-    fn name(&self) -> &'static str {
-        "open_output"
-    }
-    fn cpu_fwd(
-        &self,
-        gates: &CpuStorage,
-        lg: &Layout,
-        y: &CpuStorage,
-        ly: &Layout,
-        more: &CpuStorage,
-        lm: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.run(&packed(gates, lg)?, &packed(y, ly)?, Some(&packed(more, lm)?), ly))
-    }
-    fn bwd(
-        &self,
-        gates: &Tensor,
-        y: &Tensor,
-        more: &Tensor,
-        _: &Tensor,
-        d: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let [d_gates, dy, d_more] = self.gradients(gates, y, Some(more), d)?;
-        Ok((d_gates, dy, d_more))
+        let mut gradients = vec![gates.track_op().then_some(d_gates), y.track_op().then_some(dy)];
+        gradients.extend(more.map(|_| d_more));
+        Ok(gradients)
     }
 }
 

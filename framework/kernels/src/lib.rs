@@ -63,4 +63,4 @@ pub use shared_conv::SharedConv;
 pub use simd::Level;
 pub use softmax::softmax;
 pub use state_norm::SharedNorm;
-pub use tensors::{convolves, no_grad, supported};
+pub use tensors::{convolves, in_32_bits, no_grad, supported};

@@ -5,7 +5,7 @@ use crate::buffer::filled;
 use crate::float::Float;
 use crate::parallel::{Shared, for_rows, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_convolves, packed, tracked, with_values};
+use crate::tensors::{check_convolves, for_kernels, packed, tracked, with_values};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
@@ -35,8 +35,7 @@ pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
         return Ok(x.clone());
     }
     check_convolves("activation", "x", x)?;
-    #[cfg(feature = "cuda")]
-    let x = &if x.device().is_cuda() { crate::cuda::aligned(x)? } else { x.clone() };
+    let x = &for_kernels(x)?;
     if tracked(x) { x.apply_op1(activation) } else { x.apply_op1_no_bwd(&activation) }
 }
 

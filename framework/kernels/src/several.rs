@@ -1,41 +1,79 @@
 //! Ops of one to three tensors: candle has a trait for each number, and what they compute is the same.
 
-use crate::tensors::{packed, tracked};
+use crate::tensors::{for_kernels, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{CudaDevice, CudaStorage, backend::BackendStorage};
 
-/// What an op does with its tensors, f32 on the CPU.
+/// What an op does with its tensors: f32, all on the CPU or all on a CUDA device.
 pub(crate) trait Several: Send + Sync + 'static {
     fn name(&self) -> &'static str;
 
-    /// The result, from all values in row-major order, and the layout of the first.
-    fn run(&self, values: &[&[f32]], first: &Layout) -> (CpuStorage, Shape);
+    /// The result, from all values in row-major order, and the tensors' layouts.
+    fn run(&self, values: &[&[f32]], layouts: &[&Layout]) -> (CpuStorage, Shape);
+
+    /// The same on a CUDA device, from where all values begin.
+    #[cfg(feature = "cuda")]
+    fn run_on_cuda(
+        &self,
+        device: &CudaDevice,
+        at: &[u64],
+        layouts: &[&Layout],
+    ) -> Result<(CudaStorage, Shape)>;
 
     /// The gradient of each tensor that is tracked.
     fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>>;
 }
 
+/// `f` of the values of one to three tensors on the CPU, in row-major order.
+pub(crate) fn with_all_values<R>(tensors: &[&Tensor], f: impl FnOnce(&[&[f32]]) -> Result<R>) -> Result<R> {
+    match tensors {
+        [a] => with_values(a, |a| f(&[a])),
+        [a, b] => with_values(a, |a| with_values(b, |b| f(&[a, b]))),
+        [a, b, c] => with_values(a, |a| with_values(b, |b| with_values(c, |c| f(&[a, b, c])))),
+        _ => bail!("expected one to three tensors, got {}", tensors.len()),
+    }
+}
+
 /// Applies the op; it is in the graph where a tensor is tracked.
 pub(crate) fn apply<T: Several>(tensors: &[&Tensor], op: T) -> Result<Tensor> {
-    let (op, gradients) = (Op(op), tensors.iter().any(|tensor| tracked(tensor)));
-    match (tensors, gradients) {
-        (&[a], true) => a.apply_op1(op),
-        (&[a], false) => a.apply_op1_no_bwd(&op),
-        (&[a, b], true) => a.apply_op2(b, op),
-        (&[a, b], false) => a.apply_op2_no_bwd(b, &op),
-        (&[a, b, c], true) => a.apply_op3(b, c, op),
-        (&[a, b, c], false) => a.apply_op3_no_bwd(b, c, &op),
+    let tensors = tensors.iter().map(|x| for_kernels(x)).collect::<Result<Vec<_>>>()?;
+    let (op, gradients) = (Op(op), tensors.iter().any(tracked));
+    match (&tensors[..], gradients) {
+        ([a], true) => a.apply_op1(op),
+        ([a], false) => a.apply_op1_no_bwd(&op),
+        ([a, b], true) => a.apply_op2(b, op),
+        ([a, b], false) => a.apply_op2_no_bwd(b, &op),
+        ([a, b, c], true) => a.apply_op3(b, c, op),
+        ([a, b, c], false) => a.apply_op3_no_bwd(b, c, &op),
         _ => bail!("{}: takes one to three tensors, got {}", op.0.name(), tensors.len()),
     }
 }
 
 struct Op<T>(T);
 
+#[cfg(feature = "cuda")]
+impl<T: Several> Op<T> {
+    fn on_cuda(&self, tensors: &[(&CudaStorage, &Layout)]) -> Result<(CudaStorage, Shape)> {
+        let at = tensors
+            .iter()
+            .map(|(x, layout)| crate::cuda::address_of(x, layout))
+            .collect::<Result<Vec<_>>>()?;
+        let layouts: Vec<&Layout> = tensors.iter().map(|(_, layout)| *layout).collect();
+        self.0.run_on_cuda(tensors[0].0.device(), &at, &layouts)
+    }
+}
+
 impl<T: Several> CustomOp1 for Op<T> {
     fn name(&self) -> &'static str {
         self.0.name()
     }
     fn cpu_fwd(&self, a: &CpuStorage, la: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok(self.0.run(&[&packed(a, la)?], la))
+        Ok(self.0.run(&[&packed(a, la)?], &[la]))
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, a: &CudaStorage, la: &Layout) -> Result<(CudaStorage, Shape)> {
+        self.on_cuda(&[(a, la)])
     }
     fn bwd(&self, a: &Tensor, _: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
         Ok(self.0.gradients(&[a], d)?.into_iter().next().flatten())
@@ -53,7 +91,17 @@ impl<T: Several> CustomOp2 for Op<T> {
         b: &CpuStorage,
         lb: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.0.run(&[&packed(a, la)?, &packed(b, lb)?], la))
+        Ok(self.0.run(&[&packed(a, la)?, &packed(b, lb)?], &[la, lb]))
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        la: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.on_cuda(&[(a, la), (b, lb)])
     }
     fn bwd(
         &self,
@@ -80,7 +128,19 @@ impl<T: Several> CustomOp3 for Op<T> {
         c: &CpuStorage,
         lc: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        Ok(self.0.run(&[&packed(a, la)?, &packed(b, lb)?, &packed(c, lc)?], la))
+        Ok(self.0.run(&[&packed(a, la)?, &packed(b, lb)?, &packed(c, lc)?], &[la, lb, lc]))
+    }
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &CudaStorage,
+        la: &Layout,
+        b: &CudaStorage,
+        lb: &Layout,
+        c: &CudaStorage,
+        lc: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        self.on_cuda(&[(a, la), (b, lb), (c, lc)])
     }
     fn bwd(
         &self,

@@ -8,7 +8,8 @@ use std::cell::{Cell, RefCell};
 
 /// Whether these kernels take this tensor: f32 on the CPU.
 ///
-/// Elsewhere every op of this crate is an error, but for what [`convolves`] says; compose it from candle's own ops instead.
+/// Elsewhere every op of this crate is an error, but for what [`convolves`] and [`in_32_bits`] say; compose it from candle's own ops
+/// instead.
 pub fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
@@ -20,10 +21,30 @@ pub fn convolves(x: &Tensor) -> bool {
     device && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
+/// Whether the pointwise parts of recurrent cells ([`sum_gates`](crate::sum_gates), [`memory_update`](crate::memory_update),
+/// [`open_output`](crate::open_output()), [`blend`](crate::blend())) take this tensor: f32, on the CPU or, with the feature `cuda`, on a
+/// CUDA device.
+pub fn in_32_bits(x: &Tensor) -> bool {
+    x.dtype() == DType::F32 && convolves(x)
+}
+
+/// An error that names the op and the tensor, unless it is in 32 bits on the CPU or a CUDA device, and has elements.
+pub(crate) fn check_in_32_bits(op: &str, name: &str, x: &Tensor) -> Result<()> {
+    if !in_32_bits(x) {
+        bail!("{op}: {name} must be f32 on {}, got {:?} on {:?}", place(), x.dtype(), x.device().location());
+    }
+    check_elements(op, name, x)
+}
+
+/// Where tensors may be.
+fn place() -> &'static str {
+    if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" }
+}
+
 /// An error that names the op and the tensor, unless convolutions take it, and it has elements.
 pub(crate) fn check_convolves(op: &str, name: &str, x: &Tensor) -> Result<()> {
     if !convolves(x) {
-        let place = if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" };
+        let place = place();
         let (dtype, location) = (x.dtype(), x.device().location());
         bail!("{op}: {name} must be f32, bf16 or f16 on {place}, got {dtype:?} on {location:?}");
     }
@@ -84,6 +105,15 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
 /// Whether a backward pass may ask for the gradient of `x`.
 pub(crate) fn tracked(x: &Tensor) -> bool {
     GRADIENTS.get() && x.track_op()
+}
+
+/// The same tensor as kernels take it: on a CUDA device contiguous, and where several values can be read at once.
+pub(crate) fn for_kernels(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::aligned(x);
+    }
+    Ok(x.clone())
 }
 
 /// The values in row-major order: borrowed where they lie so, otherwise copied.

@@ -9,8 +9,9 @@ use candlepower_kernels::updates::{
 };
 use candlepower_kernels::{
     Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,
-    Exchange, Keep, activate, allow_tf32, conv_lstm, conv_transpose2d, conv2d, cuda_devices, open_cuda,
-    peak_memory, record, rehearse, reset_peak_memory, time_convolutions, to_device,
+    Exchange, Keep, MemoryUpdate, OutputGate, activate, allow_tf32, blend, conv_lstm, conv_transpose2d,
+    conv2d, cuda_devices, memory_update, open_cuda, open_output, peak_memory, record, rehearse,
+    reset_peak_memory, sum_gates, time_convolutions, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -251,6 +252,66 @@ fn without_gradients_the_result_is_the_same() {
     };
     let tracked = Var::from_tensor(&weight).unwrap();
     assert_eq!(run(&weight), run(&tracked));
+}
+
+/// The results of `f` and the gradients of its inputs, there and on the CPU.
+fn as_on_the_cpu(case: &str, device: &Device, inputs: &[Tensor], f: impl Fn(&[Var]) -> Result<Tensor>) {
+    let run = |device: &Device| -> Vec<Tensor> {
+        let vars: Vec<Var> =
+            inputs.iter().map(|x| Var::from_tensor(&x.to_device(device).unwrap()).unwrap()).collect();
+        let y = f(&vars).unwrap();
+        let weights = random(y.elem_count(), 99).reshape(y.shape()).unwrap().to_device(device).unwrap();
+        let gradients = (&y * weights).unwrap().sum_all().unwrap().backward().unwrap();
+        let of = |x: &Var| gradients.get(x).unwrap().clone();
+        std::iter::once(y).chain(vars.iter().map(of)).collect()
+    };
+    for (i, (ours, cpu)) in run(device).iter().zip(&run(&CPU)).enumerate() {
+        let error = error(ours, cpu);
+        assert!(error < 2e-6, "{case}, tensor {i}: {error:e}");
+    }
+}
+
+#[test]
+fn the_pointwise_parts_of_cells() {
+    let Some((device, _turn)) = device() else { return };
+    let input = |rows: usize, columns: usize, seed: u64| {
+        random(rows * columns, seed).reshape((1, rows, columns)).unwrap()
+    };
+    for (rows, width) in [(1, 1), (7, 16), (300, 12), (33, 5)] {
+        let case = format!("{rows} x {width}");
+        // Five terms, of which the first says nothing of a gate about which another does.
+        let terms: [&[usize]; 5] = [&[2, 0], &[1], &[0, 1, 2, 3], &[3, 2], &[0]];
+        let inputs: Vec<Tensor> =
+            terms.iter().enumerate().map(|(i, it)| input(rows, it.len() * width, i as u64)).collect();
+        as_on_the_cpu(&case, &device, &inputs, |x| {
+            sum_gates(4, &x.iter().map(Var::as_tensor).zip(terms).collect::<Vec<_>>())
+        });
+        let inputs = [input(rows, 4 * width, 1), input(rows, width, 2), input(rows, width, 3)];
+        for (forget, squash) in [(None, false), (Some((3, 1.)), true), (Some((0, 0.)), false)] {
+            let update = MemoryUpdate { input: 2, candidate: 1, forget, squash };
+            as_on_the_cpu(&format!("{case}, {update:?}"), &device, &inputs[..2], |x| {
+                memory_update(&x[0], &x[1], update)
+            });
+        }
+        for gate in [OutputGate::Sigmoid, OutputGate::Tanh, OutputGate::SigmoidOfTanh] {
+            for inputs in [&inputs[..2], &inputs] {
+                as_on_the_cpu(&format!("{case}, {gate:?}"), &device, inputs, |x| {
+                    open_output(gate, &x[0], 1, x.get(2).map(Var::as_tensor), &x[1])
+                });
+            }
+        }
+        type Roles = [(usize, usize); 3];
+        let roles: [Roles; 3] =
+            [[(1, 0), (2, 0), (0, 3)], [(0, 1), (2, 0), (0, 0)], [(0, 2), (0, 0), (0, 3)]];
+        for roles in roles {
+            as_on_the_cpu(&format!("{case}, {roles:?}"), &device, &inputs, |x| {
+                let [gate, a, b] = roles.map(|(tensor, place)| (x[tensor].as_tensor(), place));
+                // All have a gradient.
+                let all = x.iter().map(|x| x.mean_all()).reduce(|a, b| a? + b?).unwrap()?;
+                blend(width, gate, a, b)?.broadcast_add(&all)
+            });
+        }
+    }
 }
 
 #[test]

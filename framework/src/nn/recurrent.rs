@@ -13,7 +13,7 @@ use candlepower_kernels::{
 pub use candlepower_kernels::{Gate, MemoryUpdate, OutputGate};
 
 use crate::error::{Error, Result};
-use crate::nn::{convolves, fast, widened};
+use crate::nn::{convolves, fast, in_32_bits, widened};
 
 /// A 'same' convolution whose weight all steps of a roll-out share.
 #[derive(Debug, Clone)]
@@ -233,7 +233,7 @@ impl StateNorm {
 /// Each term is (.., k N), k gates of N channels side by side, and the place of each among the `gates` of the result,
 /// (.., gates N). Terms need not have all gates; together they must.
 pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
-    if terms.iter().all(|(values, _)| fast(values)) {
+    if terms.iter().all(|(values, _)| in_32_bits(values)) {
         return Ok(kernels::sum_gates(gates, terms)?);
     }
     let mut sums: Vec<Option<Tensor>> = vec![None; gates];
@@ -255,7 +255,7 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
 /// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the memory before it:
 /// m' = σ(f + bias) m + σ(i) tanh(g).
 pub fn update_memory(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> Result<Tensor> {
-    if fast(gates) && fast(memory) {
+    if in_32_bits(gates) && in_32_bits(memory) {
         return Ok(kernels::memory_update(gates, memory, update)?);
     }
     let kept = if update.squash { memory.tanh()? } else { memory.clone() };
@@ -276,7 +276,7 @@ pub fn open_output(
     more: Option<&Tensor>,
     y: &Tensor,
 ) -> Result<Tensor> {
-    if fast(gates) && fast(y) {
+    if in_32_bits(gates) && in_32_bits(y) {
         return Ok(kernels::open_output(output, gates, place, more, y)?);
     }
     let o = gate(gates, place, y)?;
@@ -294,7 +294,7 @@ pub fn open_output(
 
 /// σ(gate) a + (1 - σ(gate)) b, (.., N), of gates of N channels: of one tensor, or of several.
 pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
-    if [gate, a, b].iter().all(|(values, _)| fast(values)) {
+    if [gate, a, b].iter().all(|(values, _)| in_32_bits(values)) {
         return Ok(kernels::blend(width, gate, a, b)?);
     }
     let part = |(values, place): Gate| values.narrow(D::Minus1, place * width, width);

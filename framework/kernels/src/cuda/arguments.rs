@@ -114,6 +114,87 @@ pub(crate) struct Pointwise {
     pub(crate) count: u32,
 }
 
+/// What is added to gates: where each of them begins in its rows, or -1.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Term {
+    pub(crate) at: u64,
+    pub(crate) stride: u32,
+    pub(crate) places: [i32; MOST_GATES],
+}
+
+/// As many gates as a sum has at most.
+pub(crate) const MOST_GATES: usize = 16;
+
+/// Of `sum_gates`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SumGates {
+    pub(crate) terms: [Term; 3],
+    pub(crate) sum: u64,
+    pub(crate) rows: u32,
+    pub(crate) gates: u32,
+    pub(crate) width: u32,
+}
+
+/// Of `memory_update`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MemoryUpdate {
+    pub(crate) gates: u64,
+    pub(crate) memory: u64,
+    pub(crate) d: u64,
+    pub(crate) to: u64,
+    pub(crate) d_gates: u64,
+    pub(crate) input: i32,
+    pub(crate) candidate: i32,
+    pub(crate) forget: i32,
+    pub(crate) bias: f32,
+    pub(crate) squash: u32,
+    pub(crate) rows: u32,
+    pub(crate) width: u32,
+    pub(crate) count: u32,
+}
+
+/// Of `open_output`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct OpenOutput {
+    pub(crate) gates: u64,
+    pub(crate) y: u64,
+    pub(crate) more: u64,
+    pub(crate) d: u64,
+    pub(crate) to: u64,
+    pub(crate) d_gates: u64,
+    pub(crate) d_more: u64,
+    pub(crate) place: i32,
+    pub(crate) kind: u32,
+    pub(crate) rows: u32,
+    pub(crate) width: u32,
+    pub(crate) count: u32,
+}
+
+/// One of the three that `blend` takes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Blended {
+    pub(crate) at: u64,
+    pub(crate) gradient: u64,
+    pub(crate) stride: u32,
+    pub(crate) offset: u32,
+}
+
+/// Of `blend`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Blend {
+    pub(crate) of: [Blended; 3],
+    pub(crate) d: u64,
+    pub(crate) to: u64,
+    pub(crate) rows: u32,
+    pub(crate) width: u32,
+}
+
 /// Of `winograd_input`, `winograd_output` and `winograd_output_adjoint`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -286,6 +367,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise Tiles Filters Update Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise SumGates MemoryUpdate OpenOutput Blend Tiles Filters Update Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt>);
 }

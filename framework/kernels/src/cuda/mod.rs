@@ -8,6 +8,8 @@ pub(crate) mod arguments;
 #[cfg(feature = "cuda")]
 mod backend;
 #[cfg(feature = "cuda")]
+pub(crate) mod cells;
+#[cfg(feature = "cuda")]
 mod communicator;
 #[cfg(feature = "cuda")]
 mod conv2d;
@@ -53,7 +55,7 @@ pub(crate) use conv2d::{conv_transpose2d, conv2d};
 #[cfg(feature = "cuda")]
 pub(crate) use graph::{Graph, is_recording, unrecorded};
 #[cfg(feature = "cuda")]
-pub(crate) use memory::aligned;
+pub(crate) use memory::{address_of, aligned};
 
 /// What one of CUDA's libraries says, as an error of candle.
 #[cfg(feature = "cuda")]

@@ -15,5 +15,7 @@ pub(crate) const OPTIMIZER: Source =
     Source { name: "optimizer", text: concat!(include_str!("prelude.cuh"), include_str!("optimizer.cu")) };
 pub(crate) const POINTWISE: Source =
     Source { name: "pointwise", text: concat!(include_str!("prelude.cuh"), include_str!("pointwise.cu")) };
+pub(crate) const CELLS: Source =
+    Source { name: "cells", text: concat!(include_str!("prelude.cuh"), include_str!("cells.cu")) };
 pub(crate) const WINOGRAD: Source =
     Source { name: "winograd", text: concat!(include_str!("prelude.cuh"), include_str!("winograd.cu")) };
