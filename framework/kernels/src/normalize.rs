@@ -7,7 +7,7 @@ use crate::buffer::filled;
 use crate::parallel::{self, GRAIN, Shared, on_pool};
 use crate::pointwise::Activation;
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_type, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_in_32_bits, check_type, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
@@ -28,10 +28,10 @@ pub enum Over {
 pub struct Normalized {
     /// (B, P, C).
     pub y: Tensor,
-    /// Of each group.
-    pub means: Vec<f64>,
-    /// Of each group: the mean square of the deviations from its mean.
-    pub variances: Vec<f64>,
+    /// Of each group, f64.
+    pub means: Tensor,
+    /// Of each group, f64: the mean square of the deviations from its mean.
+    pub variances: Tensor,
     /// How many values a group has.
     pub count: usize,
 }
@@ -39,7 +39,8 @@ pub struct Normalized {
 /// Normalises x (B, P, C) by its own statistics, with weight and bias (C), and then activates it. Differentiable in all three.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or has no elements.
+/// Where the shapes do not fit together, a tensor has no elements, weight or bias are not f32, or x is neither f32 on the CPU nor of a
+/// type that [`convolves`](crate::convolves) on a CUDA device.
 pub fn normalize(
     x: &Tensor,
     over: Over,
@@ -49,14 +50,22 @@ pub fn normalize(
     then: Option<Activation>,
 ) -> Result<Normalized> {
     let op = "normalize";
-    for (name, tensor) in [("x", x), ("the weight", weight), ("the bias", bias)] {
-        check_type(op, name, tensor, DType::F32)?;
+    if x.device().is_cpu() {
+        check_type(op, "x", x, DType::F32)?;
+    }
+    check_convolves(op, "x", x)?;
+    for (name, tensor) in [("the weight", weight), ("the bias", bias)] {
+        check_in_32_bits(op, name, tensor)?;
     }
     let (batch, pixels, channels) = x.dims3()?;
     let divides = if let Over::Groups(groups) = over { groups > 0 && channels % groups == 0 } else { true };
     if weight.dims() != [channels] || bias.dims() != [channels] || !divides {
         let (weight, bias) = (weight.dims(), bias.dims());
         bail!("{op}: {channels} channels over {over:?} with weight {weight:?} and bias {bias:?}");
+    }
+    #[cfg(feature = "cuda")]
+    if x.device().is_cuda() {
+        return crate::cuda::normalize::normalize(x, over, weight, bias, eps, then);
     }
     let rows = Rows { batch, pixels, channels, over };
     let (means, variances) = with_values(x, |x| Ok(rows.statistics(x)))?;
@@ -66,7 +75,8 @@ pub fn normalize(
         true => x.apply_op3(weight, bias, op)?,
         false => x.apply_op3_no_bwd(weight, bias, &op)?,
     };
-    Ok(Normalized { y, means, variances, count: rows.count() })
+    let tensor = |values: Vec<f64>| Tensor::new(values, &Device::Cpu);
+    Ok(Normalized { y, means: tensor(means)?, variances: tensor(variances)?, count: rows.count() })
 }
 
 /// How values lie in memory, channels within pixels within samples, and what is normalised together.
@@ -499,7 +509,7 @@ mod tests {
         let weight = Var::from_tensor(&random(4)).unwrap();
         let it = normalize(&random((2, 3, 4)), Over::Batch, &weight, &random(4), 1e-5, None).unwrap();
         let gradients = (&it.y * &it.y).unwrap().sum_all().unwrap().backward().unwrap();
-        assert!(gradients.get(&weight).is_some() && it.count == 6 && it.means.len() == 4);
+        assert!(gradients.get(&weight).is_some() && it.count == 6 && it.means.elem_count() == 4);
     }
 
     #[test]

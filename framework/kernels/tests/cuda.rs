@@ -9,8 +9,8 @@ use candlepower_kernels::updates::{
 };
 use candlepower_kernels::{
     Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,
-    Exchange, Keep, MemoryUpdate, OutputGate, activate, allow_tf32, blend, conv_lstm, conv_transpose2d,
-    conv2d, cuda_devices, memory_update, open_cuda, open_output, peak_memory, record, rehearse,
+    Exchange, Keep, MemoryUpdate, OutputGate, Over, activate, allow_tf32, blend, conv_lstm, conv_transpose2d,
+    conv2d, cuda_devices, memory_update, normalize, open_cuda, open_output, peak_memory, record, rehearse,
     reset_peak_memory, sum_gates, time_convolutions, to_device,
 };
 use rand::{Rng, SeedableRng};
@@ -254,20 +254,31 @@ fn without_gradients_the_result_is_the_same() {
     assert_eq!(run(&weight), run(&tracked));
 }
 
-/// The results of `f` and the gradients of its inputs, there and on the CPU.
 fn as_on_the_cpu(case: &str, device: &Device, inputs: &[Tensor], f: impl Fn(&[Var]) -> Result<Tensor>) {
+    as_on_the_cpu_within(2e-6, case, device, inputs, f);
+}
+
+/// The results of `f` and the gradients of its inputs, there and on the CPU.
+fn as_on_the_cpu_within(
+    tolerance: f64,
+    case: &str,
+    device: &Device,
+    inputs: &[Tensor],
+    f: impl Fn(&[Var]) -> Result<Tensor>,
+) {
     let run = |device: &Device| -> Vec<Tensor> {
         let vars: Vec<Var> =
             inputs.iter().map(|x| Var::from_tensor(&x.to_device(device).unwrap()).unwrap()).collect();
         let y = f(&vars).unwrap();
-        let weights = random(y.elem_count(), 99).reshape(y.shape()).unwrap().to_device(device).unwrap();
+        let weights = random(y.elem_count(), 99).reshape(y.shape()).unwrap().to_dtype(y.dtype()).unwrap();
+        let weights = weights.to_device(device).unwrap();
         let gradients = (&y * weights).unwrap().sum_all().unwrap().backward().unwrap();
         let of = |x: &Var| gradients.get(x).unwrap().clone();
         std::iter::once(y).chain(vars.iter().map(of)).collect()
     };
     for (i, (ours, cpu)) in run(device).iter().zip(&run(&CPU)).enumerate() {
         let error = error(ours, cpu);
-        assert!(error < 2e-6, "{case}, tensor {i}: {error:e}");
+        assert!(error <= tolerance, "{case}, tensor {i}: {error:e}");
     }
 }
 
@@ -310,6 +321,62 @@ fn the_pointwise_parts_of_cells() {
                 let all = x.iter().map(|x| x.mean_all()).reduce(|a, b| a? + b?).unwrap()?;
                 blend(width, gate, a, b)?.broadcast_add(&all)
             });
+        }
+    }
+}
+
+#[test]
+fn normalisation_with_its_activation() {
+    let Some((device, _turn)) = device() else { return };
+    let thens = [None, Some(Activation::Silu), Some(Activation::Gelu), Some(Activation::LeakyRelu(0.2))];
+    // Samples of less than a stretch, of several, and of more than a thread adds up; channels that are taken four at once, and not.
+    for ([batch, pixels, channels], over) in [
+        ([3, 7, 12], Over::Batch),
+        ([2, 100, 5], Over::Batch),
+        ([40, 60, 4], Over::Batch),
+        ([3, 70, 12], Over::Groups(3)),
+        ([2, 1100, 6], Over::Groups(2)),
+        ([2, 5, 8], Over::Groups(1)),
+    ] {
+        let x = random(batch * pixels * channels, 1).reshape((batch, pixels, channels)).unwrap();
+        // Far from zero, where squares would lose what the values differ by.
+        let x = ((x * 0.5).unwrap() + 30.).unwrap();
+        let inputs = [x, random(channels, 2), random(channels, 3)];
+        for then in thens {
+            let case = format!("{batch} x {pixels} x {channels}, {over:?}, {then:?}");
+            let of = |x: &[Var]| normalize(&x[0], over, &x[1], &x[2], 1e-5, then);
+            as_on_the_cpu_within(2e-5, &case, &device, &inputs, |x| Ok(of(x)?.y));
+            let statistics = |device: &Device| {
+                let [x, weight, bias] = inputs.each_ref().map(|x| x.to_device(device).unwrap());
+                let it = normalize(&x, over, &weight, &bias, 1e-5, then).unwrap();
+                assert_eq!(it.count * it.means.elem_count(), batch * pixels * channels);
+                [it.means, it.variances]
+            };
+            for (ours, cpu) in statistics(&device).iter().zip(&statistics(&CPU)) {
+                assert!(ours.dtype() == DType::F64 && error(ours, cpu) < 1e-6, "{case}");
+            }
+        }
+        // What a device computes of half types is what it computes of their values, rounded.
+        for (dtype, rounding) in [(DType::BF16, 1. / 256.), (DType::F16, 1. / 2048.)] {
+            let of = |x: &Tensor| {
+                let vars =
+                    [x, &inputs[1].to_device(&device).unwrap(), &inputs[2].to_device(&device).unwrap()]
+                        .map(|x| Var::from_tensor(x).unwrap());
+                let y = normalize(&vars[0], over, &vars[1], &vars[2], 1e-5, thens[1]).unwrap().y;
+                let gradients =
+                    y.to_dtype(DType::F32).unwrap().sqr().unwrap().sum_all().unwrap().backward().unwrap();
+                let of = |x: &Var| gradients.get(x).unwrap().to_dtype(DType::F32).unwrap();
+                std::iter::once(y.to_dtype(DType::F32).unwrap())
+                    .chain(vars.iter().map(of))
+                    .collect::<Vec<_>>()
+            };
+            let narrow = inputs[0].to_device(&device).unwrap().to_dtype(dtype).unwrap();
+            for (i, (ours, wide)) in
+                of(&narrow).iter().zip(&of(&narrow.to_dtype(DType::F32).unwrap())).enumerate()
+            {
+                let error = error(ours, &wide.to_device(&CPU).unwrap());
+                assert!(error < 4. * rounding, "{dtype:?}, {over:?}, tensor {i}: {error:e}");
+            }
         }
     }
 }

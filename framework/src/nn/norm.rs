@@ -1,15 +1,15 @@
 //! Normalisation over channels-last tensors, in 32 bits whatever the precision.
 //!
-//! By a kernel of the CPU, one operation of the graph with the activation behind it; elsewhere, or where kernels are not wanted,
-//! composed of candle's operations. These leave everything on the device, the running statistics too: who reads a value of a
-//! device waits for all that was asked of it before.
+//! By kernels, one operation of the graph with the activation behind it; where they are not wanted, or do not apply, composed of
+//! candle's operations. Everything stays on the device, the running statistics too: who reads a value of a device waits for all that
+//! was asked of it before.
 
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 use candlepower_kernels::{self as kernels, Activation, Normalized, Over};
 
 use super::activation::activated;
-use super::fast;
+use super::{convolves, fast};
 use crate::error::{Error, Result};
 use crate::params::Buffer;
 
@@ -50,7 +50,7 @@ impl BatchNorm {
         })
     }
 
-    /// The same with an activation behind it: in training both are one operation on the CPU.
+    /// The same with an activation behind it: in training both are one operation.
     pub fn then(self, activation: Activation) -> Self {
         Self { then: Some(activation), ..self }
     }
@@ -122,7 +122,7 @@ impl GroupNorm {
         Ok(Self { weight, bias, groups, then: None })
     }
 
-    /// The same with an activation behind it: on the CPU both are one operation.
+    /// The same with an activation behind it: both are one operation.
     pub fn then(self, activation: Activation) -> Self {
         Self { then: Some(activation), ..self }
     }
@@ -166,14 +166,16 @@ fn normalize(
         return Err(Error::msg(format!("{:?} channels to normalise, found shape {dims:?}", weight.dims())));
     }
     let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
-    let (y, weight, bias) = (x.to_dtype(wide)?, weight.to_dtype(wide)?, bias.to_dtype(wide)?);
+    let on_device = convolves(x) && x.device().is_cuda();
+    // The kernels of a device read and write half types.
+    let y = if on_device { x.clone() } else { x.to_dtype(wide)? };
+    let (weight, bias) = (weight.to_dtype(wide)?, bias.to_dtype(wide)?);
     let pixels = x.elem_count() / (batch * channels);
     let rows = y.reshape((batch, pixels, channels))?.contiguous()?;
-    let (y, statistics) = if fast(&rows) {
+    let (y, statistics) = if on_device || fast(&rows) {
         let Normalized { y, means, variances, count } =
             kernels::normalize(&rows, over, &weight, &bias, EPS, then)?;
-        let tensor = |values: Vec<f64>| Tensor::new(values, rows.device());
-        (y, Statistics { means: tensor(means)?, variances: tensor(variances)?, count })
+        (y, Statistics { means, variances, count })
     } else {
         let (y, statistics) = composed(&rows, over, &weight, &bias)?;
         (activated(&y, then)?, statistics)

@@ -195,6 +195,103 @@ pub(crate) struct Blend {
     pub(crate) width: u32,
 }
 
+/// Sizes of what is normalised.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) samples: u32,
+    pub(crate) pixels: u32,
+    pub(crate) channels: u32,
+    /// Of a sample.
+    pub(crate) groups: u32,
+}
+
+/// What values are normalised by.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tables {
+    pub(crate) means: u64,
+    pub(crate) scales: u64,
+    pub(crate) weight: u64,
+    pub(crate) bias: u64,
+    pub(crate) then: u32,
+    pub(crate) slope: f32,
+}
+
+/// Of `channel_sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChannelSums {
+    pub(crate) x: u64,
+    pub(crate) dy: u64,
+    pub(crate) tables: Tables,
+    pub(crate) sizes: Sizes,
+    pub(crate) sums: u64,
+    pub(crate) stretch: u32,
+    pub(crate) parts: u32,
+}
+
+/// Of `add_parts`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AddParts {
+    pub(crate) from: u64,
+    pub(crate) to: u64,
+    pub(crate) samples: u32,
+    pub(crate) parts: u32,
+    pub(crate) columns: u32,
+    pub(crate) fewer: u32,
+}
+
+/// Of `statistics`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Statistics {
+    pub(crate) sums: u64,
+    pub(crate) means: u64,
+    pub(crate) variances: u64,
+    pub(crate) narrow_means: u64,
+    pub(crate) scales: u64,
+    pub(crate) sizes: Sizes,
+    pub(crate) eps: f64,
+}
+
+/// Of `group_gradients`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct GroupGradients {
+    pub(crate) sums: u64,
+    pub(crate) weight: u64,
+    pub(crate) scales: u64,
+    pub(crate) shifts: u64,
+    pub(crate) tilts: u64,
+    pub(crate) sizes: Sizes,
+}
+
+/// Of `channel_gradients`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ChannelGradients {
+    pub(crate) sums: u64,
+    pub(crate) d_weight: u64,
+    pub(crate) d_bias: u64,
+    pub(crate) samples: u32,
+    pub(crate) channels: u32,
+}
+
+/// Of `normalize`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Normalize {
+    pub(crate) x: u64,
+    pub(crate) dy: u64,
+    pub(crate) to: u64,
+    pub(crate) tables: Tables,
+    pub(crate) shifts: u64,
+    pub(crate) tilts: u64,
+    pub(crate) sizes: Sizes,
+}
+
 /// Of `winograd_input`, `winograd_output` and `winograd_output_adjoint`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -367,6 +464,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise SumGates MemoryUpdate OpenOutput Blend Tiles Filters Update Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt>);
 }

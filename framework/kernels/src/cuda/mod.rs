@@ -30,6 +30,8 @@ pub(crate) mod libraries;
 #[cfg(feature = "cuda")]
 mod memory;
 #[cfg(feature = "cuda")]
+pub(crate) mod normalize;
+#[cfg(feature = "cuda")]
 pub(crate) mod optimizer;
 #[cfg(feature = "cuda")]
 mod packing;

@@ -8,21 +8,6 @@ template <typename T> struct Pointwise {
     unsigned count;
 };
 
-// Each: the result at x, and the slope there.
-struct Point {
-    float value, slope;
-};
-DEVICE Point silu(float x, float) {
-    float s = 1.f / (1.f + expf(-x));
-    return {x * s, s * (1.f + x * (1.f - s))};
-}
-DEVICE Point gelu(float x, float) {
-    float cumulative = 0.5f * (1.f + erff(x * 0.70710678f)), density = 0.39894228f * expf(-0.5f * x * x);
-    // Far away there is nothing, which would not be a number times infinity.
-    return {x * cumulative, cumulative + fminf(fmaxf(x, -1e4f), 1e4f) * density};
-}
-DEVICE Point leaky_relu(float x, float slope) { return {x > 0.f ? x : slope * x, x > 0.f ? 1.f : slope}; }
-
 // A thread takes V values.
 template <typename T, int V, Point (*AT)(float, float)> DEVICE void pointwise(const Pointwise<T>& a) {
     unsigned at = thread_index() * V;

@@ -1,0 +1,246 @@
+//! Normalisation on a device, and the activation behind it, as one op. Statistics and their sums stay there.
+
+use super::arguments::{
+    self as arguments, AddParts, ChannelGradients, ChannelSums, GroupGradients, Sizes, Statistics, Tables,
+};
+use super::launch::{check_count, launch, type_name};
+use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
+use super::sources::NORMALIZE;
+use crate::normalize::{Normalized, Over};
+use crate::pointwise::Activation;
+use crate::tensors::tracked;
+use candle_core::backend::BackendStorage;
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail,
+};
+
+/// [`normalize`](crate::normalize()) on a device, whose shapes were checked: x is of any type that convolves, weight and bias f32.
+pub(crate) fn normalize(
+    x: &Tensor,
+    over: Over,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+    then: Option<Activation>,
+) -> Result<Normalized> {
+    let device = x.device().as_cuda_device()?;
+    check_count("normalize", x.elem_count())?;
+    let (x, weight, bias) = (aligned(x)?, aligned(weight)?, aligned(bias)?);
+    let (batch, pixels, channels) = x.dims3()?;
+    let (samples, pixels, groups) = match over {
+        Over::Batch => (1, batch * pixels, channels),
+        Over::Groups(groups) => (batch, pixels, groups),
+    };
+    let sizes = Sizes {
+        samples: samples as u32,
+        pixels: pixels as u32,
+        channels: channels as u32,
+        groups: groups as u32,
+    };
+    let rows = Rows { sizes, dtype: x.dtype() };
+    let groups = samples * groups;
+    let wide = || Ok::<_, candle_core::Error>(tensor(allocate(device, groups, DType::F64, false)?, groups));
+    let (means, variances) = (wide()?, wide()?);
+    let [narrow_means, scales] = [rows.table(device)?, rows.table(device)?];
+    let sums = rows.sums(device, at(&x)?, None)?;
+    let arguments = Statistics {
+        sums: address(&sums)?,
+        means: at(&means)?,
+        variances: at(&variances)?,
+        narrow_means: at(&narrow_means)?,
+        scales: at(&scales)?,
+        sizes,
+        eps,
+    };
+    // SAFETY: sums are (samples, 2, channels), the rest is as large as the sizes say.
+    unsafe { launch(device, &NORMALIZE, "statistics", groups, arguments)? };
+    let op = Normalize { rows, then, means: narrow_means, scales };
+    let y = match [&x, &weight, &bias].into_iter().any(tracked) {
+        true => x.apply_op3(&weight, &bias, op)?,
+        false => x.apply_op3_no_bwd(&weight, &bias, &op)?,
+    };
+    Ok(Normalized { y, means, variances, count: pixels * channels * samples / groups })
+}
+
+fn at(x: &Tensor) -> Result<u64> {
+    with_address(x, Ok)
+}
+
+/// What is normalised together, and the type of its values.
+#[derive(Clone, Copy)]
+struct Rows {
+    sizes: Sizes,
+    dtype: DType,
+}
+
+impl Rows {
+    /// Room for a number for each channel of each sample.
+    fn table(&self, device: &CudaDevice) -> Result<Tensor> {
+        let len = self.sizes.samples as usize * self.sizes.channels as usize;
+        Ok(tensor(allocate(device, len, DType::F32, false)?, len))
+    }
+
+    /// A kernel's name in this type, for as many values as a thread takes at once, and how many that are.
+    fn kernel(&self, name: &str) -> Result<(String, usize)> {
+        let at_once = if self.sizes.channels.is_multiple_of(4) { 4 } else { 1 };
+        Ok((format!("{name}_{}_{at_once}", type_name(self.dtype)?), at_once))
+    }
+
+    /// Two sums for each channel of each sample, (samples, 2, channels) in 64 bits: of x and its square, or, where there are
+    /// gradients, of these and what else backward needs.
+    fn sums(&self, device: &CudaDevice, x: u64, back: Option<(u64, Tables)>) -> Result<CudaStorage> {
+        /// Pixels that a thread adds up in 32 bits.
+        const STRETCH: usize = 32;
+        /// Parts that a thread adds up.
+        const EACH: usize = 32;
+        const NOTHING: Tables = Tables { means: 0, scales: 0, weight: 0, bias: 0, then: 0, slope: 0. };
+        let Sizes { samples, pixels, channels, .. } = self.sizes;
+        let (samples, columns) = (samples as usize, 2 * channels as usize);
+        let mut parts = (pixels as usize).div_ceil(STRETCH);
+        let room = |parts: usize| allocate(device, samples * parts * columns, DType::F64, false);
+        let mut sums = room(parts)?;
+        let (dy, tables) = back.unwrap_or((0, NOTHING));
+        let arguments = ChannelSums {
+            x,
+            dy,
+            tables,
+            sizes: self.sizes,
+            sums: address(&sums)?,
+            stretch: STRETCH as u32,
+            parts: parts as u32,
+        };
+        let (kernel, at_once) = self.kernel("channel_sums")?;
+        let threads = samples * parts * channels as usize / at_once;
+        // SAFETY: x, and dy where it is, have these sizes, and the sums a place for each part.
+        unsafe { launch(device, &NORMALIZE, &kernel, threads, arguments)? };
+        while parts > 1 {
+            let fewer = parts.div_ceil(EACH);
+            let to = room(fewer)?;
+            let arguments = AddParts {
+                from: address(&sums)?,
+                to: address(&to)?,
+                samples: samples as u32,
+                parts: parts as u32,
+                columns: columns as u32,
+                fewer: fewer as u32,
+            };
+            // SAFETY: these are (samples, parts, columns) and (samples, fewer, columns).
+            unsafe { launch(device, &NORMALIZE, "add_parts", samples * fewer * columns, arguments)? };
+            (sums, parts) = (to, fewer);
+        }
+        Ok(sums)
+    }
+
+    /// Asks for every value, or, with gradients and what is taken from them, for every gradient.
+    fn run(
+        &self,
+        device: &CudaDevice,
+        x: u64,
+        tables: Tables,
+        [dy, shifts, tilts]: [u64; 3],
+    ) -> Result<CudaStorage> {
+        let Sizes { samples, pixels, channels, .. } = self.sizes;
+        let count = samples as usize * pixels as usize * channels as usize;
+        let to = allocate(device, count, self.dtype, false)?;
+        let arguments =
+            arguments::Normalize { x, dy, to: address(&to)?, tables, shifts, tilts, sizes: self.sizes };
+        let (kernel, at_once) = self.kernel("normalize")?;
+        // SAFETY: x, the result, and dy where it is, have these sizes, and tables a number for each channel of each sample.
+        unsafe { launch(device, &NORMALIZE, &kernel, count / at_once, arguments)? };
+        Ok(to)
+    }
+}
+
+/// The op, once the statistics are known: of the group of each channel of each sample.
+struct Normalize {
+    rows: Rows,
+    then: Option<Activation>,
+    means: Tensor,
+    scales: Tensor,
+}
+
+impl Normalize {
+    fn tables(&self, weight: u64, bias: u64) -> Result<Tables> {
+        let (then, slope) = match self.then {
+            None => (0, 0.),
+            Some(Activation::Silu) => (1, 0.),
+            Some(Activation::Gelu) => (2, 0.),
+            Some(Activation::LeakyRelu(slope)) => (3, slope),
+        };
+        Ok(Tables { means: at(&self.means)?, scales: at(&self.scales)?, weight, bias, then, slope })
+    }
+}
+
+impl CustomOp3 for Normalize {
+    fn name(&self) -> &'static str {
+        "normalize"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("normalize: expected tensors on one CUDA device")
+    }
+
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        weight: &CudaStorage,
+        lw: &Layout,
+        bias: &CudaStorage,
+        lb: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let tables = self.tables(address_of(weight, lw)?, address_of(bias, lb)?)?;
+        Ok((self.rows.run(x.device(), address_of(x, lx)?, tables, [0; 3])?, lx.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (device, rows) = (x.device().as_cuda_device()?, self.rows);
+        let dy = aligned(&dy.to_dtype(rows.dtype)?)?;
+        let tables = self.tables(at(weight)?, at(bias)?)?;
+        let sums = rows.sums(device, at(x)?, Some((at(&dy)?, tables)))?;
+        let [shifts, tilts] = [rows.table(device)?, rows.table(device)?];
+        let Sizes { samples, channels, groups, .. } = rows.sizes;
+        let of_groups = GroupGradients {
+            sums: address(&sums)?,
+            weight: tables.weight,
+            scales: tables.scales,
+            shifts: at(&shifts)?,
+            tilts: at(&tilts)?,
+            sizes: rows.sizes,
+        };
+        let of_parameter = || {
+            let channels = channels as usize;
+            Ok::<_, candle_core::Error>(tensor(allocate(device, channels, DType::F32, false)?, channels))
+        };
+        let (d_weight, d_bias) = (of_parameter()?, of_parameter()?);
+        let of_channels = ChannelGradients {
+            sums: address(&sums)?,
+            d_weight: at(&d_weight)?,
+            d_bias: at(&d_bias)?,
+            samples,
+            channels,
+        };
+        // SAFETY: sums are (samples, 2, channels), tables (samples, channels), and what channels have (channels).
+        unsafe {
+            launch(device, &NORMALIZE, "group_gradients", samples as usize * groups as usize, of_groups)?;
+            launch(device, &NORMALIZE, "channel_gradients", channels as usize, of_channels)?;
+        }
+        let dx = rows.run(device, at(x)?, tables, [at(&dy)?, at(&shifts)?, at(&tilts)?])?;
+        Ok((Some(tensor(dx, x.shape())), Some(d_weight), Some(d_bias)))
+    }
+}
