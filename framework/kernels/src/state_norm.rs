@@ -4,8 +4,8 @@ use crate::buffer::filled;
 use crate::kept::Kept;
 use crate::parallel::{self, Shared, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_type, packed, tracked, with_values};
-use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
+use crate::tensors::{check_in_32_bits, check_like, packed, tracked, with_values};
+use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 use std::sync::OnceLock;
 
@@ -17,9 +17,24 @@ const STRETCH: usize = 16;
 /// Layer normalisation (Ba, Kiros and Hinton 2016) over everything but the batch, for a weight and a bias that are used many
 /// times before they change: (x - mean) / sqrt(variance + eps) weight + bias.
 ///
-/// Their gradients are summed over the uses, and handed over after the last of them.
+/// On the CPU their gradients are summed over the uses, and handed over after the last of them.
 #[derive(Debug, Clone)]
-pub struct SharedNorm {
+pub struct SharedNorm(Place);
+
+#[derive(Debug, Clone)]
+enum Place {
+    Cpu(Parameters),
+    #[cfg(feature = "cuda")]
+    Cuda {
+        weight: Tensor,
+        bias: Tensor,
+        epsilon: f64,
+    },
+}
+
+/// What all uses on the CPU share.
+#[derive(Debug, Clone)]
+struct Parameters {
     weight: Kept,
     bias: Kept,
     number: Tensor,
@@ -30,39 +45,57 @@ impl SharedNorm {
     /// With a weight and a bias of the state's shape, as they are now: changes after this are not seen.
     ///
     /// # Errors
-    /// Where the shapes differ, or one is not f32 on the CPU.
+    /// Where the shapes differ, or one is not f32 on the CPU or a CUDA device.
     pub fn new(weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<SharedNorm> {
-        check_type("shared_norm", "weight", weight, DType::F32)?;
+        check_in_32_bits("shared_norm", "weight", weight)?;
+        check_in_32_bits("shared_norm", "bias", bias)?;
         if weight.dims() != bias.dims() {
             bail!("shared_norm: weight is {:?}, bias is {:?}", weight.dims(), bias.dims());
         }
+        #[cfg(feature = "cuda")]
+        if weight.device().is_cuda() {
+            let (weight, bias) = (weight.contiguous()?, bias.contiguous()?);
+            return Ok(SharedNorm(Place::Cuda { weight, bias, epsilon }));
+        }
         let (weight, bias) = (Kept::new(weight)?, Kept::new(bias)?);
         let number = Kept::numbers([&weight, &bias])?;
-        Ok(SharedNorm { weight, bias, number, epsilon })
+        Ok(SharedNorm(Place::Cpu(Parameters { weight, bias, number, epsilon })))
     }
 
     /// (B, ..) to the same, where .. is the weight's shape. Differentiable in x, the weight and the bias.
     ///
     /// # Errors
-    /// Where x has another shape, or is not f32 on the CPU.
+    /// Where x has another shape, or is not f32 where the weight is.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        check_type("shared_norm", "x", x, DType::F32)?;
-        let state = self.weight.values().dims();
+        let weight = match &self.0 {
+            Place::Cpu(shared) => shared.weight.values(),
+            #[cfg(feature = "cuda")]
+            Place::Cuda { weight, .. } => weight,
+        };
+        check_like("shared_norm", "x", x, weight)?;
+        let state = weight.dims();
         if x.rank() == 0 || &x.dims()[1..] != state {
             bail!("shared_norm: expected (B, ..) with the weight's {state:?}, got {:?}", x.dims());
         }
-        let op = Norm { shared: self.clone(), statistics: OnceLock::new() };
-        if tracked(x) || tracked(&self.number) {
-            x.apply_op2(&self.number, op)
-        } else {
-            x.apply_op2_no_bwd(&self.number, &op)
+        match &self.0 {
+            Place::Cpu(shared) => {
+                let op = Norm { shared: shared.clone(), statistics: OnceLock::new() };
+                match tracked(x) || tracked(&shared.number) {
+                    true => x.apply_op2(&shared.number, op),
+                    false => x.apply_op2_no_bwd(&shared.number, &op),
+                }
+            }
+            #[cfg(feature = "cuda")]
+            Place::Cuda { weight, bias, epsilon } => {
+                crate::cuda::normalize::normalize_states(x, weight, bias, *epsilon)
+            }
         }
     }
 }
 
 /// One use.
 struct Norm {
-    shared: SharedNorm,
+    shared: Parameters,
     /// Of each sample: its mean, and 1 / sqrt(variance + eps).
     statistics: OnceLock<Vec<(f32, f32)>>,
 }
@@ -279,7 +312,7 @@ impl CustomOp2 for Norm {
         _: &Tensor,
         d: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let SharedNorm { weight, bias, .. } = &self.shared;
+        let Parameters { weight, bias, .. } = &self.shared;
         let Some(statistics) = self.statistics.get() else { bail!("shared_norm: backward before forward") };
         let level = Level::current();
         let mut d_weight = weight.tracked().then(|| weight.gradient());

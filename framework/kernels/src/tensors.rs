@@ -15,14 +15,14 @@ pub fn supported(x: &Tensor) -> bool {
 }
 
 /// Whether [`conv2d`](crate::conv2d()), [`conv_lstm`](crate::conv_lstm()) and [`activate`](crate::activate()) take this tensor: f32,
-/// bf16 or f16, on the CPU or, with the feature `cuda`, on a CUDA device.
+/// bf16 or f16, on the CPU or, with the feature `cuda`, on a CUDA device. [`normalize`](crate::normalize()) takes it on a CUDA device.
 pub fn convolves(x: &Tensor) -> bool {
     let device = x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda();
     device && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
 /// Whether the pointwise parts of recurrent cells ([`sum_gates`](crate::sum_gates), [`memory_update`](crate::memory_update),
-/// [`open_output`](crate::open_output()), [`blend`](crate::blend())) take this tensor: f32, on the CPU or, with the feature `cuda`, on a
+/// [`open_output`](crate::open_output()), [`blend`](crate::blend()), [`SharedNorm`](crate::SharedNorm)) take this tensor: f32, on the CPU or, with the feature `cuda`, on a
 /// CUDA device.
 pub fn in_32_bits(x: &Tensor) -> bool {
     x.dtype() == DType::F32 && convolves(x)
@@ -175,7 +175,10 @@ fn hold<const N: usize>(
     f: &mut dyn FnMut([Option<Shared>; N]),
 ) -> Result<()> {
     match tensors {
-        [] => Ok(f(places)),
+        [] => {
+            f(places);
+            Ok(())
+        }
         [None, rest @ ..] => hold(rest, places, f),
         [Some(x), rest @ ..] => {
             let and_then = |values: &mut [f32]| {

@@ -9,9 +9,9 @@ use candlepower_kernels::updates::{
 };
 use candlepower_kernels::{
     Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,
-    Exchange, Keep, MemoryUpdate, OutputGate, Over, activate, allow_tf32, blend, conv_lstm, conv_transpose2d,
-    conv2d, cuda_devices, memory_update, normalize, open_cuda, open_output, peak_memory, record, rehearse,
-    reset_peak_memory, sum_gates, time_convolutions, to_device,
+    Exchange, Keep, MemoryUpdate, OutputGate, Over, SharedNorm, activate, allow_tf32, blend, conv_lstm,
+    conv_transpose2d, conv2d, cuda_devices, memory_update, normalize, open_cuda, open_output, peak_memory,
+    record, rehearse, reset_peak_memory, sum_gates, time_convolutions, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -378,6 +378,22 @@ fn normalisation_with_its_activation() {
                 assert!(error < 4. * rounding, "{dtype:?}, {over:?}, tensor {i}: {error:e}");
             }
         }
+    }
+}
+
+#[test]
+fn states_are_normalised() {
+    let Some((device, _turn)) = device() else { return };
+    for shape in [[1, 5, 4], [3, 40, 8], [2, 1100, 3]] {
+        let [samples, pixels, channels] = shape;
+        let x =
+            ((random(samples * pixels * channels, 1).reshape(&shape).unwrap() * 0.5).unwrap() + 3.).unwrap();
+        let parameter = |seed| random(pixels * channels, seed).reshape((pixels, channels)).unwrap();
+        // Twice, as steps of a roll-out use it.
+        as_on_the_cpu_within(1e-5, &format!("{shape:?}"), &device, &[x, parameter(2), parameter(3)], |x| {
+            let norm = SharedNorm::new(&x[1], &x[2], 1e-5)?;
+            norm.forward(&norm.forward(&x[0])?)
+        });
     }
 }
 

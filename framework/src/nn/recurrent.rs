@@ -203,8 +203,14 @@ impl StateNorm {
 
     /// The same for one roll-out.
     pub fn prepare(&self) -> Result<Self> {
-        let [weight, bias] = [wide(&self.weight)?.contiguous()?, wide(&self.bias)?.contiguous()?];
-        let shared = fast(&weight).then(|| SharedNorm::new(&weight, &bias, Self::EPSILON)).transpose()?;
+        // What is normalised is in 32 bits, or in 64.
+        let of = |x: &Tensor| match x.dtype() {
+            DType::F64 => x.contiguous(),
+            _ => x.to_dtype(DType::F32)?.contiguous(),
+        };
+        let [weight, bias] = [of(&self.weight)?, of(&self.bias)?];
+        let shared =
+            in_32_bits(&weight).then(|| SharedNorm::new(&weight, &bias, Self::EPSILON)).transpose()?;
         Ok(Self { weight, bias, shared })
     }
 
@@ -215,7 +221,7 @@ impl StateNorm {
             return Ok(self.forward(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
         }
         if let Some(shared) = &self.shared
-            && fast(x)
+            && in_32_bits(x)
         {
             return Ok(shared.forward(x)?);
         }

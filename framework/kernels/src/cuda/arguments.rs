@@ -214,6 +214,7 @@ pub(crate) struct Tables {
     pub(crate) scales: u64,
     pub(crate) weight: u64,
     pub(crate) bias: u64,
+    pub(crate) stride: u32,
     pub(crate) then: u32,
     pub(crate) slope: f32,
 }
@@ -277,6 +278,18 @@ pub(crate) struct ChannelGradients {
     pub(crate) d_bias: u64,
     pub(crate) samples: u32,
     pub(crate) channels: u32,
+}
+
+/// Of `value_gradients`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ValueGradients {
+    pub(crate) x: u64,
+    pub(crate) dy: u64,
+    pub(crate) tables: Tables,
+    pub(crate) d_weight: u64,
+    pub(crate) d_bias: u64,
+    pub(crate) sizes: Sizes,
 }
 
 /// Of `normalize`.
@@ -464,6 +477,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients ValueGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt>);
 }

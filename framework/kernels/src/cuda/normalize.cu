@@ -12,7 +12,8 @@ struct Sizes {
 // What values are normalised by.
 struct Tables {
     const float *means, *scales; // (samples, channels): those of a channel's group
-    const float *weight, *bias;  // (channels)
+    const float *weight, *bias;  // (channels), or, where there is a stride, of each value of a sample: (pixels, channels)
+    unsigned stride;             // from a pixel's weights to the next one's, or 0
     unsigned then;               // 0: nothing, 1: SiLU, 2: GELU, 3: leaky ReLU
     float slope;                 // of the last, below zero
 };
@@ -20,12 +21,13 @@ struct Tables {
 template <int V> struct Own {
     float mean[V], scale[V], weight[V], bias[V];
 };
-template <int V> DEVICE Own<V> own(const Tables& tables, const Sizes& sizes, unsigned sample, unsigned channel) {
+template <int V>
+DEVICE Own<V> own(const Tables& tables, const Sizes& sizes, unsigned sample, unsigned pixel, unsigned channel) {
     Own<V> it;
     load<float, V>(tables.means + sample * sizes.channels + channel, it.mean);
     load<float, V>(tables.scales + sample * sizes.channels + channel, it.scale);
-    load<float, V>(tables.weight + channel, it.weight);
-    load<float, V>(tables.bias + channel, it.bias);
+    load<float, V>(tables.weight + (index_t)pixel * tables.stride + channel, it.weight);
+    load<float, V>(tables.bias + (index_t)pixel * tables.stride + channel, it.bias);
     return it;
 }
 DEVICE Point activation(float x, const Tables& tables) {
@@ -36,7 +38,7 @@ DEVICE Point activation(float x, const Tables& tables) {
 }
 
 // Two sums over parts of the pixels for each channel of each sample: of x and x^2, or, where there is dy, of the gradient u of n w + b,
-// and of n u. A thread takes V channels of a part.
+// times w where each value has its own, and of n times that. A thread takes V channels of a part.
 template <typename T> struct ChannelSums {
     const T* x;
     const T* dy;
@@ -58,14 +60,16 @@ template <typename T, int V> DEVICE void channel_sums(const ChannelSums<T>& a) {
     load<T, V>(a.x + start + (index_t)first * channels, pivot);
     for (int v = 0; v < V; v++) one[v] = two[v] = 0.f;
     Own<V> it;
-    if (a.dy) it = own<V>(a.tables, a.sizes, sample, channel);
+    if (a.dy) it = own<V>(a.tables, a.sizes, sample, first, channel);
     for (unsigned pixel = first; pixel < end; pixel++) {
         load<T, V>(a.x + start + (index_t)pixel * channels, x);
         if (a.dy) load<T, V>(a.dy + start + (index_t)pixel * channels, dy);
+        if (a.dy && a.tables.stride) it = own<V>(a.tables, a.sizes, sample, pixel, channel);
         for (int v = 0; v < V; v++) {
             if (a.dy) {
                 float n = (x[v] - it.mean[v]) * it.scale[v];
                 float u = dy[v] * activation(n * it.weight[v] + it.bias[v], a.tables).slope;
+                if (a.tables.stride) u *= it.weight[v];
                 one[v] += u;
                 two[v] += n * u;
             } else {
@@ -128,7 +132,8 @@ extern "C" __global__ void statistics(Statistics a) {
 // From sums (samples, 2, channels) of u and n u: what is taken from the gradient of each value of a group, and what of it for each n.
 struct GroupGradients {
     const double* sums;
-    const float *weight, *scales;
+    const float* weight; // null where it is in the sums
+    const float* scales;
     float *shifts, *tilts; // (samples, channels)
     Sizes sizes;
 };
@@ -138,7 +143,7 @@ extern "C" __global__ void group_gradients(GroupGradients a) {
     const double* sums = a.sums + (index_t)(at / a.sizes.groups) * 2 * a.sizes.channels + first;
     double shift = 0., tilt = 0., count = (double)a.sizes.pixels * width;
     for (unsigned channel = 0; channel < width; channel++) {
-        double weight = a.weight[first + channel];
+        double weight = a.weight ? a.weight[first + channel] : 1.f;
         shift += weight * sums[channel];
         tilt += weight * sums[a.sizes.channels + channel];
     }
@@ -168,6 +173,35 @@ extern "C" __global__ void channel_gradients(ChannelGradients a) {
     a.d_weight[channel] = (float)projected;
 }
 
+// The same where each value has a weight and a bias of its own. A thread takes V channels of a pixel, of all samples.
+template <typename T> struct ValueGradients {
+    const T *x, *dy;
+    Tables tables;
+    float *d_weight, *d_bias; // (pixels, channels)
+    Sizes sizes;
+};
+template <typename T, int V> DEVICE void value_gradients(const ValueGradients<T>& a) {
+    unsigned groups = a.sizes.channels / V, at = thread_index(), channel = at % groups * V, pixel = at / groups;
+    if (pixel >= a.sizes.pixels) return;
+    index_t place = (index_t)pixel * a.sizes.channels + channel;
+    float plain[V], projected[V], x[V], dy[V];
+    for (int v = 0; v < V; v++) plain[v] = projected[v] = 0.f;
+    for (unsigned sample = 0; sample < a.sizes.samples; sample++) {
+        index_t of_sample = (index_t)sample * a.sizes.pixels * a.sizes.channels + place;
+        load<T, V>(a.x + of_sample, x);
+        load<T, V>(a.dy + of_sample, dy);
+        Own<V> it = own<V>(a.tables, a.sizes, sample, pixel, channel);
+        for (int v = 0; v < V; v++) {
+            float n = (x[v] - it.mean[v]) * it.scale[v];
+            float u = dy[v] * activation(n * it.weight[v] + it.bias[v], a.tables).slope;
+            plain[v] += u;
+            projected[v] += n * u;
+        }
+    }
+    store<float, V>(a.d_bias + place, plain);
+    store<float, V>(a.d_weight + place, projected);
+}
+
 // act(n w + b), or, where there is dy, the gradient of x: s w u - shift - tilt n. A thread takes V channels of a pixel.
 template <typename T> struct Normalize {
     const T* x;
@@ -180,7 +214,7 @@ template <typename T> struct Normalize {
 template <typename T, int V> DEVICE void normalize(const Normalize<T>& a) {
     unsigned groups = a.sizes.channels / V, at = thread_index(), channel = at % groups * V, row = at / groups;
     if (row >= a.sizes.samples * a.sizes.pixels) return;
-    unsigned sample = row / a.sizes.pixels;
+    unsigned sample = row / a.sizes.pixels, pixel = row % a.sizes.pixels;
     index_t place = (index_t)row * a.sizes.channels + channel;
     float x[V], dy[V], shifts[V], tilts[V];
     load<T, V>(a.x + place, x);
@@ -189,7 +223,7 @@ template <typename T, int V> DEVICE void normalize(const Normalize<T>& a) {
         load<float, V>(a.shifts + sample * a.sizes.channels + channel, shifts);
         load<float, V>(a.tilts + sample * a.sizes.channels + channel, tilts);
     }
-    Own<V> it = own<V>(a.tables, a.sizes, sample, channel);
+    Own<V> it = own<V>(a.tables, a.sizes, sample, pixel, channel);
     for (int v = 0; v < V; v++) {
         float n = (x[v] - it.mean[v]) * it.scale[v];
         Point point = activation(n * it.weight[v] + it.bias[v], a.tables);
@@ -201,6 +235,7 @@ template <typename T, int V> DEVICE void normalize(const Normalize<T>& a) {
 
 #define KERNELS(T, V)                                                                                                          \
     extern "C" __global__ void channel_sums_##T##_##V(ChannelSums<T> a) { channel_sums<T, V>(a); }                             \
+    extern "C" __global__ void value_gradients_##T##_##V(ValueGradients<T> a) { value_gradients<T, V>(a); }                    \
     extern "C" __global__ void normalize_##T##_##V(Normalize<T> a) { normalize<T, V>(a); }
 KERNELS(float, 1)
 KERNELS(float, 4)

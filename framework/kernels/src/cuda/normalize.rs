@@ -2,6 +2,7 @@
 
 use super::arguments::{
     self as arguments, AddParts, ChannelGradients, ChannelSums, GroupGradients, Sizes, Statistics, Tables,
+    ValueGradients,
 };
 use super::launch::{check_count, launch, type_name};
 use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
@@ -11,7 +12,7 @@ use crate::pointwise::Activation;
 use crate::tensors::tracked;
 use candle_core::backend::BackendStorage;
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CudaDevice, CudaStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail,
 };
 
 /// [`normalize`](crate::normalize()) on a device, whose shapes were checked: x is of any type that convolves, weight and bias f32.
@@ -23,22 +24,45 @@ pub(crate) fn normalize(
     eps: f64,
     then: Option<Activation>,
 ) -> Result<Normalized> {
-    let device = x.device().as_cuda_device()?;
-    check_count("normalize", x.elem_count())?;
-    let (x, weight, bias) = (aligned(x)?, aligned(weight)?, aligned(bias)?);
     let (batch, pixels, channels) = x.dims3()?;
     let (samples, pixels, groups) = match over {
         Over::Batch => (1, batch * pixels, channels),
         Over::Groups(groups) => (batch, pixels, groups),
     };
-    let sizes = Sizes {
-        samples: samples as u32,
-        pixels: pixels as u32,
-        channels: channels as u32,
-        groups: groups as u32,
-    };
+    let sizes = [samples, pixels, channels, groups].map(|n| n as u32);
+    run(x, sizes, WeightOf::Channel, [weight, bias], eps, then)
+}
+
+/// [`SharedNorm`](crate::SharedNorm) on a device: x is (B, ..), weight and bias (..), f32.
+pub(crate) fn normalize_states(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
+    let channels = x.dim(D::Minus1)?;
+    let pixels = weight.elem_count() / channels;
+    let sizes = [x.dim(0)?, pixels, channels, 1].map(|n| n as u32);
+    Ok(run(x, sizes, WeightOf::Value, [weight, bias], eps, None)?.y)
+}
+
+/// What has a weight and a bias of its own.
+#[derive(Clone, Copy, PartialEq)]
+enum WeightOf {
+    Channel,
+    /// Of a sample.
+    Value,
+}
+
+fn run(
+    x: &Tensor,
+    [samples, pixels, channels, groups]: [u32; 4],
+    weight_of: WeightOf,
+    [weight, bias]: [&Tensor; 2],
+    eps: f64,
+    then: Option<Activation>,
+) -> Result<Normalized> {
+    let device = x.device().as_cuda_device()?;
+    check_count("normalize", x.elem_count())?;
+    let (x, weight, bias) = (aligned(x)?, aligned(weight)?, aligned(bias)?);
+    let sizes = Sizes { samples, pixels, channels, groups };
     let rows = Rows { sizes, dtype: x.dtype() };
-    let groups = samples * groups;
+    let groups = (samples * groups) as usize;
     let wide = || Ok::<_, candle_core::Error>(tensor(allocate(device, groups, DType::F64, false)?, groups));
     let (means, variances) = (wide()?, wide()?);
     let [narrow_means, scales] = [rows.table(device)?, rows.table(device)?];
@@ -54,12 +78,13 @@ pub(crate) fn normalize(
     };
     // SAFETY: sums are (samples, 2, channels), the rest is as large as the sizes say.
     unsafe { launch(device, &NORMALIZE, "statistics", groups, arguments)? };
-    let op = Normalize { rows, then, means: narrow_means, scales };
+    let op = Normalize { rows, weight_of, then, means: narrow_means, scales };
     let y = match [&x, &weight, &bias].into_iter().any(tracked) {
         true => x.apply_op3(&weight, &bias, op)?,
         false => x.apply_op3_no_bwd(&weight, &bias, &op)?,
     };
-    Ok(Normalized { y, means, variances, count: pixels * channels * samples / groups })
+    let count = x.elem_count() / groups;
+    Ok(Normalized { y, means, variances, count })
 }
 
 fn at(x: &Tensor) -> Result<u64> {
@@ -93,7 +118,8 @@ impl Rows {
         const STRETCH: usize = 32;
         /// Parts that a thread adds up.
         const EACH: usize = 32;
-        const NOTHING: Tables = Tables { means: 0, scales: 0, weight: 0, bias: 0, then: 0, slope: 0. };
+        const NOTHING: Tables =
+            Tables { means: 0, scales: 0, weight: 0, bias: 0, stride: 0, then: 0, slope: 0. };
         let Sizes { samples, pixels, channels, .. } = self.sizes;
         let (samples, columns) = (samples as usize, 2 * channels as usize);
         let mut parts = (pixels as usize).div_ceil(STRETCH);
@@ -154,6 +180,7 @@ impl Rows {
 /// The op, once the statistics are known: of the group of each channel of each sample.
 struct Normalize {
     rows: Rows,
+    weight_of: WeightOf,
     then: Option<Activation>,
     means: Tensor,
     scales: Tensor,
@@ -167,7 +194,11 @@ impl Normalize {
             Some(Activation::Gelu) => (2, 0.),
             Some(Activation::LeakyRelu(slope)) => (3, slope),
         };
-        Ok(Tables { means: at(&self.means)?, scales: at(&self.scales)?, weight, bias, then, slope })
+        let stride = match self.weight_of {
+            WeightOf::Channel => 0,
+            WeightOf::Value => self.rows.sizes.channels,
+        };
+        Ok(Tables { means: at(&self.means)?, scales: at(&self.scales)?, weight, bias, stride, then, slope })
     }
 }
 
@@ -217,28 +248,34 @@ impl CustomOp3 for Normalize {
         let Sizes { samples, channels, groups, .. } = rows.sizes;
         let of_groups = GroupGradients {
             sums: address(&sums)?,
-            weight: tables.weight,
+            weight: if self.weight_of == WeightOf::Channel { tables.weight } else { 0 },
             scales: tables.scales,
             shifts: at(&shifts)?,
             tilts: at(&tilts)?,
             sizes: rows.sizes,
         };
-        let of_parameter = || {
-            let channels = channels as usize;
-            Ok::<_, candle_core::Error>(tensor(allocate(device, channels, DType::F32, false)?, channels))
+        let like = |parameter: &Tensor| {
+            let room = allocate(device, parameter.elem_count(), DType::F32, false)?;
+            Ok::<_, candle_core::Error>(tensor(room, parameter.shape()))
         };
-        let (d_weight, d_bias) = (of_parameter()?, of_parameter()?);
-        let of_channels = ChannelGradients {
-            sums: address(&sums)?,
-            d_weight: at(&d_weight)?,
-            d_bias: at(&d_bias)?,
-            samples,
-            channels,
-        };
-        // SAFETY: sums are (samples, 2, channels), tables (samples, channels), and what channels have (channels).
+        let (d_weight, d_bias) = (like(weight)?, like(bias)?);
+        let to = (at(&d_weight)?, at(&d_bias)?);
+        // SAFETY: sums are (samples, 2, channels), tables (samples, channels), and the gradients as large as weight and bias.
         unsafe {
             launch(device, &NORMALIZE, "group_gradients", samples as usize * groups as usize, of_groups)?;
-            launch(device, &NORMALIZE, "channel_gradients", channels as usize, of_channels)?;
+            match self.weight_of {
+                WeightOf::Channel => {
+                    let (d_weight, d_bias) = to;
+                    let a = ChannelGradients { sums: address(&sums)?, d_weight, d_bias, samples, channels };
+                    launch(device, &NORMALIZE, "channel_gradients", channels as usize, a)?;
+                }
+                WeightOf::Value => {
+                    let (x, dy, (d_weight, d_bias)) = (at(x)?, at(&dy)?, to);
+                    let a = ValueGradients { x, dy, tables, d_weight, d_bias, sizes: rows.sizes };
+                    let (kernel, at_once) = rows.kernel("value_gradients")?;
+                    launch(device, &NORMALIZE, &kernel, weight.elem_count() / at_once, a)?;
+                }
+            }
         }
         let dx = rows.run(device, at(x)?, tables, [at(&dy)?, at(&shifts)?, at(&tilts)?])?;
         Ok((Some(tensor(dx, x.shape())), Some(d_weight), Some(d_bias)))

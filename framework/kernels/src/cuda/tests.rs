@@ -1,5 +1,8 @@
 //! The kernels' sources, run on the processor, against what they should compute.
 
+mod cells;
+mod normalize;
+
 use super::arguments::{
     AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide, Filters,
     GatesBackward, GatesForward, Many, Narrow, PackWeight, ParamAt, Plane, Pointwise, PublishAt, SquareSums,
