@@ -1,8 +1,9 @@
 //! Layers over vectors: (B, features).
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 
+use super::recurrent::{MemoryUpdate, OutputGate, open_output, update_memory};
 use super::widened;
 use crate::error::Result;
 
@@ -93,13 +94,14 @@ impl LstmCell {
         if let Some(LstmState { h, .. }) = state {
             gates = (gates + h.matmul(&of(&self.weight_hh)?.t()?)?)?;
         }
-        let gate = |i: usize| gates.narrow(D::Minus1, i * self.hidden, self.hidden)?.contiguous();
-        let sigmoid = candle_nn::ops::sigmoid;
-        let (i, f, g, o) = (sigmoid(&gate(0)?)?, sigmoid(&gate(1)?)?, gate(2)?.tanh()?, sigmoid(&gate(3)?)?);
-        let mut c = (i * g)?;
-        if let Some(state) = state {
-            c = (c + (f * &state.c)?)?;
-        }
-        Ok(LstmState { h: (o * c.tanh()?)?, c })
+        // Gates i, f, g, o, in PyTorch's order.
+        let [i, f, g, o] = [0, 1, 2, 3];
+        let update = MemoryUpdate { input: i, candidate: g, forget: state.map(|_| (f, 0.)), squash: false };
+        let before = match state {
+            Some(LstmState { c, .. }) => c.clone(),
+            None => Tensor::zeros((x.dim(0)?, self.hidden), wide, x.device())?,
+        };
+        let c = update_memory(&gates, &before, update)?;
+        Ok(LstmState { h: open_output(OutputGate::Sigmoid, &gates, o, None, &c)?, c })
     }
 }
