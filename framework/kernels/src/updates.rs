@@ -3,13 +3,12 @@
 mod rules;
 
 use crate::clipping::{GradScale, Share};
-use crate::parallel::{Shared, for_rows, on_pool};
+use crate::parallel::{Shared, for_rows};
 use crate::simd::{Kernel, Level, Simd};
 use crate::squares::sum_squares;
 use crate::tensors::{in_place, with_values};
 use candle_core::{DType, Device, Result, Tensor, bail};
 pub use rules::{AdadeltaStep, AdagradStep, AdamStep, AdamaxStep, MOST_STATES, RmspropStep, Rule, SgdStep};
-use std::collections::HashSet;
 
 /// A parameter and what a rule keeps of it: contiguous, of one shape, and f32 but for the copy.
 #[derive(Debug, Clone, Copy)]
@@ -93,13 +92,11 @@ fn update_on_cpu(
     let level = Level::current();
     with_values(gradient, |gradient: &[f32]| {
         in_place([Some(param), a, b, c], |[w, kept @ ..]| {
-            on_pool(|| {
-                for_rows(gradient.len(), 1, |part| {
-                    // SAFETY: all have as many values, and each part belongs to one task.
-                    let place = |x: Shared| unsafe { x.offset(part.start) };
-                    let (Some(w), kept) = (w.map(place), kept.map(|x| x.map(place))) else { return };
-                    level.run(Update { rule, share, w, gradient: &gradient[part.clone()], kept });
-                });
+            for_rows(gradient.len(), 1, |part| {
+                // SAFETY: all have as many values, and each part belongs to one task.
+                let place = |x: Shared| unsafe { x.offset(part.start) };
+                let (Some(w), kept) = (w.map(place), kept.map(|x| x.map(place))) else { return };
+                level.run(Update { rule, share, w, gradient: &gradient[part.clone()], kept });
             });
         })
     })
@@ -232,9 +229,10 @@ fn on_one_device(a: &Tensor, b: &Tensor) -> Result<()> {
 
 fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
     // Tensors with one storage would wait for each other.
-    let mut storages = HashSet::new();
-    let mut is_new = |x: &Tensor| storages.insert(std::ptr::from_ref(&*x.storage_and_layout().0));
-    if !tensors.iter().flatten().all(|x| is_new(x)) {
+    let storage = |x: &Tensor| std::ptr::from_ref(&*x.storage_and_layout().0);
+    let storages = tensors.map(|x| x.map(storage));
+    let again = |i: usize| storages[i].is_some() && storages[..i].contains(&storages[i]);
+    if (0..storages.len()).any(again) {
         bail!("update: expected tensors that share no memory");
     }
     let mut tensors = tensors.into_iter().flatten();
