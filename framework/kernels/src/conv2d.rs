@@ -46,7 +46,7 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2
     let geometry = geometry(x, weight, bias, options)?;
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
-        return crate::cuda::conv2d(x, weight, bias, geometry);
+        return crate::cuda::conv2d(x, &crate::cuda::channels_last(weight)?, bias, geometry);
     }
     let leading = x.dims()[..x.rank() - 3].to_vec();
     match x.dtype() {
@@ -81,7 +81,12 @@ pub fn conv2d_backward(
     }
 }
 
-fn geometry(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Geometry> {
+pub(crate) fn geometry(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    options: Conv2dOptions,
+) -> Result<Geometry> {
     let op = "conv2d";
     check_convolves(op, "x", x)?;
     check_like(op, "weight", weight, x)?;

@@ -1,32 +1,49 @@
 //! A convolution whose weight the steps of a roll-out share.
 
+#[cfg(feature = "cuda")]
+use crate::conv2d::geometry;
 use crate::conv2d::{Conv2dOptions, check_bias, conv2d};
 use crate::parallel::{Shared, on_pool};
 use crate::simd::{LANES, Level};
-use crate::tensors::{check_type, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_type, packed, tracked, with_values};
 use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels, Source, Tiling};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// A 'same' convolution of stride 1, as [`conv2d`], for a weight that is used many times before it changes.
 ///
-/// The weight is transformed once for all uses, and so is its gradient: between the uses' backward passes it is summed in
+/// On the CPU the weight is transformed once for all uses, and so is its gradient: between the uses' backward passes it is summed in
 /// Winograd's domain, and handed to the weight after the last of them. So is that of a bias. Kernels that Winograd does not
-/// serve are left to [`conv2d`].
+/// serve are left to [`conv2d`]. On a CUDA device it is turned around once, and so is the sum of its gradients.
 #[derive(Debug, Clone)]
 pub struct SharedConv {
     weight: Tensor,
     bias: Option<Tensor>,
-    transformed: Option<(Arc<Transformed>, Tensor)>,
+    prepared: Prepared,
+}
+
+/// What all uses share.
+#[derive(Debug, Clone)]
+enum Prepared {
+    Nothing,
+    /// And the number that stands for weight and bias.
+    Transformed(Arc<Transformed>, Tensor),
+    /// The weight, channels last.
+    #[cfg(feature = "cuda")]
+    OnCuda(Tensor),
 }
 
 impl SharedConv {
     /// With a weight (Cout, Cin, k, k), k odd, and a bias (Cout), as they are now: changes after this are not seen.
     ///
     /// # Errors
-    /// Where one of them has another shape, or is not f32 on the CPU.
+    /// Where one of them has another shape, or is neither f32 on the CPU nor of a type that [`convolves`](crate::convolves) on a CUDA
+    /// device.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<SharedConv> {
-        check_type("shared_conv", "weight", weight, DType::F32)?;
+        match weight.device().is_cuda() {
+            true => check_convolves("shared_conv", "weight", weight)?,
+            false => check_type("shared_conv", "weight", weight, DType::F32)?,
+        }
         let &[outputs, inputs, kernel, kernel_width] = weight.dims() else {
             bail!("shared_conv: weight must be (outputs, inputs, k, k), got {:?}", weight.dims());
         };
@@ -34,7 +51,14 @@ impl SharedConv {
             bail!("shared_conv: expected a square kernel of odd size, got {:?}", weight.dims());
         }
         check_bias("shared_conv", bias, outputs, weight)?;
-        let shared = SharedConv { weight: weight.clone(), bias: bias.cloned(), transformed: None };
+        let shared = SharedConv { weight: weight.clone(), bias: bias.cloned(), prepared: Prepared::Nothing };
+        #[cfg(feature = "cuda")]
+        if weight.device().is_cuda() {
+            return Ok(SharedConv {
+                prepared: Prepared::OnCuda(crate::cuda::channels_last(weight)?),
+                ..shared
+            });
+        }
         if !matches!(kernel, 3 | 5) || inputs < LANES || outputs < LANES {
             return Ok(shared);
         }
@@ -67,18 +91,27 @@ impl SharedConv {
             (Some(bias), true) => weight.apply_op2(bias, use_of)?,
             (Some(bias), false) => weight.apply_op2_no_bwd(bias, &use_of)?,
         };
-        Ok(SharedConv { transformed: Some((transformed, token)), ..shared })
+        Ok(SharedConv { prepared: Prepared::Transformed(transformed, token), ..shared })
     }
 
     /// (.., H, W, Cin) to (.., H, W, Cout). Differentiable in x, the weight and the bias.
     ///
     /// # Errors
-    /// Where the shapes do not fit together, or x is not f32 on the CPU.
+    /// Where the shapes do not fit together, or x is not of the weight's type, where that is.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let Some((transformed, token)) = &self.transformed else {
-            let options = Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() };
-            return conv2d(x, &self.weight, self.bias.as_ref(), options);
-        };
+        let same = Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() };
+        match &self.prepared {
+            Prepared::Nothing => conv2d(x, &self.weight, self.bias.as_ref(), same),
+            Prepared::Transformed(transformed, token) => self.use_of(transformed, token, x),
+            #[cfg(feature = "cuda")]
+            Prepared::OnCuda(weight) => {
+                let geometry = geometry(x, &self.weight, self.bias.as_ref(), same)?;
+                crate::cuda::conv2d(x, weight, self.bias.as_ref(), geometry)
+            }
+        }
+    }
+
+    fn use_of(&self, transformed: &Arc<Transformed>, token: &Tensor, x: &Tensor) -> Result<Tensor> {
         check_type("shared_conv", "x", x, DType::F32)?;
         let &[ref leading @ .., height, width, inputs] = x.dims() else {
             bail!("shared_conv: x must be (.., height, width, channels), got {:?}", x.dims());

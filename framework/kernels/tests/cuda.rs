@@ -9,9 +9,9 @@ use candlepower_kernels::updates::{
 };
 use candlepower_kernels::{
     Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,
-    Exchange, Keep, MemoryUpdate, OutputGate, Over, SharedNorm, activate, allow_tf32, blend, conv_lstm,
-    conv_transpose2d, conv2d, cuda_devices, memory_update, normalize, open_cuda, open_output, peak_memory,
-    record, rehearse, reset_peak_memory, sum_gates, time_convolutions, to_device,
+    Exchange, Keep, MemoryUpdate, OutputGate, Over, SharedConv, SharedNorm, activate, allow_tf32, blend,
+    conv_lstm, conv_transpose2d, conv2d, cuda_devices, memory_update, normalize, open_cuda, open_output,
+    peak_memory, record, rehearse, reset_peak_memory, sum_gates, time_convolutions, to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -378,6 +378,23 @@ fn normalisation_with_its_activation() {
                 assert!(error < 4. * rounding, "{dtype:?}, {over:?}, tensor {i}: {error:e}");
             }
         }
+    }
+}
+
+#[test]
+fn a_weight_that_many_steps_use() {
+    let Some((device, _turn)) = device() else { return };
+    for (inputs, outputs, kernel, with_bias) in [(3, 5, 3, true), (16, 32, 5, false), (8, 8, 1, true)] {
+        let x = random(2 * 6 * 7 * inputs, 1).reshape((2, 6, 7, inputs)).unwrap();
+        let weight =
+            random(outputs * inputs * kernel * kernel, 2).reshape((outputs, inputs, kernel, kernel)).unwrap();
+        let mut all = vec![x, weight];
+        all.extend(with_bias.then(|| random(outputs, 3)));
+        let case = format!("{inputs} to {outputs}, {kernel}x{kernel}");
+        as_on_the_cpu_within(5e-5, &case, &device, &all, |x| {
+            let conv = SharedConv::new(&x[1], x.get(2).map(Var::as_tensor))?;
+            conv.forward(&x[0])? + conv.forward(&(x[0].as_tensor() * 0.5)?)?.sqr()?
+        });
     }
 }
 

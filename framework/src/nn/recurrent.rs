@@ -71,8 +71,9 @@ impl StepConv {
         };
         let bias = self.bias.as_ref().map(wide).transpose()?;
         let weight = wide(&weight)?;
-        let shares = fast(&weight) && self.stride == 1;
-        let shared = shares.then(|| SharedConv::new(&weight, bias.as_ref())).transpose()?;
+        let takes = if weight.device().is_cuda() { convolves(&weight) } else { fast(&weight) };
+        let shared =
+            (takes && self.stride == 1).then(|| SharedConv::new(&weight, bias.as_ref())).transpose()?;
         Ok(Self { weight, bias, stride: self.stride, shared })
     }
 
@@ -82,14 +83,14 @@ impl StepConv {
             return self.prepare()?.forward(x);
         }
         if let Some(shared) = &self.shared
-            && fast(x)
+            && convolves(x)
         {
-            return Ok(shared.forward(x)?);
+            // States may be wider than what is computed in.
+            return Ok(shared.forward(&x.to_dtype(self.weight.dtype())?)?.to_dtype(x.dtype())?);
         }
         let padding = self.weight.dims()[2] / 2;
         if convolves(x) && convolves(&self.weight) {
             let options = Conv2dOptions { padding, stride: self.stride, ..Default::default() };
-            // States may be wider than what is computed in.
             let narrow = x.to_dtype(self.weight.dtype())?;
             let y = kernels::conv2d(&narrow, &self.weight, self.bias.as_ref(), options)?;
             return Ok(y.to_dtype(x.dtype())?);

@@ -12,7 +12,12 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail,
 };
 
-/// [`conv2d`](crate::conv2d) on a device.
+/// A weight (outputs, inputs, height, width), as PyTorch has it, as cuDNN wants it: (outputs, height, width, inputs).
+pub(crate) fn channels_last(weight: &Tensor) -> Result<Tensor> {
+    aligned(&weight.permute((0, 2, 3, 1))?.contiguous()?)
+}
+
+/// [`conv2d`](crate::conv2d) on a device, with a weight [channels last](channels_last).
 pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: Geometry) -> Result<Tensor> {
     let result = [g.out_height, g.out_width, g.outputs];
     convolve(x, weight, bias, g, result, false)
@@ -26,7 +31,7 @@ pub(crate) fn conv_transpose2d(
     g: Geometry,
 ) -> Result<Tensor> {
     let result = [g.height, g.width, g.inputs];
-    convolve(x, weight, bias, g, result, true)
+    convolve(x, &channels_last(weight)?, bias, g, result, true)
 }
 
 /// The (height, width, channels) of the result are `result`'s.
@@ -40,17 +45,15 @@ fn convolve(
 ) -> Result<Tensor> {
     let shape = [&x.dims()[..x.rank() - 3], &result[..]].concat();
     let op = Convolution { g, shape: shape.into(), transposed };
-    // (outputs, inputs, height, width), as PyTorch has it, to (outputs, height, width, inputs), as cuDNN wants it.
-    let weight = weight.permute((0, 2, 3, 1))?.contiguous()?;
-    let (x, weight) = (aligned(x)?, aligned(&weight)?);
+    let x = aligned(x)?;
     match bias {
-        None if tracked(&x) || tracked(&weight) => x.apply_op2(&weight, op),
-        None => x.apply_op2_no_bwd(&weight, &op),
+        None if tracked(&x) || tracked(weight) => x.apply_op2(weight, op),
+        None => x.apply_op2_no_bwd(weight, &op),
         Some(bias) => {
             let bias = aligned(bias)?;
-            match tracked(&x) || tracked(&weight) || tracked(&bias) {
-                true => x.apply_op3(&weight, &bias, op),
-                false => x.apply_op3_no_bwd(&weight, &bias, &op),
+            match tracked(&x) || tracked(weight) || tracked(&bias) {
+                true => x.apply_op3(weight, &bias, op),
+                false => x.apply_op3_no_bwd(weight, &bias, &op),
             }
         }
     }

@@ -53,7 +53,7 @@ pub use communicator::{Communicator, Exchange, Pending};
 #[cfg(feature = "cuda")]
 pub(crate) use conv_lstm::conv_lstm;
 #[cfg(feature = "cuda")]
-pub(crate) use conv2d::{conv_transpose2d, conv2d};
+pub(crate) use conv2d::{channels_last, conv_transpose2d, conv2d};
 #[cfg(feature = "cuda")]
 pub(crate) use graph::{Graph, is_recording, unrecorded};
 #[cfg(feature = "cuda")]
