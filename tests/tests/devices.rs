@@ -71,12 +71,13 @@ fn normalisation_is_the_cpus() {
         // A plain (B, C) too.
         for shape in [&[3, 2, 7, 5, CHANNELS][..], &[11, CHANNELS]] {
             let expected = trained(&Device::Cpu, shape, build);
-            let actual =
-                candlepower::nn::with_kernels(Kernels::Reference, || trained(&device(), shape, build));
-            assert_eq!((actual.len(), expected.len()), (3 * 4 + buffers, 3 * 4 + buffers));
-            for ((name, actual), (_, expected)) in actual.iter().zip(&expected) {
-                let actual = actual.to_device(&Device::Cpu).unwrap();
-                assert_close(&format!("{shape:?}, {name}"), &actual, expected, 1e-5);
+            for kernels in [Kernels::Reference, Kernels::Fast] {
+                let actual = candlepower::nn::with_kernels(kernels, || trained(&device(), shape, build));
+                assert_eq!((actual.len(), expected.len()), (3 * 4 + buffers, 3 * 4 + buffers));
+                for ((name, actual), (_, expected)) in actual.iter().zip(&expected) {
+                    let actual = actual.to_device(&Device::Cpu).unwrap();
+                    assert_close(&format!("{shape:?}, {kernels:?}, {name}"), &actual, expected, 1e-5);
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
-//! Fast differentiable operations for [candle](https://docs.rs/candle-core) on the CPU: convolutions, ConvLSTM roll-outs, what other
-//! recurrent cells, normalisation and activations are made of. The first two and activations, with the feature `cuda`, also on
-//! NVIDIA's devices.
+//! Fast differentiable operations for [candle](https://docs.rs/candle-core) on the CPU and, with the feature `cuda`, on NVIDIA's devices:
+//! convolutions, ConvLSTM roll-outs, what other recurrent cells are made of, normalisation, activations. And updates of parameters in
+//! place. Attention, and looks back at states, are for the CPU alone.
 #![expect(clippy::needless_range_loop, reason = "in kernels, an index names a row, a tap or a lane")]
 
 mod activations;
