@@ -27,13 +27,15 @@ use crate::optim::{AverageConfig, TurnConfig};
 use crate::run_dir::{RunConfig, RunDir};
 use crate::schedule::{Plateau, Schedule};
 use crate::trainer::{Outcome, Trainer, TrainerConfig};
+use crate::weights::InitConfig;
 
 pub(crate) use job::{Job, Pair};
 pub use schema::schema;
 use sections::{ONLY, average, differences, optimizer_table, schedule, table, turns};
 
-const SECTIONS: [&str; 12] = [
+const SECTIONS: [&str; 13] = [
     "run",
+    "init",
     "trainer",
     "module",
     "data",
@@ -51,6 +53,7 @@ const SECTIONS: [&str; 12] = [
 pub struct Experiment {
     document: Document,
     run: RunConfig,
+    init: Option<InitConfig>,
     trainer: TrainerConfig,
     turns: Vec<TurnConfig>,
     schedule: Schedule,
@@ -105,6 +108,8 @@ impl Experiment {
         };
         let run: RunConfig = document.section("run")?;
         run.check().map_err(place("run"))?;
+        let init = document.has("init")?.then(|| document.section::<InitConfig>("init")).transpose()?;
+        init.as_ref().map_or(Ok(()), InitConfig::check).map_err(place("init"))?;
         let trainer: TrainerConfig = document.section("trainer")?;
         trainer.check().map_err(place("trainer"))?;
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;
@@ -132,6 +137,7 @@ impl Experiment {
         Ok(Self {
             document,
             run,
+            init,
             trainer,
             turns,
             schedule,
@@ -158,6 +164,9 @@ impl Experiment {
         data.insert("prefetch".into(), toml::Value::Integer(self.prefetch as i64));
         let mut all = toml::Table::new();
         all.insert("run".into(), table(&self.run)?.into());
+        if let Some(init) = &self.init {
+            all.insert("init".into(), table(init)?.into());
+        }
         all.insert("trainer".into(), table(&self.trainer)?.into());
         all.insert("module".into(), module.into());
         all.insert("data".into(), data.into());
@@ -308,6 +317,12 @@ impl Experiment {
         let build = move |vb: VarBuilder| recipe.build(&spec, vb);
         let model = Model::boxed(build, self.run.seed, device, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
+    }
+
+    /// Gives a model the weights that it is to start from, where there are some.
+    fn init<B: Batch>(&self, model: &Model<B>) -> Result<()> {
+        let Some(init) = &self.init else { return Ok(()) };
+        init.apply(model.params()).map_err(|error| self.document.place("init", error))
     }
 
     fn trainer(&self) -> Trainer {

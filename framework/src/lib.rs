@@ -42,6 +42,7 @@ pub mod seed;
 mod taps;
 pub mod trainer;
 pub mod video_file;
+pub mod weights;
 
 // The crates whose types stand in our interfaces, in the versions that fit.
 pub use error::{Error, Result};

@@ -75,8 +75,8 @@ pub(crate) enum Command {
     Validate {
         #[command(flatten)]
         config: Config,
-        /// A checkpoint, or a run's folder: then its last good checkpoint.
-        #[arg(long, value_name = "DIR")]
+        /// A checkpoint, a run's folder (then its last good checkpoint), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
+        #[arg(long, value_name = "PATH")]
         checkpoint: PathBuf,
         /// The data to measure it on.
         #[arg(long, value_enum, default_value_t = SplitName::Val)]
@@ -93,8 +93,8 @@ pub(crate) enum Command {
     Predict {
         #[command(flatten)]
         config: Config,
-        /// A checkpoint, or a run's folder: then its last good checkpoint.
-        #[arg(long, value_name = "DIR")]
+        /// A checkpoint, a run's folder (then its last good checkpoint), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
+        #[arg(long, value_name = "PATH")]
         checkpoint: PathBuf,
         #[command(flatten)]
         source: Source,

@@ -358,6 +358,72 @@ fn a_checkpoint_of_another_model() {
     assert_text(&error, "error: no/such: No such file or directory (os error 2)");
 }
 
+#[test]
+fn a_training_starts_from_the_weights_of_another() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml", "--set", "average.name=ema", "--set", "average.decay=0.5"]);
+    let first = "runs/tiny/version_0";
+    let validate = |checkpoint: &str| -> f64 {
+        let said = place.succeed(&["validate", "tiny.toml", "--checkpoint", checkpoint, "--json"]);
+        serde_json::from_str::<serde_json::Value>(&said).unwrap()["mse"].as_f64().unwrap()
+    };
+    // A run is evaluated with its averages, which are in a file too.
+    let averages = format!("{first}/checkpoints/4/average.safetensors");
+    assert_eq!(validate(first), validate(&averages));
+    assert_ne!(validate(first), validate(&format!("{first}/checkpoints/4/model.safetensors")));
+    // A training that moves nothing stays where it starts, and starts where it is told to.
+    let train = |more: &[&str]| {
+        let still = ["train", "tiny.toml", "--set", "optimizer.lr=0", "--set", "run.name=next"];
+        place.succeed(&[&still[..], more].concat());
+        let version = std::fs::read_dir(place.path("runs/next")).unwrap().count() - 1;
+        (
+            validate(&format!("runs/next/version_{version}")),
+            place.read(&format!("runs/next/version_{version}/config.toml")),
+        )
+    };
+    let (mse, config) = train(&["--set", &format!("init.weights={first}")]);
+    assert_eq!(mse, validate(first));
+    assert!(
+        config.contains(&format!("[init]\nparams = \"*\"\nstrict = true\nweights = \"{first}\"\n")),
+        "{config}"
+    );
+    let (initial, _) = train(&[]);
+    assert_ne!(initial, validate(first));
+    let (part, _) = train(&["--set", &format!("init.weights={first}"), "--set", "init.params=encoder_*"]);
+    assert!(part != initial && part != validate(first));
+    // A run that goes on has its own weights, whatever has become of those that it started from.
+    std::fs::remove_dir_all(place.path("runs/tiny")).unwrap();
+    let resume =
+        ["train", "tiny.toml", "--set", "run.name=next", "--set", "trainer.max_steps=5", "--resume", "auto"];
+    place.succeed(&resume);
+}
+
+#[test]
+fn weights_that_do_not_fit_are_refused_before_a_folder_is_made() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    std::fs::rename(place.path("runs/tiny/version_0"), place.path("old")).unwrap();
+    std::fs::remove_dir_all(place.path("runs")).unwrap();
+    let init = "[init]\nweights = \"old\"\n\n";
+    std::fs::write(
+        place.path("tiny.toml"),
+        [init, TINY.trim_start()].concat().replace("hidden = 4", "hidden = 5"),
+    )
+    .unwrap();
+    let error = place.fail(2, &["train", "tiny.toml"]);
+    assert!(
+        error.contains("error: tiny.toml:2:11: `init.weights`: old does not fit the model:\n  "),
+        "{error}"
+    );
+    assert!(error.contains("has shape [64, 4, 1, 3, 3], the model needs [64, 5, 1, 3, 3]"), "{error}");
+    assert!(error.contains("in [init], `params` can name a part"), "{error}");
+    let error = place.fail(2, &["train", "tiny.toml", "--set", "init.weights=no/such.pth"]);
+    assert!(error.contains("`init.weights`: no/such.pth: there is no such file"), "{error}");
+    assert!(!place.path("runs").exists(), "a refused configuration made a folder");
+    // What fits is taken all the same where that is asked for.
+    place.succeed(&["train", "tiny.toml", "--set", "init.strict=false"]);
+}
+
 /// The metrics of every line of `metrics.jsonl` of one split.
 fn records(place: &Place, run: &str, split: &str) -> Vec<serde_json::Value> {
     let lines = place.read(&format!("{run}/metrics.jsonl"));

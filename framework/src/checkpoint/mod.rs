@@ -6,6 +6,7 @@
 
 mod files;
 mod saver;
+pub(crate) mod values;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -198,15 +199,16 @@ impl Checkpoint {
     /// Gives these parameters and buffers the values that evaluation and prediction use: the averages, where the run kept
     /// some.
     pub fn restore_for_evaluation(&self, params: &[(String, Var)]) -> Result<()> {
-        self.restore_params(params)?;
-        match &self.average {
-            Some(average) if self.state.average_updates > 0 => {
-                let averaged: Vec<_> =
-                    params.iter().filter(|(name, _)| average.contains_key(name)).cloned().collect();
-                self.copy("averaged parameter", average, &averaged)
-            }
-            _ => Ok(()),
+        self.copy("parameter", &self.evaluated(), params)
+    }
+
+    /// The values that evaluation and prediction use, by name.
+    pub(crate) fn evaluated(&self) -> HashMap<String, Tensor> {
+        let mut values = self.params.clone();
+        if self.state.average_updates > 0 {
+            values.extend(self.average.clone().unwrap_or_default());
         }
+        values
     }
 
     /// Gives this optimizer the checkpoint's values.
@@ -225,40 +227,16 @@ impl Checkpoint {
 
     /// Copies `saved` into `vars` where both hold the same names with the same shapes; nothing is copied otherwise.
     fn copy(&self, what: &str, saved: &HashMap<String, Tensor>, vars: &[(String, Var)]) -> Result<()> {
-        let mut differences = Vec::new();
-        for (name, var) in vars {
-            match saved.get(name) {
-                None => differences.push(format!("`{name}` is missing")),
-                Some(tensor) if tensor.shape() != var.shape() => differences.push(format!(
-                    "`{name}` has shape {:?}, the model needs {:?}",
-                    tensor.dims(),
-                    var.dims()
-                )),
-                Some(_) => {}
-            }
-        }
-        let mut unknown: Vec<&String> =
-            saved.keys().filter(|name| vars.iter().all(|(known, _)| known != *name)).collect();
-        unknown.sort();
-        differences.extend(unknown.iter().map(|name| format!("`{name}` is not in the model")));
+        let differences = values::differences(saved, vars);
         if !differences.is_empty() {
-            const SHOWN: usize = 6;
-            let more = match differences.len().saturating_sub(SHOWN) {
-                0 => String::new(),
-                more => format!("\n  and {more} more"),
-            };
-            differences.truncate(SHOWN);
             return Err(Error::msg(format!(
-                "{}: this checkpoint is of another model; its {what}s differ:\n  {}{more}\n\
+                "{}: this checkpoint is of another model; its {what}s differ:\n  {}\n\
                  use the configuration that it was trained with: `config.toml` in its run's folder",
                 self.path.display(),
-                differences.join("\n  "),
+                values::listed(differences),
             )));
         }
-        for (name, var) in vars {
-            var.set(&saved[name].to_dtype(var.dtype())?.to_device(var.device())?)?;
-        }
-        Ok(())
+        values::copy(saved, vars)
     }
 }
 

@@ -21,6 +21,7 @@ use crate::metrics::video::LeadTimes;
 use crate::module::Model;
 use crate::run_dir::RunDir;
 use crate::trainer::Trainer;
+use crate::weights::InitConfig;
 
 /// What an experiment does once the batch that its module and its data meet in is known.
 pub(crate) trait Job: Send + Sync {
@@ -66,9 +67,20 @@ impl<B: Batch> Pair<B> {
         Ok((experiment.model(&self.module, data.train.spec(), &device)?, data))
     }
 
-    fn trained(&self, experiment: &Experiment, checkpoint: &Path) -> Result<(Model<B>, Data<B>)> {
+    /// The same with the weights that training starts from.
+    fn initial(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
         let (model, data) = self.model_and_data(experiment)?;
-        restore(&model, &RunDir::containing(checkpoint)?.1)?;
+        experiment.init(&model)?;
+        Ok((model, data))
+    }
+
+    /// The same with the weights of a checkpoint, or of a file.
+    fn trained(&self, experiment: &Experiment, weights: &Path) -> Result<(Model<B>, Data<B>)> {
+        let (model, data) = self.model_and_data(experiment)?;
+        match weights.is_file() {
+            true => InitConfig::new(weights).apply(model.params())?,
+            false => restore(&model, &RunDir::containing(weights)?.1)?,
+        }
         Ok((model, data))
     }
 
@@ -99,7 +111,7 @@ impl<B: Batch> Job for Pair<B> {
     }
 
     fn build(&self, experiment: &Experiment) -> Result<usize> {
-        Ok(self.model_and_data(experiment)?.0.params().count())
+        Ok(self.initial(experiment)?.0.params().count())
     }
 
     fn train(
@@ -119,8 +131,13 @@ impl<B: Batch> Job for Pair<B> {
         }
         tracing::info!("{}", summary(&model));
         let mut dir = None;
-        if experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0 {
-            let (run, checkpoint) = experiment.start(resume)?;
+        let writes = experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0;
+        let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
+        if checkpoint.is_none() && experiment.ranks.rank() == 0 {
+            // Before a folder is made. Other ranks hear of them.
+            experiment.init(&model)?;
+        }
+        if writes {
             let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
             let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
             experiment.write_config(&run, checkpoint.is_some())?;
@@ -193,7 +210,7 @@ impl<B: Batch> Job for Pair<B> {
     fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding> {
         // Before the configuration's own values are looked at, whose errors have a place in the file.
         config.check()?;
-        let (model, data) = self.model_and_data(experiment)?;
+        let (model, data) = self.initial(experiment)?;
         let finding = experiment.trainer().find_lr(&model, &data, config);
         finding.map_err(|error| experiment.place_training_error(error))
     }

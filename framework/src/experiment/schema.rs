@@ -11,6 +11,7 @@ use crate::optim::{AverageConfig, OptimizerConfig};
 use crate::run_dir::RunConfig;
 use crate::schedule::Schedule;
 use crate::trainer::TrainerConfig;
+use crate::weights::InitConfig;
 
 /// A JSON Schema of configuration files, for editors.
 pub fn schema(registry: &Registry) -> serde_json::Value {
@@ -23,6 +24,7 @@ pub fn schema(registry: &Registry) -> serde_json::Value {
         "additionalProperties": false,
         "properties": {
             "run": schema_for!(RunConfig),
+            "init": schema_for!(InitConfig),
             "trainer": schema_for!(TrainerConfig),
             "module": module,
             "data": data,
