@@ -43,12 +43,13 @@ fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
-/// The same for the pointwise parts of recurrent cells, which also run on CUDA devices.
+/// The same for the parts of recurrent cells, which also run on CUDA devices.
 fn in_32_bits(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::in_32_bits(x)
 }
 
-/// The same for convolutions, ConvLSTM roll-outs and activations, which also take half types, and run on CUDA devices.
+/// The same for convolutions, ConvLSTM roll-outs and activations, which also take half types, and run on CUDA devices. There
+/// normalisation does, too.
 fn convolves(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::convolves(x)
 }

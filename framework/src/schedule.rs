@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 pub struct Rates {
     /// Learning rate.
     pub lr: f64,
-    /// Adam's first beta, or SGD's momentum, where the schedule drives it.
+    /// Adam's first beta, or the momentum of SGD and RMSprop, where the schedule drives it.
     pub momentum: Option<f64>,
 }
 
@@ -97,7 +97,8 @@ pub enum Schedule {
         /// Steps until the top.
         warmup: u64,
     },
-    /// One schedule after the other; each starts at its own step 0 (torch: `SequentialLR`).
+    /// One schedule after the other; each starts at its own step 0 (torch: `SequentialLR`). A momentum that one of them drives
+    /// is the optimizer's own while the others run.
     Sequence {
         /// The schedules.
         parts: Vec<Schedule>,

@@ -106,6 +106,14 @@ fn devices_of_one_and_of_two_processes_move_the_weights_as_one_does() {
     let sharded = ["--devices", "2", "--set", "distributed.shard=\"optimizer\""];
     assert!(alone == place.train("sharded", &sharded), "a sharded optimizer differs");
     assert!(alone == place.train("recorded", &["--set", "trainer.cuda_graph=true"]), "recorded steps differ");
+    // NAdam keeps a number beside what is as large as a parameter; a run that is sharded saves both, and goes on.
+    let nadam = ["--set", "optimizer.name=nadam"];
+    let alone_by_nadam = place.train("alone by nadam", &nadam);
+    let sharded = [&sharded[..], &nadam].concat();
+    let first = place.command("train", "nadam", &[&sharded[..], &["--set", "trainer.max_steps=2"]].concat());
+    assert!({ first }.status().unwrap().success());
+    let resumed = place.train("nadam", &[&sharded[..], &["--resume", "auto"]].concat());
+    assert!(alone_by_nadam == resumed, "a sharded NAdam differs");
     for child in place.two("processes", free_port(), &[]) {
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", words(&output));

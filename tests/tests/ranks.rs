@@ -888,9 +888,15 @@ fn gradients_are_on_their_way_while_the_backward_pass_goes_on() {
 
 #[test]
 fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
+    goes_on_with_any_number_of_devices(AdamConfig { lr: 0.01, ..Default::default() }.into());
+    // Keeps one number beside what is as large as a parameter.
+    goes_on_with_any_number_of_devices(OptimizerConfig::Nadam(Default::default()));
+}
+
+fn goes_on_with_any_number_of_devices(optimizer: OptimizerConfig) {
     let train = |dir: &Path, devices, distributed: DistributedConfig, steps, resume: bool| {
         let mut trainer = Trainer::new(config(devices, steps))
-            .optimizer(AdamConfig { lr: 0.01, ..Default::default() })
+            .optimizer(optimizer.clone())
             .distributed(distributed)
             .checkpoints(dir, CheckpointConfig { every_steps: Some(2), ..Default::default() });
         if resume {

@@ -173,7 +173,9 @@ fn habit(precision: Precision, habit: fn(&Tensor, &Step) -> Result<Tensor>) -> i
 #[test]
 fn the_update_of_every_optimizer_is_part_of_the_recording() {
     let Some(_turn) = turn() else { return };
-    let optimizers: [OptimizerConfig; 6] = [
+    let optimizers: [OptimizerConfig; 8] = [
+        AdamWConfig { amsgrad: true, ..Default::default() }.into(),
+        OptimizerConfig::Adamax(MomentsConfig::default()),
         SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() }.into(),
         OptimizerConfig::Rmsprop(RmspropConfig { lr: 0.01, momentum: 0.5, ..Default::default() }),
         OptimizerConfig::Adagrad(AdagradConfig { lr_decay: 0.1, ..Default::default() }),

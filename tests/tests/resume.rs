@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, SwaConfig, TurnConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, RmspropConfig, SwaConfig, TurnConfig};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::{OneCycle, Plateau, Schedule};
@@ -45,6 +45,20 @@ fn early_stopping() -> EarlyStopping {
     EarlyStopping::watch(&config).unwrap()
 }
 
+fn one_cycle() -> Schedule {
+    Schedule::OneCycle(OneCycle {
+        max_lr: 0.1,
+        steps: STEPS,
+        rising: 0.3,
+        start_divisor: 25.,
+        end_divisor: 1e4,
+        linear: false,
+        three_phases: false,
+        momentum: [0.85, 0.95],
+        cycle_momentum: true,
+    })
+}
+
 fn cases() -> Vec<Case> {
     fn case(name: &'static str, trainer: fn(TrainerConfig) -> Trainer) -> Case {
         Case { name, precision: Precision::Full, data, trainer }
@@ -55,18 +69,13 @@ fn cases() -> Vec<Case> {
             let clock = Some(Every::Time(Duration::ZERO));
             Trainer::new(TrainerConfig { micro_batch_size: Some(1), val_every: clock, ..config })
         }),
-        case("one cycle", |config| {
-            Trainer::new(config).schedule(Schedule::OneCycle(OneCycle {
-                max_lr: 0.1,
-                steps: STEPS,
-                rising: 0.3,
-                start_divisor: 25.,
-                end_divisor: 1e4,
-                linear: false,
-                three_phases: false,
-                momentum: [0.85, 0.95],
-                cycle_momentum: true,
-            }))
+        case("one cycle", |config| Trainer::new(config).schedule(one_cycle())),
+        case("one cycle of nadam's product", |config| {
+            Trainer::new(config).schedule(one_cycle()).optimizer(OptimizerConfig::Nadam(Default::default()))
+        }),
+        case("one cycle of a momentum that rmsprop has not of its own", |config| {
+            let rmsprop = RmspropConfig { centered: true, ..Default::default() };
+            Trainer::new(config).schedule(one_cycle()).optimizer(OptimizerConfig::Rmsprop(rmsprop))
         }),
         case("plateau", |config| {
             let config = TrainerConfig { val_every: Some(Every::Steps(1)), ..config };

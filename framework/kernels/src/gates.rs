@@ -39,8 +39,11 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
                 places.len()
             );
         }
-        if let Some(place) = places.iter().find(|&&place| place >= gates) {
-            bail!("{op}: there is no gate {place} among {gates}");
+        for (i, place) in places.iter().enumerate() {
+            check_place(op, gates, *place)?;
+            if places[..i].contains(place) {
+                bail!("{op}: a term says twice what gate {place} is");
+            }
         }
     }
     let all: Vec<usize> = (0..gates).collect();

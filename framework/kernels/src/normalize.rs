@@ -247,6 +247,11 @@ impl Kernel for Pixels<'_> {
     }
 }
 
+/// What rounding has made less than zero; what is not a number stays so.
+fn at_least_zero(variance: f64) -> f64 {
+    if variance < 0. { 0. } else { variance }
+}
+
 impl Rows {
     fn groups(&self) -> usize {
         match self.over {
@@ -334,7 +339,7 @@ impl Rows {
         let (means, squares) = (mean(&sums), mean(&squares));
         // In f64 the difference loses nothing that f32 values had.
         let variances =
-            squares.iter().zip(&means).map(|(square, mean)| (square - mean * mean).max(0.)).collect();
+            squares.iter().zip(&means).map(|(square, mean)| at_least_zero(square - mean * mean)).collect();
         (means, variances)
     }
 }

@@ -37,9 +37,8 @@ impl<R: Rule> Placed<R> {
     /// # Errors
     /// Where the device fails.
     pub fn on(device: &Device) -> Result<Self> {
-        /// As many as Adam has, which has the most.
-        const MOST: usize = 9;
-        let on_device = device.is_cuda().then(|| Tensor::zeros(MOST, DType::F32, device)).transpose()?;
+        let on_device =
+            device.is_cuda().then(|| Tensor::zeros(R::NUMBERS, DType::F32, device)).transpose()?;
         Ok(Self { rule: None, on_device })
     }
 
@@ -166,6 +165,7 @@ struct Approach(f32);
 
 impl Rule for Approach {
     const NAME: &'static str = "approach";
+    const NUMBERS: usize = 1;
 
     fn numbers(&self) -> Vec<f32> {
         vec![self.0]

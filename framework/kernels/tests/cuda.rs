@@ -276,7 +276,11 @@ fn as_on_the_cpu_within(
         let of = |x: &Var| gradients.get(x).unwrap().clone();
         std::iter::once(y).chain(vars.iter().map(of)).collect()
     };
-    for (i, (ours, cpu)) in run(device).iter().zip(&run(&CPU)).enumerate() {
+    let (ours, again) = (run(device), run(device));
+    for (i, (ours, again)) in ours.iter().zip(&again).enumerate() {
+        assert_eq!(values(ours), values(again), "{case}, tensor {i}: the second time other bits");
+    }
+    for (i, (ours, cpu)) in ours.iter().zip(&run(&CPU)).enumerate() {
         let error = error(ours, cpu);
         assert!(error <= tolerance, "{case}, tensor {i}: {error:e}");
     }
@@ -296,6 +300,12 @@ fn the_pointwise_parts_of_cells() {
             terms.iter().enumerate().map(|(i, it)| input(rows, it.len() * width, i as u64)).collect();
         as_on_the_cpu(&case, &device, &inputs, |x| {
             sum_gates(4, &x.iter().map(Var::as_tensor).zip(terms).collect::<Vec<_>>())
+        });
+        // A part of each row, and one that begins where several values cannot be read at once.
+        as_on_the_cpu(&case, &device, &[input(rows, 3 * width + 1, 1), input(rows + 1, width, 2)], |x| {
+            let (part, later) =
+                (x[0].narrow(2, 1, 2 * width)?, x[1].flatten_all()?.narrow(0, 1, rows * width)?);
+            sum_gates(2, &[(&part, &[1, 0]), (&later.reshape((1, rows, width))?, &[1])])
         });
         let inputs = [input(rows, 4 * width, 1), input(rows, width, 2), input(rows, width, 3)];
         for (forget, squash) in [(None, false), (Some((3, 1.)), true), (Some((0, 0.)), false)] {

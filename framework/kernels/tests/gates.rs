@@ -140,9 +140,13 @@ proptest! {
     ) {
         let level = [candlepower_kernels::Level::Portable, candlepower_kernels::Level::Avx2, candlepower_kernels::Level::Avx512][level];
         candlepower_kernels::Level::force(Some(level));
-        // Each term has some of the gates, in an order of its own; a gate may come twice.
+        // Each term has some of the gates, in an order of its own: forwards, or backwards, from one of them on.
         let places: Vec<Vec<usize>> = (0..terms)
-            .map(|term| (0..1 + (seed as usize + term) % gates).map(|i| (i * 5 + term + seed as usize) % gates).collect())
+            .map(|term| {
+                let first = term + seed as usize;
+                let step = if term % 2 == 0 { 1 } else { gates - 1 };
+                (0..1 + first % gates).map(|i| (first + i * step) % gates).collect()
+            })
             .collect();
         let inputs: Vec<Tensor> = places.iter().enumerate()
             .map(|(term, places)| random(&[rows, places.len() * width], seed + term as u64)).collect();
@@ -181,6 +185,7 @@ fn errors_name_what_does_not_fit() {
     assert!(text(memory_update(&gates, &memory, update)).contains("no gate 3 among 3"));
     assert!(text(blend(4, (&gates, 0), (&gates, 3), (&memory, 0))).contains("no gate 3 among 3"));
     assert!(text(blend(4, (&gates, 0), (&gates, 1), (&gates, 0))).contains("twice"));
+    assert!(text(sum_gates(3, &[(&gates, &[0, 2, 0])])).contains("a term says twice what gate 0 is"));
     assert!(text(blend(5, (&gates, 0), (&gates, 1), (&gates, 2))).contains("(.., k 5)"));
     let number = random(&[], 5);
     assert!(text(blend(4, (&gates, 0), (&number, 0), (&memory, 0))).contains("got []"));

@@ -98,8 +98,8 @@ pub(crate) struct Whole {
 }
 
 impl Whole {
-    /// What there is on all ranks, with zeros for what is not here; [`Whole::gather`] gets the values.
-    pub(crate) fn new(ranks: &dyn Collective, own: &[(String, Var)]) -> Result<Self> {
+    /// What there is on all ranks, with zeros on this device for what is not here; [`Whole::gather`] gets the values.
+    pub(crate) fn new(ranks: &dyn Collective, own: &[(String, Var)], device: &Device) -> Result<Self> {
         let shapes: Vec<(&str, &[usize])> =
             own.iter().map(|(name, var)| (name.as_str(), var.dims())).collect();
         let shapes = serde_json::to_vec(&shapes).map_err(Error::content("optimizer state"))?;
@@ -111,7 +111,7 @@ impl Whole {
                 let var = if rank == ranks.rank() {
                     own[i].1.clone()
                 } else {
-                    Var::zeros(shape, DType::F32, own.first().map_or(&Device::Cpu, |(_, var)| var.device()))?
+                    Var::zeros(shape, DType::F32, device)?
                 };
                 vars.push((name, var));
                 owners.push(rank);

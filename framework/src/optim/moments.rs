@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::adam::correction;
-use super::ruled::{Recipe, Ruled, named_state};
+use super::ruled::{Recipe, Ruled};
 use super::{Optimizer, Param};
 use crate::error::Result;
 use crate::schedule::{Rates, Schedule};
@@ -106,10 +106,10 @@ impl MomentsConfig {
 /// Adam with Nesterov's look ahead.
 pub(super) struct Nadam {
     ruled: Ruled<LookAhead>,
-    params: Vec<Param>,
-    /// The product of the momenta of all steps that were taken, for each parameter, as in PyTorch; all the same. It is kept, as a
-    /// schedule may change beta1 from step to step.
-    products: Vec<Var>,
+    /// The product of the momenta of all steps that were taken. It is kept, as a schedule may change beta1 from step to step; by
+    /// the name of each parameter, as PyTorch does.
+    product: Var,
+    names: Vec<String>,
 }
 
 struct LookAhead {
@@ -148,17 +148,17 @@ impl Recipe for LookAhead {
 impl Nadam {
     pub(super) fn new(params: &[Param], config: &MomentsConfig, schedule: &Schedule) -> Result<Self> {
         let ruled = Ruled::new(params, LookAhead { config: config.clone(), product: 1. }, schedule)?;
-        let ones = params.iter().map(|_| Ok(Var::ones(1, DType::F32, &Device::Cpu)?));
-        Ok(Self { ruled, params: params.to_vec(), products: ones.collect::<Result<_>>()? })
+        // With all else that an optimizer keeps: ranks exchange it together.
+        let device = params.first().map_or(&Device::Cpu, |it| it.master.device());
+        let names = params.iter().map(|it| format!("mu_product.{}", it.name)).collect();
+        Ok(Self { ruled, product: Var::ones(1, DType::F32, device)?, names })
     }
 }
 
 impl Optimizer for Nadam {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
-        if let Some(before) = self.products.first() {
-            let product = before.to_vec1::<f32>()?[0] * self.ruled.recipe.momentum(t, rates) as f32;
-            self.ruled.recipe.product = f64::from(product);
-        }
+        let product = self.product.to_vec1::<f32>()?[0] * self.ruled.recipe.momentum(t, rates) as f32;
+        self.ruled.recipe.product = f64::from(product);
         self.ruled.prepare(t, rates)
     }
 
@@ -167,13 +167,13 @@ impl Optimizer for Nadam {
     }
 
     fn commit(&mut self) -> Result<()> {
-        let product = Tensor::new(&[self.ruled.recipe.product as f32], &Device::Cpu)?;
-        Ok(self.products.iter().try_for_each(|it| it.slice_set(&product, 0, 0))?)
+        let product = Tensor::new(&[self.ruled.recipe.product as f32], self.product.device())?;
+        Ok(self.product.set(&product)?)
     }
 
     fn state(&self) -> Vec<(String, Var)> {
         let mut state = self.ruled.state();
-        state.extend(named_state("mu_product", &self.params, &self.products));
+        state.extend(self.names.iter().map(|name| (name.clone(), self.product.clone())));
         state
     }
 }

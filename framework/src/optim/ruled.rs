@@ -64,13 +64,10 @@ impl<C: Recipe> Optimizer for Ruled<C> {
     }
 
     fn state(&self) -> Vec<(String, Var)> {
-        let of_kind = |Kept { name, vars }: &Kept| named_state(name, &self.params, vars);
+        let of_kind = |Kept { name, vars }: &Kept| -> Vec<(String, Var)> {
+            let named = |(param, var): (&Param, &Var)| (format!("{name}.{}", param.name), var.clone());
+            self.params.iter().zip(vars).map(named).collect()
+        };
         self.kept.iter().flatten().flat_map(of_kind).collect()
     }
-}
-
-/// Names of one kind of state, `<kind>.<parameter>`, beside its tensors.
-pub(super) fn named_state(kind: &str, params: &[Param], state: &[Var]) -> Vec<(String, Var)> {
-    let name = |param: &Param| format!("{kind}.{}", param.name);
-    params.iter().zip(state).map(|(param, var)| (name(param), var.clone())).collect()
 }

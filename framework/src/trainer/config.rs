@@ -83,8 +83,8 @@ pub struct TrainerConfig {
     /// Which implementation of convolutions and recurrent cells runs.
     pub kernels: Kernels,
     /// Records a training step on a CUDA device once, and replays it in all others: one call starts all its operations. The
-    /// numbers are the same. With several micro-batches, and with optimizers that have no kernel, it is the passes alone. The
-    /// recording has memory of its own, beside what other steps use. Where a step cannot be recorded, a warning says why, and
+    /// numbers are the same. With several micro-batches it is the passes alone. The recording has memory of its own, beside what
+    /// other steps use. Where a step cannot be recorded, a warning says why, and
     /// training goes on without.
     pub cuda_graph: bool,
     /// On a CUDA device: when a shape first comes, times up to ten of cuDNN's engines for it and keeps the quickest (PyTorch's

@@ -2,7 +2,7 @@
 
 use super::arguments::{Blend, Blended, MOST_GATES, MemoryUpdate, OpenOutput, SumGates, Term};
 use super::launch::{check_count, launch};
-use super::memory::{address, aligned, allocate, tensor, with_address};
+use super::memory::{address, aligned, allocate, at, tensor};
 use super::sources::CELLS;
 use crate::gates::{self, OutputGate};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
@@ -30,10 +30,6 @@ fn room(device: &CudaDevice, values: usize) -> Result<CudaStorage> {
     allocate(device, values, DType::F32, false)
 }
 
-fn at(x: &Tensor) -> Result<u64> {
-    with_address(x, Ok)
-}
-
 /// Channels of a state (.., N), and its rows.
 fn width_and_rows(state: &Shape) -> Result<(usize, usize)> {
     let width = state.dim(D::Minus1)?;
@@ -47,11 +43,14 @@ pub(crate) fn sum_gates(
     terms: &[u64],
     first: &Layout,
 ) -> Result<CudaStorage> {
+    if op.gates > MOST_GATES {
+        bail!("sum_gates: expected at most {MOST_GATES} gates on a CUDA device, got {}", op.gates);
+    }
     let mut all = [Term::default(); 3];
     for ((term, at), places) in all.iter_mut().zip(terms).zip(&op.places) {
         *term = Term { at: *at, stride: (places.len() * op.width) as u32, places: [-1; MOST_GATES] };
         for (gate, place) in places.iter().enumerate() {
-            *gate_of(term, *place)? = (gate * op.width) as i32;
+            term.places[*place] = (gate * op.width) as i32;
         }
     }
     let rows = first.shape().elem_count() / (op.places[0].len() * op.width);
@@ -69,18 +68,11 @@ pub(crate) fn gradient_of_term(
     let mut all = [Term::default(); 3];
     all[0] = Term { at: at(&d)?, stride: (op.gates * op.width) as u32, places: [-1; MOST_GATES] };
     for (gate, place) in places.iter().enumerate() {
-        *gate_of(&mut all[0], gate)? = (place * op.width) as i32;
+        all[0].places[gate] = (place * op.width) as i32;
     }
     let rows = shape.elem_count() / (places.len() * op.width);
     let gradient = add(d.device().as_cuda_device()?, all, [rows, places.len(), op.width])?;
     Ok(tensor(gradient, shape))
-}
-
-fn gate_of(term: &mut Term, gate: usize) -> Result<&mut i32> {
-    match term.places.get_mut(gate) {
-        Some(place) => Ok(place),
-        None => bail!("sum_gates: at most {MOST_GATES} gates on a CUDA device"),
-    }
 }
 
 fn add(device: &CudaDevice, terms: [Term; 3], [rows, gates, width]: [usize; 3]) -> Result<CudaStorage> {

@@ -45,6 +45,11 @@ pub(crate) fn with_address<R>(x: &Tensor, f: impl FnOnce(u64) -> Result<R>) -> R
     }
 }
 
+/// Where a contiguous tensor's values begin; for as long as it lives.
+pub(crate) fn at(x: &Tensor) -> Result<u64> {
+    with_address(x, Ok)
+}
+
 /// The same values contiguous, at an address that kernels can read several of them at once from.
 pub(crate) fn aligned(x: &Tensor) -> Result<Tensor> {
     let x = x.contiguous()?;

@@ -5,7 +5,7 @@ use super::arguments::{
     ValueGradients,
 };
 use super::launch::{check_count, launch, type_name};
-use super::memory::{address, address_of, aligned, allocate, tensor, with_address};
+use super::memory::{address, address_of, aligned, allocate, at, tensor};
 use super::sources::NORMALIZE;
 use crate::normalize::{Normalized, Over};
 use crate::pointwise::Activation;
@@ -85,10 +85,6 @@ fn run(
     };
     let count = x.elem_count() / groups;
     Ok(Normalized { y, means, variances, count })
-}
-
-fn at(x: &Tensor) -> Result<u64> {
-    with_address(x, Ok)
 }
 
 /// What is normalised together, and the type of its values.
@@ -277,7 +273,9 @@ impl CustomOp3 for Normalize {
                 }
             }
         }
-        let dx = rows.run(device, at(x)?, tables, [at(&dy)?, at(&shifts)?, at(&tilts)?])?;
-        Ok((Some(tensor(dx, x.shape())), Some(d_weight), Some(d_bias)))
+        let of_x = || rows.run(device, at(x)?, tables, [at(&dy)?, at(&shifts)?, at(&tilts)?]);
+        let dx = x.track_op().then(of_x).transpose()?.map(|dx| tensor(dx, x.shape()));
+        let tracked = |parameter: &Tensor, gradient| parameter.track_op().then_some(gradient);
+        Ok((dx, tracked(weight, d_weight), tracked(bias, d_bias)))
     }
 }

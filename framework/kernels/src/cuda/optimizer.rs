@@ -5,7 +5,7 @@ use super::arguments::{
     Sums, Update,
 };
 use super::launch::{THREADS, launch, type_name};
-use super::memory::{address, aligned, allocate, read, tensor, with_address};
+use super::memory::{address, aligned, allocate, at, read, tensor};
 use super::sources::OPTIMIZER;
 use crate::clipping::{Clipping, GradScale};
 use crate::updates::UpdateParam;
@@ -23,10 +23,6 @@ fn in_groups<P: Copy + Default>(
         }
     }
     filled.chunks(MOST_TENSORS).try_for_each(|some| launch(Many::new(some)))
-}
-
-fn at(x: &Tensor) -> Result<u64> {
-    with_address(x, Ok)
 }
 
 fn at_or_0(x: Option<&Tensor>) -> Result<u64> {

@@ -8,7 +8,10 @@ pub trait Rule: Copy + Send + Sync {
     /// What its kernels are called.
     const NAME: &'static str;
 
-    /// Its numbers in the order of the kernels' struct.
+    /// How many numbers it has.
+    const NUMBERS: usize;
+
+    /// These, in the order of the kernels' struct.
     fn numbers(&self) -> Vec<f32>;
 
     /// The value that follows `w`, given its gradient. What is kept of it becomes what is kept of the next one; where a parameter
@@ -42,6 +45,7 @@ pub struct AdamStep {
 
 impl Rule for AdamStep {
     const NAME: &'static str = "adam";
+    const NUMBERS: usize = 9;
 
     fn numbers(&self) -> Vec<f32> {
         let Self { one_minus_beta1, beta2, one_minus_beta2, eps, .. } = *self;
@@ -79,6 +83,7 @@ pub struct SgdStep {
 
 impl Rule for SgdStep {
     const NAME: &'static str = "sgd";
+    const NUMBERS: usize = 5;
 
     fn numbers(&self) -> Vec<f32> {
         let Self { lr, momentum, entering, l2, nesterov } = *self;
@@ -115,6 +120,7 @@ pub struct RmspropStep {
 
 impl Rule for RmspropStep {
     const NAME: &'static str = "rmsprop";
+    const NUMBERS: usize = 7;
 
     fn numbers(&self) -> Vec<f32> {
         let Self { lr, alpha, one_minus_alpha, eps, momentum, l2, centered } = *self;
@@ -145,6 +151,7 @@ pub struct AdagradStep {
 
 impl Rule for AdagradStep {
     const NAME: &'static str = "adagrad";
+    const NUMBERS: usize = 3;
 
     fn numbers(&self) -> Vec<f32> {
         let Self { lr, eps, l2 } = *self;
@@ -176,6 +183,7 @@ pub struct AdadeltaStep {
 
 impl Rule for AdadeltaStep {
     const NAME: &'static str = "adadelta";
+    const NUMBERS: usize = 5;
 
     fn numbers(&self) -> Vec<f32> {
         let Self { lr, rho, one_minus_rho, eps, l2 } = *self;
@@ -209,6 +217,7 @@ pub struct AdamaxStep {
 
 impl Rule for AdamaxStep {
     const NAME: &'static str = "adamax";
+    const NUMBERS: usize = 5;
 
     fn numbers(&self) -> Vec<f32> {
         let Self { one_minus_beta1, beta2, eps, of_moment, l2 } = *self;

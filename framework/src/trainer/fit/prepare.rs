@@ -75,7 +75,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
         if sharded && state.is_some() {
-            optimizer = Whole::new(&*ranks, &optimizer)?.vars;
+            optimizer = Whole::new(&*ranks, &optimizer, model.params().device())?.vars;
         }
         if let Some(checkpoint) = &resumed {
             checkpoint.restore_params(&params)?;

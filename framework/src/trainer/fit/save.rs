@@ -32,7 +32,7 @@ impl<B: Batch> Fit<'_, B> {
         if !self.sharded {
             return Ok(own);
         }
-        let whole = Whole::new(&*self.ranks, &own)?;
+        let whole = Whole::new(&*self.ranks, &own, self.model.params().device())?;
         whole.gather(&*self.ranks)?;
         Ok(whole.vars)
     }
