@@ -109,7 +109,6 @@ impl Experiment {
         let run: RunConfig = document.section("run")?;
         run.check().map_err(place("run"))?;
         let init = document.has("init")?.then(|| document.section::<InitConfig>("init")).transpose()?;
-        init.as_ref().map_or(Ok(()), InitConfig::check).map_err(place("init"))?;
         let trainer: TrainerConfig = document.section("trainer")?;
         trainer.check().map_err(place("trainer"))?;
         let checkpoint: CheckpointConfig = document.section("checkpoint")?;

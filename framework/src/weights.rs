@@ -36,18 +36,15 @@ impl InitConfig {
         Self { weights: weights.into(), params: Self::all(), strict: Self::strict() }
     }
 
-    /// Refuses a path that leads nowhere.
-    pub fn check(&self) -> Result<()> {
-        match self.weights.exists() {
-            true => Ok(()),
-            false => {
-                Err(Error::setting("weights", format!("{}: there is no such file", self.weights.display())))
-            }
-        }
-    }
-
     /// Gives a model's parameters and buffers these weights.
+    ///
+    /// # Errors
+    /// Where there are none, they cannot be read, or they do not fit.
     pub fn apply(&self, params: &Params) -> Result<()> {
+        if !self.weights.exists() {
+            let message = format!("{}: there is no such file", self.weights.display());
+            return Err(Error::setting("weights", message));
+        }
         Weights::read(&self.weights)?.give(params, self)
     }
 
@@ -125,7 +122,6 @@ impl Weights {
         }
         copy(&known, &taken)?;
         params.publish()?;
-        params.roll_back_buffers()?;
         tracing::info!("{} of the model's {} tensors start from {source}", taken.len(), all.len());
         Ok(())
     }

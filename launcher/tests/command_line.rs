@@ -367,9 +367,21 @@ fn a_training_starts_from_the_weights_of_another() {
         let said = place.succeed(&["validate", "tiny.toml", "--checkpoint", checkpoint, "--json"]);
         serde_json::from_str::<serde_json::Value>(&said).unwrap()["mse"].as_f64().unwrap()
     };
-    // A run is evaluated with its averages, which are in a file too.
+    // A run is evaluated with its averages, which are in a file too; in any precision.
     let averages = format!("{first}/checkpoints/4/average.safetensors");
     assert_eq!(validate(first), validate(&averages));
+    let in_half = |checkpoint: &str| {
+        place.succeed(&[
+            "validate",
+            "tiny.toml",
+            "--precision",
+            "bf16-mixed",
+            "--checkpoint",
+            checkpoint,
+            "--json",
+        ])
+    };
+    assert_eq!(in_half(first), in_half(&averages));
     assert_ne!(validate(first), validate(&format!("{first}/checkpoints/4/model.safetensors")));
     // A training that moves nothing stays where it starts, and starts where it is told to.
     let train = |more: &[&str]| {
@@ -395,7 +407,7 @@ fn a_training_starts_from_the_weights_of_another() {
     std::fs::remove_dir_all(place.path("runs/tiny")).unwrap();
     let resume =
         ["train", "tiny.toml", "--set", "run.name=next", "--set", "trainer.max_steps=5", "--resume", "auto"];
-    place.succeed(&resume);
+    place.succeed(&[&resume[..], &["--set", &format!("init.weights={first}")]].concat());
 }
 
 #[test]

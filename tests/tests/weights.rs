@@ -68,5 +68,5 @@ fn what_cannot_be_read_is_told_of() {
     assert!(write("a.npy").contains("expected a run's folder, a checkpoint, or a file"));
     assert!(Weights::read(dir.path()).unwrap_err().to_string().contains("no good checkpoint"));
     let missing = InitConfig::new(dir.path().join("b.pth"));
-    assert!(missing.check().unwrap_err().to_string().contains("there is no such file"));
+    assert!(missing.apply(&params()).unwrap_err().to_string().contains("there is no such file"));
 }
