@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::batch::Batch;
 use crate::callback::{Callback, Flow, StepEnd};
-use crate::data::{Data, Dataset, Sample, Source, Split};
+use crate::data::{Cycle, Data, Source, Split};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::module::Model;
@@ -152,29 +152,6 @@ impl Callback for Stopwatch {
     }
 }
 
-/// A dataset cut, or repeated, to a length: validation passes over the whole of what it is given.
-struct Cycle<B> {
-    dataset: Arc<dyn Dataset<Batch = B>>,
-    len: usize,
-}
-
-impl<B: Batch> Dataset for Cycle<B> {
-    type Batch = B;
-
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn spec(&self) -> B::Spec {
-        self.dataset.spec()
-    }
-
-    fn batch(&self, samples: &[Sample]) -> Result<B> {
-        let inside = |sample: &Sample| Sample { index: sample.index % self.dataset.len(), ..*sample };
-        self.dataset.batch(&samples.iter().map(inside).collect::<Vec<_>>())
-    }
-}
-
 /// The middle value; the mean of the middle two of an even number. Not a number where there is none.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -191,6 +168,7 @@ mod tests {
 
     use super::*;
     use crate::batch::Tensors;
+    use crate::data::{Dataset, Sample};
     use crate::module::{Module, Step};
     use crate::trainer::TrainerConfig;
 

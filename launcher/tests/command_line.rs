@@ -108,7 +108,7 @@ fn an_unknown_section() {
     assert_text(
         &error_with("[checkpoint]", "[checkpoints]"),
         r"
-error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `trainer`, `module`, `data`, `optimizer`, `optimizers`, `schedule`, `average`, `checkpoint`, `logging`, `distributed`, `callbacks`
+error: tiny.toml:22:2: unknown section `checkpoints`, expected one of `run`, `init`, `trainer`, `module`, `data`, `optimizer`, `optimizers`, `schedule`, `average`, `checkpoint`, `logging`, `distributed`, `callbacks`
    |
 22 | [checkpoints]
    |  ^^^^^^^^^^^
@@ -356,6 +356,32 @@ fn a_checkpoint_of_another_model() {
     );
     let error = place.fail(1, &["validate", "tiny.toml", "--checkpoint", "no/such"]);
     assert_text(&error, "error: no/such: No such file or directory (os error 2)");
+}
+
+#[test]
+fn the_scores_by_lead_time_are_of_what_is_validated() {
+    let place = Place::new();
+    let overall = |limit: &str| {
+        let run = format!("run.name=limit_{limit}");
+        let set = format!("trainer.limit_val_batches={limit}");
+        let said = place.succeed(&["train", "tiny.toml", "--set", &set, "--set", &run]);
+        let run = format!("runs/limit_{limit}/version_0");
+        let logged = records(&place, &run, "val").pop().map(|record| record["mse"].as_f64().unwrap());
+        let scores = place.path(&run).join("lead_times/scores.json");
+        assert_eq!(scores.exists(), said.contains("by lead time"));
+        let scores = std::fs::read_to_string(scores).ok().map(|text| {
+            let scores: serde_json::Value = serde_json::from_str(&text).unwrap();
+            scores["predictors"]["this model"]["mse"].as_f64().unwrap()
+        });
+        (logged, scores)
+    };
+    // Five samples in batches of four.
+    let (one, all) = (overall("1"), overall("2"));
+    for (logged, scores) in [one, all] {
+        assert!((scores.unwrap() / logged.unwrap() - 1.).abs() < 1e-5, "{scores:?}, {logged:?}");
+    }
+    assert_ne!(one, all);
+    assert_eq!(overall("0"), (None, None));
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! Data: samples by index ([`Dataset`]) or in turn ([`Stream`]), their order in an epoch ([`Order`]), and reading ahead.
 
+mod cycle;
 mod loader;
 mod order;
 mod source;
 
 use std::sync::Arc;
 
+pub(crate) use cycle::Cycle;
 pub(crate) use loader::{Loaded, Loader, Place};
 pub use order::{Order, samples_in_turn};
 use schemars::JsonSchema;

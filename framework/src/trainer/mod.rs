@@ -24,7 +24,7 @@ use crate::batch::Batch;
 use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
 use crate::collective::{Collective, DistributedConfig, Solo};
-use crate::data::{Data, Pass, Source, Split};
+use crate::data::{Cycle, Data, Dataset, Pass, Source, Split};
 use crate::error::Result;
 use crate::metrics::video::LeadTimes;
 use crate::module::{Model, Sketch, Step};
@@ -304,8 +304,8 @@ impl Trainer {
         self.in_pool(|trainer| trainer.predicted(model, batch))
     }
 
-    /// How what a model predicts from a split compares, by lead time, with predictors that learn nothing. None where the
-    /// batches have no such thing, and for streams.
+    /// How what a model predicts from a split, or from as many batches of it as are evaluated, compares, by lead time, with predictors
+    /// that learn nothing. None where the batches have no such thing, for streams, and where no batch is evaluated.
     pub fn compare<B: Batch>(
         &mut self,
         model: &Model<B>,
@@ -318,8 +318,15 @@ impl Trainer {
         self.in_pool(|trainer| {
             let (config, seed) = (&trainer.config, trainer.seed);
             let batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
+            let limit = config.evaluation_limit(split).map_or(usize::MAX, |limit| {
+                limit.of(held_out.len().div_ceil(batch_size)).saturating_mul(batch_size)
+            });
+            let held_out = Cycle { dataset: held_out.clone(), len: held_out.len().min(limit) };
+            if held_out.is_empty() {
+                return Ok(None);
+            }
             let mut predict = |batch: &B| trainer.predicted(model, batch);
-            B::compare(&mut predict, &**train, &**held_out, batch_size, seed)
+            B::compare(&mut predict, &**train, &held_out, batch_size, seed)
         })
     }
 
