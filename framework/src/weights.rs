@@ -1,13 +1,16 @@
 //! Weights from elsewhere: of another run, or of PyTorch's, to start a training from, or to be evaluated.
 
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use candle_core::pickle::PthTensors;
+use candle_core::pickle::{PthTensors, TensorInfo};
 use candle_core::{Device, Tensor, Var};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use wildmatch::WildMatch;
+use zip::ZipArchive;
 
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::values::{copy, differences, listed};
@@ -168,10 +171,34 @@ fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
         }
     }
     let all = all.map_err(explain)?;
-    let tensor = |name: &String| Ok(Some((name.clone(), all.get(name)?)));
-    let tensors = all.tensor_infos().keys().map(tensor).collect::<candle_core::Result<Vec<_>>>();
-    let tensors = tensors.map_err(explain)?.into_iter().flatten();
-    Ok(tensors.filter_map(|(name, tensor)| Some((name, tensor?))).collect())
+    let tensor = |(name, info): (&String, &TensorInfo)| {
+        let tensor = match info.layout.is_contiguous() {
+            true => all.get(name)?,
+            false => Some(strided(path, info)?),
+        };
+        Ok(tensor.map(|tensor| (name.clone(), tensor)))
+    };
+    let tensors = all.tensor_infos().iter().map(tensor).collect::<candle_core::Result<Vec<_>>>();
+    Ok(tensors.map_err(explain)?.into_iter().flatten().collect())
+}
+
+/// A tensor whose values do not lie in the order of its axes, as the weights of a network that is channels last: candle reads the
+/// others.
+fn strided(path: &Path, info: &TensorInfo) -> candle_core::Result<Tensor> {
+    let mut storage = Vec::new();
+    let failed = |error: &dyn std::fmt::Display| candle_core::Error::Msg(error.to_string());
+    let file = BufReader::new(File::open(path)?);
+    let mut archive = ZipArchive::new(file).map_err(|error| failed(&error))?;
+    archive.by_name(&info.path).map_err(|error| failed(&error))?.read_to_end(&mut storage)?;
+    let size = info.dtype.size_in_bytes();
+    let storage = Tensor::from_raw_buffer(&storage, info.dtype, &[storage.len() / size], &Device::Cpu)?;
+    // Candle counts the offset in bytes.
+    let mut places = vec![(info.layout.start_offset() / size) as u32];
+    for (len, stride) in info.layout.dims().iter().zip(info.layout.stride()) {
+        let along = |place: u32| (0..*len).map(move |i| place + (i * stride) as u32);
+        places = places.into_iter().flat_map(along).collect();
+    }
+    storage.index_select(&Tensor::new(places, &Device::Cpu)?, 0)?.reshape(info.layout.shape())
 }
 
 /// Whether there is a tensor of this name and shape.

@@ -30,4 +30,5 @@ lightning = {
 torch.save(lightning, here / "lightning.ckpt")
 # Of a network that stays channels last: its memory is in another order.
 weight = torch.arange(24.0).reshape(2, 3, 2, 2).to(memory_format=torch.channels_last)
-torch.save({"weight": weight, "half": torch.arange(4.0).half(), "view": torch.arange(10.0)[3:7]}, here / "channels_last.pt")
+others = {"half": torch.arange(4.0).half(), "view": torch.arange(10.0)[3:7], "turned": torch.arange(7.0)[1:].reshape(2, 3).t()}
+torch.save({"weight": weight} | others, here / "channels_last.pt")
