@@ -54,6 +54,8 @@ fn larger_images_take_several_chunks() {
     check(&[2, 30, 50, 130], 40, (3, 3), Conv2dOptions { padding: 0, ..SAME }, true, 7);
     check(&[2, 40, 300, 8], 12, (1, 1), Conv2dOptions::default(), true, 8);
     check(&[1, 20, 300, 4], 2, (3, 3), SAME, true, 9);
+    // The largest kernels of SimVP's inception blocks.
+    check(&[2, 16, 14, 32], 64, (11, 11), Conv2dOptions { groups: 8, padding: 5, ..SAME }, true, 10);
 }
 
 /// In a half type the op gives what the f32 op gives, rounded: output and gradients.
@@ -84,6 +86,8 @@ fn half_types_at_each_level() {
             check_half(&[2, 5, 7, 40], 70, 1, Conv2dOptions::default(), dtype);
             check_half(&[2, 5, 70, 33], 2, 1, Conv2dOptions { stride: 2, ..Default::default() }, dtype);
             check_half(&[1, 9, 8, 6], 6, 3, Conv2dOptions { groups: 6, stride: 2, ..SAME }, dtype);
+            check_half(&[2, 9, 8, 12], 20, 5, Conv2dOptions { groups: 4, padding: 2, ..SAME }, dtype);
+            check_half(&[2, 9, 8, 12], 20, 1, Conv2dOptions { groups: 4, ..Default::default() }, dtype);
         }
     });
 }
@@ -158,6 +162,7 @@ fn the_same_bits_on_any_threads() {
         (24, 40, 5, Conv2dOptions { padding: 2, ..SAME }),
         (32, 48, 1, Conv2dOptions::default()),
         (24, 24, 3, Conv2dOptions { groups: 24, ..SAME }),
+        (32, 64, 7, Conv2dOptions { groups: 8, padding: 3, ..SAME }),
         (64, 1, 3, SAME),
     ] {
         let (x, w) = (

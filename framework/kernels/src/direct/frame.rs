@@ -15,7 +15,10 @@ pub(super) struct Framed {
     pub(super) image: usize,
     /// Pixels in a row.
     pub(super) width: usize,
+    /// Floats from a pixel to the next.
     pub(super) channels: usize,
+    /// Floats from a group of channels to the next.
+    pub(super) group: usize,
     /// Rows above, columns to the left.
     before: [usize; 2],
     /// Keeps a framed copy alive; none where the image itself is wide and needs no frame.
@@ -28,6 +31,8 @@ unsafe impl Sync for Framed {}
 unsafe impl Send for Framed {}
 
 impl Framed {
+    /// A copy has each of so many groups of channels by itself, as images one after the other: then what the taps of a row see of a
+    /// group lies side by side.
     pub(super) fn new<T: Float>(
         level: Level,
         images: Images<T>,
@@ -35,6 +40,7 @@ impl Framed {
         height: usize,
         width: usize,
         passes: &[Pass],
+        groups: usize,
     ) -> Framed {
         let (mut before, mut after) = ([0; 2], [0; 2]);
         for pass in passes {
@@ -49,35 +55,59 @@ impl Framed {
         let channels = images.channels;
         if T::WIDE && before == [0, 0] && after == [0, 0] {
             let data = images.data.cast();
-            return Framed { data, image: images.image, width, channels, before, _copy: None };
+            let group = channels / groups;
+            return Framed { data, image: images.image, width, channels, group, before, _copy: None };
         }
         let full_height = before[0] + height + after[0];
         let full_width = before[1] + width + after[1];
         let mut copy = Buffer::new(batch * full_height * full_width * channels);
         let to = Shared::new(&mut copy);
         let images = &images;
-        parallel::for_each(batch * full_height, |task| {
+        let own = channels / groups;
+        let group = batch * full_height * full_width * own;
+        let scratch = || Buffer::new(if groups == 1 { 0 } else { width * channels });
+        parallel::for_each_with(batch * full_height, scratch, |task, scratch| {
             let (image, row) = (task / full_height, task % full_height);
-            // SAFETY: each task writes its own row; the row that is copied lies inside the image.
-            unsafe {
-                let out = std::slice::from_raw_parts_mut(
-                    to.at(task * full_width * channels),
-                    full_width * channels,
-                );
-                if row < before[0] || row >= before[0] + height {
-                    out.fill(0.);
-                    return;
+            // SAFETY: each task writes its own row of each group.
+            let out = |g: usize| unsafe {
+                std::slice::from_raw_parts_mut(to.at(g * group + task * full_width * own), full_width * own)
+            };
+            if row < before[0] || row >= before[0] + height {
+                (0..groups).for_each(|g| out(g).fill(0.));
+                return;
+            }
+            let inside = before[1] * own..(before[1] + width) * own;
+            for g in 0..groups {
+                let out = out(g);
+                out[..inside.start].fill(0.);
+                out[inside.end..].fill(0.);
+            }
+            // SAFETY: the row that is copied lies inside the image.
+            let from = unsafe {
+                let row = images.data.add(image * images.image + (row - before[0]) * width * channels);
+                std::slice::from_raw_parts(row, width * channels)
+            };
+            let wide = if groups == 1 { &mut out(0)[inside.clone()] } else { &mut scratch[..] };
+            level.run(Convert { from, to: Shared::new(wide), part: 0..from.len() });
+            if groups > 1 {
+                for g in 0..groups {
+                    let pixels = out(g)[inside.clone()].chunks_exact_mut(own);
+                    for (to, from) in pixels.zip(scratch.chunks_exact(channels)) {
+                        to.copy_from_slice(&from[g * own..(g + 1) * own]);
+                    }
                 }
-                let from = images.data.add(image * images.image + (row - before[0]) * width * channels);
-                let (start, len) = (before[1] * channels, width * channels);
-                out[..start].fill(0.);
-                let row = Shared::new(&mut out[start..start + len]);
-                level.run(Convert { from: std::slice::from_raw_parts(from, len), to: row, part: 0..len });
-                out[start + len..].fill(0.);
             }
         });
-        let image = full_height * full_width * channels;
-        Framed { data: copy.as_ptr(), image, width: full_width, channels, before, _copy: Some(copy) }
+        let image = full_height * full_width * own;
+        Framed {
+            data: copy.as_ptr(),
+            image,
+            width: full_width,
+            channels: own,
+            group,
+            before,
+            _copy: Some(copy),
+        }
     }
 
     /// The inner index of a pass: for each tap, `channels` floats; neighbours joined.

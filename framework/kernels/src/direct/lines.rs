@@ -28,7 +28,8 @@ pub(super) fn run_passes<T: Float>(
 ) {
     let g = weights.geometry;
     let (from, to) = weights.channels();
-    let framed = Framed::new(level, images, batch, height, width, &passes);
+    let groups = if g.depthwise() { 1 } else { g.groups };
+    let framed = Framed::new(level, images, batch, height, width, &passes, groups);
     let mut batch = batch;
     if let [pass] = &mut *passes
         && g.taps() == 1
@@ -87,7 +88,6 @@ pub(super) fn run_passes<T: Float>(
                 weights: &packed,
                 bias: &row,
                 groups: g.groups,
-                from,
                 to,
                 segments,
                 lines: first..lines.min(first + lines_in_task),
@@ -176,7 +176,6 @@ struct Lines<'a> {
     weights: &'a [f32],
     bias: &'a [f32],
     groups: usize,
-    from: usize,
     to: usize,
     segments: usize,
     lines: std::ops::Range<usize>,
@@ -230,7 +229,7 @@ impl Lines<'_> {
                             len,
                             Product {
                                 runs: self.runs,
-                                a: x.add(group * self.from),
+                                a: x.add(group * self.framed.group),
                                 a_row: self.pass.in_step * self.framed.channels,
                                 b: self.weights.as_ptr().add(row * self.depth),
                                 c: y.add(group * self.to + first),
@@ -261,7 +260,7 @@ impl Lines<'_> {
                     // SAFETY: as for `run`.
                     unsafe {
                         let (x, y, len) = self.line(line);
-                        let x = x.add(group * self.from);
+                        let x = x.add(group * self.framed.group);
                         let w = self.weights.as_ptr().add(channel * self.depth);
                         let bias = self.bias[group * packed_channels(self.to) + o];
                         let mut i = 0;

@@ -19,7 +19,8 @@ pub(crate) fn backward_weight<T: Float>(
     dw: &mut [f32],
 ) {
     let pass = forward_pass(g);
-    let framed = Framed::new(level, x, g.batch, g.height, g.width, std::slice::from_ref(&pass));
+    let groups = if g.depthwise() { 1 } else { g.groups };
+    let framed = Framed::new(level, x, g.batch, g.height, g.width, std::slice::from_ref(&pass), groups);
     let (from, to) = (g.group_inputs(), g.group_outputs());
     let runs = framed.runs(&pass, from);
     let depth = from * g.taps();
@@ -60,7 +61,6 @@ pub(crate) fn backward_weight<T: Float>(
     let lines = rows * segments;
 
     // Enough tasks for many threads, but a function of the sizes alone.
-    let groups = if shape == Shape::Depthwise { 1 } else { g.groups };
     let parts = (TASKS / (groups * pieces.len())).clamp(1, lines.max(1));
     let (rows_of_c, row_of_c) = match shape {
         Shape::Depthwise => (g.taps(), packed_channels(g.groups)),
@@ -209,7 +209,7 @@ impl Kernel for WeightSums<'_> {
                 };
                 match self.shape {
                     Shape::Product => {
-                        let x = x.add(self.group * self.g.group_inputs() + self.piece.offset);
+                        let x = x.add(self.group * self.framed.group + self.piece.offset);
                         // Both operands are packed: with the channels of most models, pixels lie a power of two apart,
                         // and few of them would fit into the cache at once.
                         let (a, b) = self.scratch.split_at_mut(LINE * PIECE);
@@ -239,7 +239,7 @@ impl Kernel for WeightSums<'_> {
                         }
                     }
                     Shape::Dot => {
-                        let x = x.add(self.group * self.g.group_inputs() + self.piece.offset);
+                        let x = x.add(self.group * self.framed.group + self.piece.offset);
                         for column in (0..self.piece.len).step_by(2 * LANES) {
                             let rest = self.piece.len - column;
                             let width = rest.div_ceil(LANES).min(2);
