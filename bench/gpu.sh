@@ -12,8 +12,8 @@
 #
 # The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
 # `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
-# recurrent --test sim_vp --test svg_lp --test devices --test recorded --test resume --test precision`, which names the test
-# programs.
+# recurrent --test sim_vp --test svg_lp --test optimizers --test buffers --test devices --test recorded --test resume --test
+# precision`, which names the test programs.
 #
 # It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
 # names another). Each measurement is a process of its own. Exits with 1 where a check fails.
