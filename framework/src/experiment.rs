@@ -31,7 +31,7 @@ use crate::weights::InitConfig;
 
 pub(crate) use job::{Job, Pair};
 pub use schema::schema;
-use sections::{ONLY, average, differences, optimizer_table, schedule, table, turns};
+use sections::{ONLY, average, optimizer_table, schedule, table, turns};
 
 const SECTIONS: [&str; 13] = [
     "run",
@@ -334,19 +334,6 @@ impl Experiment {
             .ranks(self.ranks.clone())
             .seed(self.run.seed)
             .image_every(self.logging.image_every)
-    }
-
-    /// Writes the resolved configuration into the run's folder; of a resumed run, says what has changed in it.
-    fn write_config(&self, run: &RunDir, resumed: bool) -> Result<()> {
-        let (path, resolved) = (run.path().join("config.toml"), self.resolved()?);
-        if resumed && let Ok(old) = std::fs::read_to_string(&path) {
-            let parse = |text: &str| text.parse::<toml::Table>().map_err(Error::content(&path));
-            let changes = differences(&parse(&old)?, &parse(&resolved)?, "");
-            if !changes.is_empty() {
-                tracing::warn!("the configuration is not the checkpoint's:\n  {}", changes.join("\n  "));
-            }
-        }
-        std::fs::write(&path, resolved).map_err(Error::file(&path))
     }
 
     /// Gives a setting that only training could find wrong its place in the file.

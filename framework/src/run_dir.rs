@@ -67,9 +67,18 @@ impl RunDir {
     }
 
     /// The run that a path belongs to, and the checkpoint that it means: the path is a checkpoint, the folder of
-    /// checkpoints, or a run's folder (whose last good checkpoint is meant).
+    /// checkpoints, a run's folder (whose last good checkpoint is meant), or that of all its versions (the newest is meant).
     pub fn containing(path: &Path) -> Result<(Self, PathBuf)> {
         let path = path.canonicalize().map_err(Error::file(path))?;
+        if path.is_file() {
+            return Err(Error::msg(format!(
+                "{}: expected a run's folder or a checkpoint; a training starts from a file of weights by `weights` in [init]",
+                path.display()
+            )));
+        }
+        if let Some(newest) = versions(&path).last() {
+            return Self::containing(&path.join(format!("version_{newest}")));
+        }
         let nothing = || Error::msg(format!("{}: there is no good checkpoint here", path.display()));
         let is_checkpoint = path.join("manifest.json").exists();
         let checkpoints = match path.file_name() {

@@ -107,28 +107,29 @@ pub enum Schedule {
     },
 }
 
-/// The shape of one cycle.
+/// The shape of one cycle. PyTorch's names for its fields are taken too.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OneCycle {
     /// The highest learning rate.
     pub max_lr: f64,
     /// The whole cycle's length.
+    #[serde(alias = "total_steps")]
     pub steps: u64,
     /// The share of the steps that go up.
-    #[serde(default = "OneCycle::rising")]
+    #[serde(default = "OneCycle::rising", alias = "pct_start")]
     pub rising: f64,
     /// It starts at `max_lr / start_divisor`.
-    #[serde(default = "OneCycle::start_divisor")]
+    #[serde(default = "OneCycle::start_divisor", alias = "div_factor")]
     pub start_divisor: f64,
     /// It ends at the start's learning rate divided by this.
-    #[serde(default = "OneCycle::end_divisor")]
+    #[serde(default = "OneCycle::end_divisor", alias = "final_div_factor")]
     pub end_divisor: f64,
     /// Straight lines instead of half cosines.
     #[serde(default)]
     pub linear: bool,
     /// Comes back to the start's learning rate first, as quickly as it rose.
-    #[serde(default)]
+    #[serde(default, alias = "three_phase")]
     pub three_phases: bool,
     /// The momentum at the highest learning rate and at both ends.
     #[serde(default = "OneCycle::momentum")]

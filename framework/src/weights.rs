@@ -1,6 +1,6 @@
 //! Weights from elsewhere: of another run, or of PyTorch's, to start a training from, or to be evaluated.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read};
 use std::path::{Path, PathBuf};
@@ -27,6 +27,10 @@ pub struct InitConfig {
     /// Which parameters and buffers get them, by a pattern of names, as `"encoder.*"`; the others keep their initial values.
     #[serde(default = "InitConfig::all")]
     pub params: String,
+    /// What the names in the file begin with and the model's do not, as PyTorch Lightning's `"model."`. Default: what they have in
+    /// common, where that is clear.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<String>,
     /// Whether all of these must be there, with their shapes, and nothing else whose name fits; false: what fits is taken, and the
     /// rest is told of.
     #[serde(default = "InitConfig::strict")]
@@ -36,19 +40,47 @@ pub struct InitConfig {
 impl InitConfig {
     /// All of a model's weights.
     pub fn new(weights: impl Into<PathBuf>) -> Self {
-        Self { weights: weights.into(), params: Self::all(), strict: Self::strict() }
+        Self { weights: weights.into(), params: Self::all(), prefix: None, strict: Self::strict() }
     }
 
     /// Gives a model's parameters and buffers these weights.
     ///
     /// # Errors
-    /// Where there are none, they cannot be read, or they do not fit.
+    /// Where there are none, they cannot be read, or they do not fit; then nothing has changed.
     pub fn apply(&self, params: &Params) -> Result<()> {
-        if !self.weights.exists() {
-            let message = format!("{}: there is no such file", self.weights.display());
-            return Err(Error::setting("weights", message));
+        let pattern = WildMatch::new(&self.params);
+        let all = params.state_dict();
+        let wanted: Vec<_> = all.iter().filter(|(name, _)| pattern.matches(name)).cloned().collect();
+        if wanted.is_empty() {
+            return Err(Error::setting(
+                "params",
+                format!("`{}` fits no parameter of the model", self.params),
+            ));
         }
-        Weights::read(&self.weights)?.give(params, self)
+        let in_setting = |error: Error| Error::setting("weights", error.to_string());
+        let weights = Weights::read(&self.weights).map_err(in_setting)?;
+        let found = weights
+            .named_as(&wanted, self.prefix.as_deref())
+            .map_err(|error| Error::setting("weights", format!("{error}: say which, as `prefix`")))?;
+        let known = found.tensors.into_iter().filter(|(name, _)| pattern.matches(name)).collect();
+        let differences = differences(&known, &wanted);
+        let taken: Vec<_> = wanted.into_iter().filter(|(name, var)| fits(&known, name, var)).collect();
+        let source = format!("{}{}", self.weights.display(), found.without);
+        if !differences.is_empty() {
+            let listed = listed(differences);
+            if self.strict || taken.is_empty() {
+                let message = format!(
+                    "{source} does not fit the model:\n  {listed}\n\
+                     `params` can name a part of the model, and `strict = false` takes what fits"
+                );
+                return Err(Error::setting("weights", message));
+            }
+            tracing::warn!("{source} does not fit the model everywhere:\n  {listed}");
+        }
+        copy(&known, &taken)?;
+        params.publish()?;
+        tracing::info!("{} of the model's {} tensors start from {source}", taken.len(), all.len());
+        Ok(())
     }
 
     fn all() -> String {
@@ -67,16 +99,24 @@ pub struct Weights {
     tensors: HashMap<String, Tensor>,
 }
 
+/// Tensors by the names that a model has for them.
+struct Found {
+    tensors: HashMap<String, Tensor>,
+    /// For people: what was left out of the names.
+    without: String,
+}
+
 impl Weights {
     /// Reads weights from what [`InitConfig::weights`] may name. Of a run they are those that it is evaluated with: their
     /// averages, where it keeps some. Of PyTorch's files, those that are a `state_dict`, or have one under that name, as PyTorch
     /// Lightning's have.
     pub fn read(path: &Path) -> Result<Self> {
+        if !path.exists() {
+            return Err(Error::msg(format!("{}: there is no such file or folder", path.display())));
+        }
         let tensors = match path.extension().and_then(|ending| ending.to_str()) {
             _ if path.is_dir() => Checkpoint::load(&RunDir::containing(path)?.1)?.evaluated(),
-            Some("safetensors") => {
-                candle_core::safetensors::load(path, &Device::Cpu).map_err(Error::content(path))?
-            }
+            Some("safetensors") => read_safetensors(path)?,
             Some("pth" | "pt" | "ckpt" | "bin") => read_pytorch(path)?,
             _ => {
                 return Err(Error::msg(format!(
@@ -88,50 +128,39 @@ impl Weights {
         Ok(Self { path: path.to_path_buf(), tensors })
     }
 
-    /// Gives parameters and buffers their values. What all names begin with here and not there, as PyTorch Lightning's `model.`
-    /// or `DistributedDataParallel`'s `module.`, is left out.
+    /// Gives all of a model's parameters and buffers their values.
     ///
     /// # Errors
-    /// As `init.strict` says, before anything is changed; and where no parameter's name fits `init.params`.
-    pub fn give(&self, params: &Params, init: &InitConfig) -> Result<()> {
-        let pattern = WildMatch::new(&init.params);
-        let all = params.state_dict();
-        let wanted: Vec<(String, Var)> =
-            all.iter().filter(|(name, _)| pattern.matches(name)).cloned().collect();
-        if wanted.is_empty() {
-            let message = format!("`{}` fits no parameter of the model", init.params);
-            return Err(Error::setting("params", message));
-        }
-        let prefix = self.prefix(&wanted);
-        let known =
-            self.tensors.iter().filter_map(|(name, tensor)| Some((name.strip_prefix(prefix)?, tensor)));
-        let known: HashMap<String, Tensor> = known
-            .filter(|(name, _)| pattern.matches(name))
-            .map(|(name, tensor)| (name.to_string(), tensor.clone()))
-            .collect();
+    /// Where one is missing, of another shape, or too many; then nothing has changed.
+    pub fn give(&self, params: &Params) -> Result<()> {
+        let wanted = params.state_dict();
+        let found = self.named_as(&wanted, None);
+        let known = found.map_err(|error| Error::msg(format!("{error}: keep one of them")))?.tensors;
         let differences = differences(&known, &wanted);
-        let taken: Vec<_> = wanted.into_iter().filter(|(name, var)| fits(&known, name, var)).collect();
-        let source = self.path.display();
         if !differences.is_empty() {
-            let listed = listed(differences);
-            if init.strict || taken.is_empty() {
-                let message = format!(
-                    "{source} does not fit the model:\n  {listed}\n\
-                     in [init], `params` can name a part of the model, and `strict = false` takes what fits"
-                );
-                return Err(Error::setting("weights", message));
-            }
-            tracing::warn!("{source} does not fit the model everywhere:\n  {listed}");
+            return Err(Error::msg(format!(
+                "{} does not fit the model: is [module] what these weights were trained with?\n  {}",
+                self.path.display(),
+                listed(differences)
+            )));
         }
-        copy(&known, &taken)?;
-        params.publish()?;
-        tracing::info!("{} of the model's {} tensors start from {source}", taken.len(), all.len());
-        Ok(())
+        copy(&known, &wanted)?;
+        params.publish()
     }
 
-    /// What stands before most of these names here; nothing, where that is as good.
-    fn prefix(&self, wanted: &[(String, Var)]) -> &str {
-        let mut found: HashMap<&str, usize> = HashMap::from([("", 0)]);
+    /// The tensors whose names begin with `prefix`, without it; where none is given, with what most of the wanted names have before
+    /// them here, as PyTorch Lightning's `model.` or `DistributedDataParallel`'s `module.`.
+    fn named_as(&self, wanted: &[(String, Var)], prefix: Option<&str>) -> Result<Found> {
+        let prefix = prefix.map_or_else(|| self.prefix(wanted), Ok)?;
+        let named = self.tensors.iter().filter_map(|(name, x)| Some((name.strip_prefix(prefix)?, x)));
+        let tensors = named.map(|(name, tensor)| (name.to_string(), tensor.clone())).collect();
+        let without = if prefix.is_empty() { String::new() } else { format!(" (without `{prefix}`)") };
+        Ok(Found { tensors, without })
+    }
+
+    /// What stands before most of these names here; nothing, where that is as good. Refuses to choose between two.
+    fn prefix(&self, wanted: &[(String, Var)]) -> Result<&str> {
+        let mut found: BTreeMap<&str, usize> = BTreeMap::from([("", 0)]);
         for name in self.tensors.keys() {
             for (wanted, _) in wanted {
                 if let Some(prefix) = name.strip_suffix(wanted.as_str())
@@ -141,23 +170,73 @@ impl Weights {
                 }
             }
         }
-        let best = found
-            .into_iter()
-            .max_by_key(|(prefix, count)| (*count, std::cmp::Reverse((prefix.len(), *prefix))));
-        best.map_or("", |(prefix, _)| prefix)
+        let most = found.values().copied().max().unwrap_or(0);
+        let best: Vec<&str> =
+            found.into_iter().filter(|(_, n)| *n == most).map(|(prefix, _)| prefix).collect();
+        match best[..] {
+            [prefix] | [prefix @ "", ..] => Ok(prefix),
+            _ => Err(Error::msg(format!(
+                "{} has these weights more than once, after `{}`",
+                self.path.display(),
+                best.join("` and `")
+            ))),
+        }
     }
+}
+
+fn read_safetensors(path: &Path) -> Result<HashMap<String, Tensor>> {
+    candle_core::safetensors::load(path, &Device::Cpu).map_err(|error| {
+        let what = what_else(path)
+            .unwrap_or_else(|| format!("not a whole safetensors file: {}", first_line(&error)));
+        Error::msg(format!("{}: {what}", path.display()))
+    })
+}
+
+/// What candle says, without the trace that it may have.
+fn first_line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_string()
+}
+
+/// What a file is by its first bytes, where that is nothing of what its name says.
+fn what_else(path: &Path) -> Option<String> {
+    const ARCHIVE: &[u8] = b"PK";
+    let mut bytes = Vec::new();
+    File::open(path).ok()?.take(64).read_to_end(&mut bytes).ok()?;
+    let is_pytorch = path.extension().is_none_or(|ending| ending != "safetensors");
+    Some(match &bytes[..] {
+        [] => "the file is empty".into(),
+        bytes if bytes.starts_with(b"version https://git-lfs") => {
+            "this stands for a file that git-lfs keeps: `git lfs pull` fetches it".into()
+        }
+        bytes if bytes.starts_with(ARCHIVE) && is_pytorch => return None,
+        bytes if bytes.starts_with(ARCHIVE) => "this is PyTorch's: let its name end in .pth".into(),
+        [0x80, 2, ..] => {
+            "this was saved by PyTorch before 1.6: in Python, `torch.save(torch.load(file), file)` saves it anew".into()
+        }
+        [_, _, _, _, _, _, _, _, b'{', ..] if is_pytorch => {
+            "this is a safetensors file: let its name end in .safetensors".into()
+        }
+        [_, _, _, _, _, _, _, _, b'{', ..] => return None,
+        _ => "this is no file of weights".into(),
+    })
 }
 
 /// The tensors of a `state_dict` that PyTorch saved, by itself or within something else.
 fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
+    let fail = |what: String| Error::msg(format!("{}: {what}", path.display()));
+    if let Some(what) = what_else(path) {
+        return Err(fail(what));
+    }
     let explain = |error: candle_core::Error| {
-        Error::msg(format!(
-            "{}: {error}\nin Python, `safetensors.torch.save_file(state_dict, \"weights.safetensors\")` writes a file that can \
-             always be read",
-            path.display()
+        fail(format!(
+            "{}\nin Python, `safetensors.torch.save_file(state_dict, \"weights.safetensors\")` writes a file that can always be \
+             read",
+            first_line(&error)
         ))
     };
-    let mut all = Err(candle_core::Error::Msg("there is no `state_dict` in it".into()));
+    let nothing =
+        "no tensors of 16, 32 or 64 bits are in it, as `torch.save(model.state_dict(), file)` saves them";
+    let mut all = Err(candle_core::Error::Msg(nothing.into()));
     for key in [Some("state_dict"), Some("model_state_dict"), Some("model"), None] {
         match PthTensors::new(path, key) {
             Ok(tensors) if !tensors.tensor_infos().is_empty() => {
@@ -165,7 +244,7 @@ fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
                 break;
             }
             Ok(_) => {}
-            // Of something else, as that it is no archive; where only the key is missing, the next one may be there.
+            // Of something else, as that it is cut off; where only the key is missing, the next one may be there.
             Err(error) if key.is_none() => all = Err(error),
             Err(_) => {}
         }
@@ -227,10 +306,22 @@ mod tests {
         params.vars().iter().flat_map(|(_, var)| var.to_vec1::<f32>().unwrap()).collect()
     }
 
-    fn weights(tensors: &[(&str, &[f32])]) -> Weights {
+    /// Saves these and starts a model from them by the settings of `init`; its values then, or why not.
+    fn start(
+        tensors: &[(&str, &[f32])],
+        init: impl Fn(InitConfig) -> InitConfig,
+    ) -> Result<Vec<f32>, String> {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.safetensors");
         let tensor =
             |(name, values): &(&str, &[f32])| (name.to_string(), Tensor::new(*values, &Device::Cpu).unwrap());
-        Weights { path: "file".into(), tensors: tensors.iter().map(tensor).collect() }
+        let tensors: HashMap<String, Tensor> = tensors.iter().map(tensor).collect();
+        candle_core::safetensors::save(&tensors, &file).unwrap();
+        let model = model();
+        init(InitConfig::new(&file)).apply(&model).map(|()| values(&model)).map_err(|error| {
+            assert_eq!(values(&model), [1.; 5], "something has changed");
+            error.to_string()
+        })
     }
 
     const WHOLE: [(&str, &[f32]); 3] =
@@ -238,40 +329,46 @@ mod tests {
 
     #[test]
     fn all_a_part_or_what_fits_is_taken() {
-        let give = |tensors: &[(&str, &[f32])], params: &str, strict: bool| {
-            let model = model();
-            let init = InitConfig { params: params.into(), strict, ..InitConfig::new("file") };
-            weights(tensors).give(&model, &init).map(|()| values(&model)).map_err(|error| {
-                // Nothing has changed.
-                assert_eq!(values(&model), [1.; 5]);
-                error.to_string()
-            })
+        let start = |tensors: &[(&str, &[f32])], params: &str, strict: bool| {
+            start(tensors, |init| InitConfig { params: params.into(), strict, ..init })
         };
-        assert_eq!(give(&WHOLE, "*", true).unwrap(), [2., 3., 4., 5., 6.]);
-        assert_eq!(give(&WHOLE, "encoder.*", true).unwrap(), [2., 3., 4., 1., 1.]);
+        assert_eq!(start(&WHOLE, "*", true).unwrap(), [2., 3., 4., 5., 6.]);
+        assert_eq!(start(&WHOLE, "encoder.*", true).unwrap(), [2., 3., 4., 1., 1.]);
         let other = [WHOLE[0], WHOLE[1], ("head.w", &[5., 6., 7.][..]), ("head.b", &[8.])];
         // What the pattern leaves out may differ.
-        assert_eq!(give(&other, "encoder.*", true).unwrap(), [2., 3., 4., 1., 1.]);
-        assert_eq!(give(&other, "*", false).unwrap(), [2., 3., 4., 1., 1.]);
-        let error = give(&other, "*", true).unwrap_err();
-        let expected = "file does not fit the model:\n  `head.w` has shape [3], the model needs [2]\n  \
+        assert_eq!(start(&other, "encoder.*", true).unwrap(), [2., 3., 4., 1., 1.]);
+        assert_eq!(start(&other, "*", false).unwrap(), [2., 3., 4., 1., 1.]);
+        let error = start(&other, "*", true).unwrap_err();
+        let expected = "a.safetensors does not fit the model:\n  `head.w` has shape [3], the model needs [2]\n  \
                         `head.b` is not in the model\n";
         assert!(error.contains(expected), "{error}");
-        assert!(give(&WHOLE[..2], "*", true).unwrap_err().contains("`head.w` is missing"));
-        assert!(give(&WHOLE, "decoder.*", true).unwrap_err().contains("`decoder.*` fits no parameter"));
+        assert!(start(&WHOLE[..2], "*", true).unwrap_err().contains("`head.w` is missing"));
+        assert!(start(&WHOLE, "decoder.*", true).unwrap_err().contains("`decoder.*` fits no parameter"));
         // Nothing at all fits: that is no start, strict or not.
-        assert!(give(&[("w", &[1.])], "*", false).unwrap_err().contains("does not fit"));
+        assert!(start(&[("w", &[1.])], "*", false).unwrap_err().contains("does not fit"));
     }
 
     #[test]
     fn what_stands_before_all_names_is_left_out() {
-        let names = ["model.net.encoder.w", "model.net.encoder.b", "model.net.head.w"];
-        let mut tensors: Vec<(&str, &[f32])> =
-            names.iter().zip(WHOLE).map(|(name, (_, values))| (*name, values)).collect();
-        // Another thing that the file holds.
-        tensors.push(("criterion.weight", &[9.]));
-        let model = model();
-        weights(&tensors).give(&model, &InitConfig::new("file")).unwrap();
-        assert_eq!(values(&model), [2., 3., 4., 5., 6.]);
+        let named = |prefix: &str, factor: f32| -> Vec<(String, Vec<f32>)> {
+            let scaled = |values: &[f32]| values.iter().map(|x| x * factor).collect();
+            WHOLE.iter().map(|(name, values)| (format!("{prefix}{name}"), scaled(values))).collect()
+        };
+        let start = |tensors: &[(String, Vec<f32>)], prefix: Option<&str>| {
+            let tensors: Vec<(&str, &[f32])> = tensors.iter().map(|(name, x)| (&name[..], &x[..])).collect();
+            start(&tensors, |init| InitConfig { prefix: prefix.map(String::from), ..init })
+        };
+        // Beside another thing that the file holds.
+        let lightning = [named("model.net.", 1.), vec![("criterion.weight".into(), vec![9.])]].concat();
+        assert_eq!(start(&lightning, None).unwrap(), [2., 3., 4., 5., 6.]);
+        let twice = [named("net.", 1.), named("ema.", 2.)].concat();
+        let error = start(&twice, None).unwrap_err();
+        assert!(
+            error.contains("has these weights more than once, after `ema.` and `net.`: say which"),
+            "{error}"
+        );
+        assert_eq!(start(&twice, Some("net.")).unwrap(), [2., 3., 4., 5., 6.]);
+        assert_eq!(start(&twice, Some("ema.")).unwrap(), [4., 6., 8., 10., 12.]);
+        assert!(start(&twice, Some("other.")).unwrap_err().contains("`encoder.w` is missing"));
     }
 }

@@ -80,7 +80,8 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             let writer = Box::new(PredictionWriter::new(&output)?);
             let split = split.unwrap_or(SplitName::Val).into();
             let batches = read(&config)?.predict_split(&checkpoint, split, vec![writer])?;
-            println!("wrote {batches} files to {}", output.display());
+            let files = if batches == 1 { "file" } else { "files" };
+            println!("wrote {batches} {files} to {}", output.display());
         }
         Command::Bench { config, steps, forward, json } => {
             let pass = if forward { Pass::Forward } else { Pass::Training };

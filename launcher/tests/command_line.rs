@@ -454,9 +454,9 @@ fn weights_that_do_not_fit_are_refused_before_a_folder_is_made() {
         "{error}"
     );
     assert!(error.contains("has shape [64, 4, 1, 3, 3], the model needs [64, 5, 1, 3, 3]"), "{error}");
-    assert!(error.contains("in [init], `params` can name a part"), "{error}");
+    assert!(error.contains("`params` can name a part"), "{error}");
     let error = place.fail(2, &["train", "tiny.toml", "--set", "init.weights=no/such.pth"]);
-    assert!(error.contains("`init.weights`: no/such.pth: there is no such file"), "{error}");
+    assert!(error.contains("`init.weights`: no/such.pth: there is no such file or folder"), "{error}");
     assert!(!place.path("runs").exists(), "a refused configuration made a folder");
     // What fits is taken all the same where that is asked for.
     place.succeed(&["train", "tiny.toml", "--set", "init.strict=false"]);
@@ -835,6 +835,42 @@ fn a_try_out_writes_nothing() {
     let said = place.succeed(&["train", "tiny.toml", "--set", "trainer.fast_dev_run=1"]);
     assert!(said.contains("finished at step 1") && said.contains("nothing was written"), "{said}");
     assert!(!place.path("runs").exists());
+}
+
+#[test]
+fn a_run_that_cannot_go_on_keeps_its_files() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    let run = "runs/tiny/version_0";
+    let files = || -> Vec<(PathBuf, Vec<u8>)> {
+        let mut files: Vec<PathBuf> =
+            std::fs::read_dir(place.path(run)).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        files
+            .into_iter()
+            .filter(|path| path.is_file())
+            .map(|path| (path.clone(), std::fs::read(path).unwrap()))
+            .collect()
+    };
+    let before = files();
+    assert!(before.len() > 3);
+    let longer = ["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "auto"];
+    let error = place.fail(1, &[&longer[..], &["--set", "optimizer.name=sgd"]].concat());
+    assert!(
+        error
+            .contains("checkpoints/4: this checkpoint is of another optimizer; what is kept for it differs:"),
+        "{error}"
+    );
+    let error = place.fail(1, &[&longer[..], &["--set", "module.hidden=5"]].concat());
+    assert!(error.contains("this checkpoint is of another model"), "{error}");
+    let error =
+        place.fail(1, &["train", "tiny.toml", "--resume", &format!("{run}/checkpoints/4/model.safetensors")]);
+    assert!(error.contains("a training starts from a file of weights by `weights` in [init]"), "{error}");
+    assert!(files() == before, "a refused run has changed files");
+    // The folder of all versions stands for the newest.
+    place.succeed(&["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "runs/tiny"]);
+    assert!(place.path(run).join("checkpoints/6").exists());
+    place.succeed(&["validate", "tiny.toml", "--checkpoint", "runs/tiny"]);
 }
 
 #[test]

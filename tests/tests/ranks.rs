@@ -13,7 +13,8 @@ use candlepower::collective::{
 use candlepower::config::Registry;
 use candlepower::experiment::{Experiment, Resume};
 use candlepower::optim::{
-    AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RmspropConfig, TurnConfig,
+    AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RadamConfig, RmspropConfig,
+    TurnConfig,
 };
 use candlepower::params::Buffer;
 use candlepower::precision::Precision;
@@ -122,7 +123,7 @@ fn every_optimizer() -> [OptimizerConfig; 9] {
         OptimizerConfig::Adadelta(AdadeltaConfig { lr, ..Default::default() }),
         OptimizerConfig::Adamax(MomentsConfig { lr, ..Default::default() }),
         OptimizerConfig::Nadam(MomentsConfig { lr, ..Default::default() }),
-        OptimizerConfig::Radam(MomentsConfig { lr, ..Default::default() }),
+        OptimizerConfig::Radam(RadamConfig { lr, ..Default::default() }),
     ]
 }
 

@@ -181,7 +181,7 @@ fn the_update_of_every_optimizer_is_part_of_the_recording() {
         OptimizerConfig::Adagrad(AdagradConfig { lr_decay: 0.1, ..Default::default() }),
         OptimizerConfig::Adadelta(AdadeltaConfig::default()),
         OptimizerConfig::Nadam(MomentsConfig::default()),
-        OptimizerConfig::Radam(MomentsConfig::default()),
+        OptimizerConfig::Radam(Default::default()),
     ];
     for optimizer in optimizers {
         let model = habit(Precision::Full, |loss, _| Ok(loss.clone()));

@@ -65,17 +65,36 @@ fn tensors_are_read_in_whatever_order_their_values_lie() {
     }
 }
 
+fn safetensors_of_one() -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("one.safetensors");
+    Tensor::new(&[1f32], &Device::Cpu).unwrap().save_safetensors("w", &file).unwrap();
+    std::fs::read(file).unwrap()
+}
+
 #[test]
 fn what_cannot_be_read_is_told_of() {
     let dir = tempfile::tempdir().unwrap();
-    let write = |name: &str| {
-        std::fs::write(dir.path().join(name), b"not an archive").unwrap();
+    let written = |name: &str, bytes: &[u8]| {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
         Weights::read(&dir.path().join(name)).unwrap_err().to_string()
     };
-    assert!(write("a.pth").contains("safetensors.torch.save_file"));
-    assert!(write("a.safetensors").contains("a.safetensors"));
+    let write = |name: &str| written(name, b"not an archive");
+    let whole = std::fs::read(init("state_dict.pth").weights).unwrap();
+    for name in ["a.pth", "a.ckpt", "a.safetensors"] {
+        assert!(write(name).ends_with(&format!("{name}: this is no file of weights")), "{name}");
+        assert!(written(name, b"").ends_with("the file is empty"));
+        assert!(written(name, b"version https://git-lfs.github.com/spec/v1").contains("`git lfs pull`"));
+        assert!(written(name, b"\x80\x02\x8a\x0al\xfc").contains("before 1.6: in Python, `torch.save("));
+    }
+    assert!(written("a.pth", &whole[..1000]).contains("safetensors.torch.save_file"));
+    assert!(written("a.safetensors", &whole).contains("let its name end in .pth"));
+    let mut safetensors = safetensors_of_one();
+    assert!(written("a.pth", &safetensors).contains("let its name end in .safetensors"));
+    safetensors.pop();
+    assert!(written("a.safetensors", &safetensors).contains("not a whole safetensors file: "));
     assert!(write("a.npy").contains("expected a run's folder, a checkpoint, or a file"));
     assert!(Weights::read(dir.path()).unwrap_err().to_string().contains("no good checkpoint"));
     let missing = InitConfig::new(dir.path().join("b.pth"));
-    assert!(missing.apply(&params()).unwrap_err().to_string().contains("there is no such file"));
+    assert!(missing.apply(&params()).unwrap_err().to_string().contains("there is no such file or folder"));
 }

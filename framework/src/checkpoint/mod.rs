@@ -213,7 +213,16 @@ impl Checkpoint {
 
     /// Gives this optimizer the checkpoint's values.
     pub(crate) fn restore_optimizer(&self, optimizer: &[(String, Var)]) -> Result<()> {
-        self.copy("optimizer state", &self.optimizer, optimizer)
+        let differences = values::differences(&self.optimizer, optimizer);
+        if !differences.is_empty() {
+            return Err(Error::msg(format!(
+                "{}: this checkpoint is of another optimizer; what is kept for it differs:\n  {}\n\
+                 go on with the optimizer of `config.toml` in the run's folder, or start from these weights alone, by [init]",
+                self.path.display(),
+                values::listed(differences),
+            )));
+        }
+        values::copy(&self.optimizer, optimizer)
     }
 
     /// Gives these averages the checkpoint's values; without any there, they stay and count as none.

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use candle_core::DType;
 use indexmap::IndexMap;
 
+use super::sections::differences;
 use super::{Experiment, Report, Resume};
 use crate::batch::Batch;
 use crate::bench::{self, Benchmark, Pass};
@@ -14,14 +15,14 @@ use crate::callbacks::ProgressBar;
 use crate::checkpoint::Checkpoint;
 use crate::config::{DataRecipe, ModuleRecipe};
 use crate::data::{Data, Split};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
 use crate::logger::Loggers;
 use crate::metrics::video::LeadTimes;
 use crate::module::Model;
 use crate::run_dir::RunDir;
 use crate::trainer::Trainer;
-use crate::weights::InitConfig;
+use crate::weights::Weights;
 
 /// What an experiment does once the batch that its module and its data meet in is known.
 pub(crate) trait Job: Send + Sync {
@@ -78,7 +79,7 @@ impl<B: Batch> Pair<B> {
     fn trained(&self, experiment: &Experiment, weights: &Path) -> Result<(Model<B>, Data<B>)> {
         let (model, data) = self.model_and_data(experiment)?;
         match weights.is_file() {
-            true => InitConfig::new(weights).apply(model.params())?,
+            true => Weights::read(weights)?.give(model.params())?,
             false => restore(&model, &RunDir::containing(weights)?.1)?,
         }
         Ok((model, data))
@@ -97,6 +98,19 @@ impl<B: Batch> Pair<B> {
         }
         Ok((model, data))
     }
+}
+
+/// Writes the resolved configuration into the run's folder; of a resumed run, says what has changed in it.
+fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
+    let path = run.join("config.toml");
+    if resumed && let Ok(old) = std::fs::read_to_string(&path) {
+        let parse = |text: &str| text.parse::<toml::Table>().map_err(Error::content(&path));
+        let changes = differences(&parse(&old)?, &parse(resolved)?, "");
+        if !changes.is_empty() {
+            tracing::warn!("the configuration is not the checkpoint's:\n  {}", changes.join("\n  "));
+        }
+    }
+    std::fs::write(&path, resolved).map_err(Error::file(&path))
 }
 
 /// Gives the model a checkpoint's weights: their average, where it has one.
@@ -138,18 +152,23 @@ impl<B: Batch> Job for Pair<B> {
             experiment.init(&model)?;
         }
         if writes {
-            let step = checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.state().progress.step);
+            let resumed_at = checkpoint.as_ref().map(|checkpoint| checkpoint.state().progress.step);
             let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
-            experiment.write_config(&run, checkpoint.is_some())?;
             tracing::info!("run folder: {}", run.path().display());
-            // Last, so that they log what the callbacks before them add.
             trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-            let loggers = Loggers::in_folder(run.path(), &experiment.logging, step)?;
-            trainer = trainer.callback(loggers.configuration(experiment.resolved()?));
             if let Some(checkpoint) = checkpoint {
                 trainer = trainer.resume(checkpoint);
             }
             dir = Some(run.path().to_path_buf());
+            let (resolved, logging) = (experiment.resolved()?, experiment.logging.clone());
+            // A run that cannot go on keeps its files as they are.
+            trainer = trainer.when_ready(move |trainer| {
+                write_config(run.path(), &resolved, resumed_at.is_some())?;
+                let loggers = Loggers::in_folder(run.path(), &logging, resumed_at.unwrap_or(0))?;
+                // Last, so that they log what the callbacks before them add.
+                trainer.add(loggers.configuration(resolved));
+                Ok(())
+            });
         }
         let outcome = trainer.fit(&model, &data).map_err(|error| experiment.place_training_error(error))?;
         let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));

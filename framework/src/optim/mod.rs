@@ -15,8 +15,8 @@ pub(crate) use average::Average;
 pub use average::{AverageConfig, EmaConfig, SwaConfig};
 use candle_core::{Tensor, Var};
 pub use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
-pub use moments::MomentsConfig;
-use moments::{Adamax, Nadam, Radam};
+use moments::{Adamax, Nadam};
+pub use moments::{MomentsConfig, RadamConfig};
 pub use rmsprop::RmspropConfig;
 use ruled::Ruled;
 use schemars::JsonSchema;
@@ -87,7 +87,7 @@ pub enum OptimizerConfig {
     /// NAdam (Dozat 2016).
     Nadam(MomentsConfig),
     /// RAdam (Liu et al. 2020).
-    Radam(MomentsConfig),
+    Radam(RadamConfig),
 }
 
 impl OptimizerConfig {
@@ -100,7 +100,8 @@ impl OptimizerConfig {
             Self::Rmsprop(config) => config.lr,
             Self::Adagrad(config) => config.lr,
             Self::Adadelta(config) => config.lr,
-            Self::Adamax(config) | Self::Nadam(config) | Self::Radam(config) => config.lr,
+            Self::Adamax(config) | Self::Nadam(config) => config.lr,
+            Self::Radam(config) => config.lr,
         }
     }
 
@@ -116,7 +117,7 @@ impl OptimizerConfig {
             | Self::Adadelta(AdadeltaConfig { lr, weight_decay, .. })
             | Self::Adamax(MomentsConfig { lr, weight_decay, .. })
             | Self::Nadam(MomentsConfig { lr, weight_decay, .. })
-            | Self::Radam(MomentsConfig { lr, weight_decay, .. }) => (lr, weight_decay),
+            | Self::Radam(RadamConfig { lr, weight_decay, .. }) => (lr, weight_decay),
         };
         *lr = new_lr.unwrap_or(*lr);
         *weight_decay = decay.unwrap_or(*weight_decay);
@@ -146,9 +147,8 @@ impl OptimizerConfig {
         match self {
             Self::Adam(config) => moments(&config.betas, config.eps)?,
             Self::AdamW(config) => moments(&config.betas, config.eps)?,
-            Self::Adamax(config) | Self::Nadam(config) | Self::Radam(config) => {
-                moments(&config.betas, config.eps)?;
-            }
+            Self::Adamax(config) | Self::Nadam(config) => moments(&config.betas, config.eps)?,
+            Self::Radam(config) => moments(&config.betas, config.eps)?,
             Self::Rmsprop(config) => {
                 share("alpha", config.alpha).and(share("momentum", config.momentum))?;
                 from_zero("eps", config.eps)?;
@@ -178,7 +178,7 @@ impl OptimizerConfig {
             Self::Adadelta(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
             Self::Adamax(config) => Box::new(Ruled::new(params, Adamax(config.clone()), schedule)?),
             Self::Nadam(config) => Box::new(Nadam::new(params, config, schedule)?),
-            Self::Radam(config) => Box::new(Ruled::new(params, Radam(config.clone()), schedule)?),
+            Self::Radam(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
         })
     }
 }
@@ -223,8 +223,8 @@ mod tests {
             OptimizerConfig::Adagrad(AdagradConfig::default()),
             OptimizerConfig::Adadelta(AdadeltaConfig::default()),
             OptimizerConfig::Adamax(moments.clone()),
-            OptimizerConfig::Nadam(moments.clone()),
-            OptimizerConfig::Radam(moments),
+            OptimizerConfig::Nadam(moments),
+            OptimizerConfig::Radam(RadamConfig { weight_decay: 0.1, ..Default::default() }),
         ]
     }
 

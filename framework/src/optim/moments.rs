@@ -12,7 +12,7 @@ use super::{Optimizer, Param};
 use crate::error::Result;
 use crate::schedule::{Rates, Schedule};
 
-/// Fields of `[optimizer]` for `adamax`, `nadam` and `radam`.
+/// Fields of `[optimizer]` for `adamax` and `nadam`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MomentsConfig {
@@ -29,6 +29,26 @@ pub struct MomentsConfig {
 impl Default for MomentsConfig {
     fn default() -> Self {
         Self { lr: 2e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0. }
+    }
+}
+
+/// Fields of `[optimizer]` for `radam`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct RadamConfig {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first and the second moment.
+    pub betas: [f64; 2],
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Times the parameter, added to its gradient.
+    pub weight_decay: f64,
+}
+
+impl Default for RadamConfig {
+    fn default() -> Self {
+        Self { lr: 1e-3, betas: [0.9, 0.999], eps: 1e-8, weight_decay: 0. }
     }
 }
 
@@ -55,10 +75,7 @@ impl Recipe for Adamax {
     }
 }
 
-/// Adam that starts without its denominator.
-pub(super) struct Radam(pub(super) MomentsConfig);
-
-impl Recipe for Radam {
+impl Recipe for RadamConfig {
     type Step = AdamStep;
 
     fn kept(&self, _: &Schedule) -> [Option<&'static str>; MOST_STATES] {
@@ -66,12 +83,12 @@ impl Recipe for Radam {
     }
 
     fn step(&self, t: u64, Rates { lr, momentum }: Rates) -> AdamStep {
-        let [beta1, beta2] = self.0.betas;
+        let Self { betas: [beta1, beta2], eps, weight_decay, .. } = *self;
         let beta1 = momentum.unwrap_or(beta1);
         let of_moment = lr / correction(beta1, t);
         let longest = 2. / (1. - beta2) - 1.;
         let length = longest - 2. * t as f64 * beta2.powf(t as f64) / correction(beta2, t);
-        let plain = AdamStep { of_moment: of_moment as f32, ..self.0.plain_step(beta1) };
+        let plain = AdamStep { of_moment: of_moment as f32, ..plain_step([beta1, beta2], eps, weight_decay) };
         if length <= 5. {
             // A denominator of 1.
             return AdamStep { root_correction: f32::INFINITY, eps: 1., ..plain };
@@ -85,21 +102,18 @@ impl Recipe for Radam {
 
 const BOTH_MOMENTS: [Option<&str>; MOST_STATES] = [Some("exp_avg"), Some("exp_avg_sq"), None];
 
-impl MomentsConfig {
-    /// A step that moves nothing yet, and corrects nothing.
-    fn plain_step(&self, beta1: f64) -> AdamStep {
-        let Self { betas: [_, beta2], eps, weight_decay, .. } = *self;
-        AdamStep {
-            one_minus_beta1: (1. - beta1) as f32,
-            beta2: beta2 as f32,
-            one_minus_beta2: (1. - beta2) as f32,
-            eps: eps as f32,
-            of_moment: 0.,
-            of_gradient: 0.,
-            root_correction: 1.,
-            l2: weight_decay as f32,
-            keep: 1.,
-        }
+/// A step that moves nothing yet, and corrects nothing.
+fn plain_step([beta1, beta2]: [f64; 2], eps: f64, weight_decay: f64) -> AdamStep {
+    AdamStep {
+        one_minus_beta1: (1. - beta1) as f32,
+        beta2: beta2 as f32,
+        one_minus_beta2: (1. - beta2) as f32,
+        eps: eps as f32,
+        of_moment: 0.,
+        of_gradient: 0.,
+        root_correction: 1.,
+        l2: weight_decay as f32,
+        keep: 1.,
     }
 }
 
@@ -135,12 +149,13 @@ impl Recipe for LookAhead {
 
     fn step(&self, t: u64, rates: Rates) -> AdamStep {
         let (Self { config, product }, lr) = (self, rates.lr);
+        let MomentsConfig { betas: [beta1, beta2], eps, weight_decay, .. } = *config;
         let [now, next] = [t, t + 1].map(|t| self.momentum(t, rates));
         AdamStep {
             of_moment: (lr * next / (1. - product * next)) as f32,
             of_gradient: (lr * (1. - now) / (1. - product)) as f32,
-            root_correction: correction(config.betas[1], t).sqrt() as f32,
-            ..config.plain_step(rates.momentum.unwrap_or(config.betas[0]))
+            root_correction: correction(beta2, t).sqrt() as f32,
+            ..plain_step([rates.momentum.unwrap_or(beta1), beta2], eps, weight_decay)
         }
     }
 }

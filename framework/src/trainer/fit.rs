@@ -141,8 +141,11 @@ impl<B: Batch> Fit<'_, B> {
         Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
     }
 
-    /// Tells the callbacks what is planned, and tries a few batches of the validation.
+    /// Does what is due now, tells the callbacks what is planned, and tries a few batches of the validation.
     fn start(&mut self) -> Result<()> {
+        if let Some(work) = self.trainer.when_ready.take() {
+            work(self.trainer)?;
+        }
         let plan = Plan {
             start: self.progress,
             last_step: self.trainer.config.last_step(self.steps_per_epoch),

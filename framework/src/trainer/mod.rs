@@ -69,7 +69,11 @@ pub struct Trainer {
     callbacks: Vec<Box<dyn Callback>>,
     gallery: Gallery,
     resume: Option<Checkpoint>,
+    when_ready: Option<WhenReady>,
 }
+
+/// What is due once it is sure that a training can begin.
+type WhenReady = Box<dyn FnOnce(&mut Trainer) -> Result<()> + Send>;
 
 /// How a run ended.
 #[derive(Debug)]
@@ -101,6 +105,7 @@ impl Trainer {
             callbacks: Vec::new(),
             gallery: Gallery::default(),
             resume: None,
+            when_ready: None,
         }
     }
 
@@ -228,6 +233,20 @@ impl Trainer {
             .image_every(self.image_every);
         (replica.checkpoint, replica.description) = (self.checkpoint.clone(), self.description.clone());
         replica
+    }
+
+    /// Adds a callback to those that there are.
+    pub(crate) fn add(&mut self, callback: impl Callback + 'static) {
+        self.callbacks.push(Box::new(callback));
+    }
+
+    /// Sets what is due once it is sure that training can begin, where it is to: what it writes over is still needed till then.
+    pub(crate) fn when_ready(
+        mut self,
+        work: impl FnOnce(&mut Trainer) -> Result<()> + Send + 'static,
+    ) -> Self {
+        self.when_ready = Some(Box::new(work));
+        self
     }
 
     /// Sets what ranks must agree on before they train.
