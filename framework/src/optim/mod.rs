@@ -233,6 +233,16 @@ mod tests {
     }
 
     #[test]
+    fn default_rates_are_pytorchs() {
+        let rates = [1e-3, 1e-3, 1e-3, 1e-2, 1e-2, 1., 2e-3, 2e-3, 1e-3];
+        let names = ["adam", "adamw", "sgd", "rmsprop", "adagrad", "adadelta", "adamax", "nadam", "radam"];
+        for (name, rate) in names.into_iter().zip(rates) {
+            let config: OptimizerConfig = serde_json::from_str(&format!(r#"{{"{name}": {{}}}}"#)).unwrap();
+            assert_eq!(config.lr(), rate, "{name}");
+        }
+    }
+
+    #[test]
     fn every_rule_takes_what_counts_and_its_copies_follow() {
         let gradients = [Tensor::new(&[0.5f32, -2., 0.25], &Device::Cpu).unwrap()];
         let scaled = [(&gradients[0] * 4.).unwrap()];
