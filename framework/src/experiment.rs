@@ -205,8 +205,8 @@ impl Experiment {
         toml::to_string_pretty(&all).map_err(|error| Error::msg(error.to_string()))
     }
 
-    /// Makes the module without reading a sample, so that a configuration can be tried cheaply; returns how many
-    /// numbers its parameters hold.
+    /// Makes the module, with the weights that it is to start from and without reading a sample, so that a configuration can be tried
+    /// cheaply; returns how many numbers its parameters hold.
     pub fn build(&self) -> Result<usize> {
         self.job.build(self)
     }
@@ -274,7 +274,7 @@ impl Experiment {
         self.job.bench(self, steps, pass)
     }
 
-    /// Looks for a learning rate ([`Trainer::find_lr`]) from the initial weights; writes nothing.
+    /// Looks for a learning rate ([`Trainer::find_lr`]) from the weights that training starts from; writes nothing.
     pub fn find_lr(&self, config: &LrFinderConfig) -> Result<LrFinding> {
         self.job.find_lr(self, config)
     }

@@ -67,7 +67,8 @@ impl RunDir {
     }
 
     /// The run that a path belongs to, and the checkpoint that it means: the path is a checkpoint, the folder of
-    /// checkpoints, a run's folder (whose last good checkpoint is meant), or that of all its versions (the newest is meant).
+    /// checkpoints, a run's folder (whose last good checkpoint is meant), or that of all its versions (the newest is meant that has
+    /// a good checkpoint).
     pub fn containing(path: &Path) -> Result<(Self, PathBuf)> {
         let path = path.canonicalize().map_err(Error::file(path))?;
         if path.is_file() {
@@ -76,8 +77,10 @@ impl RunDir {
                 path.display()
             )));
         }
-        if let Some(newest) = versions(&path).last() {
-            return Self::containing(&path.join(format!("version_{newest}")));
+        let mut versions = versions(&path).into_iter().rev();
+        if let Some(found) = versions.find_map(|n| Self::containing(&path.join(format!("version_{n}"))).ok())
+        {
+            return Ok(found);
         }
         let nothing = || Error::msg(format!("{}: there is no good checkpoint here", path.display()));
         let is_checkpoint = path.join("manifest.json").exists();
@@ -93,6 +96,12 @@ impl RunDir {
         };
         let run = checkpoints.parent().unwrap_or(&checkpoints).to_path_buf();
         Ok((Self(run), checkpoint))
+    }
+
+    /// Takes the folder away again, where nothing is in it.
+    pub fn discard_empty(&self) {
+        // Fails where there is something, or nothing to take away.
+        let _ = std::fs::remove_dir(&self.0);
     }
 
     /// The folder itself.

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use candle_core::pickle::{PthTensors, TensorInfo};
@@ -22,13 +23,13 @@ use crate::run_dir::RunDir;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InitConfig {
-    /// A run's folder, a checkpoint, a `.safetensors` file, or what PyTorch saves: `.pth`, `.pt`, `.ckpt`.
+    /// A run's folder, a checkpoint, a `.safetensors` file, or what PyTorch saves: `.pth`, `.pt`, `.ckpt`, `.bin`.
     pub weights: PathBuf,
     /// Which parameters and buffers get them, by a pattern of names, as `"encoder.*"`; the others keep their initial values.
     #[serde(default = "InitConfig::all")]
     pub params: String,
-    /// What the names in the file begin with and the model's do not, as PyTorch Lightning's `"model."`. Default: what they have in
-    /// common, where that is clear.
+    /// What the names in the file begin with and the model's do not, as PyTorch Lightning's `"model."`. Default: what most of the
+    /// model's names have before them there, where that is clear.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix: Option<String>,
     /// Whether all of these must be there, with their shapes, and nothing else whose name fits; false: what fits is taken, and the
@@ -60,7 +61,7 @@ impl InitConfig {
         let in_setting = |error: Error| Error::setting("weights", error.to_string());
         let weights = Weights::read(&self.weights).map_err(in_setting)?;
         let found = weights
-            .named_as(&wanted, self.prefix.as_deref())
+            .named_as(&all, self.prefix.as_deref())
             .map_err(|error| Error::setting("weights", format!("{error}: say which, as `prefix`")))?;
         let known = found.tensors.into_iter().filter(|(name, _)| pattern.matches(name)).collect();
         let differences = differences(&known, &wanted);
@@ -79,6 +80,7 @@ impl InitConfig {
         }
         copy(&known, &taken)?;
         params.publish()?;
+        params.roll_back_buffers()?;
         tracing::info!("{} of the model's {} tensors start from {source}", taken.len(), all.len());
         Ok(())
     }
@@ -108,8 +110,8 @@ struct Found {
 
 impl Weights {
     /// Reads weights from what [`InitConfig::weights`] may name. Of a run they are those that it is evaluated with: their
-    /// averages, where it keeps some. Of PyTorch's files, those that are a `state_dict`, or have one under that name, as PyTorch
-    /// Lightning's have.
+    /// averages, where it keeps some. Of PyTorch's files, those that are a `state_dict`, or have one as `state_dict` (as PyTorch
+    /// Lightning's have), `model_state_dict` or `model`.
     pub fn read(path: &Path) -> Result<Self> {
         if !path.exists() {
             return Err(Error::msg(format!("{}: there is no such file or folder", path.display())));
@@ -145,7 +147,8 @@ impl Weights {
             )));
         }
         copy(&known, &wanted)?;
-        params.publish()
+        params.publish()?;
+        params.roll_back_buffers()
     }
 
     /// The tensors whose names begin with `prefix`, without it; where none is given, with what most of the wanted names have before
@@ -176,7 +179,7 @@ impl Weights {
         match best[..] {
             [prefix] | [prefix @ "", ..] => Ok(prefix),
             _ => Err(Error::msg(format!(
-                "{} has these weights more than once, after `{}`",
+                "{} may have the model's weights after `{}`",
                 self.path.display(),
                 best.join("` and `")
             ))),
@@ -186,8 +189,11 @@ impl Weights {
 
 fn read_safetensors(path: &Path) -> Result<HashMap<String, Tensor>> {
     candle_core::safetensors::load(path, &Device::Cpu).map_err(|error| {
-        let what = what_else(path)
-            .unwrap_or_else(|| format!("not a whole safetensors file: {}", first_line(&error)));
+        let what = what_else(path).unwrap_or_else(|| {
+            let said = first_line(&error);
+            let is_whole = said.contains("unsupported safetensor dtype");
+            if is_whole { said } else { format!("not a whole safetensors file: {said}") }
+        });
         Error::msg(format!("{}: {what}", path.display()))
     })
 }
@@ -203,20 +209,21 @@ fn what_else(path: &Path) -> Option<String> {
     let mut bytes = Vec::new();
     File::open(path).ok()?.take(64).read_to_end(&mut bytes).ok()?;
     let is_pytorch = path.extension().is_none_or(|ending| ending != "safetensors");
+    // Eight bytes of a length, which may be anything, and then JSON.
+    let is_safetensors = bytes.get(8) == Some(&b'{');
     Some(match &bytes[..] {
         [] => "the file is empty".into(),
         bytes if bytes.starts_with(b"version https://git-lfs") => {
             "this stands for a file that git-lfs keeps: `git lfs pull` fetches it".into()
         }
-        bytes if bytes.starts_with(ARCHIVE) && is_pytorch => return None,
+        _ if is_safetensors && is_pytorch => {
+            "this is a safetensors file: let its name end in .safetensors".into()
+        }
+        bytes if is_safetensors || bytes.starts_with(ARCHIVE) && is_pytorch => return None,
         bytes if bytes.starts_with(ARCHIVE) => "this is PyTorch's: let its name end in .pth".into(),
         [0x80, 2, ..] => {
             "this was saved by PyTorch before 1.6: in Python, `torch.save(torch.load(file), file)` saves it anew".into()
         }
-        [_, _, _, _, _, _, _, _, b'{', ..] if is_pytorch => {
-            "this is a safetensors file: let its name end in .safetensors".into()
-        }
-        [_, _, _, _, _, _, _, _, b'{', ..] => return None,
         _ => "this is no file of weights".into(),
     })
 }
@@ -234,8 +241,15 @@ fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
             first_line(&error)
         ))
     };
-    let nothing =
-        "no tensors of 16, 32 or 64 bits are in it, as `torch.save(model.state_dict(), file)` saves them";
+    // Candle takes for granted that the archive is what PyTorch writes.
+    let tensors = catch_unwind(AssertUnwindSafe(|| read_archive(path)));
+    tensors
+        .unwrap_or_else(|_| Err(candle_core::Error::Msg("it is not what PyTorch writes".into())))
+        .map_err(explain)
+}
+
+fn read_archive(path: &Path) -> candle_core::Result<HashMap<String, Tensor>> {
+    let nothing = "no tensors of floats are in it, as `torch.save(model.state_dict(), file)` saves them";
     let mut all = Err(candle_core::Error::Msg(nothing.into()));
     for key in [Some("state_dict"), Some("model_state_dict"), Some("model"), None] {
         match PthTensors::new(path, key) {
@@ -249,35 +263,43 @@ fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
             Err(_) => {}
         }
     }
-    let all = all.map_err(explain)?;
+    let mut archive = ZipArchive::new(BufReader::new(File::open(path)?)).map_err(candle_core::Error::wrap)?;
     let tensor = |(name, info): (&String, &TensorInfo)| {
-        let tensor = match info.layout.is_contiguous() {
-            true => all.get(name)?,
-            false => Some(strided(path, info)?),
-        };
-        Ok(tensor.map(|tensor| (name.clone(), tensor)))
+        let tensor = read_tensor(&mut archive, info);
+        let named =
+            |error: candle_core::Error| candle_core::Error::Msg(format!("`{name}`: {}", first_line(&error)));
+        Ok((name.clone(), tensor.map_err(named)?))
     };
-    let tensors = all.tensor_infos().iter().map(tensor).collect::<candle_core::Result<Vec<_>>>();
-    Ok(tensors.map_err(explain)?.into_iter().flatten().collect())
+    all?.tensor_infos().iter().map(tensor).collect()
 }
 
-/// A tensor whose values do not lie in the order of its axes, as the weights of a network that is channels last: candle reads the
-/// others.
-fn strided(path: &Path, info: &TensorInfo) -> candle_core::Result<Tensor> {
+/// A tensor of an archive, in whatever order its values lie: those of a network that is channels last lie so.
+fn read_tensor(archive: &mut ZipArchive<BufReader<File>>, info: &TensorInfo) -> candle_core::Result<Tensor> {
     let mut storage = Vec::new();
-    let failed = |error: &dyn std::fmt::Display| candle_core::Error::Msg(error.to_string());
-    let file = BufReader::new(File::open(path)?);
-    let mut archive = ZipArchive::new(file).map_err(|error| failed(&error))?;
-    archive.by_name(&info.path).map_err(|error| failed(&error))?.read_to_end(&mut storage)?;
-    let size = info.dtype.size_in_bytes();
-    let storage = Tensor::from_raw_buffer(&storage, info.dtype, &[storage.len() / size], &Device::Cpu)?;
+    archive.by_name(&info.path).map_err(candle_core::Error::wrap)?.read_to_end(&mut storage)?;
+    let (size, layout) = (info.dtype.size_in_bytes(), &info.layout);
+    let (len, shape) = (storage.len() / size, layout.shape());
     // Candle counts the offset in bytes.
-    let mut places = vec![(info.layout.start_offset() / size) as u32];
-    for (len, stride) in info.layout.dims().iter().zip(info.layout.stride()) {
-        let along = |place: u32| (0..*len).map(move |i| place + (i * stride) as u32);
+    let first = layout.start_offset() / size;
+    let last =
+        shape.dims().iter().zip(layout.stride()).try_fold(first, |last, (dim, stride)| {
+            last.checked_add(dim.saturating_sub(1).checked_mul(*stride)?)
+        });
+    let count = shape.dims().iter().try_fold(1usize, |count, dim| count.checked_mul(*dim));
+    let fits = last.is_some_and(|last| last < len) && count.is_some_and(|count| count <= len);
+    if !(fits || count == Some(0)) || !storage.len().is_multiple_of(size) {
+        candle_core::bail!("its sizes {:?} do not fit the {len} values that are kept for it", shape.dims());
+    }
+    let storage = Tensor::from_raw_buffer(&storage, info.dtype, &[len], &Device::Cpu)?;
+    if layout.is_contiguous() {
+        return storage.narrow(0, first, shape.elem_count())?.reshape(shape);
+    }
+    let mut places = vec![first as i64];
+    for (dim, stride) in shape.dims().iter().zip(layout.stride()) {
+        let along = |place: i64| (0..*dim).map(move |i| place + (i * stride) as i64);
         places = places.into_iter().flat_map(along).collect();
     }
-    storage.index_select(&Tensor::new(places, &Device::Cpu)?, 0)?.reshape(info.layout.shape())
+    storage.index_select(&Tensor::new(places, &Device::Cpu)?, 0)?.reshape(shape)
 }
 
 /// Whether there is a tensor of this name and shape.
@@ -363,12 +385,14 @@ mod tests {
         assert_eq!(start(&lightning, None).unwrap(), [2., 3., 4., 5., 6.]);
         let twice = [named("net.", 1.), named("ema.", 2.)].concat();
         let error = start(&twice, None).unwrap_err();
-        assert!(
-            error.contains("has these weights more than once, after `ema.` and `net.`: say which"),
-            "{error}"
-        );
+        assert!(error.contains("may have the model's weights after `ema.` and `net.`: say which"), "{error}");
         assert_eq!(start(&twice, Some("net.")).unwrap(), [2., 3., 4., 5., 6.]);
         assert_eq!(start(&twice, Some("ema.")).unwrap(), [4., 6., 8., 10., 12.]);
         assert!(start(&twice, Some("other.")).unwrap_err().contains("`encoder.w` is missing"));
+        // One name alone could stand after several things; all names together stand after one.
+        let more = [named("model.", 1.), vec![("model.layer.head.w".into(), vec![9., 9.])]].concat();
+        let tensors: Vec<(&str, &[f32])> = more.iter().map(|(name, x)| (&name[..], &x[..])).collect();
+        let part = super::tests::start(&tensors, |init| InitConfig { params: "head.*".into(), ..init });
+        assert_eq!(part.unwrap(), [1., 1., 1., 5., 6.]);
     }
 }

@@ -26,7 +26,7 @@ pub(crate) enum Command {
         #[command(flatten)]
         config: Config,
         /// Go on with an earlier run: `auto` takes the newest run of this name (and starts afresh where there is
-        /// none); a folder is a run or one of its checkpoints.
+        /// none); a folder is a run, one of its checkpoints, or that of all its versions (the newest).
         #[arg(long, value_name = "auto|DIR")]
         resume: Option<String>,
         /// Tell where the time goes: a table of the loop's phases at the end, and `trace.json` in the run's folder, to
@@ -75,7 +75,7 @@ pub(crate) enum Command {
     Validate {
         #[command(flatten)]
         config: Config,
-        /// A checkpoint, a run's folder (then its last good checkpoint), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
+        /// A checkpoint, a run's folder (then its last good checkpoint), that of all its versions (then the newest), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
         #[arg(long, value_name = "PATH")]
         checkpoint: PathBuf,
         /// The data to measure it on.
@@ -93,7 +93,7 @@ pub(crate) enum Command {
     Predict {
         #[command(flatten)]
         config: Config,
-        /// A checkpoint, a run's folder (then its last good checkpoint), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
+        /// A checkpoint, a run's folder (then its last good checkpoint), that of all its versions (then the newest), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
         #[arg(long, value_name = "PATH")]
         checkpoint: PathBuf,
         #[command(flatten)]
@@ -125,7 +125,7 @@ pub(crate) enum Command {
     /// Find a learning rate: train some steps while it grows, and see where the loss falls fastest.
     ///
     /// The learning rate grows by the same factor in every step (Smith 2017, section 3.3), until the average loss is four
-    /// times its lowest. It starts from the initial weights, with the configuration's model, data, batch size and
+    /// times its lowest. It starts where a training would, with the configuration's model, data, batch size and
     /// optimizer; what [schedule] says plays no part. Several optimizers, and groups with rates of their own, keep
     /// their proportions. Nothing is written but --output.
     ///

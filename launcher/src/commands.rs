@@ -65,7 +65,9 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             }
             if let Some(dir) = lead_times {
                 let scores = experiment.compare(&checkpoint, split.into())?;
-                let scores = scores.ok_or_else(|| Error::msg("--lead-times: this data has no lead times"))?;
+                let scores = scores.ok_or_else(|| {
+                    Error::msg("--lead-times: this data has no lead times, or none of it is evaluated")
+                })?;
                 scores.save(&dir)?;
                 if !json {
                     print_lead_times(&scores);

@@ -421,6 +421,8 @@ fn a_training_starts_from_the_weights_of_another() {
     };
     let (mse, config) = train(&["--set", &format!("init.weights={first}")]);
     assert_eq!(mse, validate(first));
+    let (among_two, _) = train(&["--set", &format!("init.weights={first}"), "--devices", "2"]);
+    assert_eq!(among_two, mse, "not all ranks start from these weights");
     assert!(
         config.contains(&format!("[init]\nparams = \"*\"\nstrict = true\nweights = \"{first}\"\n")),
         "{config}"
@@ -867,6 +869,10 @@ fn a_run_that_cannot_go_on_keeps_its_files() {
         place.fail(1, &["train", "tiny.toml", "--resume", &format!("{run}/checkpoints/4/model.safetensors")]);
     assert!(error.contains("a training starts from a file of weights by `weights` in [init]"), "{error}");
     assert!(files() == before, "a refused run has changed files");
+    // Of a new run that is refused nothing is left.
+    let groups = "optimizer.groups=[{ params = \"nothing.*\", frozen = true }]";
+    place.fail(2, &["train", "tiny.toml", "--set", groups]);
+    assert!(!place.path("runs/tiny/version_1").exists());
     // The folder of all versions stands for the newest.
     place.succeed(&["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "runs/tiny"]);
     assert!(place.path(run).join("checkpoints/6").exists());

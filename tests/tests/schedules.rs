@@ -70,6 +70,15 @@ fn numbers(value: &Value) -> Vec<f64> {
 }
 
 #[test]
+fn one_cycle_is_known_by_pytorchs_names_too() {
+    let ours = r#"{"one_cycle": {"max_lr": 1, "steps": 9, "rising": 0.4, "start_divisor": 2, "end_divisor": 3, "three_phases": true}}"#;
+    let theirs = r#"{"one_cycle": {"max_lr": 1, "total_steps": 9, "pct_start": 0.4, "div_factor": 2, "final_div_factor": 3,
+        "three_phase": true}}"#;
+    let [ours, theirs] = [ours, theirs].map(|text| serde_json::from_str::<Schedule>(text).unwrap());
+    assert_eq!(ours, theirs);
+}
+
+#[test]
 fn every_schedule_of_the_fixture() {
     let text = std::fs::read_to_string(golden_dir().join("lr_schedulers.json")).unwrap();
     let golden: Value = serde_json::from_str(&text).unwrap();

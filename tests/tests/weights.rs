@@ -65,6 +65,26 @@ fn tensors_are_read_in_whatever_order_their_values_lie() {
     }
 }
 
+#[test]
+fn damaged_files_are_errors_and_nothing_worse() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["state_dict.pth", "lightning.ckpt", "channels_last.pt"] {
+        let whole = std::fs::read(init(name).weights).unwrap();
+        let file = dir.path().join(name);
+        for i in (0..whole.len()).step_by(5) {
+            let mut bytes = whole.clone();
+            bytes[i] ^= 0x55;
+            std::fs::write(&file, bytes).unwrap();
+            // A flipped name or number may still be read.
+            let _ = Weights::read(&file);
+        }
+        for len in (0..whole.len()).step_by(97) {
+            std::fs::write(&file, &whole[..len]).unwrap();
+            assert!(Weights::read(&file).is_err(), "{name}, cut to {len} bytes");
+        }
+    }
+}
+
 fn safetensors_of_one() -> Vec<u8> {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("one.safetensors");

@@ -144,7 +144,7 @@ impl<B: Batch> Job for Pair<B> {
             trainer = trainer.callback(ProgressBar::default());
         }
         tracing::info!("{}", summary(&model));
-        let mut dir = None;
+        let (mut dir, mut new_run) = (None, None);
         let writes = experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0;
         let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
         if checkpoint.is_none() && experiment.ranks.rank() == 0 {
@@ -153,7 +153,9 @@ impl<B: Batch> Job for Pair<B> {
         }
         if writes {
             let resumed_at = checkpoint.as_ref().map(|checkpoint| checkpoint.state().progress.step);
+            let is_new = run.is_none();
             let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
+            new_run = is_new.then(|| run.clone());
             tracing::info!("run folder: {}", run.path().display());
             trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
             if let Some(checkpoint) = checkpoint {
@@ -170,7 +172,10 @@ impl<B: Batch> Job for Pair<B> {
                 Ok(())
             });
         }
-        let outcome = trainer.fit(&model, &data).map_err(|error| experiment.place_training_error(error))?;
+        let outcome = trainer.fit(&model, &data).map_err(|error| {
+            new_run.iter().for_each(RunDir::discard_empty);
+            experiment.place_training_error(error)
+        })?;
         let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
         let lead_times = match &dir {
             Some(dir) if trained => {
