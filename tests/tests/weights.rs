@@ -17,12 +17,17 @@ fn init(file: &str) -> InitConfig {
 
 /// Of the network in `make.py`.
 fn params() -> Params {
+    with_norm().0
+}
+
+/// The same, and its normalisation as training sees it.
+fn with_norm() -> (Params, BatchNorm) {
     let params = Params::new(0, DType::F32, &device());
     let vb = params.var_builder();
     vb.get((3, 2), "hidden.weight").unwrap();
     vb.get(3, "hidden.bias").unwrap();
-    BatchNorm::new(3, Init::Const(1.), vb.pp("norm")).unwrap();
-    params
+    let norm = BatchNorm::new(3, Init::Const(1.), vb.pp("norm")).unwrap();
+    (params, norm)
 }
 
 fn values(x: &Tensor) -> Vec<f64> {
@@ -34,8 +39,15 @@ fn pytorchs_and_lightnings_files_are_read() {
     let names = ["hidden.weight", "hidden.bias", "norm.weight", "norm.bias"];
     let buffers = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"];
     for file in ["state_dict.pth", "lightning.ckpt"] {
-        let params = params();
+        let (params, norm) = with_norm();
         init(file).apply(&params).unwrap();
+        // Statistics are those of the file at once, for training too.
+        let normalized =
+            values(&norm.by_running(&Tensor::zeros((1, 3), DType::F32, &device()).unwrap()).unwrap());
+        for (n, y) in (0..3).map(f64::from).zip(normalized) {
+            let expected = -(40. + n) / (50. + n + 1e-5).sqrt() * (20. + n) + 30. + n;
+            assert!((y / expected - 1.).abs() < 1e-5, "{y}, not {expected}");
+        }
         let all = params.state_dict();
         assert_eq!(all.len(), 7);
         for (i, name) in names.iter().chain(&buffers).enumerate() {
