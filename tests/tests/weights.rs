@@ -1,6 +1,7 @@
 //! Weights that PyTorch has saved are read (`tests/weights/make.py` wrote them), and a training starts from them.
 #![allow(clippy::unwrap_used)]
 
+use std::io::{Cursor, Read, Write};
 use std::path::Path;
 
 use candle_core::Tensor;
@@ -95,6 +96,50 @@ fn damaged_files_are_errors_and_nothing_worse() {
             assert!(Weights::read(&file).is_err(), "{name}, cut to {len} bytes");
         }
     }
+}
+
+/// An archive of PyTorch's with other bytes for what describes its tensors, in a file that is whole.
+fn described_by(archive: &[u8], change: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
+    let mut from = zip::ZipArchive::new(Cursor::new(archive)).unwrap();
+    let mut to = zip::ZipWriter::new(Cursor::new(Vec::new()));
+    for i in 0..from.len() {
+        let mut entry = from.by_index(i).unwrap();
+        let (name, mut bytes) = (entry.name().unwrap().to_string(), Vec::new());
+        entry.read_to_end(&mut bytes).unwrap();
+        if name.ends_with("data.pkl") {
+            change(&mut bytes);
+        }
+        let stored =
+            zip::write::SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+        to.start_file(name, stored).unwrap();
+        to.write_all(&bytes).unwrap();
+    }
+    to.finish().unwrap().into_inner()
+}
+
+#[test]
+fn what_describes_tensors_wrongly_is_an_error_and_nothing_worse() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("a.pth");
+    let whole = std::fs::read(init("state_dict.pth").weights).unwrap();
+    let read = |change: &dyn Fn(&mut Vec<u8>)| {
+        std::fs::write(&file, described_by(&whole, change)).unwrap();
+        Weights::read(&file)
+    };
+    assert!(read(&|_| ()).is_ok());
+    let mut errors = String::new();
+    for i in 0..700 {
+        for flip in [0x01, 0x04] {
+            let read = read(&|bytes| {
+                let i = i % bytes.len();
+                bytes[i] ^= flip;
+            });
+            errors += &read.map_or_else(|error| error.to_string(), |_| String::new());
+        }
+    }
+    // Of sizes that are larger than what is kept, and of what candle's reader stumbles over.
+    assert!(errors.contains("values that are kept for it"), "{errors}");
+    assert!(errors.contains("it is not what PyTorch writes"), "{errors}");
 }
 
 fn safetensors_of_one() -> Vec<u8> {
