@@ -8,12 +8,9 @@ the given ones are the model's own predictions.
 """
 
 import argparse
-import json
-import statistics
-import time
 
+import pytorch_step
 import torch
-from pytorch_conv_lstm import WARM_UP, peak_rss_mb
 from torch import nn
 from torch.nn import functional as F
 
@@ -304,48 +301,28 @@ def main():
     parser.add_argument("--hidden", type=int, help="default: as published, 64 for mau and 128 for the others")
     parser.add_argument("--patch", type=int, help="default: as published, 1 for mau and 4 for the others")
     parser.add_argument("--reduction", type=int, default=4, help="of mau: by how much its encoder makes rows fewer")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
-    parser.add_argument("--steps", type=int, default=3, help="steps that are timed, after the warm-up; default: 3")
+    pytorch_step.add_arguments(parser)
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error("--steps: expected at least 1")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    pytorch_step.prepare(args)
     mau = args.model == "mau"
     patch, hidden = args.patch or (1 if mau else 4), args.hidden or (64 if mau else 128)
     network = build(args.model, patch**2, hidden, args.kernel, args.layers, args.size // patch, args.reduction)
-    optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    frames = torch.rand(args.frames_in + args.frames_out, args.batch, patch**2, args.size // patch, args.size // patch)
+    network = network.to(args.device)
+    times, side = args.frames_in + args.frames_out, args.size // patch
+    frames = torch.rand(times, args.batch, patch**2, side, side, device=args.device)
 
-    def train():
-        optimizer.zero_grad()
+    def loss():
         network.start(frames[0])
         predictions = []
         for t in range(len(frames) - 1):
             predictions.append(network.step(frames[t] if t < args.frames_in else predictions[-1]))
         predictions = torch.stack(predictions)
-        loss = F.mse_loss(predictions, frames[1:]) + network.extra_loss()
+        value = F.mse_loss(predictions.float(), frames[1:]) + network.extra_loss()
         if args.model == "e3d_lstm":
-            loss = loss + F.l1_loss(predictions, frames[1:])
-        loss.backward()
-        optimizer.step()
+            value = value + F.l1_loss(predictions.float(), frames[1:])
+        return value
 
-    times = []
-    for _ in range(WARM_UP + args.steps):
-        start = time.perf_counter()
-        train()
-        times.append(1e3 * (time.perf_counter() - start))
-    times = times[WARM_UP:]
-    result = {
-        "ms_per_step": statistics.median(times),
-        "min": min(times),
-        "peak_rss_mb": peak_rss_mb(),
-        "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps(result))
+    pytorch_step.measure(args, network, loss, lr=1e-4)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ from their equations: SimVP (Gao et al. 2022; gSTA: Tan et al. 2022), TAU (Tan e
 """
 
 import argparse
-import json
-import statistics
-import time
 
+import pytorch_step
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from pytorch_conv_lstm import WARM_UP, peak_rss_mb
 
 
 class Layer(nn.Module):
@@ -244,39 +240,21 @@ def main():
     parser.add_argument("model", choices=["sim_vp", "sim_vp_incepu", "tau", "svg_lp"])
     sizes = [("batch", 8), ("frames-in", 10), ("frames-out", 10), ("spatial-channels", 64), ("temporal-channels", 512),
              ("spatial-layers", 4), ("temporal-layers", 8), ("channels", 64), ("features", 128), ("latent", 10),
-             ("hidden", 256), ("steps", 10)]
+             ("hidden", 256)]
     for name, value in sizes:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
     parser.add_argument("--mlp-ratio", type=float, default=8.0, help="default: 8")
-    parser.add_argument("--threads", type=int, help="default: PyTorch's own choice")
     parser.add_argument("--channels-last", action="store_true", help="PyTorch's other memory format")
+    pytorch_step.add_arguments(parser)
     args = parser.parse_args()
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    model = (SvgLp if args.model == "svg_lp" else SimVp)(args)
+    pytorch_step.prepare(args)
+    model = (SvgLp if args.model == "svg_lp" else SimVp)(args).to(args.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    frames = torch.rand(args.batch, args.frames_in, 1, 64, 64)
-    target = torch.rand(args.batch, args.frames_out, 1, 64, 64)
-    times = []
-    for _ in range(WARM_UP + args.steps):
-        start = time.perf_counter()
-        optimizer.zero_grad()
-        model.loss(frames, target).backward()
-        optimizer.step()
-        times.append(1e3 * (time.perf_counter() - start))
-    result = {
-        "ms_per_step": statistics.median(times[WARM_UP:]),
-        "min": min(times[WARM_UP:]),
-        "peak_rss_mb": peak_rss_mb(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-    print(json.dumps(result))
+    frames = torch.rand(args.batch, args.frames_in, 1, 64, 64, device=args.device)
+    target = torch.rand(args.batch, args.frames_out, 1, 64, 64, device=args.device)
+    pytorch_step.measure(args, model, lambda: model.loss(frames, target), lr=1e-3)
 
 
 if __name__ == "__main__":

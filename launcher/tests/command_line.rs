@@ -121,7 +121,7 @@ fn a_wrong_type() {
     assert_text(
         &error_with("batch_size = 4", "batch_size = \"four\""),
         r#"
-error: tiny.toml:5:14: invalid type: string "four", expected usize
+error: tiny.toml:5:14: expected a whole number from 0, found "four"
   |
 5 | batch_size = "four"
   |              ^^^^^^"#,
@@ -775,7 +775,7 @@ error: tiny.toml:23:8: [optimizers.x] needs `params`: a pattern of names, for ex
     assert_text(
         &error_with("max_steps = 4", "val_every = \"often\""),
         r#"
-error: tiny.toml:6:13: invalid value: "often", expected a number of steps, as 500, or a text as "500 steps", "2 epochs", "0.25 epochs" or "30 min"
+error: tiny.toml:6:13: expected a number of steps, as 500, or a text as "500 steps", "2 epochs", "0.25 epochs" or "30 min", found "often"
   |
 6 | val_every = "often"
   |             ^^^^^^^"#,
@@ -783,7 +783,7 @@ error: tiny.toml:6:13: invalid value: "often", expected a number of steps, as 50
     assert_text(
         &error_with("max_steps = 4", "limit_val_batches = 1.5"),
         r"
-error: tiny.toml:6:21: invalid value: floating point `1.5`, expected a number of batches, as 100, or a share of them, as 0.25
+error: tiny.toml:6:21: expected a number of batches, as 100, or a share of them, as 0.25, found `1.5`
   |
 6 | limit_val_batches = 1.5
   |                     ^^^",
@@ -831,7 +831,7 @@ fn every_precision_trains_and_an_unknown_one_is_refused() {
     assert_text(
         &place.fail(2, &["train", "tiny.toml", "--precision", "16"]),
         r#"
-error: --set:1:19: unknown variant `16`, expected one of `32`, `bf16-mixed`, `16-mixed`
+error: --set:1:19: unknown value `16`, expected one of `32`, `bf16-mixed`, `16-mixed`
   |
 1 | trainer.precision="16"
   |                   ^^^^"#,
@@ -957,7 +957,7 @@ fn small(module: &str) -> &'static [&'static str] {
 }
 
 #[test]
-fn every_configuration_of_the_project_is_read_and_its_module_stepped() {
+fn every_configuration_of_the_project_is_read_and_its_module_stepped_in_every_precision() {
     use candlepower::experiment::{Experiment, Resume};
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
     let registry = candlepower_launcher::registry();
@@ -987,14 +987,24 @@ fn every_configuration_of_the_project_is_read_and_its_module_stepped() {
             eprintln!("skipped: there is no {}: no step of {}", radar.display(), path.display());
             continue;
         }
-        let quick = ["trainer.fast_dev_run=1", "trainer.batch_size=2", "logging.progress=false"];
-        let quick = small(&module).iter().chain(&quick).map(ToString::to_string);
-        let sets: Vec<String> = quick.chain(data).collect();
-        let report = Experiment::read(&registry, &path, &sets).unwrap().train(&Resume::No, Vec::new());
-        let outcome = report.unwrap_or_else(|error| panic!("{}: {error}", path.display())).outcome;
-        assert_eq!(outcome.progress.step, 1, "{}", path.display());
-        let validation = outcome.validation.unwrap();
-        assert!(validation["mse"].is_finite() && validation["loss"].is_finite(), "{}", path.display());
+        let step = |precision: &str| {
+            let what = format!("{}, {precision}", path.display());
+            let quick = ["trainer.fast_dev_run=1", "trainer.batch_size=2", "logging.progress=false"];
+            let quick = small(&module).iter().chain(&quick).map(ToString::to_string);
+            let sets: Vec<String> =
+                quick.chain(data.clone()).chain([format!("trainer.precision={precision:?}")]).collect();
+            let report = Experiment::read(&registry, &path, &sets).unwrap().train(&Resume::No, Vec::new());
+            let outcome = report.unwrap_or_else(|error| panic!("{what}: {error}")).outcome;
+            assert_eq!(outcome.progress.step, 1, "{what}");
+            let validation = outcome.validation.unwrap();
+            assert!(validation["mse"].is_finite() && validation["loss"].is_finite(), "{what}");
+            (what, validation["loss"])
+        };
+        let (_, wide) = step("32");
+        for precision in ["bf16-mixed", "16-mixed"] {
+            let (what, narrow) = step(precision);
+            assert!((narrow - wide).abs() < 0.05 * wide, "{what}: {narrow} beside {wide}");
+        }
         stepped.push(module);
     }
     for module in

@@ -234,14 +234,15 @@ impl Lstm {
         vec![None; self.cells.len()]
     }
 
+    /// (B, inputs) to (B, hidden), of the same type.
     fn step(&self, x: &Tensor, memory: &mut Memory) -> Result<Tensor> {
-        let mut x = self.embed.forward(x)?;
+        let (dtype, mut x) = (x.dtype(), self.embed.forward(x)?);
         for (cell, state) in self.cells.iter().zip(memory) {
             let next = cell.step(&x, state.as_ref())?;
             x = next.h.clone();
             *state = Some(next);
         }
-        Ok(x)
+        Ok(x.to_dtype(dtype)?)
     }
 }
 
@@ -351,7 +352,7 @@ impl SvgLp {
     fn predict_features(&self, features: &Tensor, latent: &Tensor, memory: &mut Memory) -> Result<Tensor> {
         let x = Tensor::cat(&[features, &latent.to_dtype(features.dtype())?], 1)?;
         let h = self.predictor.step(&x, memory)?;
-        Ok(self.predicted.forward(&h)?.tanh()?.to_dtype(features.dtype())?)
+        Ok(self.predicted.forward(&h)?.tanh()?)
     }
 
     /// Reconstructs frames (B, T, C, H, W) with this noise for the T - 1 latent variables; `training` says how the frames

@@ -5,9 +5,10 @@ use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use toml::Spanned;
-use toml::de::{DeTable, DeValue, ValueDeserializer};
+use toml::de::{DeTable, DeValue};
 
 use super::error::ConfigError;
+use super::wording::read;
 use crate::error::{Error, Result};
 
 /// A TOML document and the overrides laid over it.
@@ -128,8 +129,10 @@ impl Document {
         let mut root = self.root()?;
         let Some(value) = self.table(&mut root, &named.section)?.0.remove(key) else { return Ok(None) };
         let span = value.span();
-        let field = T::deserialize(ValueDeserializer::from(value));
-        field.map(Some).map_err(|error| self.error_at(Some(span), error.message().to_string()).into())
+        read(value).map(Some).map_err(|refusal| {
+            let hint = did_you_mean_in(&refusal.message);
+            self.error_at(refusal.span.or(Some(span)), refusal.message).hint(hint).into()
+        })
     }
 
     /// The type's own fields of a named section.
@@ -146,11 +149,12 @@ impl Document {
         let span = place.clone().unwrap_or_default();
         let key = Spanned::new(named.span.clone().unwrap_or(span.clone()), named.name.clone().into());
         let tagged = DeTable::from_iter([(key, Spanned::new(span.clone(), DeValue::Table(fields)))]);
-        let value = ValueDeserializer::from(Spanned::new(span, DeValue::Table(tagged)));
-        T::deserialize(value).map_err(|error| {
-            let unknown = error.message().starts_with("unknown variant");
-            let span = if unknown { named.span.clone() } else { error.span() };
-            let message = error.message().replacen("unknown variant", &format!("unknown {what}"), 1);
+        read(Spanned::new(span, DeValue::Table(tagged))).map_err(|refusal| {
+            let unknown = format!("unknown value `{}`", named.name);
+            let (span, message) = match refusal.message.strip_prefix(&unknown) {
+                Some(expected) => (named.span.clone(), format!("unknown {what} `{}`{expected}", named.name)),
+                None => (refusal.span, refusal.message),
+            };
             let hint = did_you_mean_in(&message);
             self.error_at(span.or(place), message).hint(hint).into()
         })
@@ -173,11 +177,11 @@ impl Document {
         let (mut fields, span) = self.table(&mut root, section)?;
         without.iter().for_each(|key| drop(fields.remove(*key)));
         let value = Spanned::new(span.clone().unwrap_or_default(), DeValue::Table(fields));
-        T::deserialize(ValueDeserializer::from(value)).map_err(|error| {
-            let place = span.and_then(|span| error.span().or(Some(span)));
+        read(value).map_err(|refusal| {
+            let place = span.and_then(|span| refusal.span.or(Some(span)));
             let message = match place {
-                Some(_) => error.message().to_string(),
-                None => format!("section [{section}]: {}", error.message()),
+                Some(_) => refusal.message,
+                None => format!("section [{section}]: {}", refusal.message),
             };
             let hint = did_you_mean_in(&message);
             self.error_at(place, message).hint(hint).into()

@@ -4,6 +4,7 @@
 mod document;
 mod error;
 mod registry;
+mod wording;
 
 pub(crate) use document::untag;
 pub use document::{Document, Named};
