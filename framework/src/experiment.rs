@@ -352,9 +352,12 @@ impl Experiment {
             Resume::No => return Ok((None, None)),
             Resume::From(path) => RunDir::containing(path)?,
             Resume::Auto => {
-                let newest = RunDir::newest(&self.run);
-                match newest.and_then(|run| Some((run.clone(), checkpoint::latest(&run.checkpoints())?))) {
-                    Some(found) => found,
+                let Some(run) = RunDir::newest(&self.run) else { return Ok((None, None)) };
+                let latest = checkpoint::latest(&run.checkpoints());
+                let latest = latest
+                    .map_err(|error| Error::msg(format!("{error}\nwithout `--resume`, a new run begins")))?;
+                match latest {
+                    Some(checkpoint) => (run, checkpoint),
                     None => return Ok((None, None)),
                 }
             }

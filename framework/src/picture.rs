@@ -1,6 +1,5 @@
 //! Pictures of videos: tensors (C, H, W) with values in `[0, 1]`, C being 1 (gray) or 3 (red, green, blue).
 
-use std::ffi::OsString;
 use std::ops::Range;
 use std::path::Path;
 
@@ -8,6 +7,7 @@ use candle_core::{DType, Device, Tensor};
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
 use crate::error::{Error, Result};
+use crate::whole_file::write_whole;
 
 /// Frames are magnified to at least this many pixels on their longer side.
 const LEAST_SIDE: usize = 64;
@@ -99,20 +99,6 @@ pub fn png_bytes(picture: &Tensor) -> Result<Vec<u8>> {
 /// Writes the picture to a PNG file, whole or not at all.
 pub fn save_png(picture: &Tensor, path: &Path) -> Result<()> {
     write_whole(path, &png_bytes(picture)?)
-}
-
-/// Writes a file beside and renames it, so that nobody ever finds half of it.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.partial", std::process::id()));
-    let partial = path.with_file_name(name);
-    let written = std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, path));
-    if written.is_err() {
-        // What could not be written may not be there to remove: the first error is the one to tell.
-        let _ = std::fs::remove_file(&partial);
-    }
-    written.map_err(Error::file(path))
 }
 
 /// A value in `[0, 1]` as a byte; what is outside is clipped, and NaN is black.
@@ -389,16 +375,6 @@ mod tests {
 
         let gray = Tensor::new(&[[[0f64, 0.5, f64::NAN]]], &Device::Cpu).unwrap();
         assert_eq!(to_rgb8(&gray).unwrap(), (3, 1, vec![0, 0, 0, 128, 128, 128, 0, 0, 0]));
-    }
-
-    #[test]
-    fn a_failed_write_leaves_nothing_behind() {
-        let folder = tempfile::tempdir().unwrap();
-        let taken = folder.path().join("taken.png");
-        std::fs::create_dir(&taken).unwrap();
-        let message = write_whole(&taken, b"bytes").unwrap_err().to_string();
-        assert!(message.starts_with(&format!("{}: ", taken.display())), "{message}");
-        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
     }
 
     #[test]

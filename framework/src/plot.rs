@@ -8,7 +8,7 @@ use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::picture::write_whole;
+use crate::whole_file::write_whole;
 
 /// Pixels; SVG scales.
 const SIZE: (u32, u32) = (900, 520);

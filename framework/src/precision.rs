@@ -56,8 +56,12 @@ pub struct LossScale {
     pub scale: f64,
     /// Good steps since the scale last changed.
     pub good_steps: u32,
-    /// Steps in a row that were not taken.
-    pub skipped: u32,
+}
+
+impl Default for LossScale {
+    fn default() -> Self {
+        Self { scale: Self::START, good_steps: 0 }
+    }
 }
 
 impl LossScale {
@@ -70,7 +74,7 @@ impl LossScale {
 
     /// A precision's scale at the start; fp16 alone has one.
     pub fn of(precision: Precision) -> Option<Self> {
-        (precision == Precision::Fp16Mixed).then_some(Self { scale: Self::START, good_steps: 0, skipped: 0 })
+        (precision == Precision::Fp16Mixed).then(Self::default)
     }
 
     /// Takes note of a step whose gradients were finite, or not.
@@ -78,10 +82,8 @@ impl LossScale {
         if !finite {
             self.scale *= Self::BACKOFF;
             self.good_steps = 0;
-            self.skipped += 1;
             return;
         }
-        self.skipped = 0;
         self.good_steps += 1;
         if self.good_steps == Self::GROWTH_INTERVAL {
             // A scale beyond f32 would turn every loss into infinity; torch keeps the old one then too.

@@ -42,7 +42,8 @@ use tracing_subscriber::filter::{Targets, dynamic_filter_fn};
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::whole_file::write_whole;
 
 /// The target of the spans that mark the phases of training; their level is DEBUG.
 pub const TARGET: &str = "candlepower::phase";
@@ -226,7 +227,7 @@ impl Trace {
     pub fn save(self, path: &Path) -> Result<()> {
         // Waits until all that was seen is in the buffer.
         drop(self.writer);
-        std::fs::write(path, &*self.json.bytes()).map_err(Error::file(path))
+        write_whole(path, &self.json.bytes())
     }
 }
 

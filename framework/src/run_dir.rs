@@ -92,7 +92,7 @@ impl RunDir {
         let checkpoint = if is_checkpoint {
             path.clone()
         } else {
-            checkpoint::latest(&checkpoints).ok_or_else(nothing)?
+            checkpoint::latest(&checkpoints)?.ok_or_else(nothing)?
         };
         let run = checkpoints.parent().unwrap_or(&checkpoints).to_path_buf();
         Ok((Self(run), checkpoint))

@@ -193,7 +193,7 @@ impl Place {
 
     fn checkpoint(&self, version: usize) -> PathBuf {
         let checkpoints = self.0.path().join(format!("runs/run/version_{version}/checkpoints"));
-        candlepower::checkpoint::latest(&checkpoints).unwrap()
+        candlepower::checkpoint::latest(&checkpoints).unwrap().unwrap()
     }
 }
 

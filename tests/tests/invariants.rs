@@ -86,7 +86,7 @@ fn a_resumed_run_ends_with_the_same_bits() {
         let dir = tempfile::tempdir().unwrap();
         let keep = CheckpointConfig { keep_last: 9, ..Default::default() };
         trainer(stop).checkpoints(dir.path(), keep.clone()).fit(&model(1), &data(2)).unwrap();
-        let checkpoint = Checkpoint::load(&checkpoint::latest(dir.path()).unwrap()).unwrap();
+        let checkpoint = Checkpoint::load(&checkpoint::latest(dir.path()).unwrap().unwrap()).unwrap();
         // Another process would start from other initial values and have other workers.
         let outcome = trainer(9).checkpoints(dir.path(), keep).resume(checkpoint).fit(&model(77), &data(1));
         assert_eq!(outcome.unwrap().progress.samples, 2 * 20 + 6);

@@ -290,7 +290,7 @@ fn a_run_goes_on_with_another_number_of_devices() {
             .average(Some(ema))
             .checkpoints(dir, CheckpointConfig::default());
         if resume {
-            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap()).unwrap());
+            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap().unwrap()).unwrap());
         }
         let outcome = trainer.fit(&model, &points()).unwrap();
         assert_eq!(outcome.progress.step, steps);
@@ -901,7 +901,7 @@ fn goes_on_with_any_number_of_devices(optimizer: OptimizerConfig) {
             .distributed(distributed)
             .checkpoints(dir, CheckpointConfig { every_steps: Some(2), ..Default::default() });
         if resume {
-            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap()).unwrap());
+            trainer = trainer.resume(Checkpoint::load(&checkpoint::latest(dir).unwrap().unwrap()).unwrap());
         }
         trainer.fit(&Dropped::model(3), &points()).unwrap();
         ["model.safetensors", "optimizer.safetensors"]

@@ -12,7 +12,7 @@ use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, RmspropConfig, S
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::{OneCycle, Plateau, Schedule};
-use candlepower::trainer::{Every, Limit};
+use candlepower::trainer::{Every, Limit, Outcome};
 use candlepower_tests::points::{Dropped, PointStream, Points};
 use candlepower_tests::recorder::Recorder;
 
@@ -214,7 +214,7 @@ fn a_run_that_died_in_mid_accumulation_goes_on_to_the_same_bits() {
     let broken = Data { val: data(0).val, ..Data::new(Broken(Points { samples: 10 })) };
     let error = run(died.path(), broken, None).unwrap_err().to_string();
     assert_eq!(error, "cannot read sample(s) 3: the disk is gone");
-    let last = candlepower::checkpoint::latest(died.path()).unwrap();
+    let last = candlepower::checkpoint::latest(died.path()).unwrap().unwrap();
     run(died.path(), data(1), Some(Checkpoint::load(&last).unwrap())).unwrap();
     let step = STEPS.to_string();
     let (whole, died) = (files(&whole.path().join(&step)), files(&died.path().join(&step)));
@@ -317,4 +317,84 @@ fn numbers_come_back_to_the_last_bit() {
     let before = run(1, &numbers, None);
     let checkpoint = Checkpoint::load(&dir.path().join("1")).unwrap();
     assert!(before == run(2, &[], Some(checkpoint)));
+}
+
+/// Trains in a folder, on from the checkpoint of a step where one is named.
+fn go_on(dir: &Path, from: Option<u64>, keep_last: usize, trainer: Trainer) -> Outcome {
+    let every = CheckpointConfig { keep_last, every_steps: Some(1), ..Default::default() };
+    let checkpoint = from.map(|step| Checkpoint::load(&dir.join(step.to_string())).unwrap());
+    let mut trainer = checkpoint.into_iter().fold(trainer.checkpoints(dir, every), Trainer::resume);
+    trainer.fit(&Dropped::model(1), &data(1)).unwrap()
+}
+
+fn up_to(max_steps: u64) -> TrainerConfig {
+    TrainerConfig { max_steps: Some(max_steps), ..config() }
+}
+
+#[test]
+fn a_longer_run_does_not_know_where_a_shorter_one_ended() {
+    let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    // Epochs have 3 steps: the shorter run validates after 4, where the longer one does not.
+    let trainer = |steps| {
+        let plateau = Plateau { factor: 0.5, patience: 0, threshold: 0.5, ..Default::default() };
+        Trainer::new(up_to(steps)).plateau(Some(plateau)).callback(early_stopping())
+    };
+    go_on(whole.path(), None, 9, trainer(STEPS));
+    assert!(go_on(halves.path(), None, 9, trainer(4)).validation.is_some());
+    go_on(halves.path(), Some(4), 9, trainer(STEPS));
+    let of = |dir: &Path| (files(&dir.join("8")), Checkpoint::load(&dir.join("8")).unwrap().state().clone());
+    let ((whole, a), (halves, b)) = (of(whole.path()), of(halves.path()));
+    for file in ["model.safetensors", "optimizer.safetensors"] {
+        assert!(whole[file] == halves[file], "{file} differs");
+    }
+    assert_eq!((a.lr_scale, a.plateau, a.callbacks), (b.lr_scale, b.plateau, b.callbacks));
+}
+
+#[test]
+fn the_best_validation_may_be_the_one_that_a_run_ended_with() {
+    let dir = tempfile::tempdir().unwrap();
+    let trainer = |steps, lr| {
+        let config = TrainerConfig { val_every: Some(Every::Steps(3)), ..up_to(steps) };
+        Trainer::new(config).optimizer(SgdConfig { lr, ..Default::default() })
+    };
+    go_on(dir.path(), None, 1, trainer(4, 0.05));
+    let best = || std::fs::read_link(dir.path().join("best")).unwrap();
+    assert_eq!(best(), Path::new("4"));
+    // Training diverges.
+    go_on(dir.path(), Some(4), 1, trainer(STEPS, 3.));
+    assert_eq!(best(), Path::new("4"));
+    assert!(dir.path().join("4/manifest.json").exists());
+}
+
+#[test]
+fn a_run_that_goes_back_keeps_its_own_checkpoints_and_the_old_ones_under_other_names() {
+    let dir = tempfile::tempdir().unwrap();
+    go_on(dir.path(), None, 9, Trainer::new(up_to(6)));
+    // What a process has left that was killed while it wrote.
+    std::fs::create_dir(dir.path().join(".7.tmp")).unwrap();
+    go_on(dir.path(), Some(2), 2, Trainer::new(up_to(4)));
+    let mut names: Vec<String> = std::fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != "best")
+        .collect();
+    names.sort();
+    let best = std::fs::read_link(dir.path().join("best")).unwrap();
+    names.retain(|name| Path::new(name) != best || ["3", "4"].contains(&name.as_str()));
+    assert_eq!(names, ["3", "3.old", "4", "4.old", "5.old", "6.old", "best.json", "last"]);
+    assert_eq!(std::fs::read_link(dir.path().join("last")).unwrap(), Path::new("4"));
+    assert_eq!(candlepower::checkpoint::latest(dir.path()).unwrap(), Some(dir.path().join("4")));
+    // A training from the start, in a folder that has been used.
+    go_on(dir.path(), None, 9, Trainer::new(up_to(1)));
+    assert_eq!(candlepower::checkpoint::latest(dir.path()).unwrap(), Some(dir.path().join("1")));
+}
+
+#[test]
+fn a_run_that_has_ended_ends_again_without_another_validation_in_its_logs() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = go_on(dir.path(), None, 9, Trainer::new(up_to(4)));
+    let recorder = Recorder::default();
+    let again = go_on(dir.path(), Some(4), 9, Trainer::new(up_to(4)).callback(recorder.clone()));
+    assert_eq!((again.progress, again.validation), (first.progress, first.validation));
+    assert!(recorder.records().is_empty(), "{:?}", recorder.records());
 }

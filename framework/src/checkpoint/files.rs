@@ -8,9 +8,14 @@ use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::Best;
 use crate::error::{Error, Result};
+use crate::whole_file::write_whole;
 
 const MANIFEST: &str = "manifest.json";
+const BEST: &str = "best.json";
+/// What is not a checkpoint yet, and never becomes one where its writer was killed.
+const UNFINISHED: &str = ".tmp";
 
 /// What the manifest says of one file.
 #[derive(Debug, Serialize, Deserialize)]
@@ -27,7 +32,8 @@ fn sha256(bytes: &[u8]) -> String {
 pub(super) fn write(target: &Path, contents: &[(&str, Vec<u8>)]) -> Result<()> {
     let parent = target.parent().unwrap_or(Path::new("."));
     let name = target.file_name().unwrap_or_default().to_string_lossy();
-    let beside = parent.join(format!(".{name}.tmp"));
+    let beside = parent.join(format!(".{name}{UNFINISHED}"));
+    let before = parent.join(format!(".{name}.before{UNFINISHED}"));
     remove(&beside)?;
     fs::create_dir_all(&beside).map_err(Error::file(&beside))?;
     let entry = |(name, bytes): &(&str, Vec<u8>)| {
@@ -45,9 +51,13 @@ pub(super) fn write(target: &Path, contents: &[(&str, Vec<u8>)]) -> Result<()> {
         write().map_err(Error::file(&path))?;
     }
     sync(&beside)?;
-    remove(target)?;
+    if target.exists() {
+        remove(&before)?;
+        fs::rename(target, &before).map_err(Error::file(target))?;
+    }
     fs::rename(&beside, target).map_err(Error::file(target))?;
-    sync(parent)
+    sync(parent)?;
+    remove(&before)
 }
 
 /// Whether every file of a checkpoint is there with the size and the hash that its manifest says.
@@ -79,15 +89,68 @@ fn steps(dir: &Path) -> Vec<u64> {
     steps
 }
 
-/// The newest good checkpoint in the folder `dir`.
-pub fn latest(dir: &Path) -> Option<PathBuf> {
-    let newest_first = steps(dir).into_iter().rev();
-    newest_first.map(|step| dir.join(step.to_string())).find(|path| verify(path).is_ok())
+/// The newest good checkpoint in the folder `dir`; damaged ones are told of and passed over. None where there is no checkpoint.
+///
+/// # Errors
+/// Where there are checkpoints, and all of them are damaged.
+pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
+    let mut newest = None;
+    for path in steps(dir).into_iter().rev().map(|step| dir.join(step.to_string())) {
+        let Err(damage) = verify(&path) else { return Ok(Some(path)) };
+        tracing::warn!("passing over a checkpoint: {damage}");
+        newest.get_or_insert(damage);
+    }
+    match newest {
+        None => Ok(None),
+        Some(damage) => Err(Error::msg(format!("no checkpoint in {} is good: {damage}", dir.display()))),
+    }
+}
+
+/// What `dir` says of its best validations, the best first.
+pub(super) fn best(dir: &Path) -> Vec<Best> {
+    let path = dir.join(BEST);
+    let Ok(text) = fs::read(&path) else { return Vec::new() };
+    serde_json::from_slice(&text).unwrap_or_else(|error| {
+        tracing::warn!("{}: {error}; which validations were the best is not known", path.display());
+        Vec::new()
+    })
+}
+
+/// Writes down which validations are the best.
+pub(super) fn keep_best(dir: &Path, best: &[Best]) -> Result<()> {
+    let path = dir.join(BEST);
+    fs::create_dir_all(dir).map_err(Error::file(dir))?;
+    write_whole(&path, &serde_json::to_vec(best).map_err(Error::content(&path))?)
+}
+
+/// Clears the way for a run that has taken `done` steps: what was never finished goes, and checkpoints of steps that it will take
+/// again get other names, so that they are neither mistaken for its own nor lost. Returns what they are called now.
+pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let name = entry.file_name();
+        if name.to_str().is_some_and(|name| name.starts_with('.') && name.ends_with(UNFINISHED)) {
+            remove(&entry.path())?;
+        }
+    }
+    let mut aside = Vec::new();
+    for step in steps(dir).into_iter().filter(|step| done.is_none_or(|done| *step > done)) {
+        let (path, name) = (dir.join(step.to_string()), dir.join(format!("{step}.old")));
+        remove(&name)?;
+        fs::rename(&path, &name).map_err(Error::file(&path))?;
+        aside.push(name);
+    }
+    for link in ["last", "best"].map(|link| dir.join(link)) {
+        // To where there is something, or nowhere.
+        if link.is_symlink() && !link.exists() {
+            remove(&link)?;
+        }
+    }
+    Ok(aside)
 }
 
 /// Points a link in `dir` to the checkpoint folder `step`, replacing the old link in one move.
 pub(super) fn link(dir: &Path, name: &str, step: &Path) -> Result<()> {
-    let (link, beside) = (dir.join(name), dir.join(format!(".{name}.tmp")));
+    let (link, beside) = (dir.join(name), dir.join(format!(".{name}{UNFINISHED}")));
     remove(&beside)?;
     #[cfg(unix)]
     std::os::unix::fs::symlink(step, &beside).map_err(Error::file(&beside))?;

@@ -2,7 +2,8 @@
 //!
 //! A checkpoint is a folder named after its step. It is written beside its place, synced, and renamed, so at every
 //! instant each folder `<step>/` is complete. Its manifest holds the size and the hash of every file; a checkpoint
-//! that does not agree with its manifest is not loaded.
+//! that does not agree with its manifest is not loaded. Beside the folders, `last` and `best` are links, `best.json` says
+//! which validations were the best, and `<step>.old/` is what a run that went back has found.
 
 mod files;
 mod saver;
@@ -323,7 +324,7 @@ mod tests {
         for step in [5, 10] {
             save(dir.path(), step, &[var("w", &[step as f32])]);
         }
-        assert_eq!(latest(dir.path()), Some(dir.path().join("10")));
+        assert_eq!(latest(dir.path()).unwrap(), Some(dir.path().join("10")));
         let file = dir.path().join("10").join(MODEL);
         let mut bytes = std::fs::read(&file).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
@@ -333,6 +334,10 @@ mod tests {
             error.ends_with("model.safetensors: the file is damaged: its hash is not the manifest's"),
             "{error}"
         );
-        assert_eq!(latest(dir.path()), Some(dir.path().join("5")));
+        assert_eq!(latest(dir.path()).unwrap(), Some(dir.path().join("5")));
+        std::fs::remove_file(dir.path().join("5").join(STATE)).unwrap();
+        let error = latest(dir.path()).unwrap_err().to_string();
+        assert!(error.starts_with("no checkpoint in ") && error.contains("10/model.safetensors"), "{error}");
+        assert_eq!(latest(&dir.path().join("elsewhere")).unwrap(), None);
     }
 }

@@ -22,14 +22,31 @@ pub(crate) struct Saver {
 impl Saver {
     /// Saves into `dir`; goes on from the checkpoint that `resumed` is the state of.
     pub(crate) fn new(dir: &Path, config: &CheckpointConfig, resumed: Option<&State>) -> Self {
-        Self {
+        let mut saver = Self {
             dir: dir.to_path_buf(),
             config: config.clone(),
-            best: resumed.map(|state| state.best.clone()).unwrap_or_default(),
+            best: Vec::new(),
             saved: resumed.map(|state| state.progress.step),
             saved_at: Instant::now(),
             writing: None,
+        };
+        if let Some(state) = resumed {
+            // A validation at a run's very end comes after its checkpoint: the folder knows of it.
+            let known = files::best(dir).into_iter().filter(|best| best.step <= state.progress.step);
+            state.best.iter().copied().chain(known).for_each(|best| saver.place(best));
         }
+        saver
+    }
+
+    /// Makes its folder ready, where this run is sure to train: see [`files::set_aside`].
+    pub(crate) fn begin(&self) -> Result<()> {
+        let aside = files::set_aside(&self.dir, self.saved)?;
+        if !aside.is_empty() {
+            let names: Vec<String> = aside.iter().map(|path| path.display().to_string()).collect();
+            tracing::warn!("checkpoints of steps that this run takes anew are kept as {}", names.join(", "));
+        }
+        let last = self.saved.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());
+        last.map_or(Ok(()), |step| files::link(&self.dir, "last", Path::new(&step)))
     }
 
     /// The best validations so far, the best first.
@@ -57,8 +74,14 @@ impl Saver {
             return Err(Error::setting("monitor", message));
         };
         let best = Best { step, value: Some(value).filter(|value| !value.is_nan()) };
+        self.place(best);
+        Ok(self.best.contains(&best))
+    }
+
+    /// Puts it among the best, where it is one of them.
+    fn place(&mut self, best: Best) {
         // Mid-step validations by the clock may come to the same step again: the newer one counts.
-        self.best.retain(|other| other.step != step);
+        self.best.retain(|other| other.step != best.step);
         self.best.push(best);
         let sign = if self.config.maximize { -1. } else { 1. };
         self.best.sort_by(|a, b| match (a.value, b.value) {
@@ -67,7 +90,6 @@ impl Saver {
             (a, b) => b.is_some().cmp(&a.is_some()),
         });
         self.best.truncate(self.config.keep_best);
-        Ok(self.best.contains(&best))
     }
 
     /// Takes a checkpoint: waits for the one before to be on disk, and leaves the writing to another thread. Without a
@@ -78,9 +100,10 @@ impl Saver {
             self.saved = Some(snapshot.state.progress.step);
             self.saved_at = Instant::now();
         }
-        let (dir, keep) = (self.dir.clone(), self.config.keep_last);
-        let best: Vec<u64> = self.best.iter().map(|best| best.step).collect();
+        let (dir, keep, all) = (self.dir.clone(), self.config.keep_last, self.best.clone());
         self.writing = Some(std::thread::spawn(move || {
+            let best: Vec<u64> = all.iter().map(|best| best.step).collect();
+            files::keep_best(&dir, &all)?;
             let path = snapshot.map(|snapshot| snapshot.write(&dir)).transpose()?;
             if let Some(step) = path.as_deref().and_then(Path::file_name) {
                 files::link(&dir, "last", Path::new(step))?;

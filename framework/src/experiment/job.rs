@@ -23,6 +23,7 @@ use crate::module::Model;
 use crate::run_dir::RunDir;
 use crate::trainer::Trainer;
 use crate::weights::Weights;
+use crate::whole_file::write_whole;
 
 /// What an experiment does once the batch that its module and its data meet in is known.
 pub(crate) trait Job: Send + Sync {
@@ -103,14 +104,17 @@ impl<B: Batch> Pair<B> {
 /// Writes the resolved configuration into the run's folder; of a resumed run, says what has changed in it.
 fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
     let path = run.join("config.toml");
-    if resumed && let Ok(old) = std::fs::read_to_string(&path) {
-        let parse = |text: &str| text.parse::<toml::Table>().map_err(Error::content(&path));
-        let changes = differences(&parse(&old)?, &parse(resolved)?, "");
+    let parse = |text: &str| text.parse::<toml::Table>().map_err(Error::content(&path));
+    if resumed
+        && let Ok(old) =
+            std::fs::read_to_string(&path).map_err(Error::file(&path)).and_then(|old| parse(&old))
+    {
+        let changes = differences(&old, &parse(resolved)?, "");
         if !changes.is_empty() {
             tracing::warn!("the configuration is not the checkpoint's:\n  {}", changes.join("\n  "));
         }
     }
-    std::fs::write(&path, resolved).map_err(Error::file(&path))
+    write_whole(&path, resolved.as_bytes())
 }
 
 /// Gives the model a checkpoint's weights: their average, where it has one.

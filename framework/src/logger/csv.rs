@@ -4,9 +4,10 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::{Logger, replace};
+use super::Logger;
 use crate::callback::Record;
 use crate::error::{Error, Result};
+use crate::whole_file::write_whole;
 
 /// Appends each record as one row; a metric that is new adds a column to all rows.
 pub struct Csv {
@@ -61,7 +62,7 @@ fn read(path: &Path) -> Result<(Vec<String>, Vec<Vec<String>>)> {
 
 /// Writes the whole file anew, and opens it for more.
 fn rewrite(path: &Path, header: &Vec<String>, rows: &[Vec<String>]) -> Result<File> {
-    replace(path, &lines(path, std::iter::once(header).chain(rows), header.len())?)?;
+    write_whole(path, &lines(path, std::iter::once(header).chain(rows), header.len())?)?;
     OpenOptions::new().append(true).open(path).map_err(Error::file(path))
 }
 

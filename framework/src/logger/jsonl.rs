@@ -4,9 +4,10 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::{Logger, replace};
+use super::Logger;
 use crate::callback::Record;
 use crate::error::{Error, Result};
+use crate::whole_file::write_whole;
 
 /// Appends each record as one line of JSON, written at once, so that `tail -f` follows the run. A metric that is
 /// infinite or no number is `null`: JSON has no other word for it. `metrics.csv` tells them apart.
@@ -24,7 +25,7 @@ impl Jsonl {
                 record.and_then(|record| record["step"].as_u64()).is_some_and(|at| at <= step)
             };
             let kept: String = text.lines().filter(before).flat_map(|line| [line, "\n"]).collect();
-            replace(path, kept.as_bytes())?;
+            write_whole(path, kept.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::file(path))?;
         Ok(Self { path: path.to_path_buf(), file })

@@ -226,13 +226,6 @@ fn flatten(table: toml::Table) -> HyperParameters {
     table.into_iter().flat_map(under).collect()
 }
 
-/// Replaces a file in one move, so that a reader, or a crash, never sees half of it.
-fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    let beside = path.with_extension("tmp");
-    std::fs::write(&beside, content).map_err(Error::file(&beside))?;
-    std::fs::rename(&beside, path).map_err(Error::file(path))
-}
-
 #[cfg(test)]
 mod tests {
     use indexmap::IndexMap;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use super::Logger;
 use crate::callback::{Picture, Record};
 use crate::error::{Error, Result};
-use crate::picture::write_whole;
+use crate::whole_file::write_whole;
 
 /// Writes `<split>_<name>_<step>.png` into a folder.
 pub struct Pictures {

@@ -73,6 +73,10 @@ pub(super) struct Fit<'a, B: Batch> {
     plateau: PlateauState,
     /// Of fp16 alone.
     loss_scale: Option<LossScale>,
+    /// Of each optimizer: how often in a row its gradients have overflowed.
+    overflows: Vec<u32>,
+    /// What a validation inside the step has asked for: that is for when the step is taken.
+    asked: Flow,
     saver: Option<Saver>,
     /// Since when this attempt runs, and how long those before it ran.
     started: Instant,
@@ -94,7 +98,6 @@ struct Tally {
     losses: Vec<(usize, Tensor)>,
     /// Of the optimizers that have had their turn, in the order of the trained parameters.
     gradients: Vec<Tensor>,
-    flow: Flow,
 }
 
 impl Tally {
@@ -115,6 +118,7 @@ impl<B: Batch> Fit<'_, B> {
     /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
     pub(super) fn run(mut self) -> Result<Outcome> {
         self.start()?;
+        let begun_at = self.progress.step;
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step().map_err(|error| self.explain_memory(error))? {
@@ -131,7 +135,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         // Who interrupts a run wants its state saved, not minutes of validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
-            self.validate()?;
+            self.validate_at_the_end(begun_at)?;
         }
         self.save()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
@@ -146,6 +150,7 @@ impl<B: Batch> Fit<'_, B> {
         if let Some(work) = self.trainer.when_ready.take() {
             work(self.trainer)?;
         }
+        self.saver.as_ref().map_or(Ok(()), Saver::begin)?;
         let plan = Plan {
             start: self.progress,
             last_step: self.trainer.config.last_step(self.steps_per_epoch),
@@ -209,7 +214,8 @@ impl<B: Batch> Fit<'_, B> {
     fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
         let end = StepEnd { progress, params: &self.trained, gradients: &tally.gradients };
-        let mut flow = tally.flow.or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
+        let mut flow =
+            std::mem::take(&mut self.asked).or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
         if let Some(means) =
             tally.means.filter(|_| progress.step.is_multiple_of(self.trainer.config.log_every))
         {
@@ -319,6 +325,22 @@ impl<B: Batch> Fit<'_, B> {
         self.validated_at = Instant::now();
         self.validation = Some((step, record.metrics));
         Ok(flow)
+    }
+
+    /// The validation that a run ends with.
+    fn validate_at_the_end(&mut self, begun_at: u64) -> Result<()> {
+        let step = self.progress.step;
+        if step > 0 && step == begun_at {
+            // There was nothing left to do: it is the one that the run has ended with before.
+            let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
+            self.validation = self.evaluate(limit, false)?.map(|metrics| (step, metrics));
+            return Ok(());
+        }
+        if self.validation.as_ref().is_none_or(|(at, _)| *at != step) {
+            // A longer run would not validate here: what is saved, and goes on one day, knows nothing of it.
+            self.save()?;
+        }
+        self.validate().map(drop)
     }
 
     /// The metrics of the validation data with the averaged weights, where there are any.

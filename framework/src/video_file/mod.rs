@@ -12,6 +12,7 @@ pub use pictures::{Pictures, count, is_picture, pictures, size};
 use crate::batch::{Video, VideoSpec};
 use crate::error::{Error, Result};
 use crate::picture;
+use crate::whole_file::write_whole;
 
 /// Samples of a batch that a picture or an animation shows.
 const SHOWN_SAMPLES: usize = 8;
@@ -79,7 +80,7 @@ pub fn write(input: &Tensor, prediction: &Tensor, path: &Path) -> Result<()> {
         "gif" => gif::bytes(input, prediction)?,
         _ => return Err(unknown(path, "predictions are written to .npy, .png and .gif files")),
     };
-    picture::write_whole(path, &bytes)
+    write_whole(path, &bytes)
 }
 
 fn extension(path: &Path) -> String {

@@ -13,8 +13,8 @@ use super::{Contingency, Pair, PerFrame, Pixels};
 use crate::batch::{Quantity, Threshold, Video};
 use crate::data::{Dataset, Order, Split, samples_in_turn};
 use crate::error::{Error, Result};
-use crate::picture::write_whole;
 use crate::plot::{Axis, Plot};
+use crate::whole_file::write_whole;
 
 /// Training samples that the per-pixel mean is taken over; a mean needs no more.
 const MEAN_SAMPLES: usize = 256;

@@ -8,7 +8,7 @@ use candle_core::Var;
 use super::replays::Replays;
 use super::{Fit, Tapped};
 use crate::batch::Batch;
-use crate::callback::Progress;
+use crate::callback::{Flow, Progress};
 use crate::checkpoint::{Checkpoint, Saver, State};
 use crate::collective::shard::Whole;
 use crate::collective::{self, Collective, Identity, Shard};
@@ -99,6 +99,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 "trainer.cuda_graph: steps of several ranks are not recorded: their gradients travel meanwhile"
             );
         }
+        let overflows = vec![0; turns.len()];
         let share = Share { rank: ranks.rank(), of: ranks.world_size() };
         let start = Start {
             epoch: progress.epoch,
@@ -142,7 +143,10 @@ impl<'a, B: Batch> Fit<'a, B> {
             validated_at: Instant::now(),
             lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
             plateau: state.map(|state| state.plateau).unwrap_or_default(),
-            loss_scale: state.and_then(|state| state.loss_scale).or(LossScale::of(config.precision)),
+            loss_scale: LossScale::of(config.precision)
+                .map(|fresh| state.and_then(|state| state.loss_scale).unwrap_or(fresh)),
+            overflows,
+            asked: Flow::Continue,
             saver,
             started: Instant::now(),
             seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),

@@ -27,9 +27,15 @@ impl<B: Batch> Fit<'_, B> {
     ) -> Result<Option<Refusal>> {
         if let Some(loss_scale) = &mut self.loss_scale {
             loss_scale.update(norm.is_finite());
-            return Ok(match loss_scale.skipped {
+            let overflows = &mut self.overflows[turn];
+            *overflows = if norm.is_finite() { 0 } else { *overflows + 1 };
+            return Ok(match *overflows {
                 0 => None,
-                LossScale::HOPELESS => Some(Refusal::Hopeless(hopeless(self.progress.step + 1))),
+                LossScale::HOPELESS.. => {
+                    // That was not for the scale: who mends what it was for begins with another.
+                    *loss_scale = LossScale::default();
+                    Some(Refusal::Hopeless(hopeless(self.progress.step + 1)))
+                }
                 _ => Some(Refusal::Overflow),
             });
         }

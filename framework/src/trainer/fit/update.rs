@@ -7,7 +7,6 @@ use super::backprop::{Backprop, forward, scaled};
 use super::replays::Kind;
 use super::{Fit, Tally, Tapped, phase};
 use crate::batch::Batch;
-use crate::callback::Flow;
 use crate::collective::shard::Shares;
 use crate::data::Place;
 use crate::error::Result;
@@ -94,7 +93,7 @@ impl<B: Batch> Fit<'_, B> {
             // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
             // each may be somewhere else in it.
             if turn == 0 && self.ranks.is_alone() && self.is_validation_due(true)? {
-                tally.flow = std::mem::replace(&mut tally.flow, Flow::Continue).or(self.validate()?);
+                self.asked = std::mem::take(&mut self.asked).or(self.validate()?);
             }
         }
         let wanted = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
