@@ -21,6 +21,8 @@ pub struct Progress {
     pub step_in_epoch: u64,
     /// Samples learned from.
     pub samples: u64,
+    /// Samples learned from in the epoch of the next step.
+    pub samples_in_epoch: u64,
 }
 
 impl Progress {
@@ -29,8 +31,9 @@ impl Progress {
         self.step += 1;
         self.samples += samples as u64;
         self.step_in_epoch += 1;
+        self.samples_in_epoch += samples as u64;
         if ends_epoch {
-            self.step_in_epoch = 0;
+            (self.step_in_epoch, self.samples_in_epoch) = (0, 0);
             self.epoch += 1;
         }
     }
@@ -206,6 +209,16 @@ pub trait Callback: Send {
     /// Whether, in a training of several processes, each of them asks it, and not that of rank 0 alone.
     fn on_every_rank(&self) -> bool {
         false
+    }
+
+    /// The validation metric that it cannot do without. Whether there is one of that name is known before the first step.
+    fn monitors(&self) -> Option<&str> {
+        None
+    }
+
+    /// The names of the validation metrics that it adds to records, for others to monitor.
+    fn adds(&self) -> Vec<String> {
+        Vec::new()
     }
 
     /// The name under which checkpoints keep its state.

@@ -51,6 +51,15 @@ impl Error {
         Error::Message(message.into())
     }
 
+    /// The same error, with where it happened in front.
+    pub(crate) fn within(self, place: &str) -> Self {
+        match self {
+            // These have places of their own.
+            error @ (Error::Config(_) | Error::Setting { .. }) => error,
+            error => Error::Message(format!("{place}: {error}")),
+        }
+    }
+
     /// A value of the setting `key` that does not fit; `message` says what was expected.
     pub fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
         Error::Setting { key: key.into(), message: message.into() }

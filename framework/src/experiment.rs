@@ -336,10 +336,25 @@ impl Experiment {
             .image_every(self.logging.image_every)
     }
 
+    /// The same with the callbacks that the configuration asks for.
+    fn watched(&self) -> Result<Trainer> {
+        let make = |trainer: Trainer, (_, callback): &(String, Box<dyn CallbackRecipe>)| {
+            Ok(trainer.boxed_callback(callback.make()?))
+        };
+        self.callbacks.iter().try_fold(self.trainer(), make)
+    }
+
     /// Gives a setting that only training could find wrong its place in the file.
     fn place_training_error(&self, error: Error) -> Error {
+        let error = match error {
+            // It says itself where it belongs.
+            Error::Setting { key, message } if key.contains('.') => {
+                let (section, key) = key.rsplit_once('.').unwrap_or(("", &key));
+                return self.document.place(section, Error::setting(key, message));
+            }
+            other => other,
+        };
         let section = match &error {
-            Error::Setting { key, .. } if key == "monitor" => "checkpoint",
             Error::Setting { key, .. } if key == "params" || key == "lr" => "optimizer",
             _ => "trainer",
         };

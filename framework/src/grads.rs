@@ -39,8 +39,14 @@ impl Grads {
         let missing: Vec<&str> =
             pairs.filter(|(sum, _)| sum.is_none()).map(|(_, (name, _))| name.as_str()).collect();
         if !missing.is_empty() {
+            let statistics = if missing.iter().any(|name| name.ends_with("running_mean")) {
+                "\nwhat `candle_nn::batch_norm` keeps of its batches is no parameter, and no checkpoint has it: \
+                 `candlepower::nn::channels_last::BatchNorm` keeps it in buffers, which all have"
+            } else {
+                ""
+            };
             return Err(Error::msg(format!(
-                "no gradient reaches {} of {} parameters: {}\n\
+                "no gradient reaches {} of {} parameters: {}{statistics}\n\
                  the loss does not depend on them, or an operation on the way has no backward pass \
                  (in candle: LayerNorm's fast path, `softmax_last_dim`, `rms_norm`, `detach`)\n\
                  where that is meant, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer], or \

@@ -7,6 +7,7 @@ use candle_core::{Device, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::batch::Batch;
+use crate::config::quoted_list;
 use crate::data::Settings;
 use crate::error::{Error, Result};
 use crate::params::{Params, PutTap};
@@ -54,8 +55,42 @@ pub trait Build: Module + Sized + 'static {
     fn build(config: &Self::Config, spec: &<Self::Batch as Batch>::Spec, vb: VarBuilder) -> Result<Self>;
 }
 
-/// Tensors that a module logged, by name.
-pub(crate) type Logged = Vec<(String, Tensor)>;
+/// A number that a module logged.
+#[derive(Clone)]
+pub(crate) struct Metric {
+    pub(crate) name: String,
+    /// A scalar.
+    pub(crate) value: Tensor,
+    /// Of how many things it is the mean, where that is not the batch's samples.
+    pub(crate) weight: Option<f64>,
+}
+
+/// What can be logged: a scalar on any device, or a number.
+pub trait Loggable {
+    /// A tensor of one number.
+    fn scalar(self) -> candle_core::Result<Tensor>;
+}
+
+impl Loggable for &Tensor {
+    fn scalar(self) -> candle_core::Result<Tensor> {
+        Ok(self.detach())
+    }
+}
+
+impl Loggable for f64 {
+    fn scalar(self) -> candle_core::Result<Tensor> {
+        Tensor::new(self, &Device::Cpu)
+    }
+}
+
+impl Loggable for f32 {
+    fn scalar(self) -> candle_core::Result<Tensor> {
+        f64::from(self).scalar()
+    }
+}
+
+/// Names of what is in every record.
+const TAKEN: [&str; 6] = ["loss", "lr", "grad_norm", "step", "epoch", "split"];
 
 /// Makes a picture (C, H, W) of tensors on the CPU.
 pub(crate) type Draw = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
@@ -78,8 +113,10 @@ pub struct Step {
     images_due: bool,
     /// Whether it was asked for what differs from step to step.
     asked: Arc<AtomicBool>,
-    metrics: Logged,
+    metrics: Vec<Metric>,
     images: Vec<Sketch>,
+    /// What could not be logged.
+    refused: Option<Error>,
 }
 
 impl Step {
@@ -90,9 +127,18 @@ impl Step {
         optimizer: &str,
         images_due: bool,
     ) -> Self {
-        let (metrics, images) = (Vec::new(), Vec::new());
-        let (optimizer, asked) = (optimizer.to_string(), Arc::default());
-        Self { training: true, index, micro_batch, seed, optimizer, images_due, asked, metrics, images }
+        Self {
+            training: true,
+            index,
+            micro_batch,
+            seed,
+            optimizer: optimizer.to_string(),
+            images_due,
+            asked: Arc::default(),
+            metrics: Vec::new(),
+            images: Vec::new(),
+            refused: None,
+        }
     }
 
     /// A call outside training, after `index` steps of it.
@@ -123,9 +169,41 @@ impl Step {
         seed::generator(self.seed, [seed::name(name), self.index, self.micro_batch])
     }
 
-    /// Logs a metric: a scalar that is the mean over the batch's samples. It stays on its device until it is read.
-    pub fn log(&mut self, name: &str, value: &Tensor) {
-        self.metrics.push((name.to_string(), value.detach()));
+    /// Logs a metric: a scalar, or a number, that is the mean over the batch's samples. It stays on its device until it is read.
+    ///
+    /// Its name is its own: it is logged once in a step, and is none of those that the trainer logs (`loss`, `lr`, `grad_norm`).
+    pub fn log(&mut self, name: &str, value: impl Loggable) {
+        self.note(name, value, None);
+    }
+
+    /// Logs a metric that is the mean over so many other things than samples: tokens, pixels that are not masked.
+    ///
+    /// ```
+    /// # use candlepower::prelude::*;
+    /// # fn example(step: &mut Step, losses: &Tensor, tokens: usize) -> Result<()> {
+    /// step.log_weighted("token_loss", &losses.mean_all()?, tokens as f64);
+    /// # Ok(()) }
+    /// ```
+    pub fn log_weighted(&mut self, name: &str, value: impl Loggable, weight: f64) {
+        self.note(name, value, Some(weight));
+    }
+
+    fn note(&mut self, name: &str, value: impl Loggable, weight: Option<f64>) {
+        let refused = if TAKEN.contains(&name) {
+            Some(format!(
+                "a module cannot log `{name}`: {} are in every record already; take another name",
+                quoted_list(&TAKEN)
+            ))
+        } else if self.metrics.iter().any(|metric| metric.name == name) {
+            Some(format!("a module cannot log `{name}` twice in a step: which of the two is meant?"))
+        } else {
+            None
+        };
+        let scalar = refused.map_or_else(|| Ok(value.scalar()?), |why| Err(Error::msg(why)));
+        match scalar {
+            Ok(value) => self.metrics.push(Metric { name: name.to_string(), value, weight }),
+            Err(error) => self.refused = self.refused.take().or(Some(error)),
+        }
     }
 
     /// Whether pictures are due in this step; making them only then costs nothing in all others.
@@ -164,14 +242,22 @@ impl Step {
         self.images.push(Sketch { name: name.to_string(), of, draw: Arc::new(draw) });
     }
 
+    /// Its own number, from 1: for messages, which do not count as asking.
+    pub(crate) fn number(&self) -> u64 {
+        self.index + 1
+    }
+
     /// Becomes true when the module asks for what is another in each step: its number, or random numbers.
     pub(crate) fn watch(&self) -> Arc<AtomicBool> {
         self.asked.clone()
     }
 
     /// The metrics and the pictures that were logged.
-    pub(crate) fn into_logged(self) -> (Logged, Vec<Sketch>) {
-        (self.metrics, self.images)
+    ///
+    /// # Errors
+    /// Where something could not be.
+    pub(crate) fn into_logged(self) -> Result<(Vec<Metric>, Vec<Sketch>)> {
+        self.refused.map_or(Ok((self.metrics, self.images)), Err)
     }
 }
 

@@ -224,6 +224,15 @@ impl Schedule {
         }
     }
 
+    /// Whether it does not look at the optimizer's learning rate, at any step.
+    fn has_its_own_lr(&self) -> bool {
+        match self {
+            Self::OneCycle(_) => true,
+            Self::Sequence { parts, .. } => parts.iter().any(Self::has_its_own_lr),
+            _ => false,
+        }
+    }
+
     /// Whether it drives the momentum, at any step.
     pub fn drives_momentum(&self) -> bool {
         match self {
@@ -302,13 +311,16 @@ fn rising(milestones: &[u64]) -> Result<()> {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Plateau {
+    /// The validation metric that is watched.
+    pub monitor: String,
     /// What the learning rate is multiplied with.
     pub factor: f64,
     /// Validations without progress that are borne.
     pub patience: u64,
     /// How much better counts as better.
     pub threshold: f64,
-    /// Whether `threshold` is a difference; else it is a share of the best value.
+    /// Whether `threshold` is a difference; else it is a share of the best value, which of a value below zero is a step back
+    /// (as in PyTorch: take a difference there).
     pub absolute: bool,
     /// Whether larger is better.
     pub maximize: bool,
@@ -316,11 +328,14 @@ pub struct Plateau {
     pub cooldown: u64,
     /// The lowest learning rate.
     pub min_lr: f64,
+    /// Smaller changes of the learning rate are not made.
+    pub eps: f64,
 }
 
 impl Default for Plateau {
     fn default() -> Self {
         Self {
+            monitor: "loss".into(),
             factor: 0.1,
             patience: 10,
             threshold: 1e-4,
@@ -328,6 +343,7 @@ impl Default for Plateau {
             maximize: false,
             cooldown: 0,
             min_lr: 0.,
+            eps: 1e-8,
         }
     }
 }
@@ -344,12 +360,23 @@ pub struct PlateauState {
 }
 
 impl Plateau {
+    /// Refuses what would never lower the learning rate that goes through this schedule.
+    pub fn check(&self, schedule: &Schedule) -> Result<()> {
+        if !(self.factor > 0. && self.factor < 1.) {
+            let message = format!("expected a number between 0 and 1, found {}", self.factor);
+            return Err(Error::setting("factor", message));
+        }
+        if schedule.has_its_own_lr() {
+            let message = "a plateau lowers the optimizer's `lr`, which plays no part in `one_cycle`";
+            return Err(Error::setting("factor", message));
+        }
+        Ok(())
+    }
+
     /// The learning rate after a validation that found `metric`.
     pub fn next(&self, state: &mut PlateauState, metric: f64, lr: f64) -> f64 {
-        /// Smaller changes of the learning rate are not worth making (torch: `eps`).
-        const SMALLEST_CHANGE: f64 = 1e-8;
         let sign = if self.maximize { 1. } else { -1. };
-        let margin = |best: f64| if self.absolute { self.threshold } else { self.threshold * best.abs() };
+        let margin = |best: f64| if self.absolute { self.threshold } else { self.threshold * best };
         // NaN is no progress.
         if state.best.is_none_or(|best| sign * metric > sign * best + margin(best)) && !metric.is_nan() {
             state.best = Some(metric);
@@ -367,6 +394,6 @@ impl Plateau {
         state.cooling = self.cooldown;
         state.waited = 0;
         let lower = (lr * self.factor).max(self.min_lr);
-        if lr - lower > SMALLEST_CHANGE { lower } else { lr }
+        if lr - lower > self.eps { lower } else { lr }
     }
 }

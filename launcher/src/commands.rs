@@ -40,7 +40,6 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             }
             return Ok(match report.outcome.reason {
                 StopReason::Signal(signal) => ExitCode::from(128 + signal as u8),
-                StopReason::Failed(_) => ExitCode::FAILURE,
                 _ => ExitCode::SUCCESS,
             });
         }
@@ -79,9 +78,10 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             println!("wrote {}", output.display());
         }
         Command::Predict { config, checkpoint, source: Source { split, .. }, output } => {
+            let experiment = read(&config)?;
             let writer = Box::new(PredictionWriter::new(&output)?);
             let split = split.unwrap_or(SplitName::Val).into();
-            let batches = read(&config)?.predict_split(&checkpoint, split, vec![writer])?;
+            let batches = experiment.predict_split(&checkpoint, split, vec![writer])?;
             let files = if batches == 1 { "file" } else { "files" };
             println!("wrote {batches} {files} to {}", output.display());
         }
@@ -169,7 +169,7 @@ fn print_report(report: &Report) {
     match &outcome.reason {
         StopReason::Finished => println!("finished at step {}", outcome.progress.step),
         StopReason::Callback(why) => println!("stopped at step {}: {why}", outcome.progress.step),
-        StopReason::Failed(why) => println!("failed: {why}"),
+        StopReason::Failed(why) => println!("failed at step {}: {why}", outcome.progress.step),
         StopReason::Signal(_) => {
             println!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
         }

@@ -34,6 +34,12 @@ pub fn golden_dir() -> PathBuf {
     }
 }
 
+/// A fixture of this project's own, by its file's name: in the folder of the fixtures where that has one, else beside the tests.
+pub fn own_fixture(name: &str) -> PathBuf {
+    let given = golden_dir().join(name);
+    if given.exists() { given } else { Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name) }
+}
+
 /// The path `part` of the folder that `variable` names, or else of `beside` in the folder `shared` beside the
 /// repository; says so where there is no such thing.
 pub fn outside(variable: &str, beside: &str, part: &str) -> Option<PathBuf> {

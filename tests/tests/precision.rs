@@ -12,7 +12,7 @@ use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
 use candlepower_tests::points::{Points, weights};
 use candlepower_tests::recorder::Recorder;
-use candlepower_tests::{assert_close, device, golden, golden_dir};
+use candlepower_tests::{assert_close, device, golden, own_fixture};
 
 /// The fixture is what this prints, as JSON:
 ///
@@ -29,7 +29,7 @@ use candlepower_tests::{assert_close, device, golden, golden_dir};
 /// ```
 #[test]
 fn the_loss_scale_follows_torchs_grad_scaler() {
-    let text = std::fs::read_to_string(golden_dir().join("grad_scaler.json")).unwrap();
+    let text = std::fs::read_to_string(own_fixture("grad_scaler.json")).unwrap();
     let fixture: serde_json::Value = serde_json::from_str(&text).unwrap();
     let runs: Vec<(bool, usize)> = serde_json::from_value(fixture["events"].clone()).unwrap();
     let expected: Vec<(usize, f64)> = serde_json::from_value(fixture["scale_after_step"].clone()).unwrap();

@@ -12,13 +12,13 @@ fn schedule(name: &str, args: &Value, base_lr: f64) -> Option<Schedule> {
     let count = |key: &str| number(key) as u64;
     let steps = |key: &str| args[key].as_array().unwrap().iter().map(|x| x.as_u64().unwrap()).collect();
     let linear = |args: &Value| Schedule::Linear {
-        start: args["start_factor"].as_f64().unwrap(),
+        start: args["start_factor"].as_f64().unwrap_or(1. / 3.),
         end: args["end_factor"].as_f64().unwrap_or(1.),
-        steps: args["total_iters"].as_u64().unwrap(),
+        steps: args["total_iters"].as_u64().unwrap_or(5),
     };
     Some(match name {
-        "StepLR" => Schedule::Step { every: count("step_size"), gamma: number("gamma") },
-        "MultiStepLR" => Schedule::MultiStep { milestones: steps("milestones"), gamma: number("gamma") },
+        "StepLR" => Schedule::Step { every: count("step_size"), gamma: or("gamma", 0.1) },
+        "MultiStepLR" => Schedule::MultiStep { milestones: steps("milestones"), gamma: or("gamma", 0.1) },
         "ExponentialLR" => Schedule::Exponential { gamma: number("gamma") },
         "CosineAnnealingLR" => Schedule::Cosine { steps: count("T_max"), min_lr: or("eta_min", 0.) },
         "CosineAnnealingWarmRestarts" => Schedule::CosineRestarts {
@@ -28,40 +28,53 @@ fn schedule(name: &str, args: &Value, base_lr: f64) -> Option<Schedule> {
         },
         "OneCycleLR" => Schedule::OneCycle(OneCycle {
             max_lr: number("max_lr"),
-            steps: count("total_steps"),
+            steps: args["total_steps"].as_u64().unwrap_or_else(|| count("epochs") * count("steps_per_epoch")),
             rising: or("pct_start", 0.3),
             start_divisor: or("div_factor", 25.),
             end_divisor: or("final_div_factor", 1e4),
             linear: args["anneal_strategy"] == "linear",
             three_phases: args["three_phase"] == true,
-            momentum: [0.85, 0.95],
+            momentum: [or("base_momentum", 0.85), or("max_momentum", 0.95)],
             cycle_momentum: args["cycle_momentum"] != false,
         }),
         "LinearLR" => linear(args),
-        "ConstantLR" => Schedule::Constant { factor: number("factor"), steps: count("total_iters") },
-        "PolynomialLR" => Schedule::Polynomial { steps: count("total_iters"), power: number("power") },
+        "ConstantLR" => {
+            Schedule::Constant { factor: or("factor", 1. / 3.), steps: or("total_iters", 5.) as u64 }
+        }
+        "PolynomialLR" => {
+            Schedule::Polynomial { steps: or("total_iters", 5.) as u64, power: or("power", 1.) }
+        }
         "SequentialLR[LinearLR,CosineAnnealingLR]" => Schedule::Sequence {
             parts: vec![
                 linear(&args["linear"]),
-                Schedule::Cosine { steps: args["cosine"]["T_max"].as_u64().unwrap(), min_lr: 0. },
+                Schedule::Cosine {
+                    steps: args["cosine"]["T_max"].as_u64().unwrap(),
+                    min_lr: args["cosine"]["eta_min"].as_f64().unwrap_or(0.),
+                },
             ],
             milestones: steps("milestones"),
         },
-        "LambdaLR" => Schedule::Noam { warmup: 10 },
+        "LambdaLR" => {
+            let text = args["lambda_"].as_str().unwrap();
+            Schedule::Noam { warmup: text.split("warm=").nth(1).unwrap().parse().unwrap() }
+        }
         "ReduceLROnPlateau" => return None,
         _ => panic!("the fixture has a schedule `{name}` that is not known here; base {base_lr}"),
     })
 }
 
 fn plateau(args: &Value) -> Plateau {
+    let or = |key: &str, default: f64| args[key].as_f64().unwrap_or(default);
     Plateau {
-        factor: args["factor"].as_f64().unwrap(),
-        patience: args["patience"].as_u64().unwrap(),
-        threshold: args["threshold"].as_f64().unwrap(),
+        factor: or("factor", 0.1),
+        patience: or("patience", 10.) as u64,
+        threshold: or("threshold", 1e-4),
         absolute: args["threshold_mode"] == "abs",
         maximize: args["mode"] == "max",
-        cooldown: args["cooldown"].as_u64().unwrap(),
-        min_lr: args["min_lr"].as_f64().unwrap(),
+        cooldown: or("cooldown", 0.) as u64,
+        min_lr: or("min_lr", 0.),
+        eps: or("eps", 1e-8),
+        ..Default::default()
     }
 }
 

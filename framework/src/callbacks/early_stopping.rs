@@ -97,6 +97,10 @@ impl Callback for EarlyStopping {
         stop(format!("`{monitor}` has not been better than {best:.6} for {patience} validations"))
     }
 
+    fn monitors(&self) -> Option<&str> {
+        Some(&self.config.monitor)
+    }
+
     fn name(&self) -> &'static str {
         "early_stopping"
     }

@@ -67,15 +67,10 @@ impl Saver {
 
     /// Puts a validation in its place among the best; false where it is not one of them. Of equal values the earlier one
     /// is better; what is not a number is worse than all others.
-    pub(crate) fn rank(&mut self, step: u64, metric: impl Fn(&str) -> Option<f64>) -> Result<bool> {
-        let Some(value) = metric(&self.config.monitor) else {
-            let message =
-                format!("there is no validation metric `{}` to tell the best by", self.config.monitor);
-            return Err(Error::setting("monitor", message));
-        };
+    pub(crate) fn rank(&mut self, step: u64, value: f64) -> bool {
         let best = Best { step, value: Some(value).filter(|value| !value.is_nan()) };
         self.place(best);
-        Ok(self.best.contains(&best))
+        self.best.contains(&best)
     }
 
     /// Puts it among the best, where it is one of them.
@@ -165,7 +160,7 @@ mod tests {
         // A metric that is not a number is worse than any that is one.
         let losses = [(1, 3.), (2, 1.), (3, f64::NAN), (4, 2.), (5, 2.), (6, 9.)];
         for (step, loss) in losses {
-            let best = saver.rank(step, |name| (name == "loss").then_some(loss)).unwrap();
+            let best = saver.rank(step, loss);
             assert_eq!(best, [1, 2, 4].contains(&step), "step {step}");
             save(&mut saver, step);
         }
@@ -181,14 +176,12 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_is_best_where_asked_for_and_an_unknown_metric_is_an_error() {
+    fn the_largest_is_best_where_asked_for() {
         let dir = tempfile::tempdir().unwrap();
-        let config = CheckpointConfig { monitor: "accuracy".into(), maximize: true, ..Default::default() };
+        let config = CheckpointConfig { maximize: true, ..Default::default() };
         let mut saver = saver(dir.path(), config);
-        let mut rank = |step, value| saver.rank(step, |name| (name == "accuracy").then_some(value)).unwrap();
+        let mut rank = |step, value| saver.rank(step, value);
         assert_eq!([rank(1, f64::NAN), rank(2, 0.5), rank(3, 0.4), rank(4, 0.6)], [true, true, false, true]);
-        let error = saver.rank(5, |_| None).unwrap_err().to_string();
-        assert_eq!(error, "`monitor`: there is no validation metric `accuracy` to tell the best by");
     }
 
     #[test]

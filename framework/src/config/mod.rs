@@ -6,8 +6,8 @@ mod error;
 mod registry;
 mod wording;
 
-pub(crate) use document::untag;
 pub use document::{Document, Named};
+pub(crate) use document::{did_you_mean, quoted_list, untag};
 pub use error::ConfigError;
 pub use registry::Registry;
 pub(crate) use registry::{CallbackRecipe, DataRecipe, ModuleRecipe};

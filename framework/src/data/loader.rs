@@ -1,7 +1,9 @@
 //! Batches made ahead by worker threads, in an order that does not depend on how many there are.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use crossbeam_channel::{Receiver, Sender, bounded};
@@ -9,6 +11,9 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use super::source::Jobs;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
+
+/// How long who no longer needs workers waits for them.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// A micro-batch to be made, by whichever thread is free.
 pub(crate) struct Job<B> {
@@ -85,7 +90,12 @@ impl<B: Batch> Loader<B> {
 /// Takes the next job and announces its answer; none where there is no more, or the loader is gone.
 fn take<B: Batch>(jobs: &Mutex<Jobs<B>>, to_loader: &Sender<Answer<B>>) -> Option<Request<B>> {
     let mut jobs = jobs.lock().unwrap_or_else(PoisonError::into_inner);
-    let job = jobs.next()?;
+    let next = catch_unwind(AssertUnwindSafe(|| jobs.next()));
+    let job = next.unwrap_or_else(|_| {
+        // What came after it is not what was to come.
+        *jobs = Box::new(std::iter::empty());
+        Some(Err(Error::msg("the data stream panicked; its message is above")))
+    })?;
     let (answer, receiver) = bounded(1);
     to_loader.send(receiver).ok()?;
     Some((job, answer))
@@ -112,11 +122,17 @@ impl<B: Batch> Iterator for Loader<B> {
 
 impl<B: Batch> Drop for Loader<B> {
     fn drop(&mut self) {
-        // With nobody to receive, the workers end.
+        // With nobody to receive, the workers end; one that waits for data may never.
         self.answers = crossbeam_channel::never();
+        let since = Instant::now();
         for worker in self.workers.drain(..) {
-            // One that panicked has been reported by `next`.
-            let _ = worker.join();
+            while !worker.is_finished() && since.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if worker.is_finished() {
+                // One that panicked has been reported by `next`.
+                let _ = worker.join();
+            }
         }
     }
 }
@@ -195,7 +211,9 @@ mod tests {
         workers: usize,
         share: Share,
     ) -> Loader<Tensors> {
-        let start = Start { epoch: from.0, step_in_epoch: from.1, micro_batch_size: 2, share };
+        let samples_in_epoch = from.1 * order.batch_size as u64;
+        let start =
+            Start { epoch: from.0, step_in_epoch: from.1, samples_in_epoch, micro_batch_size: 2, share };
         Loader::new(source.training(order, start), workers, 4, &Device::Cpu)
     }
 
@@ -315,15 +333,16 @@ mod tests {
         for source in
             [Source::<Tensors>::Indexed(Arc::new(Numbers::default())), Source::Stream(Arc::new(Counter))]
         {
-            let count = |limit| {
-                let jobs = source.evaluation(pass, 3, limit, Share::default()).unwrap();
+            let count = |samples| {
+                let jobs = source.evaluation(pass, 3, samples, Share::default()).unwrap();
                 let sizes = Loader::new(jobs, 2, 4, &Device::Cpu)
                     .map(|l| l.unwrap().batch.unwrap().0[0].elem_count());
                 sizes.collect::<Vec<_>>()
             };
             let samples: usize = count(usize::MAX).iter().sum();
             assert_eq!(samples, source.len().unwrap_or(7));
-            assert_eq!(count(2), [3, 3]);
+            assert_eq!(count(6), [3, 3]);
+            assert_eq!(count(5), [3, 2]);
         }
     }
 }

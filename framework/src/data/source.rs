@@ -63,6 +63,7 @@ impl<B: Batch> Clone for Source<B> {
 pub(crate) struct Start {
     pub(crate) epoch: u64,
     pub(crate) step_in_epoch: u64,
+    pub(crate) samples_in_epoch: u64,
     /// Samples that one device takes at once.
     pub(crate) micro_batch_size: usize,
     pub(crate) share: Share,
@@ -136,14 +137,14 @@ impl<B: Batch> Source<B> {
                 }))
             }
             Self::Stream(stream) => {
-                let (stream, mut skip) = (stream.clone(), start.step_in_epoch as usize);
+                let (stream, mut skip) = (stream.clone(), start.samples_in_epoch as usize);
                 Box::new((start.epoch..).flat_map(move |epoch| -> Jobs<B> {
                     let pass = Pass { split: Split::Train, epoch, seed: order.seed };
                     let portions = Portions {
-                        skip: std::mem::take(&mut skip) * order.batch_size,
+                        skip: std::mem::take(&mut skip),
                         step: order.batch_size,
                         micro,
-                        steps: order.limit,
+                        items: order.limit.saturating_mul(order.batch_size),
                         share,
                     };
                     stream
@@ -155,25 +156,26 @@ impl<B: Batch> Source<B> {
         }
     }
 
-    /// One pass over the data, first to last; at most `limit` batches, of which `share` is made.
+    /// One pass over the first `samples` of the data, in batches of which `share` is made.
     pub(crate) fn evaluation(
         &self,
         pass: Pass,
         batch_size: usize,
-        limit: usize,
+        samples: usize,
         share: Share,
     ) -> Result<Jobs<B>> {
         let all: Jobs<B> = match self {
             Self::Indexed(dataset) => {
-                let (dataset, len) = (dataset.clone(), dataset.len());
-                let batches = samples_in_turn(pass.split, pass.seed, len, batch_size).take(limit);
+                let (dataset, len) = (dataset.clone(), dataset.len().min(samples));
+                let batches = samples_in_turn(pass.split, pass.seed, len, batch_size);
                 Box::new(batches.flat_map(move |samples| {
                     jobs(&dataset, samples, batch_size, false).map(Ok).collect::<Vec<_>>()
                 }))
             }
             Self::Stream(stream) => {
                 let share = Share::default();
-                let portions = Portions { skip: 0, step: batch_size, micro: batch_size, steps: limit, share };
+                let portions =
+                    Portions { skip: 0, step: batch_size, micro: batch_size, items: samples, share };
                 stream.clone().jobs(pass, portions)?
             }
         };
@@ -214,8 +216,8 @@ pub struct Portions {
     step: usize,
     /// Items of one micro-batch.
     micro: usize,
-    /// Steps of a pass, at most, those of the skipped items included.
-    steps: usize,
+    /// Items of a pass, at most, the skipped ones included.
+    items: usize,
     share: Share,
 }
 
@@ -235,7 +237,7 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
 
     #[expect(private_interfaces, reason = "implemented here alone, for every stream")]
     fn jobs(self: Arc<Self>, pass: Pass, portions: Portions) -> Result<Jobs<S::Batch>> {
-        let mut items = self.items(pass)?.take(portions.steps.saturating_mul(portions.step)).peekable();
+        let mut items = self.items(pass)?.take(portions.items).peekable();
         for item in items.by_ref().take(portions.skip) {
             item?;
         }

@@ -10,7 +10,7 @@ use super::sections::differences;
 use super::{Experiment, Report, Resume};
 use crate::batch::Batch;
 use crate::bench::{self, Benchmark, Pass};
-use crate::callback::{Callback, StopReason};
+use crate::callback::{Callback, Progress, StopReason};
 use crate::callbacks::ProgressBar;
 use crate::checkpoint::Checkpoint;
 use crate::config::{DataRecipe, ModuleRecipe};
@@ -76,14 +76,17 @@ impl<B: Batch> Pair<B> {
         Ok((model, data))
     }
 
-    /// The same with the weights of a checkpoint, or of a file.
-    fn trained(&self, experiment: &Experiment, weights: &Path) -> Result<(Model<B>, Data<B>)> {
+    /// The same with the weights of a checkpoint, or of a file; and how far they have been trained, where that is known.
+    fn trained(&self, experiment: &Experiment, weights: &Path) -> Result<(Model<B>, Data<B>, Progress)> {
         let (model, data) = self.model_and_data(experiment)?;
-        match weights.is_file() {
-            true => Weights::read(weights)?.give(model.params())?,
-            false => restore(&model, &RunDir::containing(weights)?.1)?,
+        if weights.is_file() {
+            Weights::read(weights)?.give(model.params())?;
+            return Ok((model, data, Progress::default()));
         }
-        Ok((model, data))
+        let checkpoint = Checkpoint::load(&RunDir::containing(weights)?.1)?;
+        checkpoint.restore_for_evaluation(&model.params().state_dict())?;
+        model.params().publish()?;
+        Ok((model, data, checkpoint.state().progress))
     }
 
     /// The same with the data of this split too.
@@ -92,12 +95,12 @@ impl<B: Batch> Pair<B> {
         experiment: &Experiment,
         checkpoint: &Path,
         split: Split,
-    ) -> Result<(Model<B>, Data<B>)> {
-        let (model, mut data) = self.trained(experiment, checkpoint)?;
+    ) -> Result<(Model<B>, Data<B>, Progress)> {
+        let (model, mut data, progress) = self.trained(experiment, checkpoint)?;
         if split == Split::Test {
             data.test = Some(experiment.open(&*self.data, split)?);
         }
-        Ok((model, data))
+        Ok((model, data, progress))
     }
 }
 
@@ -117,12 +120,6 @@ fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
     write_whole(&path, resolved.as_bytes())
 }
 
-/// Gives the model a checkpoint's weights: their average, where it has one.
-fn restore<B: Batch>(model: &Model<B>, checkpoint: &Path) -> Result<()> {
-    Checkpoint::load(checkpoint)?.restore_for_evaluation(&model.params().state_dict())?;
-    model.params().publish()
-}
-
 impl<B: Batch> Job for Pair<B> {
     fn settings(&self) -> Result<[toml::Table; 2]> {
         Ok([self.module.settings()?, self.data.settings()?])
@@ -139,10 +136,7 @@ impl<B: Batch> Job for Pair<B> {
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<Report> {
         let (model, data) = self.model_and_data(experiment)?;
-        let mut trainer = experiment.trainer().described(experiment.resolved()?);
-        for (_, callback) in &experiment.callbacks {
-            trainer = trainer.boxed_callback(callback.make()?);
-        }
+        let mut trainer = experiment.watched()?.described(experiment.resolved()?);
         trainer = callbacks.into_iter().fold(trainer, Trainer::boxed_callback);
         if experiment.logging.progress {
             trainer = trainer.callback(ProgressBar::default());
@@ -183,10 +177,6 @@ impl<B: Batch> Job for Pair<B> {
         let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
         let lead_times = match &dir {
             Some(dir) if trained => {
-                if experiment.average.is_some() {
-                    // What was validated, and is the run's result, is the average.
-                    restore(&model, &RunDir::containing(dir)?.1)?;
-                }
                 let lead_times = trainer.compare(&model, &data, Split::Val)?;
                 lead_times.as_ref().map_or(Ok(()), |scores| scores.save(&dir.join("lead_times")))?;
                 lead_times
@@ -202,13 +192,13 @@ impl<B: Batch> Job for Pair<B> {
         checkpoint: &Path,
         split: Split,
     ) -> Result<IndexMap<String, f64>> {
-        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
-        experiment.trainer().validate(&model, &data, split)
+        let (model, data, progress) = self.trained_on(experiment, checkpoint, split)?;
+        experiment.watched()?.trained(progress).validate(&model, &data, split)
     }
 
     fn compare(&self, experiment: &Experiment, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>> {
-        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
-        experiment.trainer().compare(&model, &data, split)
+        let (model, data, progress) = self.trained_on(experiment, checkpoint, split)?;
+        experiment.trainer().trained(progress).compare(&model, &data, split)
     }
 
     fn predict_split(
@@ -218,15 +208,16 @@ impl<B: Batch> Job for Pair<B> {
         split: Split,
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<usize> {
-        let (model, data) = self.trained_on(experiment, checkpoint, split)?;
-        let mut trainer = callbacks.into_iter().fold(experiment.trainer(), Trainer::boxed_callback);
+        let (model, data, progress) = self.trained_on(experiment, checkpoint, split)?;
+        let mut trainer = callbacks.into_iter().fold(experiment.watched()?, Trainer::boxed_callback);
+        trainer = trainer.trained(progress);
         trainer.predict_split(&model, &data, split)
     }
 
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
-        let (model, data) = self.trained(experiment, checkpoint)?;
+        let (model, data, progress) = self.trained(experiment, checkpoint)?;
         let batch = B::read(input, &data.train.spec())?;
-        let prediction = experiment.trainer().predict(&model, &batch)?;
+        let prediction = experiment.trainer().trained(progress).predict(&model, &batch)?;
         batch.write(&prediction, output)
     }
 

@@ -41,8 +41,16 @@ fn turn(document: &Document, name: String, section: &str, default: Option<&str>)
         return Err(document.error_at(named.span, message).into());
     };
     let schedule = match schedule_table {
-        Some(_) => Some(schedule(document, &format!("{section}.schedule"))?.0),
         None => None,
+        Some(_) => {
+            let section = format!("{section}.schedule");
+            let (schedule, plateau) = schedule(document, &section)?;
+            if plateau.is_some() {
+                let message = "a plateau is of all optimizers: write [schedule.plateau]";
+                return Err(document.place(&section, Error::setting("plateau", message)));
+            }
+            Some(schedule)
+        }
     };
     let optimizer = document.variant(&named, "optimizer")?;
     let turn = TurnConfig { name, params, optimizer, groups: groups.unwrap_or_default(), schedule };
@@ -53,9 +61,12 @@ fn turn(document: &Document, name: String, section: &str, default: Option<&str>)
 /// A section that describes a schedule, with the plateau that it may hold.
 pub(super) fn schedule(document: &Document, section: &str) -> Result<(Schedule, Option<Plateau>)> {
     let mut named = document.named(section, Some("constant"))?;
-    let plateau = document.take_field(&mut named, "plateau")?;
+    let plateau: Option<Plateau> = document.take_field(&mut named, "plateau")?;
     let schedule: Schedule = document.variant(&named, "schedule")?;
     schedule.check().map_err(|error| document.place(section, error))?;
+    if let Some(plateau) = &plateau {
+        plateau.check(&schedule).map_err(|error| document.place(&format!("{section}.plateau"), error))?;
+    }
     Ok((schedule, plateau))
 }
 
@@ -84,6 +95,15 @@ pub(super) fn table(section: &impl serde::Serialize) -> Result<toml::Table> {
 /// What is set otherwise in `new` than in `old`, a line each: `trainer.batch_size: 8, was 16`.
 pub(super) fn differences(old: &toml::Table, new: &toml::Table, path: &str) -> Vec<String> {
     let mut lines = Vec::new();
+    let order = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
+    // What takes turns does so in its order.
+    if ["optimizers", "callbacks"].contains(&path)
+        && old.len() == new.len()
+        && old.keys().all(|key| new.contains_key(key))
+        && order(old) != order(new)
+    {
+        lines.push(format!("{path}: in the order {}, was {}", order(new).join(", "), order(old).join(", ")));
+    }
     let keys: IndexSet<&String> = old.keys().chain(new.keys()).collect();
     for key in keys {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };

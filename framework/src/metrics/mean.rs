@@ -16,8 +16,8 @@ pub struct Means {
 }
 
 impl Means {
-    /// Adds a scalar that is itself the mean over `samples` samples.
-    pub fn add(&mut self, name: &str, value: &Tensor, samples: usize) -> Result<()> {
+    /// Adds a scalar that counts `weight` times: that is itself the mean over so many samples.
+    pub fn add(&mut self, name: &str, value: &Tensor, weight: f64) -> Result<()> {
         if value.elem_count() != 1 {
             let shape = value.dims();
             return Err(Error::msg(format!(
@@ -27,14 +27,14 @@ impl Means {
         if !value.device().is_cpu() {
             self.coming = None;
         }
-        let weighted = (value.detach().flatten_all()?.to_dtype(DType::F64)? * samples as f64)?;
+        let weighted = (value.detach().flatten_all()?.to_dtype(DType::F64)? * weight)?;
         match self.sums.get_mut(name) {
-            Some((sum, weight)) => {
+            Some((sum, weights)) => {
                 *sum = (&*sum + weighted)?;
-                *weight += samples as f64;
+                *weights += weight;
             }
             None => {
-                self.sums.insert(name.to_string(), (weighted, samples as f64));
+                self.sums.insert(name.to_string(), (weighted, weight));
             }
         }
         Ok(())
@@ -110,9 +110,9 @@ mod tests {
     fn means_are_weighted_by_samples() {
         let mut means = Means::default();
         let scalar = |x: f32| Tensor::new(x, &Device::Cpu).unwrap();
-        means.add("loss", &scalar(1.), 3).unwrap();
-        means.add("loss", &scalar(5.), 1).unwrap();
-        let error = means.add("mse", &scalar(1.).broadcast_as(3).unwrap(), 1).unwrap_err();
+        means.add("loss", &scalar(1.), 3.).unwrap();
+        means.add("loss", &scalar(5.), 1.).unwrap();
+        let error = means.add("mse", &scalar(1.).broadcast_as(3).unwrap(), 1.).unwrap_err();
         assert_eq!(error.to_string(), "metric `mse` is logged with shape [3]: expected a scalar");
         assert_eq!(means.read().unwrap()["loss"], 2.);
     }

@@ -190,10 +190,15 @@ fn composed(x: &Tensor, over: Over, weight: &Tensor, bias: &Tensor) -> Result<(T
         Over::Batch => (x.reshape((batch, pixels, channels, 1))?, vec![0, 1], batch * pixels),
         Over::Groups(n) => (x.reshape((batch, pixels, n, channels / n))?, vec![1, 3], pixels * channels / n),
     };
-    let mean_of = |x: &Tensor| match over {
-        // On a device the sum of a channel over all samples would be one block's work.
-        Over::Batch if !x.device().is_cpu() => x.mean_keepdim(1)?.mean_keepdim(0),
-        _ => x.mean_keepdim(&axes[..]),
+    let mean_of = |x: &Tensor| {
+        // Candle adds one value after the other.
+        let wide = x.to_dtype(DType::F64)?;
+        let mean = match over {
+            // On a device the sum of a channel over all samples would be one block's work.
+            Over::Batch if !x.device().is_cpu() => wide.mean_keepdim(1)?.mean_keepdim(0),
+            _ => wide.mean_keepdim(&axes[..]),
+        };
+        mean?.to_dtype(x.dtype())
     };
     let mean = mean_of(&grouped)?;
     let centred = grouped.broadcast_sub(&mean)?;

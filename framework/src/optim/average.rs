@@ -115,6 +115,17 @@ impl Average {
         Ok(())
     }
 
+    /// Puts the averages in the parameters' place, where there are any.
+    pub(crate) fn take_over(&self, publish: impl Fn() -> Result<()>) -> Result<()> {
+        if self.updates == 0 {
+            return Ok(());
+        }
+        for ((_, param), (_, mean)) in self.params.iter().zip(&self.averages) {
+            param.set(mean)?;
+        }
+        publish()
+    }
+
     /// Runs `work` with the averages in the parameters' place, where there are any, and puts the weights back. `publish`
     /// hands new values on to the module.
     pub(crate) fn in_place<T>(
@@ -125,10 +136,7 @@ impl Average {
         let Some(average) = average.filter(|average| average.updates > 0) else { return work() };
         let weights: Vec<Tensor> =
             average.params.iter().map(|(_, param)| param.copy()).collect::<candle_core::Result<_>>()?;
-        for ((_, param), (_, mean)) in average.params.iter().zip(&average.averages) {
-            param.set(mean)?;
-        }
-        publish()?;
+        average.take_over(&publish)?;
         let result = work();
         for ((_, param), weight) in average.params.iter().zip(&weights) {
             param.set(weight)?;

@@ -61,7 +61,7 @@ pub struct TrainerConfig {
     /// learn them by heart has a bug. A count or a share; absent: off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overfit_batches: Option<Limit>,
-    /// Stops before a step whose loss or gradient is not a number, saves, and names the first bad tensor.
+    /// Ends training before a step whose gradients are not numbers, saves, and names the first bad loss or gradient.
     pub nan_guard: bool,
     /// Scales the gradients so that their global norm is at most this.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -205,6 +205,21 @@ impl TrainerConfig {
             Split::Train => None,
             Split::Val => self.limit_val_batches,
             Split::Test => self.limit_test_batches,
+        }
+    }
+
+    /// How many samples, of `len` where that is known, so many batches are. They are training's: a limit means the same however
+    /// many samples a device takes at once.
+    pub(crate) fn samples_of(&self, limit: Option<Limit>, len: Option<usize>) -> Result<usize> {
+        let all = len.unwrap_or(usize::MAX);
+        match limit {
+            None => Ok(all),
+            Some(Limit::Share(_)) if len.is_none() => Err(Error::msg(
+                "a stream's length is not known: limit its batches by a number, not by a share",
+            )),
+            Some(limit) => {
+                Ok(limit.of(all.div_ceil(self.batch_size)).saturating_mul(self.batch_size).min(all))
+            }
         }
     }
 

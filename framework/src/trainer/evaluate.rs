@@ -10,7 +10,7 @@ use crate::callback::Progress;
 use crate::data::{Loader, Pass, Share, Source};
 use crate::error::{Error, Result};
 use crate::metrics::Means;
-use crate::module::{Model, Step};
+use crate::module::{Metric, Model, Step};
 
 /// Batches that each worker may be ahead of an evaluation.
 const AHEAD: usize = 2;
@@ -26,16 +26,11 @@ fn batches<B: Batch>(
     device: &Device,
 ) -> Result<(Loader<B>, Option<usize>)> {
     // The same batches for any number of ranks.
-    let batch_size = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
-    let all = source.len().map(|len| len.div_ceil(batch_size));
-    if let (Some(Limit::Share(_)), None) = (limit, all) {
-        return Err(Error::msg(
-            "a stream's length is not known: limit its batches by a number, not by a share",
-        ));
-    }
-    let limit = limit.map_or(usize::MAX, |limit| limit.of(all.unwrap_or(usize::MAX)));
-    let jobs = source.evaluation(pass, batch_size, limit, share)?;
-    Ok((Loader::new(jobs, workers, workers * AHEAD, device), all.map(|all| all.min(limit))))
+    let at_once = trainer.config.micro_batch_size.unwrap_or(trainer.config.batch_size);
+    let samples = trainer.config.samples_of(limit, source.len())?;
+    let jobs = source.evaluation(pass, at_once, samples, share)?;
+    let total = source.len().map(|_| samples.div_ceil(at_once));
+    Ok((Loader::new(jobs, workers, workers * AHEAD, device), total))
 }
 
 /// The metrics of `model` on `source`; pictures of the first batch where they are due.
@@ -58,11 +53,14 @@ pub(super) fn evaluate<B: Batch>(
         let Some(batch) = loaded?.batch else { continue };
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
-        let loss = model.evaluation().validation_step(&batch, &mut step)?;
-        let (metrics, pictures) = step.into_logged();
-        means.add("loss", &loss, batch.len())?;
-        for (name, value) in &metrics {
-            means.add(name, value, batch.len())?;
+        let evaluated = model.evaluation().validation_step(&batch, &mut step);
+        let logged = evaluated.and_then(|loss| Ok((loss, step.into_logged()?)));
+        let (loss, (metrics, pictures)) =
+            logged.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
+        let samples = batch.len() as f64;
+        means.add("loss", &loss, samples)?;
+        for Metric { name, value, weight } in &metrics {
+            means.add(name, value, weight.unwrap_or(samples))?;
         }
         trainer.take_pictures(progress.step, pass.split, pictures)?;
         trainer.show_ready_pictures()?;
@@ -73,6 +71,11 @@ pub(super) fn evaluate<B: Batch>(
         }
     }
     means.read_over(&*ranks)
+}
+
+/// A module's error on batch number `i`, from 0, with what is probably wrong.
+fn in_batch(trainer: &Trainer, function: &str, i: usize, error: Error) -> Error {
+    trainer.config.precision.explain(error.within(&format!("{function}, batch {}", i + 1)))
 }
 
 /// Hands what `model` predicts from each batch of `source` to the callbacks; returns how many batches there were.
@@ -90,9 +93,10 @@ pub(super) fn predict<B: Batch>(
     for (i, loaded) in batches.enumerate() {
         let Some(batch) = loaded?.batch else { continue };
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
-        let mut step = Step::evaluation(0, i as u64, trainer.seed, false);
-        let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
-        let prediction = prediction.to_device(&Device::Cpu)?;
+        let mut step = Step::evaluation(trainer.progress.step, i as u64, trainer.seed, false);
+        let prediction = model.evaluation().predict_step(&batch, &mut step);
+        let prediction = prediction.map_err(|error| in_batch(trainer, "predict_step", i, error))?;
+        let prediction = prediction.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
         trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_prediction(i, &prediction))?;
         done += 1;
     }

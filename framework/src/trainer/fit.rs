@@ -21,11 +21,12 @@ use crate::batch::Batch;
 use crate::callback::{Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::Saver;
 use crate::collective::Collective;
+use crate::config::{did_you_mean, quoted_list};
 use crate::data::{Loaded, Loader, Pass, Source, Split};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::Means;
-use crate::module::{Model, Module};
+use crate::module::{Metric, Model, Module};
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
 use crate::reduction::Reduction;
@@ -101,8 +102,8 @@ struct Tally {
 }
 
 impl Tally {
-    fn note(&mut self, name: &str, value: &Tensor, samples: usize) -> Result<()> {
-        self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, samples))
+    fn note(&mut self, name: &str, value: &Tensor, weight: f64) -> Result<()> {
+        self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, weight))
     }
 }
 
@@ -116,7 +117,7 @@ enum Stepped {
 
 impl<B: Batch> Fit<'_, B> {
     /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
-    pub(super) fn run(mut self) -> Result<Outcome> {
+    pub(super) fn run(&mut self) -> Result<Outcome> {
         self.start()?;
         let begun_at = self.progress.step;
         let mut reason = StopReason::Finished;
@@ -140,9 +141,13 @@ impl<B: Batch> Fit<'_, B> {
         self.save()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
         self.tell_saved(saved)?;
+        self.average
+            .as_ref()
+            .map_or(Ok(()), |average| average.take_over(|| self.model.params().publish()))?;
         let progress = self.progress;
+        self.trainer.progress = progress;
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
-        Ok(Outcome { progress, validation: self.validation.map(|(_, metrics)| metrics), reason })
+        Ok(Outcome { progress, validation: self.validation.take().map(|(_, metrics)| metrics), reason })
     }
 
     /// Does what is due now, tells the callbacks what is planned, and tries a few batches of the validation.
@@ -162,7 +167,8 @@ impl<B: Batch> Fit<'_, B> {
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
         let few = self.trainer.config.sanity_val_batches;
         if few > 0 && self.progress.step == 0 {
-            self.evaluate(Some(Limit::Batches(few)), false)?;
+            let metrics = self.evaluate(Some(Limit::Batches(few)), false)?;
+            metrics.map_or(Ok(()), |metrics| self.check_monitors(&metrics))?;
         }
         Ok(())
     }
@@ -197,7 +203,7 @@ impl<B: Batch> Fit<'_, B> {
                 tally.note(
                     &self.metric_name(turn, name),
                     &Tensor::new(value, &Device::Cpu)?,
-                    tally.samples,
+                    tally.samples as f64,
                 )?;
             }
             self.model.params().refresh_taps()?;
@@ -280,8 +286,11 @@ impl<B: Batch> Fit<'_, B> {
     /// Hands on what a module logged in a step.
     fn log(&mut self, backprop: Backprop, turn: usize, samples: usize, tally: &mut Tally) -> Result<()> {
         let Backprop { loss, metrics, pictures, .. } = backprop;
+        let samples = samples as f64;
         tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
-        metrics.iter().try_for_each(|(name, value)| tally.note(name, value, samples))?;
+        for Metric { name, value, weight } in &metrics {
+            tally.note(name, value, weight.unwrap_or(samples))?;
+        }
         self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)
     }
 
@@ -310,21 +319,60 @@ impl<B: Batch> Fit<'_, B> {
         let Some(metrics) = self.evaluate(limit, self.trainer.image_every > 0)? else {
             return Ok(Flow::Continue);
         };
+        let checked = self.check_monitors(&metrics);
+        if self.ranks.decide(checked.is_err())? {
+            // What came before it is worth having.
+            self.save()?;
+            checked?;
+        }
         let epoch = self.progress.epoch_of_last_step();
         let mut record = Record { step, epoch, split: Split::Val, metrics };
-        if let (Some(plateau), Some(loss)) = (&self.trainer.plateau, record.metrics.get("loss")) {
-            let lr = self.turns[0].lr;
-            self.lr_scale = plateau.next(&mut self.plateau, *loss, lr * self.lr_scale) / lr;
-        }
         let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
         let metric = |name: &str| record.metrics.get(name).copied();
-        let is_best = self.saver.as_mut().map_or(Ok(false), |saver| saver.rank(step, metric))?;
+        if let Some(plateau) = self.trainer.plateau.as_ref().filter(|_| self.turns[0].lr > 0.) {
+            // Rank 0 alone knows what callbacks have added.
+            let own = metric(&plateau.monitor).unwrap_or(f64::NAN);
+            let (value, lr) = (self.ranks.gather_numbers(&[own])?[0][0], self.turns[0].lr);
+            self.lr_scale = plateau.next(&mut self.plateau, value, lr * self.lr_scale) / lr;
+        }
+        let value = metric(&self.trainer.checkpoint.monitor);
+        let is_best = self.saver.as_mut().zip(value).is_some_and(|(saver, value)| saver.rank(step, value));
         if self.ranks.decide(is_best)? {
             self.save()?;
         }
         self.validated_at = Instant::now();
         self.validation = Some((step, record.metrics));
         Ok(flow)
+    }
+
+    /// Refuses settings that name a metric which validations do not have.
+    fn check_monitors(&self, metrics: &IndexMap<String, f64>) -> Result<()> {
+        if self.ranks.rank() > 0 {
+            // It has not all callbacks.
+            return Ok(());
+        }
+        let (trainer, callbacks) = (&self.trainer, &self.trainer.callbacks);
+        let mut known: Vec<String> = metrics.keys().cloned().collect();
+        known.extend(callbacks.iter().flat_map(|callback| callback.adds()));
+        let checkpoint = self.saver.as_ref().map(|_| ("checkpoint", trainer.checkpoint.monitor.as_str()));
+        let plateau = trainer.plateau.as_ref().map(|plateau| ("schedule.plateau", plateau.monitor.as_str()));
+        let callbacks = callbacks.iter().filter_map(|callback| Some((callback.name(), callback.monitors()?)));
+        let callbacks = callbacks.map(|(name, monitor)| (format!("callbacks.{name}"), monitor));
+        let ours =
+            checkpoint.into_iter().chain(plateau).map(|(section, monitor)| (section.to_string(), monitor));
+        for (section, monitor) in ours.chain(callbacks) {
+            if known.iter().any(|name| name == monitor) {
+                continue;
+            }
+            let guess = did_you_mean(monitor, &known).map_or(String::new(), |guess| format!("; {guess}"));
+            let message = format!(
+                "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one says so in \
+                 `Callback::adds`)",
+                quoted_list(&known)
+            );
+            return Err(Error::setting(format!("{section}.monitor"), message));
+        }
+        Ok(())
     }
 
     /// The validation that a run ends with.

@@ -224,8 +224,12 @@ mod tests {
     #[test]
     fn what_happens_every_so_often() {
         let due = |every: Every, steps: std::ops::RangeInclusive<u64>| -> Vec<u64> {
-            let progress =
-                |step: u64| Progress { step, epoch: step / 10, step_in_epoch: step % 10, samples: 0 };
+            let progress = |step: u64| Progress {
+                step,
+                epoch: step / 10,
+                step_in_epoch: step % 10,
+                ..Default::default()
+            };
             steps.filter(|step| every.is_due(&progress(*step), Some(10), || Duration::ZERO)).collect()
         };
         assert_eq!(due(Every::Steps(4), 1..=12), [4, 8, 12]);

@@ -25,7 +25,7 @@ use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
 use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
 use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::data::{Cycle, Data, Dataset, Pass, Source, Split};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::metrics::video::LeadTimes;
 use crate::module::{Model, Sketch, Step};
 use crate::nn;
@@ -69,6 +69,8 @@ pub struct Trainer {
     callbacks: Vec<Box<dyn Callback>>,
     gallery: Gallery,
     resume: Option<Checkpoint>,
+    /// How far the weights that it evaluates have been trained.
+    progress: Progress,
     when_ready: Option<WhenReady>,
 }
 
@@ -105,6 +107,7 @@ impl Trainer {
             callbacks: Vec::new(),
             gallery: Gallery::default(),
             resume: None,
+            progress: Progress::default(),
             when_ready: None,
         }
     }
@@ -125,7 +128,7 @@ impl Trainer {
         self
     }
 
-    /// Evaluates, and saves, an average of the weights besides the weights.
+    /// Evaluates, and saves, an average of the weights besides the weights; after training the model has it.
     pub fn average(mut self, average: Option<AverageConfig>) -> Self {
         self.average = average;
         self
@@ -176,6 +179,13 @@ impl Trainer {
     /// Goes on from a checkpoint instead of from the start.
     pub fn resume(mut self, checkpoint: Checkpoint) -> Self {
         self.resume = Some(checkpoint);
+        self
+    }
+
+    /// Says how far the weights that it validates and predicts with have been trained: for modules that ask
+    /// [`Step::index`]. After [`fit`](Self::fit) it knows.
+    pub fn trained(mut self, progress: Progress) -> Self {
+        self.progress = progress;
         self
     }
 
@@ -269,15 +279,23 @@ impl Trainer {
     }
 
     /// Trains until the configured end, a callback's stop, or an error.
+    ///
+    /// # Errors
+    /// Also where training is of no use any more, as after a loss that is not a number: what came before it is saved.
     pub fn fit<B: Batch>(&mut self, model: &Model<B>, data: &Data<B>) -> Result<Outcome> {
         self.config.check()?;
         self.turns.iter().try_for_each(TurnConfig::check)?;
         self.schedule.check()?;
+        self.plateau.as_ref().map_or(Ok(()), |plateau| plateau.check(&self.schedule))?;
         self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
         self.distributed.check()?;
-        match self.ranks.devices_here(self.config.devices) {
-            1 => ranks::fit_as_rank(self, model, data),
-            devices => ranks::fit_on_threads(self, model, data, devices),
+        let outcome = match self.ranks.devices_here(self.config.devices) {
+            1 => ranks::fit_as_rank(self, model, data)?,
+            devices => ranks::fit_on_threads(self, model, data, devices)?,
+        };
+        match outcome.reason {
+            StopReason::Failed(why) => Err(Error::msg(why)),
+            _ => Ok(outcome),
         }
     }
 
@@ -293,11 +311,12 @@ impl Trainer {
         let limit = self.config.evaluation_limit(split);
         self.in_pool(|trainer| {
             trainer.gallery = Gallery::default();
-            let progress = Progress::default();
+            let progress = trainer.progress;
             let metrics =
                 evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
             trainer.show_all_pictures()?;
-            let mut record = Record { step: 0, epoch: 0, split, metrics };
+            let mut record =
+                Record { step: progress.step, epoch: progress.epoch_of_last_step(), split, metrics };
             for callback in &mut trainer.callbacks {
                 callback.on_validation_end(&mut record)?;
             }
@@ -336,22 +355,20 @@ impl Trainer {
         };
         self.in_pool(|trainer| {
             let (config, seed) = (&trainer.config, trainer.seed);
-            let batch_size = config.micro_batch_size.unwrap_or(config.batch_size);
-            let limit = config.evaluation_limit(split).map_or(usize::MAX, |limit| {
-                limit.of(held_out.len().div_ceil(batch_size)).saturating_mul(batch_size)
-            });
-            let held_out = Cycle { dataset: held_out.clone(), len: held_out.len().min(limit) };
+            let at_once = config.micro_batch_size.unwrap_or(config.batch_size);
+            let samples = config.samples_of(config.evaluation_limit(split), Some(held_out.len()))?;
+            let held_out = Cycle { dataset: held_out.clone(), len: samples };
             if held_out.is_empty() {
                 return Ok(None);
             }
             let mut predict = |batch: &B| trainer.predicted(model, batch);
-            B::compare(&mut predict, &**train, &held_out, batch_size, seed)
+            B::compare(&mut predict, &**train, &held_out, at_once, seed)
         })
     }
 
     fn predicted<B: Batch>(&self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
-        let mut step = Step::evaluation(0, 0, self.seed, false);
+        let mut step = Step::evaluation(self.progress.step, 0, self.seed, false);
         let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
         Ok(prediction.to_device(&Device::Cpu)?)
     }
@@ -444,8 +461,7 @@ impl Trainer {
         let kernels = self.config.kernels;
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
         let pool = pool.thread_name(|i| format!("compute-{i}")).build();
-        let pool =
-            pool.map_err(|error| crate::Error::msg(format!("cannot start the compute threads: {error}")))?;
+        let pool = pool.map_err(|error| Error::msg(format!("cannot start the compute threads: {error}")))?;
         // Who listens to this thread's spans and messages listens to the pool's thread that takes its place.
         let listener = dispatcher::get_default(Dispatch::clone);
         pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))

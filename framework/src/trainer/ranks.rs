@@ -36,7 +36,9 @@ pub(super) fn fit_as_rank<B: Batch>(
         trainer.in_pool(|trainer| {
             trainer.gallery = Gallery::default();
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
-            let outcome = Fit::new(trainer, model, data).and_then(|fit| fit.run());
+            // Told before what the run holds is put away, which may take its time: others wait.
+            let outcome = Fit::new(trainer, model, data)
+                .and_then(|mut fit| fit.run().inspect_err(|error| ranks.abort(&error.to_string())));
             if outcome.is_err() {
                 trainer.show_what_is_left();
             }

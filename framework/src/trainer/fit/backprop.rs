@@ -7,13 +7,13 @@ use crate::batch::Batch;
 use crate::collective::Solo;
 use crate::error::Result;
 use crate::grads::{self, Grads};
-use crate::module::{Logged, Module, Sketch, Step};
+use crate::module::{Metric, Module, Sketch, Step};
 use crate::optim::{Clipped, Clipping, Turn};
 
 /// What the two passes came to.
 pub(super) struct Backprop {
     pub(super) loss: Tensor,
-    pub(super) metrics: Logged,
+    pub(super) metrics: Vec<Metric>,
     pub(super) pictures: Vec<Sketch>,
     /// Of the parameters that the optimizer moves, in their order.
     pub(super) gradients: Vec<Option<Tensor>>,
@@ -35,7 +35,7 @@ impl Backprop {
             let _phase = phase!("backward");
             grads::of_turn(turn, scaled(&loss, factor)?.backward()?)?
         };
-        Ok(Self::new(&loss, step, gradients))
+        Self::new(&loss, step, gradients)
     }
 
     /// Moves the optimizer's parameters as well, by gradients that are complete after this one micro-batch.
@@ -53,7 +53,7 @@ impl Backprop {
 
     /// The same, with `logged` applied to the loss, metrics and pictures, and `gradient` to each gradient.
     pub(super) fn map(&self, logged: MapTensor, gradient: MapTensor) -> candle_core::Result<Self> {
-        let metric = |(name, x): &(String, Tensor)| Ok((name.clone(), logged(x)?));
+        let metric = |metric: &Metric| Ok(Metric { value: logged(&metric.value)?, ..metric.clone() });
         let picture = |sketch: &Sketch| {
             let of = sketch.of.iter().map(logged).collect::<candle_core::Result<_>>()?;
             Ok(Sketch { of, ..sketch.clone() })
@@ -69,9 +69,9 @@ impl Backprop {
     }
 
     /// What a module returned and logged, with the gradients that were found.
-    pub(super) fn new(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Self {
-        let (metrics, pictures) = step.into_logged();
-        Self { loss: loss.detach(), metrics, pictures, gradients, clipped: None }
+    pub(super) fn new(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Result<Self> {
+        let (metrics, pictures) = step.into_logged()?;
+        Ok(Self { loss: loss.detach(), metrics, pictures, gradients, clipped: None })
     }
 }
 
@@ -85,7 +85,10 @@ pub(super) fn forward<B: Batch>(
     step: &mut Step,
 ) -> Result<Tensor> {
     let _phase = phase!("forward");
-    Ok(module.training_step(batch, step)?.to_dtype(DType::F32)?)
+    let number = step.number();
+    let loss = module.training_step(batch, step);
+    let loss = loss.map_err(|error| error.within(&format!("training_step, step {number}")))?;
+    Ok(loss.to_dtype(DType::F32)?)
 }
 
 /// The loss `factor` times.

@@ -104,6 +104,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let start = Start {
             epoch: progress.epoch,
             step_in_epoch: progress.step_in_epoch,
+            samples_in_epoch: progress.samples_in_epoch,
             micro_batch_size: config.micro_batch_size.unwrap_or(config.batch_size.div_ceil(share.of)),
             share,
         };
@@ -122,6 +123,11 @@ impl<'a, B: Batch> Fit<'a, B> {
             None => data.val.clone().map(|val| (val, Split::Val, config.limit_val_batches)),
         };
         let val = val.filter(|(.., limit)| limit.is_none_or(|limit| limit.of(usize::MAX) > 0));
+        if val.as_ref().is_some_and(|(source, ..)| source.is_empty()) {
+            return Err(Error::msg(
+                "the validation data is empty; without validation, training goes by `trainer.limit_val_batches = 0`",
+            ));
+        }
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
         Ok(Self {
@@ -195,10 +201,12 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
 fn check_same_order(state: &State, order: &Order) -> Result<()> {
     let Progress { epoch, step_in_epoch, samples, .. } = state.progress;
     let in_epoch = (step_in_epoch as usize * order.batch_size).min(order.len) as u64;
-    if samples != epoch * order.samples() as u64 + in_epoch {
+    let is_beyond = step_in_epoch > 0 && step_in_epoch as usize >= order.batches();
+    if is_beyond || samples != epoch * order.samples() as u64 + in_epoch {
         return Err(Error::msg(format!(
             "the checkpoint saw {samples} samples in {epoch} epochs and {step_in_epoch} steps; {} samples in batches of {} \
-             do not add up to that: go on with the batch size and the training data that it was made with",
+             do not add up to that: go on with the batch size, the training data and the `limit_train_batches` that it was \
+             made with",
             order.samples(),
             order.batch_size
         )));

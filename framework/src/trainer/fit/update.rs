@@ -144,7 +144,7 @@ impl<B: Batch> Fit<'_, B> {
             let (factor, before) =
                 (self.factor(batch.len(), place), reduction.before_backward(place.ends_step));
             let after = tapped.taps.during(before, || scaled(&loss, factor)?.backward())?;
-            Ok((Backprop::new(&loss, step, Vec::new()), after))
+            Ok((Backprop::new(&loss, step, Vec::new())?, after))
         });
         passes.map_err(|error| self.trainer.config.precision.explain(error))
     }
