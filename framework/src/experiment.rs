@@ -93,6 +93,9 @@ pub struct Report {
     pub lead_times: Option<LeadTimes>,
 }
 
+/// The most workers, and the most batches that each of them may be ahead.
+const MOST_AHEAD: usize = 1024;
+
 impl Experiment {
     /// Reads a configuration file with `--set` overrides and checks everything that needs no data.
     pub fn read(registry: &Registry, path: &Path, sets: &[String]) -> Result<Self> {
@@ -131,6 +134,12 @@ impl Experiment {
         let (module, mut data) = (document.named("module", None)?, document.named("data", None)?);
         let workers = document.take_field(&mut data, "workers")?.unwrap_or(2);
         let prefetch = document.take_field(&mut data, "prefetch")?.unwrap_or(2);
+        for (key, value) in [("workers", workers), ("prefetch", prefetch)] {
+            if value > MOST_AHEAD {
+                let message = format!("expected at most {MOST_AHEAD}, found {value}");
+                return Err(place("data")(Error::setting(key, message)));
+            }
+        }
         let job = registry.job(&document, &module, &data)?;
         let names = [module.name, data.name];
         Ok(Self {
@@ -355,7 +364,7 @@ impl Experiment {
             other => other,
         };
         let section = match &error {
-            Error::Setting { key, .. } if key == "params" || key == "lr" => "optimizer",
+            Error::Setting { key, .. } if ["params", "lr", "groups"].contains(&key.as_str()) => "optimizer",
             _ => "trainer",
         };
         self.document.place(section, error)

@@ -1,5 +1,6 @@
 //! The folder of a run: `<run.dir>/<run.name>/version_N/`.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
@@ -29,6 +30,15 @@ impl Default for RunConfig {
 impl RunConfig {
     /// Refuses names that are not one folder.
     pub fn check(&self) -> Result<()> {
+        if i64::try_from(self.seed).is_err() {
+            return Err(Error::setting(
+                "seed",
+                format!("expected at most {}, found {}", i64::MAX, self.seed),
+            ));
+        }
+        if self.name.contains(char::is_control) {
+            return Err(Error::setting("name", "expected the name of a folder: no line breaks"));
+        }
         if self.name.is_empty() || self.name.contains(['/', '\\']) || self.name.starts_with('.') {
             return Err(Error::setting(
                 "name",
@@ -38,6 +48,10 @@ impl RunConfig {
         Ok(())
     }
 }
+
+/// Keeps other processes from training in a run's folder.
+#[derive(Debug)]
+pub struct RunLock(#[expect(dead_code, reason = "locked as long as it is open")] Option<File>);
 
 /// One version of a run on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -96,6 +110,21 @@ impl RunDir {
         };
         let run = checkpoints.parent().unwrap_or(&checkpoints).to_path_buf();
         Ok((Self(run), checkpoint))
+    }
+
+    /// Makes this process the only one that trains in the folder, as long as the answer is kept.
+    ///
+    /// # Errors
+    /// Where another one does.
+    pub fn lock(&self) -> Result<RunLock> {
+        // A file system without locks, and Windows, where a folder is no file, go without.
+        let Ok(folder) = File::open(&self.0) else { return Ok(RunLock(None)) };
+        match folder.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                Err(Error::msg(format!("{}: another process is training in this folder", self.0.display())))
+            }
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(RunLock(Some(folder))),
+        }
     }
 
     /// Takes the folder away again, where nothing is in it.

@@ -100,11 +100,45 @@ pub enum Schedule {
     /// One schedule after the other; each starts at its own step 0 (torch: `SequentialLR`). A momentum that one of them drives
     /// is the optimizer's own while the others run.
     Sequence {
-        /// The schedules.
+        /// The schedules, each with its `name`, as `{ name = "linear", start = 0.01, steps = 500 }`.
+        #[serde(with = "by_name")]
+        #[schemars(with = "Vec<serde_json::Map<String, serde_json::Value>>")]
         parts: Vec<Schedule>,
         /// The steps at which the second and each later one begins.
         milestones: Vec<u64>,
     },
+}
+
+/// Schedules in a list are written as one in a section: a table with a `name`.
+mod by_name {
+    use serde::de::Error as _;
+    use serde::ser::Error as _;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    use super::Schedule;
+    use crate::config::untag;
+
+    pub(super) fn serialize<S: Serializer>(parts: &[Schedule], serializer: S) -> Result<S::Ok, S::Error> {
+        let tables: Result<Vec<toml::Table>, _> = parts.iter().map(untag).collect();
+        tables.map_err(S::Error::custom)?.serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<Schedule>, D::Error> {
+        let part = |mut fields: toml::Table| {
+            let Some(toml::Value::String(name)) = fields.remove("name") else {
+                return Err(D::Error::custom(
+                    "each part of a sequence needs a `name`, as `{ name = \"cosine\", steps = 1000 }`",
+                ));
+            };
+            let tagged = toml::Table::from_iter([(name.clone(), fields.into())]);
+            Schedule::deserialize(tagged).map_err(|error| {
+                let unknown = format!("unknown variant `{name}`");
+                let message = error.message().replacen(&unknown, &format!("unknown schedule `{name}`"), 1);
+                D::Error::custom(format!("part `{name}`: {message}"))
+            })
+        };
+        Vec::<toml::Table>::deserialize(deserializer)?.into_iter().map(part).collect()
+    }
 }
 
 /// The shape of one cycle. PyTorch's names for its fields are taken too.
@@ -198,20 +232,26 @@ impl Schedule {
             0 => Err(Error::setting(key, "expected at least 1, found 0")),
             _ => Ok(()),
         };
+        // A learning rate below zero climbs, and one that is not a number ruins the weights.
+        let from_zero = |key: &str, value: f64| match value.is_finite() && value >= 0. {
+            true => Ok(()),
+            false => Err(Error::setting(key, format!("expected a number from 0, found {value}"))),
+        };
         match self {
-            Self::Constant { .. } | Self::Exponential { .. } => Ok(()),
-            Self::Linear { steps: n, .. }
-            | Self::Cosine { steps: n, .. }
-            | Self::Polynomial { steps: n, .. } => steps("steps", *n),
-            Self::CosineRestarts { steps: n, growth, .. } => steps("steps", *n).and(steps("growth", *growth)),
-            Self::Step { every, .. } => steps("every", *every),
+            Self::Constant { factor, .. } => from_zero("factor", *factor),
+            Self::Exponential { gamma } => from_zero("gamma", *gamma),
+            Self::Linear { start, end, steps: n } => {
+                from_zero("start", *start).and(from_zero("end", *end)).and(steps("steps", *n))
+            }
+            Self::Cosine { steps: n, min_lr } => from_zero("min_lr", *min_lr).and(steps("steps", *n)),
+            Self::Polynomial { steps: n, power } => from_zero("power", *power).and(steps("steps", *n)),
+            Self::CosineRestarts { steps: n, growth, min_lr } => {
+                from_zero("min_lr", *min_lr).and(steps("steps", *n)).and(steps("growth", *growth))
+            }
+            Self::Step { every, gamma } => from_zero("gamma", *gamma).and(steps("every", *every)),
             Self::Noam { warmup } => steps("warmup", *warmup),
-            Self::MultiStep { milestones, .. } => rising(milestones),
-            Self::OneCycle(cycle) if !(cycle.rising > 0. && cycle.rising < 1.) => Err(Error::setting(
-                "rising",
-                format!("expected a share between 0 and 1, found {}", cycle.rising),
-            )),
-            Self::OneCycle(cycle) => steps("steps", cycle.steps),
+            Self::MultiStep { milestones, gamma } => from_zero("gamma", *gamma).and(rising(milestones)),
+            Self::OneCycle(cycle) => cycle.check().and(steps("steps", cycle.steps)),
             Self::Sequence { parts, milestones } if parts.len() != milestones.len() + 1 => {
                 let message =
                     format!("{} parts need {} milestones", parts.len(), parts.len().saturating_sub(1));
@@ -219,7 +259,9 @@ impl Schedule {
             }
             Self::Sequence { parts, milestones } => {
                 rising(milestones)?;
-                parts.iter().try_for_each(Self::check)
+                parts.iter().enumerate().try_for_each(|(i, part)| {
+                    part.check().map_err(|error| Error::setting("parts", format!("part {}: {error}", i + 1)))
+                })
             }
         }
     }
@@ -250,6 +292,47 @@ impl From<f64> for Rates {
 }
 
 impl OneCycle {
+    /// A cycle of so many steps up to this learning rate, in PyTorch's shape.
+    pub fn new(max_lr: f64, steps: u64) -> Self {
+        Self {
+            max_lr,
+            steps,
+            rising: Self::rising(),
+            start_divisor: Self::start_divisor(),
+            end_divisor: Self::end_divisor(),
+            linear: false,
+            three_phases: false,
+            momentum: Self::momentum(),
+            cycle_momentum: Self::cycles_momentum(),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let within = |key: &str, value: f64, least: f64, most: f64| match value > least && value < most {
+            true => Ok(()),
+            false if most.is_finite() => Err(Error::setting(
+                key,
+                format!("expected a number between {least} and {most}, found {value}"),
+            )),
+            false => Err(Error::setting(key, format!("expected a number above {least}, found {value}"))),
+        };
+        within("rising", self.rising, 0., 1.)?;
+        for (key, value) in [
+            ("max_lr", self.max_lr),
+            ("start_divisor", self.start_divisor),
+            ("end_divisor", self.end_divisor),
+        ] {
+            within(key, value, 0., f64::INFINITY)?;
+        }
+        match self.momentum.iter().all(|momentum| (0. ..1.).contains(momentum)) {
+            true => Ok(()),
+            false => {
+                let message = format!("expected numbers from 0 up to 1, found {:?}", self.momentum);
+                Err(Error::setting("momentum", message))
+            }
+        }
+    }
+
     fn rising() -> f64 {
         0.3
     }

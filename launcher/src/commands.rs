@@ -18,6 +18,7 @@ use serde_json::json;
 use crate::command_line::{Changes, Command, Config, Source, SplitName, resume};
 use crate::profile::Profile;
 use crate::pulse::Pulse;
+use crate::say::say;
 use crate::signals;
 use crate::supervisor::{Launch, Node};
 
@@ -58,9 +59,9 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             let experiment = read(&config)?;
             let metrics = experiment.validate(&checkpoint, split.into())?;
             if json {
-                println!("{}", json!(metrics));
+                say!("{}", json!(metrics));
             } else {
-                metrics.iter().for_each(|(name, value)| println!("{name:12} {value:.6}"));
+                metrics.iter().for_each(|(name, value)| say!("{name:12} {value:.6}"));
             }
             if let Some(dir) = lead_times {
                 let scores = experiment.compare(&checkpoint, split.into())?;
@@ -75,7 +76,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
         }
         Command::Predict { config, checkpoint, source: Source { input: Some(input), .. }, output } => {
             read(&config)?.predict(&checkpoint, &input, &output)?;
-            println!("wrote {}", output.display());
+            say!("wrote {}", output.display());
         }
         Command::Predict { config, checkpoint, source: Source { split, .. }, output } => {
             let experiment = read(&config)?;
@@ -83,7 +84,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             let split = split.unwrap_or(SplitName::Val).into();
             let batches = experiment.predict_split(&checkpoint, split, vec![writer])?;
             let files = if batches == 1 { "file" } else { "files" };
-            println!("wrote {batches} {files} to {}", output.display());
+            say!("wrote {batches} {files} to {}", output.display());
         }
         Command::Bench { config, steps, forward, json } => {
             let pass = if forward { Pass::Forward } else { Pass::Training };
@@ -93,7 +94,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
                 return Ok(ExitCode::SUCCESS);
             }
             if json {
-                println!("{}", json!(benchmark));
+                say!("{}", json!(benchmark));
             } else {
                 print_benchmark(&benchmark, steps);
             }
@@ -108,10 +109,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             if json {
                 let LrFinding { points, proportions } = &finding;
                 let suggestion = suggestion.as_ref().ok();
-                println!(
-                    "{}",
-                    json!({"suggestion": suggestion, "points": points, "proportions": proportions})
-                );
+                say!("{}", json!({"suggestion": suggestion, "points": points, "proportions": proportions}));
             }
             let suggestion = suggestion?;
             if !json {
@@ -122,16 +120,16 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
             let search = BatchFinderConfig { start, max, memory_mb: memory, ..Default::default() };
             let finding = read(&config)?.find_batch_size(&search)?;
             if json {
-                println!("{}", json!(finding));
+                say!("{}", json!(finding));
             } else {
                 print_batch_sizes(&finding);
             }
         }
-        Command::Devices => describe_devices().iter().for_each(|line| println!("{line}")),
-        Command::Config { schema: true, .. } => println!("{:#}", experiment::schema(registry)),
+        Command::Devices => describe_devices().iter().for_each(|line| say!("{line}")),
+        Command::Config { schema: true, .. } => say!("{:#}", experiment::schema(registry)),
         Command::Config { config, .. } => {
             let path = config.path.unwrap_or_default();
-            println!("{}", read_path(registry, path, config.changes)?.resolved()?);
+            say!("{}", read_path(registry, path, config.changes)?.resolved()?);
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -167,95 +165,95 @@ fn read_path(registry: &Registry, path: std::path::PathBuf, changes: Changes) ->
 fn print_report(report: &Report) {
     let outcome = &report.outcome;
     match &outcome.reason {
-        StopReason::Finished => println!("finished at step {}", outcome.progress.step),
-        StopReason::Callback(why) => println!("stopped at step {}: {why}", outcome.progress.step),
-        StopReason::Failed(why) => println!("failed at step {}: {why}", outcome.progress.step),
+        StopReason::Finished => say!("finished at step {}", outcome.progress.step),
+        StopReason::Callback(why) => say!("stopped at step {}: {why}", outcome.progress.step),
+        StopReason::Failed(why) => say!("failed at step {}: {why}", outcome.progress.step),
         StopReason::Signal(_) => {
-            println!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
+            say!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
         }
     }
     if let Some(metrics) = &outcome.validation {
         let all: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.5}")).collect();
-        println!("validation: {}", all.join("  "));
+        say!("validation: {}", all.join("  "));
         if let (Some(mse), Some(lead_times)) = (metrics.get("mse"), &report.lead_times) {
             let best = lead_times.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
-            println!("mean squared error on the validation data, beside predictors that learn nothing:");
-            println!("  {:18} {mse:.5}", "this model");
+            say!("mean squared error on the validation data, beside predictors that learn nothing:");
+            say!("  {:18} {mse:.5}", "this model");
             for baseline in &lead_times.baselines {
-                println!("  {:18} {:.5}", baseline.name, baseline.mse);
+                say!("  {:18} {:.5}", baseline.name, baseline.mse);
             }
             if let Some(best) = best {
                 let change = 100. * (1. - mse / best.mse);
                 let (amount, side) = (change.abs(), if change >= 0. { "below" } else { "above" });
-                println!("{amount:.1} % {side} the best of them, \"{}\"", best.name);
+                say!("{amount:.1} % {side} the best of them, \"{}\"", best.name);
             }
             print_lead_times(lead_times);
         }
     }
     match &report.dir {
-        Some(dir) => println!("everything is in {}", dir.display()),
-        None => println!("this was a try-out (trainer.fast_dev_run): nothing was written"),
+        Some(dir) => say!("everything is in {}", dir.display()),
+        None => say!("this was a try-out (trainer.fast_dev_run): nothing was written"),
     }
 }
 
 fn print_lead_times(lead_times: &LeadTimes) {
     if lead_times.module.is_some() {
-        println!("by lead time, this model / the last frame copied (persistence):");
-        println!("{lead_times}");
+        say!("by lead time, this model / the last frame copied (persistence):");
+        say!("{lead_times}");
     }
 }
 
 /// A quantity a line; what is not known is left out.
 fn print_benchmark(benchmark: &Benchmark, steps: u64) {
     let Benchmark { ms_per_step, samples_per_second, peak_rss_mb, .. } = benchmark;
-    println!("time        {ms_per_step:.1} ms a step (median of {steps})");
-    println!("speed       {samples_per_second:.2} samples a second");
+    say!("time        {ms_per_step:.1} ms a step (median of {steps})");
+    say!("speed       {samples_per_second:.2} samples a second");
     if let (Some(flops), Some(tflops)) = (benchmark.flops_per_sample, benchmark.tflops) {
-        println!("arithmetic  {tflops:.3} TFLOP/s at {:.1} GFLOP a sample", flops / 1e9);
+        say!("arithmetic  {tflops:.3} TFLOP/s at {:.1} GFLOP a sample", flops / 1e9);
     }
     if let Some(megabytes) = peak_rss_mb {
-        println!("memory      {megabytes:.0} MB at most");
+        say!("memory      {megabytes:.0} MB at most");
     }
     if let Some(megabytes) = benchmark.peak_device_mb {
-        println!("            {megabytes:.0} MB at most on the device");
+        say!("            {megabytes:.0} MB at most on the device");
     }
-    println!("on          {}, {} threads", benchmark.device, benchmark.threads);
+    say!("on          {}, {} threads", benchmark.device, benchmark.threads);
 }
 
 /// The curve in a few lines, and what to write into the configuration.
 fn print_lr(finding: &LrFinding, suggestion: f64) {
     const ROWS: usize = 12;
     let rows = finding.points.iter().step_by(finding.points.len().div_ceil(ROWS));
-    println!("learning rate    loss, smoothed");
-    rows.for_each(|point| println!("{:13.1e}    {:.6}", point.lr, point.smoothed));
-    println!();
-    println!("the loss falls fastest at {suggestion:.1e}:");
-    println!();
+    say!("learning rate    loss, smoothed");
+    rows.for_each(|point| say!("{:13.1e}    {:.6}", point.lr, point.smoothed));
+    say!();
+    say!("the loss falls fastest at {suggestion:.1e}:");
+    say!();
     if finding.proportions.len() == 1 {
-        println!("    [optimizer]");
-        println!("    lr = {suggestion:.1e}");
+        say!("    [optimizer]");
+        say!("    lr = {suggestion:.1e}");
     } else {
         // Several optimizers, or groups of parameters.
         for (name, proportion) in &finding.proportions {
-            println!("    {name}: lr = {:.1e}", proportion * suggestion);
+            say!("    {name}: lr = {:.1e}", proportion * suggestion);
         }
     }
 }
 
 /// A row for each size, and the two answers.
 fn print_batch_sizes(finding: &BatchFinding) {
-    println!("batch size    ms a step    samples a second    memory");
+    say!("batch size    ms a step    samples a second    memory");
     for trial in &finding.trials {
         let memory = trial.memory_mb.map_or("?".into(), |memory| format!("{memory:.0} MB"));
         let (size, ms, speed) = (trial.batch_size, trial.ms_per_step, trial.samples_per_second);
-        println!("{size:10}    {ms:9.1}    {speed:16.1}    {memory:>9}");
+        say!("{size:10}    {ms:9.1}    {speed:16.1}    {memory:>9}");
     }
-    println!("then {}", finding.ended);
-    println!();
-    println!("the smallest within 5 % of the best speed:");
-    println!();
-    println!("    [trainer]");
-    println!("    batch_size = {}", finding.suggestion);
-    println!();
-    println!("the largest that was tried and fits: {}", finding.largest);
+    say!("then {}", finding.ended);
+    say!();
+    say!("the smallest within 5 % of the best speed:");
+    say!();
+    say!("    [trainer]");
+    say!("    batch_size = {}", finding.suggestion);
+    say!();
+    say!("the largest that was tried and fits: {}", finding.largest);
 }

@@ -12,6 +12,7 @@ mod command_line;
 mod commands;
 mod profile;
 mod pulse;
+mod say;
 mod signals;
 mod supervisor;
 
@@ -22,6 +23,7 @@ use candlepower::collective::Environment;
 use candlepower::config::Registry;
 use clap::Parser;
 use profile::Profile;
+use say::tell;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt};
 
@@ -63,7 +65,7 @@ pub fn run(registry: Registry) -> ExitCode {
     match done {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("error: {error}");
+            tell!("error: {error}");
             ExitCode::from(if matches!(error, Error::Config(_) | Error::Setting { .. }) { 2 } else { 1 })
         }
     }
@@ -77,5 +79,6 @@ fn listen(layer: Option<profile::Listener>) -> bool {
     let usual = if is_first { "info" } else { "error" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));
     let plain = fmt::layer().without_time().with_target(false).with_level(false).with_writer(std::io::stderr);
+    let plain = plain.log_internal_errors(false);
     tracing_subscriber::registry().with(layer).with(plain.with_filter(filter)).try_init().is_ok()
 }

@@ -7,6 +7,8 @@ use candlepower::profiler::{Profiler, TRACED_PHASES, Trace};
 use tracing_subscriber::Registry;
 use tracing_subscriber::layer::Layer;
 
+use crate::say::say;
+
 /// Hears of every phase.
 pub(crate) type Listener = Box<dyn Layer<Registry> + Send + Sync>;
 
@@ -34,15 +36,13 @@ impl Profile {
         let waited = profile.share("data_wait");
         if waited >= WAITS {
             let percent = 100. * waited;
-            println!(
-                "training waited for data {percent:.0} % of the time: more `data.workers` may shorten it"
-            );
+            say!("training waited for data {percent:.0} % of the time: more `data.workers` may shorten it");
         }
         let Some(run) = run else { return Ok(()) };
         let (path, full) = (run.join("trace.json"), self.trace.is_full());
         self.trace.save(&path)?;
         let part = if full { format!(", the first {TRACED_PHASES} phases") } else { String::new() };
-        println!("trace{part}: {}; open it in https://ui.perfetto.dev", path.display());
+        say!("trace{part}: {}; open it in https://ui.perfetto.dev", path.display());
         Ok(())
     }
 }

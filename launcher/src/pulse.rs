@@ -2,18 +2,24 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use candlepower::callback::{Callback, Flow, Plan, StepEnd};
+use candlepower::callback::{Callback, Flow, Plan, Progress, StepEnd, StopReason};
 use candlepower::{Error, Result};
+use nix::unistd::{Pid, getppid};
+use signal_hook::consts::SIGTERM;
 
 /// The environment variable that names the file which a launched run keeps young.
 pub(crate) const PULSE_FILE: &str = "CANDLEPOWER_PULSE_FILE";
+
+/// For how long a run that has trained needs no pulse: a year.
+const REST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Keeps a file young while the run goes on; its content is the path of the newest complete checkpoint.
 pub(crate) struct Pulse {
     path: PathBuf,
     file: File,
+    supervisor: Pid,
 }
 
 impl Pulse {
@@ -21,11 +27,15 @@ impl Pulse {
     pub(crate) fn asked_for() -> Result<Option<Self>> {
         let Some(path) = std::env::var_os(PULSE_FILE).map(PathBuf::from) else { return Ok(None) };
         let file = File::options().append(true).create(true).open(&path).map_err(Error::file(&path))?;
-        Ok(Some(Self { path, file }))
+        Ok(Some(Self { path, file, supervisor: getppid() }))
     }
 
     fn beat(&self) -> Result<()> {
-        self.file.set_modified(SystemTime::now()).map_err(Error::file(&self.path))
+        self.beat_at(SystemTime::now())
+    }
+
+    fn beat_at(&self, time: SystemTime) -> Result<()> {
+        self.file.set_modified(time).map_err(Error::file(&self.path))
     }
 }
 
@@ -36,6 +46,10 @@ impl Callback for Pulse {
 
     fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
         self.beat()?;
+        // Whoever starts the run again, where its supervisor was killed, must not find it still training.
+        if getppid() != self.supervisor {
+            return Ok(Flow::Stop(StopReason::Signal(SIGTERM)));
+        }
         Ok(Flow::Continue)
     }
 
@@ -50,6 +64,11 @@ impl Callback for Pulse {
         // The file has another place on the disk now.
         self.file = File::options().append(true).open(&self.path).map_err(Error::file(&self.path))?;
         Ok(())
+    }
+
+    fn on_fit_end(&mut self, _: &Progress, _: &StopReason) -> Result<()> {
+        // What is computed after the last step takes as long as it takes.
+        self.beat_at(SystemTime::now() + REST)
     }
 
     fn wants_gradients(&self, _: u64) -> bool {

@@ -12,10 +12,11 @@ use candlepower::collective::{Backend, DistributedConfig, Environment, FAILURE_F
 use candlepower::{Error, Result};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use crate::pulse::{PULSE_FILE, checkpoint_in};
+use crate::say::tell;
 
 /// How often the run is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -91,7 +92,7 @@ enum End {
 impl Launch {
     /// Runs until the training is done, has failed too often, or is told to end.
     pub(crate) fn run(mut self) -> Result<ExitCode> {
-        let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1]);
+        let signals = Signals::new([SIGHUP, SIGINT, SIGTERM, SIGUSR1]);
         let mut signals = signals.map_err(|error| Error::msg(format!("signals: {error}")))?;
         let (mut restarts, mut last_checkpoint) = (0, None);
         loop {
@@ -125,9 +126,10 @@ impl Launch {
             if let Some(run) = run {
                 self.resume = Some(run.display().to_string());
             }
-            eprintln!(
+            tell!(
                 "{why}\nrestart {restarts} of {}, on {} device(s), {from}",
-                self.distributed.max_restarts, self.devices
+                self.distributed.max_restarts,
+                self.devices
             );
         }
     }
@@ -146,22 +148,20 @@ impl Launch {
         let child = command.spawn().map_err(Error::file(command.get_program()))?;
         let mut run = Run { child, ended: None };
         let started = SystemTime::now();
-        let mut told_to_end = false;
+        let mut told_to_end = None;
         let why = loop {
             for signal in signals.pending() {
                 // As `train` does: the first lets it end its step and save, the second ends it at once.
-                run.signal(if told_to_end && signal != SIGUSR1 { Signal::SIGKILL } else { named(signal) });
-                told_to_end |= signal != SIGUSR1;
+                let again = told_to_end.is_some() && signal != SIGUSR1;
+                run.signal(if again { Signal::SIGKILL } else { named(signal) });
+                told_to_end = told_to_end.or(Some(signal).filter(|signal| *signal != SIGUSR1));
             }
             if let Some(status) = run.poll()? {
-                match code(status) {
-                    Some(code @ (0 | 2)) => return Ok(End::Exit(code)),
-                    Some(code)
-                        if told_to_end || code == interrupted(SIGINT) || code == interrupted(SIGTERM) =>
-                    {
-                        return Ok(End::Exit(code));
-                    }
-                    None if told_to_end => return Ok(End::Exit(interrupted(SIGTERM))),
+                let was_told = |code| [SIGHUP, SIGINT, SIGTERM].map(interrupted).contains(&code);
+                match (code(status), told_to_end) {
+                    (Some(code @ (0 | 2)), _) => return Ok(End::Exit(code)),
+                    (Some(code), told) if told.is_some() || was_told(code) => return Ok(End::Exit(code)),
+                    (None, Some(signal)) => return Ok(End::Exit(interrupted(signal))),
                     _ => break first_failure(&failure).unwrap_or_else(|| describe(status)),
                 }
             }
@@ -176,7 +176,15 @@ impl Launch {
             std::thread::sleep(LOOK);
         };
         run.end()?;
-        Ok(End::Failure(format!("the run failed: {why}")))
+        let why = format!("the run failed: {why}");
+        Ok(match told_to_end {
+            None => End::Failure(why),
+            // Nobody wants another try.
+            Some(signal) => {
+                tell!("{why}");
+                End::Exit(interrupted(signal))
+            }
+        })
     }
 
     /// `train` on as many devices as there are: threads of one process, or the processes of `mpirun`.
@@ -223,11 +231,12 @@ impl Run {
     /// Waits a little for all to end, then ends them.
     fn end(&mut self) -> Result<()> {
         let since = Instant::now();
+        // Once: a second time ends it at once, and it may be saving.
+        self.signal(Signal::SIGTERM);
         while self.poll()?.is_none() {
-            match since.elapsed() {
+            if since.elapsed() > GRACE {
                 // A hanging rank may hold up the rest of its process, which has said all it has to say.
-                waited if waited > GRACE => self.signal(Signal::SIGKILL),
-                _ => self.signal(Signal::SIGTERM),
+                self.signal(Signal::SIGKILL);
             }
             std::thread::sleep(LOOK);
         }
@@ -267,6 +276,7 @@ fn describe(status: ExitStatus) -> String {
 
 fn named(signal: i32) -> Signal {
     match signal {
+        SIGHUP => Signal::SIGHUP,
         SIGINT => Signal::SIGINT,
         SIGUSR1 => Signal::SIGUSR1,
         _ => Signal::SIGTERM,

@@ -422,7 +422,7 @@ fn a_training_starts_from_the_weights_of_another() {
     let (mse, config) = train(&["--set", &format!("init.weights={first}")]);
     assert_eq!(mse, validate(first));
     assert!(
-        config.contains(&format!("[init]\nparams = \"*\"\nstrict = true\nweights = \"{first}\"\n")),
+        config.contains(&format!("[init]\nweights = \"{first}\"\nparams = \"*\"\nstrict = true\n")),
         "{config}"
     );
     let (initial, _) = train(&[]);
@@ -567,7 +567,7 @@ fn the_resolved_configuration_is_one() {
         "schedule.name=one_cycle",
         "schedule.max_lr=1e-3",
         "schedule.steps=9",
-        "schedule.plateau.patience=2",
+        "callbacks.early_stopping.patience=2",
     ];
     let changes: Vec<&str> = changes.iter().flat_map(|change| ["--set", change]).collect();
     let resolved = place.succeed(&[&["config", "tiny.toml"], &changes[..]].concat());
@@ -894,7 +894,7 @@ fn a_resumed_run_says_what_has_changed_in_its_configuration() {
     let output = place.run(&[&["train", "tiny.toml"], &changes[..]].concat());
     let said = String::from_utf8(output.stderr).unwrap();
     let expected = "the configuration is not the checkpoint's:\n  \
-                    optimizer.lr: 0.01, was 0.001\n  trainer.max_steps: 6, was 4\n";
+                    trainer.max_steps: 6, was 4\n  optimizer.lr: 0.01, was 0.001\n";
     assert!(output.status.success() && said.contains(expected), "{said}");
     let output = place.run(&[&["train", "tiny.toml"], &changes[..]].concat());
     assert!(!String::from_utf8(output.stderr).unwrap().contains("is not the checkpoint's"));

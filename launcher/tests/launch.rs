@@ -213,7 +213,7 @@ fn trouble_is_named_and_taken_up() {
     let expected = undisturbed();
     let cases = [
         ("panic", "the run failed: rank 1: it panicked: out of luck\n"),
-        ("error", "the run failed: rank 1: out of paper\n"),
+        ("error", "the run failed: rank 1: training_step, step 6: out of paper\n"),
         ("die", "the run failed: its process was killed by signal 6\n"),
     ];
     for (trouble, why) in cases {
@@ -255,10 +255,14 @@ fn too_many_failures_end_it() {
     let (code, said) =
         place.launch(&["module.trouble=error", "module.until=\"\"", "distributed.max_restarts=2"]);
     assert_eq!(code, Some(1), "{said}");
-    assert_eq!(said.matches("the run failed: rank 1: out of paper\n").count(), 2, "{said}");
+    assert_eq!(
+        said.matches("the run failed: rank 1: training_step, step 6: out of paper\n").count(),
+        2,
+        "{said}"
+    );
     assert_says(
         &said,
-        "error: the run failed: rank 1: out of paper; not started again: `distributed.max_restarts` is 2\n",
+        "error: the run failed: rank 1: training_step, step 6: out of paper; not started again: `distributed.max_restarts` is 2\n",
     );
     // What was good is still there.
     assert!(place.checkpoint(0).ends_with("5"), "{}", place.checkpoint(0).display());
@@ -386,7 +390,7 @@ fn processes_equal_a_single_rank() {
 fn a_process_that_errs_ends_all() {
     let (code, said) = mpirun(&Place::new(), 2, &["module.trouble=error"]);
     assert!(code != Some(0), "{said}");
-    assert_says(&said, "rank 1 failed: out of paper");
+    assert_says(&said, "rank 1 failed: training_step, step 6: out of paper");
 }
 
 fn processes_that_differ_are_refused() {

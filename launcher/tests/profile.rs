@@ -81,6 +81,18 @@ fn a_table_and_a_trace() {
 }
 
 #[test]
+fn the_first_of_several_ranks_is_profiled() {
+    // Which rank first comes to a phase is chance: were one of the silent ones to decide, one of these would lack phases.
+    for _ in 0..4 {
+        let folder = tempfile::tempdir().unwrap();
+        let output = train(folder.path(), &["--profile", "--devices", "2"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let begins = begins(folder.path());
+        assert_eq!(["forward", "backward", "optimizer", "logging"].map(begins), [4; 4]);
+    }
+}
+
+#[test]
 fn nothing_unasked() {
     let folder = tempfile::tempdir().unwrap();
     let output = train(folder.path(), &[]).output().unwrap();

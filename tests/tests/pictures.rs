@@ -156,7 +156,7 @@ fn an_error_does_not_take_the_pictures_before_it_along() {
     let gate = Gate::default();
     let (mut trainer, seen) = trainer(&gate, 4);
     let error = trainer.fit(&Painter::model(&gate, 5), &data()).unwrap_err().to_string();
-    assert_eq!(error, "this step fails");
+    assert_eq!(error, "training_step, step 5: this step fails");
     let seen = seen.lock().unwrap();
     assert_eq!(seen.iter().filter(|it| it.starts_with("picture")).count(), 2, "{seen:?}");
 }

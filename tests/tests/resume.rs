@@ -46,17 +46,7 @@ fn early_stopping() -> EarlyStopping {
 }
 
 fn one_cycle() -> Schedule {
-    Schedule::OneCycle(OneCycle {
-        max_lr: 0.1,
-        steps: STEPS,
-        rising: 0.3,
-        start_divisor: 25.,
-        end_divisor: 1e4,
-        linear: false,
-        three_phases: false,
-        momentum: [0.85, 0.95],
-        cycle_momentum: true,
-    })
+    Schedule::OneCycle(OneCycle::new(0.1, STEPS))
 }
 
 fn cases() -> Vec<Case> {

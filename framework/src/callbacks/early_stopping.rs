@@ -60,6 +60,16 @@ impl Watch for EarlyStopping {
         if config.patience == 0 {
             return Err(Error::setting("patience", "expected at least 1, found 0"));
         }
+        let numbers = [
+            ("min_delta", Some(config.min_delta)),
+            ("stop_at", config.stop_at),
+            ("diverged_at", config.diverged_at),
+        ];
+        if let Some((key, _)) =
+            numbers.iter().find(|(_, value)| value.is_some_and(|value| !value.is_finite()))
+        {
+            return Err(Error::setting(*key, "expected a finite number"));
+        }
         Ok(Self { config: config.clone(), state: Waiting::default() })
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
-use crate::callback::{Callback, Flow, StepEnd, StopReason};
+use crate::callback::{Callback, Flow, Plan, StepEnd, StopReason};
 use crate::error::Result;
 
 /// Stops after the step during which a signal came, or saves and goes on. Whoever receives signals sets these flags.
@@ -13,11 +13,18 @@ pub struct OnSignal {
     pub stop: Arc<AtomicI32>,
     /// Whether a checkpoint is asked for.
     pub save: Arc<AtomicBool>,
+    /// Whether training has begun: before it, whoever receives a signal may end the process.
+    pub has_begun: Arc<AtomicBool>,
 }
 
 impl Callback for OnSignal {
     fn on_every_rank(&self) -> bool {
         true
+    }
+
+    fn on_fit_start(&mut self, _: &Plan) -> Result<()> {
+        self.has_begun.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {

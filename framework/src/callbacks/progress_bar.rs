@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar as Bar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
 use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::error::Result;
@@ -49,9 +49,14 @@ impl Run {
     }
 
     fn say(&self, line: &str) {
-        // `println` of a hidden bar says nothing, and a library does not print by itself.
-        if self.bar.is_hidden() { eprintln!("{line}") } else { self.bar.println(line) }
+        // `println` of a hidden bar says nothing.
+        if self.bar.is_hidden() { tell(line) } else { self.bar.println(line) }
     }
+}
+
+/// A line on standard error. Whoever reads it may have gone: that is no reason to end a training.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 impl Callback for ProgressBar {
@@ -131,7 +136,9 @@ impl Callback for ProgressBar {
             run.bar.finish_and_clear();
             let steps = progress.step - run.plan.start.step;
             let time = HumanDuration(run.started.elapsed());
-            eprintln!("{steps} steps in {time}: {}", run.status().split("  ").nth(1).unwrap_or_default());
+            let status = run.status();
+            let speed = status.split("  ").find(|part| part.ends_with("samples/s")).unwrap_or_default();
+            tell(&format!("{steps} steps in {time}: {speed}"));
         }
         Ok(())
     }

@@ -142,7 +142,7 @@ impl<B: Batch> Job for Pair<B> {
             trainer = trainer.callback(ProgressBar::default());
         }
         tracing::info!("{}", summary(&model));
-        let (mut dir, mut new_run) = (None, None);
+        let (mut dir, mut new_run, mut lock) = (None, None, None);
         let writes = experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0;
         let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
         if checkpoint.is_none() && experiment.ranks.rank() == 0 {
@@ -154,6 +154,7 @@ impl<B: Batch> Job for Pair<B> {
             let is_new = run.is_none();
             let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
             new_run = is_new.then(|| run.clone());
+            lock = Some(run.lock()?);
             tracing::info!("run folder: {}", run.path().display());
             trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
             if let Some(checkpoint) = checkpoint {
@@ -183,6 +184,7 @@ impl<B: Batch> Job for Pair<B> {
             }
             _ => None,
         };
+        drop(lock);
         Ok(Report { dir, outcome, lead_times })
     }
 

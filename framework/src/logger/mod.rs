@@ -353,7 +353,7 @@ mod tests {
         drop(loggers);
         let expected = [
             "3 configuration [a]\nx = 1\n[a.b]\ny = 'z'",
-            "a.b.y=\"z\" a.x=1 ",
+            "a.x=1 a.b.y=\"z\" ",
             "4 weights/w [2, 2]",
             "4 gradients/w [2, 2]",
             "Finished",

@@ -93,22 +93,12 @@ pub enum OptimizerConfig {
 impl OptimizerConfig {
     /// The learning rate that the schedule scales.
     pub fn lr(&self) -> f64 {
-        match self {
-            Self::Adam(config) => config.lr,
-            Self::AdamW(config) => config.lr,
-            Self::Sgd(config) => config.lr,
-            Self::Rmsprop(config) => config.lr,
-            Self::Adagrad(config) => config.lr,
-            Self::Adadelta(config) => config.lr,
-            Self::Adamax(config) | Self::Nadam(config) => config.lr,
-            Self::Radam(config) => config.lr,
-        }
+        *self.clone().rates().0
     }
 
-    /// The same rule with another learning rate or weight decay.
-    fn with(&self, new_lr: Option<f64>, decay: Option<f64>) -> Self {
-        let mut config = self.clone();
-        let (lr, weight_decay) = match &mut config {
+    /// Learning rate and weight decay.
+    fn rates(&mut self) -> (&mut f64, &mut f64) {
+        match self {
             Self::Adam(AdamConfig { lr, weight_decay, .. })
             | Self::AdamW(AdamWConfig { lr, weight_decay, .. })
             | Self::Sgd(SgdConfig { lr, weight_decay, .. })
@@ -118,7 +108,13 @@ impl OptimizerConfig {
             | Self::Adamax(MomentsConfig { lr, weight_decay, .. })
             | Self::Nadam(MomentsConfig { lr, weight_decay, .. })
             | Self::Radam(RadamConfig { lr, weight_decay, .. }) => (lr, weight_decay),
-        };
+        }
+    }
+
+    /// The same rule with another learning rate or weight decay.
+    fn with(&self, new_lr: Option<f64>, decay: Option<f64>) -> Self {
+        let mut config = self.clone();
+        let (lr, weight_decay) = config.rates();
         *lr = new_lr.unwrap_or(*lr);
         *weight_decay = decay.unwrap_or(*weight_decay);
         config
@@ -141,6 +137,7 @@ impl OptimizerConfig {
             true => Ok(()),
             false => Err(Error::setting(key, format!("expected a number from 0 up, found {value}"))),
         };
+        from_zero("weight_decay", *self.clone().rates().1)?;
         let moments = |betas: &[f64; 2], eps| {
             betas.iter().try_for_each(|beta| share("betas", *beta)).and(from_zero("eps", eps))
         };

@@ -183,6 +183,13 @@ impl Turn {
         };
         for group in &config.groups {
             let members = take(&group.params, &mut rest);
+            if members.is_empty() && params.iter().any(|(name, _)| fits(&group.params, name)) {
+                let message = format!(
+                    "group `{}`: all parameters that it fits are those of groups before it",
+                    group.params
+                );
+                return Err(Error::setting("groups", message));
+            }
             if members.is_empty() {
                 return Err(no_parameter(&group.params, params));
             }
@@ -191,6 +198,9 @@ impl Turn {
             }
         }
         add(rest, config.optimizer.clone())?;
+        if moved.is_empty() && idle.is_empty() && !params.is_empty() {
+            return Err(Error::setting("groups", "nothing is left to train: all parameters are frozen"));
+        }
         let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
         let owners = shard.map(|_| all_owners);
         let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
@@ -290,6 +300,7 @@ mod tests {
     use super::*;
     use crate::collective::Solo;
     use crate::optim::{RmspropConfig, SgdConfig};
+    use crate::schedule::OneCycle;
 
     fn params(names: &[&str]) -> Params {
         let params = Params::new(0, DType::F32, &Device::Cpu);
@@ -332,9 +343,8 @@ mod tests {
     fn a_schedule_drives_the_momentum_of_those_that_have_none_of_their_own() {
         let rmsprop = OptimizerConfig::Rmsprop(RmspropConfig { lr: 0.1, alpha: 0., ..Default::default() });
         for optimizer in [sgd(0.1), rmsprop] {
-            let moved = |cycle: &str| {
+            let moved = |schedule: Schedule| {
                 let all = params(&["w"]);
-                let schedule: Schedule = serde_json::from_str(cycle).unwrap();
                 let turns = Turn::share(
                     &[TurnConfig::only(optimizer.clone(), Vec::new())],
                     &schedule,
@@ -352,18 +362,20 @@ mod tests {
                 1. - all.vars()[0].1.to_vec1::<f32>().unwrap()[0]
             };
             // Both move by the gradient's sign; the second update has half of the first in it.
-            let cycle = |more: &str| {
-                format!(
-                    r#"{{"one_cycle": {{"max_lr": 0.1, "steps": 100, "start_divisor": 1, "momentum": [0.5, 0.5]{more}}}}}"#
-                )
+            let cycle = |cycle_momentum| {
+                let (start_divisor, momentum) = (1., [0.5, 0.5]);
+                Schedule::OneCycle(OneCycle {
+                    start_divisor,
+                    momentum,
+                    cycle_momentum,
+                    ..OneCycle::new(0.1, 100)
+                })
             };
-            assert!((moved(&cycle("")) - 0.25).abs() < 1e-6);
-            assert!((moved(&cycle(r#", "cycle_momentum": false"#)) - 0.2).abs() < 1e-6);
-            let sequence = format!(
-                r#"{{"sequence": {{"parts": [{{"constant": {{}}}}, {}], "milestones": [1]}}}}"#,
-                cycle("")
-            );
-            assert!((moved(&sequence) - 0.25).abs() < 1e-6);
+            assert!((moved(cycle(true)) - 0.25).abs() < 1e-6);
+            assert!((moved(cycle(false)) - 0.2).abs() < 1e-6);
+            let sequence =
+                Schedule::Sequence { parts: vec![Schedule::default(), cycle(true)], milestones: vec![1] };
+            assert!((moved(sequence) - 0.25).abs() < 1e-6);
         }
     }
 

@@ -12,6 +12,9 @@ use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
+/// The most threads, and the most devices, that a run may ask for.
+const MOST: usize = 4096;
+
 /// Fields of `[trainer]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -91,6 +94,8 @@ pub struct TrainerConfig {
     /// `cudnn.benchmark`). Worth it where shapes stay the same. Another run may pick others, so that a resumed run is not the same
     /// to the bit.
     pub benchmark: bool,
+    /// Leaves out an epoch's last batch where it is smaller than the others (PyTorch's `drop_last`).
+    pub drop_last: bool,
     /// Logs training metrics every so many steps.
     pub log_every: u64,
 }
@@ -134,6 +139,7 @@ impl Default for TrainerConfig {
             kernels: Kernels::Fast,
             cuda_graph: false,
             benchmark: false,
+            drop_last: false,
             log_every: 10,
         }
     }
@@ -153,6 +159,11 @@ impl TrainerConfig {
         ];
         if let Some((key, _)) = at_least_one.iter().find(|(_, value)| *value == Some(0)) {
             return Err(Error::setting(*key, "expected at least 1, found 0"));
+        }
+        // More would come to nothing but a machine that is out of memory.
+        let at_most = [("threads", self.threads.unwrap_or(1)), ("devices", self.devices)];
+        if let Some((key, value)) = at_most.iter().find(|(_, value)| *value > MOST) {
+            return Err(Error::setting(*key, format!("expected at most {MOST}, found {value}")));
         }
         for (key, value) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
             if let Some(value) = value.filter(|value| !(value.is_finite() && *value > 0.)) {

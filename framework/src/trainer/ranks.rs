@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use candle_core::{DType, Device, Tensor, Var};
+use tracing::subscriber::NoSubscriber;
 use tracing::{Dispatch, dispatcher};
 
 use super::fit::Fit;
@@ -96,12 +97,12 @@ pub(super) fn fit_on_threads<B: Batch>(
     });
     let others: Vec<(Trainer, Model<B>)> = others.collect::<Result<_>>()?;
     trainer.ranks = among_all(first.clone());
+    // What rank 0 says is enough to hear. A dispatcher that tracing knows of: for none, it would think that nobody listens anywhere.
+    let silence = Dispatch::new(NoSubscriber::new());
     let mut results: Vec<Result<Outcome>> = std::thread::scope(|scope| {
         let rank = |(mut trainer, model): (Trainer, Model<B>)| {
-            // What rank 0 says is enough to hear.
-            scope.spawn(move || {
-                dispatcher::with_default(&Dispatch::none(), || fit_as_rank(&mut trainer, &model, data))
-            })
+            let silence = &silence;
+            scope.spawn(move || dispatcher::with_default(silence, || fit_as_rank(&mut trainer, &model, data)))
         };
         let others: Vec<_> = others.into_iter().map(rank).collect();
         let first = fit_as_rank(trainer, model, data);

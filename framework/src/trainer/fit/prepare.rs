@@ -181,6 +181,15 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
     if train.is_empty() {
         return Err(Error::msg("the training data is empty"));
     }
+    let order = match train.len() {
+        _ if !config.drop_last => order,
+        None => return Err(Error::setting("drop_last", "a stream says itself what its batches are of")),
+        Some(samples) if samples < config.batch_size => {
+            let message = format!("it would leave nothing: there are {samples} samples, less than a batch");
+            return Err(Error::setting("drop_last", message));
+        }
+        Some(samples) => order.limited(samples / config.batch_size),
+    };
     let (key, limit) = match config.overfit_batches {
         Some(limit) => ("overfit_batches", Some(limit)),
         None => ("limit_train_batches", config.limit_train_batches),
