@@ -108,10 +108,10 @@ pub(super) fn differences(old: &toml::Table, new: &toml::Table, path: &str) -> V
     for key in keys {
         let path = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
         match (old.get(key), new.get(key)) {
-            (Some(old), Some(new)) if old == new => {}
             (Some(toml::Value::Table(old)), Some(toml::Value::Table(new))) => {
                 lines.extend(differences(old, new, &path));
             }
+            (Some(old), Some(new)) if old == new => {}
             (Some(old), Some(new)) => lines.push(format!("{path}: {new}, was {old}")),
             (None, Some(new)) => lines.push(format!("{path}: {new}, was not set")),
             (Some(old), None) => lines.push(format!("{path}: not set, was {old}")),
