@@ -239,3 +239,63 @@ fn a_loss_that_is_not_a_number_ends_the_run_before_it_harms_the_weights() {
     assert_eq!(recorder.lines().last().unwrap(), "end 4");
     assert!(weights(&model).iter().all(|(_, values)| values.iter().all(|x| x.is_finite())));
 }
+
+#[test]
+fn a_last_batch_that_is_smaller_is_left_out_where_asked_for() {
+    let config = TrainerConfig { drop_last: true, log_every: 1, sanity_val_batches: 0, ..config() };
+    let (recorder, outcome) = fit(config.clone(), &data());
+    // 7 samples in batches of 3: two an epoch; validation takes all.
+    let progress = outcome.progress;
+    assert_eq!((progress.step, progress.epoch, progress.samples), (4, 2, 12));
+    let validations = recorder.records().into_iter().filter(|record| record.split == Split::Val);
+    assert!(validations.map(|record| record.metrics["mean_index"]).all(|mean| mean == 1.5));
+    let error = |data: &Data<Tensors>| {
+        Trainer::new(config.clone()).fit(&Dropped::model(1), data).unwrap_err().to_string()
+    };
+    assert_eq!(
+        error(&Data::new(Points { samples: 2 })),
+        "`drop_last`: it would leave nothing: there are 2 samples, less than a batch"
+    );
+    assert_eq!(
+        error(&Data::stream(PointStream { samples: 7 })),
+        "`drop_last`: a stream says itself what its batches are of"
+    );
+}
+
+/// Points that come in turn, until something goes wrong with the fifth of an epoch.
+struct Panicking;
+
+impl Stream for Panicking {
+    type Batch = Tensors;
+    type Item = usize;
+
+    fn spec(&self) {}
+
+    fn items(&self, pass: candlepower::data::Pass) -> Result<candlepower::data::Items<usize>> {
+        let PointStream { samples } = PointStream { samples: 7 };
+        let broken = |i: usize| if i == 4 { panic!("a line that cannot be read") } else { Ok(i) };
+        Ok(match pass.epoch {
+            1 => Box::new((0..samples).map(broken)),
+            _ => Box::new((0..samples).map(Ok)),
+        })
+    }
+
+    fn batch(&self, items: Vec<usize>, samples: &[Sample]) -> Result<Tensors> {
+        PointStream { samples: 7 }.batch(items, samples)
+    }
+}
+
+#[test]
+fn a_stream_that_panics_ends_training_and_loses_nothing_in_silence() {
+    for workers in [1, 3] {
+        let recorder = Recorder::default();
+        let data = Data { val: data().val, ..Data::stream(Panicking) }.workers(workers);
+        let mut trainer =
+            Trainer::new(TrainerConfig { batch_size: 2, ..config() }).callback(recorder.clone());
+        let error = trainer.fit(&Dropped::model(1), &data).unwrap_err().to_string();
+        assert_eq!(error, "the data stream panicked; its message is above");
+        // 4 steps of the first epoch; of the second those before the fifth sample, or one less: it is looked at early.
+        let steps = recorder.lines().iter().filter(|line| line.starts_with("step")).count();
+        assert!((4..=6).contains(&steps), "{steps}");
+    }
+}

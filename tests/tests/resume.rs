@@ -388,3 +388,30 @@ fn a_run_that_has_ended_ends_again_without_another_validation_in_its_logs() {
     assert_eq!((again.progress, again.validation), (first.progress, first.validation));
     assert!(recorder.records().is_empty(), "{:?}", recorder.records());
 }
+
+#[test]
+fn a_stream_goes_on_behind_the_samples_that_it_has_given_whatever_the_batch_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |batch_size, max_steps, from: Option<u64>| {
+        let recorder = Recorder::default();
+        let config = TrainerConfig { batch_size, max_steps: Some(max_steps), ..config() };
+        let trainer = Trainer::new(config).checkpoints(dir.path(), checkpoints()).callback(recorder.clone());
+        let checkpoint = from.map(|step| Checkpoint::load(&dir.path().join(step.to_string())).unwrap());
+        checkpoint.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &stream(1)).unwrap();
+        recorder.train("mean_index")
+    };
+    // Samples 0 to 3.
+    assert_eq!(run(4, 1, None), [1.5]);
+    // 4 and 5, then 6 and 7.
+    assert_eq!(run(2, 3, Some(1)), [4.5, 6.5]);
+}
+
+#[test]
+fn an_epoch_cannot_be_made_shorter_than_what_was_done_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    go_on(dir.path(), None, 9, Trainer::new(up_to(2)));
+    let limited = TrainerConfig { limit_train_batches: Some(Limit::Batches(1)), ..up_to(4) };
+    let checkpoint = Checkpoint::load(&dir.path().join("2")).unwrap();
+    let error = Trainer::new(limited).resume(checkpoint).fit(&Dropped::model(1), &data(1)).unwrap_err();
+    assert!(error.to_string().contains("`limit_train_batches` that it was made with"), "{error}");
+}

@@ -1,0 +1,205 @@
+//! What modules log, and what comes of it: names, weights, numbers, and where an error happened.
+#![allow(clippy::unwrap_used)]
+
+use candlepower::precision::Precision;
+use candlepower::prelude::*;
+use candlepower_tests::points::Points;
+use candlepower_tests::recorder::Recorder;
+
+/// Does in a step what it is told to.
+struct Told(Tensor, fn(&Tensor, &Tensors, &mut Step) -> Result<Tensor>);
+
+impl Module for Told {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        (self.1)(&self.0, batch, step)
+    }
+}
+
+fn told(precision: Precision, what: fn(&Tensor, &Tensors, &mut Step) -> Result<Tensor>) -> Model<Tensors> {
+    let build = move |vb: VarBuilder| Ok(Told(vb.get(4, "w")?, what));
+    Model::with_precision(build, 1, &Device::Cpu, precision).unwrap()
+}
+
+fn loss(w: &Tensor, batch: &Tensors) -> Result<Tensor> {
+    Ok(batch.0[0].to_dtype(w.dtype())?.broadcast_mul(w)?.sqr()?.mean_all()?)
+}
+
+/// 7 samples in batches of 4.
+fn config() -> TrainerConfig {
+    TrainerConfig { batch_size: 4, max_epochs: Some(1), log_every: 1, ..Default::default() }
+}
+
+fn data() -> Data<Tensors> {
+    Data::new(Points { samples: 7 }).val(Points { samples: 7 })
+}
+
+#[test]
+fn names_are_a_metrics_own() {
+    type What = fn(&Tensor, &Tensors, &mut Step) -> Result<Tensor>;
+    let cases: [(What, &str); 3] = [
+        (
+            |w, batch, step| {
+                step.log("loss", 7.);
+                loss(w, batch)
+            },
+            "validation_step, batch 1: a module cannot log `loss`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in \
+             every record already; take another name",
+        ),
+        (
+            |w, batch, step| {
+                step.log("accuracy", 7.);
+                step.log("accuracy", 8.);
+                loss(w, batch)
+            },
+            "validation_step, batch 1: a module cannot log `accuracy` twice in a step: which of the two is meant?",
+        ),
+        (
+            |w, batch, step| {
+                if step.is_training() {
+                    step.log("lr", 1.);
+                }
+                loss(w, batch)
+            },
+            "a module cannot log `lr`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record already; take \
+             another name",
+        ),
+    ];
+    for (what, expected) in cases {
+        let mut trainer = Trainer::new(config());
+        let error = trainer.fit(&told(Precision::Full, what), &data()).unwrap_err().to_string();
+        assert_eq!(error, expected);
+    }
+}
+
+#[test]
+fn numbers_and_means_over_other_things_than_samples() {
+    let model = told(Precision::Full, |w, batch, step| {
+        // Samples 0 to 3 come first, then 4 to 6.
+        let first = batch.0[2].get(0)?.to_scalar::<f32>()? == 0.;
+        step.log("by_samples", if first { 1. } else { 2. });
+        step.log_weighted("by_tokens", if first { 1f32 } else { 2. }, if first { 30. } else { 10. });
+        step.log_weighted("tensor", &Tensor::new(if first { 1f32 } else { 2. }, &Device::Cpu)?, 1.);
+        loss(w, batch)
+    });
+    let metrics = Trainer::new(config()).validate(&model, &data(), Split::Val).unwrap();
+    assert_eq!(metrics["by_samples"], (4. + 2. * 3.) / 7.);
+    assert_eq!((metrics["by_tokens"], metrics["tensor"]), ((30. + 20.) / 40., 1.5));
+}
+
+#[test]
+fn an_error_says_where_it_happened_and_in_half_precision_what_is_probable() {
+    let fails = |precision, what| {
+        let mut trainer = Trainer::new(TrainerConfig { precision, ..config() });
+        trainer.fit(&told(precision, what), &data()).unwrap_err().to_string()
+    };
+    let in_training =
+        fails(Precision::Full, |w, batch, step| match step.is_training() && step.index() == 1 {
+            true => Err(Error::msg("no more paper")),
+            false => loss(w, batch),
+        });
+    assert_eq!(in_training, "training_step, step 2: no more paper");
+    let in_validation = fails(Precision::Bf16Mixed, |w, batch, step| {
+        if !step.is_training() && batch.0[2].get(0)?.to_dtype(DType::F32)?.to_scalar::<f32>()? > 0. {
+            // Types that do not mix.
+            return Ok((w + Tensor::zeros(4, DType::F32, &Device::Cpu)?)?.sum_all()?);
+        }
+        loss(w, batch)
+    });
+    assert!(in_validation.starts_with("validation_step, batch 2: dtype mismatch in add"), "{in_validation}");
+    assert!(in_validation.contains("the module computes in BF16"), "{in_validation}");
+}
+
+#[test]
+fn evaluation_knows_how_far_the_weights_are_trained() {
+    let what = |w: &Tensor, batch: &Tensors, step: &mut Step| {
+        if !step.is_training() {
+            step.log("believed", step.index() as f64);
+        }
+        loss(w, batch)
+    };
+    let (model, recorder) = (told(Precision::Full, what), Recorder::default());
+    let mut trainer = Trainer::new(config()).callback(recorder.clone());
+    let data = data().test(Points { samples: 3 });
+    assert_eq!(trainer.fit(&model, &data).unwrap().validation.unwrap()["believed"], 2.);
+    assert_eq!(trainer.validate(&model, &data, Split::Test).unwrap()["believed"], 2.);
+    assert_eq!(recorder.records().last().unwrap().step, 2);
+    let progress = candlepower::callback::Progress { step: 50, ..Default::default() };
+    let mut another = Trainer::new(config()).trained(progress);
+    assert_eq!(another.validate(&model, &data, Split::Val).unwrap()["believed"], 50.);
+}
+
+/// Adds a metric to validations, and says so or not.
+struct Adds(bool);
+
+impl Callback for Adds {
+    fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {
+        // It rises: nothing gets better.
+        let value = record.step as f64;
+        record.metrics.insert("f1".into(), value);
+        Ok(Flow::Continue)
+    }
+
+    fn adds(&self) -> Vec<String> {
+        if self.0 { vec!["f1".into()] } else { Vec::new() }
+    }
+}
+
+#[test]
+fn what_a_callback_adds_can_be_monitored_where_it_says_so() {
+    use candlepower::schedule::Plateau;
+    let train = |says: bool| {
+        let recorder = Recorder::default();
+        let plateau = Plateau { monitor: "f1".into(), patience: 0, factor: 0.5, ..Default::default() };
+        let mut trainer = Trainer::new(TrainerConfig {
+            val_every: Some(candlepower::trainer::Every::Steps(1)),
+            max_epochs: Some(2),
+            ..config()
+        })
+        .optimizer(SgdConfig { lr: 0.1, ..Default::default() })
+        .plateau(Some(plateau))
+        .callback(Adds(says))
+        .callback(recorder.clone());
+        let done = trainer.fit(&told(Precision::Full, |w, batch, _| loss(w, batch)), &data());
+        done.map(|_| recorder.train("lr"))
+    };
+    let lrs = train(true).unwrap();
+    // Means over samples, which round.
+    let error = lrs
+        .iter()
+        .zip([0.1, 0.1, 0.05, 0.025])
+        .map(|(lr, expected)| (lr - expected).abs())
+        .fold(0., f64::max);
+    assert!(lrs.len() == 4 && error < 1e-9, "{lrs:?}");
+    let error = train(false).unwrap_err().to_string();
+    assert!(
+        error.starts_with(
+            "`schedule.plateau.monitor`: there is no validation metric `f1`, expected one of `loss`"
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn without_a_look_before_the_first_step_a_metric_that_is_not_there_costs_no_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoints =
+        candlepower::checkpoint::CheckpointConfig { monitor: "accuracy".into(), ..Default::default() };
+    let mut trainer = Trainer::new(TrainerConfig { sanity_val_batches: 0, ..config() })
+        .checkpoints(dir.path(), checkpoints);
+    let error = trainer.fit(&told(Precision::Full, |w, batch, _| loss(w, batch)), &data()).unwrap_err();
+    assert!(
+        error.to_string().starts_with("`checkpoint.monitor`: there is no validation metric `accuracy`"),
+        "{error}"
+    );
+    assert!(dir.path().join("2/manifest.json").exists());
+}
+
+#[test]
+fn validation_data_that_is_empty_is_refused() {
+    let mut trainer = Trainer::new(config());
+    let model = told(Precision::Full, |w, batch, _| loss(w, batch));
+    let error = trainer.fit(&model, &data().val(Points { samples: 0 })).unwrap_err().to_string();
+    assert!(error.starts_with("the validation data is empty"), "{error}");
+}
