@@ -124,7 +124,7 @@ impl Experiment {
             let message = format!("expected at most `trainer.devices`, which is {}", trainer.devices);
             return Err(place("distributed")(Error::setting("min_devices", message)));
         }
-        let turns = turns(&document)?;
+        let turns = turns(&document, registry)?;
         let (schedule, plateau) = schedule(&document, "schedule")?;
         let average = average(&document)?;
         let callbacks = registry.callbacks(&document)?;

@@ -48,7 +48,7 @@ impl Grads {
             return Err(Error::msg(format!(
                 "no gradient reaches {} of {} parameters: {}{statistics}\n\
                  the loss does not depend on them, or an operation on the way has no backward pass \
-                 (in candle: LayerNorm's fast path, `softmax_last_dim`, `rms_norm`, `detach`)\n\
+                 (in candle: LayerNorm, for which there is `candlepower::nn::LayerNorm`, `softmax_last_dim`, `rms_norm`, `detach`)\n\
                  where that is meant, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer], or \
                  `Module::unused` in code",
                 missing.len(),

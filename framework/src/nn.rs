@@ -21,7 +21,8 @@ use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLst
 pub use candlepower_kernels::{Activation, Keep};
 
 pub use lstm::{Linear, LstmCell, LstmState};
-pub use noise::{drop_path, normal};
+pub use noise::{drop_path, dropout, normal};
+pub use norm::LayerNorm;
 
 use crate::error::{Error, Result};
 use crate::trainer::Kernels;

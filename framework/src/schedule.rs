@@ -1,6 +1,8 @@
 //! Learning-rate schedules: functions of the step, equal to PyTorch's, with nothing to save and nothing to forget.
 
 use std::f64::consts::PI;
+use std::fmt;
+use std::sync::Arc;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -107,6 +109,26 @@ pub enum Schedule {
         /// The steps at which the second and each later one begins.
         milestones: Vec<u64>,
     },
+    /// Any function of the step and the optimizer's learning rate (torch: `LambdaLR`). In code alone.
+    #[serde(skip)]
+    Own(OwnSchedule),
+}
+
+/// A learning rate that is a function of the step, from 0, and of the optimizer's learning rate: a pure one, for a resumed run to
+/// be the same.
+#[derive(Clone)]
+pub struct OwnSchedule(Arc<dyn Fn(u64, f64) -> f64 + Send + Sync>);
+
+impl fmt::Debug for OwnSchedule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a function")
+    }
+}
+
+impl PartialEq for OwnSchedule {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
 }
 
 /// Schedules in a list are written as one in a section: a table with a `name`.
@@ -188,6 +210,17 @@ impl Default for Schedule {
 }
 
 impl Schedule {
+    /// A schedule of one's own: the learning rate of step `t`, from 0, of the optimizer's.
+    ///
+    /// ```
+    /// # use candlepower::schedule::Schedule;
+    /// let warm_up = Schedule::own(|t, lr| lr * ((t + 1) as f64 / 500.).min(1.));
+    /// assert_eq!(warm_up.at(249, 0.1).lr, 0.05);
+    /// ```
+    pub fn own(lr: impl Fn(u64, f64) -> f64 + Send + Sync + 'static) -> Self {
+        Self::Own(OwnSchedule(Arc::new(lr)))
+    }
+
     /// The rates of step `t`, from 0.
     pub fn at(&self, t: u64, lr: f64) -> Rates {
         let time = t as f64;
@@ -201,6 +234,7 @@ impl Schedule {
             }
             Self::Linear { start, end, steps } => start + (end - start) * (time / *steps as f64).min(1.),
             Self::Step { every, gamma } => gamma.powf((t / every) as f64),
+            Self::Own(OwnSchedule(own)) => return own(t, lr).into(),
             Self::MultiStep { milestones, gamma } => {
                 gamma.powf(milestones.iter().filter(|milestone| **milestone <= t).count() as f64)
             }
@@ -250,6 +284,7 @@ impl Schedule {
             }
             Self::Step { every, gamma } => from_zero("gamma", *gamma).and(steps("every", *every)),
             Self::Noam { warmup } => steps("warmup", *warmup),
+            Self::Own(_) => Ok(()),
             Self::MultiStep { milestones, gamma } => from_zero("gamma", *gamma).and(rising(milestones)),
             Self::OneCycle(cycle) => cycle.check().and(steps("steps", cycle.steps)),
             Self::Sequence { parts, milestones } if parts.len() != milestones.len() + 1 => {

@@ -161,6 +161,18 @@ impl GradScale {
         gradients.iter().map(|x| share.of_all(x)).collect()
     }
 
+    /// Whether the update does not take place; waits for a device that has decided.
+    ///
+    /// # Errors
+    /// Where the device fails.
+    pub fn is_refused(&self) -> Result<bool> {
+        match &self.0 {
+            Decision::Host { refused, .. } => Ok(*refused),
+            #[cfg(feature = "cuda")]
+            Decision::Cuda(decided) => Ok(decided.get(3)?.to_scalar::<f32>()? != 0.),
+        }
+    }
+
     /// What counts of gradients on the CPU, if anything does.
     pub(crate) fn on_cpu(&self) -> Result<Option<Share>> {
         match self.0 {

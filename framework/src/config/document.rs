@@ -36,6 +36,13 @@ pub struct Named {
     taken: Vec<&'static str>,
 }
 
+impl Named {
+    /// The section's name.
+    pub(crate) fn section(&self) -> &str {
+        &self.section
+    }
+}
+
 impl Document {
     /// Reads a file and lays `--set section.key=value` overrides over it.
     pub fn read(path: &Path, sets: &[String]) -> Result<Self> {

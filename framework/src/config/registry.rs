@@ -17,6 +17,7 @@ use crate::data::{Open, OpenStream, Settings, Source, Split};
 use crate::error::{Error, Result};
 use crate::experiment::{Job, Pair};
 use crate::module::{Build, Module};
+use crate::optim::{Descend, OptimizerConfig};
 
 /// The modules, datasets and callbacks that configurations can name.
 ///
@@ -30,7 +31,11 @@ use crate::module::{Build, Module};
 pub struct Registry {
     families: Vec<Box<dyn AnyFamily>>,
     callbacks: IndexMap<&'static str, Entry<dyn CallbackRecipe>>,
+    optimizers: IndexMap<&'static str, ReadOptimizer>,
 }
+
+/// Reads the section of an optimizer.
+type ReadOptimizer = fn(&Document, &Named) -> Result<OptimizerConfig>;
 
 impl Registry {
     /// Adds a module under this name.
@@ -72,6 +77,23 @@ impl Registry {
         };
         self.callbacks.insert(name, Entry { parse, schema: schema_of::<C::Config> });
         self
+    }
+
+    /// Adds an optimizer under this name, for `[optimizer]` and `[optimizers.*]`.
+    pub fn optimizer<O: Descend>(mut self, name: &'static str) -> Self {
+        self.optimizers.insert(name, |document, named| {
+            let own = OptimizerConfig::own::<O>(&named.name, document.fields(named)?);
+            own.map_err(|error| document.place(named.section(), error))
+        });
+        self
+    }
+
+    /// The optimizer that a section names: one of these, or one of Candlepower's.
+    pub(crate) fn read_optimizer(&self, document: &Document, named: &Named) -> Result<OptimizerConfig> {
+        match self.optimizers.get(named.name.as_str()) {
+            Some(read) => read(document, named),
+            None => document.variant(named, "optimizer"),
+        }
     }
 
     /// The modules and datasets that meet in the batch `B`.

@@ -149,6 +149,18 @@ impl<B: Batch> Data<B> {
         self
     }
 
+    /// The same for streams: adds one to validate on.
+    pub fn val_stream(mut self, val: impl Stream<Batch = B> + 'static) -> Self {
+        self.val = Some(Source::Stream(Arc::new(val)));
+        self
+    }
+
+    /// Adds a stream to test on.
+    pub fn test_stream(mut self, test: impl Stream<Batch = B> + 'static) -> Self {
+        self.test = Some(Source::Stream(Arc::new(test)));
+        self
+    }
+
     /// Sets how many threads make batches ahead.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;

@@ -2,19 +2,19 @@
 
 use indexmap::IndexSet;
 
-use crate::config::{Document, untag};
+use crate::config::{Document, Registry, untag};
 use crate::error::{Error, Result};
-use crate::optim::{AverageConfig, GroupConfig, TurnConfig};
+use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 use crate::schedule::{Plateau, Schedule};
 
 /// The name of the only optimizer, which modules and logs do not see.
 pub(super) const ONLY: &str = "optimizer";
 
 /// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
-pub(super) fn turns(document: &Document) -> Result<Vec<TurnConfig>> {
+pub(super) fn turns(document: &Document, registry: &Registry) -> Result<Vec<TurnConfig>> {
     let several = document.sections_in("optimizers")?;
     let Some((_, span)) = several.first() else {
-        let only = turn(document, ONLY.into(), "optimizer", Some("adam"))?;
+        let only = turn(document, registry, ONLY.into(), "optimizer", Some("adam"))?;
         return Ok(vec![TurnConfig { params: "*".into(), schedule: None, ..only }]);
     };
     if document.has("optimizer")? {
@@ -23,12 +23,18 @@ pub(super) fn turns(document: &Document) -> Result<Vec<TurnConfig>> {
     }
     let turn = |(name, _): (String, _)| {
         let section = format!("optimizers.{name}");
-        turn(document, name, &section, None)
+        turn(document, registry, name, &section, None)
     };
     several.into_iter().map(turn).collect()
 }
 
-fn turn(document: &Document, name: String, section: &str, default: Option<&str>) -> Result<TurnConfig> {
+fn turn(
+    document: &Document,
+    registry: &Registry,
+    name: String,
+    section: &str,
+    default: Option<&str>,
+) -> Result<TurnConfig> {
     let mut named = document.named(section, default)?;
     let groups: Option<Vec<GroupConfig>> = document.take_field(&mut named, "groups")?;
     let (params, schedule_table): (Option<String>, Option<toml::Table>) = match default {
@@ -52,7 +58,7 @@ fn turn(document: &Document, name: String, section: &str, default: Option<&str>)
             Some(schedule)
         }
     };
-    let optimizer = document.variant(&named, "optimizer")?;
+    let optimizer = registry.read_optimizer(document, &named)?;
     let turn = TurnConfig { name, params, optimizer, groups: groups.unwrap_or_default(), schedule };
     turn.check().map_err(|error| document.place(section, error))?;
     Ok(turn)
@@ -80,7 +86,10 @@ pub(super) fn average(document: &Document) -> Result<Option<AverageConfig>> {
 }
 
 pub(super) fn optimizer_table(turn: &TurnConfig) -> Result<toml::Table> {
-    let mut fields = untag(&turn.optimizer)?;
+    let mut fields = match &turn.optimizer {
+        OptimizerConfig::Own(own) => own.table()?,
+        ours => untag(ours)?,
+    };
     if !turn.groups.is_empty() {
         let groups = turn.groups.iter().map(|group| Ok(table(group)?.into()));
         fields.insert("groups".into(), groups.collect::<Result<Vec<toml::Value>>>()?.into());

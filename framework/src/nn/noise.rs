@@ -4,7 +4,8 @@ use candle_core::{Device, Shape, Tensor};
 use rand::Rng;
 use rand_distr::StandardNormal;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::module::Step;
 
 /// Independent normal numbers of mean 0 and variance 1, f32.
 pub fn normal(shape: impl Into<Shape>, rng: &mut impl Rng, device: &Device) -> Result<Tensor> {
@@ -13,15 +14,45 @@ pub fn normal(shape: impl Into<Shape>, rng: &mut impl Rng, device: &Device) -> R
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
+/// Dropout (Srivastava et al. 2014): in training each value is zero with this probability, and the others are scaled up, so
+/// that the mean stays; outside training nothing happens. `name` tells it from other dropouts of the step.
+///
+/// What is dropped depends on the seed, the step and the name alone, so that a resumed run drops the same; `candle_nn::Dropout`
+/// drops other values in every run.
+///
+/// ```
+/// # use candlepower::{nn, prelude::*};
+/// # fn example(hidden: &Tensor, step: &Step) -> Result<Tensor> {
+/// nn::dropout(hidden, 0.1, step, "hidden")
+/// # }
+/// ```
+pub fn dropout(x: &Tensor, probability: f64, step: &Step, name: &str) -> Result<Tensor> {
+    if probability == 0. || !step.is_training() {
+        return Ok(x.clone());
+    }
+    let factors = factors(x.elem_count(), probability, &mut step.rng(name))?;
+    let factors = Tensor::from_vec(factors, x.shape(), x.device())?;
+    Ok((x * factors.to_dtype(x.dtype())?)?)
+}
+
+/// Zero with this probability, else what keeps the mean.
+fn factors(count: usize, probability: f64, rng: &mut impl Rng) -> Result<Vec<f32>> {
+    if !(0. ..1.).contains(&probability) {
+        let message =
+            format!("a probability to drop is from 0 up to, not including, 1; this one is {probability}");
+        return Err(Error::msg(message));
+    }
+    let kept = 1. - probability;
+    Ok((0..count).map(|_| if rng.random_bool(kept) { 1. / kept as f32 } else { 0. }).collect())
+}
+
 /// Stochastic depth (Huang et al. 2016): the whole branch `x` (B, ..) of a sample is zero with this probability; the others
 /// are scaled up, so that the mean stays. For training alone.
 pub fn drop_path(x: &Tensor, probability: f64, rng: &mut impl Rng) -> Result<Tensor> {
     if probability == 0. {
         return Ok(x.clone());
     }
-    let kept = 1. - probability;
-    let factor = |_| if rng.random_bool(kept) { 1. / kept as f32 } else { 0. };
-    let factors: Vec<f32> = (0..x.dim(0)?).map(factor).collect();
+    let factors = factors(x.dim(0)?, probability, rng)?;
     let mut shape = vec![1; x.rank()];
     shape[0] = factors.len();
     let factors = Tensor::from_vec(factors, shape, x.device())?;
@@ -44,6 +75,25 @@ mod tests {
         let dropped = rows.iter().filter(|row| row[0] == 0.).count();
         // Four standard deviations are 110.
         assert!((890..1110).contains(&dropped), "{dropped}");
+    }
+
+    #[test]
+    fn values_are_dropped_in_training_by_the_name_and_the_step() {
+        let x = Tensor::ones((50, 200), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let training = |index| Step::training(index, 0, 7, "", false);
+        let values = |step: &Step, name: &str| -> Vec<f32> {
+            dropout(&x, 0.2, step, name).unwrap().flatten_all().unwrap().to_vec1().unwrap()
+        };
+        let first = values(&training(3), "a");
+        assert!(first.iter().all(|x| [0., 1.25].contains(x)));
+        let dropped = first.iter().filter(|x| **x == 0.).count();
+        // Four standard deviations are 160.
+        assert!((1840..2160).contains(&dropped), "{dropped}");
+        assert_eq!(first, values(&training(3), "a"));
+        assert_ne!(first, values(&training(3), "b"));
+        assert_ne!(first, values(&training(4), "a"));
+        assert_eq!(values(&Step::evaluation(3, 0, 7, false), "a"), vec![1.; 10_000]);
+        assert!(dropout(&x, 1., &training(3), "a").is_err());
     }
 
     #[test]

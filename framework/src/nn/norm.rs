@@ -4,7 +4,7 @@
 //! candle's operations. Everything stays on the device, the running statistics too: who reads a value of a device waits for all that
 //! was asked of it before.
 
-use candle_core::{DType, Tensor};
+use candle_core::{D, DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 use candlepower_kernels::{self as kernels, Activation, Normalized, Over};
 
@@ -131,6 +131,34 @@ impl GroupNorm {
     /// Normalises (B, .., C).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         Ok(normalize(x, Over::Groups(self.groups), &self.weight, &self.bias, self.then)?.0)
+    }
+}
+
+/// Normalises the last dimension of (.., C), each row by itself (Ba, Kiros and Hinton 2016), eps 1e-5; with PyTorch's names.
+///
+/// `candle_nn`'s has a fast path without a backward pass, on which a model does not learn.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    /// (C).
+    weight: Tensor,
+    /// (C).
+    bias: Tensor,
+}
+
+impl LayerNorm {
+    /// Over so many features; the weight is one and the bias zero at first.
+    pub fn new(features: usize, vb: VarBuilder) -> Result<Self> {
+        let weight = vb.get_with_hints(features, "weight", Init::Const(1.))?;
+        let bias = vb.get_with_hints(features, "bias", Init::Const(0.))?;
+        Ok(Self { weight, bias })
+    }
+
+    /// (.., C) to (.., C).
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        // A row is a sample of one group.
+        let rows = x.reshape(((), x.dim(D::Minus1)?))?;
+        let y = normalize(&rows, Over::Groups(1), &self.weight, &self.bias, None)?.0;
+        Ok(y.reshape(x.shape())?)
     }
 }
 
@@ -315,6 +343,24 @@ mod tests {
         twice.by_batch(&x, 2).unwrap();
         training.by_batch(&x, 1).unwrap();
         assert_eq!(state(&twice), state(&training));
+    }
+
+    #[test]
+    fn a_layer_norm_is_candles_slow_one_and_has_gradients() {
+        let (x, wanted) = (random((3, 5, 12)), random((3, 5, 12)));
+        let params = Params::new(0, DType::F32, &Device::Cpu);
+        let norm = LayerNorm::new(12, params.var_builder()).unwrap();
+        let vars: Vec<Var> = params.vars().into_iter().map(|(_, var)| var).collect();
+        vars.iter().for_each(|var| var.set(&random(12)).unwrap());
+        let of = |y: Tensor| {
+            let grads = (&y * wanted.as_tensor()).unwrap().sum_all().unwrap().backward().unwrap();
+            let grads = [&vars[0], &vars[1], &x].map(|var| grads.get(var).unwrap().clone());
+            std::iter::once(y).chain(grads).collect::<Vec<_>>()
+        };
+        let slow = candle_nn::ops::layer_norm_slow(&x, &vars[0], &vars[1], EPS as f32).unwrap();
+        for (ours, candles) in of(norm.forward(&x).unwrap()).iter().zip(of(slow)) {
+            assert!(error(ours, &candles) < 1e-5, "{:e}", error(ours, &candles));
+        }
     }
 
     #[test]

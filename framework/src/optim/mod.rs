@@ -4,6 +4,7 @@ mod adam;
 mod adaptive;
 mod average;
 mod moments;
+mod own;
 mod rmsprop;
 mod ruled;
 mod sgd;
@@ -17,6 +18,7 @@ use candle_core::{Tensor, Var};
 pub use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
 use moments::{Adamax, Nadam};
 pub use moments::{MomentsConfig, RadamConfig};
+pub use own::{Descend, OwnOptimizer};
 pub use rmsprop::RmspropConfig;
 use ruled::Ruled;
 use schemars::JsonSchema;
@@ -88,9 +90,20 @@ pub enum OptimizerConfig {
     Nadam(MomentsConfig),
     /// RAdam (Liu et al. 2020).
     Radam(RadamConfig),
+    /// One of the user's own ([`Descend`]), which has a name where a [`Registry`](crate::config::Registry) knows it.
+    #[serde(skip)]
+    Own(OwnOptimizer),
 }
 
 impl OptimizerConfig {
+    /// An optimizer of one's own; `name` is for people.
+    ///
+    /// # Errors
+    /// Where the optimizer refuses its settings.
+    pub fn own<O: Descend>(name: &str, config: O::Config) -> Result<Self> {
+        OwnOptimizer::new::<O>(name, config).map(Self::Own)
+    }
+
     /// The learning rate that the schedule scales.
     pub fn lr(&self) -> f64 {
         *self.clone().rates().0
@@ -107,7 +120,8 @@ impl OptimizerConfig {
             | Self::Adadelta(AdadeltaConfig { lr, weight_decay, .. })
             | Self::Adamax(MomentsConfig { lr, weight_decay, .. })
             | Self::Nadam(MomentsConfig { lr, weight_decay, .. })
-            | Self::Radam(RadamConfig { lr, weight_decay, .. }) => (lr, weight_decay),
+            | Self::Radam(RadamConfig { lr, weight_decay, .. })
+            | Self::Own(OwnOptimizer { lr, weight_decay, .. }) => (lr, weight_decay),
         }
     }
 
@@ -160,6 +174,8 @@ impl OptimizerConfig {
                     return Err(Error::setting("nesterov", "needs a momentum above 0 and no dampening"));
                 }
             }
+            // It has been made once.
+            Self::Own(_) => {}
         }
         Ok(())
     }
@@ -176,6 +192,7 @@ impl OptimizerConfig {
             Self::Adamax(config) => Box::new(Ruled::new(params, Adamax(config.clone()), schedule)?),
             Self::Nadam(config) => Box::new(Nadam::new(params, config, schedule)?),
             Self::Radam(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
+            Self::Own(own) => own.build(params)?,
         })
     }
 }

@@ -1,0 +1,209 @@
+//! Optimizers of one's own.
+
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Tensor, Var};
+use candlepower_kernels::clipping::GradScale;
+use candlepower_kernels::updates::publish;
+
+use super::{Optimizer, Param};
+use crate::data::Settings;
+use crate::error::{Error, Result};
+use crate::schedule::Rates;
+
+/// An optimizer of one's own, made from its own section of the configuration file: [`Registry::optimizer`] gives it a name, and
+/// in code it is [`OptimizerConfig::own`].
+///
+/// Gradients come clipped and without a loss scale, in 32 bits as the parameters; a step that must not be taken does not come at
+/// all. What a step computes may be any of candle's operations: on a device it waits for nothing but the word whether the step is
+/// to be taken.
+///
+/// Lion (Chen et al. 2023), whose steps are signs:
+///
+/// ```
+/// use candlepower::candle_core::Var;
+/// use candlepower::optim::Descend;
+/// use candlepower::prelude::*;
+/// use candlepower::schedule::Rates;
+/// use candlepower::schemars::{self, JsonSchema};
+/// use candlepower::serde::{Deserialize, Serialize};
+///
+/// #[derive(Clone, Serialize, Deserialize, JsonSchema)]
+/// #[serde(crate = "candlepower::serde", deny_unknown_fields)]
+/// struct LionConfig {
+///     lr: f64,
+///     weight_decay: f64,
+///     betas: [f64; 2],
+/// }
+///
+/// struct Lion {
+///     config: LionConfig,
+///     params: Vec<(String, Var)>,
+///     averages: Vec<(String, Var)>,
+/// }
+///
+/// impl Descend for Lion {
+///     type Config = LionConfig;
+///
+///     fn rates(config: &mut LionConfig) -> [&mut f64; 2] {
+///         [&mut config.lr, &mut config.weight_decay]
+///     }
+///
+///     fn of(config: &LionConfig, params: &[(String, Var)]) -> Result<Self> {
+///         let zeros = |(name, param): &(String, Var)| {
+///             Ok((format!("average.{name}"), Var::from_tensor(&param.zeros_like()?)?))
+///         };
+///         let averages = params.iter().map(zeros).collect::<Result<_>>()?;
+///         Ok(Self { config: config.clone(), params: params.to_vec(), averages })
+///     }
+///
+///     fn step(&mut self, _: u64, rates: Rates, gradients: &[Tensor]) -> Result<()> {
+///         let LionConfig { betas: [now, later], weight_decay, .. } = self.config;
+///         for (((_, param), (_, average)), gradient) in self.params.iter().zip(&self.averages).zip(gradients) {
+///             let mixed = |beta: f64| (average.as_tensor() * beta)? + (gradient * (1. - beta))?;
+///             let decayed = (param.as_tensor() * (1. - rates.lr * weight_decay))?;
+///             param.set(&(decayed - (mixed(now)?.sign()? * rates.lr)?)?)?;
+///             average.set(&mixed(later)?)?;
+///         }
+///         Ok(())
+///     }
+///
+///     fn state(&self) -> Vec<(String, Var)> {
+///         self.averages.clone()
+///     }
+/// }
+///
+/// # fn main() -> Result<()> {
+/// let lion = LionConfig { lr: 3e-4, weight_decay: 0., betas: [0.9, 0.99] };
+/// let trainer = Trainer::new(TrainerConfig::default()).optimizer(OptimizerConfig::own::<Lion>("lion", lion)?);
+/// // Or from TOML, as `name = "lion"` in [optimizer].
+/// let registry = Registry::default().optimizer::<Lion>("lion");
+/// # Ok(()) }
+/// ```
+///
+/// [`Registry::optimizer`]: crate::config::Registry::optimizer
+/// [`OptimizerConfig::own`]: super::OptimizerConfig::own
+pub trait Descend: Send + Sized + 'static {
+    /// The fields of its section.
+    type Config: Settings + Clone;
+
+    /// Its learning rate and its weight decay, which groups of parameters may have of their own.
+    fn rates(config: &mut Self::Config) -> [&mut f64; 2];
+
+    /// Makes the optimizer of these parameters, f32. Values that do not fit are an [`Error::Setting`](crate::Error::Setting).
+    fn of(config: &Self::Config, params: &[(String, Var)]) -> Result<Self>;
+
+    /// Moves every parameter by its gradient, in place, at these rates. `t` counts from 1 the steps that are taken.
+    fn step(&mut self, t: u64, rates: Rates, gradients: &[Tensor]) -> Result<()>;
+
+    /// What it remembers between steps, by name: a checkpoint keeps it, and restores it by writing to these variables. Whatever is
+    /// not in them, and is no function of the step's number, makes a resumed run another one.
+    fn state(&self) -> Vec<(String, Var)>;
+}
+
+/// What of an optimizer of one's own is the same for all: which steps are taken, and the copies in half precision.
+struct Descending<O> {
+    /// Steps are asked for by reference.
+    optimizer: Mutex<O>,
+    params: Vec<Param>,
+    step: (u64, Rates),
+}
+
+impl<O: Descend> Optimizer for Descending<O> {
+    fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
+        self.step = (t, rates);
+        Ok(())
+    }
+
+    fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()> {
+        if scale.is_refused()? {
+            return Ok(());
+        }
+        let (t, rates) = self.step;
+        self.optimizer.lock().unwrap_or_else(PoisonError::into_inner).step(
+            t,
+            rates,
+            &scale.apply(gradients)?,
+        )?;
+        let copies =
+            self.params.iter().filter_map(|it| Some((it.master.as_tensor(), it.copy.as_ref()?.as_tensor())));
+        Ok(publish(&copies.collect::<Vec<_>>())?)
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        self.optimizer.lock().unwrap_or_else(PoisonError::into_inner).state()
+    }
+}
+
+/// The configuration of an optimizer whose type is not known here.
+#[derive(Clone)]
+pub struct OwnOptimizer {
+    name: String,
+    pub(super) lr: f64,
+    pub(super) weight_decay: f64,
+    recipe: Arc<dyn Recipe>,
+}
+
+/// What the type of an optimizer does for its configuration, once it has these rates.
+trait Recipe: Send + Sync {
+    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn Optimizer>>;
+    fn table(&self, rates: [f64; 2]) -> Result<toml::Table>;
+}
+
+struct Of<O: Descend>(O::Config, PhantomData<fn() -> O>);
+
+impl<O: Descend> Of<O> {
+    fn config(&self, rates: [f64; 2]) -> O::Config {
+        let mut config = self.0.clone();
+        for (rate, value) in O::rates(&mut config).into_iter().zip(rates) {
+            *rate = value;
+        }
+        config
+    }
+}
+
+impl<O: Descend> Recipe for Of<O> {
+    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn Optimizer>> {
+        let masters: Vec<_> = params.iter().map(|it| (it.name.clone(), it.master.clone())).collect();
+        let optimizer = Mutex::new(O::of(&self.config(rates), &masters)?);
+        Ok(Box::new(Descending { optimizer, params: params.to_vec(), step: (0, Rates::from(0.)) }))
+    }
+
+    fn table(&self, rates: [f64; 2]) -> Result<toml::Table> {
+        toml::Table::try_from(self.config(rates)).map_err(|error| Error::msg(error.to_string()))
+    }
+}
+
+impl OwnOptimizer {
+    /// An `O` of these settings. Settings that it refuses are refused now.
+    pub(super) fn new<O: Descend>(name: &str, mut config: O::Config) -> Result<Self> {
+        O::of(&config, &[])?;
+        let [lr, weight_decay] = O::rates(&mut config).map(|rate| *rate);
+        Ok(Self { name: name.into(), lr, weight_decay, recipe: Arc::new(Of::<O>(config, PhantomData)) })
+    }
+
+    pub(super) fn build(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {
+        self.recipe.build([self.lr, self.weight_decay], params)
+    }
+
+    /// Its section, as it would be written.
+    pub(crate) fn table(&self) -> Result<toml::Table> {
+        let mut table = self.recipe.table([self.lr, self.weight_decay])?;
+        table.insert("name".into(), self.name.clone().into());
+        Ok(table)
+    }
+}
+
+impl fmt::Debug for OwnOptimizer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#?}", self.table())
+    }
+}
+
+impl PartialEq for OwnOptimizer {
+    fn eq(&self, other: &Self) -> bool {
+        matches!((self.table(), other.table()), (Ok(a), Ok(b)) if a == b)
+    }
+}

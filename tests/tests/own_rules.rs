@@ -1,0 +1,179 @@
+//! Optimizers and schedules of one's own are to the trainer what Candlepower's are.
+#![allow(clippy::unwrap_used)]
+
+use candlepower::candle_core::Var;
+use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
+use candlepower::config::Document;
+use candlepower::experiment::Experiment;
+use candlepower::optim::{Descend, GroupConfig};
+use candlepower::precision::Precision;
+use candlepower::prelude::*;
+use candlepower::schedule::{Rates, Schedule};
+use candlepower::schemars::{self, JsonSchema};
+use candlepower::serde::{Deserialize, Serialize};
+use candlepower_tests::points::{Dropped, Points, weights};
+
+#[derive(Clone, Serialize, Deserialize, JsonSchema)]
+#[serde(crate = "candlepower::serde", deny_unknown_fields)]
+struct HeavyBallConfig {
+    lr: f64,
+    #[serde(default)]
+    weight_decay: f64,
+    momentum: f64,
+}
+
+/// Gradient descent with momentum, as PyTorch's SGD.
+struct HeavyBall {
+    config: HeavyBallConfig,
+    params: Vec<(String, Var)>,
+    velocities: Vec<(String, Var)>,
+}
+
+impl Descend for HeavyBall {
+    type Config = HeavyBallConfig;
+
+    fn rates(config: &mut HeavyBallConfig) -> [&mut f64; 2] {
+        [&mut config.lr, &mut config.weight_decay]
+    }
+
+    fn of(config: &HeavyBallConfig, params: &[(String, Var)]) -> Result<Self> {
+        if config.momentum >= 1. {
+            return Err(Error::setting("momentum", "expected less than 1"));
+        }
+        let zeros = |(name, param): &(String, Var)| {
+            Ok((format!("velocity.{name}"), Var::from_tensor(&param.zeros_like()?)?))
+        };
+        let velocities = params.iter().map(zeros).collect::<Result<_>>()?;
+        Ok(Self { config: config.clone(), params: params.to_vec(), velocities })
+    }
+
+    fn step(&mut self, t: u64, rates: Rates, gradients: &[Tensor]) -> Result<()> {
+        let HeavyBallConfig { momentum, weight_decay, .. } = self.config;
+        for (((_, param), (_, velocity)), gradient) in self.params.iter().zip(&self.velocities).zip(gradients)
+        {
+            let gradient = (gradient + (param.as_tensor() * weight_decay)?)?;
+            let moved = if t == 1 { gradient } else { ((velocity.as_tensor() * momentum)? + gradient)? };
+            velocity.set(&moved)?;
+            param.set(&(param.as_tensor() - (moved * rates.lr)?)?)?;
+        }
+        Ok(())
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        self.velocities.clone()
+    }
+}
+
+fn own() -> OptimizerConfig {
+    let config = HeavyBallConfig { lr: 0.05, weight_decay: 0.01, momentum: 0.9 };
+    OptimizerConfig::own::<HeavyBall>("heavy_ball", config).unwrap()
+}
+
+fn ours() -> OptimizerConfig {
+    SgdConfig { lr: 0.05, weight_decay: 0.01, momentum: 0.9, ..Default::default() }.into()
+}
+
+fn train(
+    optimizer: OptimizerConfig,
+    precision: Precision,
+    steps: u64,
+    dir: Option<(&std::path::Path, bool)>,
+) -> Vec<f32> {
+    let model = Dropped::in_precision(1, precision);
+    let groups = vec![
+        GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay: Some(0.), frozen: false },
+        GroupConfig { params: "second.weight".into(), lr: None, weight_decay: None, frozen: true },
+    ];
+    let config = TrainerConfig {
+        batch_size: 4,
+        max_steps: Some(steps),
+        clip_norm: Some(0.5),
+        precision,
+        ..Default::default()
+    };
+    let mut trainer = Trainer::new(config)
+        .optimizer_with_groups(optimizer, groups)
+        .schedule(Schedule::Cosine { steps: 10, min_lr: 0. });
+    if let Some((dir, resumes)) = dir {
+        trainer = trainer.checkpoints(dir, CheckpointConfig::default());
+        if resumes {
+            trainer = trainer.resume(Checkpoint::load(&dir.join("last")).unwrap());
+        }
+    }
+    trainer.fit(&model, &Data::new(Points { samples: 10 })).unwrap();
+    weights(&model).into_iter().flat_map(|(_, values)| values).collect()
+}
+
+#[test]
+fn an_optimizer_of_ones_own_moves_as_the_same_one_of_ours() {
+    // fp16's first steps overflow, and are refused.
+    for precision in [Precision::Full, Precision::Bf16Mixed, Precision::Fp16Mixed] {
+        let (own, ours) = (train(own(), precision, 8, None), train(ours(), precision, 8, None));
+        let start = train(self::ours(), precision, 1, None);
+        let off = own.iter().zip(&ours).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        let moved = ours.iter().zip(&start).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        // In half precision a gradient that is rounded another way moves on from there.
+        let tolerance = if precision == Precision::Full { 1e-6 } else { 1e-2 * moved };
+        assert!(moved > 0.01 && off < tolerance, "{precision:?}: off by {off:e} of {moved:e}");
+    }
+}
+
+#[test]
+fn it_goes_on_from_a_checkpoint_to_the_same_bits() {
+    let dir = tempfile::tempdir().unwrap();
+    let whole = train(own(), Precision::Full, 8, None);
+    train(own(), Precision::Full, 3, Some((dir.path(), false)));
+    assert_eq!(train(own(), Precision::Full, 8, Some((dir.path(), true))), whole);
+}
+
+#[test]
+fn a_schedule_of_ones_own_is_any_function_of_the_step() {
+    let lrs = |schedule: Schedule| (0..12).map(|t| schedule.at(t, 0.4).lr.to_bits()).collect::<Vec<_>>();
+    let halves = Schedule::own(|t, lr| lr * 0.5f64.powf((t / 5) as f64));
+    assert_eq!(lrs(halves), lrs(Schedule::Step { every: 5, gamma: 0.5 }));
+}
+
+const CONFIG: &str = r#"
+[trainer]
+max_steps = 1
+
+[module]
+name = "conv_lstm"
+
+[data]
+name = "moving_mnist"
+frames_in = 2
+frames_out = 2
+
+[optimizer]
+name = "heavy_ball"
+lr = 0.25
+momentum = 0.5
+"#;
+
+#[test]
+fn it_has_a_name_in_a_configuration_which_is_written_out_again() {
+    let registry = Registry::default()
+        .module::<candlepower_models::ConvLstm>("conv_lstm")
+        .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
+        .optimizer::<HeavyBall>("heavy_ball");
+    let read = |text: &str| {
+        let document = Document::parse("own.toml", text.into(), &[]).unwrap();
+        Experiment::new(&registry, document)
+    };
+    let resolved = read(CONFIG).unwrap().resolved().unwrap();
+    let expected = "[optimizer]\nlr = 0.25\nweight_decay = 0.0\nmomentum = 0.5\nname = \"heavy_ball\"\n";
+    assert!(resolved.contains(expected), "{resolved}");
+    assert_eq!(read(&resolved).unwrap().resolved().unwrap(), resolved);
+    let error = |from: &str, to: &str| read(&CONFIG.replace(from, to)).err().unwrap().to_string();
+    let momentum = error("momentum = 0.5", "momentum = 1.5");
+    assert!(
+        momentum.starts_with("own.toml:16:12: `optimizer.momentum`: expected less than 1\n"),
+        "{momentum}"
+    );
+    let unknown = error("momentum = 0.5", "momentun = 0.5");
+    assert!(
+        unknown.contains("unknown field `momentun`, expected one of `lr`, `weight_decay`, `momentum`"),
+        "{unknown}"
+    );
+}
