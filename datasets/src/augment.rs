@@ -43,7 +43,7 @@ impl Augment {
     /// What happens to this sample.
     pub(crate) fn draw(&self, sample: &Sample) -> Change {
         if sample.split != Split::Train {
-            return Change { at: [0.5; 2], ..Change::default() };
+            return Change::none();
         }
         // Everything is drawn, whatever is asked for: so that one setting does not change what another one draws.
         let mut rng = sample.rng();
@@ -74,6 +74,11 @@ pub(crate) struct Change {
 }
 
 impl Change {
+    /// What happens to samples that are not trained on: their middle is cut out.
+    pub(crate) fn none() -> Self {
+        Self { at: [0.5; 2], ..Self::default() }
+    }
+
     /// The corner of a crop: [row, column].
     pub(crate) fn corner(&self, size: [usize; 2], crop: [usize; 2]) -> [usize; 2] {
         [0, 1].map(|axis| {

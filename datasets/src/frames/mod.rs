@@ -3,17 +3,18 @@
 mod clips;
 mod sequences;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 use candlepower::batch::{Video, VideoSpec};
 use candlepower::data::{Dataset, Open, Sample, Split};
 use candlepower::error::{Error, Result};
+use candlepower::video_file;
 use clips::Clips;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::augment::Augment;
+use crate::augment::{Augment, Change};
 use crate::windows::Windows;
 
 /// The fields of `[data]` for `name = "frames"`.
@@ -154,8 +155,7 @@ impl Config {
 /// pictures is found when they are opened; an array's values are looked at when they are read.
 pub struct Frames {
     spec: VideoSpec,
-    windows: Windows,
-    augment: Augment,
+    config: Config,
     clips: Clips,
     /// The clip and the first frame of each sample.
     samples: Vec<(usize, usize)>,
@@ -194,7 +194,37 @@ impl Open for Frames {
         config.augment.check([height, width])?;
         let (frames_in, frames_out, channels) = (config.frames_in, config.frames_out, config.channels);
         let spec = VideoSpec { frames_in, frames_out, channels, height, width };
-        Ok(Self { spec, windows, augment: config.augment.clone(), clips, samples })
+        Ok(Self { spec, config: config.clone(), clips, samples })
+    }
+}
+
+impl Frames {
+    /// Windows of these clips, each from its first frame on, as a change makes them look; without a target where the clips end
+    /// before it.
+    fn cut(&self, clips: &Clips, places: &[(usize, usize, Change)], has_target: bool) -> Result<Video> {
+        let VideoSpec { frames_in, frames_out, channels, height, width } = self.spec;
+        let (size, crop, windows) = (clips.size(), [height, width], self.config.windows());
+        let frames = if has_target { frames_in + frames_out } else { frames_in };
+        let (mut input, mut target, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
+        for (clip, start, change) in places {
+            let [top, left] = change.corner(size, crop);
+            for (i, frame) in windows.frames(*start).take(frames).enumerate() {
+                let planes = clips.read(*clip, frame)?;
+                let out = if i < frames_in { &mut input } else { &mut target };
+                for plane in planes.chunks_exact(size[0] * size[1]) {
+                    let from = out.len();
+                    let rows = plane.chunks_exact(size[1]).skip(top).take(height);
+                    rows.for_each(|row| out.extend_from_slice(&row[left..left + width]));
+                    change.turn(&mut out[from..], crop, &mut scratch);
+                    change.brighten(&mut out[from..]);
+                }
+            }
+        }
+        target.resize(places.len() * frames_out * channels * height * width, 0.);
+        let tensor = |values: Vec<f32>, times| {
+            Tensor::from_vec(values, (places.len(), times, channels, height, width), &Device::Cpu)
+        };
+        Ok(Video::new(tensor(input, frames_in)?, tensor(target, frames_out)?))
     }
 }
 
@@ -210,10 +240,7 @@ impl Dataset for Frames {
     }
 
     fn batch(&self, samples: &[Sample]) -> Result<Video> {
-        let VideoSpec { frames_in, frames_out, channels, height, width } = self.spec;
-        let (size, crop) = (self.clips.size(), [height, width]);
-        let (mut input, mut target, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
-        for sample in samples {
+        let place = |sample: &Sample| {
             let &(clip, start) = self.samples.get(sample.index).ok_or_else(|| {
                 Error::msg(format!(
                     "there is no sample {}: the split has {}",
@@ -221,24 +248,52 @@ impl Dataset for Frames {
                     self.samples.len()
                 ))
             })?;
-            let change = self.augment.draw(sample);
-            let [top, left] = change.corner(size, crop);
-            for (i, frame) in self.windows.frames(start).enumerate() {
-                let planes = self.clips.read(clip, frame)?;
-                let out = if i < frames_in { &mut input } else { &mut target };
-                for plane in planes.chunks_exact(size[0] * size[1]) {
-                    let from = out.len();
-                    let rows = plane.chunks_exact(size[1]).skip(top).take(height);
-                    rows.for_each(|row| out.extend_from_slice(&row[left..left + width]));
-                    change.turn(&mut out[from..], crop, &mut scratch);
-                    change.brighten(&mut out[from..]);
-                }
+            Ok((clip, start, self.config.augment.draw(sample)))
+        };
+        self.cut(&self.clips, &samples.iter().map(place).collect::<Result<Vec<_>>>()?, true)
+    }
+
+    /// The first window of every sequence in a file or a folder of the kinds that this dataset is made of, scaled and cropped
+    /// alike. Where one ends before its target does, **the targets are zeros**.
+    fn read(&self, input: &Path) -> Result<Video> {
+        // What is wrong with the path is not the configuration's.
+        let plainly = |error| match error {
+            Error::Setting { message, .. } => Error::msg(message),
+            other => other,
+        };
+        let config = Config { path: input.display().to_string(), cache: None, ..self.config.clone() };
+        let (windows, sequences) = (config.windows(), sequences::find(&config).map_err(plainly)?);
+        let whole =
+            |(sequence, it): (usize, &sequences::Sequence)| sequences::Part { sequence, frames: 0..it.len };
+        let parts: Vec<_> = sequences.iter().enumerate().map(whole).collect();
+        for sequence in &sequences {
+            let path = sequence.path.display();
+            let needed = (config.frames_in - 1) * config.every + 1;
+            if sequence.len < needed {
+                let found = sequence.len;
+                let message =
+                    format!("{path}: it has {found} frame(s); expected at least {needed} to predict from");
+                return Err(Error::msg(message));
+            }
+            if sequence.len > windows.span() {
+                video_file::tell_of_more(&sequence.path, config.frames_in);
             }
         }
-        let tensor = |values: Vec<f32>, times| {
-            Tensor::from_vec(values, (samples.len(), times, channels, height, width), &Device::Cpu)
-        };
-        Ok(Video::new(tensor(input, frames_in)?, tensor(target, frames_out)?))
+        let clips = Clips::open(&config, &sequences, &parts).map_err(plainly)?;
+        let (size, ours) = (clips.size(), self.clips.size());
+        if size != ours {
+            return Err(Error::msg(format!(
+                "{}: its frames have {}x{} pixels; expected {}x{}, as those of {}, or `resize`, which scales all to one size",
+                input.display(),
+                size[0],
+                size[1],
+                ours[0],
+                ours[1],
+                self.config.path
+            )));
+        }
+        let places: Vec<_> = (0..parts.len()).map(|clip| (clip, 0, Change::none())).collect();
+        self.cut(&clips, &places, sequences.iter().all(|it| it.len >= windows.span()))
     }
 }
 

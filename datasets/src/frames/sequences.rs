@@ -1,5 +1,6 @@
 //! Which sequences of frames there are, and which frames of them belong to a split.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -54,7 +55,7 @@ pub(super) fn find(config: &Config) -> Result<Vec<Sequence>> {
     let mut found = Vec::new();
     match std::fs::metadata(path) {
         Err(error) => return Err(Error::setting("path", format!("{}: {error}", path.display()))),
-        Ok(known) if known.is_dir() => in_folder(path, config, &mut found)?,
+        Ok(known) if known.is_dir() => in_folder(path, config, &mut HashSet::new(), &mut found)?,
         Ok(_) => in_file(path, config, &mut found)?,
     }
     if found.is_empty() {
@@ -65,7 +66,16 @@ pub(super) fn find(config: &Config) -> Result<Vec<Sequence>> {
     Ok(found)
 }
 
-fn in_folder(folder: &Path, config: &Config, found: &mut Vec<Sequence>) -> Result<()> {
+/// What is in a folder, and in those in it, each of them once however many links lead to it.
+fn in_folder(
+    folder: &Path,
+    config: &Config,
+    seen: &mut HashSet<PathBuf>,
+    found: &mut Vec<Sequence>,
+) -> Result<()> {
+    if !seen.insert(folder.canonicalize().map_err(Error::file(folder))?) {
+        return Ok(());
+    }
     let mut entries = Vec::new();
     for entry in std::fs::read_dir(folder).map_err(Error::file(folder))? {
         let entry = entry.map_err(Error::file(folder))?;
@@ -77,7 +87,7 @@ fn in_folder(folder: &Path, config: &Config, found: &mut Vec<Sequence>) -> Resul
     let mut frames = Vec::new();
     for path in entries {
         if path.is_dir() {
-            in_folder(&path, config, found)?;
+            in_folder(&path, config, seen, found)?;
         } else if video_file::is_picture(&path) && video_file::count(&path)? == 1 {
             frames.push(path);
         } else {

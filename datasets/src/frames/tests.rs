@@ -385,3 +385,48 @@ fn settings_out_of_range_are_refused_before_a_file_is_looked_for() {
         Frames::open(&Config { channels: 2, ..timed(dir.path()) }, Split::Train).err().unwrap().to_string();
     assert_eq!(error, "`channels`: pictures have 1 or 3, found 2; arrays have any");
 }
+
+#[test]
+fn what_is_predicted_from_is_made_as_the_samples_are() {
+    let dir = tempfile::tempdir().unwrap();
+    pictures(&dir.path().join("train"), 20);
+    pictures(&dir.path().join("clip"), 7);
+    // Scaled to a quarter, and a column of it: two frames, the second after the third.
+    let config =
+        Config { resize: Some([3, 4]), crop: Some([3, 2]), every: 2, ..timed(&dir.path().join("train")) };
+    let data = Frames::open(&config, Split::Train).unwrap();
+    let read = |name: &str| data.read(&dir.path().join(name));
+    let expected = data.batch(&[sample(0, Split::Val)]).unwrap();
+    let given = read("clip").unwrap();
+    assert_eq!((flat(&given.input), flat(&given.target)), (flat(&expected.input), flat(&expected.target)));
+    // Bytes of an array, sequence by sequence; without enough of them for a target it is zeros.
+    let array = Array4::from_shape_fn((2, 3, 6, 8), |(n, t, ..)| (100 * n + 10 * t) as u8);
+    write_npy(dir.path().join("clips.npy"), &array).unwrap();
+    let given = read("clips.npy").unwrap();
+    assert_eq!(given.input.dims(), [2, 2, 1, 3, 2]);
+    let shades: Vec<u8> = flat(&given.input).chunks(6).map(|frame| (frame[0] * 255.).round() as u8).collect();
+    assert_eq!(shades, [0, 20, 100, 120]);
+    assert!(flat(&given.target).iter().all(|value| *value == 0.));
+    pictures(&dir.path().join("short"), 2);
+    let error = read("short").unwrap_err().to_string();
+    assert!(error.ends_with("short: it has 2 frame(s); expected at least 3 to predict from"), "{error}");
+    let error = read("nothing").unwrap_err().to_string();
+    assert!(error.contains("nothing: No such file"), "{error}");
+    let as_they_are = Frames::open(&timed(&dir.path().join("train")), Split::Train).unwrap();
+    let other = Array3::<u8>::zeros((5, 9, 8));
+    write_npy(dir.path().join("other.npy"), &other).unwrap();
+    let error = as_they_are.read(&dir.path().join("other.npy")).unwrap_err().to_string();
+    assert!(error.contains("its frames have 9x8 pixels; expected 6x8, as those of"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_folder_counts_once_however_many_links_lead_to_it() {
+    let dir = tempfile::tempdir().unwrap();
+    pictures(&dir.path().join("a"), 20);
+    let config = timed(dir.path());
+    let expected = shades(&config, Split::Train);
+    std::os::unix::fs::symlink(dir.path(), dir.path().join("a/loop")).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("a"), dir.path().join("b")).unwrap();
+    assert_eq!(shades(&config, Split::Train), expected);
+}

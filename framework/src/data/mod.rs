@@ -5,6 +5,7 @@ mod loader;
 mod order;
 mod source;
 
+use std::path::Path;
 use std::sync::Arc;
 
 pub(crate) use cycle::Cycle;
@@ -80,6 +81,12 @@ pub trait Dataset: Send + Sync {
     /// Whether there is nothing to read.
     fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// A batch to predict from, of a file or a folder that a person gave, made as this dataset's samples are. Default: what
+    /// [`Batch::read`] reads, as it is.
+    fn read(&self, input: &Path) -> Result<Self::Batch> {
+        Self::Batch::read(input, &self.spec())
     }
 }
 

@@ -218,7 +218,7 @@ impl<B: Batch> Job for Pair<B> {
 
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
         let (model, data, progress) = self.trained(experiment, checkpoint)?;
-        let batch = B::read(input, &data.train.spec())?;
+        let batch = data.train.read(input)?;
         let prediction = experiment.trainer().trained(progress).predict(&model, &batch)?;
         batch.write(&prediction, output)
     }

@@ -46,6 +46,9 @@ pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
             spec.frames_in
         )));
     }
+    if times > spec.frames_in + spec.frames_out {
+        tell_of_more(path, spec.frames_in);
+    }
     let input = frames.narrow(1, 0, spec.frames_in)?.contiguous()?;
     let target = if times >= spec.frames_in + spec.frames_out {
         frames.narrow(1, spec.frames_in, spec.frames_out)?.contiguous()?
@@ -54,6 +57,11 @@ pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
         Tensor::zeros(shape, frames.dtype(), frames.device())?
     };
     Ok(Video::new(input, target))
+}
+
+/// Says that of a clip which is longer than what a sample takes the first frames count, and no later ones.
+pub fn tell_of_more(path: &Path, frames_in: usize) {
+    tracing::info!("{}: predicting from its first {frames_in} frames; it has more", path.display());
 }
 
 /// The clips (N, T, C, H, W) of a file or folder, f32, of no more frames than `spec` can use.
