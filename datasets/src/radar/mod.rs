@@ -12,13 +12,14 @@ use candle_core::{Device, Tensor};
 use candlepower::batch::{Quantity, Threshold, Video, VideoSpec};
 use candlepower::data::{Dataset, Open, Sample, Split};
 use candlepower::error::{Error, Result};
+use candlepower::video_file;
 use event::Event;
 use rayon::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::augment::Augment;
+use crate::augment::{Augment, Change};
 use crate::bytes::Bytes;
 use crate::cache;
 use crate::windows::Windows;
@@ -301,17 +302,12 @@ fn decoded(config: &Config, events: &[Event]) -> Result<([usize; 2], Bytes)> {
 impl Radar {
     /// All crops that have enough rain and lack few enough composites.
     fn rainy_places(&self, windows: &Windows) -> Result<Vec<Place>> {
-        let Config { pool, crop, crop_stride, frames_in, .. } = self.config;
-        let along = |axis: usize| (0..=self.size[axis] / pool - crop).step_by(crop_stride);
-        let corners: Vec<[usize; 2]> = along(0).flat_map(|y| along(1).map(move |x| [y, x])).collect();
+        let Config { pool, crop, frames_in, .. } = self.config;
+        let corners = self.corners();
         let mut places = Vec::new();
         for (number, event) in self.events.iter().enumerate() {
             // Pixels with rain, by composite and corner.
-            let count = |i: usize| -> Result<Vec<u32>> {
-                let sums = self.rain_sums(event.first + i)?;
-                let corners = corners.iter().map(|corner| corner.map(|at| at * pool));
-                Ok(corners.map(|[y, x]| sums.within(y..y + crop * pool, x..x + crop * pool)).collect())
-            };
+            let count = |i: usize| self.rainy_pixels(event.first + i, &corners);
             let counts = (0..event.files.len()).into_par_iter().map(count).collect::<Result<Vec<_>>>()?;
             for start in windows.starts(0..event.slots.len()) {
                 let slots: Vec<Option<usize>> = windows.frames(start).map(|slot| event.slots[slot]).collect();
@@ -331,6 +327,20 @@ impl Radar {
             }
         }
         Ok(places)
+    }
+
+    /// Where crops begin, (row, column) in averaged pixels.
+    fn corners(&self) -> Vec<[usize; 2]> {
+        let Config { pool, crop, crop_stride, .. } = self.config;
+        let along = |axis: usize| (0..=self.size[axis] / pool - crop).step_by(crop_stride);
+        along(0).flat_map(|y| along(1).map(move |x| [y, x])).collect()
+    }
+
+    /// How many pixels of a composite have rain, within the crop that begins at each of these corners.
+    fn rainy_pixels(&self, composite: usize, corners: &[[usize; 2]]) -> Result<Vec<u32>> {
+        let (sums, side) = (self.rain_sums(composite)?, self.config.crop * self.config.pool);
+        let corners = corners.iter().map(|corner| corner.map(|at| at * self.config.pool));
+        Ok(corners.map(|[y, x]| sums.within(y..y + side, x..x + side)).collect())
     }
 
     /// How many pixels of a composite have rain, within any rectangle.
@@ -380,7 +390,7 @@ impl Radar {
     }
 
     /// Where a crop lies, moved by up to half a stride where the change asks for it.
-    fn corner(&self, place: &Place, change: &crate::augment::Change) -> [usize; 2] {
+    fn corner(&self, place: &Place, change: &Change) -> [usize; 2] {
         let Config { pool, crop, crop_stride, .. } = self.config;
         let moved = change.corner([crop + crop_stride; 2], [crop; 2]);
         [0, 1].map(|axis| {
@@ -405,6 +415,44 @@ impl Sums {
     }
 }
 
+impl Radar {
+    /// The samples at these places, as a change makes them look; without a target where there is none.
+    fn cut(&self, places: &[(Place, Change)], has_target: bool) -> Result<Video> {
+        let VideoSpec { frames_in, frames_out, height: side, .. } = self.spec;
+        let windows = self.config.windows();
+        let frames = if has_target { frames_in + frames_out } else { frames_in };
+        let (mut input, mut target, mut mask, mut scratch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        for (place, change) in places {
+            let event = &self.events[place.event];
+            let corner = self.corner(place, change);
+            for (i, slot) in windows.frames(place.start).take(frames).enumerate() {
+                let (composite, came) = event.at(slot);
+                let (mut values, mut known) = self.crop(event.first + composite, corner)?;
+                if !came {
+                    known.fill(0.);
+                }
+                change.turn(&mut values, [side; 2], &mut scratch);
+                change.brighten(&mut values);
+                change.turn(&mut known, [side; 2], &mut scratch);
+                if i < frames_in { &mut input } else { &mut target }.append(&mut values);
+                mask.append(&mut known);
+            }
+            if !has_target {
+                let nothing = vec![0.; frames_out * side * side];
+                target.extend(&nothing);
+                mask.extend(nothing);
+            }
+        }
+        let tensor =
+            |values, times| Tensor::from_vec(values, (places.len(), times, 1, side, side), &Device::Cpu);
+        Ok(Video {
+            mask: Some(tensor(mask, frames_in + frames_out)?),
+            quantity: Some(self.quantity.clone()),
+            ..Video::new(tensor(input, frames_in)?, tensor(target, frames_out)?)
+        })
+    }
+}
+
 impl Dataset for Radar {
     type Batch = Video;
 
@@ -417,10 +465,7 @@ impl Dataset for Radar {
     }
 
     fn batch(&self, samples: &[Sample]) -> Result<Video> {
-        let (frames_in, side) = (self.spec.frames_in, self.spec.height);
-        let windows = self.config.windows();
-        let (mut input, mut target, mut mask, mut scratch) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for sample in samples {
+        let place = |sample: &Sample| {
             let place = self.places.get(sample.index).ok_or_else(|| {
                 Error::msg(format!(
                     "there is no sample {}: the split has {}",
@@ -428,29 +473,54 @@ impl Dataset for Radar {
                     self.places.len()
                 ))
             })?;
-            let event = &self.events[place.event];
-            let change = self.config.augment.draw(sample);
-            let corner = self.corner(place, &change);
-            for (i, slot) in windows.frames(place.start).enumerate() {
-                let (composite, came) = event.at(slot);
-                let (mut values, mut known) = self.crop(event.first + composite, corner)?;
-                if !came {
-                    known.fill(0.);
-                }
-                change.turn(&mut values, [side; 2], &mut scratch);
-                change.brighten(&mut values);
-                change.turn(&mut known, [side; 2], &mut scratch);
-                if i < frames_in { &mut input } else { &mut target }.append(&mut values);
-                mask.append(&mut known);
+            Ok((*place, self.config.augment.draw(sample)))
+        };
+        self.cut(&samples.iter().map(place).collect::<Result<Vec<_>>>()?, true)
+    }
+
+    /// The first window of a folder of composites, where it shows most rain. Where the folder ends before the target does, **the
+    /// target is zeros**, which are masked.
+    fn read(&self, input: &Path) -> Result<Video> {
+        let config = Config { cache: None, ..self.config.clone() };
+        let mut events = vec![Event::list(input, config.minutes as i64)?];
+        let (times, span) = (events[0].slots.len(), config.windows().span());
+        if times < config.frames_in {
+            return Err(Error::msg(format!(
+                "{}: its composites span {times} times of {} minutes; expected at least {} to predict from",
+                input.display(),
+                config.minutes,
+                config.frames_in
+            )));
+        }
+        if times > span {
+            video_file::tell_of_more(input, config.frames_in);
+        }
+        events[0].first = 0;
+        let (size, indices) = decoded(&config, &events)?;
+        if size != self.size {
+            return Err(Error::msg(format!(
+                "{}: its composites have {}x{} pixels; expected {}x{}, as those of {}",
+                input.display(),
+                size[0],
+                size[1],
+                self.size[0],
+                self.size[1],
+                config.path
+            )));
+        }
+        let (quantity, places) = (self.quantity.clone(), Vec::new());
+        let given = Self { config, events, indices, places, quantity, ..*self };
+        let corners = given.corners();
+        let mut rain = vec![0; corners.len()];
+        for slot in 0..given.spec.frames_in {
+            let (composite, _) = given.events[0].at(slot);
+            for (sum, pixels) in rain.iter_mut().zip(given.rainy_pixels(composite, &corners)?) {
+                *sum += pixels;
             }
         }
-        let tensor =
-            |values, times| Tensor::from_vec(values, (samples.len(), times, 1, side, side), &Device::Cpu);
-        Ok(Video {
-            mask: Some(tensor(mask, frames_in + self.spec.frames_out)?),
-            quantity: Some(self.quantity.clone()),
-            ..Video::new(tensor(input, frames_in)?, tensor(target, self.spec.frames_out)?)
-        })
+        let rainiest = (0..corners.len()).rev().max_by_key(|i| rain[*i]).unwrap_or(0);
+        let place = Place { event: 0, start: 0, corner: corners[rainiest] };
+        given.cut(&[(place, Change::none())], times >= span)
     }
 }
 
