@@ -75,7 +75,8 @@ pub(crate) enum Command {
     Validate {
         #[command(flatten)]
         config: Config,
-        /// A checkpoint, a run's folder (then its last good checkpoint), that of all its versions (then the newest), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
+        /// A checkpoint (`RUN/checkpoints/best` is the best), a run's folder (then its last good checkpoint), that of all its
+        /// versions (then the newest), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
         #[arg(long, value_name = "PATH")]
         checkpoint: PathBuf,
         /// The data to measure it on.
@@ -93,7 +94,8 @@ pub(crate) enum Command {
     Predict {
         #[command(flatten)]
         config: Config,
-        /// A checkpoint, a run's folder (then its last good checkpoint), that of all its versions (then the newest), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
+        /// A checkpoint (`RUN/checkpoints/best` is the best), a run's folder (then its last good checkpoint), that of all its
+        /// versions (then the newest), or weights in a file: .safetensors, or PyTorch's .pth, .pt, .ckpt.
         #[arg(long, value_name = "PATH")]
         checkpoint: PathBuf,
         #[command(flatten)]
@@ -196,7 +198,8 @@ pub(crate) enum Command {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Source {
-    /// Frames to predict from: .npy (T,H,W), (N,T,H,W) or (N,T,C,H,W), or an animated .gif.
+    /// Frames to predict from, read as the dataset's own: .npy (T,H,W), (N,T,H,W) or (N,T,C,H,W), an animated .gif, a
+    /// folder of pictures; for `radar` a folder of composites. Of a longer clip the first frames count.
     #[arg(long, value_name = "PATH")]
     pub(crate) input: Option<PathBuf>,
     /// Predict from every sample of this split instead.

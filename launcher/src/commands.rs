@@ -7,6 +7,7 @@ use candlepower::accelerator::describe_devices;
 use candlepower::bench::{Benchmark, Pass};
 use candlepower::callback::{Callback, StopReason};
 use candlepower::callbacks::PredictionWriter;
+use candlepower::checkpoint::Best;
 use candlepower::collective::MEETING_PLACE;
 use candlepower::config::Registry;
 use candlepower::experiment::{self, Experiment, Report};
@@ -173,7 +174,8 @@ fn print_report(report: &Report) {
         }
     }
     if let Some(metrics) = &outcome.validation {
-        let all: Vec<String> = metrics.iter().map(|(name, value)| format!("{name} {value:.5}")).collect();
+        let all: Vec<String> =
+            metrics.iter().map(|(name, value)| format!("{name} {}", short(*value))).collect();
         say!("validation: {}", all.join("  "));
         if let (Some(mse), Some(lead_times)) = (metrics.get("mse"), &report.lead_times) {
             let best = lead_times.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
@@ -190,9 +192,22 @@ fn print_report(report: &Report) {
             print_lead_times(lead_times);
         }
     }
+    if let Some(Best { step, value: Some(value) }) = outcome.best
+        && step != outcome.progress.step
+    {
+        say!("the best was at step {step}, with {}: checkpoints/best", short(value));
+    }
     match &report.dir {
         Some(dir) => say!("everything is in {}", dir.display()),
         None => say!("this was a try-out (trainer.fast_dev_run): nothing was written"),
+    }
+}
+
+/// A number in few digits.
+fn short(value: f64) -> String {
+    match value.abs() {
+        0.0 | 1e-3..1e6 => format!("{value:.5}"),
+        _ => format!("{value:.4e}"),
     }
 }
 

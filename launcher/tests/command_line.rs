@@ -361,3 +361,26 @@ fn test_data_is_measured_and_predicted_from() {
     let error = place.fail(1, &[&again[..], &["--output", "predictions"]].concat());
     assert_eq!(error, "error: predictions: predictions go into an empty folder\n");
 }
+
+#[test]
+fn the_best_validation_is_told_of_where_it_was_not_the_last() {
+    let place = Place::new();
+    // Training diverges: nothing gets better than the first validation.
+    let worse = ["train", "tiny.toml", "--set", "trainer.val_every=1", "--set", "optimizer.lr=3.0"];
+    let said = place.succeed(&worse);
+    let best = std::fs::read_link(place.path("runs/tiny/version_0/checkpoints/best")).unwrap();
+    assert!(best != std::path::Path::new("4"), "{best:?}");
+    assert!(said.contains(&format!("the best was at step {}, with ", best.display())), "{said}");
+}
+
+#[test]
+fn callbacks_of_the_configuration_see_what_is_validated_outside_training() {
+    // It cannot do without a metric that is not there: only who is asked can say so.
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    let validate = ["validate", "tiny.toml", "--checkpoint", "runs/tiny"];
+    place.succeed(&validate);
+    let watched = ["--set", "callbacks.early_stopping.monitor=ssim"];
+    let error = place.fail(1, &[&validate[..], &watched].concat());
+    assert_eq!(error, "error: early stopping watches `ssim`, validation gives loss, mse\n");
+}

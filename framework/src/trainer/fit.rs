@@ -147,7 +147,9 @@ impl<B: Batch> Fit<'_, B> {
         let progress = self.progress;
         self.trainer.progress = progress;
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
-        Ok(Outcome { progress, validation: self.validation.take().map(|(_, metrics)| metrics), reason })
+        let validation = self.validation.take().map(|(_, metrics)| metrics);
+        let best = self.saver.as_ref().and_then(|saver| saver.best().first().copied());
+        Ok(Outcome { progress, validation, best, reason })
     }
 
     /// Does what is due now, tells the callbacks what is planned, and tries a few batches of the validation.

@@ -22,7 +22,7 @@ pub use limits::{Every, Limit};
 use crate::accelerator;
 use crate::batch::Batch;
 use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
-use crate::checkpoint::{Checkpoint, CheckpointConfig, State};
+use crate::checkpoint::{Best, Checkpoint, CheckpointConfig, State};
 use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::data::{Cycle, Data, Dataset, Pass, Source, Split};
 use crate::error::{Error, Result};
@@ -84,6 +84,8 @@ pub struct Outcome {
     pub progress: Progress,
     /// The metrics of the last validation, where there was one.
     pub validation: Option<IndexMap<String, f64>>,
+    /// The best of all validations, by `monitor` in `[checkpoint]`, where checkpoints are kept.
+    pub best: Option<Best>,
     /// Why it ended.
     pub reason: StopReason,
 }
