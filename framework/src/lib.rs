@@ -47,7 +47,7 @@ mod whole_file;
 
 // The crates whose types stand in our interfaces, in the versions that fit.
 pub use error::{Error, Result};
-pub use {candle_core, candle_nn, rand, schemars, serde};
+pub use {candle_core, candle_nn, rand, schemars, serde, serde_json};
 
 /// What nearly every program that trains needs.
 pub mod prelude {
