@@ -7,6 +7,7 @@
 #   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --benchmark: no checks
 #   --quick     one size, without torch.compile --limit N: seconds after which a check or a measurement is given up (300)
 #   --steps N   timed steps (30)                --out DIR: where full logs go (a temporary folder)
+#   --zoo       the other models as well, a step of each in bf16-mixed beside PyTorch's (bench/zoo.py)
 #   --quality-steps N: of the training whose validation error is compared with PyTorch's, from the same weights over the
 #               same batches (600; 0: none)
 #
@@ -21,12 +22,13 @@ set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repository=$(dirname "$here")
 
-checks_alone=0 benchmark_alone=0 quick=0 steps=30 quality_steps=600 limit=300 out=
+checks_alone=0 benchmark_alone=0 quick=0 zoo=0 steps=30 quality_steps=600 limit=300 out=
 while (($#)); do
     case $1 in
         --checks) checks_alone=1 ;;
         --benchmark) benchmark_alone=1 ;;
         --quick) quick=1 ;;
+        --zoo) zoo=1 ;;
         --steps) steps=$2 && shift ;;
         --quality-steps) quality_steps=$2 && shift ;;
         --limit) limit=$2 && shift ;;
@@ -234,6 +236,14 @@ for who, it in idle.items():
     shares.append(f"{who} {100 * ms / it['ms_per_step']:.1f} % ({ms:.2f} of {it['ms_per_step']:.2f} ms)")
 print("\nGPU idle between steps, 16 bf16-mixed:", "; ".join(shares) or "not measured")
 PYTHON
+if ((zoo)); then
+    within $((8 * limit)) "$python" bench/zoo.py "$candlepower" --device cuda --precision bf16-mixed --steps 10 \
+        >"$out/zoo.txt" 2>"$out/zoo.log" || {
+        note "FAILED  a model of the zoo: $(why "$out/zoo.log")"
+        failures=$((failures + 1))
+    }
+    { echo && grep '^|' "$out/zoo.txt"; } | tee -a "$summary"
+fi
 if ((quality_steps)); then
     every=$((quality_steps < 6 ? 1 : quality_steps / 6))
     within $((4 * limit)) "$python" bench/quality.py "$candlepower" --out "$out/quality" --steps "$quality_steps" \

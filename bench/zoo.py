@@ -22,11 +22,15 @@ OTHERS = ["sim_vp", "sim_vp_incepu", "tau", "svg_lp"]
 BENCH = Path(__file__).resolve().parent
 
 
+class Failure(Exception):
+    """A program that failed, and what it said."""
+
+
 def run(*command):
-    """What a program prints; ends this one where that one fails."""
+    """What a program prints."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=BENCH.parent)
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr}")
+        raise Failure(f"{' '.join(map(str, command))}\n{done.stderr}")
     return done.stdout
 
 
@@ -111,8 +115,14 @@ def main():
             parser.error(f"{model}: expected one of {', '.join(RECURRENT + OTHERS)}")
     print("| model | Candlepower, ms | PyTorch, ms | ratio | rounds | peak MB, Candlepower / PyTorch |")
     print("|---|---|---|---|---|---|")
+    failures = []
     for model in args.models or RECURRENT + OTHERS:
-        print(row(args, model), flush=True)
+        try:
+            print(row(args, model), flush=True)
+        except Failure as failure:
+            print(f"| `{model}` | failed | | | | |", flush=True)
+            failures.append(str(failure))
+    sys.exit("\n".join(failures) or None)
 
 
 if __name__ == "__main__":

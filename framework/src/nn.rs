@@ -14,7 +14,7 @@ pub mod recurrent;
 use std::cell::Cell;
 
 pub use self::channels_last::{channels_first, channels_last};
-pub use activation::{gelu, leaky_relu, silu};
+pub use activation::{gelu, leaky_relu, silu, softmax};
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
 use candlepower_kernels::{self as kernels, Conv2dOptions, ConvLstmInput, ConvLstmLayer};

@@ -1,6 +1,6 @@
 //! TAU: a temporal attention unit in SimVP's place of the translator (Tan et al., CVPR 2023).
 
-use candle_core::{D, DType, Tensor};
+use candle_core::{DType, Tensor};
 use candle_nn::Init;
 use candlepower::nn::Linear;
 use candlepower::prelude::*;
@@ -152,7 +152,7 @@ pub fn divergence(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     let changes = |frames: &Tensor| -> Result<Tensor> {
         let frames = frames.to_dtype(wide)?.reshape((batch, times, ()))?;
         let change = (frames.narrow(1, 1, times - 1)? - frames.narrow(1, 0, times - 1)?)?;
-        Ok(candle_nn::ops::softmax(&(change / TEMPERATURE)?, D::Minus1)?)
+        nn::softmax(&(change / TEMPERATURE)?)
     };
     let (p, q) = (changes(prediction)?, changes(target)?);
     let ratio = ((&p / (q + EPS)?)? + EPS)?;

@@ -1,10 +1,10 @@
 //! Activations of tensors of any shape and float type. Candle computes them on one thread, by many kernels, or with a gradient
 //! that is not PyTorch's.
 
-use candle_core::Tensor;
-use candlepower_kernels::{Activation, activate};
+use candle_core::{D, Tensor};
+use candlepower_kernels::{self as kernels, Activation, activate};
 
-use super::convolves;
+use super::{convolves, fast};
 use crate::error::Result;
 
 /// `x/2 (1 + erf(x / sqrt 2))`: PyTorch's GELU, not the tanh approximation (Hendrycks and Gimpel 2016).
@@ -25,6 +25,11 @@ pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     Ok(candle_nn::ops::leaky_relu(x, slope)?)
 }
 
+/// e^x over its sum along the last axis, (.., N) to the same.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    Ok(if fast(x) { kernels::softmax(x)? } else { candle_nn::ops::softmax(x, D::Minus1)? })
+}
+
 /// One of these, or x itself.
 pub(super) fn activated(x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
     match activation {
@@ -40,6 +45,23 @@ mod tests {
     use candle_core::{DType, Device, Var};
 
     use super::*;
+
+    #[test]
+    fn a_softmax_and_its_gradient_agree_with_f64() {
+        let x = Var::randn(0f32, 3., (5, 7, 33), &Device::Cpu).unwrap();
+        let wanted = Var::randn(0f32, 1., (5, 7, 33), &Device::Cpu).unwrap();
+        let run = |dtype| {
+            let x = Var::from_tensor(&x.to_dtype(dtype).unwrap()).unwrap();
+            let y = softmax(&x).unwrap();
+            let loss = (&y * wanted.to_dtype(dtype).unwrap()).unwrap().sum_all().unwrap();
+            let dx = loss.backward().unwrap().get(&x).unwrap().clone();
+            [y, dx].map(|x| x.to_dtype(DType::F64).unwrap().flatten_all().unwrap().to_vec1::<f64>().unwrap())
+        };
+        for (ours, wide) in run(DType::F32).iter().zip(run(DType::F64)) {
+            let off = ours.iter().zip(&wide).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
+            assert!(off < 1e-6, "{off:e}");
+        }
+    }
 
     #[test]
     fn values_and_slopes_agree_with_f64() {
