@@ -85,3 +85,22 @@ impl Callback for Pulse {
 pub(crate) fn checkpoint_in(pulse: &Path) -> Option<PathBuf> {
     fs::read_to_string(pulse).ok().filter(|text| !text.is_empty()).map(PathBuf::from)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_comes_after_training_needs_no_pulse() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let open = File::options().append(true).open(file.path()).unwrap();
+        let mut pulse = Pulse { path: file.path().into(), file: open, supervisor: getppid() };
+        let age = || file.path().metadata().unwrap().modified().unwrap().elapsed();
+        pulse.on_validation_batch(1, None).unwrap();
+        assert!(age().is_ok_and(|age| age < Duration::from_secs(60)));
+        pulse.on_fit_end(&Progress::default(), &StopReason::Finished).unwrap();
+        // It lies in the future.
+        assert!(age().unwrap_err().duration() > Duration::from_secs(24 * 3600));
+    }
+}

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         test("fewer_devices_where_allowed", fewer_devices_where_allowed),
         test("killed_at_random_the_weights_are_an_undisturbed_runs", killed_at_random),
         test("a_signal_saves_and_ends_it", a_signal_saves_and_ends_it),
+        test("what_fails_once_it_was_told_to_end_is_not_tried_again", told_to_end_it_is_not_tried_again),
         test("a_configuration_error_is_not_tried_again", a_configuration_error_is_not_tried_again),
     ];
     if cfg!(feature = "mpi") {
@@ -327,6 +328,20 @@ fn a_signal_saves_and_ends_it() {
     let output = launch.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(143), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(place.checkpoint(0).join("manifest.json").exists());
+}
+
+fn told_to_end_it_is_not_tried_again() {
+    let place = Place::new();
+    let mut launch = place.command("launch", &["module.trouble=hang", "distributed.hang_timeout=\"3s\""]);
+    let launch = launch.stderr(Stdio::piped()).spawn().unwrap();
+    // The signal comes before anybody has noticed.
+    wait_for(|| place.0.path().join("came").exists().then_some(()));
+    signal("INT", launch.id());
+    let output = launch.wait_with_output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert_says(&said, "the run failed: rank 1: it hangs: the others have waited for 3s\n");
+    assert!(!said.contains("restart"), "{said}");
 }
 
 fn a_configuration_error_is_not_tried_again() {
