@@ -57,6 +57,7 @@ pub(crate) fn decoded(
         return Ok(known);
     }
     tracing::info!("decoding {} files into {}", files.len(), path.display());
+    sweep(folder, ABANDONED);
     let partial = path.with_extension(format!("{}.partial", std::process::id()));
     let written = write(&partial, decode)
         .and_then(|()| std::fs::rename(&partial, &path).map_err(Error::file(&path)))
@@ -66,6 +67,23 @@ pub(crate) fn decoded(
         let _ = std::fs::remove_file(&partial);
     }
     written
+}
+
+/// A file that nobody writes any more is left alone for so long, as its writer may not have locked it yet.
+const ABANDONED: Duration = Duration::from_secs(60);
+
+/// Removes what processes have left behind that were killed while they decoded. What cannot be removed does no harm.
+fn sweep(folder: &Path, age: Duration) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let is_old = || Some(entry.metadata().ok()?.modified().ok()?.elapsed().ok()? >= age);
+        if path.extension().is_some_and(|ending| ending == "partial")
+            && is_old() == Some(true)
+            && File::open(&path).is_ok_and(|file| file.try_lock().is_ok())
+        {
+            let _ = std::fs::remove_file(&path);
+        }
+    }
 }
 
 /// Files that are changed twice within this time may keep the time of the first change.
@@ -86,8 +104,10 @@ fn is_settled(cache: &Path, files: &[PathBuf]) -> Result<bool> {
 }
 
 fn write(path: &Path, decode: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
-    let file = BufWriter::new(File::create(path).map_err(Error::file(path))?);
-    let mut sink = Sink::File { file, path: path.to_path_buf() };
+    let file = File::create(path).map_err(Error::file(path))?;
+    // As long as it is written nobody sweeps it away; a file system without locks goes without.
+    let _ = file.lock();
+    let mut sink = Sink::File { file: BufWriter::new(file), path: path.to_path_buf() };
     decode(&mut sink)?;
     let Sink::File { mut file, .. } = sink else { return Ok(()) };
     file.flush().and_then(|()| file.get_ref().sync_all()).map_err(Error::file(path))
@@ -118,6 +138,24 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use super::*;
+
+    #[test]
+    fn what_is_left_behind_is_swept_away_and_what_is_being_written_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let [left, young, written, other] =
+            ["a.1.partial", "b.2.partial", "c.3.partial", "d.frames"].map(|name| folder.path().join(name));
+        for path in [&left, &young, &written, &other] {
+            std::fs::write(path, "half").unwrap();
+        }
+        let old = std::time::SystemTime::now() - Duration::from_secs(100);
+        for path in [&left, &written, &other] {
+            File::options().write(true).open(path).unwrap().set_modified(old).unwrap();
+        }
+        let writing = File::open(&written).unwrap();
+        writing.lock().unwrap();
+        sweep(folder.path(), ABANDONED);
+        assert_eq!([&left, &young, &written, &other].map(|path| path.exists()), [false, true, true, true]);
+    }
 
     /// The content of these files, one after the other, and whether it was decoded just now.
     fn content(folder: Option<&Path>, settings: &str, files: &[PathBuf], len: u64) -> (Vec<u8>, bool) {

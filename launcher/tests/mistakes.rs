@@ -44,6 +44,16 @@ did you mean `checkpoint`?",
 }
 
 #[test]
+fn what_was_probably_meant() {
+    for (section, meant) in
+        [("optimiser", "optimizer"), ("optimizrs", "optimizers"), ("train", "trainer"), ("log", "logging")]
+    {
+        let error = error_with("[checkpoint]", &format!("[{section}]\n[checkpoint]"));
+        assert!(error.ends_with(&format!("did you mean `{meant}`?\n")), "{error}");
+    }
+}
+
+#[test]
 fn a_wrong_type() {
     assert_text(
         &error_with("batch_size = 4", "batch_size = \"four\""),

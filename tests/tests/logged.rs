@@ -197,6 +197,19 @@ fn without_a_look_before_the_first_step_a_metric_that_is_not_there_costs_no_chec
 }
 
 #[test]
+fn what_watches_the_validation_needs_one() {
+    use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
+    let without = || Data::new(Points { samples: 7 });
+    let model = || told(Precision::Full, |w, batch, _| loss(w, batch));
+    let error = |mut trainer: Trainer| trainer.fit(&model(), &without()).unwrap_err().to_string();
+    let stopping = EarlyStopping::watch(&EarlyStoppingConfig::default()).unwrap();
+    let watched = Trainer::new(config()).callback(stopping);
+    assert_eq!(error(watched), "early_stopping watches the validation, and there is none");
+    let lowered = Trainer::new(config()).plateau(Some(Default::default()));
+    assert_eq!(error(lowered), "plateau watches the validation, and there is none");
+}
+
+#[test]
 fn validation_data_that_is_empty_is_refused() {
     let mut trainer = Trainer::new(config());
     let model = told(Precision::Full, |w, batch, _| loss(w, batch));

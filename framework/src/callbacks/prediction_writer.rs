@@ -26,6 +26,9 @@ impl PredictionWriter {
 impl Callback for PredictionWriter {
     fn on_prediction(&mut self, batch: usize, prediction: &Tensor) -> Result<()> {
         let path = self.dir.join(format!("{batch:06}.npy"));
-        prediction.contiguous()?.write_npy(&path).map_err(Error::content(&path))
+        // Beside it first, so that nobody takes half of one for whole.
+        let partial = path.with_extension("partial");
+        prediction.contiguous()?.write_npy(&partial).map_err(Error::content(&partial))?;
+        std::fs::rename(&partial, &path).map_err(Error::file(&path))
     }
 }

@@ -302,9 +302,12 @@ pub(crate) fn quoted_list<S: AsRef<str>>(names: &[S]) -> String {
 
 /// The known name that was probably meant.
 pub(crate) fn did_you_mean<S: AsRef<str>>(name: &str, known: &[S]) -> Option<String> {
-    let likeness = |known: &S| strsim::jaro_winkler(name, known.as_ref());
+    // The first forgives what is missing at the end, the second tells an `s` there from a letter that is wrong.
+    let begins_alike = |known: &S| strsim::jaro_winkler(name, known.as_ref());
+    let likeness =
+        |known: &S| begins_alike(known) + strsim::normalized_damerau_levenshtein(name, known.as_ref());
     let best = known.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(best) > 0.8).then(|| format!("did you mean `{}`?", best.as_ref()))
+    (begins_alike(best) > 0.8).then(|| format!("did you mean `{}`?", best.as_ref()))
 }
 
 /// The same for serde's "unknown field `a`, expected one of `b`, `c`".

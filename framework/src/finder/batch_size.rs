@@ -120,6 +120,14 @@ impl Trainer {
                     }
                     Err(error) => return Err(error),
                 }
+                if let (Some(limit), [BatchTrial { memory_mb: Some(needed), .. }]) =
+                    (config.memory_mb, &trials[..])
+                    && *needed > limit
+                {
+                    let message =
+                        format!("a batch of {batch_size} takes {needed:.0} MB, more than {limit:.0}");
+                    return Err(Error::setting("memory_mb", message));
+                }
                 if let Some(why) = reason_to_end(&trials, max, limit) {
                     break why;
                 }

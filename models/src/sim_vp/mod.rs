@@ -63,12 +63,14 @@ impl Default for SimVpConfig {
 
 impl SimVpConfig {
     fn check(&self, spec: &VideoSpec) -> Result<()> {
-        let even =
-            [("spatial_channels", self.spatial_channels), ("temporal_channels", self.temporal_channels)];
-        for (key, value) in even.into_iter().chain([("spatial_layers", self.spatial_layers)]) {
-            if value == 0 || !value.is_multiple_of(2) {
-                return Err(Error::setting(key, format!("expected an even number from 2, found {value}")));
-            }
+        let even = [("spatial_channels", self.spatial_channels), ("spatial_layers", self.spatial_layers)];
+        if let Some((key, value)) =
+            even.into_iter().find(|(_, value)| *value == 0 || !value.is_multiple_of(2))
+        {
+            return Err(Error::setting(key, format!("expected an even number from 2, found {value}")));
+        }
+        if self.temporal_channels == 0 {
+            return Err(Error::setting("temporal_channels", "expected at least 1, found 0"));
         }
         if self.temporal_layers < 2 {
             let message = format!("expected at least 2, found {}", self.temporal_layers);

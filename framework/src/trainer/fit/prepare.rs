@@ -128,6 +128,12 @@ impl<'a, B: Batch> Fit<'a, B> {
                 "the validation data is empty; without validation, training goes by `trainer.limit_val_batches = 0`",
             ));
         }
+        let watching = trainer.callbacks.iter().find(|callback| callback.monitors().is_some());
+        let watching =
+            watching.map(|callback| callback.name()).or(trainer.plateau.as_ref().map(|_| "plateau"));
+        if let (Some(name), None) = (watching, &val) {
+            return Err(Error::msg(format!("{name} watches the validation, and there is none")));
+        }
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
         Ok(Self {
