@@ -118,6 +118,29 @@ fn a_skipped_step_advances_nothing() {
     assert_eq!(calm.2, steep.2);
 }
 
+/// Stops at the first validation.
+struct Enough;
+
+impl Callback for Enough {
+    fn on_validation_end(&mut self, _: &mut Record) -> Result<Flow> {
+        Ok(Flow::Stop(StopReason::Callback("seen enough".into())))
+    }
+}
+
+#[test]
+fn what_a_validation_inside_a_step_asks_for_outlives_tries_that_overflow() {
+    // The clock has a validation after the first micro-batch, and then the step overflows.
+    let config = TrainerConfig {
+        micro_batch_size: Some(1),
+        val_every: Some(Every::Time(std::time::Duration::ZERO)),
+        ..config(Precision::Fp16Mixed, 4)
+    };
+    let data = Data::new(Points { samples: 6 }).val(Points { samples: 2 });
+    let mut trainer = Trainer::new(config).callback(Enough);
+    let outcome = trainer.fit(&Steep::model(1048576., Precision::Fp16Mixed), &data).unwrap();
+    assert_eq!((outcome.progress.step, outcome.reason), (1, StopReason::Callback("seen enough".into())));
+}
+
 /// Two numbers, each with an optimizer, and how steep their losses are.
 struct Two([Tensor; 2], [f64; 2]);
 
@@ -177,7 +200,8 @@ fn a_run_that_only_skips_ends_with_a_clear_error_and_its_state() {
         .to_string();
     assert!(why.starts_with("50 tries in a row of step 1 overflowed in fp16"), "{why}");
     assert_eq!(weights(&model), before);
-    assert!(dir.path().join("0/manifest.json").exists());
+    let saved = Checkpoint::load(&dir.path().join("0")).unwrap();
+    assert_eq!(saved.state().loss_scale, Some(LossScale::default()));
     let go_on = |precision| {
         let model = Steep::model(f64::INFINITY, precision);
         let last = Checkpoint::load(&dir.path().join("last")).unwrap();

@@ -83,6 +83,9 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
         let frames = model.forward(start.get("in.x")).unwrap();
         candlepower::nn::mse(&frames, &target(&start)).unwrap()
     };
+    // Where the reference's own precisions differ by more, that is what its numbers say.
+    let noise = golden.hparams["max_abs_param_diff_f32_vs_f64_after_steps"][run].as_f64().unwrap_or(0.);
+    let tolerance = (3. * noise as f32).max(1e-6);
     let expected_losses = golden.get(&format!("{run}.losses")).to_vec1::<f64>().unwrap();
     for t in 1..=steps {
         let scale = scales.as_ref().map_or(1., |scales| scales[t as usize - 1].as_f64().unwrap());
@@ -106,7 +109,7 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
         for (name, var) in vars.iter().filter(|_| !after.is_empty()) {
             let error = (var.as_tensor() - &after[name]).unwrap().abs().unwrap().max_all().unwrap();
             let error = error.to_scalar::<f32>().unwrap();
-            assert!(error <= 1e-6, "{run}, {name} after step {t}: off by {error:e}");
+            assert!(error <= tolerance, "{run}, {name} after step {t}: off by {error:e}");
         }
     }
     for (name, expected) in golden.under(&format!("{run}.state{steps}.")) {

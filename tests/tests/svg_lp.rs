@@ -113,10 +113,13 @@ fn three_steps_of_adam_agree() {
     }
     let after = golden.under(&format!("adam.step{steps}."));
     assert!(!after.is_empty());
+    // Adam's first steps are signs of gradients: where rounding decides of one, the reference's own precisions differ, too.
+    let noise = golden.hparams["max_abs_param_diff_f32_vs_f64_after_adam3"].as_f64().unwrap_or(0.);
+    let tolerance = (10. * noise as f32).max(5e-5);
     for (name, var) in vars.iter().filter(|(name, _)| !golden.has_no_true_gradient(name)) {
         let error = (var.as_tensor() - &after[name]).unwrap().abs().unwrap().max_all().unwrap();
         let error = error.to_scalar::<f32>().unwrap();
-        assert!(error <= 5e-5, "{name} after step {steps}: off by {error:e}");
+        assert!(error <= tolerance, "{name} after step {steps}: off by {error:e}");
     }
 }
 

@@ -284,6 +284,13 @@ fn an_event_is_predicted_from_where_it_rains_most() {
     assert!(flat(&given.target).iter().all(|value| *value == 0.));
     let mask = flat(given.mask.as_ref().unwrap());
     assert!(mask[..32].iter().all(|known| *known == 1.) && mask[32..].iter().all(|known| *known == 0.));
+    // Rain at the right.
+    for minute in [0, 5] {
+        let rain = |_, x: usize| if (7..11).contains(&x) { 90 } else { 0 };
+        write(&dir.path().join("right"), &format!("AQC1510512{minute:02}F_00005.801.gif"), rain);
+    }
+    let given = data.read(&dir.path().join("right")).unwrap();
+    assert!(at(&given.input, 0, 0, 0, 2) > 0., "{:?}", flat(&given.input));
     event(dir.path(), "short", 104, &[0]);
     let error = data.read(&dir.path().join("short")).unwrap_err().to_string();
     assert!(

@@ -6,6 +6,7 @@ mod refuse;
 mod replays;
 mod save;
 mod update;
+mod validate;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -13,16 +14,14 @@ use std::time::Instant;
 use candle_core::{Device, Tensor, Var};
 use indexmap::IndexMap;
 
-use super::evaluate::evaluate;
-use super::limits::{Every, Limit};
+use super::limits::Limit;
 use super::ranks::{agree_on_flow, average_buffers};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::checkpoint::Saver;
 use crate::collective::Collective;
-use crate::config::{did_you_mean, quoted_list};
-use crate::data::{Loaded, Loader, Pass, Source, Split};
+use crate::data::{Loaded, Loader, Source, Split};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::Means;
@@ -294,114 +293,6 @@ impl<B: Batch> Fit<'_, B> {
             tally.note(name, value, weight.unwrap_or(samples))?;
         }
         self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)
-    }
-
-    /// Whether a validation is due after the step, or, `inside` the next one, by the clock.
-    fn is_validation_due(&self, inside: bool) -> Result<bool> {
-        let is_due = match self.trainer.config.val_every {
-            None => !inside && self.progress.step_in_epoch == 0,
-            Some(every) if inside && !matches!(every, Every::Time(_)) => false,
-            Some(every) => every.is_due(&self.progress, self.steps_per_epoch, || self.validated_at.elapsed()),
-        };
-        match self.trainer.config.val_every {
-            // Clocks differ from rank to rank.
-            Some(Every::Time(_)) => self.ranks.decide(is_due),
-            _ => Ok(is_due),
-        }
-    }
-
-    /// Validates, unless this very step has been validated already.
-    fn validate(&mut self) -> Result<Flow> {
-        let step = self.progress.step;
-        self.validated_at = Instant::now();
-        if self.validation.as_ref().is_some_and(|(at, _)| *at == step) {
-            return Ok(Flow::Continue);
-        }
-        let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
-        let Some(metrics) = self.evaluate(limit, self.trainer.image_every > 0)? else {
-            return Ok(Flow::Continue);
-        };
-        let checked = self.check_monitors(&metrics);
-        if self.ranks.decide(checked.is_err())? {
-            // What came before it is worth having.
-            self.save()?;
-            checked?;
-        }
-        let epoch = self.progress.epoch_of_last_step();
-        let mut record = Record { step, epoch, split: Split::Val, metrics };
-        let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
-        let metric = |name: &str| record.metrics.get(name).copied();
-        if let Some(plateau) = self.trainer.plateau.as_ref().filter(|_| self.turns[0].lr > 0.) {
-            // Rank 0 alone knows what callbacks have added.
-            let own = metric(&plateau.monitor).unwrap_or(f64::NAN);
-            let (value, lr) = (self.ranks.gather_numbers(&[own])?[0][0], self.turns[0].lr);
-            self.lr_scale = plateau.next(&mut self.plateau, value, lr * self.lr_scale) / lr;
-        }
-        let value = metric(&self.trainer.checkpoint.monitor);
-        let is_best = self.saver.as_mut().zip(value).is_some_and(|(saver, value)| saver.rank(step, value));
-        if self.ranks.decide(is_best)? {
-            self.save()?;
-        }
-        self.validated_at = Instant::now();
-        self.validation = Some((step, record.metrics));
-        Ok(flow)
-    }
-
-    /// Refuses settings that name a metric which validations do not have.
-    fn check_monitors(&self, metrics: &IndexMap<String, f64>) -> Result<()> {
-        if self.ranks.rank() > 0 {
-            // It has not all callbacks.
-            return Ok(());
-        }
-        let (trainer, callbacks) = (&self.trainer, &self.trainer.callbacks);
-        let mut known: Vec<String> = metrics.keys().cloned().collect();
-        known.extend(callbacks.iter().flat_map(|callback| callback.adds()));
-        let checkpoint = self.saver.as_ref().map(|_| ("checkpoint", trainer.checkpoint.monitor.as_str()));
-        let plateau = trainer.plateau.as_ref().map(|plateau| ("schedule.plateau", plateau.monitor.as_str()));
-        let callbacks = callbacks.iter().filter_map(|callback| Some((callback.name(), callback.monitors()?)));
-        let callbacks = callbacks.map(|(name, monitor)| (format!("callbacks.{name}"), monitor));
-        let ours =
-            checkpoint.into_iter().chain(plateau).map(|(section, monitor)| (section.to_string(), monitor));
-        for (section, monitor) in ours.chain(callbacks) {
-            if known.iter().any(|name| name == monitor) {
-                continue;
-            }
-            let guess = did_you_mean(monitor, &known).map_or(String::new(), |guess| format!("; {guess}"));
-            let message = format!(
-                "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one says so in \
-                 `Callback::adds`)",
-                quoted_list(&known)
-            );
-            return Err(Error::setting(format!("{section}.monitor"), message));
-        }
-        Ok(())
-    }
-
-    /// The validation that a run ends with.
-    fn validate_at_the_end(&mut self, begun_at: u64) -> Result<()> {
-        let step = self.progress.step;
-        if step > 0 && step == begun_at {
-            // There was nothing left to do: it is the one that the run has ended with before.
-            let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
-            self.validation = self.evaluate(limit, false)?.map(|metrics| (step, metrics));
-            return Ok(());
-        }
-        if self.validation.as_ref().is_none_or(|(at, _)| *at != step) {
-            // A longer run would not validate here: what is saved, and goes on one day, knows nothing of it.
-            self.save()?;
-        }
-        self.validate().map(drop)
-    }
-
-    /// The metrics of the validation data with the averaged weights, where there are any.
-    fn evaluate(&mut self, limit: Option<Limit>, images_due: bool) -> Result<Option<IndexMap<String, f64>>> {
-        let Some((source, split, _)) = &self.val else { return Ok(None) };
-        let _phase = phase!("validation");
-        let (trainer, model, progress, workers) =
-            (&mut *self.trainer, self.model, self.progress, self.workers);
-        let pass = Pass { split: *split, epoch: 0, seed: trainer.seed };
-        let evaluate = || evaluate(trainer, model, source, pass, limit, workers, &progress, images_due);
-        Average::in_place(self.average.as_ref(), || model.params().publish(), evaluate).map(Some)
     }
 
     /// Whether training may end for this reason already.
