@@ -118,12 +118,13 @@ fn a_skipped_step_advances_nothing() {
     assert_eq!(calm.2, steep.2);
 }
 
-/// Stops at the first validation.
+/// Stops at the validation before the first step, and at no other.
 struct Enough;
 
 impl Callback for Enough {
-    fn on_validation_end(&mut self, _: &mut Record) -> Result<Flow> {
-        Ok(Flow::Stop(StopReason::Callback("seen enough".into())))
+    fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {
+        let why = StopReason::Callback("seen enough".into());
+        Ok(if record.step == 0 { Flow::Stop(why) } else { Flow::Continue })
     }
 }
 

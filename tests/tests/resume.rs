@@ -325,13 +325,20 @@ fn up_to(max_steps: u64) -> TrainerConfig {
 fn a_longer_run_does_not_know_where_a_shorter_one_ended() {
     let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     // Epochs have 3 steps: the shorter run validates after 4, where the longer one does not.
-    let trainer = |steps| {
+    let train = |dir: &Path, steps, resumes| {
         let plateau = Plateau { factor: 0.5, patience: 0, threshold: 0.5, ..Default::default() };
-        Trainer::new(up_to(steps)).plateau(Some(plateau)).callback(early_stopping())
+        let mut trainer = Trainer::new(up_to(steps))
+            .plateau(Some(plateau))
+            .callback(early_stopping())
+            .checkpoints(dir, CheckpointConfig::default());
+        if resumes {
+            trainer = trainer.resume(Checkpoint::load(&dir.join("4")).unwrap());
+        }
+        trainer.fit(&Dropped::model(1), &data(1)).unwrap()
     };
-    go_on(whole.path(), None, 9, trainer(STEPS));
-    assert!(go_on(halves.path(), None, 9, trainer(4)).validation.is_some());
-    go_on(halves.path(), Some(4), 9, trainer(STEPS));
+    train(whole.path(), STEPS, false);
+    assert!(train(halves.path(), 4, false).validation.is_some());
+    train(halves.path(), STEPS, true);
     let of = |dir: &Path| (files(&dir.join("8")), Checkpoint::load(&dir.join("8")).unwrap().state().clone());
     let ((whole, a), (halves, b)) = (of(whole.path()), of(halves.path()));
     for file in ["model.safetensors", "optimizer.safetensors"] {

@@ -120,6 +120,20 @@ fn every_schedule_of_the_fixture() {
     }
 }
 
+/// `ReduceLROnPlateau` takes `best * (1 - threshold)`, or `best * (1 + threshold)`, for the value to be beaten: below zero a step
+/// back is within it.
+#[test]
+fn below_zero_a_share_of_the_best_is_a_step_back() {
+    let after = |maximize, metrics: [f64; 2]| {
+        let plateau = Plateau { patience: 0, factor: 0.5, threshold: 0.1, maximize, ..Default::default() };
+        let mut state = PlateauState::default();
+        metrics.into_iter().fold(1., |lr, metric| plateau.next(&mut state, metric, lr))
+    };
+    assert_eq!((after(false, [-1., -0.95]), after(false, [-1., -0.85])), (1., 0.5));
+    assert_eq!((after(true, [-1., -1.05]), after(true, [-1., -1.15])), (1., 0.5));
+    assert_eq!((after(false, [1., 0.95]), after(false, [1., 0.85])), (0.5, 1.));
+}
+
 #[test]
 fn a_metric_that_is_not_a_number_is_no_progress() {
     let plateau = Plateau { patience: 1, factor: 0.5, ..Default::default() };

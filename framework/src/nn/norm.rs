@@ -317,6 +317,21 @@ mod tests {
     }
 
     #[test]
+    fn means_of_many_values_are_not_rounded_by_plain_operations_either() {
+        let x = (random((8, 4096, 2)).as_tensor() + 100.).unwrap();
+        let [weight, bias] = [random(2), random(2)];
+        let means = |dtype| {
+            let [x, weight, bias] = [&x, &weight, &bias].map(|it| it.to_dtype(dtype).unwrap());
+            let work = || normalize(&x, Over::Batch, &weight, &bias, None).unwrap();
+            let (_, statistics) = crate::nn::with_kernels(crate::trainer::Kernels::Reference, work);
+            statistics.means.to_vec1::<f64>().unwrap()
+        };
+        for (plain, wide) in means(DType::F32).iter().zip(means(DType::F64)) {
+            assert!((plain / wide - 1.).abs() < 2e-7, "{plain} instead of {wide}");
+        }
+    }
+
+    #[test]
     fn batch_norm_follows_the_batches_of_training_alone() {
         let params = Params::new(0, DType::F32, &Device::Cpu);
         let norm = |vb| BatchNorm::new(2, Init::Const(1.), vb).unwrap();
