@@ -22,6 +22,7 @@ pub struct Progress {
     /// Samples learned from.
     pub samples: u64,
     /// Samples learned from in the epoch of the next step.
+    #[serde(default)]
     pub samples_in_epoch: u64,
 }
 

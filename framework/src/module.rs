@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use candle_nn::VarBuilder;
 
 use crate::batch::Batch;
@@ -74,6 +74,18 @@ pub trait Loggable {
 impl Loggable for &Tensor {
     fn scalar(self) -> candle_core::Result<Tensor> {
         Ok(self.detach())
+    }
+}
+
+impl Loggable for Tensor {
+    fn scalar(self) -> candle_core::Result<Tensor> {
+        Ok(self.detach())
+    }
+}
+
+impl Loggable for &Var {
+    fn scalar(self) -> candle_core::Result<Tensor> {
+        Ok(self.as_detached_tensor())
     }
 }
 
@@ -189,16 +201,19 @@ impl Step {
     }
 
     fn note(&mut self, name: &str, value: impl Loggable, weight: Option<f64>) {
-        let refused = if TAKEN.contains(&name) {
-            Some(format!(
-                "a module cannot log `{name}`: {} are in every record already; take another name",
-                quoted_list(&TAKEN)
-            ))
-        } else if self.metrics.iter().any(|metric| metric.name == name) {
-            Some(format!("a module cannot log `{name}` twice in a step: which of the two is meant?"))
-        } else {
-            None
-        };
+        // With several optimizers, each has its own.
+        let (of, optimizer) = name.split_once('/').unwrap_or((name, &self.optimizer));
+        let refused =
+            if TAKEN.contains(&name) || (TAKEN.contains(&of) && optimizer == self.optimizer && name != of) {
+                Some(format!(
+                    "a module cannot log `{name}`: {} are in every record already; take another name",
+                    quoted_list(&TAKEN)
+                ))
+            } else if self.metrics.iter().any(|metric| metric.name == name) {
+                Some(format!("a module cannot log `{name}` twice in a step: which of the two is meant?"))
+            } else {
+                None
+            };
         let scalar = refused.map_or_else(|| Ok(value.scalar()?), |why| Err(Error::msg(why)));
         match scalar {
             Ok(value) => self.metrics.push(Metric { name: name.to_string(), value, weight }),

@@ -17,6 +17,7 @@ use signal_hook::iterator::Signals;
 
 use crate::pulse::{PULSE_FILE, checkpoint_in};
 use crate::say::tell;
+use crate::signals::ending;
 
 /// How often the run is looked at.
 const LOOK: Duration = Duration::from_millis(100);
@@ -92,7 +93,7 @@ enum End {
 impl Launch {
     /// Runs until the training is done, has failed too often, or is told to end.
     pub(crate) fn run(mut self) -> Result<ExitCode> {
-        let signals = Signals::new([SIGHUP, SIGINT, SIGTERM, SIGUSR1]);
+        let signals = Signals::new(ending().into_iter().chain([SIGUSR1]));
         let mut signals = signals.map_err(|error| Error::msg(format!("signals: {error}")))?;
         let (mut restarts, mut last_checkpoint) = (0, None);
         loop {

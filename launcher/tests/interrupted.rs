@@ -208,10 +208,26 @@ fn a_folder_has_one_training_at_a_time() {
 fn a_closed_terminal_is_a_signal_like_others() {
     let place = Place::new();
     let mut child = endless(&place).spawn().unwrap();
-    wait_for(&place.path("runs/tiny/version_0/metrics.jsonl"));
+    wait_for(&place.path("runs/tiny/version_0/checkpoints/last"));
     Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(129));
     assert!(place.path("runs/tiny/version_0/checkpoints/last/manifest.json").exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn who_is_told_to_ignore_a_closed_terminal_does() {
+    let place = Place::new();
+    let mut child = Command::new("sh");
+    let program = env!("CARGO_BIN_EXE_candlepower");
+    let train = format!("trap '' HUP; exec {program} train tiny.toml --set trainer.max_steps=200");
+    child.current_dir(place.0.path()).args(["-c", &train]).stderr(Stdio::null()).stdout(Stdio::null());
+    let mut child = child.spawn().unwrap();
+    wait_for(&place.path("runs/tiny/version_0/checkpoints/last"));
+    Command::new("kill").args(["-HUP", &child.id().to_string()]).status().unwrap();
+    assert!(child.try_wait().unwrap().is_none(), "it had ended before the signal came");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(place.path("runs/tiny/version_0/checkpoints/200/manifest.json").exists());
 }
 
 #[cfg(unix)]

@@ -333,7 +333,8 @@ fn a_metric_that_nobody_gives_is_refused_before_the_first_step() {
         let error = place.fail(2, &["train", "tiny.toml"]);
         let expected = format!(
             "error: tiny.toml:{line}:11: `{section}.monitor`: there is no validation metric `msee`, expected one of `loss`, \
-             `mse`; did you mean `mse`? (a callback that adds one says so in `Callback::adds`)"
+             `mse`; did you mean `mse`? (a callback that adds one comes before those that monitor it, and says so in \
+             `Callback::adds`)"
         );
         assert!(error.contains(&expected), "{error}\n{expected}");
         let steps = records(&place, "runs/tiny/version_0", "train");

@@ -38,7 +38,7 @@ fn data() -> Data<Tensors> {
 #[test]
 fn names_are_a_metrics_own() {
     type What = fn(&Tensor, &Tensors, &mut Step) -> Result<Tensor>;
-    let cases: [(What, &str); 3] = [
+    let cases: [(What, &str); 4] = [
         (
             |w, batch, step| {
                 step.log("loss", 7.);
@@ -54,6 +54,16 @@ fn names_are_a_metrics_own() {
                 loss(w, batch)
             },
             "validation_step, batch 1: a module cannot log `accuracy` twice in a step: which of the two is meant?",
+        ),
+        (
+            |w, batch, step| {
+                if step.is_training() {
+                    step.log(&format!("loss/{}", step.optimizer()), 1.);
+                }
+                loss(w, batch)
+            },
+            "a module cannot log `loss/optimizer`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record \
+             already; take another name",
         ),
         (
             |w, batch, step| {

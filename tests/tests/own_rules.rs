@@ -32,8 +32,8 @@ struct HeavyBall {
 impl Descend for HeavyBall {
     type Config = HeavyBallConfig;
 
-    fn rates(config: &mut HeavyBallConfig) -> [&mut f64; 2] {
-        [&mut config.lr, &mut config.weight_decay]
+    fn rates(config: &mut HeavyBallConfig) -> (&mut f64, Option<&mut f64>) {
+        (&mut config.lr, Some(&mut config.weight_decay))
     }
 
     fn of(config: &HeavyBallConfig, params: &[(String, Var)]) -> Result<Self> {
@@ -124,6 +124,47 @@ fn it_goes_on_from_a_checkpoint_to_the_same_bits() {
     let whole = train(own(), Precision::Full, 8, None);
     train(own(), Precision::Full, 3, Some((dir.path(), false)));
     assert_eq!(train(own(), Precision::Full, 8, Some((dir.path(), true))), whole);
+}
+
+/// Remembers a number that has no parameter's name.
+struct Counts(Var);
+
+impl Descend for Counts {
+    type Config = HeavyBallConfig;
+
+    fn rates(config: &mut HeavyBallConfig) -> (&mut f64, Option<&mut f64>) {
+        (&mut config.lr, None)
+    }
+
+    fn of(_: &HeavyBallConfig, _: &[(String, Var)]) -> Result<Self> {
+        Ok(Self(Var::zeros((), DType::F32, &Device::Cpu)?))
+    }
+
+    fn step(&mut self, _: u64, _: Rates, _: &[Tensor]) -> Result<()> {
+        Ok(())
+    }
+
+    fn state(&self) -> Vec<(String, Var)> {
+        vec![("count".into(), self.0.clone())]
+    }
+}
+
+#[test]
+fn what_it_could_not_find_again_or_does_not_know_is_refused() {
+    let config = HeavyBallConfig { lr: 0.05, weight_decay: 0., momentum: 0.9 };
+    let counts = OptimizerConfig::own::<Counts>("counts", config).unwrap();
+    let error = |weight_decay| {
+        let bias = GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay, frozen: false };
+        let config = TrainerConfig { max_steps: Some(1), ..Default::default() };
+        let mut trainer = Trainer::new(config).optimizer_with_groups(counts.clone(), vec![bias]);
+        trainer.fit(&Dropped::model(1), &Data::new(Points { samples: 10 })).unwrap_err().to_string()
+    };
+    assert!(
+        error(None).starts_with("optimizer `optimizer` remembers two things as `count`"),
+        "{}",
+        error(None)
+    );
+    assert_eq!(error(Some(0.1)), "`groups`: group `*.bias`: the optimizer has no `weight_decay`");
 }
 
 #[test]

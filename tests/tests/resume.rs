@@ -378,9 +378,12 @@ fn a_run_that_goes_back_keeps_its_own_checkpoints_and_the_old_ones_under_other_n
     names.sort();
     let best = std::fs::read_link(dir.path().join("best")).unwrap();
     names.retain(|name| Path::new(name) != best || ["3", "4"].contains(&name.as_str()));
-    assert_eq!(names, ["3", "3.old", "4", "4.old", "5.old", "6.old", "best.json", "last"]);
+    assert_eq!(names, ["3", "3.old", "4", "4.old", "5.old", "6.old", "last", "validations.json"]);
     assert_eq!(std::fs::read_link(dir.path().join("last")).unwrap(), Path::new("4"));
     assert_eq!(candlepower::checkpoint::latest(dir.path()).unwrap(), Some(dir.path().join("4")));
+    // Going back once more keeps what was kept.
+    go_on(dir.path(), Some(3), 9, Trainer::new(up_to(4)));
+    assert!(dir.path().join("4.old").exists() && dir.path().join("4.old2").exists());
     // A training from the start, in a folder that has been used.
     go_on(dir.path(), None, 9, Trainer::new(up_to(1)));
     assert_eq!(candlepower::checkpoint::latest(dir.path()).unwrap(), Some(dir.path().join("1")));
@@ -411,6 +414,42 @@ fn a_stream_goes_on_behind_the_samples_that_it_has_given_whatever_the_batch_size
     assert_eq!(run(4, 1, None), [1.5]);
     // 4 and 5, then 6 and 7.
     assert_eq!(run(2, 3, Some(1)), [4.5, 6.5]);
+}
+
+#[test]
+fn a_stream_cannot_go_on_behind_its_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |batch_size, limit, from: Option<u64>| {
+        let config = TrainerConfig {
+            batch_size,
+            max_steps: Some(if from.is_some() { 4 } else { 2 }),
+            limit_train_batches: Some(Limit::Batches(limit)),
+            ..config()
+        };
+        let trainer = Trainer::new(config).checkpoints(dir.path(), checkpoints());
+        let checkpoint = from.map(|step| Checkpoint::load(&dir.path().join(step.to_string())).unwrap());
+        let mut trainer = checkpoint.into_iter().fold(trainer, Trainer::resume);
+        trainer.fit(&Dropped::model(1), &stream(1)).map(drop).map_err(|error| error.to_string())
+    };
+    // 8 of 10 samples.
+    run(4, 3, None).unwrap();
+    assert_eq!(
+        run(2, 3, Some(2)).unwrap_err(),
+        "the checkpoint saw 8 samples of its epoch, which `limit_train_batches` now ends after 6"
+    );
+    run(2, 9, Some(2)).unwrap();
+}
+
+#[test]
+fn a_run_whose_last_validation_never_came_has_it_when_it_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    go_on(dir.path(), None, 9, Trainer::new(up_to(4)));
+    // As if it had been killed while it validated, after its checkpoint.
+    std::fs::remove_file(dir.path().join("validations.json")).unwrap();
+    let recorder = Recorder::default();
+    go_on(dir.path(), Some(4), 9, Trainer::new(up_to(4)).callback(recorder.clone()));
+    let validated: Vec<u64> = recorder.records().iter().map(|record| record.step).collect();
+    assert_eq!(validated, [4]);
 }
 
 #[test]

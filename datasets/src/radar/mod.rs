@@ -496,6 +496,9 @@ impl Dataset for Radar {
             video_file::tell_of_more(input, config.frames_in);
         }
         events[0].first = 0;
+        events[0].slots.truncate(span);
+        let read = events[0].slots.iter().flatten().max().map_or(0, |last| last + 1);
+        events[0].files.truncate(read);
         let (size, indices) = decoded(&config, &events)?;
         if size != self.size {
             return Err(Error::msg(format!(

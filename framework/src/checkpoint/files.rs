@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
 const MANIFEST: &str = "manifest.json";
-const BEST: &str = "best.json";
+const VALIDATIONS: &str = "validations.json";
 /// What is not a checkpoint yet, and never becomes one where its writer was killed.
 const UNFINISHED: &str = ".tmp";
 
@@ -106,21 +106,31 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// What `dir` says of its best validations, the best first.
-pub(super) fn best(dir: &Path) -> Vec<Best> {
-    let path = dir.join(BEST);
-    let Ok(text) = fs::read(&path) else { return Vec::new() };
-    serde_json::from_slice(&text).unwrap_or_else(|error| {
-        tracing::warn!("{}: {error}; which validations were the best is not known", path.display());
-        Vec::new()
-    })
+/// What a folder of checkpoints says of the run's validations: some come after the checkpoint of their step.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Validations {
+    /// The best, the best first.
+    pub(super) best: Vec<Best>,
+    /// The step at which the run has ended, its last validation included.
+    pub(super) ended_at: Option<u64>,
 }
 
-/// Writes down which validations are the best.
-pub(super) fn keep_best(dir: &Path, best: &[Best]) -> Result<()> {
-    let path = dir.join(BEST);
-    fs::create_dir_all(dir).map_err(Error::file(dir))?;
-    write_whole(&path, &serde_json::to_vec(best).map_err(Error::content(&path))?)
+impl Validations {
+    pub(super) fn read(dir: &Path) -> Self {
+        let path = dir.join(VALIDATIONS);
+        let Ok(text) = fs::read(&path) else { return Self::default() };
+        serde_json::from_slice(&text).unwrap_or_else(|error| {
+            tracing::warn!("{}: {error}; which validations were the best is not known", path.display());
+            Self::default()
+        })
+    }
+
+    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(VALIDATIONS);
+        fs::create_dir_all(dir).map_err(Error::file(dir))?;
+        write_whole(&path, &serde_json::to_vec(self).map_err(Error::content(&path))?)
+    }
 }
 
 /// Clears the way for a run that has taken `done` steps: what was never finished goes, and checkpoints of steps that it will take
@@ -134,8 +144,10 @@ pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
     }
     let mut aside = Vec::new();
     for step in steps(dir).into_iter().filter(|step| done.is_none_or(|done| *step > done)) {
-        let (path, name) = (dir.join(step.to_string()), dir.join(format!("{step}.old")));
-        remove(&name)?;
+        let path = dir.join(step.to_string());
+        // One that was set aside before keeps its name.
+        let names = std::iter::once(format!("{step}.old")).chain((2..).map(|n| format!("{step}.old{n}")));
+        let Some(name) = names.map(|name| dir.join(name)).find(|name| !name.exists()) else { continue };
         fs::rename(&path, &name).map_err(Error::file(&path))?;
         aside.push(name);
     }

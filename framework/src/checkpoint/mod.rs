@@ -2,8 +2,8 @@
 //!
 //! A checkpoint is a folder named after its step. It is written beside its place, synced, and renamed, so at every
 //! instant each folder `<step>/` is complete. Its manifest holds the size and the hash of every file; a checkpoint
-//! that does not agree with its manifest is not loaded. Beside the folders, `last` and `best` are links, `best.json` says
-//! which validations were the best, and `<step>.old/` is what a run that went back has found.
+//! that does not agree with its manifest is not loaded. Beside the folders, `last` and `best` are links, `validations.json`
+//! says which validations were the best, and `<step>.old/` is what a run that went back has found.
 
 mod files;
 mod saver;

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use super::files::Validations;
 use super::{Best, CheckpointConfig, Snapshot, State, files};
 use crate::error::{Error, Result};
 
@@ -13,6 +14,8 @@ pub(crate) struct Saver {
     dir: PathBuf,
     config: CheckpointConfig,
     best: Vec<Best>,
+    /// The step at which the run has ended before, its last validation included.
+    ended_at: Option<u64>,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
     saved_at: Instant,
@@ -26,14 +29,17 @@ impl Saver {
             dir: dir.to_path_buf(),
             config: config.clone(),
             best: Vec::new(),
+            ended_at: None,
             saved: resumed.map(|state| state.progress.step),
             saved_at: Instant::now(),
             writing: None,
         };
         if let Some(state) = resumed {
             // A validation at a run's very end comes after its checkpoint: the folder knows of it.
-            let known = files::best(dir).into_iter().filter(|best| best.step <= state.progress.step);
+            let Validations { best, ended_at } = Validations::read(dir);
+            let known = best.into_iter().filter(|best| best.step <= state.progress.step);
             state.best.iter().copied().chain(known).for_each(|best| saver.place(best));
+            saver.ended_at = ended_at;
         }
         saver
     }
@@ -45,8 +51,22 @@ impl Saver {
             let names: Vec<String> = aside.iter().map(|path| path.display().to_string()).collect();
             tracing::warn!("checkpoints of steps that this run takes anew are kept as {}", names.join(", "));
         }
-        let last = self.saved.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());
-        last.map_or(Ok(()), |step| files::link(&self.dir, "last", Path::new(&step)))
+        for (link, step) in [("last", self.saved), ("best", self.best.first().map(|best| best.step))] {
+            let step = step.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());
+            step.map_or(Ok(()), |step| files::link(&self.dir, link, Path::new(&step)))?;
+        }
+        Ok(())
+    }
+
+    /// Whether a run has ended at `step` before, its last validation included.
+    pub(crate) fn has_ended_at(&self, step: u64) -> bool {
+        self.ended_at == Some(step)
+    }
+
+    /// Writes down that a run has ended at `step`, its last validation included.
+    pub(crate) fn end(&mut self, step: u64) -> Result<()> {
+        self.ended_at = Some(step);
+        Validations { best: self.best.clone(), ended_at: self.ended_at }.write(&self.dir)
     }
 
     /// The best validations so far, the best first.
@@ -95,10 +115,11 @@ impl Saver {
             self.saved = Some(snapshot.state.progress.step);
             self.saved_at = Instant::now();
         }
-        let (dir, keep, all) = (self.dir.clone(), self.config.keep_last, self.best.clone());
+        let (dir, keep) = (self.dir.clone(), self.config.keep_last);
+        let validations = Validations { best: self.best.clone(), ended_at: self.ended_at };
         self.writing = Some(std::thread::spawn(move || {
-            let best: Vec<u64> = all.iter().map(|best| best.step).collect();
-            files::keep_best(&dir, &all)?;
+            let best: Vec<u64> = validations.best.iter().map(|best| best.step).collect();
+            validations.write(&dir)?;
             let path = snapshot.map(|snapshot| snapshot.write(&dir)).transpose()?;
             if let Some(step) = path.as_deref().and_then(Path::file_name) {
                 files::link(&dir, "last", Path::new(step))?;

@@ -250,8 +250,14 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
         for item in items.by_ref().take(portions.skip) {
             item?;
         }
-        if items.peek().is_none() && portions.skip == 0 {
-            return Err(Error::msg(format!("the {} stream gave nothing", pass.split.name())));
+        if items.peek().is_none() {
+            let (split, skip) = (pass.split.name(), portions.skip);
+            return Err(Error::msg(match skip {
+                0 => format!("the {split} stream gave nothing"),
+                _ => {
+                    format!("the {split} stream gave nothing after the {skip} samples that were learned from")
+                }
+            }));
         }
         let mut index = portions.skip;
         Ok(Box::new(

@@ -127,7 +127,7 @@ impl Trainer {
         let mut trial =
             self.trial(config.steps).optimizers(scaled).schedule(config.schedule()).callback(recorder);
         trial.config.log_every = 1;
-        model.params().put_back_after(|| trial.fit(model, data))?;
+        model.params().put_back_after(|| trial.fit_as_far_as_it_goes(model, data))?;
         Ok(LrFinding::new(&receiver.try_iter().collect::<Vec<_>>(), proportions(&self.turns, first)))
     }
 }

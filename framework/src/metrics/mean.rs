@@ -30,7 +30,11 @@ impl Means {
         let weighted = (value.detach().flatten_all()?.to_dtype(DType::F64)? * weight)?;
         match self.sums.get_mut(name) {
             Some((sum, weights)) => {
-                *sum = (&*sum + weighted)?;
+                // A plain number may be one of them: it goes to where the others are.
+                if sum.device().is_cpu() {
+                    *sum = sum.to_device(weighted.device())?;
+                }
+                *sum = (&*sum + weighted.to_device(sum.device())?)?;
                 *weights += weight;
             }
             None => {

@@ -47,8 +47,8 @@ use crate::schedule::Rates;
 /// impl Descend for Lion {
 ///     type Config = LionConfig;
 ///
-///     fn rates(config: &mut LionConfig) -> [&mut f64; 2] {
-///         [&mut config.lr, &mut config.weight_decay]
+///     fn rates(config: &mut LionConfig) -> (&mut f64, Option<&mut f64>) {
+///         (&mut config.lr, Some(&mut config.weight_decay))
 ///     }
 ///
 ///     fn of(config: &LionConfig, params: &[(String, Var)]) -> Result<Self> {
@@ -89,16 +89,17 @@ pub trait Descend: Send + Sized + 'static {
     /// The fields of its section.
     type Config: Settings + Clone;
 
-    /// Its learning rate and its weight decay, which groups of parameters may have of their own.
-    fn rates(config: &mut Self::Config) -> [&mut f64; 2];
+    /// Its learning rate and, where it has one, its weight decay: groups of parameters may have others of their own.
+    fn rates(config: &mut Self::Config) -> (&mut f64, Option<&mut f64>);
 
-    /// Makes the optimizer of these parameters, f32. Values that do not fit are an [`Error::Setting`](crate::Error::Setting).
+    /// Makes the optimizer of these parameters, f32; of a group's, where there are groups; and of none, when a configuration is
+    /// tried. Values that do not fit are an [`Error::Setting`](crate::Error::Setting).
     fn of(config: &Self::Config, params: &[(String, Var)]) -> Result<Self>;
 
     /// Moves every parameter by its gradient, in place, at these rates. `t` counts from 1 the steps that are taken.
     fn step(&mut self, t: u64, rates: Rates, gradients: &[Tensor]) -> Result<()>;
 
-    /// What it remembers between steps, by name: a checkpoint keeps it, and restores it by writing to these variables. Whatever is
+    /// What it remembers between steps, by names that have the parameters' in them: a checkpoint keeps it, and restores it by writing to these variables. Whatever is
     /// not in them, and is no function of the step's number, makes a resumed run another one.
     fn state(&self) -> Vec<(String, Var)>;
 }
@@ -143,6 +144,8 @@ pub struct OwnOptimizer {
     name: String,
     pub(super) lr: f64,
     pub(super) weight_decay: f64,
+    /// Whether the rule knows a weight decay.
+    pub(super) decays: bool,
     recipe: Arc<dyn Recipe>,
 }
 
@@ -157,8 +160,10 @@ struct Of<O: Descend>(O::Config, PhantomData<fn() -> O>);
 impl<O: Descend> Of<O> {
     fn config(&self, rates: [f64; 2]) -> O::Config {
         let mut config = self.0.clone();
-        for (rate, value) in O::rates(&mut config).into_iter().zip(rates) {
-            *rate = value;
+        let (lr, weight_decay) = O::rates(&mut config);
+        *lr = rates[0];
+        if let Some(weight_decay) = weight_decay {
+            *weight_decay = rates[1];
         }
         config
     }
@@ -180,8 +185,10 @@ impl OwnOptimizer {
     /// An `O` of these settings. Settings that it refuses are refused now.
     pub(super) fn new<O: Descend>(name: &str, mut config: O::Config) -> Result<Self> {
         O::of(&config, &[])?;
-        let [lr, weight_decay] = O::rates(&mut config).map(|rate| *rate);
-        Ok(Self { name: name.into(), lr, weight_decay, recipe: Arc::new(Of::<O>(config, PhantomData)) })
+        let (lr, weight_decay) = O::rates(&mut config);
+        let (lr, decays, weight_decay) = (*lr, weight_decay.is_some(), weight_decay.map_or(0., |rate| *rate));
+        let recipe = Arc::new(Of::<O>(config, PhantomData));
+        Ok(Self { name: name.into(), lr, weight_decay, decays, recipe })
     }
 
     pub(super) fn build(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {

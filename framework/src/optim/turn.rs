@@ -1,5 +1,7 @@
 //! Which optimizer moves which parameters: groups with rates of their own, and optimizers that take turns.
 
+use std::collections::HashSet;
+
 use candle_core::{Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::updates::publish;
@@ -64,6 +66,10 @@ impl TurnConfig {
             let negative = |value: &Option<f64>| value.is_some_and(|x| !(x.is_finite() && x >= 0.));
             if negative(lr) || negative(weight_decay) {
                 let message = format!("group `{params}`: expected `lr` and `weight_decay` from 0 up");
+                return Err(Error::setting("groups", message));
+            }
+            if weight_decay.is_some() && matches!(&self.optimizer, OptimizerConfig::Own(own) if !own.decays) {
+                let message = format!("group `{params}`: the optimizer has no `weight_decay`");
                 return Err(Error::setting("groups", message));
             }
             if lr.is_some() && self.optimizer.lr() == 0. {
@@ -206,7 +212,16 @@ impl Turn {
         let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
         let unused = idle.map(|(var, name)| (name, var)).collect();
         let name = config.name.clone();
-        Ok(Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, groups })
+        let turn = Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, groups };
+        let mut names = HashSet::new();
+        match turn.state().into_iter().find(|(name, _)| !names.insert(name.clone())) {
+            // A checkpoint would keep one of them.
+            Some((name, _)) => Err(Error::msg(format!(
+                "optimizer `{}` remembers two things as `{name}`: give each of its parameters' a name of its own",
+                config.name
+            ))),
+            None => Ok(turn),
+        }
     }
 
     /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.

@@ -118,7 +118,6 @@ impl<B: Batch> Fit<'_, B> {
     /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
     pub(super) fn run(&mut self) -> Result<Outcome> {
         self.start()?;
-        let begun_at = self.progress.step;
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step().map_err(|error| self.explain_memory(error))? {
@@ -135,11 +134,16 @@ impl<B: Batch> Fit<'_, B> {
         }
         // Who interrupts a run wants its state saved, not minutes of validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
-            self.validate_at_the_end(begun_at)?;
+            self.validate_at_the_end()?;
         }
         self.save()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
         self.tell_saved(saved)?;
+        if let Some(saver) = &mut self.saver
+            && matches!(reason, StopReason::Finished | StopReason::Callback(_))
+        {
+            saver.end(self.progress.step)?;
+        }
         self.average
             .as_ref()
             .map_or(Ok(()), |average| average.take_over(|| self.model.params().publish()))?;

@@ -285,19 +285,28 @@ impl Trainer {
     /// # Errors
     /// Also where training is of no use any more, as after a loss that is not a number: what came before it is saved.
     pub fn fit<B: Batch>(&mut self, model: &Model<B>, data: &Data<B>) -> Result<Outcome> {
+        let outcome = self.fit_as_far_as_it_goes(model, data)?;
+        match outcome.reason {
+            StopReason::Failed(why) => Err(Error::msg(why)),
+            _ => Ok(outcome),
+        }
+    }
+
+    /// The same for whom it is no error that training is of no use any more.
+    pub(crate) fn fit_as_far_as_it_goes<B: Batch>(
+        &mut self,
+        model: &Model<B>,
+        data: &Data<B>,
+    ) -> Result<Outcome> {
         self.config.check()?;
         self.turns.iter().try_for_each(TurnConfig::check)?;
         self.schedule.check()?;
         self.plateau.as_ref().map_or(Ok(()), |plateau| plateau.check(&self.schedule))?;
         self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
         self.distributed.check()?;
-        let outcome = match self.ranks.devices_here(self.config.devices) {
-            1 => ranks::fit_as_rank(self, model, data)?,
-            devices => ranks::fit_on_threads(self, model, data, devices)?,
-        };
-        match outcome.reason {
-            StopReason::Failed(why) => Err(Error::msg(why)),
-            _ => Ok(outcome),
+        match self.ranks.devices_here(self.config.devices) {
+            1 => ranks::fit_as_rank(self, model, data),
+            devices => ranks::fit_on_threads(self, model, data, devices),
         }
     }
 

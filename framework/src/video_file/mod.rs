@@ -46,9 +46,6 @@ pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
             spec.frames_in
         )));
     }
-    if times > spec.frames_in + spec.frames_out {
-        tell_of_more(path, spec.frames_in);
-    }
     let input = frames.narrow(1, 0, spec.frames_in)?.contiguous()?;
     let target = if times >= spec.frames_in + spec.frames_out {
         frames.narrow(1, spec.frames_in, spec.frames_out)?.contiguous()?

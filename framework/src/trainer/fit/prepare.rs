@@ -72,6 +72,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             && data.train.len().is_some()
         {
             check_same_order(state, &order)?;
+        } else if let Some(state) = state {
+            check_stream_goes_on(state, &order)?;
         }
         let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
         if sharded && state.is_some() {
@@ -209,6 +211,22 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
             Ok(Order { in_turn, ..order.limited(limit.of(order.batches())) })
         }
         (None, _) => Ok(order),
+    }
+}
+
+/// Refuses to go on with a checkpoint that is beyond what an epoch of a stream is limited to.
+fn check_stream_goes_on(state: &State, order: &Order) -> Result<()> {
+    let Progress { step_in_epoch, samples_in_epoch: done, .. } = state.progress;
+    let limit = order.limit.saturating_mul(order.batch_size) as u64;
+    match step_in_epoch {
+        0 => Ok(()),
+        _ if done == 0 => Err(Error::msg(
+            "the checkpoint does not say how many samples of the stream it has seen: begin anew",
+        )),
+        _ if done < limit => Ok(()),
+        _ => Err(Error::msg(format!(
+            "the checkpoint saw {done} samples of its epoch, which `limit_train_batches` now ends after {limit}"
+        ))),
     }
 }
 

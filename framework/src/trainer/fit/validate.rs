@@ -57,6 +57,12 @@ impl<B: Batch> Fit<'_, B> {
             self.lr_scale = plateau.next(&mut self.plateau, value, lr * self.lr_scale) / lr;
         }
         let value = metric(&self.trainer.checkpoint.monitor);
+        if self.saver.is_some() && value.is_none() {
+            let monitor = &self.trainer.checkpoint.monitor;
+            return Err(Error::msg(format!(
+                "a callback that says that it adds `{monitor}` has not added it"
+            )));
+        }
         let is_best = self.saver.as_mut().zip(value).is_some_and(|(saver, value)| saver.rank(step, value));
         if self.ranks.decide(is_best)? {
             self.save()?;
@@ -72,34 +78,24 @@ impl<B: Batch> Fit<'_, B> {
             // It has not all callbacks.
             return Ok(());
         }
-        let (trainer, callbacks) = (&self.trainer, &self.trainer.callbacks);
+        let trainer = &self.trainer;
         let mut known: Vec<String> = metrics.keys().cloned().collect();
-        known.extend(callbacks.iter().flat_map(|callback| callback.adds()));
+        // A callback sees what those before it have added.
+        for callback in &trainer.callbacks {
+            let section = format!("callbacks.{}", callback.name());
+            callback.monitors().map_or(Ok(()), |monitor| is_known(&section, monitor, &known))?;
+            known.extend(callback.adds());
+        }
         let checkpoint = self.saver.as_ref().map(|_| ("checkpoint", trainer.checkpoint.monitor.as_str()));
         let plateau = trainer.plateau.as_ref().map(|plateau| ("schedule.plateau", plateau.monitor.as_str()));
-        let callbacks = callbacks.iter().filter_map(|callback| Some((callback.name(), callback.monitors()?)));
-        let callbacks = callbacks.map(|(name, monitor)| (format!("callbacks.{name}"), monitor));
-        let ours =
-            checkpoint.into_iter().chain(plateau).map(|(section, monitor)| (section.to_string(), monitor));
-        for (section, monitor) in ours.chain(callbacks) {
-            if known.iter().any(|name| name == monitor) {
-                continue;
-            }
-            let guess = did_you_mean(monitor, &known).map_or(String::new(), |guess| format!("; {guess}"));
-            let message = format!(
-                "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one says so in \
-                 `Callback::adds`)",
-                quoted_list(&known)
-            );
-            return Err(Error::setting(format!("{section}.monitor"), message));
-        }
-        Ok(())
+        let mut ours = checkpoint.into_iter().chain(plateau);
+        ours.try_for_each(|(section, monitor)| is_known(section, monitor, &known))
     }
 
     /// The validation that a run ends with.
-    pub(super) fn validate_at_the_end(&mut self, begun_at: u64) -> Result<()> {
+    pub(super) fn validate_at_the_end(&mut self) -> Result<()> {
         let step = self.progress.step;
-        if step > 0 && step == begun_at {
+        if self.ranks.decide(self.saver.as_ref().is_some_and(|saver| saver.has_ended_at(step)))? {
             // There was nothing left to do: it is the one that the run has ended with before.
             let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
             self.validation = self.evaluate(limit, false)?.map(|metrics| (step, metrics));
@@ -126,4 +122,18 @@ impl<B: Batch> Fit<'_, B> {
         let evaluate = || evaluate(trainer, model, source, pass, limit, workers, &progress, images_due);
         Average::in_place(self.average.as_ref(), || model.params().publish(), evaluate).map(Some)
     }
+}
+
+/// Refuses a metric that is not among those that are known.
+fn is_known(section: &str, monitor: &str, known: &[String]) -> Result<()> {
+    if known.iter().any(|name| name == monitor) {
+        return Ok(());
+    }
+    let guess = did_you_mean(monitor, known).map_or(String::new(), |guess| format!("; {guess}"));
+    let message = format!(
+        "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one comes before those that \
+         monitor it, and says so in `Callback::adds`)",
+        quoted_list(known)
+    );
+    Err(Error::setting(format!("{section}.monitor"), message))
 }
