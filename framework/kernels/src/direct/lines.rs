@@ -3,6 +3,8 @@
 use super::frame::Framed;
 use super::pass::Pass;
 use super::{Output, Shape, Weights, packed_channels};
+use std::ops::Range;
+
 use crate::buffer::Buffer;
 use crate::float::Float;
 use crate::gemm::{Product, Run, Start, product};
@@ -96,6 +98,36 @@ pub(super) fn run_passes<T: Float>(
     }
 }
 
+/// Input channels that are turned around at once: so many are a line of the cache.
+const BLOCK: usize = 16;
+
+/// These columns of a 1x1 convolution's weights, which are a matrix, `[k][column]`; zeros behind them.
+fn pack_matrix(weights: &Weights, group: usize, columns: Range<usize>, panel: &mut [f32], width: usize) {
+    let (from, to) = weights.channels();
+    let matrix = &weights.data[weights.geometry.weight(group, 0, 0, 0)..][..from * to];
+    if weights.swapped {
+        // (from, to): as it is here.
+        for (line, row) in panel.chunks_exact_mut(width).zip(matrix.chunks_exact(to)) {
+            let (line, behind) = line.split_at_mut(columns.len());
+            line.copy_from_slice(&row[columns.clone()]);
+            behind.fill(0.);
+        }
+        return;
+    }
+    // (to, from): turned around in blocks that stay in the cache.
+    for first in (0..from).step_by(BLOCK) {
+        let last = from.min(first + BLOCK);
+        let block = &mut panel[first * width..last * width];
+        for (column, to) in columns.clone().enumerate() {
+            let row = &matrix[to * from + first..to * from + last];
+            for (line, x) in block.chunks_exact_mut(width).zip(row) {
+                line[column] = *x;
+            }
+        }
+        block.chunks_exact_mut(width).for_each(|line| line[columns.len()..].fill(0.));
+    }
+}
+
 /// Weights of a pass in the order in which its kernel reads them:
 /// product `[group][panel][k][column]`, dot `[group][output][k]`, depthwise `[tap][channel]`.
 fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
@@ -144,9 +176,12 @@ fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
                         depth * width,
                     )
                 };
+                let columns = width.min(to - first);
+                if weights.geometry.taps() == 1 {
+                    return pack_matrix(&weights, group, first..first + columns, panel, width);
+                }
                 // A channel's taps lie side by side in the weight, its columns here: turned around in a tile that stays in the cache,
                 // as neither side's strides do.
-                let columns = width.min(to - first);
                 let mut tile = vec![0f32; pass.taps.len() * width];
                 for i in 0..from {
                     for column in 0..columns {

@@ -119,6 +119,25 @@ pub(crate) fn backward_weight<T: Float>(
         let (group, panel, chunk) = (task / (panels * chunks), task / chunks % panels, task % chunks);
         let first = panel * PANEL;
         let outputs = PANEL.min(to - first);
+        if g.taps() == 1 && shape == Shape::Product {
+            // A matrix, turned around in blocks that stay in the cache.
+            let width = PANEL.min(row_of_c - first);
+            let inputs = chunk * PANEL..from.min((chunk + 1) * PANEL);
+            let sums = &total[group * rows_of_c * row_of_c + first * depth..];
+            for o in 0..outputs {
+                // SAFETY: each weight belongs to one panel and chunk, and these to one task.
+                let row = unsafe {
+                    std::slice::from_raw_parts_mut(
+                        out.at(g.weight(group, first + o, inputs.start, 0)),
+                        inputs.len(),
+                    )
+                };
+                for (x, i) in row.iter_mut().zip(inputs.clone()) {
+                    *x += sums[i * width + o];
+                }
+            }
+            return;
+        }
         // All taps of a channel to these outputs: a tile that stays in the cache, as neither side's strides do.
         let mut tile = vec![0f32; g.taps() * outputs];
         for i in chunk * PANEL..from.min((chunk + 1) * PANEL) {
