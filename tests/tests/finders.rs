@@ -233,3 +233,16 @@ fn what_makes_no_sense_is_said() {
     assert_eq!(find(3, Some(2)), "`max`: expected at least the first size, 3; found 2");
     assert_eq!(find(0, None), "`start`: expected at least 1, found 0");
 }
+
+#[test]
+fn in_fp16_a_rate_at_which_everything_overflows_ends_the_test_and_not_the_finding() {
+    use candlepower::precision::Precision;
+    use candlepower_tests::points::{Dropped, Points};
+    // Weights of SGD grow beyond what fp16 holds: no loss scale helps after that.
+    let config = TrainerConfig { precision: Precision::Fp16Mixed, ..config(9) };
+    let trainer = Trainer::new(config).optimizer(SgdConfig::default());
+    let model = Dropped::in_precision(1, Precision::Fp16Mixed);
+    let test = LrFinderConfig { steps: 6, min_lr: 1e-3, max_lr: 1e20, ..Default::default() };
+    let finding = trainer.find_lr(&model, &Data::new(Points { samples: 20 }), &test).unwrap();
+    assert!(!finding.points.is_empty() && finding.points.len() < 6, "{:?}", finding.points.len());
+}
