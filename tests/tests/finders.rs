@@ -242,7 +242,7 @@ fn in_fp16_a_rate_at_which_everything_overflows_ends_the_test_and_not_the_findin
     let config = TrainerConfig { precision: Precision::Fp16Mixed, ..config(9) };
     let trainer = Trainer::new(config).optimizer(SgdConfig::default());
     let model = Dropped::in_precision(1, Precision::Fp16Mixed);
-    let test = LrFinderConfig { steps: 6, min_lr: 1e-3, max_lr: 1e20, ..Default::default() };
+    let test = LrFinderConfig { steps: 3, min_lr: 1e-3, max_lr: 1e30, ..Default::default() };
     let finding = trainer.find_lr(&model, &Data::new(Points { samples: 20 }), &test).unwrap();
-    assert!(!finding.points.is_empty() && finding.points.len() < 6, "{:?}", finding.points.len());
+    assert_eq!(finding.points.len(), 2);
 }
