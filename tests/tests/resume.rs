@@ -444,6 +444,10 @@ fn a_stream_cannot_go_on_behind_its_end() {
 fn a_run_whose_last_validation_never_came_has_it_when_it_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     go_on(dir.path(), None, 9, Trainer::new(up_to(4)));
+    // One that goes back and comes to the same end validates there.
+    let recorder = Recorder::default();
+    go_on(dir.path(), Some(2), 9, Trainer::new(up_to(4)).callback(recorder.clone()));
+    assert!(recorder.records().iter().any(|record| record.split == Split::Val && record.step == 4));
     // As if it had been killed while it validated, after its checkpoint.
     std::fs::remove_file(dir.path().join("validations.json")).unwrap();
     let recorder = Recorder::default();

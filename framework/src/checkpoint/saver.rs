@@ -39,7 +39,8 @@ impl Saver {
             let Validations { best, ended_at } = Validations::read(dir);
             let known = best.into_iter().filter(|best| best.step <= state.progress.step);
             state.best.iter().copied().chain(known).for_each(|best| saver.place(best));
-            saver.ended_at = ended_at;
+            // A run that goes back has yet to come to its end.
+            saver.ended_at = ended_at.filter(|step| *step == state.progress.step);
         }
         saver
     }
