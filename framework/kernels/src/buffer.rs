@@ -123,16 +123,16 @@ pub fn release_scratch() {
 
 /// Tells the C library's allocator to keep what tensors free for the next ones, instead of giving it back to the system and
 /// taking fresh pages a moment later; candle makes and drops a tensor for each operation, and fresh pages cost more than
-/// most of these compute. Blocks up to 32 MiB only: larger ones are always given back. All threads share one heap, since
-/// glibc gives back what lies in those of its threads whatever it is told. For the start of a program that trains; does
-/// nothing, and returns false, where the C library is not glibc.
+/// most of these compute. All threads share one heap, since glibc gives back what lies in those of its threads whatever it is
+/// told, and no block is mapped by itself, since it gives such blocks back at once. For the start of a program that trains;
+/// does nothing, and returns false, where the C library is not glibc.
 pub fn keep_freed_memory() -> bool {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
         // SAFETY: sets parameters of the allocator.
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, 1) == 1
-                && libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20) == 1
+                && libc::mallopt(libc::M_MMAP_MAX, 0) == 1
                 && libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) == 1
         }
     }

@@ -247,6 +247,16 @@ pub(crate) fn backward<T: Float>(
         }
         let dy = &*T::widened(level, dy);
         let dy_images = images(dy, g.out_height * g.out_width, g.outputs);
+        if let (true, true, Some(dw)) = (g.depthwise(), wanted.x, &mut dw) {
+            let image = g.height * g.width * g.inputs;
+            let mut db = db.as_deref_mut();
+            let fill = |dx| {
+                let dx = OutputImages::contiguous(dx, image);
+                direct::backward_depthwise(level, g, x, weight, dy_images, dx, dw, db.take());
+            };
+            // SAFETY: every pixel is stored, and none is read.
+            return Some(narrow(unsafe { T::wide_filled(g.batch * image, fill) }));
+        }
         // Narrowed at once: the weights' gradient can have the scratch memory.
         let dx = wanted.x.then(|| narrow(direct_backward_input::<T>(level, g, dy_images, weight, None)));
         if let Some(dw) = &mut dw {

@@ -8,16 +8,18 @@
 //! The gradient of the input is the same sum from the other side. With stride s, the outputs (here: pixels of the input)
 //! fall into s x s phases, each of which sees its own taps; each phase is a [`Pass`] of stride 1.
 //!
-//! Three shapes have kernels of their own: one channel a group (depthwise), few outputs a group (dot products along the
+//! Three shapes have kernels of their own: one channel a group ([`depthwise`]), few outputs a group (dot products along the
 //! channels), and everything else (register-blocked products).
 
 mod bias_gradient;
+mod depthwise;
 mod frame;
 mod lines;
 mod pass;
 mod weight_gradient;
 
 pub(crate) use bias_gradient::backward_bias;
+pub(crate) use depthwise::backward_depthwise;
 pub(crate) use weight_gradient::backward_weight;
 
 use crate::float::Float;
@@ -74,7 +76,8 @@ impl Geometry {
     fn group_outputs(&self) -> usize {
         self.outputs / self.groups
     }
-    fn depthwise(&self) -> bool {
+    /// Whether each channel is by itself.
+    pub(crate) fn depthwise(&self) -> bool {
         self.groups > 1 && self.inputs == self.groups && self.outputs == self.groups
     }
     /// The offset of a weight in PyTorch's layout, (outputs, inputs / groups, kernel height, kernel width).
@@ -108,6 +111,9 @@ pub(crate) fn forward<T: Float>(
     bias: Option<&[f32]>,
     y: OutputImages,
 ) {
+    if g.depthwise() {
+        return depthwise::forward(level, g, x, weight, bias, y);
+    }
     let output = Output { images: y, width: g.out_width, channels: g.outputs };
     let weights = Weights { data: weight, geometry: g, swapped: false };
     run_passes(level, g.batch, [g.height, g.width], x, vec![forward_pass(g)], weights, bias, output);
@@ -122,6 +128,9 @@ pub(crate) fn backward_input<T: Float>(
     bias: Option<&[f32]>,
     dx: OutputImages,
 ) {
+    if g.depthwise() {
+        return depthwise::backward_input(level, g, dy, weight, bias, dx);
+    }
     let output = Output { images: dx, width: g.width, channels: g.inputs };
     let weights = Weights { data: weight, geometry: g, swapped: true };
     run_passes(level, g.batch, [g.out_height, g.out_width], dy, backward_passes(g), weights, bias, output);
@@ -168,14 +177,6 @@ impl Weights<'_> {
     fn at(&self, group: usize, from: usize, to: usize, tap: usize) -> f32 {
         self.taps(group, from, to)[tap]
     }
-}
-
-/// Which kernel serves a shape.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Shape {
-    Depthwise,
-    Dot,
-    Product,
 }
 
 fn packed_channels(channels: usize) -> usize {

@@ -59,6 +59,13 @@ macro_rules! for_block {
     };
 }
 
+/// Rows of the next register block, of those that are left: blocks as equal as they can be, as small ones do not hide the
+/// latency of the additions.
+#[inline(always)]
+fn block_rows<S: Simd>(left: usize) -> usize {
+    left.div_ceil(left.div_ceil(S::ROWS))
+}
+
 /// The operands of [`product`].
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a> {
@@ -92,7 +99,7 @@ pub(crate) unsafe fn product<S: Simd>(rows: usize, p: Product) {
         let lanes = if last { p.lanes } else { LANES };
         let mut row = 0;
         while row < rows {
-            let r = S::ROWS.min(rows - row);
+            let r = block_rows::<S>(rows - row);
             // SAFETY: within the operands: rows row .. row + r, vectors first .. first + columns.
             unsafe {
                 let a = p.a.add(row * p.a_row);
@@ -225,7 +232,7 @@ pub(crate) unsafe fn product_transposed<S: Simd>(rows: usize, len: usize, p: Pro
         let lanes = if last { p.lanes } else { LANES };
         let mut row = 0;
         while row < rows {
-            let r = S::ROWS.min(rows - row);
+            let r = block_rows::<S>(rows - row);
             // SAFETY: within the operands: rows row .. row + r of C, vectors first .. first + columns.
             unsafe {
                 let a = p.a.add(row);

@@ -31,6 +31,12 @@ unsafe impl Sync for Framed {}
 unsafe impl Send for Framed {}
 
 impl Framed {
+    /// The images as they are.
+    pub(super) fn plain(images: Images, width: usize, groups: usize) -> Framed {
+        let Images { data, image, channels } = images;
+        Framed { data, image, width, channels, group: channels / groups, before: [0, 0], _copy: None }
+    }
+
     /// A copy has each of so many groups of channels by itself, as images one after the other: then what the taps of a row see of a
     /// group lies side by side.
     pub(super) fn new<T: Float>(
@@ -54,9 +60,8 @@ impl Framed {
         }
         let channels = images.channels;
         if T::WIDE && before == [0, 0] && after == [0, 0] {
-            let data = images.data.cast();
-            let group = channels / groups;
-            return Framed { data, image: images.image, width, channels, group, before, _copy: None };
+            let images = Images { data: images.data.cast(), image: images.image, channels };
+            return Framed::plain(images, width, groups);
         }
         let full_height = before[0] + height + after[0];
         let full_width = before[1] + width + after[1];

@@ -1,8 +1,8 @@
-//! The lines of a pass: rows of outputs as products, dot products, or sums of single channels.
+//! The lines of a pass: rows of outputs as products, or as dot products.
 
 use super::frame::Framed;
 use super::pass::Pass;
-use super::{Output, Shape, Weights, packed_channels};
+use super::{Output, Weights, packed_channels};
 use std::ops::Range;
 
 use crate::buffer::Buffer;
@@ -16,6 +16,15 @@ use crate::winograd::Images;
 const SEGMENT: usize = 96;
 /// Multiplications that are worth a task.
 const TASK_WORK: usize = 1 << 20;
+/// Tasks of a pass, where its work pays for as many.
+const TASKS: usize = 128;
+
+/// Which kernel serves a shape.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Dot,
+    Product,
+}
 
 #[expect(clippy::too_many_arguments, reason = "one private driver for both directions")]
 pub(super) fn run_passes<T: Float>(
@@ -30,8 +39,7 @@ pub(super) fn run_passes<T: Float>(
 ) {
     let g = weights.geometry;
     let (from, to) = weights.channels();
-    let groups = if g.depthwise() { 1 } else { g.groups };
-    let framed = Framed::new(level, images, batch, height, width, &passes, groups);
+    let framed = Framed::new(level, images, batch, height, width, &passes, g.groups);
     let mut batch = batch;
     if let [pass] = &mut *passes
         && g.taps() == 1
@@ -49,37 +57,31 @@ pub(super) fn run_passes<T: Float>(
     for pass in &passes {
         let runs = framed.runs(pass, from);
         let depth: usize = runs.iter().map(|r| r.len).sum();
-        let shape = if g.depthwise() {
-            Shape::Depthwise
-        } else if to < 4 && depth >= 2 * LANES * runs.len() {
-            Shape::Dot
-        } else {
-            Shape::Product
-        };
+        let shape = if to < 4 && depth >= 2 * LANES * runs.len() { Shape::Dot } else { Shape::Product };
         let packed = pack(weights, pass, shape);
-        // The bias too, in whole panels.
-        let panel_floats = to.div_ceil(LANES) * LANES;
-        let mut row = Buffer::new(if shape == Shape::Depthwise {
-            packed_channels(g.groups)
-        } else {
-            g.groups * panel_floats
-        });
-        row.fill(0.);
+        // The bias too, in whole vectors.
+        let row_floats = packed_channels(to);
+        let mut row = Buffer::zeroed(g.groups * row_floats);
         if let Some(bias) = bias {
-            if shape == Shape::Depthwise {
-                row[..bias.len()].copy_from_slice(bias);
-            } else {
-                for (to_row, from_row) in row.chunks_mut(panel_floats).zip(bias.chunks(to)) {
-                    to_row[..to].copy_from_slice(from_row);
-                }
+            for (to_row, from_row) in row.chunks_mut(row_floats).zip(bias.chunks(to)) {
+                to_row[..to].copy_from_slice(from_row);
             }
         }
         let segments = pass.count[1].div_ceil(SEGMENT);
         let lines = batch * pass.count[0] * segments;
-        let work = pass.count[1].min(SEGMENT) * depth * to * g.groups;
-        let lines_in_task = (TASK_WORK / work.max(1)).clamp(1, lines.max(1));
-        parallel::for_each(lines.div_ceil(lines_in_task), |task| {
-            let first = task * lines_in_task;
+        let panels = match shape {
+            Shape::Product => g.groups * row_floats.div_ceil(2 * LANES),
+            Shape::Dot => g.groups,
+        };
+        let work = pass.count[1] * batch * pass.count[0] * depth * to * g.groups;
+        let [by_lines, by_panels] =
+            cut((work / TASK_WORK).clamp(1, TASKS), lines, panels, |by_lines, by_panels| {
+                // Tasks of other lines read the same weights, tasks of other panels the same images.
+                by_lines * depth * to * g.groups
+                    + by_panels.div_ceil(g.groups) * batch * height * width * from * g.groups
+            });
+        parallel::for_each(by_lines * by_panels, |task| {
+            let (task, panel) = (task / by_panels, task % by_panels);
             level.run(Lines {
                 pass,
                 framed: &framed,
@@ -89,13 +91,26 @@ pub(super) fn run_passes<T: Float>(
                 shape,
                 weights: &packed,
                 bias: &row,
-                groups: g.groups,
                 to,
+                panels: panel * panels / by_panels..(panel + 1) * panels / by_panels,
                 segments,
-                lines: first..lines.min(first + lines_in_task),
+                lines: task * lines / by_lines..(task + 1) * lines / by_lines,
             });
         });
     }
+}
+
+/// Into how many tasks of lines and of panels to cut a pass: about `tasks` in all, and those that read the least.
+fn cut(tasks: usize, lines: usize, panels: usize, read: impl Fn(usize, usize) -> usize) -> [usize; 2] {
+    let halvings = std::iter::successors(Some(tasks), |n| (*n > 1).then_some(n / 2));
+    let cuts = halvings.map(|n| {
+        let by_panels = n.min(panels);
+        [(tasks / by_panels).clamp(1, lines.max(1)), by_panels]
+    });
+    // Threads must end together: a cut into fewer tasks is the last choice.
+    let cost =
+        |&[by_lines, by_panels]: &[usize; 2]| (2 * by_lines * by_panels < tasks, read(by_lines, by_panels));
+    cuts.min_by_key(cost).unwrap_or([1, 1])
 }
 
 /// Input channels that are turned around at once: so many are a line of the cache.
@@ -129,23 +144,12 @@ fn pack_matrix(weights: &Weights, group: usize, columns: Range<usize>, panel: &m
 }
 
 /// Weights of a pass in the order in which its kernel reads them:
-/// product `[group][panel][k][column]`, dot `[group][output][k]`, depthwise `[tap][channel]`.
+/// product `[group][panel][k][column]`, dot `[group][output][k]`.
 fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
     let groups = weights.geometry.groups;
     let (from, to) = weights.channels();
     let depth = pass.taps.len() * from;
     match shape {
-        Shape::Depthwise => {
-            let row = packed_channels(groups);
-            let mut packed = Buffer::new(pass.taps.len() * row);
-            packed.fill(0.);
-            for (k, tap) in pass.taps.iter().enumerate() {
-                for group in 0..groups {
-                    packed[k * row + group] = weights.at(group, 0, 0, tap.index);
-                }
-            }
-            packed
-        }
         Shape::Dot => {
             let mut packed = Buffer::new(groups * to * depth);
             for group in 0..groups {
@@ -210,10 +214,11 @@ struct Lines<'a> {
     shape: Shape,
     weights: &'a [f32],
     bias: &'a [f32],
-    groups: usize,
     to: usize,
+    /// Of all groups, where these are products; groups, where they are dot products.
+    panels: Range<usize>,
     segments: usize,
-    lines: std::ops::Range<usize>,
+    lines: Range<usize>,
 }
 
 impl Kernel for Lines<'_> {
@@ -224,7 +229,6 @@ impl Kernel for Lines<'_> {
             match self.shape {
                 Shape::Product => self.products::<S>(),
                 Shape::Dot => self.dots::<S>(),
-                Shape::Depthwise => self.depthwise::<S>(),
             }
         }
     }
@@ -250,35 +254,35 @@ impl Lines<'_> {
     #[inline(always)]
     unsafe fn products<S: Simd>(&self) {
         let vectors = self.to.div_ceil(LANES);
-        for group in 0..self.groups {
-            for panel in 0..vectors.div_ceil(2) {
-                let first = panel * 2 * LANES;
-                let width = (vectors - 2 * panel).min(2);
-                let lanes = (self.to - first - (width - 1) * LANES).min(LANES);
-                for line in self.lines.clone() {
-                    // SAFETY: as for `run`.
-                    unsafe {
-                        let (x, y, len) = self.line(line);
-                        let row = group * vectors * LANES + first;
-                        product::<S>(
-                            len,
-                            Product {
-                                runs: self.runs,
-                                a: x.add(group * self.framed.group),
-                                a_row: self.pass.in_step * self.framed.channels,
-                                b: self.weights.as_ptr().add(row * self.depth),
-                                c: y.add(group * self.to + first),
-                                c_row: self.pass.step * self.output.channels,
-                                width,
-                                lanes,
-                                start: if self.output.images.add {
-                                    Start::Add
-                                } else {
-                                    Start::Row(self.bias.as_ptr().add(row))
-                                },
+        let in_group = vectors.div_ceil(2);
+        for panel in self.panels.clone() {
+            let (group, panel) = (panel / in_group, panel % in_group);
+            let first = panel * 2 * LANES;
+            let width = (vectors - 2 * panel).min(2);
+            let lanes = (self.to - first - (width - 1) * LANES).min(LANES);
+            for line in self.lines.clone() {
+                // SAFETY: as for `run`.
+                unsafe {
+                    let (x, y, len) = self.line(line);
+                    let row = group * vectors * LANES + first;
+                    product::<S>(
+                        len,
+                        Product {
+                            runs: self.runs,
+                            a: x.add(group * self.framed.group),
+                            a_row: self.pass.in_step * self.framed.channels,
+                            b: self.weights.as_ptr().add(row * self.depth),
+                            c: y.add(group * self.to + first),
+                            c_row: self.pass.step * self.output.channels,
+                            width,
+                            lanes,
+                            start: if self.output.images.add {
+                                Start::Add
+                            } else {
+                                Start::Row(self.bias.as_ptr().add(row))
                             },
-                        );
-                    }
+                        },
+                    );
                 }
             }
         }
@@ -289,7 +293,7 @@ impl Lines<'_> {
         let a_row = self.pass.in_step * self.framed.channels;
         let c_row = self.pass.step * self.output.channels;
         for line in self.lines.clone() {
-            for group in 0..self.groups {
+            for group in self.panels.clone() {
                 for o in 0..self.to {
                     let channel = group * self.to + o;
                     // SAFETY: as for `run`.
@@ -316,66 +320,6 @@ impl Lines<'_> {
                         }
                     }
                 }
-            }
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn depthwise<S: Simd>(&self) {
-        for line in self.lines.clone() {
-            for channel in (0..self.groups).step_by(LANES) {
-                // SAFETY: as for `run`.
-                unsafe {
-                    let (x, y, len) = self.line(line);
-                    let mut i = 0;
-                    while i < len {
-                        let n = if len - i >= 8 { 8 } else { 1 };
-                        let x = x.add(i * self.pass.in_step * self.framed.channels + channel);
-                        let y = y.add(i * self.pass.step * self.output.channels + channel);
-                        if n == 8 {
-                            self.depthwise_block::<S, 8>(channel, x, y)
-                        } else {
-                            self.depthwise_block::<S, 1>(channel, x, y)
-                        }
-                        i += n;
-                    }
-                }
-            }
-        }
-    }
-
-    /// 16 channels of `N` pixels.
-    #[inline(always)]
-    unsafe fn depthwise_block<S: Simd, const N: usize>(&self, channel: usize, x: *const f32, y: *mut f32) {
-        let (x_row, y_row) =
-            (self.pass.in_step * self.framed.channels, self.pass.step * self.output.channels);
-        let lanes = LANES.min(self.groups - channel);
-        // SAFETY: as for `run`.
-        unsafe {
-            let mut sums = [S::load(self.bias.as_ptr().add(channel)); N];
-            if self.output.images.add {
-                for i in 0..N {
-                    sums[i] = S::load_lanes(y.add(i * y_row), lanes);
-                }
-            }
-            let mut w = self.weights.as_ptr().add(channel);
-            // Each run is one tap: there are more channels than one, so neighbours are not joined.
-            for run in self.runs {
-                let weight = S::load(w);
-                let x = x.add(run.offset);
-                if lanes == LANES {
-                    for i in 0..N {
-                        sums[i] = S::load(x.add(i * x_row)).mul_add(weight, sums[i]);
-                    }
-                } else {
-                    for i in 0..N {
-                        sums[i] = S::load_first(x.add(i * x_row), lanes).mul_add(weight, sums[i]);
-                    }
-                }
-                w = w.add(packed_channels(self.groups));
-            }
-            for i in 0..N {
-                sums[i].store_lanes(y.add(i * y_row), lanes);
             }
         }
     }

@@ -1,14 +1,32 @@
-//! The gradient of the weights.
+//! The gradient of the weights: for each pair of an input and an output, the sum over pixels of their products.
+//!
+//! With the pixels as the inner index that is a matrix product, whose rows and columns are what a pixel's taps see and its
+//! outputs, or the other way round. Blocks of pixels of both sides are packed: with the channels of most models, pixels lie a
+//! power of two apart, and few of them would fit into the cache at once.
 
+use super::Geometry;
+use super::depthwise;
 use super::frame::Framed;
-use super::pass::{Pass, forward_pass};
-use super::{Geometry, Shape, packed_channels};
+use super::pass::forward_pass;
 use crate::buffer::Buffer;
 use crate::float::Float;
 use crate::gemm::{ProductTransposed, Run, product_transposed};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::winograd::Images;
+use std::ops::Range;
+
+/// Rows of a piece: a multiple of the register block's.
+const ROWS: usize = 96;
+/// Columns of a panel: a register block's.
+const PANEL: usize = 2 * LANES;
+/// Pieces of rows, and panels, of one task at most: it reads no more of both sides than it must, and its sums stay in the L2
+/// cache.
+const LARGEST: [usize; 2] = [4, 8];
+/// Pixels of a block: so many that the packed operands of a register block stay in the L1 cache.
+const BLOCK: usize = 128;
+/// Tasks of a weight gradient, where its size does not already make more.
+const TASKS: usize = 32;
 
 /// Adds to dw, in PyTorch's layout, the gradient of the weights.
 pub(crate) fn backward_weight<T: Float>(
@@ -18,302 +36,325 @@ pub(crate) fn backward_weight<T: Float>(
     dy: Images,
     dw: &mut [f32],
 ) {
+    if g.depthwise() {
+        return depthwise::backward_weight(level, g, x, dy, dw);
+    }
     let pass = forward_pass(g);
-    let groups = if g.depthwise() { 1 } else { g.groups };
-    let framed = Framed::new(level, x, g.batch, g.height, g.width, std::slice::from_ref(&pass), groups);
+    let x = Framed::new(level, x, g.batch, g.height, g.width, std::slice::from_ref(&pass), g.groups);
+    let dy = Framed::plain(dy, g.out_width, g.groups);
     let (from, to) = (g.group_inputs(), g.group_outputs());
-    let runs = framed.runs(&pass, from);
-    let depth = from * g.taps();
-    let longest = runs.iter().map(|r| r.len).max().unwrap_or(0);
-    let shape = if g.depthwise() {
-        Shape::Depthwise
-    } else if to < LANES && to < longest {
-        Shape::Dot
+    let runs = x.runs(&pass, from);
+    let outputs = [Run { offset: 0, len: to }];
+    let inputs = Operand { pixels: &x, step: pass.in_step };
+    let few_outputs = to < LANES && runs.iter().any(|run| to < run.len);
+    // A 1x1 convolution's sums by output are its weights as they lie.
+    let by_output = few_outputs || (g.taps() == 1 && from >= LANES);
+    let outer = Operand { pixels: &dy, step: 1 };
+    let ((a, rows), (b, columns)) = if by_output {
+        ((outer, cut(&outputs, ROWS)), (inputs, cut(&runs, PANEL)))
     } else {
-        Shape::Product
+        ((inputs, cut(&runs, ROWS)), (outer, cut(&outputs, PANEL)))
     };
-    // The pieces of the gradient: which run, from where, how long.
-    let mut pieces = Vec::new();
-    let mut k = 0;
-    for run in &runs {
-        for first in (0..run.len).step_by(PIECE) {
-            let len = PIECE.min(run.len - first);
-            pieces.push(Piece { offset: run.offset + first, k: k + first, len });
-        }
-        k += run.len;
-    }
-    if shape == Shape::Depthwise {
-        // All taps of 16 channels.
-        pieces = (0..g.groups)
-            .step_by(LANES)
-            .map(|c| Piece { offset: c, k: c, len: LANES.min(g.groups - c) })
-            .collect();
-    }
-    // The lines of pixels to sum over: rows, or segments of one long row.
-    let flat = g.taps() == 1
-        && g.stride == 1
-        && (g.height, g.width) == (g.out_height, g.out_width)
-        && framed.image == g.height * g.width * g.inputs
-        && dy.image == g.out_height * g.out_width * g.outputs;
-    let (rows, line) =
-        if flat { (1, g.batch * g.height * g.width) } else { (g.batch * g.out_height, g.out_width) };
-    let segments = line.div_ceil(LINE);
-    let lines = rows * segments;
+    let depth = from * g.taps();
+    let height = if by_output { to } else { depth };
+    let width: usize = columns.iter().map(|piece| piece.len.next_multiple_of(LANES)).sum();
 
     // Enough tasks for many threads, but a function of the sizes alone.
-    let parts = (TASKS / (groups * pieces.len())).clamp(1, lines.max(1));
-    let (rows_of_c, row_of_c) = match shape {
-        Shape::Depthwise => (g.taps(), packed_channels(g.groups)),
-        Shape::Dot => (to, pieces.iter().map(|p| p.len.next_multiple_of(LANES)).sum()),
-        Shape::Product => (depth, to.next_multiple_of(LANES)),
-    };
-    let part_floats = groups * rows_of_c * row_of_c;
-    let mut sums = Buffer::zeroed(parts * part_floats);
-    let data = Shared::new(&mut sums);
-    let scratch = || Buffer::new(LINE * (PIECE + PANEL));
-    parallel::for_each_with(parts * groups * pieces.len(), scratch, |task, scratch| {
-        let (part, piece) = (task / (groups * pieces.len()), task % (groups * pieces.len()));
-        let (group, piece) = (piece / pieces.len(), piece % pieces.len());
-        level.run(WeightSums {
+    let [mut high, mut wide] = LARGEST;
+    let shares = |high, wide| (rows.len().div_ceil(high), columns.len().div_ceil(wide));
+    let tasks = |(high, wide)| g.groups * high * wide;
+    while tasks(shares(high, wide)) < TASKS && high * wide > 1 {
+        *(if wide == 1 || (high > 1 && high * ROWS > wide * PANEL) { &mut high } else { &mut wide }) /= 2;
+    }
+    let (high_shares, wide_shares) = shares(high, wide);
+    let blocks = (g.batch * g.out_height * g.out_width).div_ceil(BLOCK);
+    let pieces = tasks((high_shares, wide_shares));
+    let parts = (TASKS / pieces).clamp(1, blocks.max(1));
+
+    let in_place = by_output && g.taps() == 1 && from.is_multiple_of(LANES) && parts == 1;
+    let mut sums = Buffer::zeroed(if in_place { 0 } else { parts * g.groups * height * width });
+    let data = Shared::new(if in_place { &mut *dw } else { &mut sums });
+    let scratch = || Buffer::new(BLOCK * (high * ROWS + wide * PANEL));
+    parallel::for_each_with(parts * pieces, scratch, |task, scratch| {
+        let (part, piece) = (task / pieces, task % pieces);
+        let (group, piece) = (piece / (high_shares * wide_shares), piece % (high_shares * wide_shares));
+        let (row, column) = (piece / wide_shares * high, piece % wide_shares * wide);
+        level.run(Sums {
             g,
-            pass: &pass,
-            framed: &framed,
-            dy,
-            shape,
-            piece: pieces[piece],
-            // In the dot layout each piece has its own columns.
-            column: pieces[..piece].iter().map(|p| p.len.next_multiple_of(LANES)).sum(),
             group,
-            runs: &runs,
-            lines: part * lines / parts..(part + 1) * lines / parts,
-            segments,
-            line,
-            flat,
-            data,
-            at: part * part_floats + group * rows_of_c * row_of_c,
-            row_of_c,
-            depth,
-            scratch,
+            a,
+            rows: &rows[row..rows.len().min(row + high)],
+            b,
+            columns: &columns[column..columns.len().min(column + wide)],
+            blocks: part * blocks / parts..(part + 1) * blocks / parts,
+            packed: !few_outputs,
+            // SAFETY: within what is there for the sums of the part and the group.
+            to: unsafe { data.offset((part * g.groups + group) * height * width) },
+            height,
+            row_of_c: in_place.then_some(from),
+            scratch: scratch.as_mut_ptr(),
         });
     });
-
-    // Back into PyTorch's layout.
-    let columns: Vec<usize> = {
-        // Where value k of the inner index stands in the dot layout.
-        let mut columns = vec![0; depth];
-        let mut first = 0;
-        for p in &pieces {
-            if shape == Shape::Dot {
-                (0..p.len).for_each(|i| columns[p.k + i] = first + i);
-            }
-            first += p.len.next_multiple_of(LANES);
-        }
-        columns
-    };
-    let (total, others) = sums.split_at_mut(part_floats);
+    if in_place {
+        return;
+    }
+    let (total, others) = sums.split_at_mut(g.groups * height * width);
     parallel::add_all(total, others);
-    let out = Shared::new(dw);
-    // By panels of outputs, as they lie in the sums of products.
-    let (panels, chunks) = (to.div_ceil(PANEL), from.div_ceil(PANEL));
-    parallel::for_each(g.groups * panels * chunks, |task| {
-        let (group, panel, chunk) = (task / (panels * chunks), task / chunks % panels, task % chunks);
-        let first = panel * PANEL;
-        let outputs = PANEL.min(to - first);
-        if g.taps() == 1 && shape == Shape::Product {
-            // A matrix, turned around in blocks that stay in the cache.
-            let width = PANEL.min(row_of_c - first);
-            let inputs = chunk * PANEL..from.min((chunk + 1) * PANEL);
-            let sums = &total[group * rows_of_c * row_of_c + first * depth..];
-            for o in 0..outputs {
-                // SAFETY: each weight belongs to one panel and chunk, and these to one task.
-                let row = unsafe {
-                    std::slice::from_raw_parts_mut(
-                        out.at(g.weight(group, first + o, inputs.start, 0)),
-                        inputs.len(),
-                    )
-                };
-                for (x, i) in row.iter_mut().zip(inputs.clone()) {
-                    *x += sums[i * width + o];
-                }
-            }
-            return;
-        }
-        // All taps of a channel to these outputs: a tile that stays in the cache, as neither side's strides do.
-        let mut tile = vec![0f32; g.taps() * outputs];
-        for i in chunk * PANEL..from.min((chunk + 1) * PANEL) {
-            for (tap, line) in tile.chunks_exact_mut(outputs).enumerate() {
-                let k = tap * from + i;
-                match shape {
-                    Shape::Depthwise => line[0] = total[tap * row_of_c + group],
-                    Shape::Dot => {
-                        for (o, x) in line.iter_mut().enumerate() {
-                            *x = total[(group * rows_of_c + first + o) * row_of_c + columns[k]];
-                        }
-                    }
-                    Shape::Product => {
-                        let width = PANEL.min(row_of_c - first);
-                        let at = group * rows_of_c * row_of_c + first * depth + k * width;
-                        line.copy_from_slice(&total[at..][..outputs]);
-                    }
-                }
-            }
-            for o in 0..outputs {
-                // SAFETY: each weight belongs to one panel and chunk, and these to one task.
-                let taps = unsafe {
-                    std::slice::from_raw_parts_mut(out.at(g.weight(group, first + o, i, 0)), g.taps())
-                };
-                taps.iter_mut().enumerate().for_each(|(tap, x)| *x += tile[tap * outputs + o]);
-            }
-        }
-    });
+    let total = Total { sums: total, columns: &columns, height, width };
+    if by_output { total.add_by_output(g, dw) } else { total.add_by_input(g, dw) }
 }
 
-/// Values of the inner index whose gradients one task sums.
-const PIECE: usize = 96;
-/// Pixels of a line: so many that the operands of its products stay in the L1 cache.
-const LINE: usize = 64;
-/// Outputs of a panel of products.
-const PANEL: usize = 2 * LANES;
-/// Tasks of a weight gradient, where its size does not already make more.
-const TASKS: usize = 32;
+/// Pixels of one side of the product.
+#[derive(Clone, Copy)]
+struct Operand<'a> {
+    pixels: &'a Framed,
+    /// From what belongs to an output pixel to what belongs to the next one.
+    step: usize,
+}
 
+impl Operand<'_> {
+    /// Of an output pixel; the values of a group.
+    #[inline(always)]
+    unsafe fn at(&self, group: usize, [image, j, i]: [usize; 3]) -> *const f32 {
+        // SAFETY: the caller's promise: the output pixel exists.
+        unsafe { self.pixels.at(image, self.step, j, i).add(group * self.pixels.group) }
+    }
+    #[inline(always)]
+    fn row(&self) -> usize {
+        self.step * self.pixels.channels
+    }
+}
+
+/// Some rows or columns of the sums, which lie side by side in memory.
 #[derive(Clone, Copy)]
 struct Piece {
+    /// Of the first one's values in those of a pixel's group.
     offset: usize,
-    k: usize,
+    /// Its index among all.
+    first: usize,
     len: usize,
+    /// Its index where each piece before has whole vectors.
+    padded: usize,
 }
 
-struct WeightSums<'a> {
+/// Pieces of `longest` at most.
+fn cut(runs: &[Run], longest: usize) -> Vec<Piece> {
+    let (mut pieces, mut first, mut padded) = (Vec::new(), 0, 0);
+    for run in runs {
+        for at in (0..run.len).step_by(longest) {
+            let len = longest.min(run.len - at);
+            pieces.push(Piece { offset: run.offset + at, first, len, padded });
+            first += len;
+            padded += len.next_multiple_of(LANES);
+        }
+    }
+    pieces
+}
+
+/// The sums of some rows and some panels of columns, over some blocks of pixels.
+struct Sums<'a> {
     g: &'a Geometry,
-    pass: &'a Pass,
-    framed: &'a Framed,
-    dy: Images,
-    shape: Shape,
-    piece: Piece,
-    column: usize,
     group: usize,
-    runs: &'a [Run],
-    lines: std::ops::Range<usize>,
-    segments: usize,
-    line: usize,
-    flat: bool,
-    data: Shared,
-    at: usize,
-    row_of_c: usize,
-    depth: usize,
-    /// Room for a line of the piece, and of two vectors of outputs.
-    scratch: &'a mut [f32],
+    a: Operand<'a>,
+    rows: &'a [Piece],
+    b: Operand<'a>,
+    columns: &'a [Piece],
+    blocks: Range<usize>,
+    /// False where there are too few rows to pay for packing.
+    packed: bool,
+    /// Sums of the group: panel by panel, row by row.
+    to: Shared,
+    /// Rows of all sums.
+    height: usize,
+    /// Floats from a row to the next, where the sums do not lie in panels.
+    row_of_c: Option<usize>,
+    /// Room for a block of the columns, and of the rows.
+    scratch: *mut f32,
 }
 
-impl Kernel for WeightSums<'_> {
+impl Kernel for Sums<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let to = self.g.group_outputs();
-        let x_row = self.pass.in_step * self.framed.channels;
-        for line in self.lines.clone() {
-            let (row, first) = (line / self.segments, line % self.segments * LINE);
-            let len = LINE.min(self.line - first);
-            // SAFETY: the line exists; each task has its own sums.
+        for block in self.blocks.clone() {
+            // SAFETY: the pixels exist, and the scratch has room for a block of both sides; each task has its own sums.
             unsafe {
-                let (x, dy) = if self.flat {
-                    (self.framed.data.add(first * self.g.inputs), self.dy.data.add(first * self.g.outputs))
-                } else {
-                    let (image, j) = (row / self.g.out_height, row % self.g.out_height);
-                    let dy = self
-                        .dy
-                        .data
-                        .add(image * self.dy.image + (j * self.g.out_width + first) * self.g.outputs);
-                    (self.framed.at(image, self.pass.in_step, j, first), dy)
-                };
-                match self.shape {
-                    Shape::Product => {
-                        let x = x.add(self.group * self.framed.group + self.piece.offset);
-                        // Both operands are packed: with the channels of most models, pixels lie a power of two apart,
-                        // and few of them would fit into the cache at once.
-                        let (a, b) = self.scratch.split_at_mut(LINE * PIECE);
-                        copy_rows::<S>(x, x_row, a.as_mut_ptr(), self.piece.len, len);
-                        for panel in 0..self.row_of_c.div_ceil(PANEL) {
-                            let column = panel * PANEL;
-                            let width = ((self.row_of_c - column) / LANES).min(2);
-                            let outputs = (to - column).min(width * LANES);
-                            let dy = dy.add(self.group * to + column);
-                            copy_rows::<S>(dy, self.g.outputs, b.as_mut_ptr(), outputs, len);
-                            let at = self.at + column * self.depth + self.piece.k * width * LANES;
-                            product_transposed::<S>(
-                                self.piece.len,
-                                len,
-                                ProductTransposed {
-                                    a: a.as_ptr(),
-                                    a_row: self.piece.len,
-                                    b: b.as_ptr(),
-                                    b_row: outputs,
-                                    b_vector: LANES,
-                                    lanes: outputs - (width - 1) * LANES,
-                                    c: self.data.at(at),
-                                    c_row: width * LANES,
-                                    width,
-                                },
-                            );
-                        }
-                    }
-                    Shape::Dot => {
-                        let x = x.add(self.group * self.framed.group + self.piece.offset);
-                        for column in (0..self.piece.len).step_by(2 * LANES) {
-                            let rest = self.piece.len - column;
-                            let width = rest.div_ceil(LANES).min(2);
-                            product_transposed::<S>(
-                                to,
-                                len,
-                                ProductTransposed {
-                                    a: dy.add(self.group * to),
-                                    a_row: self.g.outputs,
-                                    b: x.add(column),
-                                    b_row: x_row,
-                                    b_vector: LANES,
-                                    lanes: (rest - (width - 1) * LANES).min(LANES),
-                                    c: self.data.at(self.at + self.column + column),
-                                    c_row: self.row_of_c,
-                                    width,
-                                },
-                            );
-                        }
-                    }
-                    Shape::Depthwise => {
-                        let lanes = self.piece.len;
-                        let dy = dy.add(self.piece.offset);
-                        for (tap, run) in self.runs.iter().enumerate() {
-                            // Four sums hide the latency of the additions.
-                            let x = x.add(run.offset + self.piece.offset);
-                            let mut sums = [S::zero(); 4];
-                            for i in 0..len {
-                                let d = S::load_lanes(dy.add(i * self.g.outputs), lanes);
-                                sums[i % 4] = S::load_lanes(x.add(i * x_row), lanes).mul_add(d, sums[i % 4]);
-                            }
-                            let to = self.data.at(self.at + self.piece.k + tap * self.row_of_c);
-                            let sum = sums[0].add(sums[1]).add(sums[2].add(sums[3]));
-                            S::load(to).add(sum).store(to);
-                        }
-                    }
-                }
+                if self.packed { self.add_packed::<S>(block) } else { self.add_as_they_lie::<S>(block) }
             }
         }
     }
 }
 
-/// Copies `rows` rows of `len` floats, `stride` apart, so that each follows the one before.
-/// # Safety
-/// The rows are readable, and there is room for them.
-#[inline(always)]
-unsafe fn copy_rows<S: Simd>(from: *const f32, stride: usize, to: *mut f32, len: usize, rows: usize) {
-    for row in 0..rows {
-        for column in (0..len).step_by(LANES) {
-            let lanes = LANES.min(len - column);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let values = S::load_lanes(from.add(row * stride + column), lanes);
-                values.store_lanes(to.add(row * len + column), lanes);
+impl Sums<'_> {
+    /// A block's pixels as stretches of rows: the first one's image, row and column; how many.
+    #[inline(always)]
+    fn stretches(&self, block: usize) -> impl Iterator<Item = ([usize; 3], usize)> + use<> {
+        let Geometry { batch, out_height, out_width, .. } = *self.g;
+        let end = (batch * out_height * out_width).min((block + 1) * BLOCK);
+        let mut pixel = block * BLOCK;
+        std::iter::from_fn(move || {
+            let (row, i) = (pixel / out_width, pixel % out_width);
+            let len = (out_width - i).min(end - pixel);
+            pixel += len;
+            (len > 0).then_some(([row / out_height, row % out_height, i], len))
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn add_as_they_lie<S: Simd>(&self, block: usize) {
+        for (pixel, len) in self.stretches(block) {
+            for (row, column) in self.rows.iter().flat_map(|row| self.columns.iter().map(move |c| (row, c))) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let a = self.a.at(self.group, pixel).add(row.offset);
+                    let b = self.b.at(self.group, pixel).add(column.offset);
+                    self.add::<S>(len, row, (a, self.a.row()), column, (b, self.b.row()));
+                }
             }
         }
+    }
+
+    #[inline(always)]
+    unsafe fn add_packed<S: Simd>(&self, block: usize) {
+        let b = self.scratch;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let a = b.add(BLOCK * PANEL * self.columns.len());
+            self.pack::<S>(block, self.a, self.rows, a, ROWS);
+            let len = self.pack::<S>(block, self.b, self.columns, b, PANEL);
+            for (i, column) in self.columns.iter().enumerate() {
+                let b = b.add(i * BLOCK * PANEL).cast_const();
+                for (i, row) in self.rows.iter().enumerate() {
+                    let a = a.add(i * BLOCK * ROWS).cast_const();
+                    self.add::<S>(len, row, (a, row.len), column, (b, column.len));
+                }
+            }
+        }
+    }
+
+    /// Copies pieces of a block's pixels, `longest` at most: piece by piece, each pixel behind the one before. How many pixels
+    /// there are.
+    /// # Safety
+    /// There is room for them.
+    #[inline(always)]
+    unsafe fn pack<S: Simd>(
+        &self,
+        block: usize,
+        from: Operand,
+        pieces: &[Piece],
+        to: *mut f32,
+        longest: usize,
+    ) -> usize {
+        let mut pixels = 0;
+        for (pixel, len) in self.stretches(block) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let values = from.at(self.group, pixel);
+                for i in 0..len {
+                    for (n, piece) in pieces.iter().enumerate() {
+                        let from = values.add(i * from.row() + piece.offset);
+                        let to = to.add(n * BLOCK * longest + (pixels + i) * piece.len);
+                        copy::<S>(from, to, piece.len);
+                    }
+                }
+            }
+            pixels += len;
+        }
+        pixels
+    }
+
+    /// Adds the products of `len` pixels; of each side the first value, and how far it is from pixel to pixel.
+    #[inline(always)]
+    unsafe fn add<S: Simd>(
+        &self,
+        len: usize,
+        row: &Piece,
+        (a, a_row): (*const f32, usize),
+        column: &Piece,
+        (b, b_row): (*const f32, usize),
+    ) {
+        let width = column.len.div_ceil(LANES);
+        let (at, c_row) = match self.row_of_c {
+            Some(whole) => (row.first * whole + column.first, whole),
+            None => (column.padded * self.height + row.first * width * LANES, width * LANES),
+        };
+        let lanes = column.len - (width - 1) * LANES;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let c = self.to.at(at);
+            let operands = ProductTransposed { a, a_row, b, b_row, b_vector: LANES, lanes, c, c_row, width };
+            product_transposed::<S>(row.len, len, operands);
+        }
+    }
+}
+
+/// # Safety
+/// So many floats are readable, and there is room for them.
+#[inline(always)]
+unsafe fn copy<S: Simd>(from: *const f32, to: *mut f32, len: usize) {
+    for at in (0..len).step_by(LANES) {
+        let lanes = LANES.min(len - at);
+        // SAFETY: the caller's promise.
+        unsafe { S::load_lanes(from.add(at), lanes).store_lanes(to.add(at), lanes) }
+    }
+}
+
+/// The sums of all groups: panel by panel, row by row.
+struct Total<'a> {
+    sums: &'a [f32],
+    columns: &'a [Piece],
+    height: usize,
+    width: usize,
+}
+
+impl Total<'_> {
+    /// A row of a panel.
+    fn row(&self, group: usize, column: &Piece, row: usize) -> &[f32] {
+        let padded = column.len.next_multiple_of(LANES);
+        &self.sums[(group * self.width + column.padded) * self.height + row * padded..][..column.len]
+    }
+
+    /// Rows are outputs, columns what their taps see.
+    fn add_by_output(&self, g: &Geometry, dw: &mut [f32]) {
+        let (from, taps) = (g.group_inputs(), g.taps());
+        let out = Shared::new(dw);
+        parallel::for_rows(g.outputs, from * taps, |outputs| {
+            for output in outputs {
+                let (group, row) = (output / self.height, output % self.height);
+                // SAFETY: each output belongs to one task.
+                let weights =
+                    unsafe { std::slice::from_raw_parts_mut(out.at(output * from * taps), from * taps) };
+                for column in self.columns {
+                    for (k, sum) in (column.first..).zip(self.row(group, column, row)) {
+                        weights[k % from * taps + k / from] += sum;
+                    }
+                }
+            }
+        });
+    }
+
+    /// Rows are what the taps see, columns outputs.
+    fn add_by_input(&self, g: &Geometry, dw: &mut [f32]) {
+        let (from, taps) = (g.group_inputs(), g.taps());
+        let out = Shared::new(dw);
+        let chunks = from.div_ceil(PANEL);
+        let in_group = self.columns.len() * chunks;
+        parallel::for_each(g.groups * in_group, |task| {
+            let (group, panel, chunk) = (task / in_group, task / chunks % self.columns.len(), task % chunks);
+            let column = &self.columns[panel];
+            // All taps of a channel to these outputs: a tile that stays in the cache, as neither side's strides do.
+            let mut tile = vec![0f32; taps * column.len];
+            for i in chunk * PANEL..from.min((chunk + 1) * PANEL) {
+                for (tap, line) in tile.chunks_exact_mut(column.len).enumerate() {
+                    line.copy_from_slice(self.row(group, column, tap * from + i));
+                }
+                for o in 0..column.len {
+                    // SAFETY: each weight belongs to one panel and chunk, and these to one task.
+                    let weights = unsafe {
+                        std::slice::from_raw_parts_mut(out.at(g.weight(group, column.first + o, i, 0)), taps)
+                    };
+                    weights.iter_mut().enumerate().for_each(|(tap, x)| *x += tile[tap * column.len + o]);
+                }
+            }
+        });
     }
 }

@@ -1,0 +1,526 @@
+//! Convolution of each channel by itself, on channels-last images.
+//!
+//! What 16 channels have in a band of an image's rows is copied to a [`Tile`] that stays in the cache, where pixels are
+//! neighbours; in the image itself they often lie a large power of two apart. All that is made of the band is made of it there,
+//! so that each image is read once, and each result written once.
+
+use super::{Geometry, OutputImages};
+use crate::buffer::Buffer;
+use crate::float::Float;
+use crate::parallel::{self, Shared};
+use crate::simd::{Kernel, LANES, Level, Simd};
+use crate::winograd::Images;
+use std::ops::Range;
+
+/// Floats of a tile, where that is enough for more than what a band shares with the next one.
+const TILE: usize = 32 << 10;
+/// Pixels whose sums are taken at once.
+const PIXELS: usize = 8;
+/// Taps whose gradients are.
+const TAPS: usize = 5;
+
+/// y = x * w + bias, or y += x * w (then without bias).
+pub(super) fn forward<T: Float>(
+    level: Level,
+    g: &Geometry,
+    x: Images<T>,
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    y: OutputImages,
+) {
+    let weights = Weights::new(g, weight, bias);
+    let bands = Bands::new(g, g.out_height, g.stride);
+    let taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g).collect();
+    let scratch = || Buffer::new(bands.tiles(|band| Tile::of_inputs(g, bands.rows(band, g.out_height))));
+    parallel::for_each_with(g.batch * bands.count * vectors(g), scratch, |task, tile| {
+        let part = Part::new(g, &bands, task);
+        let rows = bands.rows(part.band, g.out_height);
+        level.run(Forward { g, part, rows, x, kernel: Kernels { weights: &weights, taps: &taps }, y, tile });
+    });
+}
+
+/// The gradient of the input: dx = dy * w' (+ bias, for the transposed convolution), or dx += dy * w'.
+pub(super) fn backward_input<T: Float>(
+    level: Level,
+    g: &Geometry,
+    dy: Images<T>,
+    weight: &[f32],
+    bias: Option<&[f32]>,
+    dx: OutputImages,
+) {
+    let weights = Weights::new(g, weight, bias);
+    backward::<f32, T>(level, g, dy, Some((&weights, dx)), None);
+}
+
+/// Adds to dw, in PyTorch's layout, the gradient of the weights.
+pub(super) fn backward_weight<T: Float>(
+    level: Level,
+    g: &Geometry,
+    x: Images<T>,
+    dy: Images,
+    dw: &mut [f32],
+) {
+    backward(level, g, dy, None, Some((x, dw, None)));
+}
+
+/// All gradients at once: dx is written, dw and db are added to.
+#[expect(clippy::too_many_arguments, reason = "a convolution's backward pass has as many operands")]
+pub(crate) fn backward_depthwise<T: Float>(
+    level: Level,
+    g: &Geometry,
+    x: Images<T>,
+    weight: &[f32],
+    dy: Images,
+    dx: OutputImages,
+    dw: &mut [f32],
+    db: Option<&mut [f32]>,
+) {
+    let weights = Weights::new(g, weight, None);
+    backward(level, g, dy, Some((&weights, dx)), Some((x, dw, db)));
+}
+
+/// What the gradient of the input is made with, and where it goes.
+type Input<'a> = (&'a Weights, OutputImages);
+/// What the other gradients are made with, and what they are added to.
+type Sums<'a, T> = (Images<T>, &'a mut [f32], Option<&'a mut [f32]>);
+
+fn backward<T: Float, D: Float>(
+    level: Level,
+    g: &Geometry,
+    dy: Images<D>,
+    input: Option<Input>,
+    weight: Option<Sums<T>>,
+) {
+    let bands = Bands::new(g, g.height.max(g.out_height * g.stride), 1);
+    // Later taps see earlier outputs.
+    let outer_taps: Vec<isize> = Tile::of_outputs(g, 0..1, 0..1).taps(g).map(|offset| -offset).collect();
+    let inner_taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g).collect();
+    let taps = g.taps();
+    let row = vectors(g) * LANES;
+    // Each image's and band's own sums: of each tap, and of the outputs' gradients.
+    let part = (taps + 1) * row;
+    let mut sums = Buffer::new(if weight.is_some() { g.batch * bands.count * part } else { 0 });
+    let data = Shared::new(&mut sums);
+    let x = weight.as_ref().map(|(x, ..)| *x);
+    let outer = |band| Tile::of_outputs(g, bands.rows(band, g.height), bands.rows(band, g.out_height));
+    let inner = |band| Tile::of_inputs(g, bands.rows(band, g.out_height));
+    let outer_floats = bands.tiles(outer);
+    let scratch = || Buffer::new(outer_floats + if x.is_some() { bands.tiles(inner) } else { 0 });
+    parallel::for_each_with(g.batch * bands.count * vectors(g), scratch, |task, scratch| {
+        let of = Part::new(g, &bands, task);
+        let (tile, x_tile) = scratch.split_at_mut(outer_floats);
+        // SAFETY: within the sums of this image and band.
+        let sums =
+            x.map(|x| (x, unsafe { data.offset((of.image * bands.count + of.band) * part + of.channel) }));
+        level.run(Backward {
+            g,
+            part: of,
+            inputs: bands.rows(of.band, g.height),
+            outputs: bands.rows(of.band, g.out_height),
+            dy,
+            input: input.map(|(weights, dx)| (Kernels { weights, taps: &outer_taps }, dx)),
+            sums,
+            taps: &inner_taps,
+            tile,
+            x_tile,
+        });
+    });
+    let Some((_, dw, db)) = weight else { return };
+    let (total, others) = sums.split_at_mut(part);
+    parallel::add_all(total, others);
+    let out = Shared::new(dw);
+    parallel::for_rows(g.groups, taps, |channels| {
+        for channel in channels {
+            // SAFETY: each channel belongs to one task.
+            let weights = unsafe { std::slice::from_raw_parts_mut(out.at(channel * taps), taps) };
+            weights.iter_mut().enumerate().for_each(|(tap, w)| *w += total[tap * row + channel]);
+        }
+    });
+    if let Some(db) = db {
+        db.iter_mut().zip(&total[taps * row..]).for_each(|(sum, x)| *sum += x);
+    }
+}
+
+/// Vectors that hold all channels.
+fn vectors(g: &Geometry) -> usize {
+    g.groups.div_ceil(LANES)
+}
+
+/// Weights and bias, 16 channels at a time, zeros behind the last one.
+struct Weights {
+    /// `[vector][tap][lane]`
+    taps: Buffer,
+    bias: Buffer,
+}
+
+impl Weights {
+    fn new(g: &Geometry, weight: &[f32], bias: Option<&[f32]>) -> Self {
+        let taps = g.taps();
+        let mut packed = Buffer::zeroed(vectors(g) * taps * LANES);
+        for (channel, weights) in weight.chunks_exact(taps).enumerate() {
+            let to = &mut packed[channel / LANES * taps * LANES + channel % LANES..];
+            to.iter_mut().step_by(LANES).zip(weights).for_each(|(to, weight)| *to = *weight);
+        }
+        let mut row = Buffer::zeroed(vectors(g) * LANES);
+        if let Some(bias) = bias {
+            row[..bias.len()].copy_from_slice(bias);
+        }
+        Weights { taps: packed, bias: row }
+    }
+}
+
+/// An image's rows, cut so that a band's tile stays in the cache.
+struct Bands {
+    count: usize,
+}
+
+impl Bands {
+    /// Of so many rows, each of which moves the kernel by `stride`.
+    fn new(g: &Geometry, rows: usize, stride: usize) -> Self {
+        // What a band's tile has beyond its own rows.
+        let shared = g.dilation * (g.kernel_height - 1);
+        let width = g.width + 2 * g.padding + g.dilation * (g.kernel_width - 1);
+        let whole = (TILE / (width * LANES)).saturating_sub(shared).max(shared).max(1);
+        Bands { count: rows.div_ceil((whole / stride).max(1)).max(1) }
+    }
+    /// The rows of a band, of so many in all.
+    fn rows(&self, band: usize, all: usize) -> Range<usize> {
+        band * all / self.count..(band + 1) * all / self.count
+    }
+    /// Floats of the largest tile.
+    fn tiles(&self, tile: impl Fn(usize) -> Tile) -> usize {
+        (0..self.count).map(|band| tile(band).floats()).max().unwrap_or(0)
+    }
+}
+
+/// What a task works on: a band of an image, and up to 16 channels.
+#[derive(Clone, Copy)]
+struct Part {
+    image: usize,
+    band: usize,
+    channel: usize,
+    lanes: usize,
+}
+
+impl Part {
+    fn new(g: &Geometry, bands: &Bands, task: usize) -> Self {
+        let channel = task % vectors(g) * LANES;
+        let lanes = LANES.min(g.groups - channel);
+        let rest = task / vectors(g);
+        Part { image: rest / bands.count, band: rest % bands.count, channel, lanes }
+    }
+}
+
+/// A part of an image, with zeros beyond the image's edges and between its pixels: rows `top ..`, columns `left ..`, a vector
+/// of channels each.
+#[derive(Clone, Copy)]
+struct Tile {
+    top: isize,
+    left: isize,
+    height: usize,
+    width: usize,
+}
+
+impl Tile {
+    /// The inputs that these rows of outputs see.
+    fn of_inputs(g: &Geometry, rows: Range<usize>) -> Tile {
+        if rows.is_empty() {
+            return Tile { top: 0, left: 0, height: 0, width: 0 };
+        }
+        let size = |outputs: usize, kernel: usize| (outputs - 1) * g.stride + g.dilation * (kernel - 1) + 1;
+        Tile {
+            top: (rows.start * g.stride) as isize - g.padding as isize,
+            left: -(g.padding as isize),
+            height: size(rows.len(), g.kernel_height),
+            width: size(g.out_width, g.kernel_width),
+        }
+    }
+
+    /// The outputs that see these rows of inputs, and these rows of outputs. Neighbours are `stride` apart, so that the gradient
+    /// of the input is a convolution of stride 1.
+    fn of_outputs(g: &Geometry, inputs: Range<usize>, outputs: Range<usize>) -> Tile {
+        let along = |inputs: Range<usize>, outputs: Range<usize>, kernel: usize| -> Range<isize> {
+            let at = |x: usize| x as isize;
+            let of_inputs =
+                at(inputs.start + g.padding) - at(g.dilation * (kernel - 1))..at(inputs.end + g.padding);
+            let of_outputs = at(outputs.start * g.stride)..at(outputs.end * g.stride);
+            match (inputs.is_empty(), outputs.is_empty()) {
+                (true, _) => of_outputs,
+                (false, true) => of_inputs,
+                _ => of_inputs.start.min(of_outputs.start)..of_inputs.end.max(of_outputs.end),
+            }
+        };
+        let rows = along(inputs, outputs, g.kernel_height);
+        let columns = along(0..g.width, 0..g.out_width, g.kernel_width);
+        Tile { top: rows.start, left: columns.start, height: rows.len(), width: columns.len() }
+    }
+
+    fn floats(&self) -> usize {
+        self.height * self.width * LANES
+    }
+
+    /// Where each tap of a kernel is, from the first.
+    fn taps(&self, g: &Geometry) -> impl Iterator<Item = isize> + use<> {
+        let (width, dilation, kernel) = (self.width, g.dilation, g.kernel_width);
+        (0..g.taps()).map(move |tap| ((tap / kernel * width + tap % kernel) * dilation * LANES) as isize)
+    }
+
+    /// Copies an image into the tile, its pixels `step` apart.
+    ///
+    /// # Safety
+    /// `image` points to some lanes of an image of that height and width, whose pixels are `channels` apart.
+    #[inline(always)]
+    unsafe fn fill<S: Simd, T: Float>(
+        &self,
+        tile: &mut [f32],
+        image: *const T,
+        [height, width, channels, lanes]: [usize; 4],
+        step: usize,
+    ) {
+        let tile = &mut tile[..self.floats()];
+        tile.fill(0.);
+        let first = |edge: isize| (edge.max(0) as usize).div_ceil(step);
+        let end = |edge: isize, size: usize, all: usize| {
+            all.min(((edge + size as isize).max(0) as usize).div_ceil(step))
+        };
+        for j in first(self.top)..end(self.top, self.height, height) {
+            for i in first(self.left)..end(self.left, self.width, width) {
+                let at = |x: usize, edge: isize| ((x * step) as isize - edge) as usize;
+                // SAFETY: the pixel is one of the image's and lies in the tile.
+                unsafe {
+                    let x: S = T::load_lanes(image.add((j * width + i) * channels), lanes);
+                    x.store(tile.as_mut_ptr().add((at(j, self.top) * self.width + at(i, self.left)) * LANES));
+                }
+            }
+        }
+    }
+}
+
+/// Weights, and where in a tile each tap is.
+#[derive(Clone, Copy)]
+struct Kernels<'a> {
+    weights: &'a Weights,
+    taps: &'a [isize],
+}
+
+/// A band of outputs.
+struct Forward<'a, T> {
+    g: &'a Geometry,
+    part: Part,
+    rows: Range<usize>,
+    x: Images<T>,
+    kernel: Kernels<'a>,
+    y: OutputImages,
+    tile: &'a mut [f32],
+}
+
+impl<T: Float> Kernel for Forward<'_, T> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { g, part, rows, x, kernel, y, tile: data } = self;
+        let tile = Tile::of_inputs(g, rows.clone());
+        // SAFETY: the band lies inside both images; each task has its own outputs.
+        unsafe {
+            let image = x.data.add(part.image * x.image + part.channel);
+            tile.fill::<S, T>(data, image, [g.height, g.width, g.groups, part.lanes], 1);
+            for j in rows.clone() {
+                let from = data.as_ptr().add((j - rows.start) * g.stride * tile.width * LANES);
+                let to = y.data.at(part.image * y.image + j * g.out_width * g.groups + part.channel);
+                kernel.convolve::<S>(part, from, g.stride, to, [g.out_width, g.groups], y.add);
+            }
+        }
+    }
+}
+
+impl Kernels<'_> {
+    /// A row of pixels, each the sum over taps of what lies there from its own place, `step` vectors from that of the pixel before.
+    #[inline(always)]
+    unsafe fn convolve<S: Simd>(
+        &self,
+        part: Part,
+        from: *const f32,
+        step: usize,
+        to: *mut f32,
+        [pixels, channels]: [usize; 2],
+        add: bool,
+    ) {
+        let mut i = 0;
+        while i < pixels {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let (from, to) = (from.add(i * step * LANES), to.add(i * channels));
+                if pixels - i >= PIXELS {
+                    self.block::<S, PIXELS>(part, from, step, to, channels, add);
+                    i += PIXELS;
+                } else {
+                    self.block::<S, 1>(part, from, step, to, channels, add);
+                    i += 1;
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn block<S: Simd, const N: usize>(
+        &self,
+        part: Part,
+        from: *const f32,
+        step: usize,
+        to: *mut f32,
+        channels: usize,
+        add: bool,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [S::load(self.weights.bias.as_ptr().add(part.channel)); N];
+            if add {
+                for i in 0..N {
+                    sums[i] = S::load_lanes(to.add(i * channels), part.lanes);
+                }
+            }
+            let mut weight = self.weights.taps.as_ptr().add(part.channel * self.taps.len());
+            for tap in self.taps {
+                let (w, from) = (S::load(weight), from.offset(*tap));
+                for i in 0..N {
+                    sums[i] = S::load(from.add(i * step * LANES)).mul_add(w, sums[i]);
+                }
+                weight = weight.add(LANES);
+            }
+            if part.lanes == LANES {
+                for i in 0..N {
+                    sums[i].store(to.add(i * channels));
+                }
+            } else {
+                for i in 0..N {
+                    sums[i].store_first(to.add(i * channels), part.lanes);
+                }
+            }
+        }
+    }
+}
+
+/// A band of inputs' gradients, and what a band of outputs adds to the weights'.
+struct Backward<'a, T, D> {
+    g: &'a Geometry,
+    part: Part,
+    inputs: Range<usize>,
+    outputs: Range<usize>,
+    dy: Images<D>,
+    input: Option<(Kernels<'a>, OutputImages)>,
+    sums: Option<(Images<T>, Shared)>,
+    /// Where each tap is in the tile of inputs.
+    taps: &'a [isize],
+    tile: &'a mut [f32],
+    x_tile: &'a mut [f32],
+}
+
+impl<T: Float, D: Float> Kernel for Backward<'_, T, D> {
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let Self { g, part, inputs, outputs, dy, input, sums, taps, tile: data, x_tile } = self;
+        let tile = Tile::of_outputs(g, inputs.clone(), outputs.clone());
+        // SAFETY: the band lies inside all images; each task has its own gradients and its own sums.
+        unsafe {
+            let image = dy.data.add(part.image * dy.image + part.channel);
+            tile.fill::<S, D>(data, image, [g.out_height, g.out_width, g.groups, part.lanes], g.stride);
+            // What lies in a row of the tile, from a column on.
+            let at = |row: usize, column: usize| {
+                let (row, column) = (row as isize - tile.top, column as isize - tile.left);
+                data.as_ptr().offset((row * tile.width as isize + column) * LANES as isize)
+            };
+            if let Some((kernel, dx)) = input {
+                for y in inputs {
+                    let from = at(y + g.padding, g.padding);
+                    let to = dx.data.at(part.image * dx.image + y * g.width * g.groups + part.channel);
+                    kernel.convolve::<S>(part, from, 1, to, [g.width, g.groups], dx.add);
+                }
+            }
+            let Some((x, sums)) = sums else { return };
+            let inner = Tile::of_inputs(g, outputs.clone());
+            let image = x.data.add(part.image * x.image + part.channel);
+            inner.fill::<S, T>(x_tile, image, [g.height, g.width, g.groups, part.lanes], 1);
+            let row = vectors(g) * LANES;
+            let rows = || {
+                outputs.clone().map(|j| {
+                    let x = (j - outputs.start) * g.stride * inner.width * LANES;
+                    (at(j * g.stride, 0), x_tile.as_ptr().add(x))
+                })
+            };
+            let pixels = Pixels { count: g.out_width, step: g.stride * LANES };
+            for (i, taps) in taps.chunks(TAPS).enumerate() {
+                let to = sums.at(i * TAPS * row);
+                match *taps {
+                    [a, b, c, d, e] => pixels.products::<S, 5>(rows(), [a, b, c, d, e], to, row),
+                    [a, b, c, d] => pixels.products::<S, 4>(rows(), [a, b, c, d], to, row),
+                    [a, b, c] => pixels.products::<S, 3>(rows(), [a, b, c], to, row),
+                    [a, b] => pixels.products::<S, 2>(rows(), [a, b], to, row),
+                    _ => pixels.products::<S, 1>(rows(), [taps[0]], to, row),
+                }
+            }
+            pixels.sum::<S>(rows().map(|(dy, _)| dy), sums.at(taps.len() * row));
+        }
+    }
+}
+
+/// The pixels of a row of outputs, in both tiles.
+#[derive(Clone, Copy)]
+struct Pixels {
+    count: usize,
+    /// Floats from one to the next.
+    step: usize,
+}
+
+impl Pixels {
+    /// For each of some taps, the sum over pixels of the output's gradient times what the tap sees; rows of both.
+    #[inline(always)]
+    unsafe fn products<S: Simd, const N: usize>(
+        self,
+        rows: impl Iterator<Item = (*const f32, *const f32)>,
+        taps: [isize; N],
+        to: *mut f32,
+        row: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // Two sums of each hide the latency of the additions.
+            let mut sums = [[S::zero(); N]; 2];
+            for (dy, x) in rows {
+                for i in 0..self.count / 2 {
+                    for half in 0..2 {
+                        let at = (2 * i + half) * self.step;
+                        let d = S::load(dy.add(at));
+                        for tap in 0..N {
+                            let x = S::load(x.add(at).offset(taps[tap]));
+                            sums[half][tap] = x.mul_add(d, sums[half][tap]);
+                        }
+                    }
+                }
+                if self.count % 2 == 1 {
+                    let at = (self.count - 1) * self.step;
+                    let d = S::load(dy.add(at));
+                    for tap in 0..N {
+                        sums[0][tap] = S::load(x.add(at).offset(taps[tap])).mul_add(d, sums[0][tap]);
+                    }
+                }
+            }
+            for tap in 0..N {
+                sums[0][tap].add(sums[1][tap]).store(to.add(tap * row));
+            }
+        }
+    }
+
+    /// The sum over pixels of the outputs' gradients.
+    #[inline(always)]
+    unsafe fn sum<S: Simd>(self, rows: impl Iterator<Item = *const f32>, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sum = S::zero();
+            for dy in rows {
+                for i in 0..self.count {
+                    sum = sum.add(S::load(dy.add(i * self.step)));
+                }
+            }
+            sum.store(to);
+        }
+    }
+}
