@@ -1,6 +1,6 @@
 //! Convolution of each channel by itself, on channels-last images.
 //!
-//! What 16 channels have in a band of an image's rows is copied to a [`Tile`] that stays in the cache, where pixels are
+//! What some channels have in a band of an image's rows is copied to a [`Tile`] that stays in the cache, where pixels are
 //! neighbours; in the image itself they often lie a large power of two apart. All that is made of the band is made of it there,
 //! so that each image is read once, and each result written once.
 
@@ -13,7 +13,9 @@ use crate::winograd::Images;
 use std::ops::Range;
 
 /// Floats of a tile, where that is enough for more than what a band shares with the next one.
-const TILE: usize = 32 << 10;
+const TILE: usize = 48 << 10;
+/// Vectors of channels in a tile, at most: more of a pixel that lies side by side is quicker to read.
+const VECTORS: usize = 8;
 /// Pixels whose sums are taken at once.
 const PIXELS: usize = 8;
 /// Taps whose gradients are.
@@ -30,10 +32,10 @@ pub(super) fn forward<T: Float>(
 ) {
     let weights = Weights::new(g, weight, bias);
     let bands = Bands::new(g, g.out_height, g.stride);
-    let taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g).collect();
+    let taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g, bands.vectors).collect();
     let scratch = || Buffer::new(bands.tiles(|band| Tile::of_inputs(g, bands.rows(band, g.out_height))));
-    parallel::for_each_with(g.batch * bands.count * vectors(g), scratch, |task, tile| {
-        let part = Part::new(g, &bands, task);
+    parallel::for_each_with(bands.tasks(g), scratch, |task, tile| {
+        let part = bands.part(g, task);
         let rows = bands.rows(part.band, g.out_height);
         level.run(Forward { g, part, rows, x, kernel: Kernels { weights: &weights, taps: &taps }, y, tile });
     });
@@ -93,8 +95,9 @@ fn backward<T: Float, D: Float>(
 ) {
     let bands = Bands::new(g, g.height.max(g.out_height * g.stride), 1);
     // Later taps see earlier outputs.
-    let outer_taps: Vec<isize> = Tile::of_outputs(g, 0..1, 0..1).taps(g).map(|offset| -offset).collect();
-    let inner_taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g).collect();
+    let outer_taps: Vec<isize> =
+        Tile::of_outputs(g, 0..1, 0..1).taps(g, bands.vectors).map(|offset| -offset).collect();
+    let inner_taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g, bands.vectors).collect();
     let taps = g.taps();
     let row = vectors(g) * LANES;
     // Each image's and band's own sums: of each tap, and of the outputs' gradients.
@@ -106,8 +109,8 @@ fn backward<T: Float, D: Float>(
     let inner = |band| Tile::of_inputs(g, bands.rows(band, g.out_height));
     let outer_floats = bands.tiles(outer);
     let scratch = || Buffer::new(outer_floats + if x.is_some() { bands.tiles(inner) } else { 0 });
-    parallel::for_each_with(g.batch * bands.count * vectors(g), scratch, |task, scratch| {
-        let of = Part::new(g, &bands, task);
+    parallel::for_each_with(bands.tasks(g), scratch, |task, scratch| {
+        let of = bands.part(g, task);
         let (tile, x_tile) = scratch.split_at_mut(outer_floats);
         // SAFETY: within the sums of this image and band.
         let sums =
@@ -169,9 +172,11 @@ impl Weights {
     }
 }
 
-/// An image's rows, cut so that a band's tile stays in the cache.
+/// Images, cut so that a part's tile stays in the cache: into bands of rows, and by channels.
 struct Bands {
     count: usize,
+    /// Of channels.
+    vectors: usize,
 }
 
 impl Bands {
@@ -180,8 +185,13 @@ impl Bands {
         // What a band's tile has beyond its own rows.
         let shared = g.dilation * (g.kernel_height - 1);
         let width = g.width + 2 * g.padding + g.dilation * (g.kernel_width - 1);
-        let whole = (TILE / (width * LANES)).saturating_sub(shared).max(shared).max(1);
-        Bands { count: rows.div_ceil((whole / stride).max(1)).max(1) }
+        let fit = |vectors: usize| TILE / (width * LANES * vectors);
+        let enough = (4 * shared).min(rows * stride + shared);
+        let halvings = std::iter::successors(Some(VECTORS), |n| Some(n / 2));
+        let vectors = halvings.take_while(|n| *n > 1).find(|n| fit(*n) >= enough).unwrap_or(1);
+        let vectors = vectors.min(self::vectors(g));
+        let band = fit(vectors).saturating_sub(shared).max(shared) / stride;
+        Bands { count: rows.div_ceil(band.max(1)).max(1), vectors }
     }
     /// The rows of a band, of so many in all.
     fn rows(&self, band: usize, all: usize) -> Range<usize> {
@@ -189,30 +199,42 @@ impl Bands {
     }
     /// Floats of the largest tile.
     fn tiles(&self, tile: impl Fn(usize) -> Tile) -> usize {
-        (0..self.count).map(|band| tile(band).floats()).max().unwrap_or(0)
+        (0..self.count).map(|band| tile(band).pixels()).max().unwrap_or(0) * self.vectors * LANES
+    }
+    fn tasks(&self, g: &Geometry) -> usize {
+        g.batch * self.count * vectors(g).div_ceil(self.vectors)
+    }
+    fn part(&self, g: &Geometry, task: usize) -> Part {
+        let in_band = vectors(g).div_ceil(self.vectors);
+        let channel = task % in_band * self.vectors * LANES;
+        let channels = (self.vectors * LANES).min(g.groups - channel);
+        let rest = task / in_band;
+        let (image, band) = (rest / self.count, rest % self.count);
+        Part { image, band, channel, channels, pixel: self.vectors * LANES }
     }
 }
 
-/// What a task works on: a band of an image, and up to 16 channels.
+/// What a task works on: a band of an image, and some channels.
 #[derive(Clone, Copy)]
 struct Part {
     image: usize,
     band: usize,
     channel: usize,
-    lanes: usize,
+    channels: usize,
+    /// Floats from a pixel of a tile to the next.
+    pixel: usize,
 }
 
 impl Part {
-    fn new(g: &Geometry, bands: &Bands, task: usize) -> Self {
-        let channel = task % vectors(g) * LANES;
-        let lanes = LANES.min(g.groups - channel);
-        let rest = task / vectors(g);
-        Part { image: rest / bands.count, band: rest % bands.count, channel, lanes }
+    /// The first channel of each vector, from the part's own first one, and lanes.
+    #[inline(always)]
+    fn vectors(self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.channels).step_by(LANES).map(move |first| (first, LANES.min(self.channels - first)))
     }
 }
 
-/// A part of an image, with zeros beyond the image's edges and between its pixels: rows `top ..`, columns `left ..`, a vector
-/// of channels each.
+/// A part of an image, with zeros beyond the image's edges and between its pixels: rows `top ..`, columns `left ..`, some
+/// vectors of channels each.
 #[derive(Clone, Copy)]
 struct Tile {
     top: isize,
@@ -255,29 +277,31 @@ impl Tile {
         Tile { top: rows.start, left: columns.start, height: rows.len(), width: columns.len() }
     }
 
-    fn floats(&self) -> usize {
-        self.height * self.width * LANES
+    fn pixels(&self) -> usize {
+        self.height * self.width
     }
 
-    /// Where each tap of a kernel is, from the first.
-    fn taps(&self, g: &Geometry) -> impl Iterator<Item = isize> + use<> {
+    /// Where each tap of a kernel is, from the first, in a tile of so many vectors.
+    fn taps(&self, g: &Geometry, vectors: usize) -> impl Iterator<Item = isize> + use<> {
         let (width, dilation, kernel) = (self.width, g.dilation, g.kernel_width);
-        (0..g.taps()).map(move |tap| ((tap / kernel * width + tap % kernel) * dilation * LANES) as isize)
+        (0..g.taps())
+            .map(move |tap| ((tap / kernel * width + tap % kernel) * dilation * vectors * LANES) as isize)
     }
 
-    /// Copies an image into the tile, its pixels `step` apart.
+    /// Copies the part's channels of an image into the tile, its pixels `step` apart.
     ///
     /// # Safety
-    /// `image` points to some lanes of an image of that height and width, whose pixels are `channels` apart.
+    /// `image` points to the first of these channels of an image of that height and width, whose pixels are `channels` apart.
     #[inline(always)]
     unsafe fn fill<S: Simd, T: Float>(
         &self,
         tile: &mut [f32],
+        part: Part,
         image: *const T,
-        [height, width, channels, lanes]: [usize; 4],
+        [height, width, channels]: [usize; 3],
         step: usize,
     ) {
-        let tile = &mut tile[..self.floats()];
+        let tile = &mut tile[..self.pixels() * part.pixel];
         tile.fill(0.);
         let first = |edge: isize| (edge.max(0) as usize).div_ceil(step);
         let end = |edge: isize, size: usize, all: usize| {
@@ -288,8 +312,12 @@ impl Tile {
                 let at = |x: usize, edge: isize| ((x * step) as isize - edge) as usize;
                 // SAFETY: the pixel is one of the image's and lies in the tile.
                 unsafe {
-                    let x: S = T::load_lanes(image.add((j * width + i) * channels), lanes);
-                    x.store(tile.as_mut_ptr().add((at(j, self.top) * self.width + at(i, self.left)) * LANES));
+                    let from = image.add((j * width + i) * channels);
+                    let to = (at(j, self.top) * self.width + at(i, self.left)) * part.pixel;
+                    for (first, lanes) in part.vectors() {
+                        let x: S = T::load_lanes(from.add(first), lanes);
+                        x.store(tile.as_mut_ptr().add(to + first));
+                    }
                 }
             }
         }
@@ -322,9 +350,9 @@ impl<T: Float> Kernel for Forward<'_, T> {
         // SAFETY: the band lies inside both images; each task has its own outputs.
         unsafe {
             let image = x.data.add(part.image * x.image + part.channel);
-            tile.fill::<S, T>(data, image, [g.height, g.width, g.groups, part.lanes], 1);
+            tile.fill::<S, T>(data, part, image, [g.height, g.width, g.groups], 1);
             for j in rows.clone() {
-                let from = data.as_ptr().add((j - rows.start) * g.stride * tile.width * LANES);
+                let from = data.as_ptr().add((j - rows.start) * g.stride * tile.width * part.pixel);
                 let to = y.data.at(part.image * y.image + j * g.out_width * g.groups + part.channel);
                 kernel.convolve::<S>(part, from, g.stride, to, [g.out_width, g.groups], y.add);
             }
@@ -333,7 +361,7 @@ impl<T: Float> Kernel for Forward<'_, T> {
 }
 
 impl Kernels<'_> {
-    /// A row of pixels, each the sum over taps of what lies there from its own place, `step` vectors from that of the pixel before.
+    /// A row of pixels, each the sum over taps of what lies there from its own place, `step` pixels from that of the one before.
     #[inline(always)]
     unsafe fn convolve<S: Simd>(
         &self,
@@ -346,53 +374,56 @@ impl Kernels<'_> {
     ) {
         let mut i = 0;
         while i < pixels {
-            // SAFETY: the caller's promise.
-            unsafe {
-                let (from, to) = (from.add(i * step * LANES), to.add(i * channels));
-                if pixels - i >= PIXELS {
-                    self.block::<S, PIXELS>(part, from, step, to, channels, add);
-                    i += PIXELS;
-                } else {
-                    self.block::<S, 1>(part, from, step, to, channels, add);
-                    i += 1;
+            let many = pixels - i >= PIXELS;
+            for (first, lanes) in part.vectors() {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    let from = (from.add(i * step * part.pixel + first), step * part.pixel);
+                    let to = (to.add(i * channels + first), channels);
+                    if many {
+                        self.block::<S, PIXELS>(part.channel + first, lanes, from, to, add);
+                    } else {
+                        self.block::<S, 1>(part.channel + first, lanes, from, to, add);
+                    }
                 }
             }
+            i += if many { PIXELS } else { 1 };
         }
     }
 
+    /// A vector of channels of `N` pixels; of both sides the first one, and how far it is from pixel to pixel.
     #[inline(always)]
     unsafe fn block<S: Simd, const N: usize>(
         &self,
-        part: Part,
-        from: *const f32,
-        step: usize,
-        to: *mut f32,
-        channels: usize,
+        channel: usize,
+        lanes: usize,
+        (from, step): (*const f32, usize),
+        (to, to_step): (*mut f32, usize),
         add: bool,
     ) {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut sums = [S::load(self.weights.bias.as_ptr().add(part.channel)); N];
+            let mut sums = [S::load(self.weights.bias.as_ptr().add(channel)); N];
             if add {
                 for i in 0..N {
-                    sums[i] = S::load_lanes(to.add(i * channels), part.lanes);
+                    sums[i] = S::load_lanes(to.add(i * to_step), lanes);
                 }
             }
-            let mut weight = self.weights.taps.as_ptr().add(part.channel * self.taps.len());
+            let mut weight = self.weights.taps.as_ptr().add(channel * self.taps.len());
             for tap in self.taps {
                 let (w, from) = (S::load(weight), from.offset(*tap));
                 for i in 0..N {
-                    sums[i] = S::load(from.add(i * step * LANES)).mul_add(w, sums[i]);
+                    sums[i] = S::load(from.add(i * step)).mul_add(w, sums[i]);
                 }
                 weight = weight.add(LANES);
             }
-            if part.lanes == LANES {
+            if lanes == LANES {
                 for i in 0..N {
-                    sums[i].store(to.add(i * channels));
+                    sums[i].store(to.add(i * to_step));
                 }
             } else {
                 for i in 0..N {
-                    sums[i].store_first(to.add(i * channels), part.lanes);
+                    sums[i].store_first(to.add(i * to_step), lanes);
                 }
             }
         }
@@ -422,11 +453,11 @@ impl<T: Float, D: Float> Kernel for Backward<'_, T, D> {
         // SAFETY: the band lies inside all images; each task has its own gradients and its own sums.
         unsafe {
             let image = dy.data.add(part.image * dy.image + part.channel);
-            tile.fill::<S, D>(data, image, [g.out_height, g.out_width, g.groups, part.lanes], g.stride);
+            tile.fill::<S, D>(data, part, image, [g.out_height, g.out_width, g.groups], g.stride);
             // What lies in a row of the tile, from a column on.
             let at = |row: usize, column: usize| {
                 let (row, column) = (row as isize - tile.top, column as isize - tile.left);
-                data.as_ptr().offset((row * tile.width as isize + column) * LANES as isize)
+                data.as_ptr().offset((row * tile.width as isize + column) * part.pixel as isize)
             };
             if let Some((kernel, dx)) = input {
                 for y in inputs {
@@ -438,26 +469,28 @@ impl<T: Float, D: Float> Kernel for Backward<'_, T, D> {
             let Some((x, sums)) = sums else { return };
             let inner = Tile::of_inputs(g, outputs.clone());
             let image = x.data.add(part.image * x.image + part.channel);
-            inner.fill::<S, T>(x_tile, image, [g.height, g.width, g.groups, part.lanes], 1);
+            inner.fill::<S, T>(x_tile, part, image, [g.height, g.width, g.groups], 1);
             let row = vectors(g) * LANES;
-            let rows = || {
-                outputs.clone().map(|j| {
-                    let x = (j - outputs.start) * g.stride * inner.width * LANES;
-                    (at(j * g.stride, 0), x_tile.as_ptr().add(x))
-                })
-            };
-            let pixels = Pixels { count: g.out_width, step: g.stride * LANES };
-            for (i, taps) in taps.chunks(TAPS).enumerate() {
-                let to = sums.at(i * TAPS * row);
-                match *taps {
-                    [a, b, c, d, e] => pixels.products::<S, 5>(rows(), [a, b, c, d, e], to, row),
-                    [a, b, c, d] => pixels.products::<S, 4>(rows(), [a, b, c, d], to, row),
-                    [a, b, c] => pixels.products::<S, 3>(rows(), [a, b, c], to, row),
-                    [a, b] => pixels.products::<S, 2>(rows(), [a, b], to, row),
-                    _ => pixels.products::<S, 1>(rows(), [taps[0]], to, row),
+            let pixels = Pixels { count: g.out_width, step: g.stride * part.pixel };
+            for (first, _) in part.vectors() {
+                let rows = || {
+                    outputs.clone().map(|j| {
+                        let x = (j - outputs.start) * g.stride * inner.width * part.pixel;
+                        (at(j * g.stride, 0).add(first), x_tile.as_ptr().add(x + first))
+                    })
+                };
+                for (i, taps) in taps.chunks(TAPS).enumerate() {
+                    let to = sums.at(i * TAPS * row + first);
+                    match *taps {
+                        [a, b, c, d, e] => pixels.products::<S, 5>(rows(), [a, b, c, d, e], to, row),
+                        [a, b, c, d] => pixels.products::<S, 4>(rows(), [a, b, c, d], to, row),
+                        [a, b, c] => pixels.products::<S, 3>(rows(), [a, b, c], to, row),
+                        [a, b] => pixels.products::<S, 2>(rows(), [a, b], to, row),
+                        _ => pixels.products::<S, 1>(rows(), [taps[0]], to, row),
+                    }
                 }
+                pixels.sum::<S>(rows().map(|(dy, _)| dy), sums.at(taps.len() * row + first));
             }
-            pixels.sum::<S>(rows().map(|(dy, _)| dy), sums.at(taps.len() * row));
         }
     }
 }

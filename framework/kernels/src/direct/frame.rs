@@ -25,6 +25,22 @@ pub(super) struct Framed {
     _copy: Option<Buffer>,
 }
 
+/// What taps of one row see of a pixel.
+#[derive(Clone, Copy)]
+pub(super) struct TapRun {
+    /// The row of the input, from the pixel's own.
+    pub(super) y: isize,
+    pub(super) run: Run,
+}
+
+impl TapRun {
+    /// Whether that row lies in the image, for a pixel in this row; else all that the taps see is zero.
+    #[inline(always)]
+    pub(super) fn sees(&self, row: usize, height: usize) -> bool {
+        (0..height as isize).contains(&(row as isize + self.y))
+    }
+}
+
 // SAFETY: read only.
 unsafe impl Sync for Framed {}
 // SAFETY: read only.
@@ -115,16 +131,18 @@ impl Framed {
         }
     }
 
-    /// The inner index of a pass: for each tap, `channels` floats; neighbours joined.
-    pub(super) fn runs(&self, pass: &Pass, channels: usize) -> Vec<Run> {
-        let mut runs: Vec<Run> = Vec::with_capacity(pass.taps.len());
+    /// The inner index of a pass: for each tap, `channels` floats; neighbours in a row joined.
+    pub(super) fn runs(&self, pass: &Pass, channels: usize) -> Vec<TapRun> {
+        let mut runs: Vec<TapRun> = Vec::with_capacity(pass.taps.len());
         for tap in &pass.taps {
             let y = (tap.y + self.before[0] as isize) as usize;
             let x = (tap.x + self.before[1] as isize) as usize;
             let offset = (y * self.width + x) * self.channels;
             match runs.last_mut() {
-                Some(last) if last.offset + last.len == offset => last.len += channels,
-                _ => runs.push(Run { offset, len: channels }),
+                Some(TapRun { y, run }) if *y == tap.y && run.offset + run.len == offset => {
+                    run.len += channels
+                }
+                _ => runs.push(TapRun { y: tap.y, run: Run { offset, len: channels } }),
             }
         }
         runs

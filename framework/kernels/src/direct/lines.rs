@@ -1,6 +1,6 @@
 //! The lines of a pass: rows of outputs as products, or as dot products.
 
-use super::frame::Framed;
+use super::frame::{Framed, TapRun};
 use super::pass::Pass;
 use super::{Output, Weights, packed_channels};
 use std::ops::Range;
@@ -55,7 +55,8 @@ pub(super) fn run_passes<T: Float>(
         batch = 1;
     }
     for pass in &passes {
-        let runs = framed.runs(pass, from);
+        let taps = framed.runs(pass, from);
+        let runs: Vec<Run> = taps.iter().map(|taps| taps.run).collect();
         let depth: usize = runs.iter().map(|r| r.len).sum();
         let shape = if to < 4 && depth >= 2 * LANES * runs.len() { Shape::Dot } else { Shape::Product };
         let packed = pack(weights, pass, shape);
@@ -87,6 +88,8 @@ pub(super) fn run_passes<T: Float>(
                 framed: &framed,
                 output: &output,
                 runs: &runs,
+                taps: &taps,
+                height,
                 depth,
                 shape,
                 weights: &packed,
@@ -210,6 +213,10 @@ struct Lines<'a> {
     framed: &'a Framed,
     output: &'a Output,
     runs: &'a [Run],
+    /// The same, with the rows that they see.
+    taps: &'a [TapRun],
+    /// Of an input.
+    height: usize,
     depth: usize,
     shape: Shape,
     weights: &'a [f32],
@@ -251,6 +258,16 @@ impl Lines<'_> {
         }
     }
 
+    /// The runs that see rows inside the image, and the floats of those before them.
+    #[inline(always)]
+    fn runs_inside(&self, line: usize) -> (&[Run], usize) {
+        let row = line / self.segments % self.pass.count[0] * self.pass.in_step;
+        let outside = |taps: &&TapRun| !taps.sees(row, self.height);
+        let first = self.taps.iter().take_while(outside).count();
+        let last = self.taps.len() - self.taps[first..].iter().rev().take_while(outside).count();
+        (&self.runs[first..last], self.runs[..first].iter().map(|run| run.len).sum())
+    }
+
     #[inline(always)]
     unsafe fn products<S: Simd>(&self) {
         let vectors = self.to.div_ceil(LANES);
@@ -265,13 +282,14 @@ impl Lines<'_> {
                 unsafe {
                     let (x, y, len) = self.line(line);
                     let row = group * vectors * LANES + first;
+                    let (runs, before) = self.runs_inside(line);
                     product::<S>(
                         len,
                         Product {
-                            runs: self.runs,
+                            runs,
                             a: x.add(group * self.framed.group),
                             a_row: self.pass.in_step * self.framed.channels,
-                            b: self.weights.as_ptr().add(row * self.depth),
+                            b: self.weights.as_ptr().add(row * self.depth + before * width * LANES),
                             c: y.add(group * self.to + first),
                             c_row: self.pass.step * self.output.channels,
                             width,

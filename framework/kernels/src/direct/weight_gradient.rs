@@ -6,7 +6,7 @@
 
 use super::Geometry;
 use super::depthwise;
-use super::frame::Framed;
+use super::frame::{Framed, TapRun};
 use super::pass::forward_pass;
 use crate::buffer::Buffer;
 use crate::float::Float;
@@ -44,9 +44,9 @@ pub(crate) fn backward_weight<T: Float>(
     let dy = Framed::plain(dy, g.out_width, g.groups);
     let (from, to) = (g.group_inputs(), g.group_outputs());
     let runs = x.runs(&pass, from);
-    let outputs = [Run { offset: 0, len: to }];
+    let outputs = [TapRun { y: 0, run: Run { offset: 0, len: to } }];
     let inputs = Operand { pixels: &x, step: pass.in_step };
-    let few_outputs = to < LANES && runs.iter().any(|run| to < run.len);
+    let few_outputs = to < LANES && runs.iter().any(|taps| to < taps.run.len);
     // A 1x1 convolution's sums by output are its weights as they lie.
     let by_output = few_outputs || (g.taps() == 1 && from >= LANES);
     let outer = Operand { pixels: &dy, step: 1 };
@@ -86,6 +86,7 @@ pub(crate) fn backward_weight<T: Float>(
             rows: &rows[row..rows.len().min(row + high)],
             b,
             columns: &columns[column..columns.len().min(column + wide)],
+            by_output,
             blocks: part * blocks / parts..(part + 1) * blocks / parts,
             packed: !few_outputs,
             // SAFETY: within what is there for the sums of the part and the group.
@@ -128,6 +129,8 @@ impl Operand<'_> {
 /// Some rows or columns of the sums, which lie side by side in memory.
 #[derive(Clone, Copy)]
 struct Piece {
+    /// What it is of.
+    taps: TapRun,
     /// Of the first one's values in those of a pixel's group.
     offset: usize,
     /// Its index among all.
@@ -138,12 +141,13 @@ struct Piece {
 }
 
 /// Pieces of `longest` at most.
-fn cut(runs: &[Run], longest: usize) -> Vec<Piece> {
+fn cut(runs: &[TapRun], longest: usize) -> Vec<Piece> {
     let (mut pieces, mut first, mut padded) = (Vec::new(), 0, 0);
-    for run in runs {
+    for &taps in runs {
+        let run = taps.run;
         for at in (0..run.len).step_by(longest) {
             let len = longest.min(run.len - at);
-            pieces.push(Piece { offset: run.offset + at, first, len, padded });
+            pieces.push(Piece { taps, offset: run.offset + at, first, len, padded });
             first += len;
             padded += len.next_multiple_of(LANES);
         }
@@ -159,6 +163,8 @@ struct Sums<'a> {
     rows: &'a [Piece],
     b: Operand<'a>,
     columns: &'a [Piece],
+    /// Whether `a` are the outputs.
+    by_output: bool,
     blocks: Range<usize>,
     /// False where there are too few rows to pay for packing.
     packed: bool,
@@ -185,10 +191,12 @@ impl Kernel for Sums<'_> {
 }
 
 impl Sums<'_> {
-    /// A block's pixels as stretches of rows: the first one's image, row and column; how many.
+    /// A block's pixels whose taps are not all beyond the image's edge, as stretches of rows: the first one's image, row and
+    /// column; how many.
     #[inline(always)]
-    fn stretches(&self, block: usize) -> impl Iterator<Item = ([usize; 3], usize)> + use<> {
-        let Geometry { batch, out_height, out_width, .. } = *self.g;
+    fn stretches(&self, block: usize) -> impl Iterator<Item = ([usize; 3], usize)> + use<'_> {
+        let Geometry { batch, height, stride, out_height, out_width, .. } = *self.g;
+        let inputs = if self.by_output { self.columns } else { self.rows };
         let end = (batch * out_height * out_width).min((block + 1) * BLOCK);
         let mut pixel = block * BLOCK;
         std::iter::from_fn(move || {
@@ -197,6 +205,7 @@ impl Sums<'_> {
             pixel += len;
             (len > 0).then_some(([row / out_height, row % out_height, i], len))
         })
+        .filter(move |([_, j, _], _)| inputs.iter().any(|piece| piece.taps.sees(j * stride, height)))
     }
 
     #[inline(always)]
