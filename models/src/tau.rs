@@ -3,6 +3,7 @@
 use candle_core::{DType, Tensor};
 use candle_nn::Init;
 use candlepower::nn::Linear;
+use candlepower::nn::channels_last::scale_channels;
 use candlepower::prelude::*;
 use candlepower::seed::ChaCha8Rng;
 use schemars::JsonSchema;
@@ -108,7 +109,7 @@ impl Gate for TemporalAttention {
         let still = conv1x1(&self.kernel.mix, &self.kernel.spread(x)?)?;
         let means = x.reshape((batch, height * width, channels))?.mean(1)?;
         let moving = candle_nn::ops::sigmoid(&self.excite.forward(&self.squeeze.forward(&means)?.relu()?)?)?;
-        Ok((still * x)?.broadcast_mul(&moving.reshape((batch, 1, 1, channels))?)?)
+        scale_channels(&(still * x)?, &moving)
     }
 
     fn weights(&self) -> usize {

@@ -27,6 +27,7 @@ mod parallel;
 mod pointwise;
 mod recall;
 mod recording;
+mod scale;
 mod several;
 mod shared_conv;
 mod simd;
@@ -58,6 +59,7 @@ pub use parallel::idle_soon;
 pub use pointwise::{Activation, activate};
 pub use recall::recall;
 pub use recording::{Recording, record, rehearse};
+pub use scale::scale_channels;
 pub use shared_conv::SharedConv;
 #[doc(hidden)]
 pub use simd::Level;

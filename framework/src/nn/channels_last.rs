@@ -41,6 +41,18 @@ fn reordered(x: &Tensor, order: [usize; 3]) -> Result<Tensor> {
     Ok(x.permute(axes)?.contiguous()?)
 }
 
+/// x (.., N) times a factor for each of N channels: (N), or (B, N), one for each of a batch's samples.
+pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() && convolves(x) {
+        return Ok(kernels::scale_channels(x, factors)?);
+    }
+    let mut shape = vec![1; x.rank()];
+    let own = factors.dims();
+    shape[0] = if own.len() > 1 { own[0] } else { 1 };
+    shape[x.rank() - 1] = own[own.len() - 1];
+    Ok(x.broadcast_mul(&factors.reshape(shape)?)?)
+}
+
 impl Conv {
     /// Convolution of (.., H, W, Cin) to (.., H', W', Cout), with PyTorch's options.
     pub fn channels_last(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {

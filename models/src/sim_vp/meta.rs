@@ -2,7 +2,7 @@
 
 use candle_core::Tensor;
 use candle_nn::Init;
-use candlepower::nn::channels_last::{BatchNorm, Conv2dOptions};
+use candlepower::nn::channels_last::{BatchNorm, Conv2dOptions, scale_channels};
 use candlepower::nn::{self, Conv};
 use candlepower::prelude::*;
 use candlepower::seed::ChaCha8Rng;
@@ -151,11 +151,11 @@ impl Block {
         let normed = self.norm1.forward(&x, training.is_some())?;
         let inner = self.gate.forward(&nn::gelu(&conv1x1(&self.enter, &normed)?)?)?;
         let attended = (conv1x1(&self.leave, &inner)? + normed)?;
-        let x = (x + self.branch(attended.broadcast_mul(&self.scale1)?, training.as_deref_mut())?)?;
+        let x = (x + self.branch(scale_channels(&attended, &self.scale1)?, training.as_deref_mut())?)?;
 
         let normed = self.norm2.forward(&x, training.is_some())?;
         let hidden = nn::gelu(&depthwise(&self.mix, &conv1x1(&self.widen, &normed)?, 1)?)?;
-        let scaled = conv1x1(&self.narrow, &hidden)?.broadcast_mul(&self.scale2)?;
+        let scaled = scale_channels(&conv1x1(&self.narrow, &hidden)?, &self.scale2)?;
         let x = (x + self.branch(scaled, training)?)?;
         self.reduction.as_ref().map_or(Ok(x.clone()), |reduction| conv1x1(reduction, &x))
     }
