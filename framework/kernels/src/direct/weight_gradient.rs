@@ -59,18 +59,10 @@ pub(crate) fn backward_weight<T: Float>(
     let height = if by_output { to } else { depth };
     let width: usize = columns.iter().map(|piece| piece.len.next_multiple_of(LANES)).sum();
 
-    // Enough tasks for many threads, but a function of the sizes alone.
-    let [mut high, mut wide] = LARGEST;
-    let shares = |high, wide| (rows.len().div_ceil(high), columns.len().div_ceil(wide));
-    let tasks = |(high, wide)| g.groups * high * wide;
-    while tasks(shares(high, wide)) < TASKS && high * wide > 1 {
-        *(if wide == 1 || (high > 1 && high * ROWS > wide * PANEL) { &mut high } else { &mut wide }) /= 2;
-    }
-    let (high_shares, wide_shares) = shares(high, wide);
     let blocks = (g.batch * g.out_height * g.out_width).div_ceil(BLOCK);
-    let pieces = tasks((high_shares, wide_shares));
-    let parts = (TASKS / pieces).clamp(1, blocks.max(1));
-
+    let Grid { high, wide, parts } = Grid::new(g.groups, rows.len(), columns.len(), blocks);
+    let (high_shares, wide_shares) = (rows.len().div_ceil(high), columns.len().div_ceil(wide));
+    let pieces = g.groups * high_shares * wide_shares;
     let in_place = by_output && g.taps() == 1 && from.is_multiple_of(LANES) && parts == 1;
     let mut sums = Buffer::zeroed(if in_place { 0 } else { parts * g.groups * height * width });
     let data = Shared::new(if in_place { &mut *dw } else { &mut sums });
@@ -103,6 +95,37 @@ pub(crate) fn backward_weight<T: Float>(
     parallel::add_all(total, others);
     let total = Total { sums: total, columns: &columns, height, width };
     if by_output { total.add_by_output(g, dw) } else { total.add_by_input(g, dw) }
+}
+
+/// How the work is cut into tasks: enough for many threads, but a function of the sizes alone.
+struct Grid {
+    /// Pieces of rows of a task.
+    high: usize,
+    /// Panels of a task.
+    wide: usize,
+    /// Of the pixels; each has its own sums.
+    parts: usize,
+}
+
+impl Grid {
+    /// The one that reads and writes least, of those that make enough tasks.
+    fn new(groups: usize, rows: usize, panels: usize, blocks: usize) -> Grid {
+        let halvings = |from: usize| std::iter::successors(Some(from), |n| (*n > 1).then_some(n / 2));
+        let [high, wide] = LARGEST;
+        let grids = halvings(high).flat_map(|high| halvings(wide).map(move |wide| (high, wide)));
+        let cost = |&(high, wide): &(usize, usize)| {
+            let (down, across) = (rows.div_ceil(high), panels.div_ceil(wide));
+            let parts = TASKS.div_ceil(groups * down * across).clamp(1, blocks.max(1));
+            let operands = blocks * BLOCK * (rows * ROWS * across + panels * PANEL * down);
+            // A part's sums are cleared, read and added.
+            let sums = if parts > 1 { 3 * parts } else { 1 } * rows * ROWS * panels * PANEL;
+            let few = groups * down * across * parts < TASKS;
+            (few, operands + sums, parts)
+        };
+        let (cost, (high, wide)) =
+            grids.map(|grid| (cost(&grid), grid)).min().unwrap_or(((false, 0, 1), (1, 1)));
+        Grid { high, wide, parts: cost.2 }
+    }
 }
 
 /// Pixels of one side of the product.
