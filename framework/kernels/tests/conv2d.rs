@@ -58,6 +58,44 @@ fn larger_images_take_several_chunks() {
     check(&[2, 16, 14, 32], 64, (11, 11), Conv2dOptions { groups: 8, padding: 5, ..SAME }, true, 10);
 }
 
+#[test]
+fn single_channels_are_cut_by_rows_and_by_channels() {
+    let by_themselves = |channels| Conv2dOptions { groups: channels, ..SAME };
+    at_each_level(|_| {
+        // Several bands of rows; several tasks of channels, of which the last one has fewer.
+        check(&[2, 50, 40, 20], 20, (3, 3), by_themselves(20), true, 11);
+        check(&[2, 16, 14, 300], 300, (3, 3), by_themselves(300), true, 12);
+        let o = Conv2dOptions { stride: 2, dilation: 2, padding: 3, ..by_themselves(24) };
+        check(&[1, 70, 45, 24], 24, (5, 5), o, true, 13);
+        // SimVP's large kernel.
+        let o = Conv2dOptions { dilation: 3, padding: 9, ..by_themselves(40) };
+        check(&[1, 16, 15, 40], 40, (7, 7), o, true, 14);
+        // Weights' gradients alone, and inputs' alone.
+        let x = random(&[1, 6, 5, 18], 15);
+        let w = random(&[18, 1, 3, 3], 16);
+        let both = conv2d(&var(&x), &w, None, by_themselves(18)).unwrap();
+        assert_eq!(bits(&both), bits(&conv2d(&x, &w, None, by_themselves(18)).unwrap()));
+        let gradients = |x: &Tensor, w: &Tensor| {
+            loss(&conv2d(x, w, None, by_themselves(18)).unwrap(), 17).backward().unwrap()
+        };
+        let (vx, vw) = (var(&x), var(&w));
+        let both = gradients(&vx, &vw);
+        assert_eq!(bits(&grad(&gradients(&vx, &w), &vx)), bits(&grad(&both, &vx)));
+        assert_eq!(bits(&grad(&gradients(&x, &vw), &vw)), bits(&grad(&both, &vw)));
+    });
+}
+
+#[test]
+fn products_are_cut_by_rows_by_panels_and_by_pixels() {
+    // The gradient of a 1x1 convolution's weights, where they lie and, for other widths, beside them; few weights of many pixels.
+    check(&[2, 9, 8, 512], 1030, (1, 1), Conv2dOptions::default(), true, 18);
+    check(&[2, 9, 8, 500], 1030, (1, 1), Conv2dOptions::default(), true, 19);
+    check(&[2, 60, 50, 40], 70, (1, 1), Conv2dOptions::default(), true, 20);
+    check(&[1, 30, 20, 96], 160, (3, 3), Conv2dOptions { groups: 2, stride: 2, ..SAME }, true, 21);
+    // Taps that see nothing but the frame of zeros, above and below.
+    check(&[2, 3, 20, 48], 64, (11, 3), Conv2dOptions { padding: 5, ..SAME }, true, 22);
+}
+
 /// In a half type the op gives what the f32 op gives, rounded: output and gradients.
 fn check_half(x: &[usize; 4], outputs: usize, kernel: usize, o: Conv2dOptions, dtype: DType) {
     let what = format!("x {x:?}, {outputs} outputs, kernel {kernel}, {o:?}, {dtype:?}");
@@ -86,6 +124,7 @@ fn half_types_at_each_level() {
             check_half(&[2, 5, 7, 40], 70, 1, Conv2dOptions::default(), dtype);
             check_half(&[2, 5, 70, 33], 2, 1, Conv2dOptions { stride: 2, ..Default::default() }, dtype);
             check_half(&[1, 9, 8, 6], 6, 3, Conv2dOptions { groups: 6, stride: 2, ..SAME }, dtype);
+            check_half(&[2, 9, 8, 40], 40, 5, Conv2dOptions { groups: 40, padding: 2, ..SAME }, dtype);
             check_half(&[2, 9, 8, 12], 20, 5, Conv2dOptions { groups: 4, padding: 2, ..SAME }, dtype);
             check_half(&[2, 9, 8, 12], 20, 1, Conv2dOptions { groups: 4, ..Default::default() }, dtype);
         }
