@@ -145,6 +145,16 @@ proptest! {
     }
 
     #[test]
+    fn any_options_of_single_channels(
+        batch in 1..3usize, h in 1..14usize, w in 1..14usize, channels in 2..40usize, kh in 1..6usize, kw in 1..6usize,
+        stride in 1..4usize, padding in 0..6usize, dilation in 1..3usize, bias: bool, seed: u64,
+    ) {
+        let o = Conv2dOptions { stride, padding, dilation, groups: channels };
+        prop_assume!(h + 2 * padding > dilation * (kh - 1) && w + 2 * padding > dilation * (kw - 1));
+        check(&[batch, h, w, channels], channels, (kh, kw), o, bias, seed >> 8);
+    }
+
+    #[test]
     fn winograd_shapes(
         batch in 1..4usize, h in 1..20usize, w in 1..20usize, inputs in 10..70usize, outputs in 10..70usize,
         kernel in prop_oneof![Just(3usize), Just(5usize)], padding in 0..5usize, seed: u64,
