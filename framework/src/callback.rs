@@ -164,7 +164,8 @@ pub trait Callback: Send {
         Ok(Flow::Continue)
     }
 
-    /// When training metrics have been read; those that a callback adds reach the callbacks after it, loggers among
+    /// When training metrics have been read: those of a step, those of an epoch that is over
+    /// ([`Step::log_epoch`](crate::module::Step::log_epoch)), or both; those that a callback adds reach the callbacks after it, loggers among
     /// them.
     fn on_train_metrics(&mut self, _record: &mut Record) -> Result<Flow> {
         Ok(Flow::Continue)

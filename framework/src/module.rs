@@ -63,6 +63,8 @@ pub(crate) struct Metric {
     pub(crate) value: Tensor,
     /// Of how many things it is the mean, where that is not the batch's samples.
     pub(crate) weight: Option<f64>,
+    /// Whether training logs its mean over an epoch, instead of that of single steps.
+    pub(crate) of_epoch: bool,
 }
 
 /// What can be logged: a scalar on any device, or a number.
@@ -185,7 +187,21 @@ impl Step {
     ///
     /// Its name is its own: it is logged once in a step, and is none of those that the trainer logs (`loss`, `lr`, `grad_norm`).
     pub fn log(&mut self, name: &str, value: impl Loggable) {
-        self.note(name, value, None);
+        self.note(name, value, None, false);
+    }
+
+    /// Logs a metric of training as its mean over the epoch's samples: once, when the epoch is over, or training. Every step
+    /// counts, whether it is one of those whose metrics are logged or not; a resumed epoch counts as one. In evaluation this is
+    /// [`Step::log`].
+    ///
+    /// ```
+    /// # use candlepower::prelude::*;
+    /// # fn example(step: &mut Step, correct: &Tensor) -> Result<()> {
+    /// step.log_epoch("accuracy", &correct.mean_all()?);
+    /// # Ok(()) }
+    /// ```
+    pub fn log_epoch(&mut self, name: &str, value: impl Loggable) {
+        self.note(name, value, None, true);
     }
 
     /// Logs a metric that is the mean over so many other things than samples: tokens, pixels that are not masked.
@@ -197,10 +213,10 @@ impl Step {
     /// # Ok(()) }
     /// ```
     pub fn log_weighted(&mut self, name: &str, value: impl Loggable, weight: f64) {
-        self.note(name, value, Some(weight));
+        self.note(name, value, Some(weight), false);
     }
 
-    fn note(&mut self, name: &str, value: impl Loggable, weight: Option<f64>) {
+    fn note(&mut self, name: &str, value: impl Loggable, weight: Option<f64>, of_epoch: bool) {
         // With several optimizers, each has its own.
         let (of, optimizer) = name.split_once('/').unwrap_or((name, &self.optimizer));
         let refused =
@@ -216,7 +232,7 @@ impl Step {
             };
         let scalar = refused.map_or_else(|| Ok(value.scalar()?), |why| Err(Error::msg(why)));
         match scalar {
-            Ok(value) => self.metrics.push(Metric { name: name.to_string(), value, weight }),
+            Ok(value) => self.metrics.push(Metric { name: name.to_string(), value, weight, of_epoch }),
             Err(error) => self.refused = self.refused.take().or(Some(error)),
         }
     }

@@ -67,7 +67,12 @@ impl Stream for PointStream {
 }
 
 /// Two layers with dropout between them.
-pub struct Dropped(Linear, Linear);
+pub struct Dropped {
+    first: Linear,
+    second: Linear,
+    /// Whether the mean index is also logged as that of the epoch.
+    logs_epochs: bool,
+}
 
 impl Dropped {
     /// The module with its parameters `first.*` and `second.*`.
@@ -77,7 +82,19 @@ impl Dropped {
 
     /// The same in another number format.
     pub fn in_precision(seed: u64, precision: Precision) -> Model<Tensors> {
-        let build = |vb: VarBuilder| Ok(Self(linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?));
+        Self::logging(false, seed, precision)
+    }
+
+    /// The same, which also logs the mean index of each epoch, as `epoch_index`.
+    pub fn logging_epochs(seed: u64, precision: Precision) -> Model<Tensors> {
+        Self::logging(true, seed, precision)
+    }
+
+    fn logging(logs_epochs: bool, seed: u64, precision: Precision) -> Model<Tensors> {
+        let build = move |vb: VarBuilder| {
+            let (first, second) = (linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?);
+            Ok(Self { first, second, logs_epochs })
+        };
         Model::with_precision(build, seed, &device(), precision).unwrap()
     }
 }
@@ -86,7 +103,7 @@ impl Module for Dropped {
     type Batch = Tensors;
 
     fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
-        let mut hidden = self.0.forward(&batch.0[0])?.relu()?;
+        let mut hidden = self.first.forward(&batch.0[0])?.relu()?;
         if step.is_training() {
             let mut rng = step.rng("dropout");
             let keep = (0..hidden.elem_count()).map(|_| if rng.random_bool(0.8) { 1.25f32 } else { 0. });
@@ -95,13 +112,16 @@ impl Module for Dropped {
                     .reshape(hidden.shape())?
                     .to_dtype(hidden.dtype())?)?;
         }
-        let loss = (self.1.forward(&hidden)? - &batch.0[1])?.sqr()?.mean_all()?;
+        let loss = (self.second.forward(&hidden)? - &batch.0[1])?.sqr()?.mean_all()?;
         step.log("mean_index", &batch.0[2].mean_all()?);
+        if self.logs_epochs {
+            step.log_epoch("epoch_index", &batch.0[2].mean_all()?);
+        }
         Ok(loss)
     }
 
     fn predict_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
-        Ok(self.1.forward(&self.0.forward(&batch.0[0])?.relu()?)?)
+        Ok(self.second.forward(&self.first.forward(&batch.0[0])?.relu()?)?)
     }
 }
 

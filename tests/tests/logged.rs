@@ -98,6 +98,91 @@ fn numbers_and_means_over_other_things_than_samples() {
     assert_eq!((metrics["by_tokens"], metrics["tensor"]), ((30. + 20.) / 40., 1.5));
 }
 
+/// The training records of a run of 7 samples an epoch in batches of 4, whose module logs the mean index as that of epochs.
+fn epochs(config: TrainerConfig, resume: Option<&std::path::Path>, save: &std::path::Path) -> Vec<Record> {
+    use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
+    use candlepower_tests::points::Dropped;
+    let recorder = Recorder::default();
+    let every = CheckpointConfig { every_steps: Some(1), keep_last: 99, ..Default::default() };
+    let trainer = Trainer::new(config).callback(recorder.clone()).checkpoints(save, every);
+    let checkpoint = resume.map(|path| Checkpoint::load(path).unwrap());
+    let mut trainer = checkpoint.into_iter().fold(trainer, Trainer::resume);
+    trainer.fit(&Dropped::logging_epochs(1, Precision::Full), &Data::new(Points { samples: 7 })).unwrap();
+    recorder.records()
+}
+
+/// To six digits: what is logged are means in 32 bits.
+fn index_of(record: &Record) -> Option<f64> {
+    record.metrics.get("epoch_index").map(|mean| (mean * 1e6).round() / 1e6)
+}
+
+#[test]
+fn an_epochs_metric_is_the_mean_over_all_its_samples_when_it_is_over() {
+    let dir = tempfile::tempdir().unwrap();
+    // Two steps an epoch, of which neither is one that is logged but the third.
+    let config = TrainerConfig { log_every: 3, max_epochs: Some(3), ..config() };
+    let records = epochs(config.clone(), None, dir.path());
+    let told: Vec<_> = records.iter().map(|r| (r.step, r.epoch, index_of(r), r.metrics.len())).collect();
+    // Samples 0 to 6, each once an epoch, in batches of 4 and 3.
+    let [alone, with_the_step] = [(2, 0, Some(3.), 1), (6, 2, Some(3.), 5)];
+    assert_eq!(told, [alone, (3, 1, None, 4), (4, 1, Some(3.), 1), with_the_step]);
+    let micro = TrainerConfig { micro_batch_size: Some(3), ..config.clone() };
+    let micro = epochs(micro, None, tempfile::tempdir().unwrap().path());
+    assert_eq!(
+        micro.iter().map(index_of).collect::<Vec<_>>(),
+        records.iter().map(index_of).collect::<Vec<_>>()
+    );
+    // Two ranks have different halves of each batch, and go on as one alone, which then has all that they have summed up.
+    let ranks = tempfile::tempdir().unwrap();
+    let two = TrainerConfig { devices: 2, ..config.clone() };
+    let among_two = epochs(two, None, ranks.path());
+    assert_eq!(
+        among_two.iter().map(index_of).collect::<Vec<_>>(),
+        records.iter().map(index_of).collect::<Vec<_>>()
+    );
+    for devices in [1, 2] {
+        let later = TrainerConfig { devices, ..config.clone() };
+        let later = epochs(later, Some(&ranks.path().join("3")), tempfile::tempdir().unwrap().path());
+        assert_eq!(later.iter().map(index_of).collect::<Vec<_>>(), [Some(3.); 2]);
+    }
+}
+
+#[test]
+fn each_epoch_begins_anew_and_steps_that_are_refused_do_not_count() {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    static CALLS: AtomicUsize = AtomicUsize::new(0);
+    for precision in [Precision::Full, Precision::Fp16Mixed] {
+        let model = told(precision, |w, batch, step| {
+            CALLS.fetch_add(usize::from(step.is_training()), Ordering::Relaxed);
+            step.log_epoch("at", step.index() as f64);
+            // Gradients that overflow in fp16 until its scale is smaller.
+            Ok((loss(w, batch)? * 10.)?)
+        });
+        let recorder = Recorder::default();
+        let config = TrainerConfig { precision, max_epochs: Some(2), ..config() };
+        let before = CALLS.load(Ordering::Relaxed);
+        let mut trainer = Trainer::new(config).callback(recorder.clone());
+        trainer.fit(&model, &Data::new(Points { samples: 7 })).unwrap();
+        let tries = CALLS.load(Ordering::Relaxed) - before;
+        assert!(if precision == Precision::Full { tries == 4 } else { tries > 4 }, "{precision:?}: {tries}");
+        let means: Vec<_> = recorder.records().iter().filter_map(|r| r.metrics.get("at").copied()).collect();
+        // Of 4 samples and of 3.
+        assert_eq!(means, [3. / 7., (2. * 4. + 3. * 3.) / 7.], "{precision:?}");
+    }
+}
+
+#[test]
+fn training_that_ends_within_an_epoch_tells_of_its_part_and_a_longer_one_of_all() {
+    let (dir, again) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let up_to = |steps| TrainerConfig { log_every: 1, max_epochs: None, max_steps: Some(steps), ..config() };
+    let part = epochs(up_to(1), None, dir.path());
+    let [step, end] = &part[..] else { panic!("{part:?}") };
+    assert_eq!((step.step, index_of(step)), (1, None));
+    assert_eq!((end.step, index_of(end)), (1, Some((step.metrics["mean_index"] * 1e6).round() / 1e6)));
+    let whole = epochs(up_to(2), Some(&dir.path().join("1")), again.path());
+    assert_eq!(whole.iter().map(index_of).collect::<Vec<_>>(), [Some(3.)]);
+}
+
 #[test]
 fn an_error_says_where_it_happened_and_in_half_precision_what_is_probable() {
     let fails = |precision, what| {

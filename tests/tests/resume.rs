@@ -142,7 +142,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
             .seed(5)
             .callback(whole.clone())
             .checkpoints(dir.path(), checkpoints())
-            .fit(&Dropped::in_precision(1, precision), &data(2))
+            .fit(&Dropped::logging_epochs(1, precision), &data(2))
             .unwrap();
         let expected = files(&dir.path().join(STEPS.to_string()));
         for step in 1..STEPS {
@@ -154,7 +154,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
                 .callback(resumed.clone())
                 .checkpoints(again.path(), CheckpointConfig { every_steps: Some(STEPS), ..checkpoints() })
                 .resume(checkpoint)
-                .fit(&Dropped::in_precision(77, precision), &data((step % 3) as usize));
+                .fit(&Dropped::logging_epochs(77, precision), &data((step % 3) as usize));
             assert_eq!(outcome.unwrap().progress.step, STEPS, "{name}");
             assert_eq!(
                 metrics(&resumed, 0),

@@ -103,7 +103,7 @@ impl Callback for ProgressBar {
 
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
         if let Some(run) = &mut self.run {
-            run.loss = record.metrics.get("loss").copied();
+            run.loss = record.metrics.get("loss").copied().or(run.loss);
         }
         Ok(Flow::Continue)
     }

@@ -101,6 +101,8 @@ pub struct State {
     pub average_updates: u64,
     /// Seconds of training, where the run's length is limited by them.
     pub seconds: Option<f64>,
+    /// What each rank has summed up of the metrics of an epoch that goes on: name, sum and weight, as their bits.
+    pub epoch_metrics: Vec<Vec<(String, u64, u64)>>,
     /// What each callback remembers, by its name.
     pub callbacks: IndexMap<String, serde_json::Value>,
 }

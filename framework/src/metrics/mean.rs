@@ -1,11 +1,14 @@
 //! Means over samples that stay on the device until someone reads them.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candlepower_kernels::Download;
 use indexmap::IndexMap;
 
 use crate::collective::Collective;
 use crate::error::{Error, Result};
+
+/// The sums of a rank by name, and their weights, as their bits: as decimals they could be rounded, and not all are numbers.
+pub(crate) type Sums = Vec<(String, u64, u64)>;
 
 /// Weighted means of scalars by name, in the order in which the names first came.
 #[derive(Default)]
@@ -27,7 +30,10 @@ impl Means {
         if !value.device().is_cpu() {
             self.coming = None;
         }
-        let weighted = (value.detach().flatten_all()?.to_dtype(DType::F64)? * weight)?;
+        self.add_sum(name, (value.detach().flatten_all()?.to_dtype(DType::F64)? * weight)?, weight)
+    }
+
+    fn add_sum(&mut self, name: &str, weighted: Tensor, weight: f64) -> Result<()> {
         match self.sums.get_mut(name) {
             Some((sum, weights)) => {
                 // A plain number may be one of them: it goes to where the others are.
@@ -42,6 +48,25 @@ impl Means {
             }
         }
         Ok(())
+    }
+
+    /// Adds what others have summed up.
+    pub(crate) fn merge(&mut self, others: Means) -> Result<()> {
+        self.coming = None;
+        others.sums.into_iter().try_for_each(|(name, (sum, weight))| self.add_sum(&name, sum, weight))
+    }
+
+    /// Adds the sums of a rank.
+    pub(crate) fn merge_sums(&mut self, sums: &Sums) -> Result<()> {
+        sums.iter().try_for_each(|(name, sum, weight)| {
+            let sum = Tensor::new(&[f64::from_bits(*sum)], &Device::Cpu)?;
+            self.add_sum(name, sum, f64::from_bits(*weight))
+        })
+    }
+
+    /// The same sums once more, to be read while others are added here.
+    pub(crate) fn copied(&self) -> Means {
+        Means { sums: self.sums.clone(), coming: None }
     }
 
     /// Begins to read: what a device is asked for afterwards does not delay that.
@@ -68,22 +93,25 @@ impl Means {
         if ranks.is_alone() {
             return self.read();
         }
-        // Sums travel as their bits: as decimals they could be rounded, and not all are numbers.
-        let own = self.read_sums()?.into_iter();
-        let own: Vec<(String, u64, u64)> =
-            own.map(|(name, sum, weight)| (name, sum.to_bits(), weight.to_bits())).collect();
-        let own = serde_json::to_vec(&own).map_err(Error::content("metrics"))?;
         let mut sums: IndexMap<String, (f64, f64)> = IndexMap::new();
-        for part in ranks.gather_bytes(&own)? {
-            let part: Vec<(String, u64, u64)> =
-                serde_json::from_slice(&part).map_err(Error::content("metrics"))?;
-            for (name, sum, weight) in part {
-                let (sums, weights) = sums.entry(name).or_default();
-                *sums += f64::from_bits(sum);
-                *weights += f64::from_bits(weight);
-            }
+        for (name, sum, weight) in self.gather(ranks)?.into_iter().flatten() {
+            let (sums, weights) = sums.entry(name).or_default();
+            *sums += f64::from_bits(sum);
+            *weights += f64::from_bits(weight);
         }
         Ok(sums.into_iter().map(|(name, (sum, weight))| (name, sum / weight)).collect())
+    }
+
+    /// What each rank has added, on all of them.
+    pub(crate) fn gather(self, ranks: &dyn Collective) -> Result<Vec<Sums>> {
+        let own = self.read_sums()?.into_iter();
+        let own: Sums = own.map(|(name, sum, weight)| (name, sum.to_bits(), weight.to_bits())).collect();
+        if ranks.is_alone() {
+            return Ok(vec![own]);
+        }
+        let own = serde_json::to_vec(&own).map_err(Error::content("metrics"))?;
+        let parts = ranks.gather_bytes(&own)?;
+        parts.iter().map(|part| serde_json::from_slice(part).map_err(Error::content("metrics"))).collect()
     }
 
     /// Name, weighted sum and weights' sum of every metric. Waits for the device once, not once a metric.
@@ -106,8 +134,6 @@ impl Means {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     #[test]

@@ -59,7 +59,7 @@ pub(super) fn evaluate<B: Batch>(
             logged.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
         let samples = batch.len() as f64;
         means.add("loss", &loss, samples)?;
-        for Metric { name, value, weight } in &metrics {
+        for Metric { name, value, weight, .. } in &metrics {
             means.add(name, value, weight.unwrap_or(samples))?;
         }
         trainer.take_pictures(progress.step, pass.split, pictures)?;

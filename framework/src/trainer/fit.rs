@@ -1,6 +1,7 @@
 //! The one training loop of the project: `run` and `step`, top to bottom.
 
 mod backprop;
+mod log;
 mod prepare;
 mod refuse;
 mod replays;
@@ -18,20 +19,19 @@ use super::limits::Limit;
 use super::ranks::{agree_on_flow, average_buffers};
 use super::{Outcome, Trainer, phase};
 use crate::batch::Batch;
-use crate::callback::{Flow, Plan, Progress, Record, StepEnd, StopReason};
+use crate::callback::{Flow, Plan, Progress, StepEnd, StopReason};
 use crate::checkpoint::Saver;
 use crate::collective::Collective;
 use crate::data::{Loaded, Loader, Source, Split};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::Means;
-use crate::module::{Metric, Model, Module};
+use crate::module::{Model, Module};
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
 use crate::reduction::Reduction;
 use crate::schedule::PlateauState;
 use crate::taps::Taps;
-use backprop::Backprop;
 use refuse::Refusal;
 use replays::Replays;
 use update::Update;
@@ -65,6 +65,8 @@ pub(super) struct Fit<'a, B: Batch> {
     kept: Vec<Arc<Loaded<B>>>,
     steps_per_epoch: Option<u64>,
     progress: Progress,
+    /// What the module has logged for the end of the epoch.
+    epoch_means: Means,
     /// The last validation: the step it was at, and its metrics.
     validation: Option<(u64, IndexMap<String, f64>)>,
     validated_at: Instant,
@@ -94,16 +96,12 @@ struct Tally {
     own_samples: usize,
     /// What is logged, in steps after which it is read.
     means: Option<Means>,
+    /// What is logged when the epoch is over.
+    epoch_means: Means,
     /// Of this rank's micro-batches, for this optimizer, with their numbers.
     losses: Vec<(usize, Tensor)>,
     /// Of the optimizers that have had their turn, in the order of the trained parameters.
     gradients: Vec<Tensor>,
-}
-
-impl Tally {
-    fn note(&mut self, name: &str, value: &Tensor, weight: f64) -> Result<()> {
-        self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, weight))
-    }
 }
 
 /// What a step came to.
@@ -134,6 +132,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         // Who interrupts a run wants its state saved, not minutes of validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
+            self.log_part_of_epoch()?;
             self.validate_at_the_end()?;
         }
         self.save()?;
@@ -227,19 +226,7 @@ impl<B: Batch> Fit<'_, B> {
         let end = StepEnd { progress, params: &self.trained, gradients: &tally.gradients };
         let mut flow =
             std::mem::take(&mut self.asked).or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
-        if let Some(means) =
-            tally.means.filter(|_| progress.step.is_multiple_of(self.trainer.config.log_every))
-        {
-            let _phase = phase!("logging");
-            let epoch = progress.epoch_of_last_step();
-            let mut record = Record {
-                step: progress.step,
-                epoch,
-                split: Split::Train,
-                metrics: means.read_over(&*self.ranks)?,
-            };
-            flow = flow.or(self.trainer.ask(|callback| callback.on_train_metrics(&mut record))?);
-        }
+        flow = flow.or(self.log_step(tally)?);
         if self.is_validation_due(false)? {
             flow = flow.or(self.validate()?);
         }
@@ -281,22 +268,6 @@ impl<B: Batch> Fit<'_, B> {
         let config = &self.trainer.config;
         let share = config.batch_size.div_ceil(self.ranks.world_size());
         memory::explain(error, config.micro_batch_size.unwrap_or(share))
-    }
-
-    /// A metric's name; several optimizers have one each.
-    fn metric_name(&self, turn: usize, name: &str) -> String {
-        if self.turns.len() == 1 { name.into() } else { format!("{name}/{}", self.turns[turn].name) }
-    }
-
-    /// Hands on what a module logged in a step.
-    fn log(&mut self, backprop: Backprop, turn: usize, samples: usize, tally: &mut Tally) -> Result<()> {
-        let Backprop { loss, metrics, pictures, .. } = backprop;
-        let samples = samples as f64;
-        tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
-        for Metric { name, value, weight } in &metrics {
-            tally.note(name, value, weight.unwrap_or(samples))?;
-        }
-        self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)
     }
 
     /// Whether training may end for this reason already.

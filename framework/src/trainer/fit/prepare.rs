@@ -14,6 +14,7 @@ use crate::collective::shard::Whole;
 use crate::collective::{self, Collective, Identity, Shard};
 use crate::data::{Data, Loader, Order, Share, Source, Split, Start};
 use crate::error::{Error, Result};
+use crate::metrics::Means;
 use crate::module::Model;
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
@@ -153,6 +154,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             kept: Vec::new(),
             steps_per_epoch,
             progress,
+            epoch_means: epoch_means(state, share)?,
             validation: None,
             validated_at: Instant::now(),
             lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
@@ -170,6 +172,19 @@ impl<'a, B: Batch> Fit<'a, B> {
             },
         })
     }
+}
+
+/// What this rank has summed up of its epoch's metrics; among others ranks than before, the first one has all of it.
+fn epoch_means(state: Option<&State>, share: Share) -> Result<Means> {
+    let mut means = Means::default();
+    let sums = state.map_or(&[][..], |state| &state.epoch_metrics);
+    let own = match sums.get(share.rank) {
+        Some(own) if sums.len() == share.of => std::slice::from_ref(own),
+        _ if share.rank == 0 => sums,
+        _ => &[],
+    };
+    own.iter().try_for_each(|sums| means.merge_sums(sums))?;
+    Ok(means)
 }
 
 impl<B: Batch> Tapped<B> {

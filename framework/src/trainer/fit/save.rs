@@ -9,6 +9,7 @@ use crate::batch::Batch;
 use crate::checkpoint::{Saver, Snapshot, State};
 use crate::collective::shard::Whole;
 use crate::error::Result;
+use crate::metrics::Sums;
 use crate::optim::{Average, Turn};
 use crate::trainer::phase;
 
@@ -18,10 +19,14 @@ impl<B: Batch> Fit<'_, B> {
         // Who goes on from here draws those that come after it alone.
         self.trainer.show_all_pictures()?;
         let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
-        // Rank 0 saves; of an optimizer's state that is shared out, all have a part.
-        let optimizer = if self.ranks.decide(is_wanted)? { Some(self.optimizer_state()?) } else { None };
+        // Rank 0 saves; of an optimizer's state that is shared out, and of an epoch's metrics, all have a part.
+        let shared = match self.ranks.decide(is_wanted)? {
+            true => Some((self.optimizer_state()?, self.epoch_metrics()?)),
+            false => None,
+        };
         let Some(saver) = &self.saver else { return Ok(()) };
-        let snapshot = optimizer.map(|optimizer| self.snapshot(saver, &optimizer)).transpose()?;
+        let snapshot = shared.map(|(optimizer, metrics)| self.snapshot(saver, &optimizer, metrics));
+        let snapshot = snapshot.transpose()?;
         let before = self.saver.as_mut().map_or(Ok(None), |saver| saver.save(snapshot))?;
         self.tell_saved(before)
     }
@@ -37,7 +42,18 @@ impl<B: Batch> Fit<'_, B> {
         Ok(whole.vars)
     }
 
-    fn snapshot(&self, saver: &Saver, optimizer: &[(String, Var)]) -> Result<Snapshot> {
+    /// The sums of each rank, where there are any.
+    fn epoch_metrics(&self) -> Result<Vec<Sums>> {
+        let sums = self.epoch_means.copied().gather(&*self.ranks)?;
+        Ok(if sums.iter().all(Vec::is_empty) { Vec::new() } else { sums })
+    }
+
+    fn snapshot(
+        &self,
+        saver: &Saver,
+        optimizer: &[(String, Var)],
+        epoch_metrics: Vec<Sums>,
+    ) -> Result<Snapshot> {
         let _phase = phase!("checkpoint");
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
@@ -52,6 +68,7 @@ impl<B: Batch> Fit<'_, B> {
             optimizer_steps: self.turns.iter().map(|turn| (turn.name.clone(), turn.steps)).collect(),
             average_updates: average.map_or(0, |average| average.updates),
             seconds: trainer.config.max_time.map(|_| self.seconds()),
+            epoch_metrics,
             callbacks: trainer.callback_states(),
         };
         Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)

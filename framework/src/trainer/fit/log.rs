@@ -1,0 +1,78 @@
+//! What a step logs: gathered while it is taken, read when it is due.
+
+use candle_core::Tensor;
+use indexmap::IndexMap;
+
+use super::backprop::Backprop;
+use super::{Fit, Tally, phase};
+use crate::batch::Batch;
+use crate::callback::{Flow, Record};
+use crate::data::Split;
+use crate::error::Result;
+use crate::module::Metric;
+
+impl Tally {
+    /// Adds to what is logged of the step, if that is.
+    pub(super) fn note(&mut self, name: &str, value: &Tensor, weight: f64) -> Result<()> {
+        self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, weight))
+    }
+}
+
+impl<B: Batch> Fit<'_, B> {
+    /// A metric's name; several optimizers have one each.
+    pub(super) fn metric_name(&self, turn: usize, name: &str) -> String {
+        if self.turns.len() == 1 { name.into() } else { format!("{name}/{}", self.turns[turn].name) }
+    }
+
+    /// Hands on what a module logged in a step.
+    pub(super) fn log(
+        &mut self,
+        backprop: Backprop,
+        turn: usize,
+        samples: usize,
+        tally: &mut Tally,
+    ) -> Result<()> {
+        let Backprop { loss, metrics, pictures, .. } = backprop;
+        let samples = samples as f64;
+        tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
+        for Metric { name, value, weight, of_epoch } in &metrics {
+            let weight = weight.unwrap_or(samples);
+            match of_epoch {
+                true => tally.epoch_means.add(name, value, weight)?,
+                false => tally.note(name, value, weight)?,
+            }
+        }
+        self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)
+    }
+
+    /// Reads what is due of a step that was taken, and tells the callbacks.
+    pub(super) fn log_step(&mut self, tally: Tally) -> Result<Flow> {
+        let is_due = self.progress.step.is_multiple_of(self.trainer.config.log_every);
+        self.epoch_means.merge(tally.epoch_means)?;
+        let mut metrics = IndexMap::new();
+        if let Some(means) = tally.means.filter(|_| is_due) {
+            let _phase = phase!("logging");
+            metrics = means.read_over(&*self.ranks)?;
+        }
+        if tally.ends_epoch {
+            let _phase = phase!("logging");
+            metrics.extend(std::mem::take(&mut self.epoch_means).read_over(&*self.ranks)?);
+        }
+        self.tell_metrics(metrics)
+    }
+
+    /// What an epoch that training leaves in the middle has come to; a longer training goes on with it.
+    pub(super) fn log_part_of_epoch(&mut self) -> Result<()> {
+        let metrics = self.epoch_means.copied().read_over(&*self.ranks)?;
+        self.tell_metrics(metrics).map(drop)
+    }
+
+    fn tell_metrics(&mut self, metrics: IndexMap<String, f64>) -> Result<Flow> {
+        if metrics.is_empty() {
+            return Ok(Flow::Continue);
+        }
+        let (step, epoch) = (self.progress.step, self.progress.epoch_of_last_step());
+        let mut record = Record { step, epoch, split: Split::Train, metrics };
+        self.trainer.ask(|callback| callback.on_train_metrics(&mut record))
+    }
+}
