@@ -132,7 +132,7 @@ fn an_epochs_metric_is_the_mean_over_all_its_samples_when_it_is_over() {
         micro.iter().map(index_of).collect::<Vec<_>>(),
         records.iter().map(index_of).collect::<Vec<_>>()
     );
-    // Two ranks have different halves of each batch, and go on as one alone, which then has all that they have summed up.
+    // Two ranks have different halves of each batch. One goes on alone with what two have summed up, and two with what one has.
     let ranks = tempfile::tempdir().unwrap();
     let two = TrainerConfig { devices: 2, ..config.clone() };
     let among_two = epochs(two, None, ranks.path());
@@ -140,9 +140,9 @@ fn an_epochs_metric_is_the_mean_over_all_its_samples_when_it_is_over() {
         among_two.iter().map(index_of).collect::<Vec<_>>(),
         records.iter().map(index_of).collect::<Vec<_>>()
     );
-    for devices in [1, 2] {
+    for (devices, from) in [(1, &ranks), (2, &ranks), (2, &dir)] {
         let later = TrainerConfig { devices, ..config.clone() };
-        let later = epochs(later, Some(&ranks.path().join("3")), tempfile::tempdir().unwrap().path());
+        let later = epochs(later, Some(&from.path().join("3")), tempfile::tempdir().unwrap().path());
         assert_eq!(later.iter().map(index_of).collect::<Vec<_>>(), [Some(3.); 2]);
     }
 }
