@@ -107,7 +107,7 @@ struct Tally {
 /// What a step came to.
 enum Stepped {
     /// The parameters have moved.
-    Moved(Tally),
+    Moved(Box<Tally>),
     /// They have not.
     Refused(Refusal),
 }
@@ -119,7 +119,7 @@ impl<B: Batch> Fit<'_, B> {
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step().map_err(|error| self.explain_memory(error))? {
-                Stepped::Moved(tally) => self.after_step(tally)?,
+                Stepped::Moved(tally) => self.after_step(*tally)?,
                 Stepped::Refused(Refusal::Overflow) => Flow::Continue,
                 Stepped::Refused(Refusal::Hopeless(why)) => Flow::Stop(StopReason::Failed(why)),
             };
@@ -217,7 +217,7 @@ impl<B: Batch> Fit<'_, B> {
         self.kept.clear();
         self.progress.advance(tally.samples, tally.ends_epoch);
         self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
-        Ok(Stepped::Moved(tally))
+        Ok(Stepped::Moved(Box::new(tally)))
     }
 
     /// What is due after a step: telling, logging, validating, saving.
