@@ -28,8 +28,17 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
-    /// Refuses names that are not one folder.
+    /// Refuses names that are not one folder, and a `dir` that only a shell understands.
     pub fn check(&self) -> Result<()> {
+        if self.dir.starts_with("~") {
+            return Err(Error::setting(
+                "dir",
+                format!(
+                    "`~` is known to shells alone, here it would be a folder's name: write the whole path, as {}",
+                    home(&self.dir)
+                ),
+            ));
+        }
         if i64::try_from(self.seed).is_err() {
             return Err(Error::setting(
                 "seed",
@@ -47,6 +56,12 @@ impl RunConfig {
         }
         Ok(())
     }
+}
+
+/// The path that a shell makes of one below `~`.
+fn home(path: &Path) -> String {
+    let below = path.strip_prefix("~").unwrap_or(path);
+    std::env::home_dir().unwrap_or_else(|| "/home/me".into()).join(below).display().to_string()
 }
 
 /// Keeps other processes from training in a run's folder.

@@ -54,6 +54,14 @@ fn what_was_probably_meant() {
 }
 
 #[test]
+fn a_folder_that_only_a_shell_understands() {
+    let error = error_with("[run]\n", "[run]\ndir = \"~/runs\"\n");
+    let [first, second] =
+        [error.find("`~` is known to shells alone"), error.find("/runs\n")].map(Option::unwrap);
+    assert!(first < second && error.contains("dir = \"~/runs\""), "{error}");
+}
+
+#[test]
 fn a_wrong_type() {
     assert_text(
         &error_with("batch_size = 4", "batch_size = \"four\""),
