@@ -164,9 +164,11 @@ pub trait Callback: Send {
         Ok(Flow::Continue)
     }
 
-    /// When training metrics have been read: those of a step, those of an epoch that is over
-    /// ([`Step::log_epoch`](crate::module::Step::log_epoch)), or both; those that a callback adds reach the callbacks after it, loggers among
-    /// them.
+    /// When training metrics have been read; those that a callback adds reach the callbacks after it, loggers among them. Mostly they
+    /// are those of a step, and where it ends an epoch those of the epoch ([`Step::log_epoch`]) too. The latter come alone where the
+    /// step is not logged, and where training ends within an epoch: without `loss`, `lr` and `grad_norm`.
+    ///
+    /// [`Step::log_epoch`]: crate::module::Step::log_epoch
     fn on_train_metrics(&mut self, _record: &mut Record) -> Result<Flow> {
         Ok(Flow::Continue)
     }

@@ -190,9 +190,9 @@ impl Step {
         self.note(name, value, None, false);
     }
 
-    /// Logs a metric of training as its mean over the epoch's samples: once, when the epoch is over, or training. Every step
-    /// counts, whether it is one of those whose metrics are logged or not; a resumed epoch counts as one. In evaluation this is
-    /// [`Step::log`].
+    /// Logs a metric of training as its mean over the epoch's samples: once, when the epoch is over, or when training ends within it,
+    /// but for a signal or a failure. Every step that is taken counts, whether it is one of those whose metrics are logged or not, and
+    /// each optimizer's turn; a resumed epoch counts as one. Its name is no other metric's. In evaluation this is [`Step::log`].
     ///
     /// ```
     /// # use candlepower::prelude::*;
@@ -202,6 +202,11 @@ impl Step {
     /// ```
     pub fn log_epoch(&mut self, name: &str, value: impl Loggable) {
         self.note(name, value, None, true);
+    }
+
+    /// The same of a metric that is the mean over so many other things than samples.
+    pub fn log_epoch_weighted(&mut self, name: &str, value: impl Loggable, weight: f64) {
+        self.note(name, value, Some(weight), true);
     }
 
     /// Logs a metric that is the mean over so many other things than samples: tokens, pixels that are not masked.

@@ -246,3 +246,15 @@ fn in_fp16_a_rate_at_which_everything_overflows_ends_the_test_and_not_the_findin
     let finding = trainer.find_lr(&model, &Data::new(Points { samples: 20 }), &test).unwrap();
     assert_eq!(finding.points.len(), 2);
 }
+
+#[test]
+fn metrics_of_epochs_are_no_points_of_the_test() {
+    use candlepower::precision::Precision;
+    use candlepower_tests::points::{Dropped, Points};
+    // Epochs of 3 steps: the test ends within one.
+    let test = LrFinderConfig { steps: 10, max_lr: 1e-3, ..Default::default() };
+    let model = Dropped::logging_epochs(1, Precision::Full);
+    let found = Trainer::new(config(1)).find_lr(&model, &Data::new(Points { samples: 14 }), &test).unwrap();
+    let losses: Vec<f64> = found.points.iter().map(|point| point.loss).collect();
+    assert!(losses.len() == 10 && losses.iter().all(|loss| *loss > 0.), "{losses:?}");
+}

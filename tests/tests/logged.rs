@@ -181,6 +181,9 @@ fn training_that_ends_within_an_epoch_tells_of_its_part_and_a_longer_one_of_all(
     assert_eq!((end.step, index_of(end)), (1, Some((step.metrics["mean_index"] * 1e6).round() / 1e6)));
     let whole = epochs(up_to(2), Some(&dir.path().join("1")), again.path());
     assert_eq!(whole.iter().map(index_of).collect::<Vec<_>>(), [Some(3.)]);
+    // Where nothing is left to do, there is nothing to tell.
+    let nothing = tempfile::tempdir().unwrap();
+    assert!(epochs(up_to(1), Some(&dir.path().join("1")), nothing.path()).is_empty());
 }
 
 #[test]

@@ -113,12 +113,17 @@ impl Pool {
     }
 }
 
-/// Gives the scratch memory that no op uses now back to the system.
+/// Gives the scratch memory that no op uses now back to the system, and what [`keep_freed_memory`] has kept.
 pub fn release_scratch() {
     let mut pool = pool();
     pool.idle_bytes = 0;
     pool.peak_bytes = pool.lent_bytes;
     pool.idle.clear();
+    // SAFETY: asks the allocator for what it does not use.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }
 
 /// Tells the C library's allocator to keep what tensors free for the next ones, instead of giving it back to the system and
@@ -129,11 +134,13 @@ pub fn release_scratch() {
 pub fn keep_freed_memory() -> bool {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
+        // Freed memory at the heap's end is given back never.
+        const NEVER: i32 = -1;
         // SAFETY: sets parameters of the allocator.
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, 1) == 1
                 && libc::mallopt(libc::M_MMAP_MAX, 0) == 1
-                && libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) == 1
+                && libc::mallopt(libc::M_TRIM_THRESHOLD, NEVER) == 1
         }
     }
     #[cfg(not(all(target_os = "linux", target_env = "gnu")))]

@@ -179,6 +179,11 @@ impl Weights<'_> {
     }
 }
 
+/// n, n / 2, n / 4 .. 1
+fn halvings(n: usize) -> impl Iterator<Item = usize> {
+    std::iter::successors(Some(n), |n| (*n > 1).then_some(n / 2))
+}
+
 fn packed_channels(channels: usize) -> usize {
     channels.next_multiple_of(LANES)
 }

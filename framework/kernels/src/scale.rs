@@ -2,7 +2,7 @@
 
 use crate::buffer::{Buffer, filled};
 use crate::float::Float;
-use crate::parallel::{self, Shared, for_each, on_pool};
+use crate::parallel::{self, GRAIN, Shared, for_each, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::tensors::{check_convolves, check_like, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
@@ -10,11 +10,8 @@ use half::{bf16, f16};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Rows of a task.
-const ROWS: usize = 256;
-
-/// x (.., N) times a factor for each of N channels: (N), the same for all of x, or (S, N), one for each of S samples, which x's
-/// rows are in this order. Differentiable in both.
+/// x (.., N) times a factor for each of N channels: (N), the same for all of x, or (B, N), one for each sample of x (B, .., N).
+/// Differentiable in both.
 ///
 /// # Errors
 /// Where the shapes do not fit together, or the two are not of one type that [`convolves`](crate::convolves), on the CPU.
@@ -29,7 +26,7 @@ pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let rows: usize = leading.iter().product();
     let samples = match *factors.dims() {
         [own] if own == channels => 1,
-        [samples, own] if own == channels && rows.is_multiple_of(samples) => samples,
+        [samples, own] if own == channels && leading.first() == Some(&samples) => samples,
         _ => bail!("{op}: factors {:?} do not fit to {:?}", factors.dims(), x.dims()),
     };
     match x.dtype() {
@@ -51,13 +48,24 @@ struct Scale<T> {
 }
 
 impl<T: Float> Scale<T> {
+    /// Tasks of a sample, and their rows.
+    fn parts(&self, channels: usize) -> (usize, usize) {
+        let rows = (GRAIN / channels).clamp(1, self.rows);
+        (self.rows.div_ceil(rows), rows)
+    }
+
     /// Calls `f` for the rows of each task, and with the number of their sample.
-    fn for_parts(&self, samples: usize, f: impl Fn(usize, usize, Range<usize>) + Sync + Send) {
-        let in_sample = self.rows.div_ceil(ROWS);
+    fn for_parts(
+        &self,
+        samples: usize,
+        channels: usize,
+        f: impl Fn(usize, usize, Range<usize>) + Sync + Send,
+    ) {
+        let (in_sample, rows) = self.parts(channels);
         for_each(samples * in_sample, |task| {
             let (sample, part) = (task / in_sample, task % in_sample);
             let first = sample * self.rows;
-            f(task, sample, first + part * ROWS..first + self.rows.min((part + 1) * ROWS));
+            f(task, sample, first + part * rows..first + self.rows.min((part + 1) * rows));
         });
     }
 
@@ -66,7 +74,7 @@ impl<T: Float> Scale<T> {
         let level = Level::current();
         let factors = &*T::widened(level, factors);
         let fill = |to: Shared<T>| {
-            self.for_parts(factors.len() / channels, |_, sample, rows| {
+            self.for_parts(factors.len() / channels, channels, |_, sample, rows| {
                 let factors = &factors[sample * channels..][..channels];
                 level.run(Products { x, factors, to, rows });
             });
@@ -78,12 +86,12 @@ impl<T: Float> Scale<T> {
     /// The gradient of the factors.
     fn factors_gradient(&self, x: &[T], d: &[T], samples: usize, channels: usize) -> Vec<T> {
         let level = Level::current();
-        let parts = self.rows.div_ceil(ROWS);
+        let (parts, _) = self.parts(channels);
         let mut sums = Buffer::zeroed(samples * parts * channels);
         let mut total = T::wide_zeros(samples * channels);
         on_pool(|| {
             let data = Shared::new(&mut sums);
-            self.for_parts(samples, |task, _, rows| {
+            self.for_parts(samples, channels, |task, _, rows| {
                 // SAFETY: each task has its own sums.
                 let sums = unsafe { std::slice::from_raw_parts_mut(data.at(task * channels), channels) };
                 level.run(Sums { x, d, sums, rows });

@@ -70,6 +70,9 @@ fn single_channels_are_cut_by_rows_and_by_channels() {
         // SimVP's large kernel.
         let o = Conv2dOptions { dilation: 3, padding: 9, ..by_themselves(40) };
         check(&[1, 16, 15, 40], 40, (7, 7), o, true, 14);
+        // A row, which is cut as the column that it also is.
+        let o = Conv2dOptions { stride: 2, dilation: 2, padding: 0, ..by_themselves(20) };
+        check(&[2, 1, 3000, 20], 20, (1, 9), o, true, 18);
         // Weights' gradients alone, and inputs' alone.
         let x = random(&[1, 6, 5, 18], 15);
         let w = random(&[18, 1, 3, 3], 16);

@@ -32,8 +32,8 @@ fn any_channels_for_all_samples_or_for_each_at_each_level() {
             check(&[3, 4, 5, channels], Some(3), 2);
         }
         // Several tasks a sample, the last one not full.
-        check(&[2, 20, 17, 19], Some(2), 3);
-        check(&[2, 20, 17, 19], None, 4);
+        check(&[2, 50, 37, 19], Some(2), 3);
+        check(&[2, 50, 37, 19], None, 4);
     });
 }
 
@@ -67,5 +67,6 @@ fn what_does_not_fit_is_refused() {
         error.lines().next().unwrap_or_default().to_string()
     };
     assert_eq!(refused(&[2, 3, 4], &[3]), "scale_channels: factors [3] do not fit to [2, 3, 4]");
+    assert_eq!(refused(&[2, 3, 4], &[3, 4]), "scale_channels: factors [3, 4] do not fit to [2, 3, 4]");
     assert_eq!(refused(&[2, 3, 4], &[4, 4]), "scale_channels: factors [4, 4] do not fit to [2, 3, 4]");
 }

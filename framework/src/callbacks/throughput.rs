@@ -58,6 +58,10 @@ impl Callback for Throughput {
     }
 
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
+        if !record.metrics.keys().any(|name| name == "lr" || name.starts_with("lr/")) {
+            // An epoch's metrics alone: the rates are those between steps that are logged.
+            return Ok(Flow::Continue);
+        }
         let (steps, samples, seconds) = std::mem::take(&mut self.sums);
         if steps == 0 || seconds == 0. {
             return Ok(Flow::Continue);

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::callback::Progress;
 use crate::error::{Error, Result};
+use crate::metrics::Sums;
 use crate::optim::Average;
 use crate::precision::LossScale;
 use crate::schedule::PlateauState;
@@ -102,7 +103,7 @@ pub struct State {
     /// Seconds of training, where the run's length is limited by them.
     pub seconds: Option<f64>,
     /// What each rank has summed up of the metrics of an epoch that goes on: name, sum and weight, as their bits.
-    pub epoch_metrics: Vec<Vec<(String, u64, u64)>>,
+    pub epoch_metrics: Vec<Sums>,
     /// What each callback remembers, by its name.
     pub callbacks: IndexMap<String, serde_json::Value>,
 }

@@ -107,6 +107,8 @@ impl Trainer {
         }
         let max = config.max.unwrap_or(samples).min(samples);
         let on_cpu = matches!(model.params().device(), Device::Cpu);
+        // What earlier work has left for the next one would hide what the first steps take.
+        candlepower_kernels::release_scratch();
         let held = memory::resident().filter(|_| on_cpu);
         let limit = config.memory_mb.or_else(|| Some(MEMORY_SHARE * megabytes(memory::available()?)));
         model.params().put_back_after(|| {

@@ -145,7 +145,9 @@ struct Recorder {
 
 impl Callback for Recorder {
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
-        let loss: f64 = self.losses.iter().filter_map(|name| record.metrics.get(name)).sum();
+        let losses = self.losses.iter().map(|name| record.metrics.get(name));
+        // An epoch's metrics may come alone.
+        let Some(loss) = losses.sum::<Option<f64>>() else { return Ok(Flow::Continue) };
         if !loss.is_finite() {
             return Ok(Flow::Stop(StopReason::Callback("the loss is not finite".into())));
         }

@@ -8,7 +8,7 @@ use crate::collective::Collective;
 use crate::error::{Error, Result};
 
 /// The sums of a rank by name, and their weights, as their bits: as decimals they could be rounded, and not all are numbers.
-pub(crate) type Sums = Vec<(String, u64, u64)>;
+pub type Sums = Vec<(String, u64, u64)>;
 
 /// Weighted means of scalars by name, in the order in which the names first came.
 #[derive(Default)]
@@ -54,6 +54,18 @@ impl Means {
     pub(crate) fn merge(&mut self, others: Means) -> Result<()> {
         self.coming = None;
         others.sums.into_iter().try_for_each(|(name, (sum, weight))| self.add_sum(&name, sum, weight))
+    }
+
+    /// Takes the sums of others, instead of its own of the same names.
+    pub(crate) fn replace(&mut self, others: Means) {
+        if !others.is_empty() {
+            self.coming = None;
+        }
+        self.sums.extend(others.sums);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.sums.is_empty()
     }
 
     /// Adds the sums of a rank.

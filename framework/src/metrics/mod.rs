@@ -3,5 +3,4 @@
 mod mean;
 pub mod video;
 
-pub use mean::Means;
-pub(crate) use mean::Sums;
+pub use mean::{Means, Sums};

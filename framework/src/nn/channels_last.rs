@@ -46,11 +46,14 @@ pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() && convolves(x) {
         return Ok(kernels::scale_channels(x, factors)?);
     }
-    let mut shape = vec![1; x.rank()];
-    let own = factors.dims();
-    shape[0] = if own.len() > 1 { own[0] } else { 1 };
-    shape[x.rank() - 1] = own[own.len() - 1];
-    Ok(x.broadcast_mul(&factors.reshape(shape)?)?)
+    let factors = match (factors.dims(), x.rank()) {
+        (&[samples, channels], 2..) => {
+            let between = vec![1; x.rank() - 2];
+            factors.reshape([&[samples][..], &between, &[channels]].concat())?
+        }
+        _ => factors.clone(),
+    };
+    Ok(x.broadcast_mul(&factors)?)
 }
 
 impl Conv {

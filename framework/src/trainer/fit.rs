@@ -116,6 +116,7 @@ impl<B: Batch> Fit<'_, B> {
     /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
     pub(super) fn run(&mut self) -> Result<Outcome> {
         self.start()?;
+        let begun_at = self.progress.step;
         let mut reason = StopReason::Finished;
         while !self.trainer.config.is_finished(&self.progress) {
             let flow = match self.step().map_err(|error| self.explain_memory(error))? {
@@ -132,7 +133,9 @@ impl<B: Batch> Fit<'_, B> {
         }
         // Who interrupts a run wants its state saved, not minutes of validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
-            self.log_part_of_epoch()?;
+            if self.progress.step > begun_at {
+                self.log_part_of_epoch()?;
+            }
             self.validate_at_the_end()?;
         }
         self.save()?;

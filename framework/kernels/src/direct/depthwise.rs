@@ -4,7 +4,7 @@
 //! neighbours; in the image itself they often lie a large power of two apart. All that is made of the band is made of it there,
 //! so that each image is read once, and each result written once.
 
-use super::{Geometry, OutputImages};
+use super::{Geometry, OutputImages, halvings};
 use crate::buffer::Buffer;
 use crate::float::Float;
 use crate::parallel::{self, Shared};
@@ -30,14 +30,15 @@ pub(super) fn forward<T: Float>(
     bias: Option<&[f32]>,
     y: OutputImages,
 ) {
-    let weights = Weights::new(g, weight, bias);
+    let g = &upright(g);
+    let weights = Packed::new(g, weight, bias);
     let bands = Bands::new(g, g.out_height, g.stride);
     let taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g, bands.vectors).collect();
     let scratch = || Buffer::new(bands.tiles(|band| Tile::of_inputs(g, bands.rows(band, g.out_height))));
     parallel::for_each_with(bands.tasks(g), scratch, |task, tile| {
         let part = bands.part(g, task);
         let rows = bands.rows(part.band, g.out_height);
-        level.run(Forward { g, part, rows, x, kernel: Kernels { weights: &weights, taps: &taps }, y, tile });
+        level.run(Forward { g, part, rows, x, filters: Filters { weights: &weights, taps: &taps }, y, tile });
     });
 }
 
@@ -50,8 +51,8 @@ pub(super) fn backward_input<T: Float>(
     bias: Option<&[f32]>,
     dx: OutputImages,
 ) {
-    let weights = Weights::new(g, weight, bias);
-    backward::<f32, T>(level, g, dy, Some((&weights, dx)), None);
+    let weights = Packed::new(g, weight, bias);
+    backward::<f32, T>(level, &upright(g), dy, Some(InputGradient { weights: &weights, dx }), None);
 }
 
 /// Adds to dw, in PyTorch's layout, the gradient of the weights.
@@ -62,7 +63,7 @@ pub(super) fn backward_weight<T: Float>(
     dy: Images,
     dw: &mut [f32],
 ) {
-    backward(level, g, dy, None, Some((x, dw, None)));
+    backward(level, &upright(g), dy, None, Some(WeightGradients { x, dw, db: None }));
 }
 
 /// All gradients at once: dx is written, dw and db are added to.
@@ -77,21 +78,31 @@ pub(crate) fn backward_depthwise<T: Float>(
     dw: &mut [f32],
     db: Option<&mut [f32]>,
 ) {
-    let weights = Weights::new(g, weight, None);
-    backward(level, g, dy, Some((&weights, dx)), Some((x, dw, db)));
+    let weights = Packed::new(g, weight, None);
+    let input = InputGradient { weights: &weights, dx };
+    backward(level, &upright(g), dy, Some(input), Some(WeightGradients { x, dw, db }));
 }
 
 /// What the gradient of the input is made with, and where it goes.
-type Input<'a> = (&'a Weights, OutputImages);
+#[derive(Clone, Copy)]
+struct InputGradient<'a> {
+    weights: &'a Packed,
+    dx: OutputImages,
+}
+
 /// What the other gradients are made with, and what they are added to.
-type Sums<'a, T> = (Images<T>, &'a mut [f32], Option<&'a mut [f32]>);
+struct WeightGradients<'a, T> {
+    x: Images<T>,
+    dw: &'a mut [f32],
+    db: Option<&'a mut [f32]>,
+}
 
 fn backward<T: Float, D: Float>(
     level: Level,
     g: &Geometry,
     dy: Images<D>,
-    input: Option<Input>,
-    weight: Option<Sums<T>>,
+    input: Option<InputGradient>,
+    weight: Option<WeightGradients<T>>,
 ) {
     let bands = Bands::new(g, g.height.max(g.out_height * g.stride), 1);
     // Later taps see earlier outputs.
@@ -103,8 +114,8 @@ fn backward<T: Float, D: Float>(
     // Each image's and band's own sums: of each tap, and of the outputs' gradients.
     let part = (taps + 1) * row;
     let mut sums = Buffer::new(if weight.is_some() { g.batch * bands.count * part } else { 0 });
-    let data = Shared::new(&mut sums);
-    let x = weight.as_ref().map(|(x, ..)| *x);
+    let all_sums = Shared::new(&mut sums);
+    let x = weight.as_ref().map(|of| of.x);
     let outer = |band| Tile::of_outputs(g, bands.rows(band, g.height), bands.rows(band, g.out_height));
     let inner = |band| Tile::of_inputs(g, bands.rows(band, g.out_height));
     let outer_floats = bands.tiles(outer);
@@ -113,22 +124,22 @@ fn backward<T: Float, D: Float>(
         let of = bands.part(g, task);
         let (tile, x_tile) = scratch.split_at_mut(outer_floats);
         // SAFETY: within the sums of this image and band.
-        let sums =
-            x.map(|x| (x, unsafe { data.offset((of.image * bands.count + of.band) * part + of.channel) }));
+        let sums = x
+            .map(|x| (x, unsafe { all_sums.offset((of.image * bands.count + of.band) * part + of.channel) }));
         level.run(Backward {
             g,
             part: of,
             inputs: bands.rows(of.band, g.height),
             outputs: bands.rows(of.band, g.out_height),
             dy,
-            input: input.map(|(weights, dx)| (Kernels { weights, taps: &outer_taps }, dx)),
+            input: input.map(|InputGradient { weights, dx }| (Filters { weights, taps: &outer_taps }, dx)),
             sums,
             taps: &inner_taps,
             tile,
             x_tile,
         });
     });
-    let Some((_, dw, db)) = weight else { return };
+    let Some(WeightGradients { dw, db, .. }) = weight else { return };
     let (total, others) = sums.split_at_mut(part);
     parallel::add_all(total, others);
     let out = Shared::new(dw);
@@ -144,19 +155,36 @@ fn backward<T: Float, D: Float>(
     }
 }
 
+/// A row of pixels as the column that it also is, channels last: columns are cut into bands.
+fn upright(g: &Geometry) -> Geometry {
+    let is_row = (g.height, g.kernel_height, g.padding) == (1, 1, 0);
+    if !is_row {
+        return *g;
+    }
+    Geometry {
+        height: g.width,
+        width: 1,
+        kernel_height: g.kernel_width,
+        kernel_width: 1,
+        out_height: g.out_width,
+        out_width: 1,
+        ..*g
+    }
+}
+
 /// Vectors that hold all channels.
 fn vectors(g: &Geometry) -> usize {
     g.groups.div_ceil(LANES)
 }
 
 /// Weights and bias, 16 channels at a time, zeros behind the last one.
-struct Weights {
+struct Packed {
     /// `[vector][tap][lane]`
     taps: Buffer,
     bias: Buffer,
 }
 
-impl Weights {
+impl Packed {
     fn new(g: &Geometry, weight: &[f32], bias: Option<&[f32]>) -> Self {
         let taps = g.taps();
         let mut packed = Buffer::zeroed(vectors(g) * taps * LANES);
@@ -168,7 +196,7 @@ impl Weights {
         if let Some(bias) = bias {
             row[..bias.len()].copy_from_slice(bias);
         }
-        Weights { taps: packed, bias: row }
+        Packed { taps: packed, bias: row }
     }
 }
 
@@ -186,9 +214,8 @@ impl Bands {
         let shared = g.dilation * (g.kernel_height - 1);
         let width = g.width + 2 * g.padding + g.dilation * (g.kernel_width - 1);
         let fit = |vectors: usize| TILE / (width * LANES * vectors);
-        let enough = (4 * shared).min(rows * stride + shared);
-        let halvings = std::iter::successors(Some(VECTORS), |n| Some(n / 2));
-        let vectors = halvings.take_while(|n| *n > 1).find(|n| fit(*n) >= enough).unwrap_or(1);
+        let enough = (4 * shared).clamp(1, rows * stride + shared);
+        let vectors = halvings(VECTORS).find(|n| fit(*n) >= enough).unwrap_or(1);
         let vectors = vectors.min(self::vectors(g));
         let band = fit(vectors).saturating_sub(shared).max(shared) / stride;
         Bands { count: rows.div_ceil(band.max(1)).max(1), vectors }
@@ -326,8 +353,8 @@ impl Tile {
 
 /// Weights, and where in a tile each tap is.
 #[derive(Clone, Copy)]
-struct Kernels<'a> {
-    weights: &'a Weights,
+struct Filters<'a> {
+    weights: &'a Packed,
     taps: &'a [isize],
 }
 
@@ -337,7 +364,7 @@ struct Forward<'a, T> {
     part: Part,
     rows: Range<usize>,
     x: Images<T>,
-    kernel: Kernels<'a>,
+    filters: Filters<'a>,
     y: OutputImages,
     tile: &'a mut [f32],
 }
@@ -345,7 +372,7 @@ struct Forward<'a, T> {
 impl<T: Float> Kernel for Forward<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        let Self { g, part, rows, x, kernel, y, tile: data } = self;
+        let Self { g, part, rows, x, filters, y, tile: data } = self;
         let tile = Tile::of_inputs(g, rows.clone());
         // SAFETY: the band lies inside both images; each task has its own outputs.
         unsafe {
@@ -354,13 +381,13 @@ impl<T: Float> Kernel for Forward<'_, T> {
             for j in rows.clone() {
                 let from = data.as_ptr().add((j - rows.start) * g.stride * tile.width * part.pixel);
                 let to = y.data.at(part.image * y.image + j * g.out_width * g.groups + part.channel);
-                kernel.convolve::<S>(part, from, g.stride, to, [g.out_width, g.groups], y.add);
+                filters.convolve::<S>(part, from, g.stride, to, [g.out_width, g.groups], y.add);
             }
         }
     }
 }
 
-impl Kernels<'_> {
+impl Filters<'_> {
     /// A row of pixels, each the sum over taps of what lies there from its own place, `step` pixels from that of the one before.
     #[inline(always)]
     unsafe fn convolve<S: Simd>(
@@ -437,7 +464,7 @@ struct Backward<'a, T, D> {
     inputs: Range<usize>,
     outputs: Range<usize>,
     dy: Images<D>,
-    input: Option<(Kernels<'a>, OutputImages)>,
+    input: Option<(Filters<'a>, OutputImages)>,
     sums: Option<(Images<T>, Shared)>,
     /// Where each tap is in the tile of inputs.
     taps: &'a [isize],
@@ -459,11 +486,11 @@ impl<T: Float, D: Float> Kernel for Backward<'_, T, D> {
                 let (row, column) = (row as isize - tile.top, column as isize - tile.left);
                 data.as_ptr().offset((row * tile.width as isize + column) * part.pixel as isize)
             };
-            if let Some((kernel, dx)) = input {
+            if let Some((filters, dx)) = input {
                 for y in inputs {
                     let from = at(y + g.padding, g.padding);
                     let to = dx.data.at(part.image * dx.image + y * g.width * g.groups + part.channel);
-                    kernel.convolve::<S>(part, from, 1, to, [g.width, g.groups], dx.add);
+                    filters.convolve::<S>(part, from, 1, to, [g.width, g.groups], dx.add);
                 }
             }
             let Some((x, sums)) = sums else { return };

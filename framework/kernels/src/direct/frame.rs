@@ -135,9 +135,9 @@ impl Framed {
     pub(super) fn runs(&self, pass: &Pass, channels: usize) -> Vec<TapRun> {
         let mut runs: Vec<TapRun> = Vec::with_capacity(pass.taps.len());
         for tap in &pass.taps {
-            let y = (tap.y + self.before[0] as isize) as usize;
-            let x = (tap.x + self.before[1] as isize) as usize;
-            let offset = (y * self.width + x) * self.channels;
+            let row = (tap.y + self.before[0] as isize) as usize;
+            let column = (tap.x + self.before[1] as isize) as usize;
+            let offset = (row * self.width + column) * self.channels;
             match runs.last_mut() {
                 Some(TapRun { y, run }) if *y == tap.y && run.offset + run.len == offset => {
                     run.len += channels

@@ -2,7 +2,7 @@
 
 use super::frame::{Framed, TapRun};
 use super::pass::Pass;
-use super::{Output, Weights, packed_channels};
+use super::{Output, Weights, halvings, packed_channels};
 use std::ops::Range;
 
 use crate::buffer::Buffer;
@@ -76,7 +76,7 @@ pub(super) fn run_passes<T: Float>(
         };
         let work = pass.count[1] * batch * pass.count[0] * depth * to * g.groups;
         let [by_lines, by_panels] =
-            cut((work / TASK_WORK).clamp(1, TASKS), lines, panels, |by_lines, by_panels| {
+            tasks_by((work / TASK_WORK).clamp(1, TASKS), lines, panels, |by_lines, by_panels| {
                 // Tasks of other lines read the same weights, tasks of other panels the same images.
                 by_lines * depth * to * g.groups
                     + by_panels.div_ceil(g.groups) * batch * height * width * from * g.groups
@@ -104,9 +104,8 @@ pub(super) fn run_passes<T: Float>(
 }
 
 /// Into how many tasks of lines and of panels to cut a pass: about `tasks` in all, and those that read the least.
-fn cut(tasks: usize, lines: usize, panels: usize, read: impl Fn(usize, usize) -> usize) -> [usize; 2] {
-    let halvings = std::iter::successors(Some(tasks), |n| (*n > 1).then_some(n / 2));
-    let cuts = halvings.map(|n| {
+fn tasks_by(tasks: usize, lines: usize, panels: usize, read: impl Fn(usize, usize) -> usize) -> [usize; 2] {
+    let cuts = halvings(tasks).map(|n| {
         let by_panels = n.min(panels);
         [(tasks / by_panels).clamp(1, lines.max(1)), by_panels]
     });
@@ -215,7 +214,7 @@ struct Lines<'a> {
     runs: &'a [Run],
     /// The same, with the rows that they see.
     taps: &'a [TapRun],
-    /// Of an input.
+    /// Of the images that the pass reads.
     height: usize,
     depth: usize,
     shape: Shape,

@@ -4,10 +4,9 @@
 //! outputs, or the other way round. Blocks of pixels of both sides are packed: with the channels of most models, pixels lie a
 //! power of two apart, and few of them would fit into the cache at once.
 
-use super::Geometry;
-use super::depthwise;
 use super::frame::{Framed, TapRun};
 use super::pass::forward_pass;
+use super::{Geometry, depthwise, halvings};
 use crate::buffer::Buffer;
 use crate::float::Float;
 use crate::gemm::{ProductTransposed, Run, product_transposed};
@@ -51,9 +50,9 @@ pub(crate) fn backward_weight<T: Float>(
     let by_output = few_outputs || (g.taps() == 1 && from >= LANES);
     let outer = Operand { pixels: &dy, step: 1 };
     let ((a, rows), (b, columns)) = if by_output {
-        ((outer, cut(&outputs, ROWS)), (inputs, cut(&runs, PANEL)))
+        ((outer, pieces_of(&outputs, ROWS)), (inputs, pieces_of(&runs, PANEL)))
     } else {
-        ((inputs, cut(&runs, ROWS)), (outer, cut(&outputs, PANEL)))
+        ((inputs, pieces_of(&runs, ROWS)), (outer, pieces_of(&outputs, PANEL)))
     };
     let depth = from * g.taps();
     let height = if by_output { to } else { depth };
@@ -63,6 +62,7 @@ pub(crate) fn backward_weight<T: Float>(
     let Grid { high, wide, parts } = Grid::new(g.groups, rows.len(), columns.len(), blocks);
     let (high_shares, wide_shares) = (rows.len().div_ceil(high), columns.len().div_ceil(wide));
     let pieces = g.groups * high_shares * wide_shares;
+    // Whole vectors are stored there.
     let in_place = by_output && g.taps() == 1 && from.is_multiple_of(LANES) && parts == 1;
     let mut sums = Buffer::zeroed(if in_place { 0 } else { parts * g.groups * height * width });
     let data = Shared::new(if in_place { &mut *dw } else { &mut sums });
@@ -110,21 +110,23 @@ struct Grid {
 impl Grid {
     /// The one that reads and writes least, of those that make enough tasks.
     fn new(groups: usize, rows: usize, panels: usize, blocks: usize) -> Grid {
-        let halvings = |from: usize| std::iter::successors(Some(from), |n| (*n > 1).then_some(n / 2));
-        let [high, wide] = LARGEST;
-        let grids = halvings(high).flat_map(|high| halvings(wide).map(move |wide| (high, wide)));
-        let cost = |&(high, wide): &(usize, usize)| {
+        let [mut best, [high, wide]] = [[1, 1], LARGEST];
+        let cost = |[high, wide]: [usize; 2]| {
             let (down, across) = (rows.div_ceil(high), panels.div_ceil(wide));
             let parts = TASKS.div_ceil(groups * down * across).clamp(1, blocks.max(1));
             let operands = blocks * BLOCK * (rows * ROWS * across + panels * PANEL * down);
             // A part's sums are cleared, read and added.
             let sums = if parts > 1 { 3 * parts } else { 1 } * rows * ROWS * panels * PANEL;
-            let few = groups * down * across * parts < TASKS;
-            (few, operands + sums, parts)
+            let has_few_tasks = groups * down * across * parts < TASKS;
+            (has_few_tasks, operands + sums, parts)
         };
-        let (cost, (high, wide)) =
-            grids.map(|grid| (cost(&grid), grid)).min().unwrap_or(((false, 0, 1), (1, 1)));
-        Grid { high, wide, parts: cost.2 }
+        for high in halvings(high) {
+            for grid in halvings(wide).map(|wide| [high, wide]) {
+                best = if cost(grid) < cost(best) { grid } else { best };
+            }
+        }
+        let [high, wide] = best;
+        Grid { high, wide, parts: cost(best).2 }
     }
 }
 
@@ -164,7 +166,7 @@ struct Piece {
 }
 
 /// Pieces of `longest` at most.
-fn cut(runs: &[TapRun], longest: usize) -> Vec<Piece> {
+fn pieces_of(runs: &[TapRun], longest: usize) -> Vec<Piece> {
     let (mut pieces, mut first, mut padded) = (Vec::new(), 0, 0);
     for &taps in runs {
         let run = taps.run;

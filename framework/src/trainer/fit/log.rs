@@ -49,15 +49,16 @@ impl<B: Batch> Fit<'_, B> {
     pub(super) fn log_step(&mut self, tally: Tally) -> Result<Flow> {
         let is_due = self.progress.step.is_multiple_of(self.trainer.config.log_every);
         self.epoch_means.merge(tally.epoch_means)?;
-        let mut metrics = IndexMap::new();
-        if let Some(means) = tally.means.filter(|_| is_due) {
-            let _phase = phase!("logging");
-            metrics = means.read_over(&*self.ranks)?;
-        }
+        let mut means = tally.means.filter(|_| is_due).unwrap_or_default();
         if tally.ends_epoch {
-            let _phase = phase!("logging");
-            metrics.extend(std::mem::take(&mut self.epoch_means).read_over(&*self.ranks)?);
+            means.replace(std::mem::take(&mut self.epoch_means));
+        } else if !is_due {
+            return Ok(Flow::Continue);
         }
+        // At an epoch's end all ranks exchange what they have, as none knows whether another has something.
+        let phase = (!means.is_empty()).then(|| phase!("logging"));
+        let metrics = means.read_over(&*self.ranks)?;
+        drop(phase);
         self.tell_metrics(metrics)
     }
 
