@@ -18,7 +18,7 @@ const TILE: usize = 48 << 10;
 const VECTORS: usize = 8;
 /// Pixels whose sums are taken at once.
 const PIXELS: usize = 8;
-/// Taps whose gradients are.
+/// Taps whose gradients are summed at once.
 const TAPS: usize = 5;
 
 /// y = x * w + bias, or y += x * w (then without bias).
