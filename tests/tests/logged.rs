@@ -155,6 +155,7 @@ fn each_epoch_begins_anew_and_steps_that_are_refused_do_not_count() {
         let model = told(precision, |w, batch, step| {
             CALLS.fetch_add(usize::from(step.is_training()), Ordering::Relaxed);
             step.log_epoch("at", step.index() as f64);
+            step.log_epoch_weighted("of_steps", step.index() as f64, 1.);
             // Gradients that overflow in fp16 until its scale is smaller.
             Ok((loss(w, batch)? * 10.)?)
         });
@@ -165,9 +166,12 @@ fn each_epoch_begins_anew_and_steps_that_are_refused_do_not_count() {
         trainer.fit(&model, &Data::new(Points { samples: 7 })).unwrap();
         let tries = CALLS.load(Ordering::Relaxed) - before;
         assert!(if precision == Precision::Full { tries == 4 } else { tries > 4 }, "{precision:?}: {tries}");
-        let means: Vec<_> = recorder.records().iter().filter_map(|r| r.metrics.get("at").copied()).collect();
+        let means = |name: &str| -> Vec<f64> {
+            recorder.records().iter().filter_map(|r| r.metrics.get(name).copied()).collect()
+        };
         // Of 4 samples and of 3.
-        assert_eq!(means, [3. / 7., (2. * 4. + 3. * 3.) / 7.], "{precision:?}");
+        assert_eq!(means("at"), [3. / 7., (2. * 4. + 3. * 3.) / 7.], "{precision:?}");
+        assert_eq!(means("of_steps"), [0.5, 2.5], "{precision:?}");
     }
 }
 

@@ -584,3 +584,56 @@ impl Pixels {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bands(
+        [height, width]: [usize; 2],
+        channels: usize,
+        [kernel_height, kernel_width]: [usize; 2],
+    ) -> Bands {
+        let g = Geometry {
+            batch: 1,
+            height,
+            width,
+            inputs: channels,
+            outputs: channels,
+            kernel_height,
+            kernel_width,
+            stride: 1,
+            padding: 0,
+            dilation: 1,
+            groups: channels,
+            out_height: height - kernel_height + 1,
+            out_width: width - kernel_width + 1,
+        };
+        let g = upright(&g);
+        Bands::new(&g, g.out_height, 1)
+    }
+
+    #[test]
+    fn tiles_fit_and_bands_share_at_most_half_of_them() {
+        for (size, channels, kernel) in [
+            ([16, 16], 4096, [3, 3]),
+            ([64, 64], 64, [3, 3]),
+            ([64, 64], 64, [7, 7]),
+            ([500, 300], 20, [5, 5]),
+            ([2, 3000], 64, [1, 9]),
+            ([1, 16_000], 64, [1, 9]),
+        ] {
+            let Bands { count, vectors } = bands(size, channels, kernel);
+            let what = format!("{size:?}, {channels} channels, {kernel:?}: {count} x {vectors}");
+            let turned = size[0] == 1;
+            let [rows, columns] = if turned { [size[1], 1] } else { size };
+            let shared = kernel[usize::from(turned)] - 1;
+            let in_band = (rows - shared).div_ceil(count) + shared;
+            assert!(in_band * columns * vectors * LANES <= TILE, "{what}");
+            assert!(count == 1 || in_band >= 2 * shared, "{what}");
+        }
+        // Many channels lie side by side, where the image is small.
+        assert_eq!(bands([16, 16], 4096, [3, 3]).vectors, VECTORS);
+        assert_eq!(bands([16, 16], 20, [3, 3]).vectors, 2);
+    }
+}

@@ -3,6 +3,7 @@
 use super::frame::{Framed, TapRun};
 use super::pass::Pass;
 use super::{Output, Weights, halvings, packed_channels};
+use std::cmp::Reverse;
 use std::ops::Range;
 
 use crate::buffer::Buffer;
@@ -109,9 +110,10 @@ fn tasks_by(tasks: usize, lines: usize, panels: usize, read: impl Fn(usize, usiz
         let by_panels = n.min(panels);
         [(tasks / by_panels).clamp(1, lines.max(1)), by_panels]
     });
-    // Threads must end together: a cut into fewer tasks is the last choice.
-    let cost =
-        |&[by_lines, by_panels]: &[usize; 2]| (2 * by_lines * by_panels < tasks, read(by_lines, by_panels));
+    // Threads must end together: first of all, half as many tasks, or as many as there can be.
+    let cost = |&[by_lines, by_panels]: &[usize; 2]| {
+        (Reverse(tasks.min(2 * by_lines * by_panels)), read(by_lines, by_panels))
+    };
     cuts.min_by_key(cost).unwrap_or([1, 1])
 }
 
@@ -375,5 +377,23 @@ unsafe fn dot<S: Simd, const N: usize>(
             sums[i] = acc[i].sum();
         }
         sums
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tasks_read_the_smaller_side_again() {
+        // What all tasks of a side read: weights and images of so many floats.
+        let cut = |lines, panels, weights: usize, images: usize| {
+            tasks_by(TASKS, lines, panels, |by_lines, by_panels| by_lines * weights + by_panels * images)
+        };
+        assert_eq!(cut(1000, 1000, 1, 1000), [TASKS, 1]);
+        assert_eq!(cut(1000, 1000, 1000, 1), [1, TASKS]);
+        // At least half as many, whatever they read: threads end together.
+        assert_eq!(cut(6, 1000, 1, 1000), [6, 16]);
+        assert_eq!(cut(6, 3, 1, 1), [6, 3]);
     }
 }

@@ -13,6 +13,7 @@ use crate::gemm::{ProductTransposed, Run, product_transposed};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::winograd::Images;
+use std::cmp::Reverse;
 use std::ops::Range;
 
 /// Rows of a piece: a multiple of the register block's.
@@ -108,7 +109,7 @@ struct Grid {
 }
 
 impl Grid {
-    /// The one that reads and writes least, of those that make enough tasks.
+    /// The one that reads and writes least, of those that make enough tasks, or as many as there can be.
     fn new(groups: usize, rows: usize, panels: usize, blocks: usize) -> Grid {
         let [mut best, [high, wide]] = [[1, 1], LARGEST];
         let cost = |[high, wide]: [usize; 2]| {
@@ -117,8 +118,8 @@ impl Grid {
             let operands = blocks * BLOCK * (rows * ROWS * across + panels * PANEL * down);
             // A part's sums are cleared, read and added.
             let sums = if parts > 1 { 3 * parts } else { 1 } * rows * ROWS * panels * PANEL;
-            let has_few_tasks = groups * down * across * parts < TASKS;
-            (has_few_tasks, operands + sums, parts)
+            let tasks = TASKS.min(groups * down * across * parts);
+            (Reverse(tasks), operands + sums, parts)
         };
         for high in halvings(high) {
             for grid in halvings(wide).map(|wide| [high, wide]) {
@@ -390,5 +391,28 @@ impl Total<'_> {
                 }
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_are_enough_tasks_and_sums_of_their_own_for_few_weights_alone() {
+        let tasks = |[groups, rows, panels, blocks]: [usize; 4]| {
+            let Grid { high, wide, parts } = Grid::new(groups, rows, panels, blocks);
+            (groups * rows.div_ceil(high) * panels.div_ceil(wide) * parts, parts)
+        };
+        // 1x1 of 512 and 4096 channels, both ways, on 512 pixels; 8 groups of 32 to 64 by 11x11.
+        for sizes in [[1, 43, 16, 4], [1, 6, 128, 4], [8, 44, 2, 4]] {
+            let (tasks, parts) = tasks(sizes);
+            assert!(tasks >= TASKS && parts == 1, "{sizes:?}: {tasks} tasks, {parts} parts");
+        }
+        // Few weights, by many pixels and by few.
+        assert_eq!(tasks([1, 1, 1, 1000]), (TASKS, TASKS));
+        assert_eq!(tasks([1, 1, 1, 3]), (3, 3));
+        // Few pixels, and not so few weights.
+        assert_eq!(tasks([1, 3, 8, 1]), (24, 1));
     }
 }
