@@ -63,7 +63,7 @@ pub(crate) fn backward_weight<T: Float>(
     let Grid { high, wide, parts } = Grid::new(g.groups, rows.len(), columns.len(), blocks);
     let (high_shares, wide_shares) = (rows.len().div_ceil(high), columns.len().div_ceil(wide));
     let pieces = g.groups * high_shares * wide_shares;
-    // Whole vectors are stored there.
+    // Sums are stored as whole vectors: where they lie as the weights do, a row of these must hold whole ones.
     let in_place = by_output && g.taps() == 1 && from.is_multiple_of(LANES) && parts == 1;
     let mut sums = Buffer::zeroed(if in_place { 0 } else { parts * g.groups * height * width });
     let data = Shared::new(if in_place { &mut *dw } else { &mut sums });
