@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use candlepower_kernels::to_device;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::data::Dataset;
@@ -14,8 +15,9 @@ use crate::{nn, video_file};
 
 /// A kind of batch: samples collated into tensors.
 pub trait Batch: Send + Sync + Sized + 'static {
-    /// What every batch of a dataset has in common: the sizes that a module is built from.
-    type Spec: Clone + std::fmt::Debug + Send + Sync;
+    /// What every batch of a dataset has in common: the sizes that a module is built from. A checkpoint holds it, so that the module
+    /// can be built where the data is not.
+    type Spec: Clone + std::fmt::Debug + Serialize + DeserializeOwned + Send + Sync;
 
     /// How many samples it holds.
     fn len(&self) -> usize;

@@ -261,7 +261,8 @@ impl Experiment {
         self.job.compare(self, checkpoint, split)
     }
 
-    /// Predicts from the file `input` with a checkpoint's weights, and writes the prediction to `output`.
+    /// Predicts from the file `input` with a checkpoint's weights, and writes the prediction to `output`. The data that was learned
+    /// from need not be there, where `[data]` is what the checkpoint was trained with.
     pub fn predict(&self, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
         self.job.predict(self, checkpoint, input, output)
     }

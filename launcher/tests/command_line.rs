@@ -384,3 +384,37 @@ fn callbacks_of_the_configuration_see_what_is_validated_outside_training() {
     let error = place.fail(1, &[&validate[..], &watched].concat());
     assert_eq!(error, "error: early stopping watches `ssim`, validation gives loss, mse\n");
 }
+
+#[test]
+fn a_run_predicts_where_what_it_learned_from_is_gone() {
+    let place = Place::with(
+        &TINY
+            .replace("\"moving_mnist\"\ndigits_per_frame = 1", "\"frames\"\npath = \"clips.npy\"")
+            .replace("train_samples = 10\nval_samples = 5\n", "split = \"time\"\n"),
+    );
+    let clip =
+        |frames: usize| ndarray::Array3::from_shape_fn((frames, 16, 16), |(t, y, x)| (t * y + x) as u8);
+    ndarray_npy::write_npy(place.path("clips.npy"), &clip(60)).unwrap();
+    ndarray_npy::write_npy(place.path("new.npy"), &clip(4)).unwrap();
+    place.succeed(&["train", "tiny.toml"]);
+    let predict = |output: &'static str| {
+        [
+            "predict",
+            "runs/tiny/version_0/config.toml",
+            "--checkpoint",
+            "runs/tiny",
+            "--input",
+            "new.npy",
+            "--output",
+            output,
+        ]
+    };
+    place.succeed(&predict("before.npy"));
+    std::fs::remove_file(place.path("clips.npy")).unwrap();
+    place.succeed(&predict("after.npy"));
+    let bytes = |name: &str| std::fs::read(place.path(name)).unwrap();
+    assert_eq!(bytes("before.npy"), bytes("after.npy"));
+    // Of another [data], the sizes are not known.
+    let error = place.fail(1, &[&predict("other.npy")[..], &["--set", "data.every=2"]].concat());
+    assert!(error.contains("data.every: 2, was 1\nwith `config.toml` of the run's folder"), "{error}");
+}

@@ -196,20 +196,67 @@ impl Open for Frames {
         let spec = VideoSpec { frames_in, frames_out, channels, height, width };
         Ok(Self { spec, config: config.clone(), clips, samples })
     }
+
+    /// The first window of every sequence in a file or a folder of the kinds that this dataset is made of, scaled and cropped
+    /// alike. Where one ends before its target does, **the targets are zeros**.
+    fn read(config: &Config, spec: &VideoSpec, input: &Path) -> Result<Video> {
+        config.check()?;
+        // What is wrong with the path is not the configuration's.
+        let plainly = |error| match error {
+            Error::Setting { message, .. } => Error::msg(message),
+            other => other,
+        };
+        let config = Config { path: input.display().to_string(), cache: None, ..config.clone() };
+        let (windows, sequences) = (config.windows(), sequences::find(&config).map_err(plainly)?);
+        let whole =
+            |(sequence, it): (usize, &sequences::Sequence)| sequences::Part { sequence, frames: 0..it.len };
+        let parts: Vec<_> = sequences.iter().enumerate().map(whole).collect();
+        for sequence in &sequences {
+            let path = sequence.path.display();
+            let needed = (config.frames_in - 1) * config.every + 1;
+            if sequence.len < needed {
+                let found = sequence.len;
+                let message =
+                    format!("{path}: it has {found} frame(s); expected at least {needed} to predict from");
+                return Err(Error::msg(message));
+            }
+            if sequence.len > windows.span() {
+                video_file::tell_of_more(&sequence.path, config.frames_in);
+            }
+        }
+        let clips = Clips::open(&config, &sequences, &parts).map_err(plainly)?;
+        let ([rows, columns], [height, width]) = (clips.size(), [spec.height, spec.width]);
+        let expected = match config.crop {
+            None if [rows, columns] != [height, width] => Some(format!(
+                "{height}x{width}, as those that were learned from, or `resize`, which scales all to one size"
+            )),
+            Some(_) if rows < height || columns < width => {
+                Some(format!("at least {height}x{width}, the `crop`"))
+            }
+            _ => None,
+        };
+        if let Some(expected) = expected {
+            let message =
+                format!("{}: its frames have {rows}x{columns} pixels; expected {expected}", input.display());
+            return Err(Error::msg(message));
+        }
+        let places: Vec<_> = (0..parts.len()).map(|clip| (clip, 0, Change::none())).collect();
+        let has_target = sequences.iter().all(|it| it.len >= windows.span());
+        Self { spec: *spec, config, clips, samples: Vec::new() }.cut(&places, has_target)
+    }
 }
 
 impl Frames {
-    /// Windows of these clips, each from its first frame on, as a change makes them look; without a target where the clips end
-    /// before it.
-    fn cut(&self, clips: &Clips, places: &[(usize, usize, Change)], has_target: bool) -> Result<Video> {
+    /// Windows of clips, each from its first frame on, as a change makes them look; without a target where the clips end before it.
+    fn cut(&self, places: &[(usize, usize, Change)], has_target: bool) -> Result<Video> {
         let VideoSpec { frames_in, frames_out, channels, height, width } = self.spec;
-        let (size, crop, windows) = (clips.size(), [height, width], self.config.windows());
+        let (size, crop, windows) = (self.clips.size(), [height, width], self.config.windows());
         let frames = if has_target { frames_in + frames_out } else { frames_in };
         let (mut input, mut target, mut scratch) = (Vec::new(), Vec::new(), Vec::new());
         for (clip, start, change) in places {
             let [top, left] = change.corner(size, crop);
             for (i, frame) in windows.frames(*start).take(frames).enumerate() {
-                let planes = clips.read(*clip, frame)?;
+                let planes = self.clips.read(*clip, frame)?;
                 let out = if i < frames_in { &mut input } else { &mut target };
                 for plane in planes.chunks_exact(size[0] * size[1]) {
                     let from = out.len();
@@ -250,50 +297,7 @@ impl Dataset for Frames {
             })?;
             Ok((clip, start, self.config.augment.draw(sample)))
         };
-        self.cut(&self.clips, &samples.iter().map(place).collect::<Result<Vec<_>>>()?, true)
-    }
-
-    /// The first window of every sequence in a file or a folder of the kinds that this dataset is made of, scaled and cropped
-    /// alike. Where one ends before its target does, **the targets are zeros**.
-    fn read(&self, input: &Path) -> Result<Video> {
-        // What is wrong with the path is not the configuration's.
-        let plainly = |error| match error {
-            Error::Setting { message, .. } => Error::msg(message),
-            other => other,
-        };
-        let config = Config { path: input.display().to_string(), cache: None, ..self.config.clone() };
-        let (windows, sequences) = (config.windows(), sequences::find(&config).map_err(plainly)?);
-        let whole =
-            |(sequence, it): (usize, &sequences::Sequence)| sequences::Part { sequence, frames: 0..it.len };
-        let parts: Vec<_> = sequences.iter().enumerate().map(whole).collect();
-        for sequence in &sequences {
-            let path = sequence.path.display();
-            let needed = (config.frames_in - 1) * config.every + 1;
-            if sequence.len < needed {
-                let found = sequence.len;
-                let message =
-                    format!("{path}: it has {found} frame(s); expected at least {needed} to predict from");
-                return Err(Error::msg(message));
-            }
-            if sequence.len > windows.span() {
-                video_file::tell_of_more(&sequence.path, config.frames_in);
-            }
-        }
-        let clips = Clips::open(&config, &sequences, &parts).map_err(plainly)?;
-        let (size, ours) = (clips.size(), self.clips.size());
-        if size != ours {
-            return Err(Error::msg(format!(
-                "{}: its frames have {}x{} pixels; expected {}x{}, as those of {}, or `resize`, which scales all to one size",
-                input.display(),
-                size[0],
-                size[1],
-                ours[0],
-                ours[1],
-                self.config.path
-            )));
-        }
-        let places: Vec<_> = (0..parts.len()).map(|clip| (clip, 0, Change::none())).collect();
-        self.cut(&clips, &places, sequences.iter().all(|it| it.len >= windows.span()))
+        self.cut(&samples.iter().map(place).collect::<Result<Vec<_>>>()?, true)
     }
 }
 

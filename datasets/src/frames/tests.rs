@@ -395,7 +395,7 @@ fn what_is_predicted_from_is_made_as_the_samples_are() {
     let config =
         Config { resize: Some([3, 4]), crop: Some([3, 2]), every: 2, ..timed(&dir.path().join("train")) };
     let data = Frames::open(&config, Split::Train).unwrap();
-    let read = |name: &str| data.read(&dir.path().join(name));
+    let read = |name: &str| Frames::read(&config, &data.spec(), &dir.path().join(name));
     let expected = data.batch(&[sample(0, Split::Val)]).unwrap();
     let given = read("clip").unwrap();
     assert_eq!((flat(&given.input), flat(&given.target)), (flat(&expected.input), flat(&expected.target)));
@@ -412,11 +412,14 @@ fn what_is_predicted_from_is_made_as_the_samples_are() {
     assert!(error.ends_with("short: it has 2 frame(s); expected at least 3 to predict from"), "{error}");
     let error = read("nothing").unwrap_err().to_string();
     assert!(error.contains("nothing: No such file"), "{error}");
-    let as_they_are = Frames::open(&timed(&dir.path().join("train")), Split::Train).unwrap();
+    let whole = VideoSpec { height: 6, width: 8, ..data.spec() };
     let other = Array3::<u8>::zeros((5, 9, 8));
     write_npy(dir.path().join("other.npy"), &other).unwrap();
-    let error = as_they_are.read(&dir.path().join("other.npy")).unwrap_err().to_string();
-    assert!(error.contains("its frames have 9x8 pixels; expected 6x8, as those of"), "{error}");
+    // The training data need not be there.
+    let plain = timed(&dir.path().join("gone"));
+    assert_eq!(Frames::read(&plain, &whole, &dir.path().join("clip")).unwrap().input.dims(), [1, 2, 1, 6, 8]);
+    let error = Frames::read(&plain, &whole, &dir.path().join("other.npy")).unwrap_err().to_string();
+    assert!(error.contains("its frames have 9x8 pixels; expected 6x8, as those that were"), "{error}");
 }
 
 #[cfg(unix)]

@@ -224,37 +224,7 @@ impl Open for Radar {
                 )));
             }
         }
-        let (size, indices) = decoded(config, &events)?;
-        let pooled = size.map(|side| side / config.pool);
-        if config.crop > pooled[0] || config.crop > pooled[1] {
-            let message = format!(
-                "expected at most {}, found {}: a composite has {}x{} pixels, averaged by {}",
-                pooled[0].min(pooled[1]),
-                config.crop,
-                size[0],
-                size[1],
-                config.pool
-            );
-            return Err(Error::setting("crop", message));
-        }
-        let threshold = |&value: &f64| Threshold { value, level: composite::to_value(value) };
-        let thresholds = config.thresholds.iter().map(threshold).collect();
-        let mut radar = Self {
-            spec: VideoSpec {
-                frames_in: config.frames_in,
-                frames_out: config.frames_out,
-                channels: 1,
-                height: config.crop,
-                width: config.crop,
-            },
-            quantity: Arc::new(Quantity { unit: "mm/h", thresholds, minutes: config.minutes as f64 }),
-            config: config.clone(),
-            events,
-            indices,
-            size,
-            places: Vec::new(),
-            rates: std::array::from_fn(|index| composite::rain_rate(index as u8).unwrap_or(f32::NAN)),
-        };
+        let mut radar = Self::of(config, events)?;
         radar.places = radar.rainy_places(&windows)?;
         if radar.places.is_empty() {
             let message = format!(
@@ -265,6 +235,44 @@ impl Open for Radar {
             return Err(Error::setting("min_rain", message));
         }
         Ok(radar)
+    }
+
+    /// The first window of a folder of composites, where it shows most rain. Where the folder ends before the target does, **the
+    /// target is zeros**, which are masked.
+    fn read(config: &Config, _spec: &VideoSpec, input: &Path) -> Result<Video> {
+        config.check()?;
+        let mut event = Event::list(input, config.minutes as i64)?;
+        let (times, span) = (event.slots.len(), config.windows().span());
+        if times < config.frames_in {
+            return Err(Error::msg(format!(
+                "{}: its composites span {times} times of {} minutes; expected at least {} to predict from",
+                input.display(),
+                config.minutes,
+                config.frames_in
+            )));
+        }
+        if times > span {
+            video_file::tell_of_more(input, config.frames_in);
+        }
+        event.slots.truncate(span);
+        let read = event.slots.iter().flatten().max().map_or(0, |last| last + 1);
+        event.files.truncate(read);
+        let given = Self::of(&Config { cache: None, ..config.clone() }, vec![event]);
+        let given = given.map_err(|error| match error {
+            Error::Setting { key, message } => Error::msg(format!("{}: `{key}`: {message}", input.display())),
+            other => other,
+        })?;
+        let corners = given.corners();
+        let mut rain = vec![0; corners.len()];
+        for slot in 0..config.frames_in {
+            let (composite, _) = given.events[0].at(slot);
+            for (sum, pixels) in rain.iter_mut().zip(given.rainy_pixels(composite, &corners)?) {
+                *sum += pixels;
+            }
+        }
+        let rainiest = (0..corners.len()).rev().max_by_key(|i| rain[*i]).unwrap_or(0);
+        let place = Place { event: 0, start: 0, corner: corners[rainiest] };
+        given.cut(&[(place, Change::none())], times >= span)
     }
 }
 
@@ -300,6 +308,41 @@ fn decoded(config: &Config, events: &[Event]) -> Result<([usize; 2], Bytes)> {
 }
 
 impl Radar {
+    /// The composites of these events; no crop of them is a sample yet.
+    fn of(config: &Config, events: Vec<Event>) -> Result<Self> {
+        let (size, indices) = decoded(config, &events)?;
+        let pooled = size.map(|side| side / config.pool);
+        if config.crop > pooled[0] || config.crop > pooled[1] {
+            let message = format!(
+                "expected at most {}, found {}: a composite has {}x{} pixels, averaged by {}",
+                pooled[0].min(pooled[1]),
+                config.crop,
+                size[0],
+                size[1],
+                config.pool
+            );
+            return Err(Error::setting("crop", message));
+        }
+        let threshold = |&value: &f64| Threshold { value, level: composite::to_value(value) };
+        let thresholds = config.thresholds.iter().map(threshold).collect();
+        Ok(Self {
+            spec: VideoSpec {
+                frames_in: config.frames_in,
+                frames_out: config.frames_out,
+                channels: 1,
+                height: config.crop,
+                width: config.crop,
+            },
+            quantity: Arc::new(Quantity { unit: "mm/h", thresholds, minutes: config.minutes as f64 }),
+            config: config.clone(),
+            events,
+            indices,
+            size,
+            places: Vec::new(),
+            rates: std::array::from_fn(|index| composite::rain_rate(index as u8).unwrap_or(f32::NAN)),
+        })
+    }
+
     /// All crops that have enough rain and lack few enough composites.
     fn rainy_places(&self, windows: &Windows) -> Result<Vec<Place>> {
         let Config { pool, crop, frames_in, .. } = self.config;
@@ -476,54 +519,6 @@ impl Dataset for Radar {
             Ok((*place, self.config.augment.draw(sample)))
         };
         self.cut(&samples.iter().map(place).collect::<Result<Vec<_>>>()?, true)
-    }
-
-    /// The first window of a folder of composites, where it shows most rain. Where the folder ends before the target does, **the
-    /// target is zeros**, which are masked.
-    fn read(&self, input: &Path) -> Result<Video> {
-        let config = Config { cache: None, ..self.config.clone() };
-        let mut events = vec![Event::list(input, config.minutes as i64)?];
-        let (times, span) = (events[0].slots.len(), config.windows().span());
-        if times < config.frames_in {
-            return Err(Error::msg(format!(
-                "{}: its composites span {times} times of {} minutes; expected at least {} to predict from",
-                input.display(),
-                config.minutes,
-                config.frames_in
-            )));
-        }
-        if times > span {
-            video_file::tell_of_more(input, config.frames_in);
-        }
-        events[0].first = 0;
-        events[0].slots.truncate(span);
-        let read = events[0].slots.iter().flatten().max().map_or(0, |last| last + 1);
-        events[0].files.truncate(read);
-        let (size, indices) = decoded(&config, &events)?;
-        if size != self.size {
-            return Err(Error::msg(format!(
-                "{}: its composites have {}x{} pixels; expected {}x{}, as those of {}",
-                input.display(),
-                size[0],
-                size[1],
-                self.size[0],
-                self.size[1],
-                config.path
-            )));
-        }
-        let (quantity, places) = (self.quantity.clone(), Vec::new());
-        let given = Self { config, events, indices, places, quantity, ..*self };
-        let corners = given.corners();
-        let mut rain = vec![0; corners.len()];
-        for slot in 0..given.spec.frames_in {
-            let (composite, _) = given.events[0].at(slot);
-            for (sum, pixels) in rain.iter_mut().zip(given.rainy_pixels(composite, &corners)?) {
-                *sum += pixels;
-            }
-        }
-        let rainiest = (0..corners.len()).rev().max_by_key(|i| rain[*i]).unwrap_or(0);
-        let place = Place { event: 0, start: 0, corner: corners[rainiest] };
-        given.cut(&[(place, Change::none())], times >= span)
     }
 }
 

@@ -271,7 +271,7 @@ fn an_event_is_predicted_from_where_it_rains_most() {
     let (dir, config) = place();
     let data = Radar::open(&config, Split::Train).unwrap();
     // Event `b` whole: its first window, at the left, where it rains.
-    let given = data.read(&dir.path().join("b")).unwrap();
+    let given = Radar::read(&config, &data.spec(), &dir.path().join("b")).unwrap();
     assert_eq!((given.input.dims(), given.target.dims()), (&[1, 2, 1, 4, 4][..], &[1, 2, 1, 4, 4][..]));
     let place = Place { event: 1, start: 0, corner: [0, 0] };
     let index = data.places.iter().position(|other| *other == place).unwrap();
@@ -280,7 +280,7 @@ fn an_event_is_predicted_from_where_it_rains_most() {
     assert_eq!(flat(given.mask.as_ref().unwrap()), flat(expected.mask.as_ref().unwrap()));
     // What nobody has seen yet is neither there nor counted.
     event(dir.path(), "now", 103, &[0, 5, 10]);
-    let given = data.read(&dir.path().join("now")).unwrap();
+    let given = Radar::read(&config, &data.spec(), &dir.path().join("now")).unwrap();
     assert!(flat(&given.target).iter().all(|value| *value == 0.));
     let mask = flat(given.mask.as_ref().unwrap());
     assert!(mask[..32].iter().all(|known| *known == 1.) && mask[32..].iter().all(|known| *known == 0.));
@@ -289,10 +289,10 @@ fn an_event_is_predicted_from_where_it_rains_most() {
         let rain = |_, x: usize| if (7..11).contains(&x) { 90 } else { 0 };
         write(&dir.path().join("right"), &format!("AQC1510512{minute:02}F_00005.801.gif"), rain);
     }
-    let given = data.read(&dir.path().join("right")).unwrap();
+    let given = Radar::read(&config, &data.spec(), &dir.path().join("right")).unwrap();
     assert!(at(&given.input, 0, 0, 0, 2) > 0., "{:?}", flat(&given.input));
     event(dir.path(), "short", 104, &[0]);
-    let error = data.read(&dir.path().join("short")).unwrap_err().to_string();
+    let error = Radar::read(&config, &data.spec(), &dir.path().join("short")).unwrap_err().to_string();
     assert!(
         error.ends_with("its composites span 1 times of 5 minutes; expected at least 2 to predict from"),
         "{error}"

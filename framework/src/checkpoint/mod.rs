@@ -106,6 +106,17 @@ pub struct State {
     pub epoch_metrics: Vec<Sums>,
     /// What each callback remembers, by its name.
     pub callbacks: IndexMap<String, serde_json::Value>,
+    /// What was learned from, where a configuration says that.
+    pub data: Option<Origin>,
+}
+
+/// What a run learned from: enough to predict where it is not.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The section `[data]`, as TOML with every default written out.
+    pub settings: String,
+    /// The [`Spec`](crate::batch::Batch::Spec) of its batches.
+    pub spec: serde_json::Value,
 }
 
 /// A validation that is among the best.

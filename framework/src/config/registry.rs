@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_nn::VarBuilder;
@@ -52,7 +53,7 @@ impl Registry {
     pub fn dataset<D: Open>(mut self, name: &'static str) -> Self {
         let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<D::Batch>>> {
             let open = |config: &D::Config, split| Ok(Source::Indexed(Arc::new(D::open(config, split)?)));
-            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open }))
+            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open, read: D::read }))
         };
         let entry = Entry { parse, schema: schema_of::<D::Config> };
         self.family::<D::Batch>().datasets.insert(name, entry);
@@ -63,7 +64,7 @@ impl Registry {
     pub fn stream<S: OpenStream>(mut self, name: &'static str) -> Self {
         let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<S::Batch>>> {
             let open = |config: &S::Config, split| Ok(Source::Stream(Arc::new(S::open(config, split)?)));
-            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open }))
+            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open, read: S::read }))
         };
         let entry = Entry { parse, schema: schema_of::<S::Config> };
         self.family::<S::Batch>().datasets.insert(name, entry);
@@ -176,9 +177,10 @@ pub(crate) trait ModuleRecipe<B: Batch>: Send + Sync {
     fn settings(&self) -> Result<toml::Table>;
 }
 
-/// Opens datasets from settings that have been read.
+/// Opens datasets, and reads what is to be predicted from as theirs, by settings that have been read.
 pub(crate) trait DataRecipe<B: Batch>: Send + Sync {
     fn open(&self, split: Split) -> Result<Source<B>>;
+    fn read(&self, spec: &B::Spec, input: &Path) -> Result<B>;
     fn settings(&self) -> Result<toml::Table>;
 }
 
@@ -191,6 +193,7 @@ pub(crate) trait CallbackRecipe: Send + Sync {
 struct DataFromConfig<B: Batch, C> {
     config: C,
     open: fn(&C, Split) -> Result<Source<B>>,
+    read: fn(&C, &B::Spec, &Path) -> Result<B>,
 }
 
 struct FromConfig<T, C> {
@@ -219,6 +222,10 @@ impl<M: Build> ModuleRecipe<M::Batch> for FromConfig<M, M::Config> {
 impl<B: Batch, C: Settings> DataRecipe<B> for DataFromConfig<B, C> {
     fn open(&self, split: Split) -> Result<Source<B>> {
         (self.open)(&self.config, split)
+    }
+
+    fn read(&self, spec: &B::Spec, input: &Path) -> Result<B> {
+        (self.read)(&self.config, spec, input)
     }
 
     fn settings(&self) -> Result<toml::Table> {

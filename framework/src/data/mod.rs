@@ -82,12 +82,6 @@ pub trait Dataset: Send + Sync {
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
-
-    /// A batch to predict from, of a file or a folder that a person gave, made as this dataset's samples are. Default: what
-    /// [`Batch::read`] reads, as it is.
-    fn read(&self, input: &Path) -> Result<Self::Batch> {
-        Self::Batch::read(input, &self.spec())
-    }
 }
 
 /// A dataset that is opened from its own section of the configuration file, one split at a time.
@@ -97,6 +91,16 @@ pub trait Open: Dataset + Sized + 'static {
 
     /// Opens one split. Everything that can be wrong with the files should be found here, not in mid-training.
     fn open(config: &Self::Config, split: Split) -> Result<Self>;
+
+    /// A batch to predict from, of a file or a folder that a person gave, made as the dataset's samples are. `spec` is the
+    /// dataset's; nothing of the dataset itself needs to be there. Default: what [`Batch::read`] reads, as it is.
+    fn read(
+        _config: &Self::Config,
+        spec: &<Self::Batch as Batch>::Spec,
+        input: &Path,
+    ) -> Result<Self::Batch> {
+        Self::Batch::read(input, spec)
+    }
 }
 
 /// A stream that is opened from its own section of the configuration file, one split at a time.
@@ -106,6 +110,15 @@ pub trait OpenStream: Stream + Sized + 'static {
 
     /// Opens one split. Everything that can be wrong with the files should be found here, not in mid-training.
     fn open(config: &Self::Config, split: Split) -> Result<Self>;
+
+    /// A batch to predict from, as [`Open::read`].
+    fn read(
+        _config: &Self::Config,
+        spec: &<Self::Batch as Batch>::Spec,
+        input: &Path,
+    ) -> Result<Self::Batch> {
+        Self::Batch::read(input, spec)
+    }
 }
 
 /// What the fields of a section can do: be read from TOML, be printed with their defaults, describe themselves.

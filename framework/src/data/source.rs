@@ -1,6 +1,5 @@
 //! Where samples come from: [`Dataset`]s read by index, [`Stream`]s read in turn; and the passes over them.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use super::loader::{Job, Place};
@@ -117,14 +116,6 @@ impl<B: Batch> Source<B> {
         match self {
             Self::Indexed(dataset) => Some(dataset.len()),
             Self::Stream(_) => None,
-        }
-    }
-
-    /// A batch to predict from, of a file or a folder that a person gave.
-    pub fn read(&self, input: &Path) -> Result<B> {
-        match self {
-            Self::Indexed(dataset) => dataset.read(input),
-            Self::Stream(stream) => B::read(input, &stream.spec()),
         }
     }
 

@@ -12,7 +12,7 @@ use crate::batch::Batch;
 use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, Progress, StopReason};
 use crate::callbacks::ProgressBar;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Origin};
 use crate::config::{DataRecipe, ModuleRecipe};
 use crate::data::{Data, Split};
 use crate::error::{Error, Result};
@@ -76,32 +76,102 @@ impl<B: Batch> Pair<B> {
         Ok((model, data))
     }
 
-    /// The same with the weights of a checkpoint, or of a file; and how far they have been trained, where that is known.
-    fn trained(&self, experiment: &Experiment, weights: &Path) -> Result<(Model<B>, Data<B>, Progress)> {
-        let (model, data) = self.model_and_data(experiment)?;
-        if weights.is_file() {
-            Weights::read(weights)?.give(model.params())?;
-            return Ok((model, data, Progress::default()));
-        }
-        let checkpoint = Checkpoint::load(&RunDir::containing(weights)?.1)?;
-        checkpoint.restore_for_evaluation(&model.params().state_dict())?;
-        model.params().publish()?;
-        Ok((model, data, checkpoint.state().progress))
-    }
-
-    /// The same with the data of this split too.
+    /// The same with the weights of a checkpoint, or of a file, and with the data of this split; and how far they have been
+    /// trained, where that is known.
     fn trained_on(
         &self,
         experiment: &Experiment,
-        checkpoint: &Path,
+        weights: &Path,
         split: Split,
     ) -> Result<(Model<B>, Data<B>, Progress)> {
-        let (model, mut data, progress) = self.trained(experiment, checkpoint)?;
+        let (model, mut data) = self.model_and_data(experiment)?;
+        let progress = Trained::read(weights)?.give(&model)?;
         if split == Split::Test {
             data.test = Some(experiment.open(&*self.data, split)?);
         }
         Ok((model, data, progress))
     }
+
+    /// What is learned from, for checkpoints.
+    fn origin(&self, experiment: &Experiment, spec: &B::Spec) -> Result<Origin> {
+        let as_json = |error: serde_json::Error| Error::msg(format!("the sizes of the data: {error}"));
+        Ok(Origin {
+            settings: self.data_settings(experiment)?,
+            spec: serde_json::to_value(spec).map_err(as_json)?,
+        })
+    }
+
+    fn data_settings(&self, experiment: &Experiment) -> Result<String> {
+        let mut settings = self.data.settings()?;
+        settings.insert("name".into(), experiment.names[1].clone().into());
+        toml::to_string(&settings).map_err(|error| Error::msg(error.to_string()))
+    }
+
+    /// What batches look like to weights that learned from `origin`. Where [data] is the same, that is known; else it is looked up
+    /// in the data.
+    fn spec(&self, experiment: &Experiment, origin: Option<&Origin>) -> Result<B::Spec> {
+        let settings = self.data_settings(experiment)?;
+        if let Some(origin) = origin
+            && origin.settings == settings
+            && let Ok(spec) = serde_json::from_value(origin.spec.clone())
+        {
+            return Ok(spec);
+        }
+        let source = experiment.open(&*self.data, Split::Train).map_err(|error| match origin {
+            Some(origin) => Error::msg(format!("{error}\n{}", why_opened(&origin.settings, &settings))),
+            None => error,
+        });
+        Ok(source?.spec())
+    }
+}
+
+/// Weights that were trained.
+enum Trained {
+    Checkpoint(Checkpoint),
+    File(Weights),
+}
+
+impl Trained {
+    /// Reads a checkpoint, the last good one of a run's folder, or a file of weights.
+    fn read(path: &Path) -> Result<Self> {
+        match path.is_file() {
+            true => Ok(Self::File(Weights::read(path)?)),
+            false => Ok(Self::Checkpoint(Checkpoint::load(&RunDir::containing(path)?.1)?)),
+        }
+    }
+
+    /// What they learned from, where that is known.
+    fn origin(&self) -> Option<&Origin> {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.state().data.as_ref(),
+            Self::File(_) => None,
+        }
+    }
+
+    /// Gives them to a model; returns how far they have been trained, where that is known.
+    fn give<B: Batch>(&self, model: &Model<B>) -> Result<Progress> {
+        match self {
+            Self::Checkpoint(checkpoint) => {
+                checkpoint.restore_for_evaluation(&model.params().state_dict())?;
+                model.params().publish()?;
+                Ok(checkpoint.state().progress)
+            }
+            Self::File(weights) => {
+                weights.give(model.params())?;
+                Ok(Progress::default())
+            }
+        }
+    }
+}
+
+/// Why the data is wanted, though what is predicted from is given.
+fn why_opened(trained_on: &str, settings: &str) -> String {
+    let parse = |text: &str| text.parse::<toml::Table>().unwrap_or_default();
+    let changes = differences(&parse(trained_on), &parse(settings), "data").join("\n  ");
+    format!(
+        "the data is looked at because [data] is not what the checkpoint learned from:\n  {changes}\n\
+         with `config.toml` of the run's folder, it need not be there"
+    )
 }
 
 /// Writes the resolved configuration into the run's folder; of a resumed run, says what has changed in it.
@@ -136,7 +206,8 @@ impl<B: Batch> Job for Pair<B> {
         callbacks: Vec<Box<dyn Callback>>,
     ) -> Result<Report> {
         let (model, data) = self.model_and_data(experiment)?;
-        let mut trainer = experiment.watched()?.described(experiment.resolved()?);
+        let origin = self.origin(experiment, &data.train.spec())?;
+        let mut trainer = experiment.watched()?.described(experiment.resolved()?).origin(origin);
         trainer = callbacks.into_iter().fold(trainer, Trainer::boxed_callback);
         if experiment.logging.progress {
             trainer = trainer.callback(ProgressBar::default());
@@ -217,8 +288,12 @@ impl<B: Batch> Job for Pair<B> {
     }
 
     fn predict(&self, experiment: &Experiment, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
-        let (model, data, progress) = self.trained(experiment, checkpoint)?;
-        let batch = data.train.read(input)?;
+        let device = experiment.device()?;
+        let weights = Trained::read(checkpoint)?;
+        let spec = self.spec(experiment, weights.origin())?;
+        let batch = self.data.read(&spec, input)?;
+        let model = experiment.model(&self.module, spec, &device)?;
+        let progress = weights.give(&model)?;
         let prediction = experiment.trainer().trained(progress).predict(&model, &batch)?;
         batch.write(&prediction, output)
     }

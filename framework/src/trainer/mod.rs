@@ -22,7 +22,7 @@ pub use limits::{Every, Limit};
 use crate::accelerator;
 use crate::batch::Batch;
 use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
-use crate::checkpoint::{Best, Checkpoint, CheckpointConfig, State};
+use crate::checkpoint::{Best, Checkpoint, CheckpointConfig, Origin, State};
 use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::data::{Cycle, Data, Dataset, Pass, Source, Split};
 use crate::error::{Error, Result};
@@ -64,6 +64,8 @@ pub struct Trainer {
     ranks: Arc<dyn Collective>,
     /// What is configured, a setting a line, where that is known in more detail than here.
     description: Option<String>,
+    /// What it learns from, where that is configured.
+    origin: Option<Origin>,
     seed: u64,
     image_every: u64,
     callbacks: Vec<Box<dyn Callback>>,
@@ -104,6 +106,7 @@ impl Trainer {
             distributed: DistributedConfig::default(),
             ranks: Arc::new(Solo),
             description: None,
+            origin: None,
             seed: 0,
             image_every: 0,
             callbacks: Vec::new(),
@@ -264,6 +267,12 @@ impl Trainer {
     /// Sets what ranks must agree on before they train.
     pub(crate) fn described(mut self, configuration: String) -> Self {
         self.description = Some(configuration);
+        self
+    }
+
+    /// Sets what checkpoints say that was learned from.
+    pub(crate) fn origin(mut self, origin: Origin) -> Self {
+        self.origin = Some(origin);
         self
     }
 
