@@ -45,6 +45,49 @@ fn small(module: &str) -> &'static [&'static str] {
 }
 
 #[test]
+fn editors_are_told_what_a_configuration_may_hold() {
+    use candlepower::config::Document;
+    use candlepower::experiment::{Experiment, schema};
+    let registry = candlepower_launcher::registry();
+    let validator = jsonschema::validator_for(&schema(&registry)).unwrap();
+    let complaints = |text: &str| -> Vec<String> {
+        let config = serde_json::to_value(text.parse::<toml::Table>().unwrap()).unwrap();
+        validator.iter_errors(&config).map(|error| error.to_string()).collect()
+    };
+    let mut texts: Vec<String> = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs"))
+        .unwrap()
+        .map(|entry| std::fs::read_to_string(entry.unwrap().path()).unwrap())
+        .collect();
+    let tiny = "[module]\nname = \"conv_lstm\"\n[data]\nname = \"moving_mnist\"\n";
+    texts.extend(
+        [
+            "workers = 0\nprefetch = 3",
+            "[optimizer]\nlr = 0.1\ngroups = [{ params = \"encoder.*\", frozen = true }]",
+            "[optimizers.a]\nname = \"sgd\"\nparams = \"*\"\nschedule = { name = \"cosine\", steps = 3 }",
+            "[schedule.plateau]\npatience = 3",
+            "[callbacks.early_stopping]\npatience = 3",
+        ]
+        .map(|more| format!("{tiny}{more}\n")),
+    );
+    for text in texts {
+        assert_eq!(complaints(&text), [""; 0], "{text}");
+        let document = Document::parse("a.toml", text, &["trainer.max_steps=1".into()]).unwrap();
+        let resolved = Experiment::new(&registry, document).unwrap().resolved().unwrap();
+        assert_eq!(complaints(&resolved), [""; 0], "{resolved}");
+    }
+    for wrong in [
+        "worker = 1",
+        "[optimizer]\nlrr = 0.1",
+        "[optimizer]\nmomentum = 0.9",
+        "[optimizers.a]\nname = \"sgd\"",
+        "[schedule]\nsteps = 3\nmin_lr = 0.1",
+        "[trainer]\nprecision = \"8\"",
+    ] {
+        assert!(!complaints(&format!("{tiny}{wrong}\n")).is_empty(), "{wrong}");
+    }
+}
+
+#[test]
 fn every_configuration_of_the_project_is_read_and_its_module_stepped_in_every_precision() {
     use candlepower::experiment::{Experiment, Resume};
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");

@@ -206,6 +206,9 @@ fn it_has_a_name_in_a_configuration_which_is_written_out_again() {
     let expected = "[optimizer]\nlr = 0.25\nweight_decay = 0.0\nmomentum = 0.5\nname = \"heavy_ball\"\n";
     assert!(resolved.contains(expected), "{resolved}");
     assert_eq!(read(&resolved).unwrap().resolved().unwrap(), resolved);
+    let schema = candlepower::experiment::schema(&registry);
+    let known = schema["properties"]["optimizer"]["anyOf"].as_array().unwrap();
+    assert!(known.iter().any(|one| one["properties"]["name"]["const"] == "heavy_ball"), "{schema:#}");
     let error = |from: &str, to: &str| read(&CONFIG.replace(from, to)).err().unwrap().to_string();
     let momentum = error("momentum = 0.5", "momentum = 1.5");
     assert!(

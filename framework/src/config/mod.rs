@@ -4,6 +4,7 @@
 mod document;
 mod error;
 mod registry;
+pub(crate) mod schema;
 mod wording;
 
 pub use document::{Document, Named};

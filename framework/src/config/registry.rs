@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 use indexmap::IndexMap;
-use schemars::schema_for;
 use serde_json::json;
 
 use super::document::{Document, Named, did_you_mean, quoted_list};
+use super::schema::{named, schema_of, variants_of};
 use crate::batch::Batch;
 use crate::callback::{Callback, Watch};
 use crate::data::{Open, OpenStream, Settings, Source, Split};
@@ -32,11 +32,14 @@ use crate::optim::{Descend, OptimizerConfig};
 pub struct Registry {
     families: Vec<Box<dyn AnyFamily>>,
     callbacks: IndexMap<&'static str, Entry<dyn CallbackRecipe>>,
-    optimizers: IndexMap<&'static str, ReadOptimizer>,
+    optimizers: IndexMap<&'static str, OwnEntry>,
 }
 
-/// Reads the section of an optimizer.
-type ReadOptimizer = fn(&Document, &Named) -> Result<OptimizerConfig>;
+/// The name of an optimizer of one's own: how its section is read, and what it may hold.
+struct OwnEntry {
+    parse: fn(&Document, &Named) -> Result<OptimizerConfig>,
+    schema: fn() -> serde_json::Value,
+}
 
 impl Registry {
     /// Adds a module under this name.
@@ -82,17 +85,18 @@ impl Registry {
 
     /// Adds an optimizer under this name, for `[optimizer]` and `[optimizers.*]`.
     pub fn optimizer<O: Descend>(mut self, name: &'static str) -> Self {
-        self.optimizers.insert(name, |document, named| {
+        let parse = |document: &Document, named: &Named| {
             let own = OptimizerConfig::own::<O>(&named.name, document.fields(named)?);
             own.map_err(|error| document.place(named.section(), error))
-        });
+        };
+        self.optimizers.insert(name, OwnEntry { parse, schema: schema_of::<O::Config> });
         self
     }
 
     /// The optimizer that a section names: one of these, or one of Candlepower's.
     pub(crate) fn read_optimizer(&self, document: &Document, named: &Named) -> Result<OptimizerConfig> {
         match self.optimizers.get(named.name.as_str()) {
-            Some(read) => read(document, named),
+            Some(own) => (own.parse)(document, named),
             None => document.variant(named, "optimizer"),
         }
     }
@@ -157,11 +161,17 @@ impl Registry {
 
     /// JSON Schemas of the sections `[module]` and `[data]`.
     pub(crate) fn schemas(&self) -> [serde_json::Value; 2] {
-        let any_of = |of: fn(&dyn AnyFamily) -> Vec<serde_json::Value>| {
-            json!({"type": "object", "required": ["name"],
-                   "anyOf": self.families.iter().flat_map(|family| of(&**family)).collect::<Vec<_>>()})
+        let all = |of: fn(&dyn AnyFamily) -> Schemas| {
+            named(self.families.iter().flat_map(|family| of(&**family)).collect(), None)
         };
-        [any_of(|family| family.module_schemas()), any_of(|family| family.dataset_schemas())]
+        [all(|family| family.module_schemas()), all(|family| family.dataset_schemas())]
+    }
+
+    /// JSON Schemas of the optimizers by their names.
+    pub(crate) fn optimizer_schemas(&self) -> Schemas {
+        let own = self.optimizers.iter().map(|(name, own)| (name.to_string(), (own.schema)()));
+        let ours = variants_of::<OptimizerConfig>().into_iter();
+        own.chain(ours.filter(|(name, _)| !self.optimizers.contains_key(name.as_str()))).collect()
     }
 }
 
@@ -243,10 +253,6 @@ impl<C: Watch> CallbackRecipe for FromConfig<C, C::Config> {
     }
 }
 
-fn schema_of<C: schemars::JsonSchema>() -> serde_json::Value {
-    schema_for!(C).to_value()
-}
-
 /// A name's meaning: how its section is read, and what it may hold. `R` is a recipe.
 struct Entry<R: ?Sized> {
     parse: fn(&Document, &Named) -> Result<Box<R>>,
@@ -259,14 +265,17 @@ struct Family<B: Batch> {
     datasets: IndexMap<&'static str, Entry<dyn DataRecipe<B>>>,
 }
 
+/// JSON Schemas by the names that select them.
+type Schemas = Vec<(String, serde_json::Value)>;
+
 /// A family whose batch is not known where it is used.
 trait AnyFamily: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn as_any_mut(&mut self) -> &mut dyn Any;
     fn modules(&self) -> Vec<&'static str>;
     fn datasets(&self) -> Vec<&'static str>;
-    fn module_schemas(&self) -> Vec<serde_json::Value>;
-    fn dataset_schemas(&self) -> Vec<serde_json::Value>;
+    fn module_schemas(&self) -> Schemas;
+    fn dataset_schemas(&self) -> Schemas;
     fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>>;
 }
 
@@ -287,12 +296,12 @@ impl<B: Batch> AnyFamily for Family<B> {
         self.datasets.keys().copied().collect()
     }
 
-    fn module_schemas(&self) -> Vec<serde_json::Value> {
-        self.modules.iter().map(|(name, entry)| with_name(name, (entry.schema)())).collect()
+    fn module_schemas(&self) -> Schemas {
+        self.modules.iter().map(|(name, entry)| (name.to_string(), (entry.schema)())).collect()
     }
 
-    fn dataset_schemas(&self) -> Vec<serde_json::Value> {
-        self.datasets.iter().map(|(name, entry)| with_name(name, (entry.schema)())).collect()
+    fn dataset_schemas(&self) -> Schemas {
+        self.datasets.iter().map(|(name, entry)| (name.to_string(), (entry.schema)())).collect()
     }
 
     fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>> {
@@ -300,10 +309,4 @@ impl<B: Batch> AnyFamily for Family<B> {
         let data = (self.datasets[data.name.as_str()].parse)(document, data)?;
         Ok(Box::new(Pair { module: module.into(), data }))
     }
-}
-
-/// A type's schema with the `name` that selects it.
-fn with_name(name: &str, mut schema: serde_json::Value) -> serde_json::Value {
-    schema["properties"]["name"] = json!({"const": name});
-    schema
 }

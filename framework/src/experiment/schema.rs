@@ -1,21 +1,28 @@
 //! What editors are told of configuration files.
 
-use schemars::schema_for;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::checkpoint::CheckpointConfig;
 use crate::collective::DistributedConfig;
 use crate::config::Registry;
+use crate::config::schema::{named, require, schema_of, variants_of};
 use crate::logger::LoggingConfig;
-use crate::optim::{AverageConfig, OptimizerConfig};
+use crate::optim::{AverageConfig, GroupConfig};
 use crate::run_dir::RunConfig;
-use crate::schedule::Schedule;
+use crate::schedule::{Plateau, Schedule};
 use crate::trainer::TrainerConfig;
 use crate::weights::InitConfig;
 
 /// A JSON Schema of configuration files, for editors.
-pub fn schema(registry: &Registry) -> serde_json::Value {
+pub fn schema(registry: &Registry) -> Value {
     let [module, data] = registry.schemas();
+    let data = with_fields(data, &[("workers", schema_of::<usize>()), ("prefetch", schema_of::<usize>())]);
+    let groups = ("groups", schema_of::<Vec<GroupConfig>>());
+    let optimizer = |default| with_fields(named(registry.optimizer_schemas(), default), &[groups.clone()]);
+    let schedule = named(variants_of::<Schedule>(), Some("constant"));
+    let own_fields = [("params", schema_of::<String>()), ("schedule", schedule.clone())];
+    let mut one_of_several = with_fields(optimizer(None), &own_fields);
+    require(&mut one_of_several, "params");
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Candlepower configuration",
@@ -23,37 +30,29 @@ pub fn schema(registry: &Registry) -> serde_json::Value {
         "required": ["module", "data"],
         "additionalProperties": false,
         "properties": {
-            "run": schema_for!(RunConfig),
-            "init": schema_for!(InitConfig),
-            "trainer": schema_for!(TrainerConfig),
+            "run": schema_of::<RunConfig>(),
+            "init": schema_of::<InitConfig>(),
+            "trainer": schema_of::<TrainerConfig>(),
             "module": module,
             "data": data,
-            "optimizer": named_variants(schema_for!(OptimizerConfig)),
-            "optimizers": {
-                "type": "object",
-                "additionalProperties": named_variants(schema_for!(OptimizerConfig)),
-            },
-            "schedule": named_variants(schema_for!(Schedule)),
-            "average": named_variants(schema_for!(AverageConfig)),
-            "checkpoint": schema_for!(CheckpointConfig),
-            "logging": schema_for!(LoggingConfig),
-            "distributed": schema_for!(DistributedConfig),
+            "optimizer": optimizer(Some("adam")),
+            "optimizers": {"type": "object", "additionalProperties": one_of_several},
+            "schedule": with_fields(schedule, &[("plateau", schema_of::<Plateau>())]),
+            "average": named(variants_of::<AverageConfig>(), None),
+            "checkpoint": schema_of::<CheckpointConfig>(),
+            "logging": schema_of::<LoggingConfig>(),
+            "distributed": schema_of::<DistributedConfig>(),
             "callbacks": registry.callback_schemas(),
         },
     })
 }
 
-/// The schema of an enum whose variants are chosen by `name`, their fields beside it.
-fn named_variants(schema: schemars::Schema) -> serde_json::Value {
-    let mut schema = schema.to_value();
-    let definitions = schema["$defs"].take();
-    let variants = schema["oneOf"].take().as_array().cloned().unwrap_or_default();
-    let variant = |tagged: serde_json::Value| {
-        let (name, fields) = tagged["properties"].as_object()?.iter().next()?;
-        let definition = fields["$ref"].as_str().and_then(|path| definitions.get(path.rsplit('/').next()?));
-        let mut fields = definition.unwrap_or(fields).clone();
-        fields["properties"]["name"] = json!({"const": name});
-        Some(fields)
-    };
-    json!({"type": "object", "anyOf": variants.into_iter().filter_map(variant).collect::<Vec<_>>()})
+/// A section with these fields besides, whatever it names.
+fn with_fields(mut section: Value, fields: &[(&str, Value)]) -> Value {
+    for variant in section["anyOf"].as_array_mut().into_iter().flatten() {
+        for (name, schema) in fields {
+            variant["properties"][*name] = schema.clone();
+        }
+    }
+    section
 }
