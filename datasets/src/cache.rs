@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use candlepower::error::{Error, Result};
+use candlepower::whole_file::partial;
 use sha2::{Digest, Sha256};
 
 use crate::bytes::Bytes;
@@ -58,7 +59,7 @@ pub(crate) fn decoded(
     }
     tracing::info!("decoding {} files into {}", files.len(), path.display());
     sweep(folder, ABANDONED);
-    let partial = path.with_extension(format!("{}.partial", std::process::id()));
+    let partial = partial(&path);
     let written = write(&partial, decode)
         .and_then(|()| std::fs::rename(&partial, &path).map_err(Error::file(&path)))
         .and_then(|()| Bytes::open(&path));
@@ -104,7 +105,7 @@ fn is_settled(cache: &Path, files: &[PathBuf]) -> Result<bool> {
 }
 
 fn write(path: &Path, decode: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
-    let file = File::create(path).map_err(Error::file(path))?;
+    let file = File::create_new(path).map_err(Error::file(path))?;
     // As long as it is written nobody sweeps it away; a file system without locks goes without.
     let _ = file.lock();
     let mut sink = Sink::File { file: BufWriter::new(file), path: path.to_path_buf() };

@@ -246,7 +246,8 @@ impl Batch for Labelled {
     }
 }
 
-/// Any tensors that share their first axis, for data that needs no type of its own.
+/// Any tensors that share their first axis, for data that needs no type of its own. The last of several is the target: it keeps its
+/// type where a module computes in half precision.
 #[derive(Debug, Clone)]
 pub struct Tensors(
     /// Each (B, ...).
@@ -265,9 +266,12 @@ impl Batch for Tensors {
     }
 
     fn cast(self, dtype: DType) -> Result<Self> {
-        let cast =
-            |tensor: Tensor| if tensor.dtype().is_float() { tensor.to_dtype(dtype) } else { Ok(tensor) };
-        Ok(Self(self.0.into_iter().map(cast).collect::<candle_core::Result<_>>()?))
+        let inputs = if self.0.len() > 1 { self.0.len() - 1 } else { 1 };
+        let cast = |(i, tensor): (usize, Tensor)| match i < inputs && tensor.dtype().is_float() {
+            true => tensor.to_dtype(dtype),
+            false => Ok(tensor),
+        };
+        Ok(Self(self.0.into_iter().enumerate().map(cast).collect::<candle_core::Result<_>>()?))
     }
 }
 

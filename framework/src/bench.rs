@@ -124,7 +124,7 @@ struct Stopwatch {
 }
 
 impl Stopwatch {
-    fn note(&mut self) -> Result<()> {
+    fn note(&mut self) -> Result<Flow> {
         // A step has ended when its device is idle, not when its last operation has been asked for.
         self.device.synchronize()?;
         if self.warm_up == 1 {
@@ -133,17 +133,16 @@ impl Stopwatch {
         self.warm_up = self.warm_up.saturating_sub(1);
         // Nobody listens only after the benchmark has failed.
         let _ = self.ends.send(Instant::now());
-        Ok(())
+        Ok(Flow::Continue)
     }
 }
 
 impl Callback for Stopwatch {
     fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
-        self.note()?;
-        Ok(Flow::Continue)
+        self.note()
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.note()
     }
 

@@ -173,9 +173,10 @@ pub trait Callback: Send {
         Ok(Flow::Continue)
     }
 
-    /// After `done` of `total` batches of an evaluation; a stream's total is not known.
-    fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<()> {
-        Ok(())
+    /// After `done` of `total` batches of an evaluation; a stream's total is not known. A stop ends the evaluation here, and the
+    /// training with it, where one rank is alone; a run that is resumed makes up for it. Several ranks come to its end first.
+    fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<Flow> {
+        Ok(Flow::Continue)
     }
 
     /// When an evaluation is complete: of the validation data, or, outside training, of any split.

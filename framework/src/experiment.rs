@@ -126,6 +126,10 @@ impl Experiment {
         }
         let turns = turns(&document, registry)?;
         let (schedule, plateau) = schedule(&document, "schedule")?;
+        if let Some(plateau) = &plateau {
+            let mut own = turns.iter().filter_map(|turn| turn.schedule.as_ref());
+            own.try_for_each(|schedule| plateau.check(schedule)).map_err(place("schedule.plateau"))?;
+        }
         let average = average(&document)?;
         let callbacks = registry.callbacks(&document)?;
         for (name, callback) in &callbacks {

@@ -43,7 +43,7 @@ mod taps;
 pub mod trainer;
 pub mod video_file;
 pub mod weights;
-mod whole_file;
+pub mod whole_file;
 
 // The crates whose types stand in our interfaces, in the versions that fit.
 pub use error::{Error, Result};

@@ -274,6 +274,11 @@ impl Step {
         of: &[&Tensor],
         draw: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
     ) {
+        if self.images.iter().any(|sketch| sketch.name == name) {
+            let message =
+                format!("a module cannot draw `{name}` twice in a step: which of the two is meant?");
+            self.refused = self.refused.take().or(Some(Error::msg(message)));
+        }
         let of = of.iter().map(|x| x.detach()).collect();
         self.images.push(Sketch { name: name.to_string(), of, draw: Arc::new(draw) });
     }

@@ -242,9 +242,9 @@ impl Schedule {
             Self::Cosine { steps, min_lr } => return half_cosine(lr, *min_lr, time / *steps as f64).into(),
             Self::CosineRestarts { steps, growth, min_lr } => {
                 let (mut start, mut length) = (0, *steps);
-                while t >= start + length {
+                while t - start >= length {
                     start += length;
-                    length *= growth;
+                    length = length.saturating_mul(*growth);
                 }
                 return half_cosine(lr, *min_lr, (t - start) as f64 / length as f64).into();
             }

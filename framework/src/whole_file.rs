@@ -1,22 +1,35 @@
 //! Files that are there whole or not at all.
 
 use std::ffi::OsString;
-use std::path::Path;
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Writes a file beside and renames it, so that nobody ever finds half of it.
-pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut name = OsString::from(".");
-    name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{}.partial", std::process::id()));
-    let partial = path.with_file_name(name);
-    let written = std::fs::write(&partial, bytes).and_then(|()| std::fs::rename(&partial, path));
+/// Writes a file beside and renames it, so that nobody ever finds half of it, not even after the power has failed.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let partial = partial(path);
+    let write = || {
+        let mut file = File::create_new(&partial)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        std::fs::rename(&partial, path)
+    };
+    let written = write();
     if written.is_err() {
         // What could not be written may not be there to remove: the first error is the one to tell.
         let _ = std::fs::remove_file(&partial);
     }
     written.map_err(Error::file(path))
+}
+
+/// A hidden file beside this one that nobody else writes: on machines that share a folder, processes may share a number too.
+pub fn partial(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(format!(".{:016x}.partial", rand::random::<u64>()));
+    path.with_file_name(name)
 }
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ impl Profile {
     /// Prints the table and writes `trace.json` into the run's folder, where there is one.
     pub(crate) fn finish(self, run: Option<&Path>) -> Result<()> {
         let profile = self.profiler.profile();
-        print!("{profile}");
+        say!("{}", profile.to_string().trim_end());
         let waited = profile.share("data_wait");
         if waited >= WAITS {
             let percent = 100. * waited;

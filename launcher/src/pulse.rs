@@ -53,8 +53,9 @@ impl Callback for Pulse {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
-        self.beat()
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+        self.beat()?;
+        Ok(Flow::Continue)
     }
 
     fn on_checkpoint(&mut self, checkpoint: &Path) -> Result<()> {

@@ -73,9 +73,9 @@ impl Callback for Recorder {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<()> {
+    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<Flow> {
         self.note(format!("batch {done}/{}", total.map_or("?".to_string(), |total| total.to_string())));
-        Ok(())
+        Ok(Flow::Continue)
     }
 
     fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {

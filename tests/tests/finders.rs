@@ -46,9 +46,9 @@ impl Callback for Calls {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.0.fetch_add(1, Ordering::Relaxed);
-        Ok(())
+        Ok(Flow::Continue)
     }
 }
 

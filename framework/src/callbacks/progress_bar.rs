@@ -108,13 +108,13 @@ impl Callback for ProgressBar {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<()> {
+    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<Flow> {
         if let Some(run) = &mut self.run {
             run.pause.get_or_insert_with(Instant::now);
             let of = total.map(|total| format!("/{total}")).unwrap_or_default();
             run.bar.set_message(format!("validating {done}{of}"));
         }
-        Ok(())
+        Ok(Flow::Continue)
     }
 
     fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {

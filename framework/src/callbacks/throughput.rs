@@ -79,9 +79,9 @@ impl Callback for Throughput {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<()> {
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.before = None;
-        Ok(())
+        Ok(Flow::Continue)
     }
 
     fn wants_gradients(&self, _: u64) -> bool {

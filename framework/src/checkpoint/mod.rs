@@ -37,7 +37,8 @@ const STATE: &str = "state.json";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Saves every so many steps. The end of training, and the best validations, are saved in any case.
+    /// Saves every so many steps. Without it and `every_time`, what was validated is saved. The end of training, the best validations,
+    /// and what came before an error are saved in any case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every_steps: Option<u64>,
     /// Saves every so often by the clock, as `"10 min"`.
@@ -86,6 +87,8 @@ impl CheckpointConfig {
 pub struct State {
     /// How far training had come.
     pub progress: Progress,
+    /// Whether the validation that is due after this step is still to come: it was interrupted, or failed.
+    pub owes_validation: bool,
     /// The run's seed: order, augmentation and noise depend on it.
     pub seed: u64,
     /// The best validations so far, the best first.

@@ -75,10 +75,15 @@ impl Saver {
         &self.best
     }
 
-    /// Whether a checkpoint of `step` is due by its number or by the clock.
-    pub(crate) fn is_due(&self, step: u64) -> bool {
-        self.config.every_steps.is_some_and(|every| step.is_multiple_of(every))
-            || self.config.every_time.is_some_and(|every| self.saved_at.elapsed() >= every)
+    /// Whether a checkpoint of `step` is due: by its number, by the clock, or, without either, because it `is_validated`.
+    pub(crate) fn is_due(&self, step: u64, is_validated: bool) -> bool {
+        match (self.config.every_steps, self.config.every_time) {
+            (None, None) => is_validated,
+            (steps, time) => {
+                steps.is_some_and(|every| step.is_multiple_of(every))
+                    || time.is_some_and(|every| self.saved_at.elapsed() >= every)
+            }
+        }
     }
 
     /// Whether the checkpoint of `step` has been taken.

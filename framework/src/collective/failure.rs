@@ -12,6 +12,7 @@ pub(crate) fn report(rank: usize, why: &str) {
     let Some(path) = std::env::var_os(FAILURE_FILE) else { return };
     // What cannot be written is said by the error that follows; the failure itself matters more.
     if let Ok(mut file) = OpenOptions::new().write(true).create_new(true).open(path) {
-        let _ = write!(file, "rank {rank}: {why}");
+        // At once, as somebody may be waiting for it.
+        let _ = file.write_all(format!("rank {rank}: {why}").as_bytes());
     }
 }

@@ -194,7 +194,7 @@ fn jobs<B: Batch>(
     let micro_batches: Vec<Vec<Sample>> = samples.chunks(micro).map(<[_]>::to_vec).collect();
     micro_batches.into_iter().enumerate().map(move |(number, samples)| {
         let dataset = dataset.clone();
-        let make = move || dataset.batch(&samples).map_err(|error| unreadable(&samples, &error));
+        let make = move || whole(dataset.batch(&samples), &samples);
         Job {
             make: Some(Box::new(make)),
             place: Place { number, ends_step: false, step_samples, ends_epoch },
@@ -202,9 +202,15 @@ fn jobs<B: Batch>(
     })
 }
 
-fn unreadable(samples: &[Sample], error: &Error) -> Error {
+/// A batch that was made of these samples: of all of them, as each counts as much in the loss.
+fn whole<B: Batch>(batch: Result<B>, samples: &[Sample]) -> Result<B> {
+    let why = match batch {
+        Ok(batch) if batch.len() == samples.len() => return Ok(batch),
+        Ok(batch) => format!("the batch has {} samples, expected {}", batch.len(), samples.len()),
+        Err(error) => error.to_string(),
+    };
     let indices: Vec<String> = samples.iter().map(|s| s.index.to_string()).collect();
-    Error::msg(format!("cannot read sample(s) {}: {error}", indices.join(", ")))
+    Err(Error::msg(format!("cannot read sample(s) {}: {why}", indices.join(", "))))
 }
 
 /// How a stream is cut.
@@ -272,9 +278,7 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
                             let samples: Vec<Sample> = (index..index + items.len()).map(sample).collect();
                             index += items.len();
                             let stream = self.clone();
-                            let make = move || {
-                                stream.batch(items, &samples).map_err(|error| unreadable(&samples, &error))
-                            };
+                            let make = move || whole(stream.batch(items, &samples), &samples);
                             let number = jobs.len();
                             let place = Place { number, ends_step: false, step_samples, ends_epoch };
                             jobs.push(Job { make: Some(Box::new(make) as _), place });

@@ -7,7 +7,7 @@ use crate::callback::{Picture, Record};
 use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
-/// Writes `<split>_<name>_<step>.png` into a folder.
+/// Writes `<split>_<name>_<step>.png` into a folder, with `_` for each `/` of the name.
 pub struct Pictures {
     dir: PathBuf,
 }
@@ -27,6 +27,7 @@ impl Logger for Pictures {
     fn picture(&mut self, picture: &Picture) -> Result<()> {
         std::fs::create_dir_all(&self.dir).map_err(Error::file(&self.dir))?;
         let Picture { step, split, name, png, .. } = picture;
+        let name = name.replace('/', "_");
         write_whole(&self.dir.join(format!("{}_{name}_{step:06}.png", split.name())), png)
     }
 }

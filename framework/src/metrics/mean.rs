@@ -27,6 +27,14 @@ impl Means {
                 "metric `{name}` is logged with shape {shape:?}: expected a scalar"
             )));
         }
+        if !(weight.is_finite() && weight >= 0.) {
+            let message = format!("metric `{name}` is logged with weight {weight}: expected a number from 0");
+            return Err(Error::msg(message));
+        }
+        if weight == 0. {
+            // The mean over nothing, which may be no number, counts for nothing.
+            return self.add_sum(name, Tensor::zeros(1, DType::F64, &Device::Cpu)?, 0.);
+        }
         if !value.device().is_cpu() {
             self.coming = None;
         }

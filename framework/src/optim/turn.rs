@@ -62,7 +62,12 @@ impl TurnConfig {
     /// Refuses what no parameters could make right.
     pub fn check(&self) -> Result<()> {
         self.optimizer.check()?;
-        for GroupConfig { params, lr, weight_decay, .. } in &self.groups {
+        for GroupConfig { params, lr, weight_decay, frozen } in &self.groups {
+            if *frozen && (lr.is_some() || weight_decay.is_some()) {
+                let message =
+                    format!("group `{params}`: it is frozen, so that `lr` and `weight_decay` play no part");
+                return Err(Error::setting("groups", message));
+            }
             let negative = |value: &Option<f64>| value.is_some_and(|x| !(x.is_finite() && x >= 0.));
             if negative(lr) || negative(weight_decay) {
                 let message = format!("group `{params}`: expected `lr` and `weight_decay` from 0 up");

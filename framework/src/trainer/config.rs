@@ -148,6 +148,30 @@ impl Default for TrainerConfig {
 impl TrainerConfig {
     /// Refuses values that cannot be trained with.
     pub fn check(&self) -> Result<()> {
+        self.check_sizes()?;
+        for (key, value) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
+            if let Some(value) = value.filter(|value| !(value.is_finite() && *value > 0.)) {
+                return Err(Error::setting(key, format!("expected a number above 0, found {value}")));
+            }
+        }
+        let zero = |limit: Option<Limit>| limit.is_some_and(|limit| limit.of(usize::MAX) == 0);
+        for (key, limit) in
+            [("limit_train_batches", self.limit_train_batches), ("overfit_batches", self.overfit_batches)]
+        {
+            if zero(limit) {
+                return Err(Error::setting(key, "expected at least one batch, found none"));
+            }
+        }
+        let ends = self.max_steps.is_some() || self.max_epochs.is_some() || self.max_time.is_some();
+        if !ends && self.fast_dev_run == 0 {
+            let message = "training needs an end: set `max_steps`, `max_epochs` or `max_time`";
+            return Err(Error::setting("max_steps", message));
+        }
+        Ok(())
+    }
+
+    /// Refuses values that nothing can be computed with, be it an evaluation alone.
+    pub(crate) fn check_sizes(&self) -> Result<()> {
         let at_least_one = [
             ("batch_size", Some(self.batch_size as u64)),
             ("micro_batch_size", self.micro_batch_size.map(|n| n as u64)),
@@ -165,27 +189,9 @@ impl TrainerConfig {
         if let Some((key, value)) = at_most.iter().find(|(_, value)| *value > MOST) {
             return Err(Error::setting(*key, format!("expected at most {MOST}, found {value}")));
         }
-        for (key, value) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
-            if let Some(value) = value.filter(|value| !(value.is_finite() && *value > 0.)) {
-                return Err(Error::setting(key, format!("expected a number above 0, found {value}")));
-            }
-        }
         if self.micro_batch_size.is_some_and(|micro| micro > self.batch_size) {
             let message = format!("expected at most `batch_size`, which is {}", self.batch_size);
             return Err(Error::setting("micro_batch_size", message));
-        }
-        let zero = |limit: Option<Limit>| limit.is_some_and(|limit| limit.of(usize::MAX) == 0);
-        for (key, limit) in
-            [("limit_train_batches", self.limit_train_batches), ("overfit_batches", self.overfit_batches)]
-        {
-            if zero(limit) {
-                return Err(Error::setting(key, "expected at least one batch, found none"));
-            }
-        }
-        let ends = self.max_steps.is_some() || self.max_epochs.is_some() || self.max_time.is_some();
-        if !ends && self.fast_dev_run == 0 {
-            let message = "training needs an end: set `max_steps`, `max_epochs` or `max_time`";
-            return Err(Error::setting("max_steps", message));
         }
         Ok(())
     }

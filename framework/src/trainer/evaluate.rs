@@ -6,7 +6,7 @@ use indexmap::IndexMap;
 use super::Trainer;
 use super::limits::Limit;
 use crate::batch::Batch;
-use crate::callback::Progress;
+use crate::callback::{Flow, Progress, StopReason};
 use crate::data::{Loader, Pass, Share, Source};
 use crate::error::{Error, Result};
 use crate::metrics::Means;
@@ -33,6 +33,14 @@ fn batches<B: Batch>(
     Ok((Loader::new(jobs, workers, workers * AHEAD, device), total))
 }
 
+/// What an evaluation came to.
+pub(super) enum Evaluated {
+    /// The metrics of all of it.
+    Complete(IndexMap<String, f64>),
+    /// A callback has ended it.
+    Stopped(StopReason),
+}
+
 /// The metrics of `model` on `source`; pictures of the first batch where they are due.
 #[expect(clippy::too_many_arguments, reason = "what is evaluated, on what, and for whom")]
 pub(super) fn evaluate<B: Batch>(
@@ -44,7 +52,7 @@ pub(super) fn evaluate<B: Batch>(
     workers: usize,
     progress: &Progress,
     images_due: bool,
-) -> Result<IndexMap<String, f64>> {
+) -> Result<Evaluated> {
     let ranks = trainer.ranks.clone();
     let share = Share { rank: ranks.rank(), of: ranks.world_size() };
     let (batches, total) = batches(trainer, source, pass, limit, workers, share, model.params().device())?;
@@ -64,13 +72,16 @@ pub(super) fn evaluate<B: Batch>(
         }
         trainer.take_pictures(progress.step, pass.split, pictures)?;
         trainer.show_ready_pictures()?;
-        for callback in &mut trainer.callbacks {
-            // The other ranks are about as far.
-            let done = (i + share.of).min(total.unwrap_or(usize::MAX));
-            callback.on_validation_batch(done, total)?;
+        // The other ranks are about as far.
+        let done = (i + share.of).min(total.unwrap_or(usize::MAX));
+        let flow = trainer.ask(|callback| callback.on_validation_batch(done, total))?;
+        if let Flow::Stop(reason) = flow
+            && ranks.is_alone()
+        {
+            return Ok(Evaluated::Stopped(reason));
         }
     }
-    means.read_over(&*ranks)
+    Ok(Evaluated::Complete(means.read_over(&*ranks)?))
 }
 
 /// A module's error on batch number `i`, from 0, with what is probably wrong.

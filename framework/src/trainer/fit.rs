@@ -15,6 +15,7 @@ use std::time::Instant;
 use candle_core::{Device, Tensor, Var};
 use indexmap::IndexMap;
 
+use super::evaluate::Evaluated;
 use super::limits::Limit;
 use super::ranks::{agree_on_flow, average_buffers};
 use super::{Outcome, Trainer, phase};
@@ -80,6 +81,10 @@ pub(super) struct Fit<'a, B: Batch> {
     /// What a validation inside the step has asked for: that is for when the step is taken.
     asked: Flow,
     saver: Option<Saver>,
+    /// Whether a step is under way that has moved parameters, or may have.
+    is_moving: bool,
+    /// Whether the run that is resumed did not come to the validation that was due.
+    owed: bool,
     /// Since when this attempt runs, and how long those before it ran.
     started: Instant,
     seconds_before: f64,
@@ -113,30 +118,42 @@ enum Stepped {
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
+    /// Trains; what came before an error is saved.
     pub(super) fn run(&mut self) -> Result<Outcome> {
+        self.train().map_err(|error| {
+            self.save_after_error();
+            self.explain_memory(error)
+        })
+    }
+
+    /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
+    fn train(&mut self) -> Result<Outcome> {
         self.start()?;
         let begun_at = self.progress.step;
-        let mut reason = StopReason::Finished;
-        while !self.trainer.config.is_finished(&self.progress) {
-            let flow = match self.step().map_err(|error| self.explain_memory(error))? {
+        let mut flow = self.catch_up()?;
+        let mut reason = loop {
+            if let Flow::Stop(why) = flow
+                && self.may_stop(&why)
+            {
+                break why;
+            }
+            if self.trainer.config.is_finished(&self.progress) {
+                break StopReason::Finished;
+            }
+            flow = match self.step()? {
                 Stepped::Moved(tally) => self.after_step(*tally)?,
                 Stepped::Refused(Refusal::Overflow) => Flow::Continue,
                 Stepped::Refused(Refusal::Hopeless(why)) => Flow::Stop(StopReason::Failed(why)),
             };
-            if let Flow::Stop(why) = flow
-                && self.may_stop(&why)
-            {
-                reason = why;
-                break;
-            }
-        }
+        };
         // Who interrupts a run wants its state saved, not minutes of validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
             if self.progress.step > begun_at {
                 self.log_part_of_epoch()?;
             }
-            self.validate_at_the_end()?;
+            if let Flow::Stop(signal @ StopReason::Signal(_)) = self.validate_at_the_end()? {
+                reason = signal;
+            }
         }
         self.save()?;
         let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
@@ -173,11 +190,22 @@ impl<B: Batch> Fit<'_, B> {
         };
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
         let few = self.trainer.config.sanity_val_batches;
-        if few > 0 && self.progress.step == 0 {
-            let metrics = self.evaluate(Some(Limit::Batches(few)), false)?;
-            metrics.map_or(Ok(()), |metrics| self.check_monitors(&metrics))?;
+        if few > 0
+            && self.progress.step == 0
+            && let Some(Evaluated::Complete(metrics)) = self.evaluate(Some(Limit::Batches(few)), false)?
+        {
+            self.check_monitors(&metrics)?;
         }
         Ok(())
+    }
+
+    /// Makes up for the validation that the run which is resumed did not come to.
+    fn catch_up(&mut self) -> Result<Flow> {
+        if !std::mem::take(&mut self.owed) {
+            return Ok(Flow::Continue);
+        }
+        let flow = self.validate()?;
+        Ok(agree_on_flow(&*self.ranks, flow, false)?.0)
     }
 
     /// One optimizer step: for each optimizer the gradient of the mean loss over a batch, and the move against it.
@@ -199,7 +227,10 @@ impl<B: Batch> Fit<'_, B> {
             }
             match refusal {
                 None => {}
-                Some(refusal) if turn == 0 => return Ok(Stepped::Refused(refusal)),
+                Some(refusal) if turn == 0 => {
+                    self.is_moving = false;
+                    return Ok(Stepped::Refused(refusal));
+                }
                 // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
                 Some(Refusal::Overflow) => continue,
                 // ... or ends the run, whose last checkpoint is still good.
@@ -220,6 +251,7 @@ impl<B: Batch> Fit<'_, B> {
         self.kept.clear();
         self.progress.advance(tally.samples, tally.ends_epoch);
         self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
+        self.is_moving = false;
         Ok(Stepped::Moved(Box::new(tally)))
     }
 
@@ -230,11 +262,12 @@ impl<B: Batch> Fit<'_, B> {
         let mut flow =
             std::mem::take(&mut self.asked).or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
         flow = flow.or(self.log_step(tally)?);
-        if self.is_validation_due(false)? {
+        let is_validated = self.is_validation_due(false)?;
+        if is_validated {
             flow = flow.or(self.validate()?);
         }
-        let saves =
-            self.saver.as_ref().is_some_and(|saver| saver.is_due(progress.step)) || flow == Flow::Save;
+        let is_due = |saver: &Saver| saver.is_due(progress.step, is_validated);
+        let saves = self.saver.as_ref().is_some_and(is_due) || flow == Flow::Save;
         if let Some(limit) = self.trainer.config.max_time
             && self.seconds() >= limit.as_secs_f64()
         {

@@ -15,6 +15,7 @@ use indexmap::IndexMap;
 use tracing::{Dispatch, dispatcher};
 
 pub use config::{Kernels, TrainerConfig};
+use evaluate::Evaluated;
 use gallery::Gallery;
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
@@ -310,7 +311,11 @@ impl Trainer {
         self.config.check()?;
         self.turns.iter().try_for_each(TurnConfig::check)?;
         self.schedule.check()?;
-        self.plateau.as_ref().map_or(Ok(()), |plateau| plateau.check(&self.schedule))?;
+        if let Some(plateau) = &self.plateau {
+            let own = self.turns.iter().filter_map(|turn| turn.schedule.as_ref());
+            own.chain([&self.schedule]).try_for_each(|schedule| plateau.check(schedule))?;
+        }
+        self.checkpoint.check()?;
         self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
         self.distributed.check()?;
         match self.ranks.devices_here(self.config.devices) {
@@ -332,8 +337,14 @@ impl Trainer {
         self.in_pool(|trainer| {
             trainer.gallery = Gallery::default();
             let progress = trainer.progress;
-            let metrics =
+            let evaluated =
                 evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
+            let metrics = match evaluated {
+                Evaluated::Complete(metrics) => metrics,
+                Evaluated::Stopped(reason) => {
+                    return Err(Error::msg(format!("the evaluation was ended: {reason:?}")));
+                }
+            };
             trainer.show_all_pictures()?;
             let mut record =
                 Record { step: progress.step, epoch: progress.epoch_of_last_step(), split, metrics };
@@ -446,10 +457,15 @@ impl Trainer {
     /// Hands the callbacks what a checkpoint remembers of them.
     fn restore_callbacks(&mut self, state: Option<&State>) -> Result<()> {
         let Some(state) = state else { return Ok(()) };
+        let mut kept = state.callbacks.clone();
         for (name, callback) in self.callback_names().into_iter().zip(&mut self.callbacks) {
-            if let Some(state) = state.callbacks.get(&name) {
-                callback.restore(state.clone())?;
+            if let Some(state) = kept.shift_remove(&name) {
+                callback.restore(state)?;
             }
+        }
+        if !kept.is_empty() {
+            let names: Vec<&str> = kept.keys().map(String::as_str).collect();
+            tracing::warn!("the checkpoint knows callbacks that are not here: {}", names.join(", "));
         }
         Ok(())
     }
@@ -471,6 +487,7 @@ impl Trainer {
         work: impl FnOnce(&mut Trainer) -> Result<T> + Send,
     ) -> Result<T> {
         const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
+        self.config.check_sizes()?;
         candlepower_kernels::keep_freed_memory();
         candlepower_kernels::idle_soon();
         accelerator::set_matmul_precision(self.config.float32_matmul_precision);

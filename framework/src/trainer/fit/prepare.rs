@@ -157,12 +157,15 @@ impl<'a, B: Batch> Fit<'a, B> {
             epoch_means: epoch_means(state, share)?,
             validation: None,
             validated_at: Instant::now(),
-            lr_scale: state.and_then(|state| state.lr_scale).unwrap_or(1.),
+            // What a plateau has lowered counts as long as there is one.
+            lr_scale: trainer.plateau.as_ref().and(state).and_then(|state| state.lr_scale).unwrap_or(1.),
             plateau: state.map(|state| state.plateau).unwrap_or_default(),
             loss_scale: LossScale::of(config.precision)
                 .map(|fresh| state.and_then(|state| state.loss_scale).unwrap_or(fresh)),
             overflows,
             asked: Flow::Continue,
+            is_moving: false,
+            owed: state.is_some_and(|state| state.owes_validation),
             saver,
             started: Instant::now(),
             seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),

@@ -59,6 +59,7 @@ impl<B: Batch> Fit<'_, B> {
         let average = self.average.as_ref();
         let state = State {
             progress: self.progress,
+            owes_validation: self.owes_validation(),
             seed: trainer.seed,
             best: saver.best().to_vec(),
             // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
@@ -73,6 +74,21 @@ impl<B: Batch> Fit<'_, B> {
             data: trainer.origin.clone(),
         };
         Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
+    }
+
+    /// After an error, which is the one to tell: saves the last step that was taken, where no rank waits for this one.
+    pub(super) fn save_after_error(&mut self) {
+        let step = self.progress.step;
+        let is_worth_it = self.saver.as_ref().is_some_and(|saver| step > 0 && !saver.has(step));
+        if self.is_moving || !is_worth_it || !self.ranks.is_alone() {
+            return;
+        }
+        let saved = self.model.params().roll_back_buffers().and_then(|()| self.save());
+        let saved = saved.and_then(|()| self.saver.as_mut().map_or(Ok(None), Saver::finish));
+        match saved.and_then(|path| self.tell_saved(path)) {
+            Ok(()) => tracing::info!("step {step}, the last that was taken, is saved"),
+            Err(error) => tracing::warn!("step {step}, the last that was taken, cannot be saved: {error}"),
+        }
     }
 
     /// Tells the callbacks of a checkpoint that is complete.

@@ -45,6 +45,7 @@ impl<B: Batch> Fit<'_, B> {
         let norm = norm.read()?;
         tally.means.as_mut().map_or(Ok(()), Means::begin)?;
         if !is_over {
+            self.is_moving = true;
             self.turns[turn].step(&own, &scale, &*self.ranks)?;
         }
         if wanted {
@@ -114,6 +115,7 @@ impl<B: Batch> Fit<'_, B> {
         let step = || Step::training(done, place.number as u64, seed, &optimizer.name, images_due);
         let is_whole = place.number == 0 && place.ends_step;
         let updates = is_whole && self.replays.is_on();
+        self.is_moving |= updates;
         let precision = self.trainer.config.precision;
         let work = |batch: &B, step| {
             let passes = Backprop::over(module, optimizer, batch, step, factor);

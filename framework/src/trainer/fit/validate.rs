@@ -11,7 +11,7 @@ use crate::config::{did_you_mean, quoted_list};
 use crate::data::{Pass, Split};
 use crate::error::{Error, Result};
 use crate::optim::Average;
-use crate::trainer::evaluate::evaluate;
+use crate::trainer::evaluate::{Evaluated, evaluate};
 use crate::trainer::limits::{Every, Limit};
 
 impl<B: Batch> Fit<'_, B> {
@@ -37,8 +37,10 @@ impl<B: Batch> Fit<'_, B> {
             return Ok(Flow::Continue);
         }
         let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
-        let Some(metrics) = self.evaluate(limit, self.trainer.image_every > 0)? else {
-            return Ok(Flow::Continue);
+        let metrics = match self.evaluate(limit, self.trainer.image_every > 0)? {
+            None => return Ok(Flow::Continue),
+            Some(Evaluated::Stopped(reason)) => return Ok(Flow::Stop(reason)),
+            Some(Evaluated::Complete(metrics)) => metrics,
         };
         let checked = self.check_monitors(&metrics);
         if self.ranks.decide(checked.is_err())? {
@@ -64,11 +66,11 @@ impl<B: Batch> Fit<'_, B> {
             )));
         }
         let is_best = self.saver.as_mut().zip(value).is_some_and(|(saver, value)| saver.rank(step, value));
+        self.validation = Some((step, record.metrics));
         if self.ranks.decide(is_best)? {
             self.save()?;
         }
         self.validated_at = Instant::now();
-        self.validation = Some((step, record.metrics));
         Ok(flow)
     }
 
@@ -92,28 +94,37 @@ impl<B: Batch> Fit<'_, B> {
         ours.try_for_each(|(section, monitor)| is_known(section, monitor, &known))
     }
 
+    /// Whether a checkpoint of this moment is without the validation that its step has. By the clock none has one.
+    pub(super) fn owes_validation(&self) -> bool {
+        let by_clock = matches!(self.trainer.config.val_every, Some(Every::Time(_)));
+        let is_done = self.validation.as_ref().is_some_and(|(at, _)| *at == self.progress.step);
+        self.val.is_some() && !by_clock && !is_done && self.is_validation_due(false).unwrap_or(false)
+    }
+
     /// The validation that a run ends with.
-    pub(super) fn validate_at_the_end(&mut self) -> Result<()> {
+    pub(super) fn validate_at_the_end(&mut self) -> Result<Flow> {
         let step = self.progress.step;
         if self.ranks.decide(self.saver.as_ref().is_some_and(|saver| saver.has_ended_at(step)))? {
             // There was nothing left to do: it is the one that the run has ended with before.
             let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
-            self.validation = self.evaluate(limit, false)?.map(|metrics| (step, metrics));
-            return Ok(());
+            return Ok(match self.evaluate(limit, false)? {
+                Some(Evaluated::Stopped(reason)) => Flow::Stop(reason),
+                Some(Evaluated::Complete(metrics)) => {
+                    self.validation = Some((step, metrics));
+                    Flow::Continue
+                }
+                None => Flow::Continue,
+            });
         }
         if self.validation.as_ref().is_none_or(|(at, _)| *at != step) {
             // A longer run would not validate here: what is saved, and goes on one day, knows nothing of it.
             self.save()?;
         }
-        self.validate().map(drop)
+        self.validate()
     }
 
     /// The metrics of the validation data with the averaged weights, where there are any.
-    pub(super) fn evaluate(
-        &mut self,
-        limit: Option<Limit>,
-        images_due: bool,
-    ) -> Result<Option<IndexMap<String, f64>>> {
+    pub(super) fn evaluate(&mut self, limit: Option<Limit>, images_due: bool) -> Result<Option<Evaluated>> {
         let Some((source, split, _)) = &self.val else { return Ok(None) };
         let _phase = phase!("validation");
         let (trainer, model, progress, workers) =
