@@ -91,11 +91,14 @@ impl Dropped {
     }
 
     fn logging(logs_epochs: bool, seed: u64, precision: Precision) -> Model<Tensors> {
-        let build = move |vb: VarBuilder| {
-            let (first, second) = (linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?);
-            Ok(Self { first, second, logs_epochs })
-        };
+        let build = move |vb: VarBuilder| Ok(Self { logs_epochs, ..Self::build(vb)? });
         Model::with_precision(build, seed, &device(), precision).unwrap()
+    }
+
+    /// The module itself.
+    pub fn build(vb: VarBuilder) -> Result<Self> {
+        let (first, second) = (linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?);
+        Ok(Self { first, second, logs_epochs: false })
     }
 }
 

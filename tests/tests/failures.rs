@@ -1,0 +1,214 @@
+//! What an error, or a stop inside a validation, leaves behind: everything up to the last step, to go on from to the same bits.
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candlepower::callbacks::OnSignal;
+use candlepower::checkpoint::{Checkpoint, CheckpointConfig, latest};
+use candlepower::optim::TurnConfig;
+use candlepower::prelude::*;
+use candlepower::schedule::Plateau;
+use candlepower::trainer::{Every, Outcome};
+use candlepower_tests::points::{Dropped, Points};
+use candlepower_tests::recorder::Recorder;
+
+/// Points of which, while `broken`, those cannot be read that `is_bad`.
+struct Breakable {
+    points: Points,
+    is_bad: fn(&Sample) -> bool,
+    broken: Arc<AtomicBool>,
+}
+
+impl Dataset for Breakable {
+    type Batch = Tensors;
+
+    fn len(&self) -> usize {
+        self.points.len()
+    }
+
+    fn spec(&self) {}
+
+    fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+        if self.broken.load(Ordering::Relaxed) && samples.iter().any(self.is_bad) {
+            return Err(Error::msg("the disk is gone"));
+        }
+        self.points.batch(samples)
+    }
+}
+
+/// 10 samples in batches of 4: steps of 4, 4 and 2 an epoch. A plateau halves the learning rate at each validation but the first.
+fn trainer(dir: &Path, resume: bool) -> Trainer {
+    let config = TrainerConfig {
+        batch_size: 4,
+        max_steps: Some(8),
+        log_every: 1,
+        val_every: Some(Every::Steps(2)),
+        ..Default::default()
+    };
+    let plateau = Plateau { factor: 0.5, patience: 0, threshold: 1e9, absolute: true, ..Default::default() };
+    // Nothing but the end is saved otherwise.
+    let checkpoints =
+        CheckpointConfig { every_steps: Some(1000), keep_last: 99, keep_best: 0, ..Default::default() };
+    let trainer = Trainer::new(config).seed(5).plateau(Some(plateau)).checkpoints(dir, checkpoints);
+    match resume {
+        true => trainer.resume(Checkpoint::load(&latest(dir).unwrap().unwrap()).unwrap()),
+        false => trainer,
+    }
+}
+
+/// The files of the last checkpoint but its manifest, byte for byte.
+fn end(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(dir.join("8")).unwrap().map(Result::unwrap);
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
+}
+
+/// A run that breaks, with what it has said and the step that is left of it, and then goes on.
+fn broken_and_mended(is_bad: fn(&Sample) -> bool) -> (String, u64, BTreeMap<String, Vec<u8>>) {
+    let (dir, broken) = (tempfile::tempdir().unwrap(), Arc::new(AtomicBool::new(true)));
+    let data = || {
+        let breakable = |samples| Breakable { points: Points { samples }, is_bad, broken: broken.clone() };
+        Data::new(breakable(10)).val(breakable(13)).workers(0)
+    };
+    let error = trainer(dir.path(), false).fit(&Dropped::model(1), &data()).unwrap_err().to_string();
+    let left = Checkpoint::load(&latest(dir.path()).unwrap().unwrap()).unwrap().state().progress.step;
+    broken.store(false, Ordering::Relaxed);
+    trainer(dir.path(), true).fit(&Dropped::model(77), &data()).unwrap();
+    (error, left, end(dir.path()))
+}
+
+fn whole() -> BTreeMap<String, Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    trainer(dir.path(), false).fit(&Dropped::model(1), &data).unwrap();
+    end(dir.path())
+}
+
+#[test]
+fn a_sample_that_cannot_be_read_costs_no_step() {
+    // The second epoch begins with step 4; sample 3 is in one of its three.
+    let (error, left, end) = broken_and_mended(|sample| sample.epoch == 1 && sample.index == 3);
+    assert!(error.contains("the disk is gone"), "{error}");
+    assert!((3..6).contains(&left), "{left}");
+    assert!(end == whole());
+}
+
+#[test]
+fn a_validation_that_fails_is_made_up_for() {
+    // Behind the batches that are tried before the first step.
+    let (error, left, end) = broken_and_mended(|sample| sample.split == Split::Val && sample.index == 12);
+    assert!(error.contains("the disk is gone"), "{error}");
+    assert_eq!(left, 2);
+    // With the learning rate that the plateau leaves after four validations.
+    assert!(end == whole());
+}
+
+/// Asks to stop, as a signal does, in the first batch of the validation after this step.
+struct StopsInside {
+    step: u64,
+    now: u64,
+    signal: OnSignal,
+}
+
+impl Callback for StopsInside {
+    fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+        self.now = step.progress.step;
+        Ok(Flow::Continue)
+    }
+
+    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+        if self.now == self.step {
+            self.signal.stop.store(15, Ordering::Relaxed);
+        }
+        Ok(Flow::Continue)
+    }
+}
+
+#[test]
+fn a_signal_ends_a_validation_which_is_made_up_for() {
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    // Also in the one that a run ends with.
+    for step in [4, 8] {
+        let (dir, signal, heard) = (tempfile::tempdir().unwrap(), OnSignal::default(), Recorder::default());
+        let stops = StopsInside { step, now: 0, signal: signal.clone() };
+        let Outcome { progress, reason, .. } = trainer(dir.path(), false)
+            .callback(stops)
+            .callback(signal)
+            .callback(heard.clone())
+            .fit(&Dropped::model(1), &data)
+            .unwrap();
+        assert_eq!((progress.step, reason), (step, StopReason::Signal(15)));
+        assert!(!heard.lines().contains(&format!("val metrics {step}")), "{:?}", heard.lines());
+        let resumed = Recorder::default();
+        trainer(dir.path(), true).callback(resumed.clone()).fit(&Dropped::model(77), &data).unwrap();
+        let seen: Vec<String> =
+            resumed.lines().into_iter().filter(|line| line.contains("metrics")).take(1).collect();
+        assert_eq!(seen, [format!("val metrics {step}")]);
+        let (state, files) = ("state.json", end(dir.path()));
+        for (name, bytes) in whole() {
+            // That checkpoint is of before the validation.
+            assert!(
+                files[&name] == bytes || (step == 8 && ["manifest.json", state].contains(&name.as_str())),
+                "{name}"
+            );
+        }
+    }
+}
+
+/// Fails in the second optimizer's turn of step 3.
+struct FailsInTurn(Box<dyn Module<Batch = Tensors>>);
+
+impl Module for FailsInTurn {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        if step.index() == 2 && step.optimizer() == "second" {
+            return Err(Error::msg("not in this turn"));
+        }
+        self.0.training_step(batch, step)
+    }
+}
+
+#[test]
+fn a_step_that_has_moved_some_parameters_is_not_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    let turn = |name: &str| TurnConfig {
+        name: name.into(),
+        params: format!("{name}.*"),
+        ..TurnConfig::only(OptimizerConfig::default(), Vec::new())
+    };
+    let model = Model::new(
+        |vb: VarBuilder| Ok(FailsInTurn(Box::new(Dropped::build(vb)?))),
+        1,
+        &candlepower_tests::device(),
+    );
+    let data = Data::new(Points { samples: 10 }).workers(0);
+    let error = Trainer::new(TrainerConfig { batch_size: 4, max_steps: Some(8), ..Default::default() })
+        .optimizers(vec![turn("first"), turn("second")])
+        .checkpoints(dir.path(), CheckpointConfig::default())
+        .fit(&model.unwrap(), &data)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("not in this turn"), "{error}");
+    assert_eq!(latest(dir.path()).unwrap(), None);
+}
+
+#[test]
+fn what_is_validated_is_saved_where_nothing_else_says_when() {
+    let saved = |config: CheckpointConfig| {
+        let (dir, heard) = (tempfile::tempdir().unwrap(), Recorder::default());
+        let data = Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(0);
+        // It diverges, so that no validation is the best but the first.
+        Trainer::new(TrainerConfig { batch_size: 4, max_steps: Some(8), ..Default::default() })
+            .optimizer(SgdConfig { lr: 3., ..Default::default() })
+            .callback(heard.clone())
+            .checkpoints(dir.path(), config)
+            .fit(&Dropped::model(1), &data)
+            .unwrap();
+        heard.checkpoints()
+    };
+    assert_eq!(saved(CheckpointConfig::default()), [3, 6, 8]);
+    assert_eq!(saved(CheckpointConfig { every_steps: Some(4), ..Default::default() }), [3, 4, 8]);
+}
