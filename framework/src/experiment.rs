@@ -14,7 +14,7 @@ use indexmap::IndexMap;
 use crate::batch::Batch;
 use crate::bench::{Benchmark, Pass};
 use crate::callback::Callback;
-use crate::checkpoint::{self, Checkpoint, CheckpointConfig};
+use crate::checkpoint::{Checkpoint, CheckpointConfig};
 use crate::collective::{Collective, DistributedConfig, NCCL_ALONE, Solo};
 use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
 use crate::data::{Data, Source, Split};
@@ -352,8 +352,8 @@ impl Experiment {
 
     /// The same with the callbacks that the configuration asks for.
     fn watched(&self) -> Result<Trainer> {
-        let make = |trainer: Trainer, (_, callback): &(String, Box<dyn CallbackRecipe>)| {
-            Ok(trainer.boxed_callback(callback.make()?))
+        let make = |trainer: Trainer, (name, callback): &(String, Box<dyn CallbackRecipe>)| {
+            Ok(trainer.named_callback(name, callback.make()?))
         };
         self.callbacks.iter().try_fold(self.trainer(), make)
     }
@@ -380,16 +380,12 @@ impl Experiment {
         let (run, checkpoint) = match resume {
             Resume::No => return Ok((None, None)),
             Resume::From(path) => RunDir::containing(path)?,
-            Resume::Auto => {
-                let Some(run) = RunDir::newest(&self.run) else { return Ok((None, None)) };
-                let latest = checkpoint::latest(&run.checkpoints());
-                let latest = latest
-                    .map_err(|error| Error::msg(format!("{error}\nwithout `--resume`, a new run begins")))?;
-                match latest {
-                    Some(checkpoint) => (run, checkpoint),
-                    None => return Ok((None, None)),
-                }
-            }
+            Resume::Auto => match RunDir::newest_with_checkpoint(&self.run)
+                .map_err(|error| Error::msg(format!("{error}\nwithout `--resume`, a new run begins")))?
+            {
+                Some(found) => found,
+                None => return Ok((None, None)),
+            },
         };
         tracing::info!("going on from {}", checkpoint.display());
         Ok((Some(run), Some(Checkpoint::load(&checkpoint)?)))

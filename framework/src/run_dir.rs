@@ -89,10 +89,20 @@ impl RunDir {
         }
     }
 
-    /// The newest version of a run, where there is one.
-    pub fn newest(config: &RunConfig) -> Option<Self> {
+    /// The newest version of a run that has a checkpoint, and its last good one.
+    ///
+    /// # Errors
+    /// Where there are checkpoints of that version and none of them is good.
+    pub fn newest_with_checkpoint(config: &RunConfig) -> Result<Option<(Self, PathBuf)>> {
         let parent = config.dir.join(&config.name);
-        versions(&parent).last().map(|version| Self(parent.join(format!("version_{version}"))))
+        for version in versions(&parent).into_iter().rev() {
+            let run = Self(parent.join(format!("version_{version}")));
+            if let Some(checkpoint) = checkpoint::latest(&run.checkpoints())? {
+                return Ok(Some((run, checkpoint)));
+            }
+            tracing::warn!("{}: it has no checkpoint to go on from", run.path().display());
+        }
+        Ok(None)
     }
 
     /// The run that a path belongs to, and the checkpoint that it means: the path is a checkpoint, the folder of
@@ -177,11 +187,9 @@ mod tests {
     fn versions_count_up_numerically() {
         let dir = tempfile::tempdir().unwrap();
         let config = RunConfig { name: "a".into(), dir: dir.path().into(), seed: 0 };
-        assert_eq!(RunDir::newest(&config), None);
         for version in 0..12 {
             let run = RunDir::create(&config).unwrap();
             assert!(run.path().ends_with(format!("a/version_{version}")));
-            assert_eq!(RunDir::newest(&config), Some(run));
         }
     }
 }

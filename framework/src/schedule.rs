@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::metrics::Criterion;
 
 /// What a schedule sets for one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -489,6 +490,11 @@ impl Plateau {
             return Err(Error::setting("factor", message));
         }
         Ok(())
+    }
+
+    /// What it watches.
+    pub(crate) fn criterion(&self) -> Criterion {
+        Criterion::new(&self.monitor, self.maximize)
     }
 
     /// The learning rate after a validation that found `metric`.

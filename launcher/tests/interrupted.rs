@@ -316,3 +316,19 @@ fn another_order_of_optimizers_is_a_change() {
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(said.contains("optimizers: in the order decoder, encoder, was encoder, decoder\n"), "{said}");
 }
+
+#[test]
+fn a_run_goes_on_past_versions_that_have_no_checkpoint() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    // It fails before its first step, and leaves a folder.
+    place.fail(2, &["train", "tiny.toml", "--set", "checkpoint.monitor=ssim"]);
+    assert!(place.path("runs/tiny/version_1").exists());
+    let longer = ["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "auto"];
+    let output = place.run(&longer);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("runs/tiny/version_1: it has no checkpoint to go on from"), "{said}");
+    assert!(place.path("runs/tiny/version_0/checkpoints/6").exists());
+    assert!(!place.path("runs/tiny/version_2").exists());
+}

@@ -212,3 +212,168 @@ fn what_is_validated_is_saved_where_nothing_else_says_when() {
     assert_eq!(saved(CheckpointConfig::default()), [3, 6, 8]);
     assert_eq!(saved(CheckpointConfig { every_steps: Some(4), ..Default::default() }), [3, 4, 8]);
 }
+
+/// A module whose step is this function.
+struct Steps<F>(Box<dyn Module<Batch = Tensors>>, F);
+
+impl<F: Fn(Tensor, &mut Step) -> Result<Tensor> + Send + Sync> Module for Steps<F> {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        self.1(self.0.training_step(batch, step)?, step)
+    }
+}
+
+/// What a training of 2 steps with this module comes to.
+fn train_with<F>(step: F) -> Result<Recorder>
+where
+    F: Fn(Tensor, &mut Step) -> Result<Tensor> + Clone + Send + Sync + 'static,
+{
+    let heard = Recorder::default();
+    let build = move |vb: VarBuilder| Ok(Steps(Box::new(Dropped::build(vb)?), step.clone()));
+    let model = Model::new(build, 1, &candlepower_tests::device())?;
+    let config = TrainerConfig { batch_size: 4, max_steps: Some(2), log_every: 1, ..Default::default() };
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(0);
+    Trainer::new(config).callback(heard.clone()).fit(&model, &data)?;
+    Ok(heard)
+}
+
+fn refusal<F>(step: F) -> String
+where
+    F: Fn(Tensor, &mut Step) -> Result<Tensor> + Clone + Send + Sync + 'static,
+{
+    let error = train_with(step).err().unwrap().to_string();
+    error.lines().next().unwrap().to_string()
+}
+
+#[test]
+fn a_loss_is_one_number() {
+    for (few, of) in [(true, "validation_step, batch 1"), (false, "training_step, step 1")] {
+        let refused = refusal(move |loss, step| match step.is_training() || few {
+            true => Ok(Tensor::stack(&[&loss, &loss], 0)?.reshape((2, 1))?),
+            false => Ok(loss),
+        });
+        assert_eq!(refused, format!("{of}: the loss has shape [2, 1]; expected one number, as its mean"));
+    }
+    // In brackets it is one, also where it is none.
+    train_with(|loss, _| Ok(loss.reshape((1, 1))?)).unwrap();
+    let nan = refusal(|loss, _| Ok((loss.reshape(1)? * f64::NAN)?));
+    assert!(nan.starts_with("in step 1 the loss is NaN; the weights are still those of step 0"), "{nan}");
+}
+
+#[test]
+fn what_counts_for_nothing_may_be_no_number() {
+    let logged = train_with(|loss, step| {
+        // In the second validation batch of one sample, and in each first training step, there is nothing to take the mean of.
+        let is_empty = if step.is_training() { step.index() == 0 } else { false };
+        let (value, weight) = if is_empty { (f64::NAN, 0.) } else { (0.5, 3.) };
+        step.log_epoch_weighted("tokens", value, weight);
+        Ok(loss)
+    });
+    let records = logged.unwrap().records();
+    let tokens: Vec<f64> =
+        records.iter().filter_map(|record| record.metrics.get("tokens").copied()).collect();
+    assert_eq!(tokens.last(), Some(&0.5), "{tokens:?}");
+    for (weight, found) in [(-1., "-1"), (f64::NAN, "NaN")] {
+        let expected = format!("metric `x` is logged with weight {found}: expected a number from 0");
+        let refused = refusal(move |loss, step| {
+            step.log_weighted("x", 1., weight);
+            Ok(loss)
+        });
+        assert!(refused.ends_with(&expected), "{refused}");
+    }
+}
+
+#[test]
+fn a_batch_has_the_samples_that_were_asked_for() {
+    /// Leaves out the last sample.
+    struct Short(Points);
+    impl Dataset for Short {
+        type Batch = Tensors;
+
+        fn len(&self) -> usize {
+            self.0.len()
+        }
+
+        fn spec(&self) {}
+
+        fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
+            self.0.batch(&samples[1..])
+        }
+    }
+    let config = TrainerConfig { batch_size: 4, max_steps: Some(2), ..Default::default() };
+    let error = Trainer::new(config).fit(&Dropped::model(1), &Data::new(Short(Points { samples: 4 })));
+    let error = error.unwrap_err().to_string();
+    assert!(error.starts_with("cannot read sample(s) "), "{error}");
+    assert!(error.ends_with(": the batch has 3 samples, expected 4"), "{error}");
+}
+
+#[test]
+fn settings_are_checked_where_there_is_no_file_too() {
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(0);
+    let dir = tempfile::tempdir().unwrap();
+    let none = CheckpointConfig { keep_last: 0, ..Default::default() };
+    let config = TrainerConfig { batch_size: 4, max_steps: Some(2), ..Default::default() };
+    let error = Trainer::new(config.clone()).checkpoints(dir.path(), none).fit(&Dropped::model(1), &data);
+    assert_eq!(error.unwrap_err().to_string(), "`keep_last`: expected at least 1, found 0");
+    let mut nothing_at_once = Trainer::new(TrainerConfig { batch_size: 0, ..Default::default() });
+    let error = nothing_at_once.validate(&Dropped::model(1), &data, Split::Val).unwrap_err().to_string();
+    assert_eq!(error, "`batch_size`: expected at least 1, found 0");
+    // It goes unheard where each optimizer has a rate of its own.
+    let cycle = candlepower::schedule::Schedule::OneCycle(candlepower::schedule::OneCycle::new(0.1, 9));
+    let turn =
+        TurnConfig { schedule: Some(cycle), ..TurnConfig::only(OptimizerConfig::default(), Vec::new()) };
+    let plateau = Some(Plateau::default());
+    let error = Trainer::new(config).optimizers(vec![turn]).plateau(plateau).fit(&Dropped::model(1), &data);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("which plays no part in `one_cycle`"), "{error}");
+}
+
+#[test]
+fn a_target_keeps_its_type_in_half_precision() {
+    use candlepower::candle_core::{DType, Device};
+    let floats = |x: f32| Tensor::new(&[x], &Device::Cpu).unwrap();
+    let classes = Tensor::new(&[1u32], &Device::Cpu).unwrap();
+    let types = |tensors: Vec<Tensor>| -> Vec<DType> {
+        Tensors(tensors).cast(DType::BF16).unwrap().0.iter().map(Tensor::dtype).collect()
+    };
+    assert_eq!(types(vec![floats(1.), classes, floats(1000.5)]), [DType::BF16, DType::U32, DType::F32]);
+    assert_eq!(types(vec![floats(1.)]), [DType::BF16]);
+}
+
+#[test]
+fn what_is_compared_by_another_metric_begins_anew() {
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(0);
+    let run = |dir: &Path, steps, monitor: &str, plateau: Option<Plateau>| {
+        let config = TrainerConfig {
+            batch_size: 4,
+            max_steps: Some(steps),
+            val_every: Some(Every::Steps(1)),
+            ..Default::default()
+        };
+        let checkpoints = CheckpointConfig { monitor: monitor.into(), ..Default::default() };
+        let trainer = Trainer::new(config).plateau(plateau).checkpoints(dir, checkpoints);
+        let last = latest(dir).unwrap().map(|last| Checkpoint::load(&last).unwrap());
+        let outcome = last.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data).unwrap();
+        let state = Checkpoint::load(&dir.join(steps.to_string())).unwrap().state().clone();
+        (outcome.best.unwrap(), state)
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let halves = |monitor: &str| Plateau {
+        monitor: monitor.into(),
+        factor: 0.5,
+        patience: 0,
+        threshold: 1e9,
+        absolute: true,
+        ..Default::default()
+    };
+    run(dir.path(), 3, "loss", Some(halves("loss")));
+    // The mean index of what is validated is 2 each time; all losses are below.
+    let (best, state) = run(dir.path(), 5, "mean_index", Some(halves("mean_index")));
+    assert_eq!((best.step, best.value), (4, Some(2.)));
+    // Three validations of the loss, the first of which is the best, and as many halves; then the same again.
+    assert_eq!((state.lr_scale, state.plateau.best), (Some(0.125), Some(2.)));
+    // Without a plateau the learning rate is the configuration's, at once and after the next interruption.
+    let (_, state) = run(dir.path(), 6, "mean_index", None);
+    assert_eq!(state.lr_scale, None);
+}

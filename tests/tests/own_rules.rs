@@ -221,3 +221,55 @@ fn it_has_a_name_in_a_configuration_which_is_written_out_again() {
         "{unknown}"
     );
 }
+
+#[test]
+fn sections_of_one_kind_of_callback_are_told_apart() {
+    use candlepower::callbacks::EarlyStopping;
+    use candlepower::checkpoint::Checkpoint;
+    use candlepower::experiment::Resume;
+    let registry = Registry::default()
+        .module::<candlepower_models::ConvLstm>("conv_lstm")
+        .dataset::<candlepower_datasets::MovingMnist>("moving_mnist")
+        .callback::<EarlyStopping>("by_loss")
+        .callback::<EarlyStopping>("by_mse");
+    let dir = tempfile::tempdir().unwrap();
+    let (loss, mse) = (
+        "[callbacks.by_loss]\nmonitor = \"loss\"\npatience = 9\nmin_delta = 1e9\n",
+        "[callbacks.by_mse]\nmonitor = \"mse\"\npatience = 9\nmin_delta = 1e9\n",
+    );
+    let read_for = |steps: u64, sections: &str| {
+        let base = CONFIG.split("[optimizer]").next().unwrap();
+        let small = "[run]\ndir = \"DIR\"\n".replace("DIR", dir.path().to_str().unwrap());
+        let text = format!(
+            "{base}train_samples = 4\nval_samples = 2\n{small}[logging]\nprogress = false\n{sections}"
+        );
+        Experiment::new(
+            &registry,
+            Document::parse("own.toml", text, &[format!("trainer.max_steps={steps}")]).unwrap(),
+        )
+        .unwrap()
+    };
+    let read = |sections: &str| read_for(1, sections);
+    let run = dir.path().join("run/version_0");
+    let waiting = |experiment: Experiment, resume: Resume| {
+        let report = experiment.train(&resume, Vec::new()).unwrap();
+        assert_eq!(report.dir.unwrap(), run);
+        let checkpoints = run.join("checkpoints");
+        let last = candlepower::checkpoint::latest(&checkpoints).unwrap().unwrap();
+        Checkpoint::load(&last).unwrap().state().callbacks.clone()
+    };
+    let before = waiting(read(&format!("{loss}{mse}")), Resume::No);
+    assert_eq!(before["by_loss"]["by"]["monitor"], "loss");
+    // The other way round: each goes on from what it has left, and nothing is better by so much.
+    let after = waiting(read_for(2, &format!("{mse}{loss}")), Resume::Auto);
+    for name in ["by_loss", "by_mse"] {
+        assert_eq!(after[name]["best"], before[name]["best"], "{name}");
+        assert_eq!((&before[name]["waited"], &after[name]["waited"]), (&0.into(), &1.into()), "{name}");
+    }
+    let error = read(&format!("{loss}{}", mse.replace("\"mse\"", "\"mss\"")));
+    let error = error.train(&Resume::No, Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("`callbacks.by_mse.monitor`: there is no validation metric `mss`"), "{error}");
+    let group = read("[optimizer]\ngroups = [{ params = \"nothing.*\" }]\n");
+    let error = group.train(&Resume::No, Vec::new()).unwrap_err().to_string();
+    assert!(error.contains("`optimizer.groups`: `nothing.*` fits no parameter"), "{error}");
+}

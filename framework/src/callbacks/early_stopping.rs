@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::callback::{Callback, Flow, Record, StopReason, Watch};
 use crate::error::{Error, Result};
+use crate::metrics::Criterion;
 
 /// Fields of `[callbacks.early_stopping]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -51,6 +52,8 @@ struct Waiting {
     best: Option<f64>,
     /// Validations since the best.
     waited: u64,
+    /// By what it is the best.
+    by: Option<Criterion>,
 }
 
 impl Watch for EarlyStopping {
@@ -96,7 +99,8 @@ impl Callback for EarlyStopping {
             return stop(format!("`{monitor}` is {value:.6}: it has diverged"));
         }
         if self.state.best.is_none_or(|best| better(best + margin)) {
-            self.state = Waiting { best: Some(value), waited: 0 };
+            self.state =
+                Waiting { best: Some(value), waited: 0, by: Some(Criterion::new(monitor, *maximize)) };
             return Ok(Flow::Continue);
         }
         self.state.waited += 1;
@@ -120,7 +124,14 @@ impl Callback for EarlyStopping {
     }
 
     fn restore(&mut self, state: serde_json::Value) -> Result<()> {
-        self.state = serde_json::from_value(state).map_err(Error::content("early_stopping"))?;
+        let state: Waiting = serde_json::from_value(state).map_err(Error::content("early_stopping"))?;
+        if Criterion::new(&self.config.monitor, self.config.maximize).goes_on(state.by.as_ref()) {
+            self.state = state;
+        } else {
+            tracing::warn!(
+                "early stopping watches another metric than before: what it waits for begins anew"
+            );
+        }
         Ok(())
     }
 

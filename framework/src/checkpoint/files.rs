@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::Best;
 use crate::error::{Error, Result};
+use crate::metrics::Criterion;
 use crate::whole_file::write_whole;
 
 const MANIFEST: &str = "manifest.json";
@@ -112,6 +113,8 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
 pub(super) struct Validations {
     /// The best, the best first.
     pub(super) best: Vec<Best>,
+    /// By what.
+    pub(super) best_by: Option<Criterion>,
     /// The step at which the run has ended, its last validation included.
     pub(super) ended_at: Option<u64>,
 }

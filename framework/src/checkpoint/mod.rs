@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::callback::Progress;
 use crate::error::{Error, Result};
-use crate::metrics::Sums;
+use crate::metrics::{Criterion, Sums};
 use crate::optim::Average;
 use crate::precision::LossScale;
 use crate::schedule::PlateauState;
@@ -93,10 +93,14 @@ pub struct State {
     pub seed: u64,
     /// The best validations so far, the best first.
     pub best: Vec<Best>,
+    /// By what they are the best.
+    pub best_by: Option<Criterion>,
     /// The share of the learning rate that a plateau has left; 1 without one.
     pub lr_scale: Option<f64>,
     /// What the plateau remembers.
     pub plateau: PlateauState,
+    /// What it watches.
+    pub plateau_of: Option<Criterion>,
     /// The loss scale of fp16.
     pub loss_scale: Option<LossScale>,
     /// The steps that each optimizer has taken, by its name.

@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::files::Validations;
 use super::{Best, CheckpointConfig, Snapshot, State, files};
 use crate::error::{Error, Result};
+use crate::metrics::Criterion;
 
 /// Saves the checkpoints of one run. A snapshot is copied at once and written by a thread of its own.
 pub(crate) struct Saver {
@@ -36,9 +37,18 @@ impl Saver {
         };
         if let Some(state) = resumed {
             // A validation at a run's very end comes after its checkpoint: the folder knows of it.
-            let Validations { best, ended_at } = Validations::read(dir);
+            let Validations { best, best_by, ended_at } = Validations::read(dir);
+            let ours = saver.criterion();
             let known = best.into_iter().filter(|best| best.step <= state.progress.step);
-            state.best.iter().copied().chain(known).for_each(|best| saver.place(best));
+            let known = known.filter(|_| ours.goes_on(best_by.as_ref()));
+            if ours.goes_on(state.best_by.as_ref()) {
+                state.best.iter().copied().for_each(|best| saver.place(best));
+            } else {
+                tracing::warn!(
+                    "`checkpoint.monitor` is another than before: which validations were the best begins anew"
+                );
+            }
+            known.for_each(|best| saver.place(best));
             // A run that goes back has yet to come to its end.
             saver.ended_at = ended_at.filter(|step| *step == state.progress.step);
         }
@@ -67,7 +77,17 @@ impl Saver {
     /// Writes down that a run has ended at `step`, its last validation included.
     pub(crate) fn end(&mut self, step: u64) -> Result<()> {
         self.ended_at = Some(step);
-        Validations { best: self.best.clone(), ended_at: self.ended_at }.write(&self.dir)
+        self.validations().write(&self.dir)
+    }
+
+    fn validations(&self) -> Validations {
+        let best_by = Some(self.criterion());
+        Validations { best: self.best.clone(), best_by, ended_at: self.ended_at }
+    }
+
+    /// By what validations are the best.
+    pub(crate) fn criterion(&self) -> Criterion {
+        Criterion::new(&self.config.monitor, self.config.maximize)
     }
 
     /// The best validations so far, the best first.
@@ -122,7 +142,7 @@ impl Saver {
             self.saved_at = Instant::now();
         }
         let (dir, keep) = (self.dir.clone(), self.config.keep_last);
-        let validations = Validations { best: self.best.clone(), ended_at: self.ended_at };
+        let validations = self.validations();
         self.writing = Some(std::thread::spawn(move || {
             let best: Vec<u64> = validations.best.iter().map(|best| best.step).collect();
             validations.write(&dir)?;

@@ -174,7 +174,7 @@ impl Turn {
         let params = &store.vars()[..];
         let mut rest: Vec<(String, Var)> = take(&config.params, &mut params.to_vec());
         if rest.is_empty() && !params.is_empty() {
-            return Err(no_parameter(&config.params, params));
+            return Err(no_parameter("params", &config.params, params));
         }
         let lr = config.optimizer.lr();
         let (mut moved, mut groups, mut idle) = (Vec::new(), Vec::new(), Vec::new());
@@ -202,7 +202,7 @@ impl Turn {
                 return Err(Error::setting("groups", message));
             }
             if members.is_empty() {
-                return Err(no_parameter(&group.params, params));
+                return Err(no_parameter("groups", &group.params, params));
             }
             if !group.frozen {
                 add(members, config.optimizer.with(group.lr, group.weight_decay))?;
@@ -305,11 +305,11 @@ fn patterns(configs: &[TurnConfig]) -> String {
     all.join(", ")
 }
 
-fn no_parameter(pattern: &str, params: &[(String, Var)]) -> Error {
+fn no_parameter(key: &str, pattern: &str, params: &[(String, Var)]) -> Error {
     const SHOWN: usize = 8;
     let names: Vec<&str> = params.iter().take(SHOWN).map(|(name, _)| name.as_str()).collect();
     let more = if params.len() > SHOWN { ", ..." } else { "" };
-    Error::setting("params", format!("`{pattern}` fits no parameter; there are {}{more}", names.join(", ")))
+    Error::setting(key, format!("`{pattern}` fits no parameter; there are {}{more}", names.join(", ")))
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Evaluation and prediction: every sample of a source exactly once over all ranks, or its first batches.
 
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 
 use super::Trainer;
@@ -62,7 +62,7 @@ pub(super) fn evaluate<B: Batch>(
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let evaluated = model.evaluation().validation_step(&batch, &mut step);
-        let logged = evaluated.and_then(|loss| Ok((loss, step.into_logged()?)));
+        let logged = evaluated.and_then(|loss| Ok((one_number(&loss)?, step.into_logged()?)));
         let (loss, (metrics, pictures)) =
             logged.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
         let samples = batch.len() as f64;
@@ -82,6 +82,15 @@ pub(super) fn evaluate<B: Batch>(
         }
     }
     Ok(Evaluated::Complete(means.read_over(&*ranks)?))
+}
+
+/// A loss without axes, whatever axes of length 1 a module gave it.
+pub(super) fn one_number(loss: &Tensor) -> Result<Tensor> {
+    if loss.elem_count() != 1 {
+        let shape = loss.dims();
+        return Err(Error::msg(format!("the loss has shape {shape:?}; expected one number, as its mean")));
+    }
+    Ok(loss.reshape(())?)
 }
 
 /// A module's error on batch number `i`, from 0, with what is probably wrong.

@@ -7,6 +7,7 @@ mod gallery;
 mod limits;
 mod ranks;
 
+use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -69,12 +70,35 @@ pub struct Trainer {
     origin: Option<Origin>,
     seed: u64,
     image_every: u64,
-    callbacks: Vec<Box<dyn Callback>>,
+    callbacks: Vec<Named>,
     gallery: Gallery,
     resume: Option<Checkpoint>,
     /// How far the weights that it evaluates have been trained.
     progress: Progress,
     when_ready: Option<WhenReady>,
+}
+
+/// A callback with its names.
+struct Named {
+    /// That of its kind, or of its section in a configuration.
+    section: String,
+    /// The one under which checkpoints keep its state: of several with one name, the second has `.2` behind it.
+    key: String,
+    callback: Box<dyn Callback>,
+}
+
+impl Deref for Named {
+    type Target = dyn Callback;
+
+    fn deref(&self) -> &Self::Target {
+        &*self.callback
+    }
+}
+
+impl DerefMut for Named {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut *self.callback
+    }
 }
 
 /// What is due once it is sure that a training can begin.
@@ -164,8 +188,20 @@ impl Trainer {
     }
 
     /// The same for a callback whose type is not known.
-    pub fn boxed_callback(mut self, callback: Box<dyn Callback>) -> Self {
-        self.callbacks.push(callback);
+    pub fn boxed_callback(self, callback: Box<dyn Callback>) -> Self {
+        let name = callback.name();
+        self.named_callback(name, callback)
+    }
+
+    /// The same under a name of its section's.
+    pub(crate) fn named_callback(mut self, name: &str, callback: Box<dyn Callback>) -> Self {
+        let same = |named: &&Named| named.section == name;
+        let name = name.to_string();
+        let key = match self.callbacks.iter().filter(same).count() {
+            0 => name.clone(),
+            before => format!("{name}.{}", before + 1),
+        };
+        self.callbacks.push(Named { section: name, key, callback });
         self
     }
 
@@ -253,7 +289,8 @@ impl Trainer {
 
     /// Adds a callback to those that there are.
     pub(crate) fn add(&mut self, callback: impl Callback + 'static) {
-        self.callbacks.push(Box::new(callback));
+        let name = callback.name().to_string();
+        self.callbacks.push(Named { key: name.clone(), section: name, callback: Box::new(callback) });
     }
 
     /// Sets what is due once it is sure that training can begin, where it is to: what it writes over is still needed till then.
@@ -443,41 +480,28 @@ impl Trainer {
     fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
         let mut flow = Flow::Continue;
         for callback in &mut self.callbacks {
-            flow = flow.or(question(&mut **callback)?);
+            flow = flow.or(question(&mut *callback.callback)?);
         }
         Ok(flow)
     }
 
-    /// What each callback remembers, by its name; of several with one name, the second has `.2` behind it.
+    /// What each callback remembers, by its key.
     fn callback_states(&self) -> IndexMap<String, serde_json::Value> {
-        let states = self.callback_names().into_iter().zip(&self.callbacks);
-        states.filter_map(|(name, callback)| Some((name, callback.state()?))).collect()
+        self.callbacks.iter().filter_map(|named| Some((named.key.clone(), named.state()?))).collect()
     }
 
     /// Hands the callbacks what a checkpoint remembers of them.
     fn restore_callbacks(&mut self, state: Option<&State>) -> Result<()> {
         let Some(state) = state else { return Ok(()) };
         let mut kept = state.callbacks.clone();
-        for (name, callback) in self.callback_names().into_iter().zip(&mut self.callbacks) {
-            if let Some(state) = kept.shift_remove(&name) {
-                callback.restore(state)?;
-            }
+        for named in &mut self.callbacks {
+            kept.shift_remove(&named.key).map_or(Ok(()), |state| named.restore(state))?;
         }
         if !kept.is_empty() {
             let names: Vec<&str> = kept.keys().map(String::as_str).collect();
             tracing::warn!("the checkpoint knows callbacks that are not here: {}", names.join(", "));
         }
         Ok(())
-    }
-
-    fn callback_names(&self) -> Vec<String> {
-        let mut counts: IndexMap<&str, usize> = IndexMap::new();
-        let names = self.callbacks.iter().map(|callback| {
-            let count = counts.entry(callback.name()).or_default();
-            *count += 1;
-            if *count == 1 { callback.name().to_string() } else { format!("{}.{count}", callback.name()) }
-        });
-        names.collect()
     }
 
     /// Runs in a thread pool of the configured size. Its threads have large stacks: candle's backward pass walks the

@@ -2,10 +2,11 @@
 
 use candle_core::{DType, Tensor};
 
+use super::super::evaluate::one_number;
 use super::super::phase;
 use crate::batch::Batch;
 use crate::collective::Solo;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::grads::{self, Grads};
 use crate::module::{Metric, Module, Sketch, Step};
 use crate::optim::{Clipped, Clipping, Turn};
@@ -87,15 +88,9 @@ pub(super) fn forward<B: Batch>(
     let _phase = phase!("forward");
     let number = step.number();
     let loss = module.training_step(batch, step);
+    let loss = loss.and_then(|loss| one_number(&loss));
     let loss = loss.map_err(|error| error.within(&format!("training_step, step {number}")))?;
-    if loss.elem_count() != 1 {
-        let shape = loss.dims();
-        let message = format!(
-            "training_step, step {number}: the loss has shape {shape:?}; expected one number, as its mean"
-        );
-        return Err(Error::msg(message));
-    }
-    Ok(loss.reshape(())?.to_dtype(DType::F32)?)
+    Ok(loss.to_dtype(DType::F32)?)
 }
 
 /// The loss `factor` times.

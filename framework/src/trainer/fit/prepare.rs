@@ -18,6 +18,7 @@ use crate::metrics::Means;
 use crate::module::Model;
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
+use crate::schedule::PlateauState;
 use crate::taps::Taps;
 use crate::trainer::limits::{Every, Limit};
 use crate::trainer::ranks::{agree_on_state, same_as_rank_0};
@@ -132,8 +133,9 @@ impl<'a, B: Batch> Fit<'a, B> {
             ));
         }
         let watching = trainer.callbacks.iter().find(|callback| callback.monitors().is_some());
-        let watching =
-            watching.map(|callback| callback.name()).or(trainer.plateau.as_ref().map(|_| "plateau"));
+        let watching = watching
+            .map(|callback| callback.section.as_str())
+            .or(trainer.plateau.as_ref().map(|_| "plateau"));
         if let (Some(name), None) = (watching, &val) {
             return Err(Error::msg(format!("{name} watches the validation, and there is none")));
         }
@@ -159,7 +161,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             validated_at: Instant::now(),
             // What a plateau has lowered counts as long as there is one.
             lr_scale: trainer.plateau.as_ref().and(state).and_then(|state| state.lr_scale).unwrap_or(1.),
-            plateau: state.map(|state| state.plateau).unwrap_or_default(),
+            plateau: state.map(|state| plateau_of(trainer, state)).unwrap_or_default(),
             loss_scale: LossScale::of(config.precision)
                 .map(|fresh| state.and_then(|state| state.loss_scale).unwrap_or(fresh)),
             overflows,
@@ -174,6 +176,19 @@ impl<'a, B: Batch> Fit<'a, B> {
                 trainer
             },
         })
+    }
+}
+
+/// What the plateau remembers: of a metric that it watches no more, nothing.
+fn plateau_of(trainer: &Trainer, state: &State) -> PlateauState {
+    match &trainer.plateau {
+        Some(plateau) if !plateau.criterion().goes_on(state.plateau_of.as_ref()) => {
+            tracing::warn!(
+                "`schedule.plateau.monitor` is another than before: what it waits for begins anew"
+            );
+            PlateauState::default()
+        }
+        _ => state.plateau,
     }
 }
 

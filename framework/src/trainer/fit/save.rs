@@ -11,6 +11,7 @@ use crate::collective::shard::Whole;
 use crate::error::Result;
 use crate::metrics::Sums;
 use crate::optim::{Average, Turn};
+use crate::schedule::Plateau;
 use crate::trainer::phase;
 
 impl<B: Batch> Fit<'_, B> {
@@ -62,9 +63,11 @@ impl<B: Batch> Fit<'_, B> {
             owes_validation: self.owes_validation(),
             seed: trainer.seed,
             best: saver.best().to_vec(),
+            best_by: Some(saver.criterion()),
             // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
             lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
             plateau: self.plateau,
+            plateau_of: trainer.plateau.as_ref().map(Plateau::criterion),
             loss_scale: self.loss_scale,
             optimizer_steps: self.turns.iter().map(|turn| (turn.name.clone(), turn.steps)).collect(),
             average_updates: average.map_or(0, |average| average.updates),

@@ -84,7 +84,7 @@ impl<B: Batch> Fit<'_, B> {
         let mut known: Vec<String> = metrics.keys().cloned().collect();
         // A callback sees what those before it have added.
         for callback in &trainer.callbacks {
-            let section = format!("callbacks.{}", callback.name());
+            let section = format!("callbacks.{}", callback.section);
             callback.monitors().map_or(Ok(()), |monitor| is_known(&section, monitor, &known))?;
             known.extend(callback.adds());
         }
