@@ -19,7 +19,7 @@ pub trait Module: Send + Sync {
     /// What it learns from.
     type Batch: Batch;
 
-    /// The scalar to minimise: the mean over the batch's samples.
+    /// The scalar to minimise: the mean over the batch's samples, or over what [`Step::weigh_loss`] says.
     fn training_step(&self, batch: &Self::Batch, step: &mut Step) -> Result<Tensor>;
 
     /// The loss on held-out data; other metrics are logged on `step`.
@@ -129,6 +129,8 @@ pub struct Step {
     asked: Arc<AtomicBool>,
     metrics: Vec<Metric>,
     images: Vec<Sketch>,
+    /// Of how many things the loss is the mean, where that is not the batch's samples.
+    loss_weight: Option<f64>,
     /// What could not be logged.
     refused: Option<Error>,
 }
@@ -151,6 +153,7 @@ impl Step {
             asked: Arc::default(),
             metrics: Vec::new(),
             images: Vec::new(),
+            loss_weight: None,
             refused: None,
         }
     }
@@ -181,6 +184,35 @@ impl Step {
     pub fn rng(&self, name: &str) -> seed::ChaCha8Rng {
         self.asked.store(true, Ordering::Relaxed);
         seed::generator(self.seed, [seed::name(name), self.index, self.micro_batch])
+    }
+
+    /// Says of how many things the loss is the mean, where that is not the batch's samples: of tokens that are no padding, of pixels
+    /// that are known; or the sum of their weights. So the gradients of micro-batches and of ranks add up to what one batch
+    /// of all would give, and the losses of a validation to what one batch would.
+    ///
+    /// A module that says so does it in each step. A loss that is the mean of nothing counts for nothing, and must be a number.
+    ///
+    /// ```
+    /// # use candlepower::prelude::*;
+    /// # fn example(step: &mut Step, losses: &Tensor, is_known: &Tensor, tokens: usize) -> Result<Tensor> {
+    /// step.weigh_loss(tokens as f64);
+    /// Ok(((losses * is_known)?.sum_all()? / tokens.max(1) as f64)?)
+    /// # }
+    /// ```
+    pub fn weigh_loss(&mut self, things: f64) {
+        // A recorded step would count as much as the one that was recorded.
+        self.asked.store(true, Ordering::Relaxed);
+        if !(things.is_finite() && things >= 0.) {
+            let message =
+                format!("the loss is said to be the mean of {things} things: expected a number from 0");
+            self.refused = self.refused.take().or(Some(Error::msg(message)));
+        }
+        self.loss_weight = Some(things);
+    }
+
+    /// What [`weigh_loss`](Self::weigh_loss) was told.
+    pub(crate) fn loss_weight(&self) -> Option<f64> {
+        self.loss_weight
     }
 
     /// Logs a metric: a scalar, or a number, that is the mean over the batch's samples. It stays on its device until it is read.

@@ -62,11 +62,12 @@ pub(super) fn evaluate<B: Batch>(
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let evaluated = model.evaluation().validation_step(&batch, &mut step);
+        let weight = step.loss_weight();
         let logged = evaluated.and_then(|loss| Ok((one_number(&loss)?, step.into_logged()?)));
         let (loss, (metrics, pictures)) =
             logged.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
         let samples = batch.len() as f64;
-        means.add("loss", &loss, samples)?;
+        means.add("loss", &loss, weight.unwrap_or(samples))?;
         for Metric { name, value, weight, .. } in &metrics {
             means.add(name, value, weight.unwrap_or(samples))?;
         }

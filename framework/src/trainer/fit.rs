@@ -74,6 +74,10 @@ pub(super) struct Fit<'a, B: Batch> {
     /// What the plateau has left of the learning rate.
     lr_scale: f64,
     plateau: PlateauState,
+    /// Of each optimizer, once that is known: whether the module says what its loss is the mean of.
+    weighs: Vec<Option<bool>>,
+    /// How many things the losses of this turn are the mean of, for each of its samples; 1 where these are samples.
+    things_per_sample: f64,
     /// Of fp16 alone.
     loss_scale: Option<LossScale>,
     /// Of each optimizer: how often in a row its gradients have overflowed.

@@ -14,6 +14,8 @@ use crate::optim::{Clipped, Clipping, Turn};
 /// What the two passes came to.
 pub(super) struct Backprop {
     pub(super) loss: Tensor,
+    /// Of how many things the loss is the mean, where the module says so.
+    pub(super) weight: Option<f64>,
     pub(super) metrics: Vec<Metric>,
     pub(super) pictures: Vec<Sketch>,
     /// Of the parameters that the optimizer moves, in their order.
@@ -23,15 +25,16 @@ pub(super) struct Backprop {
 }
 
 impl Backprop {
-    /// Both passes over `batch`, whose loss counts `factor` times in the gradients.
+    /// Both passes over `batch`, whose loss counts `factor` times in the gradients, by what the module says that it is the mean of.
     pub(super) fn over<B: Batch>(
         module: &dyn Module<Batch = B>,
         turn: &Turn,
         batch: &B,
         mut step: Step,
-        factor: f64,
+        factor: impl Fn(Option<f64>) -> f64,
     ) -> Result<Self> {
         let loss = forward(module, batch, &mut step)?;
+        let factor = factor(step.loss_weight());
         let gradients = {
             let _phase = phase!("backward");
             grads::of_turn(turn, scaled(&loss, factor)?.backward()?)?
@@ -65,14 +68,16 @@ impl Backprop {
             metrics: self.metrics.iter().map(metric).collect::<candle_core::Result<_>>()?,
             pictures: self.pictures.iter().map(picture).collect::<candle_core::Result<_>>()?,
             gradients: self.gradients.iter().map(of_some).collect::<candle_core::Result<_>>()?,
+            weight: self.weight,
             clipped: self.clipped.clone(),
         })
     }
 
     /// What a module returned and logged, with the gradients that were found.
     pub(super) fn new(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Result<Self> {
+        let weight = step.loss_weight();
         let (metrics, pictures) = step.into_logged()?;
-        Ok(Self { loss: loss.detach(), metrics, pictures, gradients, clipped: None })
+        Ok(Self { loss: loss.detach(), weight, metrics, pictures, gradients, clipped: None })
     }
 }
 

@@ -32,9 +32,9 @@ impl<B: Batch> Fit<'_, B> {
         samples: usize,
         tally: &mut Tally,
     ) -> Result<()> {
-        let Backprop { loss, metrics, pictures, .. } = backprop;
+        let Backprop { loss, weight, metrics, pictures, .. } = backprop;
         let samples = samples as f64;
-        tally.note(&self.metric_name(turn, "loss"), &loss, samples)?;
+        tally.note(&self.metric_name(turn, "loss"), &loss, weight.unwrap_or(samples))?;
         for Metric { name, value, weight, of_epoch } in &metrics {
             let weight = weight.unwrap_or(samples);
             match of_epoch {

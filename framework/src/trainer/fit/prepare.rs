@@ -104,6 +104,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             );
         }
         let overflows = vec![0; turns.len()];
+        let weighs = vec![None; turns.len()];
         let share = Share { rank: ranks.rank(), of: ranks.world_size() };
         let start = Start {
             epoch: progress.epoch,
@@ -165,6 +166,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             loss_scale: LossScale::of(config.precision)
                 .map(|fresh| state.and_then(|state| state.loss_scale).unwrap_or(fresh)),
             overflows,
+            weighs,
+            things_per_sample: 1.,
             asked: Flow::Continue,
             is_moving: false,
             owed: state.is_some_and(|state| state.owes_validation),

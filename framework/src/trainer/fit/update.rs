@@ -9,7 +9,7 @@ use super::{Fit, Tally, Tapped, phase};
 use crate::batch::Batch;
 use crate::collective::shard::Shares;
 use crate::data::Place;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::grads::Grads;
 use crate::metrics::Means;
 use crate::module::Step;
@@ -68,6 +68,8 @@ impl<B: Batch> Fit<'_, B> {
         let mut clipped = None;
         tally.losses.clear();
         tally.own_samples = 0;
+        self.things_per_sample = 1.;
+        let mut weights = Vec::new();
         for index in 0.. {
             let loaded = self.micro_batch(index)?;
             let place = loaded.place;
@@ -87,6 +89,7 @@ impl<B: Batch> Fit<'_, B> {
             clipped = backprop.clipped.clone();
             tally.losses.push((place.number, backprop.loss.clone()));
             tally.own_samples += batch.len();
+            weights.push(backprop.weight);
             self.log(backprop, turn, batch.len(), tally)?;
             if place.ends_step {
                 break;
@@ -99,23 +102,27 @@ impl<B: Batch> Fit<'_, B> {
         }
         let wanted = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
         let Some(reduction) = reduction else {
+            self.things_per_sample = self.things_per_sample(turn, &weights, tally)?;
             return Ok(Gradients { own: grads.complete(&self.turns[turn].params)?, wanted, clipped });
         };
         let _phase = phase!("all_reduce");
         let Reduced { own, whole } = reduction.finish(wanted)?;
         let own = own.complete(&self.turns[turn].own(&*self.ranks))?;
+        self.things_per_sample = self.things_per_sample(turn, &weights, tally)?;
         Ok(Gradients { own, wanted: whole, clipped })
     }
 
     /// Both passes over a micro-batch, and the update where that is the whole step.
     fn passes(&mut self, turn: usize, batch: &B, place: &Place) -> Result<Backprop> {
-        let (factor, images_due) = (self.factor(batch.len(), place), self.images_due(place));
-        let (module, optimizer, clipping) = (self.model.training(), &self.turns[turn], self.clipping());
+        let images_due = self.images_due(place);
         let (done, seed) = (self.progress.step, self.trainer.seed);
-        let step = || Step::training(done, place.number as u64, seed, &optimizer.name, images_due);
         let is_whole = place.number == 0 && place.ends_step;
         let updates = is_whole && self.replays.is_on();
         self.is_moving |= updates;
+        let (module, optimizer, clipping) = (self.model.training(), &self.turns[turn], self.clipping());
+        let step = || Step::training(done, place.number as u64, seed, &optimizer.name, images_due);
+        let (samples, scale) = (batch.len(), self.loss_scale());
+        let factor = |things| scale * share(things, samples, place);
         let precision = self.trainer.config.precision;
         let work = |batch: &B, step| {
             let passes = Backprop::over(module, optimizer, batch, step, factor);
@@ -126,7 +133,7 @@ impl<B: Batch> Fit<'_, B> {
         if images_due {
             work(batch, step())
         } else {
-            self.replays.run(Kind { turn, factor, updates }, batch, step, work)
+            self.replays.run(Kind { turn, factor: factor(None), updates }, batch, step, work)
         }
     }
 
@@ -143,18 +150,41 @@ impl<B: Batch> Fit<'_, B> {
         let mut step = Step::training(done, place.number as u64, seed, name, self.images_due(place));
         let passes = forward(&*tapped.module, batch, &mut step).and_then(|loss| {
             let _phase = phase!("backward");
-            let (factor, before) =
-                (self.factor(batch.len(), place), reduction.before_backward(place.ends_step));
+            let factor = self.loss_scale() * share(step.loss_weight(), batch.len(), place);
+            let before = reduction.before_backward(place.ends_step);
             let after = tapped.taps.during(before, || scaled(&loss, factor)?.backward())?;
             Ok((Backprop::new(&loss, step, Vec::new())?, after))
         });
         passes.map_err(|error| self.trainer.config.precision.explain(error))
     }
 
-    /// How often the loss of so many samples counts: by their share of the step's, and the loss scale.
-    fn factor(&self, samples: usize, place: &Place) -> f64 {
-        let share = samples as f64 / place.step_samples as f64;
-        share * self.loss_scale.map_or(1., |loss_scale| loss_scale.scale)
+    /// What losses are multiplied with; 1 but in fp16.
+    fn loss_scale(&self) -> f64 {
+        self.loss_scale.map_or(1., |loss_scale| loss_scale.scale)
+    }
+
+    /// How many things the losses of a turn are the mean of, over all ranks, for each sample of the step: `weights` is what the module
+    /// has said of this rank's micro-batches. Gradients are too large by that.
+    fn things_per_sample(&mut self, turn: usize, weights: &[Option<f64>], tally: &Tally) -> Result<f64> {
+        let own: Vec<f64> = weights.iter().copied().flatten().collect();
+        let is_whole = weights.len() == 1 && tally.own_samples == tally.samples;
+        let said = [!own.is_empty(), is_whole].map(|yes| f64::from(u8::from(yes)));
+        let said = [said[0], said[1], own.iter().sum()];
+        let all = match self.weighs[turn] {
+            // Who had no sample cannot know, and none can know at first.
+            Some(true) | None => self.ranks.gather_numbers(&said)?,
+            Some(false) => vec![said.to_vec()],
+        };
+        let [weighs, is_whole] = [0, 1].map(|i| all.iter().any(|rank| rank[i] > 0.));
+        let sum: f64 = all.iter().map(|rank| rank[2]).sum();
+        let is_new = self.weighs[turn].is_some_and(|before| before != weighs);
+        if is_new || (weighs && own.len() < weights.len()) {
+            return Err(Error::msg(
+                "training_step: a module that says what its loss is the mean of (`Step::weigh_loss`) does so in each step",
+            ));
+        }
+        self.weighs[turn] = Some(weighs);
+        Ok(if weighs && sum > 0. && !is_whole { sum / tally.samples as f64 } else { 1. })
     }
 
     /// Whether the module is to log pictures: of the first micro-batch of every so many steps.
@@ -178,11 +208,17 @@ impl<B: Batch> Fit<'_, B> {
     fn clipping(&self) -> Clipping {
         let config = &self.trainer.config;
         Clipping {
-            loss_scale: self.loss_scale.map_or(1., |loss_scale| loss_scale.scale),
+            loss_scale: self.loss_scale() * self.things_per_sample,
             max_norm: config.clip_norm,
             max_value: config.clip_value,
             // On the same condition as in `refuse`.
             only_finite: config.nan_guard || self.loss_scale.is_some(),
         }
     }
+}
+
+/// How often the loss of so many samples, or things, counts: by their share of the step's samples. What is all of a step counts whole.
+fn share(things: Option<f64>, samples: usize, place: &Place) -> f64 {
+    let things = things.filter(|_| samples < place.step_samples).unwrap_or(samples as f64);
+    things / place.step_samples as f64
 }
