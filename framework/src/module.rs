@@ -10,6 +10,7 @@ use crate::batch::Batch;
 use crate::config::quoted_list;
 use crate::data::Settings;
 use crate::error::{Error, Result};
+use crate::metrics::Collected;
 use crate::params::{Params, PutTap};
 use crate::precision::Precision;
 use crate::seed;
@@ -30,6 +31,27 @@ pub trait Module: Send + Sync {
     /// What the module says about this batch, (B, ...).
     fn predict_step(&self, _batch: &Self::Batch, _step: &mut Step) -> Result<Tensor> {
         Err(Error::msg("this module does not implement `predict_step`, which `predict` needs"))
+    }
+
+    /// Metrics of a whole evaluation that are no means over its samples, by name: areas under curves, correlations, quantiles. They are
+    /// computed of what `validation_step` has given to [`Step::collect`], after the last batch, and on every rank alike; where
+    /// nothing was collected, nobody asks.
+    ///
+    /// ```
+    /// # use candlepower::prelude::*;
+    /// use candlepower::metrics::{Collected, classification::auroc};
+    /// # struct Detector;
+    /// # impl Module for Detector {
+    /// # type Batch = Labelled;
+    /// # fn training_step(&self, _: &Labelled, _: &mut Step) -> Result<Tensor> { unimplemented!() }
+    /// // In `validation_step`: `step.collect("score", &scores); step.collect("label", &batch.label);`
+    /// fn metrics(&self, all: &Collected) -> Result<Vec<(String, f64)>> {
+    ///     Ok(vec![("auroc".into(), auroc(&all.get("score")?, &all.get("label")?)?)])
+    /// }
+    /// # }
+    /// ```
+    fn metrics(&self, _all: &Collected) -> Result<Vec<(String, f64)>> {
+        Ok(Vec::new())
     }
 
     /// Parameters that no loss of this module depends on, as patterns in which `*` stands for any text: they are in every
@@ -104,7 +126,7 @@ impl Loggable for f32 {
 }
 
 /// Names of what is in every record.
-const TAKEN: [&str; 6] = ["loss", "lr", "grad_norm", "step", "epoch", "split"];
+pub(crate) const TAKEN: [&str; 6] = ["loss", "lr", "grad_norm", "step", "epoch", "split"];
 
 /// Makes a picture (C, H, W) of tensors on the CPU.
 pub(crate) type Draw = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
@@ -129,6 +151,8 @@ pub struct Step {
     asked: Arc<AtomicBool>,
     metrics: Vec<Metric>,
     images: Vec<Sketch>,
+    /// Of each sample, for metrics of all.
+    collected: Vec<(String, Tensor)>,
     /// Of how many things the loss is the mean, where that is not the batch's samples.
     loss_weight: Option<f64>,
     /// What could not be logged.
@@ -153,6 +177,7 @@ impl Step {
             asked: Arc::default(),
             metrics: Vec::new(),
             images: Vec::new(),
+            collected: Vec::new(),
             loss_weight: None,
             refused: None,
         }
@@ -272,6 +297,19 @@ impl Step {
             Ok(value) => self.metrics.push(Metric { name: name.to_string(), value, weight, of_epoch }),
             Err(error) => self.refused = self.refused.take().or(Some(error)),
         }
+    }
+
+    /// Keeps something of each sample, (B, ...), for [`Module::metrics`] of a whole evaluation; it waits for the device. In training
+    /// nothing is kept.
+    pub fn collect(&mut self, name: &str, rows: &Tensor) {
+        if !self.training {
+            self.collected.push((name.to_string(), rows.detach()));
+        }
+    }
+
+    /// What was kept of each sample.
+    pub(crate) fn take_collected(&mut self) -> Vec<(String, Tensor)> {
+        std::mem::take(&mut self.collected)
     }
 
     /// Whether pictures are due in this step; making them only then costs nothing in all others.

@@ -1,8 +1,11 @@
 //! Numbers that say how good a module is.
 
+pub mod classification;
+mod collected;
 mod criterion;
 mod mean;
 pub mod video;
 
+pub use collected::Collected;
 pub use criterion::Criterion;
 pub use mean::{Means, Sums};

@@ -9,8 +9,8 @@ use crate::batch::Batch;
 use crate::callback::{Flow, Progress, StopReason};
 use crate::data::{Loader, Pass, Share, Source};
 use crate::error::{Error, Result};
-use crate::metrics::Means;
-use crate::module::{Metric, Model, Step};
+use crate::metrics::{Collected, Means};
+use crate::module::{Metric, Model, Step, TAKEN};
 
 /// Batches that each worker may be ahead of an evaluation.
 const AHEAD: usize = 2;
@@ -56,13 +56,23 @@ pub(super) fn evaluate<B: Batch>(
     let ranks = trainer.ranks.clone();
     let share = Share { rank: ranks.rank(), of: ranks.world_size() };
     let (batches, total) = batches(trainer, source, pass, limit, workers, share, model.params().device())?;
-    let mut means = Means::default();
+    let (mut means, mut collected) = (Means::default(), Collected::default());
     for (i, loaded) in (share.rank..).step_by(share.of).zip(batches) {
         let Some(batch) = loaded?.batch else { continue };
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let evaluated = model.evaluation().validation_step(&batch, &mut step);
         let weight = step.loss_weight();
+        for (name, rows) in step.take_collected() {
+            if rows.dims().first() != Some(&batch.len()) {
+                let (shape, samples) = (rows.dims(), batch.len());
+                let message = format!(
+                    "`{name}` is collected with shape {shape:?}: expected a row for each of {samples} samples"
+                );
+                return Err(in_batch(trainer, "validation_step", i, Error::msg(message)));
+            }
+            collected.add(i, &name, &rows)?;
+        }
         let logged = evaluated.and_then(|loss| Ok((one_number(&loss)?, step.into_logged()?)));
         let (loss, (metrics, pictures)) =
             logged.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
@@ -82,7 +92,26 @@ pub(super) fn evaluate<B: Batch>(
             return Ok(Evaluated::Stopped(reason));
         }
     }
-    Ok(Evaluated::Complete(means.read_over(&*ranks)?))
+    let mut metrics = means.read_over(&*ranks)?;
+    let collected = collected.over(&*ranks)?;
+    if !collected.is_empty() {
+        add_metrics(&mut metrics, model.evaluation().metrics(&collected)?)?;
+    }
+    Ok(Evaluated::Complete(metrics))
+}
+
+/// Adds a module's metrics of everything to those that are means.
+fn add_metrics(metrics: &mut IndexMap<String, f64>, more: Vec<(String, f64)>) -> Result<()> {
+    for (name, value) in more {
+        if TAKEN.contains(&name.as_str()) || metrics.contains_key(&name) {
+            let message = format!(
+                "`Module::metrics` gives `{name}`, which is in the record already; take another name"
+            );
+            return Err(Error::msg(message));
+        }
+        metrics.insert(name, value);
+    }
+    Ok(())
 }
 
 /// A loss without axes, whatever axes of length 1 a module gave it.
