@@ -31,7 +31,7 @@ use crate::weights::InitConfig;
 
 pub(crate) use job::{Job, Pair};
 pub use schema::schema;
-use sections::{ONLY, average, optimizer_table, schedule, table, turns};
+use sections::{ONLY, average, optimizer_table, schedule, schedule_table, table, turns};
 
 const SECTIONS: [&str; 13] = [
     "run",
@@ -192,14 +192,14 @@ impl Experiment {
                     let mut fields = optimizer_table(turn)?;
                     fields.insert("params".into(), turn.params.clone().into());
                     if let Some(schedule) = &turn.schedule {
-                        fields.insert("schedule".into(), untag(schedule)?.into());
+                        fields.insert("schedule".into(), schedule_table(schedule)?.into());
                     }
                     optimizers.insert(turn.name.clone(), fields.into());
                 }
                 all.insert("optimizers".into(), optimizers.into());
             }
         }
-        let mut schedule = untag(&self.schedule)?;
+        let mut schedule = schedule_table(&self.schedule)?;
         if let Some(plateau) = &self.plateau {
             schedule.insert("plateau".into(), table(plateau)?.into());
         }

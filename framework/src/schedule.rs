@@ -20,7 +20,7 @@ pub struct Rates {
 }
 
 /// The `[schedule]` section: how the learning rate moves over the run. `t` is the step, from 0; `lr` the optimizer's
-/// learning rate.
+/// learning rate. With `interval = "epoch"` ([`Schedule::per_epoch`]) all that is counted here in steps is counted in epochs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Schedule {
@@ -113,6 +113,20 @@ pub enum Schedule {
     /// Any function of the step and the optimizer's learning rate (torch: `LambdaLR`). In code alone.
     #[serde(skip)]
     Own(OwnSchedule),
+    /// One of the others that counts epochs: [`Schedule::per_epoch`]. In a section it is that one, with `interval = "epoch"`.
+    #[serde(skip)]
+    PerEpoch(Box<Schedule>),
+}
+
+/// What a schedule counts, by Lightning's words: the field `interval` of its section.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Interval {
+    /// Optimizer steps.
+    #[default]
+    Step,
+    /// Epochs: the learning rate stays the same from an epoch's first step to its last.
+    Epoch,
 }
 
 /// A learning rate that is a function of the step, from 0, and of the optimizer's learning rate: a pure one, for a resumed run to
@@ -222,7 +236,29 @@ impl Schedule {
         Self::Own(OwnSchedule(Arc::new(lr)))
     }
 
-    /// The rates of step `t`, from 0.
+    /// The same with epochs in the place of steps: the learning rate stays the same from an epoch's first step to its last, as where
+    /// PyTorch's scheduler takes a step after each epoch.
+    ///
+    /// ```
+    /// # use candlepower::schedule::Schedule;
+    /// let tenth_every_thirty_epochs = Schedule::Step { every: 30, gamma: 0.1 }.per_epoch();
+    /// ```
+    pub fn per_epoch(self) -> Self {
+        match self {
+            Self::PerEpoch(_) => self,
+            of_steps => Self::PerEpoch(Box::new(of_steps)),
+        }
+    }
+
+    /// What it counts.
+    pub fn interval(&self) -> Interval {
+        match self {
+            Self::PerEpoch(_) => Interval::Epoch,
+            _ => Interval::Step,
+        }
+    }
+
+    /// The rates of step `t`, from 0; of epoch `t` where epochs are counted.
     pub fn at(&self, t: u64, lr: f64) -> Rates {
         let time = t as f64;
         let factor = match self {
@@ -236,6 +272,7 @@ impl Schedule {
             Self::Linear { start, end, steps } => start + (end - start) * (time / *steps as f64).min(1.),
             Self::Step { every, gamma } => gamma.powf((t / every) as f64),
             Self::Own(OwnSchedule(own)) => return own(t, lr).into(),
+            Self::PerEpoch(of) => return of.at(t, lr),
             Self::MultiStep { milestones, gamma } => {
                 gamma.powf(milestones.iter().filter(|milestone| **milestone <= t).count() as f64)
             }
@@ -286,6 +323,7 @@ impl Schedule {
             Self::Step { every, gamma } => from_zero("gamma", *gamma).and(steps("every", *every)),
             Self::Noam { warmup } => steps("warmup", *warmup),
             Self::Own(_) => Ok(()),
+            Self::PerEpoch(of) => of.check(),
             Self::MultiStep { milestones, gamma } => from_zero("gamma", *gamma).and(rising(milestones)),
             Self::OneCycle(cycle) => cycle.check().and(steps("steps", cycle.steps)),
             Self::Sequence { parts, milestones } if parts.len() != milestones.len() + 1 => {
@@ -296,6 +334,11 @@ impl Schedule {
             Self::Sequence { parts, milestones } => {
                 rising(milestones)?;
                 parts.iter().enumerate().try_for_each(|(i, part)| {
+                    if part.interval() == Interval::Epoch {
+                        let message =
+                            "a part counts what the sequence counts: let the whole of it count epochs";
+                        return Err(Error::setting("parts", message));
+                    }
                     part.check().map_err(|error| Error::setting("parts", format!("part {}: {error}", i + 1)))
                 })
             }
@@ -306,6 +349,7 @@ impl Schedule {
     fn has_its_own_lr(&self) -> bool {
         match self {
             Self::OneCycle(_) => true,
+            Self::PerEpoch(of) => of.has_its_own_lr(),
             Self::Sequence { parts, .. } => parts.iter().any(Self::has_its_own_lr),
             _ => false,
         }
@@ -315,6 +359,7 @@ impl Schedule {
     pub fn drives_momentum(&self) -> bool {
         match self {
             Self::OneCycle(cycle) => cycle.cycle_momentum,
+            Self::PerEpoch(of) => of.drives_momentum(),
             Self::Sequence { parts, .. } => parts.iter().any(Self::drives_momentum),
             _ => false,
         }

@@ -65,6 +65,7 @@ fn editors_are_told_what_a_configuration_may_hold() {
             "[optimizer]\nlr = 0.1\ngroups = [{ params = \"encoder.*\", frozen = true }]",
             "[optimizers.a]\nname = \"sgd\"\nparams = \"*\"\nschedule = { name = \"cosine\", steps = 3 }",
             "[schedule.plateau]\npatience = 3",
+            "[schedule]\nname = \"step\"\nevery = 30\ngamma = 0.1\ninterval = \"epoch\"",
             "[callbacks.early_stopping]\npatience = 3",
         ]
         .map(|more| format!("{tiny}{more}\n")),
@@ -72,8 +73,10 @@ fn editors_are_told_what_a_configuration_may_hold() {
     for text in texts {
         assert_eq!(complaints(&text), [""; 0], "{text}");
         let document = Document::parse("a.toml", text, &["trainer.max_steps=1".into()]).unwrap();
-        let resolved = Experiment::new(&registry, document).unwrap().resolved().unwrap();
+        let resolve = |document| Experiment::new(&registry, document).unwrap().resolved().unwrap();
+        let resolved = resolve(document);
         assert_eq!(complaints(&resolved), [""; 0], "{resolved}");
+        assert_eq!(resolve(Document::parse("b.toml", resolved.clone(), &[]).unwrap()), resolved);
     }
     for wrong in [
         "worker = 1",

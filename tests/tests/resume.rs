@@ -67,6 +67,9 @@ fn cases() -> Vec<Case> {
             let rmsprop = RmspropConfig { centered: true, ..Default::default() };
             Trainer::new(config).schedule(one_cycle()).optimizer(OptimizerConfig::Rmsprop(rmsprop))
         }),
+        case("a schedule of epochs", |config| {
+            Trainer::new(config).schedule(Schedule::Exponential { gamma: 0.5 }.per_epoch())
+        }),
         case("plateau", |config| {
             let config = TrainerConfig { val_every: Some(Every::Steps(1)), ..config };
             let plateau = Plateau { factor: 0.5, patience: 0, threshold: 0.5, ..Default::default() };

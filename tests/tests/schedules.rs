@@ -1,8 +1,11 @@
 //! Schedules agree with PyTorch's, step by step.
 #![allow(clippy::unwrap_used)]
 
+use candlepower::prelude::*;
 use candlepower::schedule::{OneCycle, Plateau, PlateauState, Schedule};
 use candlepower_tests::golden_dir;
+use candlepower_tests::points::{Dropped, Points};
+use candlepower_tests::recorder::Recorder;
 use serde_json::Value;
 
 /// The schedule that PyTorch calls by this name, with PyTorch's names of arguments.
@@ -140,4 +143,21 @@ fn a_metric_that_is_not_a_number_is_no_progress() {
     let mut state = PlateauState::default();
     let lrs: Vec<f64> = [1., f64::NAN, f64::NAN].map(|metric| plateau.next(&mut state, metric, 1.)).to_vec();
     assert_eq!(lrs, [1., 1., 0.5]);
+}
+
+#[test]
+fn epochs_are_counted_where_they_are_asked_for() {
+    let heard = Recorder::default();
+    // 10 samples in batches of 4: three steps an epoch.
+    let config = TrainerConfig { batch_size: 4, max_steps: Some(8), log_every: 1, ..Default::default() };
+    Trainer::new(config)
+        .optimizer(SgdConfig { lr: 0.4, ..Default::default() })
+        .schedule(Schedule::Step { every: 1, gamma: 0.5 }.per_epoch())
+        .callback(heard.clone())
+        .fit(&Dropped::model(1), &Data::new(Points { samples: 10 }))
+        .unwrap();
+    assert_eq!(heard.train("lr"), [0.4, 0.4, 0.4, 0.2, 0.2, 0.2, 0.1, 0.1]);
+    let parts = vec![Schedule::default(), Schedule::default().per_epoch()];
+    let error = Schedule::Sequence { parts, milestones: vec![1] }.check().unwrap_err().to_string();
+    assert_eq!(error, "`parts`: a part counts what the sequence counts: let the whole of it count epochs");
 }

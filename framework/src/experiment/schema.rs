@@ -9,7 +9,7 @@ use crate::config::schema::{named, require, schema_of, variants_of};
 use crate::logger::LoggingConfig;
 use crate::optim::{AverageConfig, GroupConfig};
 use crate::run_dir::RunConfig;
-use crate::schedule::{Plateau, Schedule};
+use crate::schedule::{Interval, Plateau, Schedule};
 use crate::trainer::TrainerConfig;
 use crate::weights::InitConfig;
 
@@ -19,7 +19,8 @@ pub fn schema(registry: &Registry) -> Value {
     let data = with_fields(data, &[("workers", schema_of::<usize>()), ("prefetch", schema_of::<usize>())]);
     let groups = ("groups", schema_of::<Vec<GroupConfig>>());
     let optimizer = |default| with_fields(named(registry.optimizer_schemas(), default), &[groups.clone()]);
-    let schedule = named(variants_of::<Schedule>(), Some("constant"));
+    let interval = ("interval", schema_of::<Interval>());
+    let schedule = with_fields(named(variants_of::<Schedule>(), Some("constant")), &[interval]);
     let own_fields = [("params", schema_of::<String>()), ("schedule", schedule.clone())];
     let mut one_of_several = with_fields(optimizer(None), &own_fields);
     require(&mut one_of_several, "params");

@@ -5,7 +5,7 @@ use indexmap::IndexSet;
 use crate::config::{Document, Registry, untag};
 use crate::error::{Error, Result};
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
-use crate::schedule::{Plateau, Schedule};
+use crate::schedule::{Interval, Plateau, Schedule};
 
 /// The name of the only optimizer, which modules and logs do not see.
 pub(super) const ONLY: &str = "optimizer";
@@ -68,12 +68,24 @@ fn turn(
 pub(super) fn schedule(document: &Document, section: &str) -> Result<(Schedule, Option<Plateau>)> {
     let mut named = document.named(section, Some("constant"))?;
     let plateau: Option<Plateau> = document.take_field(&mut named, "plateau")?;
-    let schedule: Schedule = document.variant(&named, "schedule")?;
+    let interval: Option<Interval> = document.take_field(&mut named, "interval")?;
+    let mut schedule: Schedule = document.variant(&named, "schedule")?;
+    if interval == Some(Interval::Epoch) {
+        schedule = schedule.per_epoch();
+    }
     schedule.check().map_err(|error| document.place(section, error))?;
     if let Some(plateau) = &plateau {
         plateau.check(&schedule).map_err(|error| document.place(&format!("{section}.plateau"), error))?;
     }
     Ok((schedule, plateau))
+}
+
+/// The fields of a schedule's section.
+pub(super) fn schedule_table(schedule: &Schedule) -> Result<toml::Table> {
+    let Schedule::PerEpoch(of) = schedule else { return untag(schedule) };
+    let mut fields = untag(of)?;
+    fields.insert("interval".into(), "epoch".into());
+    Ok(fields)
 }
 
 pub(super) fn average(document: &Document) -> Result<Option<AverageConfig>> {

@@ -10,11 +10,12 @@ use serde::{Deserialize, Serialize};
 use wildmatch::WildMatch;
 
 use super::{Optimizer, OptimizerConfig, Param};
+use crate::callback::Progress;
 use crate::collective::Collective;
 use crate::collective::shard::{self, Shares};
 use crate::error::{Error, Result};
 use crate::params::Params;
-use crate::schedule::{Rates, Schedule};
+use crate::schedule::{Interval, Rates, Schedule};
 
 /// Parameters that are moved in their own way: an entry of `groups` of an optimizer's section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -229,9 +230,13 @@ impl Turn {
         }
     }
 
-    /// The rates of the step after `step` steps; `scale` is what a plateau has left of the learning rate.
-    pub(crate) fn rates(&self, step: u64, scale: f64) -> Rates {
-        self.schedule.at(step, if scale == 1. { self.lr } else { self.lr * scale })
+    /// The rates of the step after this progress; `scale` is what a plateau has left of the learning rate.
+    pub(crate) fn rates(&self, progress: &Progress, scale: f64) -> Rates {
+        let t = match self.schedule.interval() {
+            Interval::Step => progress.step,
+            Interval::Epoch => progress.epoch,
+        };
+        self.schedule.at(t, if scale == 1. { self.lr } else { self.lr * scale })
     }
 
     /// Which rank moves each of the parameters, where ranks share that out.
@@ -352,7 +357,7 @@ mod tests {
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
         let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
-        turn.prepare(turn.rates(1, 1.)).unwrap();
+        turn.prepare(turn.rates(&Progress { step: 1, ..Progress::default() }, 1.)).unwrap();
         turn.step(&gradients, &GradScale::default(), &Solo).unwrap();
         // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
         let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];
@@ -374,7 +379,7 @@ mod tests {
                 );
                 let mut turn = turns.unwrap().remove(0);
                 for step in 0..2 {
-                    turn.prepare(turn.rates(step, 1.)).unwrap();
+                    turn.prepare(turn.rates(&Progress { step, ..Progress::default() }, 1.)).unwrap();
                     turn.step(&[Tensor::new(&[1f32], &Device::Cpu).unwrap()], &GradScale::default(), &Solo)
                         .unwrap();
                     turn.commit().unwrap();

@@ -221,7 +221,7 @@ impl<B: Batch> Fit<'_, B> {
             tally.means = Some(Means::default());
         }
         for turn in 0..self.turns.len() {
-            let rates = self.turns[turn].rates(done, self.lr_scale);
+            let rates = self.turns[turn].rates(&self.progress, self.lr_scale);
             self.turns[turn].prepare(rates)?;
             // Gradients that are not finite move nothing; `refuse` then says why, and what follows.
             let Update { gradients, norm } = self.update(turn, &mut tally)?;
