@@ -191,6 +191,9 @@ impl Experiment {
                 for turn in turns {
                     let mut fields = optimizer_table(turn)?;
                     fields.insert("params".into(), turn.params.clone().into());
+                    if turn.every > 1 {
+                        fields.insert("every".into(), toml::Value::Integer(turn.every as i64));
+                    }
                     if let Some(schedule) = &turn.schedule {
                         fields.insert("schedule".into(), schedule_table(schedule)?.into());
                     }
@@ -369,7 +372,9 @@ impl Experiment {
             other => other,
         };
         let section = match &error {
-            Error::Setting { key, .. } if ["params", "lr", "groups"].contains(&key.as_str()) => "optimizer",
+            Error::Setting { key, .. } if ["params", "lr", "groups", "every"].contains(&key.as_str()) => {
+                "optimizer"
+            }
             _ => "trainer",
         };
         self.document.place(section, error)

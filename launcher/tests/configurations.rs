@@ -67,6 +67,7 @@ fn editors_are_told_what_a_configuration_may_hold() {
             "[schedule.plateau]\npatience = 3",
             "[schedule]\nname = \"step\"\nevery = 30\ngamma = 0.1\ninterval = \"epoch\"",
             "[callbacks.early_stopping]\npatience = 3",
+            "[optimizers.a]\nname = \"sgd\"\nparams = \"a.*\"\n[optimizers.b]\nname = \"adam\"\nparams = \"b.*\"\nevery = 5",
         ]
         .map(|more| format!("{tiny}{more}\n")),
     );

@@ -95,7 +95,10 @@ fn cases() -> Vec<Case> {
             let sgd = SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() };
             let turns = vec![
                 turn("first", sgd.into(), vec![bias]),
-                turn("second", AdamWConfig { lr: 0.01, ..Default::default() }.into(), Vec::new()),
+                TurnConfig {
+                    every: 3,
+                    ..turn("second", AdamWConfig { lr: 0.01, ..Default::default() }.into(), Vec::new())
+                },
             ];
             Trainer::new(TrainerConfig { micro_batch_size: Some(3), ..config }).optimizers(turns)
         }),

@@ -48,6 +48,48 @@ impl Module for Duel {
 }
 
 #[test]
+fn an_optimizer_may_take_its_turn_in_every_other_step() {
+    for (micro_batch_size, devices) in [(None, 1), (Some(1), 1), (None, 2)] {
+        let build = |vb: VarBuilder| {
+            let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
+            Ok(Duel { a: start("a", 0.)?, b: start("b", 1.)? })
+        };
+        let turn = |name: &str, every| TurnConfig {
+            name: name.into(),
+            params: name.into(),
+            every,
+            ..TurnConfig::only(sgd(0.5), Vec::new())
+        };
+        let (model, heard, dir) =
+            (Model::new(build, 0, &device()).unwrap(), Recorder::default(), tempfile::tempdir().unwrap());
+        Trainer::new(TrainerConfig { micro_batch_size, devices, ..config(3) })
+            .optimizers(vec![turn("a", 2), turn("b", 1)])
+            .callback(heard.clone())
+            .checkpoints(dir.path(), CheckpointConfig::default())
+            .fit(&model, &Data::new(Points { samples: 6 }))
+            .unwrap();
+        // b: 1 -> 1 - 0.5 (1 - 0 - 1) = 1; a: 0 -> 0 - 0.5 (0 - 2) = 1, b: 1 -> 1 - 0.5 (1 - 1 - 1) = 1.5;
+        // b: 1.5 -> 1.5 - 0.5 (1.5 - 1 - 1) = 1.75.
+        let values: Vec<f32> = weights(&model).into_iter().flat_map(|(_, values)| values).collect();
+        assert_eq!(values, [1., 1.75], "{micro_batch_size:?}, {devices}");
+        let logs = |name: &str| -> Vec<u64> {
+            let records = heard.records();
+            records.iter().filter(|r| r.metrics.contains_key(name)).map(|r| r.step).collect()
+        };
+        assert_eq!((logs("loss/a"), logs("lr/b")), (vec![2], vec![1, 2, 3]));
+        let state = Checkpoint::load(&dir.path().join("3")).unwrap().state().clone();
+        assert_eq!((state.optimizer_steps["a"], state.optimizer_steps["b"]), (1, 3));
+    }
+    let rare = TurnConfig { every: 2, ..TurnConfig::only(sgd(0.5), Vec::new()) };
+    let error = Trainer::new(config(3)).optimizers(vec![rare]).fit(&Dropped::model(1), &data());
+    let error = error.unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "`every`: one of the optimizers has to take its turn in each step: leave out its `every`"
+    );
+}
+
+#[test]
 fn optimizers_take_turns_and_move_their_own_parameters_alone() {
     // All these numbers are numbers of half precision, too.
     for (micro_batch_size, precision) in

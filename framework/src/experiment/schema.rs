@@ -21,7 +21,8 @@ pub fn schema(registry: &Registry) -> Value {
     let optimizer = |default| with_fields(named(registry.optimizer_schemas(), default), &[groups.clone()]);
     let interval = ("interval", schema_of::<Interval>());
     let schedule = with_fields(named(variants_of::<Schedule>(), Some("constant")), &[interval]);
-    let own_fields = [("params", schema_of::<String>()), ("schedule", schedule.clone())];
+    let own_fields =
+        [("params", schema_of::<String>()), ("every", schema_of::<u64>()), ("schedule", schedule.clone())];
     let mut one_of_several = with_fields(optimizer(None), &own_fields);
     require(&mut one_of_several, "params");
     json!({

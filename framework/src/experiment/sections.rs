@@ -25,7 +25,10 @@ pub(super) fn turns(document: &Document, registry: &Registry) -> Result<Vec<Turn
         let section = format!("optimizers.{name}");
         turn(document, registry, name, &section, None)
     };
-    several.into_iter().map(turn).collect()
+    let turns: Vec<TurnConfig> = several.into_iter().map(turn).collect::<Result<_>>()?;
+    let section = format!("optimizers.{}", turns[0].name);
+    TurnConfig::check_together(&turns).map_err(|error| document.place(&section, error))?;
+    Ok(turns)
 }
 
 fn turn(
@@ -37,9 +40,13 @@ fn turn(
 ) -> Result<TurnConfig> {
     let mut named = document.named(section, default)?;
     let groups: Option<Vec<GroupConfig>> = document.take_field(&mut named, "groups")?;
-    let (params, schedule_table): (Option<String>, Option<toml::Table>) = match default {
-        Some(_) => (None, None),
-        None => (document.take_field(&mut named, "params")?, document.take_field(&mut named, "schedule")?),
+    let (params, every, schedule_table): (Option<String>, Option<u64>, Option<toml::Table>) = match default {
+        Some(_) => (None, None, None),
+        None => (
+            document.take_field(&mut named, "params")?,
+            document.take_field(&mut named, "every")?,
+            document.take_field(&mut named, "schedule")?,
+        ),
     };
     let Some(params) = params.or(default.map(|_| "*".into())) else {
         let message =
@@ -59,7 +66,8 @@ fn turn(
         }
     };
     let optimizer = registry.read_optimizer(document, &named)?;
-    let turn = TurnConfig { name, params, optimizer, groups: groups.unwrap_or_default(), schedule };
+    let (groups, every) = (groups.unwrap_or_default(), every.unwrap_or(1));
+    let turn = TurnConfig { name, params, optimizer, groups, schedule, every };
     turn.check().map_err(|error| document.place(section, error))?;
     Ok(turn)
 }

@@ -52,17 +52,22 @@ pub struct TurnConfig {
     pub groups: Vec<GroupConfig>,
     /// Its schedule; absent: the run's.
     pub schedule: Option<Schedule>,
+    /// It takes its turn in every so many steps: 1 is each. In the others its parameters stay, and count as no step of its rule.
+    pub every: u64,
 }
 
 impl TurnConfig {
     /// The only optimizer, of all parameters.
     pub fn only(optimizer: OptimizerConfig, groups: Vec<GroupConfig>) -> Self {
-        Self { name: "optimizer".into(), params: "*".into(), optimizer, groups, schedule: None }
+        Self { name: "optimizer".into(), params: "*".into(), optimizer, groups, schedule: None, every: 1 }
     }
 
     /// Refuses what no parameters could make right.
     pub fn check(&self) -> Result<()> {
         self.optimizer.check()?;
+        if self.every == 0 {
+            return Err(Error::setting("every", "expected at least 1, found 0"));
+        }
         for GroupConfig { params, lr, weight_decay, frozen } in &self.groups {
             if *frozen && (lr.is_some() || weight_decay.is_some()) {
                 let message =
@@ -84,6 +89,17 @@ impl TurnConfig {
             }
         }
         self.schedule.as_ref().map_or(Ok(()), Schedule::check)
+    }
+
+    /// Refuses optimizers of which there are steps that none takes.
+    pub fn check_together(all: &[Self]) -> Result<()> {
+        match all.iter().any(|config| config.every == 1) {
+            true => Ok(()),
+            false => Err(Error::setting(
+                "every",
+                "one of the optimizers has to take its turn in each step: leave out its `every`",
+            )),
+        }
     }
 
     /// The same with every learning rate times `factor`, moved by the run's schedule.
@@ -114,6 +130,7 @@ pub(crate) struct Turn {
     /// The steps it has taken: those that its gradients' overflow made it sit out do not count.
     pub(crate) steps: u64,
     schedule: Schedule,
+    every: u64,
     groups: Vec<Group>,
 }
 
@@ -137,6 +154,7 @@ impl Turn {
         unused: &[&str],
         shard: Option<&dyn Collective>,
     ) -> Result<Vec<Self>> {
+        TurnConfig::check_together(configs)?;
         let names: Vec<String> = params.vars().into_iter().map(|(name, _)| name).collect();
         if let Some(pattern) = unused.iter().find(|pattern| !names.iter().any(|name| fits(pattern, name))) {
             return Err(Error::msg(format!(
@@ -218,7 +236,9 @@ impl Turn {
         let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
         let unused = idle.map(|(var, name)| (name, var)).collect();
         let name = config.name.clone();
-        let turn = Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, groups };
+        let every = config.every;
+        let turn =
+            Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, every, groups };
         let mut names = HashSet::new();
         match turn.state().into_iter().find(|(name, _)| !names.insert(name.clone())) {
             // A checkpoint would keep one of them.
@@ -228,6 +248,11 @@ impl Turn {
             ))),
             None => Ok(turn),
         }
+    }
+
+    /// Whether it takes its turn in step number `step`, from 1.
+    pub(crate) fn is_due(&self, step: u64) -> bool {
+        step.is_multiple_of(self.every)
     }
 
     /// The rates of the step after this progress; `scale` is what a plateau has left of the learning rate.

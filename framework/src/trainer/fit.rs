@@ -221,8 +221,13 @@ impl<B: Batch> Fit<'_, B> {
             tally.means = Some(Means::default());
         }
         for turn in 0..self.turns.len() {
+            if !self.turns[turn].is_due(done + 1) {
+                self.sit_out(turn, &mut tally)?;
+                continue;
+            }
             let rates = self.turns[turn].rates(&self.progress, self.lr_scale);
             self.turns[turn].prepare(rates)?;
+            let is_first = !self.is_moving;
             // Gradients that are not finite move nothing; `refuse` then says why, and what follows.
             let Update { gradients, norm } = self.update(turn, &mut tally)?;
             let refusal = self.refuse(turn, norm, &gradients, &tally)?;
@@ -231,7 +236,7 @@ impl<B: Batch> Fit<'_, B> {
             }
             match refusal {
                 None => {}
-                Some(refusal) if turn == 0 => {
+                Some(refusal) if is_first => {
                     self.is_moving = false;
                     return Ok(Stepped::Refused(refusal));
                 }

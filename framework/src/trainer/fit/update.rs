@@ -60,6 +60,17 @@ impl<B: Batch> Fit<'_, B> {
         Ok(Update { gradients: own, norm: norm.finish()? })
     }
 
+    /// Where somebody wants to look at gradients: those of an optimizer that sits this step out are 0.
+    pub(super) fn sit_out(&self, turn: usize, tally: &mut Tally) -> Result<()> {
+        let step = self.progress.step + 1;
+        if self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(step)) {
+            for (_, var) in &self.turns[turn].params {
+                tally.gradients.push(var.zeros_like()?);
+            }
+        }
+        Ok(())
+    }
+
     /// Both passes over the step's micro-batches; where one device does all of a step at once, the update as well.
     fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Gradients> {
         let done = self.progress.step;
@@ -96,7 +107,7 @@ impl<B: Batch> Fit<'_, B> {
             }
             // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
             // each may be somewhere else in it.
-            if turn == 0 && self.ranks.is_alone() && self.is_validation_due(true)? {
+            if !self.is_moving && self.ranks.is_alone() && self.is_validation_due(true)? {
                 self.asked = std::mem::take(&mut self.asked).or(self.validate()?);
             }
         }
