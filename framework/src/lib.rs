@@ -40,6 +40,7 @@ pub mod run_dir;
 pub mod schedule;
 pub mod seed;
 mod taps;
+mod trained;
 pub mod trainer;
 pub mod video_file;
 pub mod weights;

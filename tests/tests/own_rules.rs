@@ -273,3 +273,39 @@ fn sections_of_one_kind_of_callback_are_told_apart() {
     let error = group.train(&Resume::No, Vec::new()).unwrap_err().to_string();
     assert!(error.contains("`optimizer.groups`: `nothing.*` fits no parameter"), "{error}");
 }
+
+#[test]
+fn a_model_comes_from_its_checkpoint_alone() {
+    use candlepower::checkpoint::Checkpoint;
+    use candlepower::experiment::Resume;
+    use candlepower_models::ConvLstm;
+    let registry = Registry::default()
+        .module::<ConvLstm>("conv_lstm")
+        .dataset::<candlepower_datasets::MovingMnist>("moving_mnist");
+    let dir = tempfile::tempdir().unwrap();
+    let base =
+        CONFIG.split("[optimizer]").next().unwrap().replace("\"conv_lstm\"", "\"conv_lstm\"\nhidden = 5");
+    let run = format!("[run]\ndir = {:?}\n", dir.path().to_str().unwrap());
+    let text = format!(
+        "{base}train_samples = 4\nval_samples = 2\n{run}[average]\nname = \"ema\"\ndecay = 0.5\n[logging]\nprogress = false\n"
+    );
+    let experiment = Experiment::new(&registry, Document::parse("own.toml", text, &[]).unwrap()).unwrap();
+    let report = experiment.train(&Resume::No, Vec::new()).unwrap();
+    let run = report.dir.unwrap();
+    // Wherever it is now.
+    let moved = dir.path().join("moved");
+    std::fs::rename(run.join("checkpoints/1"), &moved).unwrap();
+    std::fs::remove_dir_all(&run).unwrap();
+    let loaded = Model::load::<ConvLstm>(&moved, &candlepower_tests::device()).unwrap();
+    let spec = VideoSpec { frames_in: 2, frames_out: 2, channels: 1, height: 64, width: 64 };
+    let config = candlepower_models::conv_lstm::ConvLstmConfig { hidden: 5, ..Default::default() };
+    let built = Model::build::<ConvLstm>(&config, &spec, 9, &candlepower_tests::device()).unwrap();
+    Checkpoint::load(&moved).unwrap().restore_for_evaluation(&built.params().state_dict()).unwrap();
+    let input = Tensor::rand(0f32, 1., (1, 2, 1, 64, 64), &Device::Cpu).unwrap();
+    let clip = Video::new(input.clone(), input.zeros_like().unwrap());
+    let frames =
+        |model: &Model<Video>| model.predict(&clip).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    assert_eq!(frames(&loaded), frames(&built));
+    let error = Model::load::<candlepower_models::SimVp>(&moved, &Device::Cpu).err().unwrap().to_string();
+    assert!(error.contains("unknown field"), "{error}");
+}

@@ -113,16 +113,16 @@ pub struct State {
     pub epoch_metrics: Vec<Sums>,
     /// What each callback remembers, by its name.
     pub callbacks: IndexMap<String, serde_json::Value>,
-    /// What was learned from, where a configuration says that.
-    pub data: Option<Origin>,
+    /// What was trained, and on what, where a configuration says that.
+    pub origin: Option<Origin>,
 }
 
-/// What a run learned from: enough to predict where it is not.
+/// What a run is: enough to predict with its weights where its data is not.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
-    /// The section `[data]`, as TOML with every default written out.
-    pub settings: String,
-    /// The [`Spec`](crate::batch::Batch::Spec) of its batches.
+    /// The configuration, as TOML with every default written out.
+    pub config: String,
+    /// The [`Spec`](crate::batch::Batch::Spec) of the data's batches.
     pub spec: serde_json::Value,
 }
 

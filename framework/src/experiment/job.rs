@@ -12,7 +12,7 @@ use crate::batch::Batch;
 use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, Progress, StopReason};
 use crate::callbacks::ProgressBar;
-use crate::checkpoint::{Checkpoint, Origin};
+use crate::checkpoint::Origin;
 use crate::config::{DataRecipe, ModuleRecipe};
 use crate::data::{Data, Split};
 use crate::error::{Error, Result};
@@ -21,8 +21,8 @@ use crate::logger::Loggers;
 use crate::metrics::video::LeadTimes;
 use crate::module::Model;
 use crate::run_dir::RunDir;
+use crate::trained::Trained;
 use crate::trainer::Trainer;
-use crate::weights::Weights;
 use crate::whole_file::write_whole;
 
 /// What an experiment does once the batch that its module and its data meet in is known.
@@ -95,79 +95,38 @@ impl<B: Batch> Pair<B> {
     /// What is learned from, for checkpoints.
     fn origin(&self, experiment: &Experiment, spec: &B::Spec) -> Result<Origin> {
         let as_json = |error: serde_json::Error| Error::msg(format!("the sizes of the data: {error}"));
-        Ok(Origin {
-            settings: self.data_settings(experiment)?,
-            spec: serde_json::to_value(spec).map_err(as_json)?,
-        })
-    }
-
-    fn data_settings(&self, experiment: &Experiment) -> Result<String> {
-        let mut settings = self.data.settings()?;
-        settings.insert("name".into(), experiment.names[1].clone().into());
-        toml::to_string(&settings).map_err(|error| Error::msg(error.to_string()))
+        Ok(Origin { config: experiment.resolved()?, spec: serde_json::to_value(spec).map_err(as_json)? })
     }
 
     /// What batches look like to weights that learned from `origin`. Where [data] is the same, that is known; else it is looked up
     /// in the data.
     fn spec(&self, experiment: &Experiment, origin: Option<&Origin>) -> Result<B::Spec> {
-        let settings = self.data_settings(experiment)?;
-        if let Some(origin) = origin
-            && origin.settings == settings
+        let data = data_section(&experiment.resolved()?);
+        let before = origin.map(|origin| data_section(&origin.config));
+        if let Some(origin) = origin.filter(|_| before.as_ref() == Some(&data))
             && let Ok(spec) = serde_json::from_value(origin.spec.clone())
         {
             return Ok(spec);
         }
-        let source = experiment.open(&*self.data, Split::Train).map_err(|error| match origin {
-            Some(origin) => Error::msg(format!("{error}\n{}", why_opened(&origin.settings, &settings))),
+        let source = experiment.open(&*self.data, Split::Train).map_err(|error| match before {
+            Some(before) => Error::msg(format!("{error}\n{}", why_opened(&before, &data))),
             None => error,
         });
         Ok(source?.spec())
     }
 }
 
-/// Weights that were trained.
-enum Trained {
-    Checkpoint(Checkpoint),
-    File(Weights),
-}
-
-impl Trained {
-    /// Reads a checkpoint, the last good one of a run's folder, or a file of weights.
-    fn read(path: &Path) -> Result<Self> {
-        match path.is_file() {
-            true => Ok(Self::File(Weights::read(path)?)),
-            false => Ok(Self::Checkpoint(Checkpoint::load(&RunDir::containing(path)?.1)?)),
-        }
-    }
-
-    /// What they learned from, where that is known.
-    fn origin(&self) -> Option<&Origin> {
-        match self {
-            Self::Checkpoint(checkpoint) => checkpoint.state().data.as_ref(),
-            Self::File(_) => None,
-        }
-    }
-
-    /// Gives them to a model; returns how far they have been trained, where that is known.
-    fn give<B: Batch>(&self, model: &Model<B>) -> Result<Progress> {
-        match self {
-            Self::Checkpoint(checkpoint) => {
-                checkpoint.restore_for_evaluation(&model.params().state_dict())?;
-                model.params().publish()?;
-                Ok(checkpoint.state().progress)
-            }
-            Self::File(weights) => {
-                weights.give(model.params())?;
-                Ok(Progress::default())
-            }
-        }
-    }
+/// What a configuration says of the data, but for how it is read ahead.
+fn data_section(config: &str) -> toml::Table {
+    let mut config: toml::Table = config.parse().unwrap_or_default();
+    let Some(toml::Value::Table(mut data)) = config.remove("data") else { return toml::Table::new() };
+    data.retain(|key, _| !["workers", "prefetch"].contains(&key));
+    data
 }
 
 /// Why the data is wanted, though what is predicted from is given.
-fn why_opened(trained_on: &str, settings: &str) -> String {
-    let parse = |text: &str| text.parse::<toml::Table>().unwrap_or_default();
-    let changes = differences(&parse(trained_on), &parse(settings), "data").join("\n  ");
+fn why_opened(trained_on: &toml::Table, now: &toml::Table) -> String {
+    let changes = differences(trained_on, now, "data").join("\n  ");
     format!(
         "the data is looked at because [data] is not what the checkpoint learned from:\n  {changes}\n\
          with `config.toml` of the run's folder, it need not be there"

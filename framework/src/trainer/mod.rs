@@ -66,7 +66,7 @@ pub struct Trainer {
     ranks: Arc<dyn Collective>,
     /// What is configured, a setting a line, where that is known in more detail than here.
     description: Option<String>,
-    /// What it learns from, where that is configured.
+    /// What it trains, and on what, where that is configured.
     origin: Option<Origin>,
     seed: u64,
     image_every: u64,
@@ -308,7 +308,7 @@ impl Trainer {
         self
     }
 
-    /// Sets what checkpoints say that was learned from.
+    /// Sets what checkpoints say that was trained, and on what.
     pub(crate) fn origin(mut self, origin: Origin) -> Self {
         self.origin = Some(origin);
         self
@@ -435,10 +435,7 @@ impl Trainer {
     }
 
     fn predicted<B: Batch>(&self, model: &Model<B>, batch: &B) -> Result<Tensor> {
-        let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
-        let mut step = Step::evaluation(self.progress.step, 0, self.seed, false);
-        let prediction = model.evaluation().predict_step(&batch, &mut step)?.to_dtype(DType::F32)?;
-        Ok(prediction.to_device(&Device::Cpu)?)
+        predicted(model, batch, &mut Step::evaluation(self.progress.step, 0, self.seed, false))
     }
 
     /// Takes in what a module wants to be drawn, where there is somebody to look at it.
@@ -527,4 +524,11 @@ impl Trainer {
         let listener = dispatcher::get_default(Dispatch::clone);
         pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
     }
+}
+
+/// What a model predicts from one batch, on the CPU.
+pub(crate) fn predicted<B: Batch>(model: &Model<B>, batch: &B, step: &mut Step) -> Result<Tensor> {
+    let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+    let prediction = model.evaluation().predict_step(&batch, step)?.to_dtype(DType::F32)?;
+    Ok(prediction.to_device(&Device::Cpu)?)
 }

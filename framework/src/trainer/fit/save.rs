@@ -74,7 +74,7 @@ impl<B: Batch> Fit<'_, B> {
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             epoch_metrics,
             callbacks: trainer.callback_states(),
-            data: trainer.origin.clone(),
+            origin: trainer.origin.clone(),
         };
         Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
     }
