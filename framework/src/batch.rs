@@ -44,14 +44,17 @@ pub trait Batch: Send + Sync + Sized + 'static {
     /// A batch to predict from, read from a file that a person gave.
     fn read(path: &Path, _spec: &Self::Spec) -> Result<Self> {
         Err(Error::msg(format!(
-            "{}: this kind of data cannot be read from a file for prediction",
+            "{}: this kind of data cannot be read from a file for prediction: `Batch::read`, or the dataset's `Open::read`, would do that",
             path.display()
         )))
     }
 
     /// Writes what a module predicted from this batch, for a person to look at.
     fn write(&self, _prediction: &Tensor, path: &Path) -> Result<()> {
-        Err(Error::msg(format!("{}: predictions of this kind cannot be written to a file", path.display())))
+        Err(Error::msg(format!(
+            "{}: predictions of this kind cannot be written to a file: `Batch::write` would do that",
+            path.display()
+        )))
     }
 
     /// How what a module predicts from `held_out` compares with predictors that learn nothing, some of which look at

@@ -177,7 +177,10 @@ fn print_report(report: &Report) {
         let all: Vec<String> =
             metrics.iter().map(|(name, value)| format!("{name} {}", short(*value))).collect();
         say!("validation: {}", all.join("  "));
-        if let (Some(mse), Some(lead_times)) = (metrics.get("mse"), &report.lead_times) {
+        if let Some(lead_times) = &report.lead_times
+            && let Some(module) = &lead_times.module
+        {
+            let mse = module.mse;
             let best = lead_times.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
             say!("mean squared error on the validation data, beside predictors that learn nothing:");
             say!("  {:18} {mse:.5}", "this model");

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use candlepower::callback::{Callback, Flow, Plan, Progress, StepEnd, StopReason};
@@ -20,6 +21,8 @@ pub(crate) struct Pulse {
     path: PathBuf,
     file: File,
     supervisor: Pid,
+    /// Beats as long as it is kept: to open the data takes as long as it takes.
+    opening: Option<Arc<()>>,
 }
 
 impl Pulse {
@@ -27,7 +30,8 @@ impl Pulse {
     pub(crate) fn asked_for() -> Result<Option<Self>> {
         let Some(path) = std::env::var_os(PULSE_FILE).map(PathBuf::from) else { return Ok(None) };
         let file = File::options().append(true).create(true).open(&path).map_err(Error::file(&path))?;
-        Ok(Some(Self { path, file, supervisor: getppid() }))
+        let opening = beat_while_opening(&path, OPENING)?;
+        Ok(Some(Self { path, file, supervisor: getppid(), opening: Some(opening) }))
     }
 
     fn beat(&self) -> Result<()> {
@@ -41,6 +45,7 @@ impl Pulse {
 
 impl Callback for Pulse {
     fn on_fit_start(&mut self, _: &Plan) -> Result<()> {
+        self.opening = None;
         self.beat()
     }
 
@@ -82,6 +87,22 @@ impl Callback for Pulse {
     }
 }
 
+/// How often a run that has not begun yet beats.
+const OPENING: Duration = Duration::from_secs(5);
+
+/// Keeps a file young, as long as the answer is kept.
+fn beat_while_opening(path: &Path, period: Duration) -> Result<Arc<()>> {
+    let file = File::options().append(true).open(path).map_err(Error::file(path))?;
+    let kept = Arc::new(());
+    let is_kept = Arc::downgrade(&kept);
+    std::thread::spawn(move || {
+        while is_kept.strong_count() > 0 && file.set_modified(SystemTime::now()).is_ok() {
+            std::thread::sleep(period);
+        }
+    });
+    Ok(kept)
+}
+
 /// The newest checkpoint that a run has told of.
 pub(crate) fn checkpoint_in(pulse: &Path) -> Option<PathBuf> {
     fs::read_to_string(pulse).ok().filter(|text| !text.is_empty()).map(PathBuf::from)
@@ -96,12 +117,33 @@ mod tests {
     fn what_comes_after_training_needs_no_pulse() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let open = File::options().append(true).open(file.path()).unwrap();
-        let mut pulse = Pulse { path: file.path().into(), file: open, supervisor: getppid() };
+        let mut pulse = Pulse { path: file.path().into(), file: open, supervisor: getppid(), opening: None };
         let age = || file.path().metadata().unwrap().modified().unwrap().elapsed();
         pulse.on_validation_batch(1, None).unwrap();
         assert!(age().is_ok_and(|age| age < Duration::from_secs(60)));
         pulse.on_fit_end(&Progress::default(), &StopReason::Finished).unwrap();
         // It lies in the future.
         assert!(age().unwrap_err().duration() > Duration::from_secs(24 * 3600));
+    }
+
+    #[test]
+    fn what_comes_before_training_is_no_hang() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let is_old = || {
+            let seen = file.path().metadata().unwrap().modified().unwrap();
+            seen.elapsed().is_ok_and(|age| age > Duration::from_secs(1800))
+        };
+        let grow_old = || file.as_file().set_modified(SystemTime::now() - Duration::from_secs(3600)).unwrap();
+        let opening = beat_while_opening(file.path(), Duration::from_millis(1)).unwrap();
+        grow_old();
+        while is_old() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(opening);
+        // It may be about to beat once more.
+        std::thread::sleep(Duration::from_millis(50));
+        grow_old();
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(is_old());
     }
 }

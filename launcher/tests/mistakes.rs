@@ -386,3 +386,21 @@ fn schedules_that_would_ruin_a_training() {
         assert_eq!(error(schedule), format!("error: tiny.toml:{expected}"));
     }
 }
+
+#[test]
+fn words_of_pytorch_lightning_are_understood_but_not_taken() {
+    for (word, meant) in [
+        (
+            "accumulate_grad_batches = 4",
+            "set `trainer.micro_batch_size`: a step adds up as many as make `batch_size`",
+        ),
+        ("gradient_clip_val = 1.0", "it is `trainer.clip_norm`"),
+        ("check_val_every_n_epoch = 1", "it is `trainer.val_every`, as \"2 epochs\""),
+    ] {
+        let error = error_with("max_steps = 4", &format!("max_steps = 4\n{word}"));
+        assert!(error.ends_with(&format!("{meant}\n")), "{error}");
+    }
+    let place = Place::new();
+    let error = place.fail(2, &["train", "tiny.toml", "--set", "checkpoint.monitor=val_mse"]);
+    assert!(error.contains("`loss`, `mse`; the validation's is called `mse`"), "{error}");
+}

@@ -456,13 +456,18 @@ impl SvgLp {
         let (size, times, ..) = frames.dims5()?;
         let noise = self.noise(times - 1, size, &mut step.rng("posterior"), frames.device())?;
         let pass = self.reconstruct(&frames, &noise, step.is_training())?;
-        step.log("reconstruction", &(&pass.mse / (times - 1) as f64)?);
+        let mse = match batch.mask {
+            // Of what nobody knows there is no error.
+            Some(_) => (batch.mse(&pass.frames)? * (times - 1) as f64)?,
+            None => pass.mse,
+        };
+        step.log("reconstruction", &(&mse / (times - 1) as f64)?);
         step.log("divergence", &pass.divergence);
         if step.is_training() {
             let future = pass.frames.narrow(1, self.spec.frames_in - 1, self.spec.frames_out)?;
             log_prediction("reconstruction", batch, &future, step)?;
         }
-        Ok((pass.mse + (pass.divergence * self.config.beta)?)?)
+        Ok((mse + (pass.divergence * self.config.beta)?)?)
     }
 }
 

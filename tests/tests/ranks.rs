@@ -430,7 +430,7 @@ fn a_rank_that_fails_ends_all_and_is_named() {
     for devices in [1, 2, 4] {
         let data = Data::new(Bad { how: unreadable });
         let text = error(&Dropped::model(3), data, devices);
-        assert!(text.ends_with("cannot read sample(s) 13: the disk is gone"), "{devices} devices: {text}");
+        assert!(text.ends_with("cannot read sample 13: the disk is gone"), "{devices} devices: {text}");
     }
     let panics = |batch: &Tensors, step: &Step| {
         assert!(!(step.is_training() && holds_13(batch)), "sample 13 is unlucky");

@@ -209,7 +209,7 @@ fn a_run_that_died_in_mid_accumulation_goes_on_to_the_same_bits() {
     run(whole.path(), data(1), None).unwrap();
     let broken = Data { val: data(0).val, ..Data::new(Broken(Points { samples: 10 })) };
     let error = run(died.path(), broken, None).unwrap_err().to_string();
-    assert_eq!(error, "cannot read sample(s) 3: the disk is gone");
+    assert_eq!(error, "cannot read sample 3: the disk is gone");
     let last = candlepower::checkpoint::latest(died.path()).unwrap().unwrap();
     run(died.path(), data(1), Some(Checkpoint::load(&last).unwrap())).unwrap();
     let step = STEPS.to_string();

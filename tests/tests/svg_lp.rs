@@ -152,3 +152,28 @@ fn a_drawn_future_agrees_and_leaves_the_running_statistics() {
     let alone = by_running(&one(&input), &steps, Statistics::Batch);
     assert_close("one sample", &alone, &one(&running), 1e-5);
 }
+
+#[test]
+fn what_nobody_knows_has_no_error() {
+    let golden = golden("svg_lp");
+    let (model, _) = model(&golden);
+    let VideoSpec { frames_in, frames_out, channels, height, width } = spec(&golden);
+    let shape = |times| (2, times, channels, height, width);
+    let (input, target) = (
+        Tensor::rand(0f32, 1., shape(frames_in), &device()).unwrap(),
+        Tensor::rand(0f32, 1., shape(frames_out), &device()).unwrap(),
+    );
+    let loss = |known: Option<f64>| {
+        let mask = known.map(|known| {
+            let times = (2, frames_in + frames_out, 1, height, width);
+            (Tensor::ones(times, DType::F32, &device()).unwrap() * known).unwrap()
+        });
+        let batch = Video { mask, ..Video::new(input.clone(), target.clone()) };
+        let loss = model.training_step(&batch, &mut Step::evaluation(0, 0, 3, false)).unwrap();
+        loss.to_scalar::<f32>().unwrap()
+    };
+    let (all, none) = (loss(None), loss(Some(0.)));
+    assert!((loss(Some(1.)) - all).abs() < 1e-5 * all.abs(), "{} for {all}", loss(Some(1.)));
+    // What is left is the divergence.
+    assert!(none < 0.9 * all, "{none} of {all}");
+}

@@ -90,39 +90,80 @@ impl<'a> Shares<'a> {
     }
 }
 
-/// The state of all ranks' optimizers, by name, on each of them; `own` is this rank's part. For saving, and for resuming.
+/// The state of all ranks' optimizers, by name, of which each rank keeps a part. For saving, and for resuming: then all of it is on
+/// rank 0, in the memory of the CPU, as a device may have no room for it.
 pub(crate) struct Whole {
-    /// Every tensor's name, in the order of ranks.
-    pub(crate) vars: Vec<(String, Var)>,
-    owners: Vec<usize>,
+    /// Name, shape and owner of every tensor, in the order of ranks.
+    parts: Vec<(String, Vec<usize>, usize)>,
+    own: Vec<Var>,
 }
 
 impl Whole {
-    /// What there is on all ranks, with zeros on this device for what is not here; [`Whole::gather`] gets the values.
-    pub(crate) fn new(ranks: &dyn Collective, own: &[(String, Var)], device: &Device) -> Result<Self> {
+    /// What there is on all ranks; `own` is this one's part.
+    pub(crate) fn new(ranks: &dyn Collective, own: &[(String, Var)]) -> Result<Self> {
         let shapes: Vec<(&str, &[usize])> =
             own.iter().map(|(name, var)| (name.as_str(), var.dims())).collect();
         let shapes = serde_json::to_vec(&shapes).map_err(Error::content("optimizer state"))?;
-        let (mut vars, mut owners) = (Vec::new(), Vec::new());
+        let mut parts = Vec::new();
         for (rank, shapes) in ranks.gather_bytes(&shapes)?.iter().enumerate() {
             let shapes: Vec<(String, Vec<usize>)> =
                 serde_json::from_slice(shapes).map_err(Error::content("optimizer state"))?;
-            for (i, (name, shape)) in shapes.into_iter().enumerate() {
-                let var = if rank == ranks.rank() {
-                    own[i].1.clone()
-                } else {
-                    Var::zeros(shape, DType::F32, device)?
-                };
-                vars.push((name, var));
-                owners.push(rank);
-            }
+            parts.extend(shapes.into_iter().map(|(name, shape)| (name, shape, rank)));
         }
-        Ok(Self { vars, owners })
+        Ok(Self { parts, own: own.iter().map(|(_, var)| var.clone()).collect() })
     }
 
-    /// Gets the other ranks' values.
-    pub(crate) fn gather(&self, ranks: &dyn Collective) -> Result<()> {
-        Shares::new(ranks, &self.vars, &self.owners).publish()
+    /// Zeros for all of it.
+    pub(crate) fn zeros(&self) -> Result<Vec<(String, Var)>> {
+        let zeros = |(name, shape, _): &(String, Vec<usize>, usize)| {
+            Ok((name.clone(), Var::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))
+        };
+        self.parts.iter().map(zeros).collect()
+    }
+
+    /// All of it on rank 0; on the others zeros.
+    pub(crate) fn gather(&self, ranks: &dyn Collective) -> Result<Vec<(String, Var)>> {
+        let all = self.zeros()?;
+        // A tensor of each rank at a time.
+        for turn in 0.. {
+            let now: Vec<Option<usize>> =
+                (0..ranks.world_size()).map(|rank| self.of(rank).nth(turn)).collect();
+            let longest = now.iter().flatten().map(|i| all[*i].1.elem_count()).max();
+            let Some(longest) = longest else { break };
+            let own = match self.own.get(turn) {
+                Some(var) => var.as_detached_tensor().to_device(&Device::Cpu)?.flatten_all()?,
+                None => Tensor::zeros(0, DType::F32, &Device::Cpu)?,
+            };
+            let own = own.pad_with_zeros(0, 0, longest - own.elem_count())?;
+            let values = ranks.all_gather(&own)?;
+            for (rank, i) in now.iter().enumerate().filter_map(|(rank, i)| Some((rank, (*i)?))) {
+                if ranks.rank() == 0 {
+                    let (_, var) = &all[i];
+                    let part = values.narrow(0, rank * longest, var.elem_count())?;
+                    var.set(&part.reshape(var.shape())?)?;
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// Gives each rank its part of what rank 0 has.
+    pub(crate) fn scatter(&self, ranks: &dyn Collective, all: &[(String, Var)]) -> Result<()> {
+        let mut own = self.own.iter();
+        for ((_, var), (.., owner)) in all.iter().zip(&self.parts) {
+            let values = ranks.broadcast(&var.as_detached_tensor().flatten_all()?)?;
+            if *owner == ranks.rank()
+                && let Some(own) = own.next()
+            {
+                own.set(&values.reshape(own.shape())?.to_device(own.device())?)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Which tensors are a rank's.
+    fn of(&self, rank: usize) -> impl Iterator<Item = usize> {
+        (0..self.parts.len()).filter(move |i| self.parts[*i].2 == rank)
     }
 }
 

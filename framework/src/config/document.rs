@@ -8,7 +8,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::error::ConfigError;
-use super::wording::read;
+use super::wording::{in_our_words, read};
 use crate::error::{Error, Result};
 
 /// A TOML document and the overrides laid over it.
@@ -315,7 +315,9 @@ fn did_you_mean_in(message: &str) -> Option<String> {
     let (unknown, expected) = message.strip_prefix("unknown ")?.split_once(", expected ")?;
     let names =
         |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(str::to_string).collect() };
-    did_you_mean(names(unknown).first()?, &names(expected))
+    let unknown = names(unknown);
+    let lightning = || in_our_words(unknown.first()?).map(str::to_string);
+    lightning().or_else(|| did_you_mean(unknown.first()?, &names(expected)))
 }
 
 /// The configuration files beside a path that does not exist.

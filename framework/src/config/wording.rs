@@ -111,6 +111,30 @@ fn present(found: &str) -> &str {
     }
 }
 
+/// What is meant by a field that PyTorch Lightning has, or that has another name there.
+pub(super) fn in_our_words(field: &str) -> Option<&'static str> {
+    Some(match field {
+        "accumulate_grad_batches" => {
+            "set `trainer.micro_batch_size`: a step adds up as many as make `batch_size`"
+        }
+        "gradient_clip_val" => "it is `trainer.clip_norm`",
+        "check_val_every_n_epoch" => "it is `trainer.val_every`, as \"2 epochs\"",
+        "val_check_interval" => "it is `trainer.val_every`, as 500 or \"0.25 epochs\"",
+        "log_every_n_steps" => "it is `trainer.log_every`",
+        "num_sanity_val_steps" => "it is `trainer.sanity_val_batches`",
+        "deterministic" => "each run is: equal seeds give equal bits",
+        "strategy" => "see `trainer.devices` and [distributed]",
+        "num_nodes" => "it is `candlepower launch --nodes`",
+        "num_workers" => "it is `data.workers`",
+        "learning_rate" => "it is `lr`",
+        "save_top_k" => "it is `checkpoint.keep_best`",
+        "every_n_train_steps" => "it is `checkpoint.every_steps`",
+        "dirpath" => "it is `run.dir`",
+        "mode" => "it is `maximize`, true or false",
+        _ => return None,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use std::num::NonZeroUsize;

@@ -311,7 +311,7 @@ mod tests {
             let results: Vec<_> = loader.take(20).collect();
             assert_eq!(results.iter().position(Result::is_err), Some(turn));
             let message = results[turn].as_ref().err().unwrap().to_string();
-            assert_eq!(message, "cannot read sample(s) 13: no such number");
+            assert_eq!(message, "cannot read sample 13: no such number");
         }
     }
 

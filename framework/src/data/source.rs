@@ -194,7 +194,13 @@ fn jobs<B: Batch>(
     let micro_batches: Vec<Vec<Sample>> = samples.chunks(micro).map(<[_]>::to_vec).collect();
     micro_batches.into_iter().enumerate().map(move |(number, samples)| {
         let dataset = dataset.clone();
-        let make = move || whole(dataset.batch(&samples), &samples);
+        let make = move || {
+            whole(dataset.batch(&samples), &samples).map_err(|error| {
+                // Perhaps it is one of them.
+                let alone = |sample: &Sample| whole(dataset.batch(&[*sample]), &[*sample]).err();
+                samples.iter().find_map(alone).unwrap_or(error)
+            })
+        };
         Job {
             make: Some(Box::new(make)),
             place: Place { number, ends_step: false, step_samples, ends_epoch },
@@ -210,7 +216,8 @@ fn whole<B: Batch>(batch: Result<B>, samples: &[Sample]) -> Result<B> {
         Err(error) => error.to_string(),
     };
     let indices: Vec<String> = samples.iter().map(|s| s.index.to_string()).collect();
-    Err(Error::msg(format!("cannot read sample(s) {}: {why}", indices.join(", "))))
+    let plural = if indices.len() == 1 { "" } else { "s" };
+    Err(Error::msg(format!("cannot read sample{plural} {}: {why}", indices.join(", "))))
 }
 
 /// How a stream is cut.

@@ -174,6 +174,9 @@ impl<B: Batch> Job for Pair<B> {
         tracing::info!("{}", summary(&model));
         let (mut dir, mut new_run, mut lock) = (None, None, None);
         let writes = experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0;
+        if experiment.trainer.fast_dev_run > 0 && *resume != Resume::No {
+            tracing::warn!("a try-out (trainer.fast_dev_run) begins at step 0: `--resume` plays no part");
+        }
         let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
         if checkpoint.is_none() && experiment.ranks.rank() == 0 {
             // Before a folder is made. Other ranks hear of them.

@@ -205,11 +205,19 @@ impl<B: Batch> Fit<'_, B> {
 
     /// Makes up for the validation that the run which is resumed did not come to.
     fn catch_up(&mut self) -> Result<Flow> {
-        if !std::mem::take(&mut self.owed) {
-            return Ok(Flow::Continue);
+        let flow = if std::mem::take(&mut self.owed) { self.validate()? } else { Flow::Continue };
+        Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over()), false)?.0)
+    }
+
+    /// A stop, where training has lasted as long as it may.
+    fn time_is_over(&self) -> Flow {
+        match self.trainer.config.max_time {
+            Some(limit) if self.seconds() >= limit.as_secs_f64() => {
+                let why = format!("max_time, {}, is over", humantime::format_duration(limit));
+                Flow::Stop(StopReason::Callback(why))
+            }
+            _ => Flow::Continue,
         }
-        let flow = self.validate()?;
-        Ok(agree_on_flow(&*self.ranks, flow, false)?.0)
     }
 
     /// One optimizer step: for each optimizer the gradient of the mean loss over a batch, and the move against it.
@@ -277,13 +285,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         let is_due = |saver: &Saver| saver.is_due(progress.step, is_validated);
         let saves = self.saver.as_ref().is_some_and(is_due) || flow == Flow::Save;
-        if let Some(limit) = self.trainer.config.max_time
-            && self.seconds() >= limit.as_secs_f64()
-        {
-            let why = format!("max_time, {}, is over", humantime::format_duration(limit));
-            flow = flow.or(Flow::Stop(StopReason::Callback(why)));
-        }
-        let (flow, saves) = agree_on_flow(&*self.ranks, flow, saves)?;
+        let (flow, saves) = agree_on_flow(&*self.ranks, flow.or(self.time_is_over()), saves)?;
         if saves {
             self.save()?;
         }

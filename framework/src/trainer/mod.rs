@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
+use rayon::ThreadPool;
 use tracing::{Dispatch, dispatcher};
 
 pub use config::{Kernels, TrainerConfig};
@@ -76,6 +77,8 @@ pub struct Trainer {
     /// How far the weights that it evaluates have been trained.
     progress: Progress,
     when_ready: Option<WhenReady>,
+    /// The threads of the computation, as many as were wanted last.
+    pool: Option<Arc<ThreadPool>>,
 }
 
 /// A callback with its names.
@@ -139,6 +142,7 @@ impl Trainer {
             resume: None,
             progress: Progress::default(),
             when_ready: None,
+            pool: None,
         }
     }
 
@@ -507,7 +511,6 @@ impl Trainer {
         &mut self,
         work: impl FnOnce(&mut Trainer) -> Result<T> + Send,
     ) -> Result<T> {
-        const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
         self.config.check_sizes()?;
         candlepower_kernels::keep_freed_memory();
         candlepower_kernels::idle_soon();
@@ -517,13 +520,21 @@ impl Trainer {
         // Ranks side by side share the processor's cores.
         let threads = threads.map_or(0, |threads| (threads / self.ranks.ranks_here()).max(1));
         let kernels = self.config.kernels;
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
-        let pool = pool.thread_name(|i| format!("compute-{i}")).build();
-        let pool = pool.map_err(|error| Error::msg(format!("cannot start the compute threads: {error}")))?;
+        let before = self.pool.take().filter(|pool| pool.current_num_threads() == threads);
+        let pool = before.map_or_else(|| compute_threads(threads), Ok)?;
+        self.pool = Some(pool.clone());
         // Who listens to this thread's spans and messages listens to the pool's thread that takes its place.
         let listener = dispatcher::get_default(Dispatch::clone);
         pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
     }
+}
+
+/// So many threads to compute with; 0: as many as there are cores.
+fn compute_threads(threads: usize) -> Result<Arc<ThreadPool>> {
+    const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
+    let pool = pool.thread_name(|i| format!("compute-{i}")).build();
+    Ok(Arc::new(pool.map_err(|error| Error::msg(format!("cannot start the compute threads: {error}")))?))
 }
 
 /// What a model predicts from one batch, on the CPU.

@@ -77,10 +77,9 @@ impl<'a, B: Batch> Fit<'a, B> {
         } else if let Some(state) = state {
             check_stream_goes_on(state, &order)?;
         }
-        let mut optimizer: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
-        if sharded && state.is_some() {
-            optimizer = Whole::new(&*ranks, &optimizer, model.params().device())?.vars;
-        }
+        let own: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
+        let whole = (sharded && state.is_some()).then(|| Whole::new(&*ranks, &own)).transpose()?;
+        let optimizer = whole.as_ref().map_or(Ok(own), Whole::zeros)?;
         if let Some(checkpoint) = &resumed {
             checkpoint.restore_params(&params)?;
             checkpoint.restore_optimizer(&optimizer)?;
@@ -89,8 +88,10 @@ impl<'a, B: Batch> Fit<'a, B> {
         same_as_rank_0(&*ranks, &params)?;
         model.params().publish()?;
         model.params().roll_back_buffers()?;
-        if state.is_some() {
-            same_as_rank_0(&*ranks, &optimizer)?;
+        match &whole {
+            Some(whole) => whole.scatter(&*ranks, &optimizer)?,
+            None if state.is_some() => same_as_rank_0(&*ranks, &optimizer)?,
+            None => {}
         }
         if let Some(average) = &mut average {
             same_as_rank_0(&*ranks, average.averages())?;

@@ -38,9 +38,7 @@ impl<B: Batch> Fit<'_, B> {
         if !self.sharded {
             return Ok(own);
         }
-        let whole = Whole::new(&*self.ranks, &own, self.model.params().device())?;
-        whole.gather(&*self.ranks)?;
-        Ok(whole.vars)
+        Whole::new(&*self.ranks, &own)?.gather(&*self.ranks)
     }
 
     /// The sums of each rank, where there are any.

@@ -140,7 +140,12 @@ fn is_known(section: &str, monitor: &str, known: &[String]) -> Result<()> {
     if known.iter().any(|name| name == monitor) {
         return Ok(());
     }
-    let guess = did_you_mean(monitor, known).map_or(String::new(), |guess| format!("; {guess}"));
+    // PyTorch Lightning's modules name their validation's metrics so themselves.
+    let plain = monitor.strip_prefix("val_").filter(|plain| known.iter().any(|name| name == plain));
+    let guess = match plain {
+        Some(plain) => format!("; the validation's is called `{plain}`"),
+        None => did_you_mean(monitor, known).map_or(String::new(), |guess| format!("; {guess}")),
+    };
     let message = format!(
         "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one comes before those that \
          monitor it, and says so in `Callback::adds`)",
