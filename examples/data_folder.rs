@@ -64,7 +64,7 @@ fn main() -> Result<()> {
         save_png(&picture, &folder.join(format!("{name}_{i}.png")))?;
     }
     let model = Model::new(|vb: VarBuilder| Ok(Brightness(linear(64, 2, vb)?)), 0, &Device::Cpu)?;
-    let config = TrainerConfig { batch_size: 10, max_epochs: Some(20), ..Default::default() };
+    let config = TrainerConfig { batch_size: 10, max_epochs: Some(40), ..Default::default() };
     let data = Data::new(Pictures::open(&folder)?).val(Pictures::open(&folder)?);
     let outcome =
         Trainer::new(config).optimizer(AdamConfig { lr: 0.01, ..Default::default() }).fit(&model, &data)?;

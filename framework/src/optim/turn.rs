@@ -446,6 +446,6 @@ mod tests {
             "parameter `b.w` is moved by `x` and `y`: give it to one"
         );
         let lost = TurnConfig { groups: vec![group("c.*")], ..turn("x", "*") };
-        assert_eq!(error(&[lost]), "`params`: `c.*` fits no parameter; there are a.w, b.w");
+        assert_eq!(error(&[lost]), "`groups`: `c.*` fits no parameter; there are a.w, b.w");
     }
 }
