@@ -16,7 +16,7 @@ use crate::weights::Weights;
 
 /// A checkpoint, or a file of weights.
 pub(crate) enum Trained {
-    Checkpoint(Checkpoint),
+    Checkpoint(Box<Checkpoint>),
     File(Weights),
 }
 
@@ -25,7 +25,7 @@ impl Trained {
     pub(crate) fn read(path: &Path) -> Result<Self> {
         match path.is_file() {
             true => Ok(Self::File(Weights::read(path)?)),
-            false => Ok(Self::Checkpoint(Checkpoint::load(&RunDir::containing(path)?.1)?)),
+            false => Ok(Self::Checkpoint(Box::new(Checkpoint::load(&RunDir::containing(path)?.1)?))),
         }
     }
 

@@ -9,11 +9,13 @@ use candlepower_tests::device;
 use candlepower_tests::points::Points;
 use candlepower_tests::recorder::Recorder;
 
-/// Collects each sample's index and prediction.
+type Metrics = fn(&Collected) -> Result<Vec<(String, f64)>>;
+
+/// Collects of each sample, and makes metrics of that.
 struct Collects {
     linear: Linear,
     collect: fn(&Tensors, &Tensor, &mut Step),
-    metrics: fn(&Collected) -> Result<Vec<(String, f64)>>,
+    metrics: Metrics,
 }
 
 impl Module for Collects {
@@ -29,8 +31,6 @@ impl Module for Collects {
         (self.metrics)(all)
     }
 }
-
-type Metrics = fn(&Collected) -> Result<Vec<(String, f64)>>;
 
 fn run(
     config: TrainerConfig,

@@ -17,8 +17,8 @@ use crate::weights::InitConfig;
 pub fn schema(registry: &Registry) -> Value {
     let [module, data] = registry.schemas();
     let data = with_fields(data, &[("workers", schema_of::<usize>()), ("prefetch", schema_of::<usize>())]);
-    let groups = ("groups", schema_of::<Vec<GroupConfig>>());
-    let optimizer = |default| with_fields(named(registry.optimizer_schemas(), default), &[groups.clone()]);
+    let groups = [("groups", schema_of::<Vec<GroupConfig>>())];
+    let optimizer = |default| with_fields(named(registry.optimizer_schemas(), default), &groups);
     let interval = ("interval", schema_of::<Interval>());
     let schedule = with_fields(named(variants_of::<Schedule>(), Some("constant")), &[interval]);
     let own_fields =
