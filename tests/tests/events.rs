@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use candlepower::checkpoint::CheckpointConfig;
+use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
 use candlepower::prelude::*;
 use candlepower::trainer::{Every, Limit};
 use candlepower_tests::points::{Dropped, PointStream, Points, weights};
@@ -298,4 +298,18 @@ fn a_stream_that_panics_ends_training_and_loses_nothing_in_silence() {
         let steps = recorder.lines().iter().filter(|line| line.starts_with("step")).count();
         assert!((4..=6).contains(&steps), "{steps}");
     }
+}
+
+#[test]
+fn a_run_whose_time_is_over_takes_no_step_when_it_is_resumed() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |resume: Option<Checkpoint>| {
+        let config = TrainerConfig { max_time: Some(Duration::from_nanos(1)), max_epochs: None, ..config() };
+        let trainer = Trainer::new(config).checkpoints(dir.path(), CheckpointConfig::default());
+        let outcome = resume.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data());
+        outcome.unwrap().progress.step
+    };
+    // The first one looks at the clock after a step.
+    assert_eq!(run(None), 1);
+    assert_eq!(run(Some(Checkpoint::load(&dir.path().join("1")).unwrap())), 1);
 }

@@ -160,3 +160,43 @@ fn an_error_does_not_take_the_pictures_before_it_along() {
     let seen = seen.lock().unwrap();
     assert_eq!(seen.iter().filter(|it| it.starts_with("picture")).count(), 2, "{seen:?}");
 }
+
+/// Draws what its function says.
+struct Draws(Linear, fn(&mut Step, &Tensor));
+
+impl Module for Draws {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        if step.images_due() {
+            (self.1)(step, &self.0.weight().reshape((1, 1, 4))?);
+        }
+        Ok((self.0.forward(&batch.0[0])? - &batch.0[1])?.sqr()?.mean_all()?)
+    }
+}
+
+#[test]
+fn names_may_have_slashes_and_stand_for_one_picture() {
+    use candlepower::logger::{Loggers, LoggingConfig};
+    let fit = |draw: fn(&mut Step, &Tensor)| {
+        let dir = tempfile::tempdir().unwrap();
+        let build = move |vb: VarBuilder| Ok(Draws(linear(4, 1, vb)?, draw));
+        let config = TrainerConfig { max_steps: Some(1), ..Default::default() };
+        let loggers = Loggers::in_folder(dir.path(), &LoggingConfig::default(), 0)?;
+        let model = Model::new(build, 1, &device())?;
+        let data = Data::new(Points { samples: 4 });
+        Trainer::new(config).image_every(1).callback(loggers).fit(&model, &data).map(|_| dir)
+    };
+    let dir = fit(|step, weight| step.draw_image("gan/fake", &[weight], |of| Ok(of[0].clone()))).unwrap();
+    assert!(dir.path().join("images/train_gan_fake_000001.png").exists());
+    let twice = fit(|step, weight| {
+        for _ in 0..2 {
+            step.draw_image("same", &[weight], |of| Ok(of[0].clone()));
+        }
+    });
+    let error = twice.unwrap_err().to_string();
+    assert!(
+        error.contains("a module cannot draw `same` twice in a step: which of the two is meant?"),
+        "{error}"
+    );
+}

@@ -206,13 +206,13 @@ impl<B: Batch> Fit<'_, B> {
     /// Makes up for the validation that the run which is resumed did not come to.
     fn catch_up(&mut self) -> Result<Flow> {
         let flow = if std::mem::take(&mut self.owed) { self.validate()? } else { Flow::Continue };
-        Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over()), false)?.0)
+        Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds_before)), false)?.0)
     }
 
-    /// A stop, where training has lasted as long as it may.
-    fn time_is_over(&self) -> Flow {
+    /// A stop, where so many seconds of training are as many as there may be.
+    fn time_is_over(&self, seconds: f64) -> Flow {
         match self.trainer.config.max_time {
-            Some(limit) if self.seconds() >= limit.as_secs_f64() => {
+            Some(limit) if seconds >= limit.as_secs_f64() => {
                 let why = format!("max_time, {}, is over", humantime::format_duration(limit));
                 Flow::Stop(StopReason::Callback(why))
             }
@@ -285,7 +285,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         let is_due = |saver: &Saver| saver.is_due(progress.step, is_validated);
         let saves = self.saver.as_ref().is_some_and(is_due) || flow == Flow::Save;
-        let (flow, saves) = agree_on_flow(&*self.ranks, flow.or(self.time_is_over()), saves)?;
+        let (flow, saves) = agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds())), saves)?;
         if saves {
             self.save()?;
         }
