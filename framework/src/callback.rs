@@ -226,7 +226,8 @@ pub trait Callback: Send {
         Vec::new()
     }
 
-    /// The name under which checkpoints keep its state.
+    /// The name under which checkpoints keep its state. Of a callback that a configuration asks for it is its section's, whatever this
+    /// says.
     fn name(&self) -> &'static str {
         std::any::type_name::<Self>()
     }

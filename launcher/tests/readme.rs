@@ -63,6 +63,8 @@ fn datasets_over_a_vector_a_folder_and_a_stream_are_learned_from() {
     let said = run("data_folder");
     // Random pictures, new ones in each run.
     assert!(number(&said, "\"accuracy\":") > 0.9, "{said}");
+    let said = run("sequences");
+    assert!(said.contains("is good enough") && number(&said, "\"auroc\":") >= 0.9, "{said}");
     // 2 a + b
     let said = run("data_stream");
     assert!((number(&said, "weight") - 2.).abs() < 0.1 && number(&said, "bias").abs() < 0.3, "{said}");
