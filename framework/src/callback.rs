@@ -72,7 +72,7 @@ pub struct StepEnd<'a> {
     pub params: &'a [(String, Var)],
     /// The gradient of each of them in this step, after clipping; none unless a callback
     /// [wants them](Callback::wants_gradients). Where one of several optimizers sat the step out, its gradients are those that
-    /// overflowed.
+    /// overflowed, or, where its turn was not due, 0.
     pub gradients: &'a [Tensor],
 }
 
@@ -173,8 +173,9 @@ pub trait Callback: Send {
         Ok(Flow::Continue)
     }
 
-    /// After `done` of `total` batches of an evaluation; a stream's total is not known. A stop ends the evaluation here, and the
-    /// training with it, where one rank is alone; a run that is resumed makes up for it. Several ranks come to its end first.
+    /// After `done` of `total` batches of an evaluation; a stream's total is not known. What it asks for
+    /// happens when the evaluation is complete. A signal alone ends it here, where one rank is alone; a run that is resumed makes up
+    /// for it.
     fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<Flow> {
         Ok(Flow::Continue)
     }

@@ -302,6 +302,11 @@ impl Step {
     /// Keeps something of each sample, (B, ...), for [`Module::metrics`] of a whole evaluation; it waits for the device. In training
     /// nothing is kept.
     pub fn collect(&mut self, name: &str, rows: &Tensor) {
+        if self.collected.iter().any(|(known, _)| known == name) {
+            let message =
+                format!("a module cannot collect `{name}` twice in a step: which of the two is meant?");
+            self.refused = self.refused.take().or(Some(Error::msg(message)));
+        }
         if !self.training {
             self.collected.push((name.to_string(), rows.detach()));
         }
@@ -381,10 +386,12 @@ type Builder<B> = dyn Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>> + Sen
 /// that share their memory. Evaluating the second keeps no graph, so it needs little memory and no `no_grad`.
 pub struct Model<B: Batch> {
     build: Arc<Builder<B>>,
-    seed: u64,
+    pub(crate) seed: u64,
     params: Params,
     training: Box<dyn Module<Batch = B>>,
     evaluation: Box<dyn Module<Batch = B>>,
+    /// Optimizer steps that its weights have been trained, where a checkpoint has told.
+    pub(crate) steps: u64,
 }
 
 impl<B: Batch> Model<B> {
@@ -439,7 +446,7 @@ impl<B: Batch> Model<B> {
     fn on(build: Arc<Builder<B>>, seed: u64, params: Params) -> Result<Self> {
         let training = build(params.var_builder())?;
         let evaluation = build(params.detached_var_builder())?;
-        Ok(Self { build, seed, params, training, evaluation })
+        Ok(Self { build, seed, params, training, evaluation, steps: 0 })
     }
 
     /// The same module on this device, with parameters of its own, at their initial values: what another rank trains.

@@ -37,6 +37,14 @@ impl Trained {
         }
     }
 
+    /// The run's seed, where that is known.
+    pub(crate) fn seed(&self) -> u64 {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.state().seed,
+            Self::File(_) => 0,
+        }
+    }
+
     /// Gives the weights to a model, their averages where the run kept some; returns how far they have been trained, where that
     /// is known.
     pub(crate) fn give<B: Batch>(&self, model: &Model<B>) -> Result<Progress> {
@@ -78,13 +86,14 @@ impl<B: Batch> Model<B> {
         let spec: B::Spec = serde_json::from_value(spec.clone()).map_err(Error::content(path))?;
         let document = Document::parse(&path.display().to_string(), config.clone(), &[])?;
         let config: M::Config = document.fields(&document.named("module", None)?)?;
-        let model = Self::new(move |vb| M::build(&config, &spec, vb), 0, device)?;
-        trained.give(&model)?;
+        let seed = trained.seed();
+        let mut model = Self::new(move |vb| M::build(&config, &spec, vb), seed, device)?;
+        model.steps = trained.give(&model)?.step;
         Ok(model)
     }
 
     /// What the module predicts from a batch, (B, ...), on the CPU: of its number type and device it takes care itself.
     pub fn predict(&self, batch: &B) -> Result<Tensor> {
-        trainer::predicted(self, batch, &mut Step::evaluation(0, 0, 0, false))
+        trainer::predicted(self, batch, &mut Step::evaluation(self.steps, 0, self.seed, false))
     }
 }

@@ -7,6 +7,9 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
+/// How the names of such files end.
+pub(crate) const PARTIAL: &str = ".partial";
+
 /// Writes a file beside and renames it, so that nobody ever finds half of it, not even after the power has failed.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = partial(path);
@@ -28,7 +31,7 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 pub fn partial(path: &Path) -> PathBuf {
     let mut name = OsString::from(".");
     name.push(path.file_name().unwrap_or_default());
-    name.push(format!(".{:016x}.partial", rand::random::<u64>()));
+    name.push(format!(".{:016x}{PARTIAL}", rand::random::<u64>()));
     path.with_file_name(name)
 }
 

@@ -96,4 +96,10 @@ fn what_does_not_fit_is_told() {
         error(mean, |_| Ok(Vec::new())),
         "validation_step, batch 1: `mean` is collected with shape []: expected a row for each of 6 samples"
     );
+    let twice = |batch: &Tensors, _: &Tensor, step: &mut Step| {
+        step.collect("index", &batch.0[2]);
+        step.collect("index", &batch.0[2]);
+    };
+    let told = error(twice, |_| Ok(Vec::new()));
+    assert!(told.contains("a module cannot collect `index` twice in a step"), "{told}");
 }

@@ -304,8 +304,8 @@ fn a_batch_has_the_samples_that_were_asked_for() {
     let config = TrainerConfig { batch_size: 4, max_steps: Some(2), ..Default::default() };
     let error = Trainer::new(config).fit(&Dropped::model(1), &Data::new(Short(Points { samples: 4 })));
     let error = error.unwrap_err().to_string();
-    assert!(error.starts_with("cannot read sample"), "{error}");
-    assert!(error.ends_with(": the batch has 0 samples, expected 1"), "{error}");
+    assert!(error.starts_with("cannot read samples "), "{error}");
+    assert!(error.ends_with(": the batch has 3 samples, expected 4"), "{error}");
 }
 
 #[test]
@@ -376,4 +376,155 @@ fn what_is_compared_by_another_metric_begins_anew() {
     // Without a plateau the learning rate is the configuration's, at once and after the next interruption.
     let (_, state) = run(dir.path(), 6, "mean_index", None);
     assert_eq!(state.lr_scale, None);
+}
+
+/// Fails once, when it is told of this.
+#[derive(Clone, Default)]
+struct FailsAt {
+    event: &'static str,
+    step: u64,
+    has_failed: Arc<AtomicBool>,
+}
+
+impl FailsAt {
+    fn at(&self, event: &str, step: u64) -> Result<Flow> {
+        let is_it = event == self.event && step == self.step && !self.has_failed.load(Ordering::Relaxed);
+        self.has_failed.fetch_or(is_it, Ordering::Relaxed);
+        if is_it { Err(Error::msg("the disk is full")) } else { Ok(Flow::Continue) }
+    }
+}
+
+impl Callback for FailsAt {
+    fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+        self.at("step", step.progress.step)
+    }
+
+    fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
+        self.at("metrics", record.step)
+    }
+
+    fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {
+        self.at("validation", record.step)
+    }
+}
+
+#[test]
+fn a_callback_that_fails_costs_nothing_of_the_others_memory() {
+    use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
+    use candlepower::precision::Precision;
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    // It counts each validation that is not better by so much, and ends none of these runs.
+    let early = EarlyStoppingConfig { patience: 99, min_delta: 1e9, ..Default::default() };
+    let run = |dir: &Path, resume: bool, fails: FailsAt| {
+        let heard = Recorder::default();
+        let outcome = trainer(dir, resume)
+            .callback(EarlyStopping::watch(&early).unwrap())
+            .callback(heard.clone())
+            .callback(fails)
+            .fit(&Dropped::logging_epochs(if resume { 77 } else { 1 }, Precision::Full), &data);
+        (outcome.map(drop), heard)
+    };
+    let whole = tempfile::tempdir().unwrap();
+    let (_, expected) = run(whole.path(), false, FailsAt::default());
+    let epochs = |heard: &Recorder| -> Vec<(u64, f64)> {
+        let records = heard.records();
+        let of_training = records.iter().filter(|record| record.split == Split::Train);
+        of_training.filter_map(|r| Some((r.step, *r.metrics.get("epoch_index")?))).collect()
+    };
+    for (event, step) in [("step", 2), ("metrics", 4), ("validation", 4), ("validation", 6)] {
+        let dir = tempfile::tempdir().unwrap();
+        let fails = FailsAt { event, step, ..Default::default() };
+        let error = run(dir.path(), false, fails.clone()).0.unwrap_err().to_string();
+        assert_eq!(error, "the disk is full");
+        let (_, resumed) = run(dir.path(), true, fails);
+        let later: Vec<(u64, f64)> = epochs(&expected).into_iter().filter(|(at, _)| *at > step).collect();
+        assert!(!later.is_empty());
+        assert_eq!(epochs(&resumed), later, "{event} {step}");
+        assert!(end(dir.path()) == end(whole.path()), "{event} {step}");
+    }
+}
+
+#[test]
+fn a_picture_that_cannot_be_shown_costs_no_step() {
+    /// Cannot show pictures.
+    struct Blind;
+    impl Callback for Blind {
+        fn on_picture(&mut self, _: &candlepower::callback::Picture) -> Result<()> {
+            Err(Error::msg("the disk is full"))
+        }
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let build = |vb: VarBuilder| {
+        Ok(Steps(Box::new(Dropped::build(vb)?), |loss: Tensor, step: &mut Step| {
+            if step.images_due() {
+                for name in ["a", "b", "c"] {
+                    let pixels = Tensor::zeros((1, 2, 2), DType::F32, &Device::Cpu)?;
+                    step.draw_image(name, &[&pixels], |of| Ok(of[0].clone()));
+                }
+            }
+            Ok(loss)
+        }))
+    };
+    let config = TrainerConfig { batch_size: 4, max_steps: Some(9), ..Default::default() };
+    let error = Trainer::new(config)
+        .image_every(2)
+        .callback(Blind)
+        .checkpoints(dir.path(), CheckpointConfig::default())
+        .fit(&Model::new(build, 1, &candlepower_tests::device()).unwrap(), &Data::new(Points { samples: 40 }))
+        .unwrap_err();
+    assert_eq!(error.to_string(), "the disk is full");
+    let left = Checkpoint::load(&latest(dir.path()).unwrap().unwrap()).unwrap().state().progress.step;
+    assert!(left >= 2, "{left}");
+}
+
+#[test]
+fn a_run_that_fails_in_its_first_step_owes_no_validation() {
+    let dir = tempfile::tempdir().unwrap();
+    let build = |vb: VarBuilder| {
+        Ok(Steps(Box::new(Dropped::build(vb)?), |loss: Tensor, _: &mut Step| Ok((loss * f64::NAN)?)))
+    };
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(0);
+    let model = Model::new(build, 1, &candlepower_tests::device()).unwrap();
+    let error = trainer(dir.path(), false).fit(&model, &data).unwrap_err().to_string();
+    assert!(error.starts_with("in step 1 the loss is NaN"), "{error}");
+    let state = Checkpoint::load(&dir.path().join("0")).unwrap().state().clone();
+    assert!(!state.owes_validation);
+}
+
+#[test]
+fn what_is_asked_for_in_a_validation_happens_after_it() {
+    /// Asks to stop in the second validation.
+    struct Asks(u64);
+    impl Callback for Asks {
+        fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
+            self.0 = step.progress.step;
+            Ok(Flow::Continue)
+        }
+
+        fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+            Ok(match self.0 {
+                4 => Flow::Stop(StopReason::Callback("seen enough".into())),
+                _ => Flow::Continue,
+            })
+        }
+    }
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    for devices in [1, 2] {
+        let (dir, heard) = (tempfile::tempdir().unwrap(), Recorder::default());
+        let config = TrainerConfig {
+            batch_size: 4,
+            max_steps: Some(8),
+            val_every: Some(Every::Steps(2)),
+            devices,
+            ..Default::default()
+        };
+        let outcome = Trainer::new(config)
+            .callback(Asks(0))
+            .callback(heard.clone())
+            .checkpoints(dir.path(), CheckpointConfig::default())
+            .fit(&Dropped::model(1), &data)
+            .unwrap();
+        assert_eq!((outcome.progress.step, outcome.reason), (4, StopReason::Callback("seen enough".into())));
+        assert!(heard.lines().contains(&"val metrics 4".to_string()), "{:?}", heard.lines());
+    }
 }

@@ -80,6 +80,22 @@ fn an_optimizer_may_take_its_turn_in_every_other_step() {
         let state = Checkpoint::load(&dir.path().join("3")).unwrap().state().clone();
         assert_eq!((state.optimizer_steps["a"], state.optimizer_steps["b"]), (1, 3));
     }
+    // Where another one sits out, nothing has moved before a gradient that is no number.
+    let build = |vb: VarBuilder| {
+        let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
+        Ok(Duel { a: start("a", 0.)?, b: start("b", f64::INFINITY)? })
+    };
+    let turn = |name: &str, every| TurnConfig {
+        name: name.into(),
+        params: name.into(),
+        every,
+        ..TurnConfig::only(sgd(0.5), Vec::new())
+    };
+    let error = Trainer::new(config(3))
+        .optimizers(vec![turn("a", 2), turn("b", 1)])
+        .fit(&Model::new(build, 0, &device()).unwrap(), &Data::new(Points { samples: 6 }));
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("; the weights are still those of step 0"), "{error}");
     let rare = TurnConfig { every: 2, ..TurnConfig::only(sgd(0.5), Vec::new()) };
     let error = Trainer::new(config(3)).optimizers(vec![rare]).fit(&Dropped::model(1), &data());
     let error = error.unwrap_err().to_string();

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::Best;
 use crate::error::{Error, Result};
 use crate::metrics::Criterion;
-use crate::whole_file::write_whole;
+use crate::whole_file::{PARTIAL, write_whole};
 
 const MANIFEST: &str = "manifest.json";
 const VALIDATIONS: &str = "validations.json";
@@ -141,7 +141,8 @@ impl Validations {
 pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
-        if name.to_str().is_some_and(|name| name.starts_with('.') && name.ends_with(UNFINISHED)) {
+        let is_unfinished = |name: &str| name.ends_with(UNFINISHED) || name.ends_with(PARTIAL);
+        if name.to_str().is_some_and(|name| name.starts_with('.') && is_unfinished(name)) {
             remove(&entry.path())?;
         }
     }
@@ -173,6 +174,12 @@ pub(super) fn link(dir: &Path, name: &str, step: &Path) -> Result<()> {
     std::os::windows::fs::symlink_dir(step, &beside).map_err(Error::file(&beside))?;
     fs::rename(&beside, &link).map_err(Error::file(&link))?;
     sync(dir)
+}
+
+/// Removes a link, where there is one.
+pub(super) fn unlink(dir: &Path, name: &str) -> Result<()> {
+    let link = dir.join(name);
+    if link.is_symlink() { remove(&link) } else { Ok(()) }
 }
 
 /// Removes all but the newest `keep` checkpoints and those of the steps in `stay`.

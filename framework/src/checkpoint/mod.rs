@@ -37,7 +37,8 @@ const STATE: &str = "state.json";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Saves every so many steps. Without it and `every_time`, what was validated is saved. The end of training, the best validations,
+    /// Saves every so many steps. Without it and `every_time`, each step is saved that is validated, or, without validation data, that
+    /// ends an epoch. The end of training, the best validations,
     /// and what came before an error are saved in any case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every_steps: Option<u64>,

@@ -64,7 +64,11 @@ impl Saver {
         }
         for (link, step) in [("last", self.saved), ("best", self.best.first().map(|best| best.step))] {
             let step = step.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());
-            step.map_or(Ok(()), |step| files::link(&self.dir, link, Path::new(&step)))?;
+            match step {
+                Some(step) => files::link(&self.dir, link, Path::new(&step))?,
+                // Of a run before, or by another metric.
+                None => files::unlink(&self.dir, link)?,
+            }
         }
         Ok(())
     }

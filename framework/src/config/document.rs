@@ -317,7 +317,7 @@ fn did_you_mean_in(message: &str) -> Option<String> {
         |text: &str| -> Vec<String> { text.split('`').skip(1).step_by(2).map(str::to_string).collect() };
     let unknown = names(unknown);
     let lightning = || in_our_words(unknown.first()?).map(str::to_string);
-    lightning().or_else(|| did_you_mean(unknown.first()?, &names(expected)))
+    did_you_mean(unknown.first()?, &names(expected)).or_else(lightning)
 }
 
 /// The configuration files beside a path that does not exist.

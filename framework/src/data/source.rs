@@ -195,10 +195,14 @@ fn jobs<B: Batch>(
     micro_batches.into_iter().enumerate().map(move |(number, samples)| {
         let dataset = dataset.clone();
         let make = move || {
-            whole(dataset.batch(&samples), &samples).map_err(|error| {
+            whole(dataset.batch(&samples), samples.len()).map_err(|why| {
                 // Perhaps it is one of them.
-                let alone = |sample: &Sample| whole(dataset.batch(&[*sample]), &[*sample]).err();
-                samples.iter().find_map(alone).unwrap_or(error)
+                let alone =
+                    |sample: &&Sample| whole(dataset.batch(&[**sample]), 1).is_err_and(|its| its == why);
+                match samples.iter().find(alone) {
+                    Some(sample) => unreadable(&[*sample], &why),
+                    None => unreadable(&samples, &why),
+                }
             })
         };
         Job {
@@ -208,16 +212,19 @@ fn jobs<B: Batch>(
     })
 }
 
-/// A batch that was made of these samples: of all of them, as each counts as much in the loss.
-fn whole<B: Batch>(batch: Result<B>, samples: &[Sample]) -> Result<B> {
-    let why = match batch {
-        Ok(batch) if batch.len() == samples.len() => return Ok(batch),
-        Ok(batch) => format!("the batch has {} samples, expected {}", batch.len(), samples.len()),
-        Err(error) => error.to_string(),
-    };
+/// A batch of so many samples: of all that were asked for, as each counts as much in the loss. Else why it is none.
+fn whole<B: Batch>(batch: Result<B>, samples: usize) -> Result<B, String> {
+    match batch {
+        Ok(batch) if batch.len() == samples => Ok(batch),
+        Ok(batch) => Err(format!("the batch has {} samples, expected {samples}", batch.len())),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn unreadable(samples: &[Sample], why: &str) -> Error {
     let indices: Vec<String> = samples.iter().map(|s| s.index.to_string()).collect();
     let plural = if indices.len() == 1 { "" } else { "s" };
-    Err(Error::msg(format!("cannot read sample{plural} {}: {why}", indices.join(", "))))
+    Error::msg(format!("cannot read sample{plural} {}: {why}", indices.join(", ")))
 }
 
 /// How a stream is cut.
@@ -285,7 +292,10 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
                             let samples: Vec<Sample> = (index..index + items.len()).map(sample).collect();
                             index += items.len();
                             let stream = self.clone();
-                            let make = move || whole(stream.batch(items, &samples), &samples);
+                            let make = move || {
+                                whole(stream.batch(items, &samples), samples.len())
+                                    .map_err(|why| unreadable(&samples, &why))
+                            };
                             let number = jobs.len();
                             let place = Place { number, ends_step: false, step_samples, ends_epoch };
                             jobs.push(Job { make: Some(Box::new(make) as _), place });

@@ -109,8 +109,8 @@ impl<B: Batch> Pair<B> {
             return Ok(spec);
         }
         let source = experiment.open(&*self.data, Split::Train).map_err(|error| match before {
-            Some(before) => Error::msg(format!("{error}\n{}", why_opened(&before, &data))),
-            None => error,
+            Some(before) if before != data => Error::msg(format!("{error}\n{}", why_opened(&before, &data))),
+            _ => error,
         });
         Ok(source?.spec())
     }

@@ -35,8 +35,15 @@ impl Collected {
         self.parts.is_empty()
     }
 
-    /// Adds what was collected of batch number `batch`.
-    pub(crate) fn add(&mut self, batch: usize, name: &str, rows: &Tensor) -> Result<()> {
+    /// Adds what was collected of batch number `batch`, which has so many samples.
+    pub(crate) fn add(&mut self, batch: usize, samples: usize, name: &str, rows: &Tensor) -> Result<()> {
+        if rows.dims().first() != Some(&samples) {
+            let shape = rows.dims();
+            let message = format!(
+                "`{name}` is collected with shape {shape:?}: expected a row for each of {samples} samples"
+            );
+            return Err(Error::msg(message));
+        }
         let rows = rows.to_device(&Device::Cpu)?.force_contiguous()?;
         self.parts.entry(name.to_string()).or_default().insert(batch, rows);
         Ok(())
@@ -58,7 +65,7 @@ impl Collected {
                 if let Some((batch, name)) = key.split_once('/')
                     && let Ok(batch) = batch.parse()
                 {
-                    all.add(batch, name, &rows)?;
+                    all.add(batch, rows.dim(0)?, name, &rows)?;
                 }
             }
         }

@@ -35,9 +35,9 @@ fn batches<B: Batch>(
 
 /// What an evaluation came to.
 pub(super) enum Evaluated {
-    /// The metrics of all of it.
-    Complete(IndexMap<String, f64>),
-    /// A callback has ended it.
+    /// The metrics of all of it, and what callbacks have asked for.
+    Complete(IndexMap<String, f64>, Flow),
+    /// A signal has ended it.
     Stopped(StopReason),
 }
 
@@ -56,26 +56,19 @@ pub(super) fn evaluate<B: Batch>(
     let ranks = trainer.ranks.clone();
     let share = Share { rank: ranks.rank(), of: ranks.world_size() };
     let (batches, total) = batches(trainer, source, pass, limit, workers, share, model.params().device())?;
-    let (mut means, mut collected) = (Means::default(), Collected::default());
+    let (mut means, mut collected, mut flow) = (Means::default(), Collected::default(), Flow::Continue);
     for (i, loaded) in (share.rank..).step_by(share.of).zip(batches) {
         let Some(batch) = loaded?.batch else { continue };
         let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
         let mut step = Step::evaluation(progress.step, i as u64, trainer.seed, images_due && i == 0);
         let evaluated = model.evaluation().validation_step(&batch, &mut step);
         let weight = step.loss_weight();
-        for (name, rows) in step.take_collected() {
-            if rows.dims().first() != Some(&batch.len()) {
-                let (shape, samples) = (rows.dims(), batch.len());
-                let message = format!(
-                    "`{name}` is collected with shape {shape:?}: expected a row for each of {samples} samples"
-                );
-                return Err(in_batch(trainer, "validation_step", i, Error::msg(message)));
-            }
-            collected.add(i, &name, &rows)?;
-        }
+        let kept = step.take_collected();
         let logged = evaluated.and_then(|loss| Ok((one_number(&loss)?, step.into_logged()?)));
         let (loss, (metrics, pictures)) =
             logged.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
+        let kept = kept.iter().try_for_each(|(name, rows)| collected.add(i, batch.len(), name, rows));
+        kept.map_err(|error| in_batch(trainer, "validation_step", i, error))?;
         let samples = batch.len() as f64;
         means.add("loss", &loss, weight.unwrap_or(samples))?;
         for Metric { name, value, weight, .. } in &metrics {
@@ -85,11 +78,11 @@ pub(super) fn evaluate<B: Batch>(
         trainer.show_ready_pictures()?;
         // The other ranks are about as far.
         let done = (i + share.of).min(total.unwrap_or(usize::MAX));
-        let flow = trainer.ask(|callback| callback.on_validation_batch(done, total))?;
-        if let Flow::Stop(reason) = flow
+        flow = flow.or(trainer.ask(|callback| callback.on_validation_batch(done, total))?);
+        if let Flow::Stop(signal @ StopReason::Signal(_)) = &flow
             && ranks.is_alone()
         {
-            return Ok(Evaluated::Stopped(reason));
+            return Ok(Evaluated::Stopped(signal.clone()));
         }
     }
     let mut metrics = means.read_over(&*ranks)?;
@@ -97,7 +90,7 @@ pub(super) fn evaluate<B: Batch>(
     if !collected.is_empty() {
         add_metrics(&mut metrics, model.evaluation().metrics(&collected)?)?;
     }
-    Ok(Evaluated::Complete(metrics))
+    Ok(Evaluated::Complete(metrics, flow))
 }
 
 /// Adds a module's metrics of everything to those that are means.

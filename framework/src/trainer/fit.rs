@@ -71,6 +71,8 @@ pub(super) struct Fit<'a, B: Batch> {
     /// The last validation: the step it was at, and its metrics.
     validation: Option<(u64, IndexMap<String, f64>)>,
     validated_at: Instant,
+    /// What is remembered from before a validation that is not complete.
+    before_validation: Option<Before>,
     /// What the plateau has left of the learning rate.
     lr_scale: f64,
     plateau: PlateauState,
@@ -82,7 +84,7 @@ pub(super) struct Fit<'a, B: Batch> {
     loss_scale: Option<LossScale>,
     /// Of each optimizer: how often in a row its gradients have overflowed.
     overflows: Vec<u32>,
-    /// What a validation inside the step has asked for: that is for when the step is taken.
+    /// What a validation before or inside the step has asked for: that is for when the step is taken.
     asked: Flow,
     saver: Option<Saver>,
     /// Whether a step is under way that has moved parameters, or may have.
@@ -92,6 +94,14 @@ pub(super) struct Fit<'a, B: Batch> {
     /// Since when this attempt runs, and how long those before it ran.
     started: Instant,
     seconds_before: f64,
+}
+
+/// What a validation changes; a checkpoint that owes one is of before it.
+#[derive(Clone)]
+struct Before {
+    callbacks: IndexMap<String, serde_json::Value>,
+    plateau: PlateauState,
+    lr_scale: f64,
 }
 
 /// What is gathered over the micro-batches and the optimizers of a step.
@@ -196,9 +206,15 @@ impl<B: Batch> Fit<'_, B> {
         let few = self.trainer.config.sanity_val_batches;
         if few > 0
             && self.progress.step == 0
-            && let Some(Evaluated::Complete(metrics)) = self.evaluate(Some(Limit::Batches(few)), false)?
+            && let Some(evaluated) = self.evaluate(Some(Limit::Batches(few)), false)?
         {
-            self.check_monitors(&metrics)?;
+            self.asked = match evaluated {
+                Evaluated::Stopped(reason) => Flow::Stop(reason),
+                Evaluated::Complete(metrics, flow) => {
+                    self.check_monitors(&metrics)?;
+                    flow
+                }
+            };
         }
         Ok(())
     }
@@ -238,7 +254,7 @@ impl<B: Batch> Fit<'_, B> {
             let is_first = !self.is_moving;
             // Gradients that are not finite move nothing; `refuse` then says why, and what follows.
             let Update { gradients, norm } = self.update(turn, &mut tally)?;
-            let refusal = self.refuse(turn, norm, &gradients, &tally)?;
+            let refusal = self.refuse(turn, is_first, norm, &gradients, &tally)?;
             if refusal.is_some() {
                 self.model.params().roll_back_buffers()?;
             }
@@ -267,6 +283,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         self.kept.clear();
         self.progress.advance(tally.samples, tally.ends_epoch);
+        self.epoch_means.merge(std::mem::take(&mut tally.epoch_means))?;
         self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
         self.is_moving = false;
         Ok(Stepped::Moved(Box::new(tally)))
@@ -283,7 +300,7 @@ impl<B: Batch> Fit<'_, B> {
         if is_validated {
             flow = flow.or(self.validate()?);
         }
-        let is_due = |saver: &Saver| saver.is_due(progress.step, is_validated);
+        let is_due = |saver: &Saver| saver.is_due(progress.step, is_validated) && !saver.has(progress.step);
         let saves = self.saver.as_ref().is_some_and(is_due) || flow == Flow::Save;
         let (flow, saves) = agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds())), saves)?;
         if saves {

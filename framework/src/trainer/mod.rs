@@ -381,7 +381,7 @@ impl Trainer {
             let evaluated =
                 evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
             let metrics = match evaluated {
-                Evaluated::Complete(metrics) => metrics,
+                Evaluated::Complete(metrics, _) => metrics,
                 Evaluated::Stopped(reason) => {
                     return Err(Error::msg(format!("the evaluation was ended: {reason:?}")));
                 }
@@ -498,7 +498,7 @@ impl Trainer {
         for named in &mut self.callbacks {
             kept.shift_remove(&named.key).map_or(Ok(()), |state| named.restore(state))?;
         }
-        if !kept.is_empty() {
+        if !kept.is_empty() && self.ranks.rank() == 0 {
             let names: Vec<&str> = kept.keys().map(String::as_str).collect();
             tracing::warn!("the checkpoint knows callbacks that are not here: {}", names.join(", "));
         }

@@ -48,7 +48,6 @@ impl<B: Batch> Fit<'_, B> {
     /// Reads what is due of a step that was taken, and tells the callbacks.
     pub(super) fn log_step(&mut self, tally: Tally) -> Result<Flow> {
         let is_due = self.progress.step.is_multiple_of(self.trainer.config.log_every);
-        self.epoch_means.merge(tally.epoch_means)?;
         let mut means = tally.means.filter(|_| is_due).unwrap_or_default();
         if tally.ends_epoch {
             means.replace(std::mem::take(&mut self.epoch_means));

@@ -161,6 +161,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             epoch_means: epoch_means(state, share)?,
             validation: None,
             validated_at: Instant::now(),
+            before_validation: None,
             // What a plateau has lowered counts as long as there is one.
             lr_scale: trainer.plateau.as_ref().and(state).and_then(|state| state.lr_scale).unwrap_or(1.),
             plateau: state.map(|state| plateau_of(trainer, state)).unwrap_or_default(),

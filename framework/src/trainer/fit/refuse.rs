@@ -17,10 +17,11 @@ pub(super) enum Refusal {
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// Why a step must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
+    /// Why a step, in which no optimizer has moved yet if this one `is_first`, must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
     pub(super) fn refuse(
         &mut self,
         turn: usize,
+        is_first: bool,
         norm: f64,
         gradients: &[Tensor],
         tally: &Tally,
@@ -58,9 +59,9 @@ impl<B: Batch> Fit<'_, B> {
         }
         let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
         let done = self.progress.step;
-        let weights = match turn {
-            0 => format!("the weights are still those of step {done}"),
-            _ => "the optimizers before this one have moved: go on from the last checkpoint".into(),
+        let weights = match is_first {
+            true => format!("the weights are still those of step {done}"),
+            false => "the optimizers before this one have moved: go on from the last checkpoint".into(),
         };
         Ok(Some(Refusal::Hopeless(format!(
             "in step {} {what}; {weights}. A lower `optimizer.lr`, `trainer.clip_norm`, or a look at that step's data may \

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use candle_core::Var;
 
-use super::Fit;
+use super::{Before, Fit};
 use crate::batch::Batch;
 use crate::checkpoint::{Saver, Snapshot, State};
 use crate::collective::shard::Whole;
@@ -56,22 +56,30 @@ impl<B: Batch> Fit<'_, B> {
         let _phase = phase!("checkpoint");
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
+        let owes_validation = self.owes_validation();
+        let now = || Before {
+            callbacks: trainer.callback_states(),
+            plateau: self.plateau,
+            lr_scale: self.lr_scale,
+        };
+        let before = self.before_validation.as_ref().filter(|_| owes_validation).cloned();
+        let Before { callbacks, plateau, lr_scale } = before.unwrap_or_else(now);
         let state = State {
             progress: self.progress,
-            owes_validation: self.owes_validation(),
+            owes_validation,
             seed: trainer.seed,
             best: saver.best().to_vec(),
             best_by: Some(saver.criterion()),
             // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
-            lr_scale: trainer.plateau.is_some().then_some(self.lr_scale),
-            plateau: self.plateau,
+            lr_scale: trainer.plateau.is_some().then_some(lr_scale),
+            plateau,
             plateau_of: trainer.plateau.as_ref().map(Plateau::criterion),
             loss_scale: self.loss_scale,
             optimizer_steps: self.turns.iter().map(|turn| (turn.name.clone(), turn.steps)).collect(),
             average_updates: average.map_or(0, |average| average.updates),
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             epoch_metrics,
-            callbacks: trainer.callback_states(),
+            callbacks,
             origin: trainer.origin.clone(),
         };
         Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
@@ -84,6 +92,7 @@ impl<B: Batch> Fit<'_, B> {
         if self.is_moving || !is_worth_it || !self.ranks.is_alone() {
             return;
         }
+        self.trainer.show_what_is_left();
         let saved = self.model.params().roll_back_buffers().and_then(|()| self.save());
         let saved = saved.and_then(|()| self.saver.as_mut().map_or(Ok(None), Saver::finish));
         match saved.and_then(|path| self.tell_saved(path)) {

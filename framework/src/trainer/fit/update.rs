@@ -7,6 +7,7 @@ use super::backprop::{Backprop, forward, scaled};
 use super::replays::Kind;
 use super::{Fit, Tally, Tapped, phase};
 use crate::batch::Batch;
+use crate::collective::Collective;
 use crate::collective::shard::Shares;
 use crate::data::Place;
 use crate::error::{Error, Result};
@@ -112,15 +113,18 @@ impl<B: Batch> Fit<'_, B> {
             }
         }
         let wanted = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
-        let Some(reduction) = reduction else {
-            self.things_per_sample = self.things_per_sample(turn, &weights, tally)?;
-            return Ok(Gradients { own: grads.complete(&self.turns[turn].params)?, wanted, clipped });
+        let gradients = match reduction {
+            None => Gradients { own: grads.complete(&self.turns[turn].params)?, wanted, clipped },
+            Some(reduction) => {
+                let _phase = phase!("all_reduce");
+                let Reduced { own, whole } = reduction.finish(wanted)?;
+                Gradients { own: own.complete(&self.turns[turn].own(&*self.ranks))?, wanted: whole, clipped }
+            }
         };
-        let _phase = phase!("all_reduce");
-        let Reduced { own, whole } = reduction.finish(wanted)?;
-        let own = own.complete(&self.turns[turn].own(&*self.ranks))?;
-        self.things_per_sample = self.things_per_sample(turn, &weights, tally)?;
-        Ok(Gradients { own, wanted: whole, clipped })
+        // Behind the reduction: ranks without samples have begun theirs only there, and all exchange in one order.
+        let said = Said::of(&weights, tally.own_samples == tally.samples);
+        self.things_per_sample = self.things_per_sample(turn, said, tally.samples)?;
+        Ok(gradients)
     }
 
     /// Both passes over a micro-batch, and the update where that is the whole step.
@@ -174,28 +178,24 @@ impl<B: Batch> Fit<'_, B> {
         self.loss_scale.map_or(1., |loss_scale| loss_scale.scale)
     }
 
-    /// How many things the losses of a turn are the mean of, over all ranks, for each sample of the step: `weights` is what the module
-    /// has said of this rank's micro-batches. Gradients are too large by that.
-    fn things_per_sample(&mut self, turn: usize, weights: &[Option<f64>], tally: &Tally) -> Result<f64> {
-        let own: Vec<f64> = weights.iter().copied().flatten().collect();
-        let is_whole = weights.len() == 1 && tally.own_samples == tally.samples;
-        let said = [!own.is_empty(), is_whole].map(|yes| f64::from(u8::from(yes)));
-        let said = [said[0], said[1], own.iter().sum()];
+    /// How many things the losses of a turn are the mean of, over all ranks, for each of the step's samples: gradients are too large
+    /// by that. `own` is what the module has said here.
+    fn things_per_sample(&mut self, turn: usize, own: Said, samples: usize) -> Result<f64> {
         let all = match self.weighs[turn] {
             // Who had no sample cannot know, and none can know at first.
-            Some(true) | None => self.ranks.gather_numbers(&said)?,
-            Some(false) => vec![said.to_vec()],
+            Some(true) | None => own.over(&*self.ranks)?,
+            Some(false) => own,
         };
-        let [weighs, is_whole] = [0, 1].map(|i| all.iter().any(|rank| rank[i] > 0.));
-        let sum: f64 = all.iter().map(|rank| rank[2]).sum();
-        let is_new = self.weighs[turn].is_some_and(|before| before != weighs);
-        if is_new || (weighs && own.len() < weights.len()) {
+        let is_new = self.weighs[turn].is_some_and(|before| before != all.weighs);
+        if is_new || (all.weighs && own.is_silent) {
             return Err(Error::msg(
                 "training_step: a module that says what its loss is the mean of (`Step::weigh_loss`) does so in each step",
             ));
         }
-        self.weighs[turn] = Some(weighs);
-        Ok(if weighs && sum > 0. && !is_whole { sum / tally.samples as f64 } else { 1. })
+        self.weighs[turn] = Some(all.weighs);
+        // What is all of a step counts whole.
+        let adds_up = all.weighs && all.things > 0. && !all.is_whole;
+        Ok(if adds_up { all.things / samples as f64 } else { 1. })
     }
 
     /// Whether the module is to log pictures: of the first micro-batch of every so many steps.
@@ -225,6 +225,39 @@ impl<B: Batch> Fit<'_, B> {
             // On the same condition as in `refuse`.
             only_finite: config.nan_guard || self.loss_scale.is_some(),
         }
+    }
+}
+
+/// What a module has said of a step's micro-batches.
+#[derive(Clone, Copy)]
+struct Said {
+    /// Whether it says what its losses are the mean of.
+    weighs: bool,
+    /// Whether it did not, of some micro-batch.
+    is_silent: bool,
+    /// Whether one micro-batch is all of the step.
+    is_whole: bool,
+    /// Of how many things all losses are the mean.
+    things: f64,
+}
+
+impl Said {
+    fn of(weights: &[Option<f64>], has_all: bool) -> Self {
+        Self {
+            weighs: weights.iter().any(Option::is_some),
+            is_silent: weights.iter().any(Option::is_none),
+            is_whole: has_all && weights.len() == 1,
+            things: weights.iter().flatten().sum(),
+        }
+    }
+
+    /// The same of all ranks' micro-batches.
+    fn over(self, ranks: &dyn Collective) -> Result<Self> {
+        let flags = [self.weighs, self.is_silent, self.is_whole].map(|flag| f64::from(u8::from(flag)));
+        let all = ranks.gather_numbers(&[&flags[..], &[self.things]].concat())?;
+        let any = |i: usize| all.iter().any(|rank| rank[i] > 0.);
+        let things = all.iter().map(|rank| rank[3]).sum();
+        Ok(Self { weighs: any(0), is_silent: any(1), is_whole: any(2), things })
     }
 }
 

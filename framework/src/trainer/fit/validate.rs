@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use indexmap::IndexMap;
 
-use super::{Fit, phase};
+use super::{Before, Fit, phase};
 use crate::batch::Batch;
 use crate::callback::{Flow, Record};
 use crate::config::{did_you_mean, quoted_list};
@@ -37,10 +37,13 @@ impl<B: Batch> Fit<'_, B> {
             return Ok(Flow::Continue);
         }
         let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
-        let metrics = match self.evaluate(limit, self.trainer.image_every > 0)? {
+        let (plateau, lr_scale) = (self.plateau, self.lr_scale);
+        self.before_validation =
+            Some(Before { callbacks: self.trainer.callback_states(), plateau, lr_scale });
+        let (metrics, asked) = match self.evaluate(limit, self.trainer.image_every > 0)? {
             None => return Ok(Flow::Continue),
             Some(Evaluated::Stopped(reason)) => return Ok(Flow::Stop(reason)),
-            Some(Evaluated::Complete(metrics)) => metrics,
+            Some(Evaluated::Complete(metrics, flow)) => (metrics, flow),
         };
         let checked = self.check_monitors(&metrics);
         if self.ranks.decide(checked.is_err())? {
@@ -50,7 +53,7 @@ impl<B: Batch> Fit<'_, B> {
         }
         let epoch = self.progress.epoch_of_last_step();
         let mut record = Record { step, epoch, split: Split::Val, metrics };
-        let flow = self.trainer.ask(|callback| callback.on_validation_end(&mut record))?;
+        let flow = asked.or(self.trainer.ask(|callback| callback.on_validation_end(&mut record))?);
         let metric = |name: &str| record.metrics.get(name).copied();
         if let Some(plateau) = self.trainer.plateau.as_ref().filter(|_| self.turns[0].lr > 0.) {
             // Rank 0 alone knows what callbacks have added.
@@ -66,7 +69,7 @@ impl<B: Batch> Fit<'_, B> {
             )));
         }
         let is_best = self.saver.as_mut().zip(value).is_some_and(|(saver, value)| saver.rank(step, value));
-        self.validation = Some((step, record.metrics));
+        (self.validation, self.before_validation) = (Some((step, record.metrics)), None);
         if self.ranks.decide(is_best)? {
             self.save()?;
         }
@@ -98,7 +101,8 @@ impl<B: Batch> Fit<'_, B> {
     pub(super) fn owes_validation(&self) -> bool {
         let by_clock = matches!(self.trainer.config.val_every, Some(Every::Time(_)));
         let is_done = self.validation.as_ref().is_some_and(|(at, _)| *at == self.progress.step);
-        self.val.is_some() && !by_clock && !is_done && self.is_validation_due(false).unwrap_or(false)
+        let has_one = self.val.is_some() && self.progress.step > 0;
+        has_one && !by_clock && !is_done && self.is_validation_due(false).unwrap_or(false)
     }
 
     /// The validation that a run ends with.
@@ -109,7 +113,7 @@ impl<B: Batch> Fit<'_, B> {
             let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
             return Ok(match self.evaluate(limit, false)? {
                 Some(Evaluated::Stopped(reason)) => Flow::Stop(reason),
-                Some(Evaluated::Complete(metrics)) => {
+                Some(Evaluated::Complete(metrics, _)) => {
                     self.validation = Some((step, metrics));
                     Flow::Continue
                 }
