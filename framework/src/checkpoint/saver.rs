@@ -36,19 +36,15 @@ impl Saver {
             writing: None,
         };
         if let Some(state) = resumed {
-            // A validation at a run's very end comes after its checkpoint: the folder knows of it.
-            let Validations { best, best_by, ended_at } = Validations::read(dir);
-            let ours = saver.criterion();
-            let known = best.into_iter().filter(|best| best.step <= state.progress.step);
-            let known = known.filter(|_| ours.goes_on(best_by.as_ref()));
-            if ours.goes_on(state.best_by.as_ref()) {
-                state.best.iter().copied().for_each(|best| saver.place(best));
-            } else {
+            if !saver.take(&state.best, state.best_by.as_ref()) {
                 tracing::warn!(
                     "`checkpoint.monitor` is another than before: which validations were the best begins anew"
                 );
             }
-            known.for_each(|best| saver.place(best));
+            // A validation at a run's very end comes after its checkpoint: the folder knows of it.
+            let Validations { mut best, best_by, ended_at } = Validations::read(dir);
+            best.retain(|best| best.step <= state.progress.step);
+            saver.take(&best, best_by.as_ref());
             // A run that goes back has yet to come to its end.
             saver.ended_at = ended_at.filter(|step| *step == state.progress.step);
         }
@@ -121,6 +117,13 @@ impl Saver {
         let best = Best { step, value: Some(value).filter(|value| !value.is_nan()) };
         self.place(best);
         self.best.contains(&best)
+    }
+
+    /// Puts these among the best, where they are the best `by` the same; false where they are not.
+    fn take(&mut self, best: &[Best], by: Option<&Criterion>) -> bool {
+        let goes_on = self.criterion().goes_on(by);
+        best.iter().filter(|_| goes_on).for_each(|best| self.place(*best));
+        goes_on
     }
 
     /// Puts it among the best, where it is one of them.

@@ -135,10 +135,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             ));
         }
         let watching = trainer.callbacks.iter().find(|callback| callback.monitors().is_some());
-        let watching = watching
-            .map(|callback| callback.section.as_str())
-            .or(trainer.plateau.as_ref().map(|_| "plateau"));
-        if let (Some(name), None) = (watching, &val) {
+        let plateau = trainer.plateau.as_ref().map(|_| "plateau");
+        if let (Some(name), None) = (watching.map(|callback| callback.section.as_str()).or(plateau), &val) {
             return Err(Error::msg(format!("{name} watches the validation, and there is none")));
         }
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
