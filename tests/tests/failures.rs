@@ -157,6 +157,31 @@ fn a_signal_ends_a_validation_which_is_made_up_for() {
     }
 }
 
+#[test]
+fn a_signal_in_the_last_validation_leaves_it_to_the_next_run() {
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    let (dir, signal) = (tempfile::tempdir().unwrap(), OnSignal::default());
+    // Step 3 is validated because it is the last one.
+    let run = |resume: Option<Checkpoint>| {
+        let config = TrainerConfig {
+            batch_size: 4,
+            max_steps: Some(3),
+            val_every: Some(Every::Steps(2)),
+            ..Default::default()
+        };
+        let trainer = Trainer::new(config).checkpoints(dir.path(), CheckpointConfig::default());
+        resume.into_iter().fold(trainer, Trainer::resume)
+    };
+    let stops = StopsInside { step: 3, now: 0, signal: signal.clone() };
+    let outcome = run(None).callback(stops).callback(signal).fit(&Dropped::model(1), &data).unwrap();
+    assert_eq!((outcome.progress.step, outcome.reason), (3, StopReason::Signal(15)));
+    let last = Checkpoint::load(&dir.path().join("3")).unwrap();
+    let outcome = run(Some(last)).fit(&Dropped::model(1), &data).unwrap();
+    assert_eq!((outcome.progress.step, outcome.reason), (3, StopReason::Finished));
+    let told = std::fs::read_to_string(dir.path().join("validations.json")).unwrap();
+    assert!(told.contains("\"ended_at\":3"), "{told}");
+}
+
 /// Fails in the second optimizer's turn of step 3.
 struct FailsInTurn(Box<dyn Module<Batch = Tensors>>);
 
@@ -264,16 +289,16 @@ fn a_loss_is_one_number() {
 #[test]
 fn what_counts_for_nothing_may_be_no_number() {
     let logged = train_with(|loss, step| {
-        // In the second validation batch of one sample, and in each first training step, there is nothing to take the mean of.
-        let is_empty = if step.is_training() { step.index() == 0 } else { false };
+        // In the first step there is nothing to take the mean of.
+        let is_empty = step.is_training() && step.index() == 0;
         let (value, weight) = if is_empty { (f64::NAN, 0.) } else { (0.5, 3.) };
         step.log_epoch_weighted("tokens", value, weight);
         Ok(loss)
     });
     let records = logged.unwrap().records();
-    let tokens: Vec<f64> =
-        records.iter().filter_map(|record| record.metrics.get("tokens").copied()).collect();
-    assert_eq!(tokens.last(), Some(&0.5), "{tokens:?}");
+    let of_training = records.iter().filter(|record| record.split == Split::Train);
+    let tokens: Vec<f64> = of_training.filter_map(|record| record.metrics.get("tokens").copied()).collect();
+    assert_eq!(tokens, [0.5]);
     for (weight, found) in [(-1., "-1"), (f64::NAN, "NaN")] {
         let expected = format!("metric `x` is logged with weight {found}: expected a number from 0");
         let refused = refusal(move |loss, step| {
@@ -376,6 +401,14 @@ fn what_is_compared_by_another_metric_begins_anew() {
     // Without a plateau the learning rate is the configuration's, at once and after the next interruption.
     let (_, state) = run(dir.path(), 6, "mean_index", None);
     assert_eq!(state.lr_scale, None);
+    let heard = Recorder::default();
+    let config = TrainerConfig { batch_size: 4, max_steps: Some(6), log_every: 1, ..Default::default() };
+    Trainer::new(config)
+        .callback(heard.clone())
+        .resume(Checkpoint::load(&dir.path().join("5")).unwrap())
+        .fit(&Dropped::model(1), &data)
+        .unwrap();
+    assert_eq!(heard.train("lr"), [1e-3]);
 }
 
 /// Fails once, when it is told of this.
