@@ -331,7 +331,8 @@ impl Trainer {
         )
     }
 
-    /// Trains until the configured end, a callback's stop, or an error.
+    /// Trains until the configured end, a callback's stop, or an error. Each call begins at step 0, with the weights that the model has,
+    /// unless it [resumes](Self::resume).
     ///
     /// # Errors
     /// Also where training is of no use any more, as after a loss that is not a number: what came before it is saved.
