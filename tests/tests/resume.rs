@@ -219,6 +219,43 @@ fn a_run_that_died_in_mid_accumulation_goes_on_to_the_same_bits() {
     }
 }
 
+#[test]
+fn a_run_that_failed_goes_on_to_the_same_bits_in_every_combination() {
+    for Case { name, precision, data: of, trainer } in cases() {
+        if of(0).train.len().is_none() {
+            continue; // It has no samples by number, of which one could be bad.
+        }
+        let run = |dir: &Path, data: Data<Tensors>, resume: Option<Checkpoint>| {
+            let config = TrainerConfig { precision, ..config() };
+            // What is validated, and what an error leaves, are the only checkpoints.
+            let trainer = trainer(config).seed(5).checkpoints(dir, CheckpointConfig::default());
+            let seed = if resume.is_some() { 77 } else { 1 };
+            let mut trainer = resume.into_iter().fold(trainer, Trainer::resume);
+            trainer.fit(&Dropped::logging_epochs(seed, precision), &data).map(drop)
+        };
+        let (whole, failed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        run(whole.path(), data(0), None).unwrap();
+        let broken = Data { val: data(0).val, ..Data::new(Broken(Points { samples: 10 })) };
+        if run(failed.path(), broken.workers(0), None).is_ok() {
+            assert_eq!(name, "the same few batches", "the bad sample was not read");
+            continue;
+        }
+        let last = candlepower::checkpoint::latest(failed.path()).unwrap().unwrap();
+        let last = Checkpoint::load(&last).unwrap();
+        // In the second epoch.
+        assert!((2..6).contains(&last.state().progress.step), "{name}");
+        run(failed.path(), data(0), Some(last)).unwrap();
+        let step = STEPS.to_string();
+        let (whole, failed) = (files(&whole.path().join(&step)), files(&failed.path().join(&step)));
+        let differing: Vec<&String> = whole
+            .iter()
+            .filter(|(file, bytes)| failed.get(*file) != Some(bytes))
+            .map(|(file, _)| file)
+            .collect();
+        assert!(differing.is_empty(), "{name}: {differing:?} differ");
+    }
+}
+
 /// Remembers how many steps it has seen.
 struct Counter(u64);
 
