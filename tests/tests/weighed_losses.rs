@@ -80,7 +80,7 @@ fn a_loss_over_things_is_that_of_one_batch_of_all() {
             // Nine of training, three of validation.
             assert_eq!((found.len(), losses.len()), (12, 12));
             for (found, expected) in found.iter().zip(&losses) {
-                assert!((found - expected).abs() < 1e-6 * expected, "{of}: {found} for {expected}");
+                assert!((found - expected).abs() < 5e-6 * expected, "{of}: {found} for {expected}");
             }
         }
     }
