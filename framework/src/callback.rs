@@ -173,9 +173,8 @@ pub trait Callback: Send {
         Ok(Flow::Continue)
     }
 
-    /// After `done` of `total` batches of an evaluation; a stream's total is not known. What it asks for
-    /// happens when the evaluation is complete. A signal alone ends it here, where one rank is alone; a run that is resumed makes up
-    /// for it.
+    /// After `done` of `total` batches of an evaluation; a stream's total is not known. What it asks for happens
+    /// when the evaluation is complete. A signal alone ends it here, where one rank is alone; a run that is resumed makes up for it.
     fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<Flow> {
         Ok(Flow::Continue)
     }

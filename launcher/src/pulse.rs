@@ -141,9 +141,11 @@ mod tests {
         }
         drop(opening);
         // It may be about to beat once more.
-        std::thread::sleep(Duration::from_millis(50));
-        grow_old();
-        std::thread::sleep(Duration::from_millis(50));
-        assert!(is_old());
+        let stays_old = |_| {
+            grow_old();
+            std::thread::sleep(Duration::from_millis(20));
+            is_old()
+        };
+        assert!((0..100).any(stays_old));
     }
 }

@@ -6,7 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use crate::callback::{Callback, Flow, Plan, StepEnd, StopReason};
 use crate::error::Result;
 
-/// Stops after the step, or the batch of a validation, during which a signal came, or saves and goes on. Whoever receives signals sets these flags.
+/// Stops after the step, or the batch of a validation, during which a signal came, or saves and goes on. Whoever receives signals
+/// sets these flags.
 #[derive(Debug, Clone, Default)]
 pub struct OnSignal {
     /// The signal that ends the run; 0: none came.

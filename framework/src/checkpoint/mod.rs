@@ -38,8 +38,7 @@ const STATE: &str = "state.json";
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
     /// Saves every so many steps. Without it and `every_time`, each step is saved that is validated, or, without validation data, that
-    /// ends an epoch. The end of training, the best validations,
-    /// and what came before an error are saved in any case.
+    /// ends an epoch. The end of training, the best validations, and what came before an error are saved in any case.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every_steps: Option<u64>,
     /// Saves every so often by the clock, as `"10 min"`.

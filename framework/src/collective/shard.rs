@@ -113,32 +113,30 @@ impl Whole {
         Ok(Self { parts, own: own.iter().map(|(_, var)| var.clone()).collect() })
     }
 
-    /// Zeros for all of it.
-    pub(crate) fn zeros(&self) -> Result<Vec<(String, Var)>> {
+    /// Room for all of it on rank 0; on the others none.
+    pub(crate) fn room(&self, ranks: &dyn Collective) -> Result<Vec<(String, Var)>> {
         let zeros = |(name, shape, _): &(String, Vec<usize>, usize)| {
             Ok((name.clone(), Var::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))
         };
-        self.parts.iter().map(zeros).collect()
+        self.parts.iter().filter(|_| ranks.rank() == 0).map(zeros).collect()
     }
 
-    /// All of it on rank 0; on the others zeros.
+    /// All of it on rank 0; on the others nothing.
     pub(crate) fn gather(&self, ranks: &dyn Collective) -> Result<Vec<(String, Var)>> {
-        let all = self.zeros()?;
+        let all = self.room(ranks)?;
         // A tensor of each rank at a time.
         for turn in 0.. {
             let now: Vec<Option<usize>> =
                 (0..ranks.world_size()).map(|rank| self.of(rank).nth(turn)).collect();
-            let longest = now.iter().flatten().map(|i| all[*i].1.elem_count()).max();
-            let Some(longest) = longest else { break };
+            let Some(longest) = now.iter().flatten().map(|i| self.len(*i)).max() else { break };
             let own = match self.own.get(turn) {
                 Some(var) => var.as_detached_tensor().to_device(&Device::Cpu)?.flatten_all()?,
                 None => Tensor::zeros(0, DType::F32, &Device::Cpu)?,
             };
             let own = own.pad_with_zeros(0, 0, longest - own.elem_count())?;
             let values = ranks.all_gather(&own)?;
-            for (rank, i) in now.iter().enumerate().filter_map(|(rank, i)| Some((rank, (*i)?))) {
-                if ranks.rank() == 0 {
-                    let (_, var) = &all[i];
+            for (rank, i) in now.iter().enumerate() {
+                if let Some((_, var)) = i.and_then(|i| all.get(i)) {
                     let part = values.narrow(0, rank * longest, var.elem_count())?;
                     var.set(&part.reshape(var.shape())?)?;
                 }
@@ -150,15 +148,24 @@ impl Whole {
     /// Gives each rank its part of what rank 0 has.
     pub(crate) fn scatter(&self, ranks: &dyn Collective, all: &[(String, Var)]) -> Result<()> {
         let mut own = self.own.iter();
-        for ((_, var), (.., owner)) in all.iter().zip(&self.parts) {
-            let values = ranks.broadcast(&var.as_detached_tensor().flatten_all()?)?;
+        for (i, (.., owner)) in self.parts.iter().enumerate() {
+            let value = match all.get(i) {
+                Some((_, var)) => var.as_detached_tensor().flatten_all()?,
+                None => Tensor::zeros(self.len(i), DType::F32, &Device::Cpu)?,
+            };
+            let value = ranks.broadcast(&value)?;
             if *owner == ranks.rank()
                 && let Some(own) = own.next()
             {
-                own.set(&values.reshape(own.shape())?.to_device(own.device())?)?;
+                own.set(&value.reshape(own.shape())?.to_device(own.device())?)?;
             }
         }
         Ok(())
+    }
+
+    /// How many numbers a tensor has.
+    fn len(&self, i: usize) -> usize {
+        self.parts[i].1.iter().product()
     }
 
     /// Which tensors are a rank's.

@@ -79,7 +79,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         }
         let own: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
         let whole = (sharded && state.is_some()).then(|| Whole::new(&*ranks, &own)).transpose()?;
-        let optimizer = whole.as_ref().map_or(Ok(own), Whole::zeros)?;
+        let optimizer = whole.as_ref().map_or(Ok(own), |whole| whole.room(&*ranks))?;
         if let Some(checkpoint) = &resumed {
             checkpoint.restore_params(&params)?;
             checkpoint.restore_optimizer(&optimizer)?;
