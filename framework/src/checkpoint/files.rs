@@ -155,12 +155,6 @@ pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
         fs::rename(&path, &name).map_err(Error::file(&path))?;
         aside.push(name);
     }
-    for link in ["last", "best"].map(|link| dir.join(link)) {
-        // To where there is something, or nowhere.
-        if link.is_symlink() && !link.exists() {
-            remove(&link)?;
-        }
-    }
     Ok(aside)
 }
 

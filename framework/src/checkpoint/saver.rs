@@ -62,7 +62,7 @@ impl Saver {
             let step = step.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());
             match step {
                 Some(step) => files::link(&self.dir, link, Path::new(&step))?,
-                // Of a run before, or by another metric.
+                // It led to what is set aside, or was the best by another metric.
                 None => files::unlink(&self.dir, link)?,
             }
         }
