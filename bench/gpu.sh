@@ -221,7 +221,7 @@ for line in open(sys.argv[1]):
     case, who = what.split("|")
     rows.setdefault(case, {})[who] = json.loads(result)
 idle = rows.pop("idle", {})
-print("\n| batch, precision | of | ms a step | TFLOP/s | MB on the device | Candlepower is |")
+print("\n| batch, precision | of | ms per step | TFLOP/s | MB on the device | Candlepower is |")
 print("|---|---|---|---|---|---|")
 for case, all in rows.items():
     ours = all.get("candlepower")

@@ -53,10 +53,10 @@ declare -A ms
 for model in "${models[@]}"; do
     settings "$model"
     ms[$model]=$("$candlepower" bench "$config" --json --steps 10 "${own[@]}" | jq .ms_per_step)
-    printf '%s: %.0f ms a step\n' "$model" "${ms[$model]}" >&2
+    printf '%s: %.0f ms per step\n' "$model" "${ms[$model]}" >&2
 done
 
-echo "| model | parameters | ms a step | steps | MSE | SSIM, range 1 | below the best trivial MSE |"
+echo "| model | parameters | ms per step | steps | MSE | SSIM, range 1 | below the best trivial MSE |"
 echo "|---|---|---|---|---|---|---|"
 for model in "${models[@]}"; do
     settings "$model"

@@ -1,4 +1,4 @@
-//! How many samples a second data workers make: `cargo run --release --example loader [FOLDER]`.
+//! How many samples per second data workers make: `cargo run --release --example loader [FOLDER]`.
 //!
 //! Of the data of `configs/quickstart.toml`, and, with the folder of composites, of `configs/radar.toml`: batches of 8, made
 //! by one thread and by two, for three seconds each, every pixel then read once. What a step needs is its batch size over its time.

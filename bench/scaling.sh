@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From one rank to several on this machine: samples a second of a configuration's training step, as a Markdown table.
+# From one rank to several on this machine: samples per second of a configuration's training step, as a Markdown table.
 #
 #   bench/scaling.sh [CONFIG] [RANKS] [OPTION FOR EACH RUN]...      default: configs/quickstart.toml 2
 #
@@ -33,7 +33,7 @@ for _ in 1 2 3; do
     done
 done
 line() { awk -v name="$1" -v x="$2" -v one="${best[single]}" 'BEGIN { printf "| %s | %.2f | %.2f |\n", name, x, x / one }'; }
-echo "| ranks | samples a second | times one |"
+echo "| ranks | samples per second | times one |"
 echo "|---|---|---|"
 line "1" "${best[single]}"
 line "$ranks threads of one process" "${best[threads]}"

@@ -45,7 +45,7 @@ pub(crate) fn decoded(
         let mut sink = Sink::Memory(Vec::with_capacity(len as usize));
         decode(&mut sink)?;
         let Sink::Memory(bytes) = sink else {
-            return Err(Error::msg("what was decoded into memory is gone"));
+            return Err(Error::msg("the frames decoded into memory are gone"));
         };
         return Ok(Bytes::Memory(bytes));
     };

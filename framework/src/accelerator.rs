@@ -63,7 +63,7 @@ impl Accelerator {
 }
 
 fn too_many(asked: usize, found: usize) -> String {
-    format!("expected at most {found}, as many CUDA devices as are found here; found {asked}")
+    format!("expected at most {found}, the number of CUDA devices found; found {asked}")
 }
 
 /// The device of another rank of this process: the CPU is everybody's, of others each rank has its own.

@@ -44,7 +44,7 @@ pub trait Batch: Send + Sync + Sized + 'static {
     /// A batch to predict from, read from a file that a person gave.
     fn read(path: &Path, _spec: &Self::Spec) -> Result<Self> {
         Err(Error::msg(format!(
-            "{}: this kind of data cannot be read from a file for prediction: `Batch::read`, or the dataset's `Open::read`, would do that",
+            "{}: this kind of data cannot be read from a file for prediction: implement `Batch::read`, or the dataset's `Open::read`",
             path.display()
         )))
     }
@@ -52,7 +52,7 @@ pub trait Batch: Send + Sync + Sized + 'static {
     /// Writes what a module predicted from this batch, for a person to look at.
     fn write(&self, _prediction: &Tensor, path: &Path) -> Result<()> {
         Err(Error::msg(format!(
-            "{}: predictions of this kind cannot be written to a file: `Batch::write` would do that",
+            "{}: predictions of this kind cannot be written to a file: implement `Batch::write`",
             path.display()
         )))
     }

@@ -243,8 +243,9 @@ impl Experiment {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
         let expected = [1, processes, processes / self.distributed.nodes];
         if processes > 1 && ranks.processes().is_none() && !expected.contains(&devices) {
-            let message =
-                format!("there are {processes} processes, a device each: expected {processes}, or nothing");
+            let message = format!(
+                "there are {processes} processes with one device each: expected {processes}, or leave it out"
+            );
             return Err(self.document.place("trainer", Error::setting("devices", message)));
         }
         Ok(Self { ranks, ..self })
@@ -386,7 +387,7 @@ impl Experiment {
             Resume::No => return Ok((None, None)),
             Resume::From(path) => RunDir::containing(path)?,
             Resume::Auto => match RunDir::newest_with_checkpoint(&self.run)
-                .map_err(|error| Error::msg(format!("{error}\nwithout `--resume`, a new run begins")))?
+                .map_err(|error| Error::msg(format!("{error}\nomit `--resume` to start a new run")))?
             {
                 Some(found) => found,
                 None => return Ok((None, None)),

@@ -40,16 +40,15 @@ impl Grads {
             pairs.filter(|(sum, _)| sum.is_none()).map(|(_, (name, _))| name.as_str()).collect();
         if !missing.is_empty() {
             let statistics = if missing.iter().any(|name| name.ends_with("running_mean")) {
-                "\nwhat `candle_nn::batch_norm` keeps of its batches is no parameter, and no checkpoint has it: \
-                 `candlepower::nn::channels_last::BatchNorm` keeps it in buffers, which all have"
+                "\nthe statistics of `candle_nn::batch_norm` are not parameters, and no checkpoint holds them: use `candlepower::nn::channels_last::BatchNorm`, which keeps them in buffers"
             } else {
                 ""
             };
             return Err(Error::msg(format!(
                 "no gradient reaches {} of {} parameters: {}{statistics}\n\
                  the loss does not depend on them, or an operation on the way has no backward pass \
-                 (in candle: LayerNorm, for which there is `candlepower::nn::LayerNorm`, `softmax_last_dim`, `rms_norm`, `detach`)\n\
-                 where that is meant, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer], or \
+                 (in candle: `softmax_last_dim`, `rms_norm`, `detach`, and LayerNorm: use `candlepower::nn::LayerNorm`)\n\
+                 if that is intended, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer], or \
                  `Module::unused` in code",
                 missing.len(),
                 params.len(),
@@ -85,7 +84,7 @@ pub(crate) fn is_not_unused(name: &str, unused: &[String]) -> Result<()> {
 
 fn is_used(name: &str) -> Error {
     Error::msg(format!(
-        "the module says that `{name}` is unused, but a gradient reaches it: correct `Module::unused`"
+        "the module declares `{name}` unused, but a gradient reaches it: correct `Module::unused`"
     ))
 }
 

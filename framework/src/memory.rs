@@ -49,9 +49,7 @@ pub(crate) fn explain(error: Error, at_once: usize) -> Error {
         return error;
     }
     Error::msg(format!(
-        "{error}\nthe device's memory is full: set `trainer.micro_batch_size` below {at_once}, the samples that it takes at \
-         once now; the training stays the same, since a step adds up its micro-batches. `precision = \"bf16-mixed\"` halves \
-         what is kept"
+        "{error}\nthe device is out of memory: set `trainer.micro_batch_size` below {at_once}, the current number of samples at a time; the training stays the same, because a step adds up its micro-batches. `precision = \"bf16-mixed\"` halves the memory of activations"
     ))
 }
 

@@ -228,8 +228,7 @@ impl Step {
         // A recorded step would count as much as the one that was recorded.
         self.asked.store(true, Ordering::Relaxed);
         if !(things.is_finite() && things >= 0.) {
-            let message =
-                format!("the loss is said to be the mean of {things} things: expected a number from 0");
+            let message = format!("`Step::weigh_loss` was given {things}: expected a number of at least 0");
             self.refused = self.refused.take().or(Some(Error::msg(message)));
         }
         self.loss_weight = Some(things);
@@ -284,11 +283,11 @@ impl Step {
         let refused =
             if TAKEN.contains(&name) || (TAKEN.contains(&of) && optimizer == self.optimizer && name != of) {
                 Some(format!(
-                    "a module cannot log `{name}`: {} are in every record already; take another name",
+                    "a module cannot log `{name}`: {} are in every record; use another name",
                     quoted_list(&TAKEN)
                 ))
             } else if self.metrics.iter().any(|metric| metric.name == name) {
-                Some(format!("a module cannot log `{name}` twice in a step: which of the two is meant?"))
+                Some(format!("a module cannot log `{name}` twice in one step: use two names"))
             } else {
                 None
             };
@@ -303,8 +302,7 @@ impl Step {
     /// nothing is kept.
     pub fn collect(&mut self, name: &str, rows: &Tensor) {
         if self.collected.iter().any(|(known, _)| known == name) {
-            let message =
-                format!("a module cannot collect `{name}` twice in a step: which of the two is meant?");
+            let message = format!("a module cannot collect `{name}` twice in one step: use two names");
             self.refused = self.refused.take().or(Some(Error::msg(message)));
         }
         if !self.training {
@@ -350,8 +348,7 @@ impl Step {
         draw: impl Fn(&[Tensor]) -> Result<Tensor> + Send + Sync + 'static,
     ) {
         if self.images.iter().any(|sketch| sketch.name == name) {
-            let message =
-                format!("a module cannot draw `{name}` twice in a step: which of the two is meant?");
+            let message = format!("a module cannot draw `{name}` twice in one step: use two names");
             self.refused = self.refused.take().or(Some(Error::msg(message)));
         }
         let of = of.iter().map(|x| x.detach()).collect();

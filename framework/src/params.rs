@@ -90,7 +90,9 @@ impl Buffer {
     /// Gives it a value of the same shape and type. Fails in the build for evaluation.
     pub fn set(&self, value: &Tensor) -> Result<()> {
         if !self.is_writable() {
-            return Err(Error::msg("a buffer is changed by training steps alone, and this is an evaluation"));
+            return Err(Error::msg(
+                "a buffer can only be changed in a training step, and this is an evaluation",
+            ));
         }
         Ok(Var::from_tensor(&self.0)?.set(&value.detach())?)
     }
@@ -266,7 +268,7 @@ impl Backend {
         device: &Device,
     ) -> candle_core::Result<Tensor> {
         if self.params.lock().contains_key(name) {
-            candle_core::bail!("`{name}` is a parameter and is now asked for as a buffer");
+            candle_core::bail!("`{name}` is a parameter and was requested as a buffer");
         }
         let mut buffers = self.params.lock_buffers();
         if !buffers.contains_key(name) {
@@ -278,7 +280,7 @@ impl Backend {
         let Kept { kept, working } = &buffers[name];
         if (kept.shape(), kept.dtype()) != (&shape, dtype) {
             candle_core::bail!(
-                "buffer `{name}` was made with shape {:?} and type {:?} and is now asked for with shape {shape:?} and type \
+                "buffer `{name}` was created with shape {:?} and type {:?} and was then requested with shape {shape:?} and type \
                  {dtype:?}",
                 kept.shape(),
                 kept.dtype()
@@ -304,13 +306,13 @@ impl SimpleBackend for Backend {
             return self.buffer(shape, name, init, dtype, device);
         }
         if self.params.lock_buffers().contains_key(name) {
-            candle_core::bail!("`{name}` is a buffer and is now asked for as a parameter");
+            candle_core::bail!("`{name}` is a buffer and was requested as a parameter");
         }
         let mut vars = self.params.lock();
         match vars.get(name) {
             Some(Param { working, .. }) if working.shape() == &shape => {}
             Some(Param { working, .. }) => candle_core::bail!(
-                "parameter `{name}` was made with shape {:?} and is now asked for with shape {shape:?}",
+                "parameter `{name}` was created with shape {:?} and was then requested with shape {shape:?}",
                 working.shape()
             ),
             None => {
@@ -328,7 +330,7 @@ impl SimpleBackend for Backend {
     fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
         match self.params.lock().get_mut(name) {
             Some(param) => self.handed_out(name, param),
-            None => candle_core::bail!("parameter `{name}` has no shape yet: ask for it with one first"),
+            None => candle_core::bail!("parameter `{name}` has no shape yet: request it with a shape first"),
         }
     }
 
@@ -457,7 +459,7 @@ mod tests {
         params.commit_buffers().unwrap();
         assert_eq!(values(&evaluation), [2.; 2]);
         let error = evaluation.set(&training.value()).unwrap_err().to_string();
-        assert_eq!(error, "a buffer is changed by training steps alone, and this is an evaluation");
+        assert_eq!(error, "a buffer can only be changed in a training step, and this is an evaluation");
         assert!(!training.value().track_op());
         // No optimizer sees it; a checkpoint does, and a trial puts it back.
         assert_eq!(
@@ -479,10 +481,10 @@ mod tests {
         vb.get(2, "w").unwrap();
         let buffer = |name: &str, dtype| Buffer::new(2, name, 0., dtype, &vb).unwrap_err().to_string();
         let error = vb.get(2, "b").unwrap_err().to_string();
-        assert!(error.contains("`b` is a buffer and is now asked for as a parameter"), "{error}");
+        assert!(error.contains("`b` is a buffer and was requested as a parameter"), "{error}");
         let error = buffer("w", DType::F32);
-        assert!(error.contains("`w` is a parameter and is now asked for as a buffer"), "{error}");
-        assert!(buffer("b", DType::I64).contains("asked for with shape [2] and type I64"));
+        assert!(error.contains("`w` is a parameter and was requested as a buffer"), "{error}");
+        assert!(buffer("b", DType::I64).contains("requested with shape [2] and type I64"));
     }
 
     #[test]
@@ -490,6 +492,9 @@ mod tests {
         let vb = Params::new(0, DType::F32, &Device::Cpu).var_builder();
         vb.get(2, "w").unwrap();
         let error = vb.get(3, "w").unwrap_err().to_string();
-        assert!(error.contains("`w` was made with shape [2] and is now asked for with shape [3]"), "{error}");
+        assert!(
+            error.contains("`w` was created with shape [2] and was then requested with shape [3]"),
+            "{error}"
+        );
     }
 }

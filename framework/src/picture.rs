@@ -81,8 +81,9 @@ pub fn to_rgb8(picture: &Tensor) -> Result<(u32, u32, Vec<u8>)> {
     };
     let rgb = picture.broadcast_as((3, height, width))?.permute((1, 2, 0))?;
     let bytes = values(&rgb)?.into_iter().map(to_byte).collect();
-    let size =
-        |pixels: usize| u32::try_from(pixels).map_err(|_| Error::msg("a picture this large has no format"));
+    let size = |pixels: usize| {
+        u32::try_from(pixels).map_err(|_| Error::msg("a picture this large cannot be encoded"))
+    };
     Ok((size(width)?, size(height)?, bytes))
 }
 

@@ -34,7 +34,7 @@ impl RunConfig {
             return Err(Error::setting(
                 "dir",
                 format!(
-                    "`~` is known to shells alone, here it would be a folder's name: write the whole path, as {}",
+                    "only shells expand `~`; here it would be the name of a folder: write the full path, {}",
                     home(&self.dir)
                 ),
             ));
@@ -100,7 +100,7 @@ impl RunDir {
             if let Some(checkpoint) = checkpoint::latest(&run.checkpoints())? {
                 return Ok(Some((run, checkpoint)));
             }
-            tracing::warn!("{}: it has no checkpoint to go on from", run.path().display());
+            tracing::warn!("{}: it has no checkpoint to resume from", run.path().display());
         }
         Ok(None)
     }
@@ -112,7 +112,7 @@ impl RunDir {
         let path = path.canonicalize().map_err(Error::file(path))?;
         if path.is_file() {
             return Err(Error::msg(format!(
-                "{}: expected a run's folder or a checkpoint; a training starts from a file of weights by `weights` in [init]",
+                "{}: expected a run's folder or a checkpoint; to start training from a weights file, set `weights` in [init]",
                 path.display()
             )));
         }

@@ -164,7 +164,7 @@ mod by_name {
         let part = |mut fields: toml::Table| {
             let Some(toml::Value::String(name)) = fields.remove("name") else {
                 return Err(D::Error::custom(
-                    "each part of a sequence needs a `name`, as `{ name = \"cosine\", steps = 1000 }`",
+                    "each part of a sequence needs a `name`, for example `{ name = \"cosine\", steps = 1000 }`",
                 ));
             };
             let tagged = toml::Table::from_iter([(name.clone(), fields.into())]);
@@ -307,7 +307,7 @@ impl Schedule {
         // A learning rate below zero climbs, and one that is not a number ruins the weights.
         let from_zero = |key: &str, value: f64| match value.is_finite() && value >= 0. {
             true => Ok(()),
-            false => Err(Error::setting(key, format!("expected a number from 0, found {value}"))),
+            false => Err(Error::setting(key, format!("expected a number of at least 0, found {value}"))),
         };
         match self {
             Self::Constant { factor, .. } => from_zero("factor", *factor),
@@ -336,7 +336,7 @@ impl Schedule {
                 parts.iter().enumerate().try_for_each(|(i, part)| {
                     if part.interval() == Interval::Epoch {
                         let message =
-                            "a part counts what the sequence counts: let the whole of it count epochs";
+                            "a part counts what its sequence counts: set `interval` on the sequence";
                         return Err(Error::setting("parts", message));
                     }
                     part.check().map_err(|error| Error::setting("parts", format!("part {}: {error}", i + 1)))
@@ -408,7 +408,7 @@ impl OneCycle {
         match self.momentum.iter().all(|momentum| (0. ..1.).contains(momentum)) {
             true => Ok(()),
             false => {
-                let message = format!("expected numbers from 0 up to 1, found {:?}", self.momentum);
+                let message = format!("expected numbers between 0 and 1, found {:?}", self.momentum);
                 Err(Error::setting("momentum", message))
             }
         }
@@ -531,7 +531,7 @@ impl Plateau {
             return Err(Error::setting("factor", message));
         }
         if schedule.has_its_own_lr() {
-            let message = "a plateau lowers the optimizer's `lr`, which plays no part in `one_cycle`";
+            let message = "a plateau lowers the optimizer's `lr`, which `one_cycle` does not use";
             return Err(Error::setting("factor", message));
         }
         Ok(())

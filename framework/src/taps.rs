@@ -46,7 +46,9 @@ impl<L: Listener + 'static> Taps<L> {
         let done = backward();
         let listener = self.lock().take();
         done?;
-        listener.ok_or_else(|| crate::Error::msg("a backward pass within another one of the same module"))
+        listener.ok_or_else(|| {
+            crate::Error::msg("a backward pass was started inside another one of the same module")
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<L>> {

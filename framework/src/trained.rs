@@ -80,7 +80,8 @@ impl<B: Batch> Model<B> {
         let path = path.as_ref();
         let trained = Trained::read(path)?;
         let Some(Origin { config, spec }) = trained.origin() else {
-            let message = "it does not say what was trained; only checkpoints of configured runs do";
+            let message =
+                "it does not record what was trained; only checkpoints of runs from a configuration do";
             return Err(Error::msg(format!("{}: {message}", path.display())));
         };
         let spec: B::Spec = serde_json::from_value(spec.clone()).map_err(Error::content(path))?;

@@ -55,14 +55,14 @@ impl InitConfig {
         if wanted.is_empty() {
             return Err(Error::setting(
                 "params",
-                format!("`{}` fits no parameter of the model", self.params),
+                format!("`{}` matches no parameter of the model", self.params),
             ));
         }
         let in_setting = |error: Error| Error::setting("weights", error.to_string());
         let weights = Weights::read(&self.weights).map_err(in_setting)?;
         let found = weights
             .named_as(&all, self.prefix.as_deref())
-            .map_err(|error| Error::setting("weights", format!("{error}: say which, as `prefix`")))?;
+            .map_err(|error| Error::setting("weights", format!("{error}: choose one with `prefix`")))?;
         let known = found.tensors.into_iter().filter(|(name, _)| pattern.matches(name)).collect();
         let differences = differences(&known, &wanted);
         let taken: Vec<_> = wanted.into_iter().filter(|(name, var)| fits(&known, name, var)).collect();
@@ -72,11 +72,11 @@ impl InitConfig {
             if self.strict || taken.is_empty() {
                 let message = format!(
                     "{source} does not fit the model:\n  {listed}\n\
-                     `params` can name a part of the model, and `strict = false` takes what fits"
+                     `params` selects a part of the model, and `strict = false` takes whatever fits"
                 );
                 return Err(Error::setting("weights", message));
             }
-            tracing::warn!("{source} does not fit the model everywhere:\n  {listed}");
+            tracing::warn!("{source} fits only a part of the model:\n  {listed}");
         }
         copy(&known, &taken)?;
         params.publish()?;
@@ -114,7 +114,7 @@ impl Weights {
     /// Lightning's have), `model_state_dict` or `model`.
     pub fn read(path: &Path) -> Result<Self> {
         if !path.exists() {
-            return Err(Error::msg(format!("{}: there is no such file or folder", path.display())));
+            return Err(Error::msg(format!("{}: no such file or folder", path.display())));
         }
         let tensors = match path.extension().and_then(|ending| ending.to_str()) {
             _ if path.is_dir() => Checkpoint::load(&RunDir::containing(path)?.1)?.evaluated(),
@@ -192,7 +192,7 @@ fn read_safetensors(path: &Path) -> Result<HashMap<String, Tensor>> {
         let what = what_else(path).unwrap_or_else(|| {
             let said = first_line(&error);
             let is_whole = said.contains("unsupported safetensor dtype");
-            if is_whole { said } else { format!("not a whole safetensors file: {said}") }
+            if is_whole { said } else { format!("not a complete safetensors file: {said}") }
         });
         Error::msg(format!("{}: {what}", path.display()))
     })
@@ -214,17 +214,17 @@ fn what_else(path: &Path) -> Option<String> {
     Some(match &bytes[..] {
         [] => "the file is empty".into(),
         bytes if bytes.starts_with(b"version https://git-lfs") => {
-            "this stands for a file that git-lfs keeps: `git lfs pull` fetches it".into()
+            "this is a git-lfs pointer: `git lfs pull` fetches the file".into()
         }
         _ if is_safetensors && is_pytorch => {
-            "this is a safetensors file: let its name end in .safetensors".into()
+            "this is a safetensors file: rename it to end in .safetensors".into()
         }
         bytes if is_safetensors || bytes.starts_with(ARCHIVE) && is_pytorch => return None,
-        bytes if bytes.starts_with(ARCHIVE) => "this is PyTorch's: let its name end in .pth".into(),
+        bytes if bytes.starts_with(ARCHIVE) => "this is a PyTorch file: rename it to end in .pth".into(),
         [0x80, 2, ..] => {
-            "this was saved by PyTorch before 1.6: in Python, `torch.save(torch.load(file), file)` saves it anew".into()
+            "this file was saved by PyTorch before 1.6: in Python, `torch.save(torch.load(file), file)` converts it".into()
         }
-        _ => "this is no file of weights".into(),
+        _ => "this is not a weights file".into(),
     })
 }
 
@@ -244,12 +244,12 @@ fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
     // Candle takes for granted that the archive is what PyTorch writes.
     let tensors = catch_unwind(AssertUnwindSafe(|| read_archive(path)));
     tensors
-        .unwrap_or_else(|_| Err(candle_core::Error::Msg("it is not what PyTorch writes".into())))
+        .unwrap_or_else(|_| Err(candle_core::Error::Msg("it is not in PyTorch's format".into())))
         .map_err(explain)
 }
 
 fn read_archive(path: &Path) -> candle_core::Result<HashMap<String, Tensor>> {
-    let nothing = "no tensors of floats are in it, as `torch.save(model.state_dict(), file)` saves them";
+    let nothing = "it contains no float tensors, as `torch.save(model.state_dict(), file)` writes them";
     let mut all = Err(candle_core::Error::Msg(nothing.into()));
     for key in [Some("state_dict"), Some("model_state_dict"), Some("model"), None] {
         match PthTensors::new(path, key) {
@@ -288,7 +288,7 @@ fn read_tensor(archive: &mut ZipArchive<BufReader<File>>, info: &TensorInfo) -> 
     let count = shape.dims().iter().try_fold(1usize, |count, dim| count.checked_mul(*dim));
     let fits = last.is_some_and(|last| last < len) && count.is_some_and(|count| count <= len);
     if !(fits || count == Some(0)) || !storage.len().is_multiple_of(size) {
-        candle_core::bail!("its sizes {:?} do not fit the {len} values that are kept for it", shape.dims());
+        candle_core::bail!("its sizes {:?} do not match the {len} values stored for it", shape.dims());
     }
     let storage = Tensor::from_raw_buffer(&storage, info.dtype, &[len], &Device::Cpu)?;
     if layout.is_contiguous() {
@@ -365,7 +365,7 @@ mod tests {
                         `head.b` is not in the model\n";
         assert!(error.contains(expected), "{error}");
         assert!(start(&WHOLE[..2], "*", true).unwrap_err().contains("`head.w` is missing"));
-        assert!(start(&WHOLE, "decoder.*", true).unwrap_err().contains("`decoder.*` fits no parameter"));
+        assert!(start(&WHOLE, "decoder.*", true).unwrap_err().contains("`decoder.*` matches no parameter"));
         // Nothing at all fits: that is no start, strict or not.
         assert!(start(&[("w", &[1.])], "*", false).unwrap_err().contains("does not fit"));
     }
@@ -385,7 +385,10 @@ mod tests {
         assert_eq!(start(&lightning, None).unwrap(), [2., 3., 4., 5., 6.]);
         let twice = [named("net.", 1.), named("ema.", 2.)].concat();
         let error = start(&twice, None).unwrap_err();
-        assert!(error.contains("may have the model's weights after `ema.` and `net.`: say which"), "{error}");
+        assert!(
+            error.contains("may have the model's weights after `ema.` and `net.`: choose one"),
+            "{error}"
+        );
         assert_eq!(start(&twice, Some("net.")).unwrap(), [2., 3., 4., 5., 6.]);
         assert_eq!(start(&twice, Some("ema.")).unwrap(), [4., 6., 8., 10., 12.]);
         assert!(start(&twice, Some("other.")).unwrap_err().contains("`encoder.w` is missing"));

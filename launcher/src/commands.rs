@@ -170,7 +170,7 @@ fn print_report(report: &Report) {
         StopReason::Callback(why) => say!("stopped at step {}: {why}", outcome.progress.step),
         StopReason::Failed(why) => say!("failed at step {}: {why}", outcome.progress.step),
         StopReason::Signal(_) => {
-            say!("interrupted at step {}; go on with --resume auto", outcome.progress.step);
+            say!("interrupted at step {}; continue with --resume auto", outcome.progress.step);
         }
     }
     if let Some(metrics) = &outcome.validation {
@@ -182,7 +182,7 @@ fn print_report(report: &Report) {
         {
             let mse = module.mse;
             let best = lead_times.baselines.iter().min_by(|a, b| a.mse.total_cmp(&b.mse));
-            say!("mean squared error on the validation data, beside predictors that learn nothing:");
+            say!("mean squared error on the validation data, next to predictors that learn nothing:");
             say!("  {:18} {mse:.5}", "this model");
             for baseline in &lead_times.baselines {
                 say!("  {:18} {:.5}", baseline.name, baseline.mse);
@@ -201,8 +201,8 @@ fn print_report(report: &Report) {
         say!("the best was at step {step}, with {}: checkpoints/best", short(value));
     }
     match &report.dir {
-        Some(dir) => say!("everything is in {}", dir.display()),
-        None => say!("this was a try-out (trainer.fast_dev_run): nothing was written"),
+        Some(dir) => say!("results are in {}", dir.display()),
+        None => say!("this was a trial (trainer.fast_dev_run): nothing was written"),
     }
 }
 
@@ -224,10 +224,10 @@ fn print_lead_times(lead_times: &LeadTimes) {
 /// A quantity a line; what is not known is left out.
 fn print_benchmark(benchmark: &Benchmark, steps: u64) {
     let Benchmark { ms_per_step, samples_per_second, peak_rss_mb, .. } = benchmark;
-    say!("time        {ms_per_step:.1} ms a step (median of {steps})");
-    say!("speed       {samples_per_second:.2} samples a second");
+    say!("time        {ms_per_step:.1} ms per step (median of {steps})");
+    say!("speed       {samples_per_second:.2} samples per second");
     if let (Some(flops), Some(tflops)) = (benchmark.flops_per_sample, benchmark.tflops) {
-        say!("arithmetic  {tflops:.3} TFLOP/s at {:.1} GFLOP a sample", flops / 1e9);
+        say!("arithmetic  {tflops:.3} TFLOP/s at {:.1} GFLOP per sample", flops / 1e9);
     }
     if let Some(megabytes) = peak_rss_mb {
         say!("memory      {megabytes:.0} MB at most");
@@ -260,7 +260,7 @@ fn print_lr(finding: &LrFinding, suggestion: f64) {
 
 /// A row for each size, and the two answers.
 fn print_batch_sizes(finding: &BatchFinding) {
-    say!("batch size    ms a step    samples a second    memory");
+    say!("batch size    ms per step    samples per second    memory");
     for trial in &finding.trials {
         let memory = trial.memory_mb.map_or("?".into(), |memory| format!("{memory:.0} MB"));
         let (size, ms, speed) = (trial.batch_size, trial.ms_per_step, trial.samples_per_second);

@@ -41,7 +41,7 @@ pub(crate) fn on_signal() -> Result<OnSignal> {
             if again || !flags.has_begun.load(Ordering::Relaxed) {
                 std::process::exit(128 + signal);
             }
-            tell!("stopping after this step; once more to stop at once, without saving");
+            tell!("stopping after this step; a second signal stops immediately, without saving");
         }
     });
     Ok(callback)

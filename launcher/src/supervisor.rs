@@ -105,7 +105,7 @@ impl Launch {
             };
             if restarts == self.distributed.max_restarts {
                 return Err(Error::msg(format!(
-                    "{why}; not started again: `distributed.max_restarts` is {restarts}"
+                    "{why}; not restarted: `distributed.max_restarts` is {restarts}"
                 )));
             }
             restarts += 1;
@@ -120,7 +120,7 @@ impl Launch {
                 (Some(run), _) => format!("from the last good checkpoint of {}", run.display()),
                 (None, Some(resume)) => format!("with --resume {resume}"),
                 (None, None) if self.node.as_ref().is_some_and(|node| node.rank > 0) => {
-                    "from where the first machine goes on".into()
+                    "from where the first machine resumes".into()
                 }
                 (None, None) => "from the start: there is no checkpoint yet".into(),
             };

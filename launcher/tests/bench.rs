@@ -69,7 +69,7 @@ fn forward_counts_a_third_of_a_training_step() {
 fn a_table_is_printed_by_default() {
     let output = bench(&["--steps", "1", "--batch-size", "1"]);
     let table = String::from_utf8(output.stdout).unwrap();
-    assert!(table.contains("ms a step") && table.contains("samples a second"), "{table}");
+    assert!(table.contains("ms per step") && table.contains("samples per second"), "{table}");
 }
 
 #[test]

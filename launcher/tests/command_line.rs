@@ -128,9 +128,9 @@ fn weights_that_do_not_fit_are_refused_before_a_folder_is_made() {
         "{error}"
     );
     assert!(error.contains("has shape [64, 4, 1, 3, 3], the model needs [64, 5, 1, 3, 3]"), "{error}");
-    assert!(error.contains("`params` can name a part"), "{error}");
+    assert!(error.contains("`params` selects a part"), "{error}");
     let error = place.fail(2, &["train", "tiny.toml", "--set", "init.weights=no/such.pth"]);
-    assert!(error.contains("`init.weights`: no/such.pth: there is no such file or folder"), "{error}");
+    assert!(error.contains("`init.weights`: no/such.pth: no such file or folder"), "{error}");
     assert!(!place.path("runs").exists(), "a refused configuration made a folder");
     // What fits is taken all the same where that is asked for.
     place.succeed(&["train", "tiny.toml", "--set", "init.strict=false"]);
@@ -267,10 +267,7 @@ schedule = { name = "cosine", steps = 10 }
     std::fs::write(place.path("again.toml"), &resolved).unwrap();
     assert_eq!(place.succeed(&["config", "again.toml"]), resolved);
     let said = place.succeed(&["train", "tiny.toml"]);
-    assert!(
-        said.contains("stopped at step 3: `loss` is ") && said.contains("as good as asked for"),
-        "{said}"
-    );
+    assert!(said.contains("stopped at step 3: `loss` is ") && said.contains("the goal is reached"), "{said}");
     let run = "runs/tiny/version_0";
     let second = &records(&place, run, "train")[1];
     for metric in ["loss/encoder", "lr/decoder", "samples_per_second", "utilisation"] {
@@ -359,7 +356,7 @@ fn test_data_is_measured_and_predicted_from() {
     assert!(place.path("predictions/000001.npy").exists());
     let again = ["predict", "tiny.toml", "--checkpoint", "runs/tiny/version_0", "--split", "val"];
     let error = place.fail(1, &[&again[..], &["--output", "predictions"]].concat());
-    assert_eq!(error, "error: predictions: predictions go into an empty folder\n");
+    assert_eq!(error, "error: predictions: expected an empty folder for the predictions\n");
 }
 
 #[test]
@@ -382,7 +379,7 @@ fn callbacks_of_the_configuration_see_what_is_validated_outside_training() {
     place.succeed(&validate);
     let watched = ["--set", "callbacks.early_stopping.monitor=ssim"];
     let error = place.fail(1, &[&validate[..], &watched].concat());
-    assert_eq!(error, "error: early stopping watches `ssim`, validation gives loss, mse\n");
+    assert_eq!(error, "error: early stopping monitors `ssim`, validation has loss, mse\n");
 }
 
 #[test]
@@ -416,5 +413,5 @@ fn a_run_predicts_where_what_it_learned_from_is_gone() {
     assert_eq!(bytes("before.npy"), bytes("after.npy"));
     // Of another [data], the sizes are not known.
     let error = place.fail(1, &[&predict("other.npy")[..], &["--set", "data.every=2"]].concat());
-    assert!(error.contains("data.every: 2, was 1\nwith `config.toml` of the run's folder"), "{error}");
+    assert!(error.contains("data.every: 2, was 1\nwith the `config.toml` in the run's folder"), "{error}");
 }

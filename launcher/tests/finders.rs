@@ -116,13 +116,16 @@ fn a_batch_size_as_json_and_as_a_table() {
         );
         assert_eq!(trial["memory_mb"].is_f64(), cfg!(target_os = "linux"));
     }
-    assert_eq!((&found["largest"], &found["ended"]), (&2.into(), &"twice as much is over 2".into()));
+    assert_eq!((&found["largest"], &found["ended"]), (&2.into(), &"twice as many would exceed 2".into()));
     assert!(sizes.contains(&&found["suggestion"]), "{found}");
 
     let output = find(folder.path(), "find-batch-size", &["--max", "2"]);
     let said = text(&output.stdout);
-    assert!(said.contains("samples a second") && said.contains("    [trainer]\n    batch_size = "), "{said}");
-    assert!(said.contains("then twice as much is over 2"), "{said}");
+    assert!(
+        said.contains("samples per second") && said.contains("    [trainer]\n    batch_size = "),
+        "{said}"
+    );
+    assert!(said.contains("then twice as many would exceed 2"), "{said}");
     #[cfg(target_os = "linux")]
     {
         let output = find(folder.path(), "find-batch-size", &["--memory", "0.001"]);

@@ -144,15 +144,14 @@ fn a_run_that_cannot_go_on_keeps_its_files() {
     let longer = ["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "auto"];
     let error = place.fail(1, &[&longer[..], &["--set", "optimizer.name=sgd"]].concat());
     assert!(
-        error
-            .contains("checkpoints/4: this checkpoint is of another optimizer; what is kept for it differs:"),
+        error.contains("checkpoints/4: this checkpoint is of another optimizer; their states differ:"),
         "{error}"
     );
     let error = place.fail(1, &[&longer[..], &["--set", "module.hidden=5"]].concat());
     assert!(error.contains("this checkpoint is of another model"), "{error}");
     let error =
         place.fail(1, &["train", "tiny.toml", "--resume", &format!("{run}/checkpoints/4/model.safetensors")]);
-    assert!(error.contains("a training starts from a file of weights by `weights` in [init]"), "{error}");
+    assert!(error.contains("to start training from a weights file, set `weights` in [init]"), "{error}");
     assert!(files() == before, "a refused run has changed files");
     // Of a new run that is refused nothing is left.
     let groups = "optimizer.groups=[{ params = \"nothing.*\", frozen = true }]";
@@ -171,7 +170,7 @@ fn a_resumed_run_says_what_has_changed_in_its_configuration() {
     let changes = ["--set", "trainer.max_steps=6", "--set", "optimizer.lr=0.01", "--resume", "auto"];
     let output = place.run(&[&["train", "tiny.toml"], &changes[..]].concat());
     let said = String::from_utf8(output.stderr).unwrap();
-    let expected = "the configuration is not the checkpoint's:\n  \
+    let expected = "the configuration differs from the checkpoint's:\n  \
                     trainer.max_steps: 6, was 4\n  optimizer.lr: 0.01, was 0.001\n";
     assert!(output.status.success() && said.contains(expected), "{said}");
     let output = place.run(&[&["train", "tiny.toml"], &changes[..]].concat());
@@ -277,7 +276,7 @@ fn damaged_checkpoints_are_told_of_and_a_run_without_a_good_one_does_not_begin_a
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
     for expected in [
-        "passing over a checkpoint: runs/tiny/version_0/checkpoints/4/model.safetensors: the file is damaged",
+        "skipping a checkpoint: runs/tiny/version_0/checkpoints/4/model.safetensors: the file is damaged",
         "going on from runs/tiny/version_0/checkpoints/3",
         "kept as runs/tiny/version_0/checkpoints/4.old",
     ] {
@@ -290,7 +289,7 @@ fn damaged_checkpoints_are_told_of_and_a_run_without_a_good_one_does_not_begin_a
     }
     let error = place.fail(1, &resume);
     assert!(error.contains("no checkpoint in runs/tiny/version_0/checkpoints is good"), "{error}");
-    assert!(error.ends_with("without `--resume`, a new run begins\n"), "{error}");
+    assert!(error.ends_with("omit `--resume` to start a new run\n"), "{error}");
     assert!(!place.path("runs/tiny/version_1").exists());
 }
 
@@ -328,7 +327,7 @@ fn a_run_goes_on_past_versions_that_have_no_checkpoint() {
     let output = place.run(&longer);
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
-    assert!(said.contains("runs/tiny/version_1: it has no checkpoint to go on from"), "{said}");
+    assert!(said.contains("runs/tiny/version_1: it has no checkpoint to resume from"), "{said}");
     assert!(place.path("runs/tiny/version_0/checkpoints/6").exists());
     assert!(!place.path("runs/tiny/version_2").exists());
 }

@@ -263,7 +263,7 @@ fn too_many_failures_end_it() {
     );
     assert_says(
         &said,
-        "error: the run failed: rank 1: training_step, step 6: out of paper; not started again: `distributed.max_restarts` is 2\n",
+        "error: the run failed: rank 1: training_step, step 6: out of paper; not restarted: `distributed.max_restarts` is 2\n",
     );
     // What was good is still there.
     assert!(place.checkpoint(0).ends_with("5"), "{}", place.checkpoint(0).display());
@@ -288,7 +288,7 @@ fn fewer_devices_where_allowed() {
         "restart 2 of 2, on 1 device(s), from the last good checkpoint of runs/run/version_0\n",
     );
     // The last word is one device's: no rank is named any more.
-    assert_says(&said, "its process ended with code 1; its message is above; not started again");
+    assert_says(&said, "its process ended with code 1; its message is above; not restarted");
 }
 
 /// Launches the run and kills what `victim` finds, 20 times, at moments spread over start, steps and saving that are the same
@@ -426,7 +426,7 @@ fn processes_that_differ_are_refused() {
     assert!(!output.status.success(), "{said}");
     assert_says(
         &said,
-        "rank 1 is not about to train what rank 0 is: it has `max_steps = 31`, rank 0 has `max_steps = 30`",
+        "rank 1 is configured differently from rank 0: it has `max_steps = 31`, rank 0 has `max_steps = 30`",
     );
 }
 

@@ -56,8 +56,7 @@ fn what_was_probably_meant() {
 #[test]
 fn a_folder_that_only_a_shell_understands() {
     let error = error_with("[run]\n", "[run]\ndir = \"~/runs\"\n");
-    let [first, second] =
-        [error.find("`~` is known to shells alone"), error.find("/runs\n")].map(Option::unwrap);
+    let [first, second] = [error.find("only shells expand `~`"), error.find("/runs\n")].map(Option::unwrap);
     assert!(first < second && error.contains("dir = \"~/runs\""), "{error}");
 }
 
@@ -66,7 +65,7 @@ fn a_wrong_type() {
     assert_text(
         &error_with("batch_size = 4", "batch_size = \"four\""),
         r#"
-error: tiny.toml:5:14: expected a whole number from 0, found "four"
+error: tiny.toml:5:14: expected a whole number of at least 0, found "four"
   |
 5 | batch_size = "four"
   |              ^^^^^^"#,
@@ -145,7 +144,7 @@ fn data_of_another_kind() {
     assert_text(
         &error_with("moving_mnist", "digits"),
         r#"
-error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` learns from, expected one of `moving_mnist`, `frames`, `radar`
+error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` takes, expected one of `moving_mnist`, `frames`, `radar`
    |
 15 | name = "digits"
    |        ^^^^^^^^"#,
@@ -218,7 +217,7 @@ error: --set:1:26: `distributed.hang_timeout`: expected a time above 0
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(
-        said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE), and has nothing"),
+        said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE), and cannot communicate"),
         "{said}"
     );
     assert!(!place.path("runs/tiny/version_1").exists());
@@ -315,7 +314,7 @@ error: tiny.toml:23:8: [optimizers.x] needs `params`: a pattern of names, for ex
     assert_text(
         &error_with("max_steps = 4", "val_every = \"often\""),
         r#"
-error: tiny.toml:6:13: expected a number of steps, as 500, or a text as "500 steps", "2 epochs", "0.25 epochs" or "30 min", found "often"
+error: tiny.toml:6:13: expected a number of steps such as 500, or a string such as "500 steps", "2 epochs", "0.25 epochs" or "30 min", found "often"
   |
 6 | val_every = "often"
   |             ^^^^^^^"#,
@@ -323,7 +322,7 @@ error: tiny.toml:6:13: expected a number of steps, as 500, or a text as "500 ste
     assert_text(
         &error_with("max_steps = 4", "limit_val_batches = 1.5"),
         r"
-error: tiny.toml:6:21: expected a number of batches, as 100, or a share of them, as 0.25, found `1.5`
+error: tiny.toml:6:21: expected a number of batches such as 100, or a fraction of them such as 0.25, found `1.5`
   |
 6 | limit_val_batches = 1.5
   |                     ^^^",
@@ -341,8 +340,7 @@ fn a_metric_that_nobody_gives_is_refused_before_the_first_step() {
         let error = place.fail(2, &["train", "tiny.toml"]);
         let expected = format!(
             "error: tiny.toml:{line}:11: `{section}.monitor`: there is no validation metric `msee`, expected one of `loss`, \
-             `mse`; did you mean `mse`? (a callback that adds one comes before those that monitor it, and says so in \
-             `Callback::adds`)"
+             `mse`; did you mean `mse`? (a callback that adds one must come before those that monitor it, and declare it in `Callback::adds`)"
         );
         assert!(error.contains(&expected), "{error}\n{expected}");
         let steps = records(&place, "runs/tiny/version_0", "train");
@@ -359,11 +357,11 @@ fn schedules_that_would_ruin_a_training() {
     for (schedule, expected) in [
         (
             "name = \"step\"\nevery = 1\ngamma = nan",
-            "28:9: `schedule.gamma`: expected a number from 0, found NaN",
+            "28:9: `schedule.gamma`: expected a number of at least 0, found NaN",
         ),
         (
             "name = \"linear\"\nsteps = 1\nstart = -1.0",
-            "28:9: `schedule.start`: expected a number from 0, found -1",
+            "28:9: `schedule.start`: expected a number of at least 0, found -1",
         ),
         (
             "name = \"one_cycle\"\nsteps = 1\nmax_lr = -1.0",
@@ -392,7 +390,7 @@ fn words_of_pytorch_lightning_are_understood_but_not_taken() {
     for (word, meant) in [
         (
             "accumulate_grad_batches = 4",
-            "set `trainer.micro_batch_size`: a step adds up as many as make `batch_size`",
+            "set `trainer.micro_batch_size`; a step adds up as many as make a `batch_size`",
         ),
         ("gradient_clip_val = 1.0", "it is `trainer.clip_norm`"),
         ("check_val_every_n_epoch = 1", "it is `trainer.val_every`, as \"2 epochs\""),
@@ -402,5 +400,5 @@ fn words_of_pytorch_lightning_are_understood_but_not_taken() {
     }
     let place = Place::new();
     let error = place.fail(2, &["train", "tiny.toml", "--set", "checkpoint.monitor=val_mse"]);
-    assert!(error.contains("`loss`, `mse`; the validation's is called `mse`"), "{error}");
+    assert!(error.contains("`loss`, `mse`; in validation it is called `mse`"), "{error}");
 }

@@ -95,7 +95,10 @@ impl SvgLpConfig {
             }
         }
         if !(self.beta.is_finite() && self.beta >= 0.) {
-            return Err(Error::setting("beta", format!("expected a number from 0 up, found {}", self.beta)));
+            return Err(Error::setting(
+                "beta",
+                format!("expected a number of at least 0, found {}", self.beta),
+            ));
         }
         if spec.frames_in < 2 && !self.last_frame_skip {
             let message = "with one input frame the decoder has no fine features to go on: expected true";

@@ -167,7 +167,7 @@ impl Build for Tau {
         if !(config.alpha.is_finite() && config.alpha >= 0.) {
             return Err(Error::setting(
                 "alpha",
-                format!("expected a number from 0 up, found {}", config.alpha),
+                format!("expected a number of at least 0, found {}", config.alpha),
             ));
         }
         let network = Network::new(&config.network(), spec, &temporal_attention, vb)?;

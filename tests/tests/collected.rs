@@ -87,7 +87,7 @@ fn what_does_not_fit_is_told() {
     let taken: Metrics = |_| Ok(vec![("loss".into(), 1.)]);
     assert_eq!(
         error(index_and_prediction, taken),
-        "`Module::metrics` gives `loss`, which is in the record already; take another name"
+        "`Module::metrics` returns `loss`, which is logged already; use another name"
     );
     let mean = |_: &Tensors, prediction: &Tensor, step: &mut Step| {
         step.collect("mean", &prediction.mean_all().unwrap());
@@ -101,5 +101,5 @@ fn what_does_not_fit_is_told() {
         step.collect("index", &batch.0[2]);
     };
     let told = error(twice, |_| Ok(Vec::new()));
-    assert!(told.contains("a module cannot collect `index` twice in a step"), "{told}");
+    assert!(told.contains("a module cannot collect `index` twice in one step"), "{told}");
 }

@@ -254,11 +254,11 @@ fn a_last_batch_that_is_smaller_is_left_out_where_asked_for() {
     };
     assert_eq!(
         error(&Data::new(Points { samples: 2 })),
-        "`drop_last`: it would leave nothing: there are 2 samples, less than a batch"
+        "`drop_last`: it would leave nothing: there are 2 samples, fewer than a batch"
     );
     assert_eq!(
         error(&Data::stream(PointStream { samples: 7 })),
-        "`drop_last`: a stream says itself what its batches are of"
+        "`drop_last`: a stream has no batches that are too short"
     );
 }
 

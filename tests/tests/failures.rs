@@ -279,7 +279,10 @@ fn a_loss_is_one_number() {
             true => Ok(Tensor::stack(&[&loss, &loss], 0)?.reshape((2, 1))?),
             false => Ok(loss),
         });
-        assert_eq!(refused, format!("{of}: the loss has shape [2, 1]; expected one number, as its mean"));
+        assert_eq!(
+            refused,
+            format!("{of}: the loss has shape [2, 1]; expected a scalar, for example its mean")
+        );
     }
     // In brackets it is one, also where it is none.
     train_with(|loss, _| Ok(loss.reshape((1, 1))?)).unwrap();
@@ -301,7 +304,7 @@ fn what_counts_for_nothing_may_be_no_number() {
     let tokens: Vec<f64> = of_training.filter_map(|record| record.metrics.get("tokens").copied()).collect();
     assert_eq!(tokens, [0.5]);
     for (weight, found) in [(-1., "-1"), (f64::NAN, "NaN")] {
-        let expected = format!("metric `x` is logged with weight {found}: expected a number from 0");
+        let expected = format!("metric `x` is logged with weight {found}: expected a number of at least 0");
         let refused = refusal(move |loss, step| {
             step.log_weighted("x", 1., weight);
             Ok(loss)
@@ -352,7 +355,7 @@ fn settings_are_checked_where_there_is_no_file_too() {
     let plateau = Some(Plateau::default());
     let error = Trainer::new(config).optimizers(vec![turn]).plateau(plateau).fit(&Dropped::model(1), &data);
     let error = error.unwrap_err().to_string();
-    assert!(error.contains("which plays no part in `one_cycle`"), "{error}");
+    assert!(error.contains("which `one_cycle` does not use"), "{error}");
 }
 
 #[test]

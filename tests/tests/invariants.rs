@@ -190,11 +190,11 @@ fn what_a_module_says_is_unused_needs_no_gradient_and_is_not_moved() {
     assert!(said(&["cut.weight"]).starts_with("no gradient reaches 1 of 3 parameters: cut.bias\n"));
     for devices in [1, 2] {
         let error = train_saying(&["*"], devices).err().unwrap().to_string();
-        let place = error.find("the module says that `used.").unwrap_or_else(|| panic!("{error}"));
-        assert!(error[place..].contains("is unused, but a gradient reaches it"), "{error}");
+        let place = error.find("the module declares `used.").unwrap_or_else(|| panic!("{error}"));
+        assert!(error[place..].contains("unused, but a gradient reaches it"), "{error}");
     }
     let error = said(&["cut.*", "gone"]);
-    assert_eq!(error, "the module says that `gone` is unused: it fits no parameter");
+    assert_eq!(error, "the module declares `gone` unused, which matches no parameter");
 }
 
 /// Says in validation how bright its input is.

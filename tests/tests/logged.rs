@@ -44,8 +44,7 @@ fn names_are_a_metrics_own() {
                 step.log("loss", 7.);
                 loss(w, batch)
             },
-            "validation_step, batch 1: a module cannot log `loss`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in \
-             every record already; take another name",
+            "validation_step, batch 1: a module cannot log `loss`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record; use another name",
         ),
         (
             |w, batch, step| {
@@ -53,7 +52,7 @@ fn names_are_a_metrics_own() {
                 step.log("accuracy", 8.);
                 loss(w, batch)
             },
-            "validation_step, batch 1: a module cannot log `accuracy` twice in a step: which of the two is meant?",
+            "validation_step, batch 1: a module cannot log `accuracy` twice in one step: use two names",
         ),
         (
             |w, batch, step| {
@@ -62,8 +61,7 @@ fn names_are_a_metrics_own() {
                 }
                 loss(w, batch)
             },
-            "a module cannot log `loss/optimizer`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record \
-             already; take another name",
+            "a module cannot log `loss/optimizer`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record; use another name",
         ),
         (
             |w, batch, step| {
@@ -72,8 +70,7 @@ fn names_are_a_metrics_own() {
                 }
                 loss(w, batch)
             },
-            "a module cannot log `lr`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record already; take \
-             another name",
+            "a module cannot log `lr`: `loss`, `lr`, `grad_norm`, `step`, `epoch`, `split` are in every record; use another name",
         ),
     ];
     for (what, expected) in cases {
@@ -306,9 +303,9 @@ fn what_watches_the_validation_needs_one() {
     let error = |mut trainer: Trainer| trainer.fit(&model(), &without()).unwrap_err().to_string();
     let stopping = EarlyStopping::watch(&EarlyStoppingConfig::default()).unwrap();
     let watched = Trainer::new(config()).callback(stopping);
-    assert_eq!(error(watched), "early_stopping watches the validation, and there is none");
+    assert_eq!(error(watched), "early_stopping monitors the validation, and there is none");
     let lowered = Trainer::new(config()).plateau(Some(Default::default()));
-    assert_eq!(error(lowered), "plateau watches the validation, and there is none");
+    assert_eq!(error(lowered), "plateau monitors the validation, and there is none");
 }
 
 #[test]

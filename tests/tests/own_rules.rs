@@ -159,11 +159,7 @@ fn what_it_could_not_find_again_or_does_not_know_is_refused() {
         let mut trainer = Trainer::new(config).optimizer_with_groups(counts.clone(), vec![bias]);
         trainer.fit(&Dropped::model(1), &Data::new(Points { samples: 10 })).unwrap_err().to_string()
     };
-    assert!(
-        error(None).starts_with("optimizer `optimizer` remembers two things as `count`"),
-        "{}",
-        error(None)
-    );
+    assert!(error(None).starts_with("optimizer `optimizer` has two states named `count`"), "{}", error(None));
     assert_eq!(error(Some(0.1)), "`groups`: group `*.bias`: the optimizer has no `weight_decay`");
 }
 
@@ -271,7 +267,7 @@ fn sections_of_one_kind_of_callback_are_told_apart() {
     assert!(error.contains("`callbacks.by_mse.monitor`: there is no validation metric `mss`"), "{error}");
     let group = read("[optimizer]\ngroups = [{ params = \"nothing.*\" }]\n");
     let error = group.train(&Resume::No, Vec::new()).unwrap_err().to_string();
-    assert!(error.contains("`optimizer.groups`: `nothing.*` fits no parameter"), "{error}");
+    assert!(error.contains("`optimizer.groups`: `nothing.*` matches no parameter"), "{error}");
 }
 
 #[test]

@@ -195,8 +195,5 @@ fn names_may_have_slashes_and_stand_for_one_picture() {
         }
     });
     let error = twice.unwrap_err().to_string();
-    assert!(
-        error.contains("a module cannot draw `same` twice in a step: which of the two is meant?"),
-        "{error}"
-    );
+    assert!(error.contains("a module cannot draw `same` twice in one step: use two names"), "{error}");
 }

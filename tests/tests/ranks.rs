@@ -470,7 +470,7 @@ fn ranks_that_would_train_something_else_are_refused_before_the_first_step() {
     };
     let batch = |rank| Trainer::new(TrainerConfig { batch_size: 7 + rank, ..config(1, 1) });
     for error in errors(&batch, &|_| Dropped::model(3)) {
-        let expected = "rank 1 is not about to train what rank 0 is: it has `batch_size: 8,`, rank 0 has `batch_size: 7,`.";
+        let expected = "rank 1 is configured differently from rank 0: it has `batch_size: 8,`, rank 0 has `batch_size: 7,`.";
         assert!(error.starts_with(expected), "{error}");
     }
     let model = |rank| if rank == 1 { Steps::model(|_, _| Ok(())) } else { Dropped::model(3) };

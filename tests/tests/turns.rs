@@ -99,10 +99,7 @@ fn an_optimizer_may_take_its_turn_in_every_other_step() {
     let rare = TurnConfig { every: 2, ..TurnConfig::only(sgd(0.5), Vec::new()) };
     let error = Trainer::new(config(3)).optimizers(vec![rare]).fit(&Dropped::model(1), &data());
     let error = error.unwrap_err().to_string();
-    assert_eq!(
-        error,
-        "`every`: one of the optimizers has to take its turn in each step: leave out its `every`"
-    );
+    assert_eq!(error, "`every`: at least one optimizer must be active in every step: leave out its `every`");
 }
 
 #[test]

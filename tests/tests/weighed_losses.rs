@@ -92,7 +92,7 @@ fn who_weighs_losses_does_so_always() {
         let config = || TrainerConfig { devices, ..Default::default() };
         for says_so in [|step| step == 0, |step| step == 4] as [fn(u64) -> bool; 2] {
             let error = trained(config(), Shard::None, says_so).unwrap_err().to_string();
-            assert!(error.contains("(`Step::weigh_loss`) does so in each step"), "{error}");
+            assert!(error.contains("`Step::weigh_loss` must do so in every step"), "{error}");
         }
     }
 }
@@ -113,8 +113,7 @@ fn a_loss_that_is_the_mean_of_less_than_nothing_is_refused() {
         let build = move |vb: VarBuilder| Ok(Weighs(linear(4, 1, vb)?, weight));
         let config = TrainerConfig { max_steps: Some(1), ..Default::default() };
         let error = Trainer::new(config).fit(&Model::new(build, 1, &device()).unwrap(), &data());
-        let expected =
-            format!("the loss is said to be the mean of {weight} things: expected a number from 0");
+        let expected = format!("`Step::weigh_loss` was given {weight}: expected a number of at least 0");
         assert!(error.unwrap_err().to_string().contains(&expected));
     }
 }

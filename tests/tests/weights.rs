@@ -138,8 +138,8 @@ fn what_describes_tensors_wrongly_is_an_error_and_nothing_worse() {
         }
     }
     // Of sizes that are larger than what is kept, and of what candle's reader stumbles over.
-    assert!(errors.contains("values that are kept for it"), "{errors}");
-    assert!(errors.contains("it is not what PyTorch writes"), "{errors}");
+    assert!(errors.contains("values stored for it"), "{errors}");
+    assert!(errors.contains("it is not in PyTorch's format"), "{errors}");
 }
 
 fn safetensors_of_one() -> Vec<u8> {
@@ -159,19 +159,19 @@ fn what_cannot_be_read_is_told_of() {
     let write = |name: &str| written(name, b"not an archive");
     let whole = std::fs::read(init("state_dict.pth").weights).unwrap();
     for name in ["a.pth", "a.ckpt", "a.safetensors"] {
-        assert!(write(name).ends_with(&format!("{name}: this is no file of weights")), "{name}");
+        assert!(write(name).ends_with(&format!("{name}: this is not a weights file")), "{name}");
         assert!(written(name, b"").ends_with("the file is empty"));
         assert!(written(name, b"version https://git-lfs.github.com/spec/v1").contains("`git lfs pull`"));
         assert!(written(name, b"\x80\x02\x8a\x0al\xfc").contains("before 1.6: in Python, `torch.save("));
     }
     assert!(written("a.pth", &whole[..1000]).contains("safetensors.torch.save_file"));
-    assert!(written("a.safetensors", &whole).contains("let its name end in .pth"));
+    assert!(written("a.safetensors", &whole).contains("rename it to end in .pth"));
     let mut safetensors = safetensors_of_one();
-    assert!(written("a.pth", &safetensors).contains("let its name end in .safetensors"));
+    assert!(written("a.pth", &safetensors).contains("rename it to end in .safetensors"));
     safetensors.pop();
-    assert!(written("a.safetensors", &safetensors).contains("not a whole safetensors file: "));
+    assert!(written("a.safetensors", &safetensors).contains("not a complete safetensors file: "));
     assert!(write("a.npy").contains("expected a run's folder, a checkpoint, or a file"));
     assert!(Weights::read(dir.path()).unwrap_err().to_string().contains("no good checkpoint"));
     let missing = InitConfig::new(dir.path().join("b.pth"));
-    assert!(missing.apply(&params()).unwrap_err().to_string().contains("there is no such file or folder"));
+    assert!(missing.apply(&params()).unwrap_err().to_string().contains("no such file or folder"));
 }

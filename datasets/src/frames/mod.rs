@@ -131,18 +131,17 @@ impl Config {
         }
         for (key, share) in [("val_share", self.val_share), ("test_share", self.test_share)] {
             if !(0. ..1.).contains(&share) {
-                return Err(Error::setting(key, format!("expected a share of 0 to below 1, found {share}")));
+                return Err(Error::setting(key, format!("expected a fraction in [0, 1), found {share}")));
             }
         }
         if self.val_share == 0. {
             return Err(Error::setting(
                 "val_share",
-                "expected a share above 0: there has to be something to validate on",
+                "expected a fraction above 0: validation needs some data",
             ));
         }
         if self.val_share + self.test_share >= 1. {
-            let message =
-                "with `test_share` nothing is left to learn from; expected less than 1 of both together";
+            let message = "with `test_share` nothing is left to train on; expected a sum below 1";
             return Err(Error::setting("val_share", message));
         }
         Ok(())
@@ -176,7 +175,7 @@ impl Open for Frames {
         let samples: Vec<_> = parts.iter().enumerate().flat_map(starts).collect();
         if samples.is_empty() {
             return Err(Error::msg(format!(
-                "{}: the {} split holds no sample; one takes {} frames of a sequence",
+                "{}: the {} split has no samples; each takes {} frames of a sequence",
                 config.path,
                 split.name(),
                 windows.span()
@@ -228,7 +227,7 @@ impl Open for Frames {
         let ([rows, columns], [height, width]) = (clips.size(), [spec.height, spec.width]);
         let expected = match config.crop {
             None if [rows, columns] != [height, width] => Some(format!(
-                "{height}x{width}, as those that were learned from, or `resize`, which scales all to one size"
+                "{height}x{width}, as in the training data, or `resize`, which scales all to one size"
             )),
             Some(_) if rows < height || columns < width => {
                 Some(format!("at least {height}x{width}, the `crop`"))

@@ -285,7 +285,7 @@ fn broken_arrays_are_named() {
     );
     assert_eq!(
         refusal(&Config { skip_short: true, ..config }),
-        "ROOT: the train split holds no sample; one takes 3 frames of a sequence"
+        "ROOT: the train split has no samples; each takes 3 frames of a sequence"
     );
     let (_dir, config) = save(&Array5::<u8>::zeros((5, 4, 6, 8, 3)));
     assert_eq!(
@@ -376,8 +376,8 @@ fn settings_out_of_range_are_refused_before_a_file_is_looked_for() {
     assert_eq!(refusal(&|c| c.channels = 0), "`channels`: expected at least 1, found 0");
     assert_eq!(refusal(&|c| c.resize = Some([0, 4])), "`resize`: expected rows and columns of at least 1");
     assert_eq!(refusal(&|c| c.range = Some([1., 1.])), "`range`: expected two rising values, found 1 and 1");
-    assert_eq!(refusal(&|c| c.val_share = 1.5), "`val_share`: expected a share of 0 to below 1, found 1.5");
-    assert!(refusal(&|c| c.val_share = 0.).starts_with("`val_share`: expected a share above 0"));
+    assert_eq!(refusal(&|c| c.val_share = 1.5), "`val_share`: expected a fraction in [0, 1), found 1.5");
+    assert!(refusal(&|c| c.val_share = 0.).starts_with("`val_share`: expected a fraction above 0"));
     assert!(refusal(&|c| c.test_share = 0.95).starts_with("`val_share`: with `test_share` nothing is left"));
     let dir = tempfile::tempdir().unwrap();
     pictures(dir.path(), 20);
@@ -419,7 +419,7 @@ fn what_is_predicted_from_is_made_as_the_samples_are() {
     let plain = timed(&dir.path().join("gone"));
     assert_eq!(Frames::read(&plain, &whole, &dir.path().join("clip")).unwrap().input.dims(), [1, 2, 1, 6, 8]);
     let error = Frames::read(&plain, &whole, &dir.path().join("other.npy")).unwrap_err().to_string();
-    assert!(error.contains("its frames have 9x8 pixels; expected 6x8, as those that were"), "{error}");
+    assert!(error.contains("its frames have 9x8 pixels; expected 6x8, as in the training data"), "{error}");
 }
 
 #[cfg(unix)]

@@ -38,13 +38,13 @@ impl Event {
             let since = time - times[0];
             if since % minutes != 0 {
                 return Err(Error::msg(format!(
-                    "{}: is of {since} minutes after the first composite; expected one every {minutes} minutes",
+                    "{}: is {since} minutes after the first composite; expected one every {minutes} minutes",
                     file.display()
                 )));
             }
             if let Some(other) = slots[(since / minutes) as usize].replace(i) {
                 let other: &(i64, PathBuf) = &composites[other];
-                let message = format!("{}: is of the same time as {}", file.display(), other.1.display());
+                let message = format!("{}: has the same time as {}", file.display(), other.1.display());
                 return Err(Error::msg(message));
             }
         }

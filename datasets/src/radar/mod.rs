@@ -117,7 +117,7 @@ impl Config {
         if !(0. ..=1.).contains(&self.min_rain) {
             return Err(Error::setting(
                 "min_rain",
-                format!("expected a share of 0 to 1, found {}", self.min_rain),
+                format!("expected a fraction between 0 and 1, found {}", self.min_rain),
             ));
         }
         if let Some(rate) = self.thresholds.iter().find(|rate| !(rate.is_finite() && **rate > 0.)) {
@@ -158,7 +158,7 @@ impl Config {
                 let pairs = events[i].iter().flat_map(|a| events[j].iter().map(move |b| (a, b)));
                 if let Some((a, b)) = pairs.into_iter().find(|(a, b)| a.overlaps(b)) {
                     let message = format!(
-                        "{} is of the same time as {} of `{other}`: no event may be in two splits",
+                        "{} has the same time as {} of `{other}`: no event may be in two splits",
                         a.path.display(),
                         b.path.display()
                     );
@@ -204,7 +204,7 @@ impl Open for Radar {
         config.check()?;
         if !Path::new(&config.path).is_dir() {
             let message =
-                format!("{}: no such folder; expected one that holds a folder an event", config.path);
+                format!("{}: no such folder; expected one with a folder for each event", config.path);
             return Err(Error::setting("path", message));
         }
         config.check_apart()?;
@@ -228,7 +228,7 @@ impl Open for Radar {
         radar.places = radar.rainy_places(&windows)?;
         if radar.places.is_empty() {
             let message = format!(
-                "no crop of the {} events has rain on {} of its pixels; expected a lower share",
+                "no crop of the {} events has rain on {} of its pixels; expected a lower fraction",
                 split.name(),
                 config.min_rain
             );

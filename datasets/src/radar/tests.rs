@@ -151,7 +151,7 @@ fn crops_have_enough_rain() {
     assert_eq!([0.25, 0.26, 0.5, 0.51, 0.75].map(|share| count(share).unwrap()), [3, 2, 2, 1, 1]);
     assert_eq!(
         count(0.76).unwrap_err().to_string(),
-        "`min_rain`: no crop of the val events has rain on 0.76 of its pixels; expected a lower share"
+        "`min_rain`: no crop of the val events has rain on 0.76 of its pixels; expected a lower fraction"
     );
 }
 
@@ -218,11 +218,11 @@ fn broken_events_are_named() {
     assert_eq!(small, "b/AQC151011205F.gif: has 2x3 pixels; expected 8x12, as a/AQC151001200F_00005.801.gif");
     assert_eq!(
         damaged(&|root| write(&root.join("b"), "AQC151011202F.gif", |_, _| 0)),
-        "b/AQC151011202F.gif: is of 2 minutes after the first composite; expected one every 5 minutes"
+        "b/AQC151011202F.gif: is 2 minutes after the first composite; expected one every 5 minutes"
     );
     assert_eq!(
         damaged(&|root| write(&root.join("b"), "AQC151011205V.gif", |_, _| 0)),
-        "b/AQC151011205V.gif: is of the same time as b/AQC151011205F_00005.801.gif"
+        "b/AQC151011205V.gif: has the same time as b/AQC151011205F_00005.801.gif"
     );
     assert!(
         damaged(&|root| write(&root.join("b"), "rain.gif", |_, _| 0))
@@ -230,11 +230,11 @@ fn broken_events_are_named() {
     );
     assert_eq!(
         damaged(&|root| event(root, "c", 100, &[20, 25])),
-        "`val_events`: c is of the same time as a of `train_events`: no event may be in two splits"
+        "`val_events`: c has the same time as a of `train_events`: no event may be in two splits"
     );
     assert_eq!(
         set(&|config| config.val_events = vec!["a".into()]),
-        "`val_events`: a is of the same time as a of `train_events`: no event may be in two splits"
+        "`val_events`: a has the same time as a of `train_events`: no event may be in two splits"
     );
     assert_eq!(
         set(&|config| config.frames_out = 3),
@@ -247,14 +247,17 @@ fn broken_events_are_named() {
     assert!(set(&|config| config.train_events = vec!["z".into()]).starts_with("z: "));
     assert_eq!(
         set(&|config| config.path = "no/where".into()),
-        "`path`: ROOT: no such folder; expected one that holds a folder an event"
+        "`path`: ROOT: no such folder; expected one with a folder for each event"
     );
     assert_eq!(
         set(&|config| config.val_events = Vec::new()),
         "`val_events`: expected the name of at least one folder of composites"
     );
     assert_eq!(set(&|config| config.pool = 0), "`pool`: expected at least 1, found 0");
-    assert_eq!(set(&|config| config.min_rain = 2.), "`min_rain`: expected a share of 0 to 1, found 2");
+    assert_eq!(
+        set(&|config| config.min_rain = 2.),
+        "`min_rain`: expected a fraction between 0 and 1, found 2"
+    );
     assert_eq!(
         set(&|config| config.thresholds = vec![0.]),
         "`thresholds`: expected rain rates above 0 mm/h, found 0"

@@ -82,8 +82,7 @@ impl Callback for EarlyStopping {
         let EarlyStoppingConfig { monitor, maximize, patience, min_delta, .. } = &self.config;
         let Some(&value) = record.metrics.get(monitor) else {
             let known: Vec<&str> = record.metrics.keys().map(String::as_str).collect();
-            let message =
-                format!("early stopping watches `{monitor}`, validation gives {}", known.join(", "));
+            let message = format!("early stopping monitors `{monitor}`, validation has {}", known.join(", "));
             return Err(Error::msg(message));
         };
         let better = |than: f64| if *maximize { value > than } else { value < than };
@@ -93,7 +92,7 @@ impl Callback for EarlyStopping {
             return stop(format!("`{monitor}` is {value}"));
         }
         if self.config.stop_at.is_some_and(|goal| better(goal) || value == goal) {
-            return stop(format!("`{monitor}` is {value:.6}: as good as asked for"));
+            return stop(format!("`{monitor}` is {value:.6}: the goal is reached"));
         }
         if self.config.diverged_at.is_some_and(|limit| !better(limit) && value != limit) {
             return stop(format!("`{monitor}` is {value:.6}: it has diverged"));
@@ -108,7 +107,7 @@ impl Callback for EarlyStopping {
             return Ok(Flow::Continue);
         }
         let best = self.state.best.unwrap_or(value);
-        stop(format!("`{monitor}` has not been better than {best:.6} for {patience} validations"))
+        stop(format!("`{monitor}` has not improved on {best:.6} for {patience} validations"))
     }
 
     fn monitors(&self) -> Option<&str> {
@@ -128,9 +127,7 @@ impl Callback for EarlyStopping {
         if Criterion::new(&self.config.monitor, self.config.maximize).goes_on(state.by.as_ref()) {
             self.state = state;
         } else {
-            tracing::warn!(
-                "early stopping watches another metric than before: what it waits for begins anew"
-            );
+            tracing::warn!("early stopping monitors a different metric than before: it starts over");
         }
         Ok(())
     }
@@ -166,13 +163,13 @@ mod tests {
         let config = EarlyStoppingConfig { patience: 2, min_delta: 0.1, ..Default::default() };
         // 0.95 is not enough better than 1; 0.8 is; then nothing is better than 0.7 for two validations.
         let (at, why) = stops(config.clone(), &[1., 0.95, 0.8, 0.9, 0.75, 0.1]).unwrap();
-        assert_eq!((at, why.as_str()), (4, "`loss` has not been better than 0.800000 for 2 validations"));
+        assert_eq!((at, why.as_str()), (4, "`loss` has not improved on 0.800000 for 2 validations"));
         assert_eq!(stops(config.clone(), &[1., 0.8, 0.6, 0.4, 0.2]), None);
         assert_eq!(stops(config.clone(), &[1., f64::NAN]).unwrap().0, 1);
         let maximize = EarlyStoppingConfig { maximize: true, ..config.clone() };
         assert_eq!(stops(maximize, &[0.5, 0.7, 0.75, 0.6]).unwrap().0, 3);
         let goal = EarlyStoppingConfig { stop_at: Some(0.5), ..config.clone() };
-        assert_eq!(stops(goal, &[1., 0.5]).unwrap().1, "`loss` is 0.500000: as good as asked for");
+        assert_eq!(stops(goal, &[1., 0.5]).unwrap().1, "`loss` is 0.500000: the goal is reached");
         let diverged = EarlyStoppingConfig { diverged_at: Some(2.), ..config };
         assert_eq!(stops(diverged, &[2., 2.5]).unwrap().1, "`loss` is 2.500000: it has diverged");
     }

@@ -17,7 +17,10 @@ impl PredictionWriter {
     pub fn new(dir: &Path) -> Result<Self> {
         std::fs::create_dir_all(dir).map_err(Error::file(dir))?;
         if std::fs::read_dir(dir).map_err(Error::file(dir))?.next().is_some() {
-            return Err(Error::msg(format!("{}: predictions go into an empty folder", dir.display())));
+            return Err(Error::msg(format!(
+                "{}: expected an empty folder for the predictions",
+                dir.display()
+            )));
         }
         Ok(Self { dir: dir.to_path_buf() })
     }

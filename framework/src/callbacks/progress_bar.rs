@@ -12,7 +12,7 @@ use crate::error::Result;
 /// Time between two lines where standard error is a file and no bar can move.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Shows steps, loss, samples a second and the time left: a bar on a terminal, a line now and then in a log file.
+/// Shows steps, loss, samples per second and the time left: a bar on a terminal, a line now and then in a log file.
 #[derive(Default)]
 pub struct ProgressBar {
     run: Option<Run>,

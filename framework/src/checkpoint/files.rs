@@ -98,7 +98,7 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     let mut newest = None;
     for path in steps(dir).into_iter().rev().map(|step| dir.join(step.to_string())) {
         let Err(damage) = verify(&path) else { return Ok(Some(path)) };
-        tracing::warn!("passing over a checkpoint: {damage}");
+        tracing::warn!("skipping a checkpoint: {damage}");
         newest.get_or_insert(damage);
     }
     match newest {
@@ -124,7 +124,7 @@ impl Validations {
         let path = dir.join(VALIDATIONS);
         let Ok(text) = fs::read(&path) else { return Self::default() };
         serde_json::from_slice(&text).unwrap_or_else(|error| {
-            tracing::warn!("{}: {error}; which validations were the best is not known", path.display());
+            tracing::warn!("{}: {error}; the best validations so far are unknown", path.display());
             Self::default()
         })
     }

@@ -238,8 +238,8 @@ impl Checkpoint {
         let differences = values::differences(&self.optimizer, optimizer);
         if !differences.is_empty() {
             return Err(Error::msg(format!(
-                "{}: this checkpoint is of another optimizer; what is kept for it differs:\n  {}\n\
-                 go on with the optimizer of `config.toml` in the run's folder, or start from these weights alone, by [init]",
+                "{}: this checkpoint is of another optimizer; their states differ:\n  {}\n\
+                 resume with the optimizer in the run's `config.toml`, or start from these weights only, with [init]",
                 self.path.display(),
                 values::listed(differences),
             )));
@@ -262,7 +262,7 @@ impl Checkpoint {
         if !differences.is_empty() {
             return Err(Error::msg(format!(
                 "{}: this checkpoint is of another model; its {what}s differ:\n  {}\n\
-                 use the configuration that it was trained with: `config.toml` in its run's folder",
+                 use the configuration it was trained with: `config.toml` in its run's folder",
                 self.path.display(),
                 values::listed(differences),
             )));

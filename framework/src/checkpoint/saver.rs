@@ -37,9 +37,7 @@ impl Saver {
         };
         if let Some(state) = resumed {
             if !saver.take(&state.best, state.best_by.as_ref()) {
-                tracing::warn!(
-                    "`checkpoint.monitor` is another than before: which validations were the best begins anew"
-                );
+                tracing::warn!("`checkpoint.monitor` has changed: the list of best validations starts over");
             }
             // A validation at a run's very end comes after its checkpoint: the folder knows of it.
             let Validations { mut best, best_by, ended_at } = Validations::read(dir);
@@ -56,7 +54,7 @@ impl Saver {
         let aside = files::set_aside(&self.dir, self.saved)?;
         if !aside.is_empty() {
             let names: Vec<String> = aside.iter().map(|path| path.display().to_string()).collect();
-            tracing::warn!("checkpoints of steps that this run takes anew are kept as {}", names.join(", "));
+            tracing::warn!("checkpoints of steps that this run repeats are kept as {}", names.join(", "));
         }
         for (link, step) in [("last", self.saved), ("best", self.best.first().map(|best| best.step))] {
             let step = step.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());

@@ -39,7 +39,7 @@ pub(crate) fn check(ranks: &dyn Collective, own: &Identity) -> Result<()> {
     let line =
         |lines: &[String]| lines.get(place).map_or("nothing".into(), |line| format!("`{}`", line.trim()));
     Err(Error::msg(format!(
-        "rank {other} is not about to train what rank 0 is: it has {}, rank 0 has {}. All ranks need the same binary, the \
+        "rank {other} is configured differently from rank 0: it has {}, rank 0 has {}. All ranks need the same binary, the \
          same configuration and the same data",
         line(&second),
         line(&first)
@@ -73,10 +73,10 @@ mod tests {
         assert_eq!(check(|_| ("a = 1\nb = 2".into(), vec![2])), [None, None, None]);
         let lr = check(|rank| (format!("a = 1\nlr = {}", if rank == 2 { 0.1 } else { 0.2 }), vec![2]));
         let expected =
-            "rank 2 is not about to train what rank 0 is: it has `lr = 0.1`, rank 0 has `lr = 0.2`.";
+            "rank 2 is configured differently from rank 0: it has `lr = 0.1`, rank 0 has `lr = 0.2`.";
         assert!(lr.iter().all(|error| error.as_ref().unwrap().starts_with(expected)), "{lr:?}");
         let shape = check(|rank| ("a = 1".into(), if rank == 1 { vec![3] } else { vec![2, 1] }));
-        let expected = "rank 1 is not about to train what rank 0 is: it has `parameter `w` of shape [3]`, rank 0 has \
+        let expected = "rank 1 is configured differently from rank 0: it has `parameter `w` of shape [3]`, rank 0 has \
                         `parameter `w` of shape [2, 1]`.";
         assert!(shape.iter().all(|error| error.as_ref().unwrap().starts_with(expected)), "{shape:?}");
     }

@@ -136,7 +136,7 @@ impl DistributedConfig {
         let Environment { starter, rank, world_size, master, .. } = environment;
         let nowhere = || {
             Error::msg(format!(
-                "this process is rank {rank} of {world_size} ({}), and does not know where the first one can be reached: set \
+                "this process is rank {rank} of {world_size} ({}), and does not know the address of the first one: set \
                  `distributed.master` to its \"HOST:PORT\"",
                 starter.name()
             ))
@@ -164,7 +164,7 @@ impl DistributedConfig {
             }
             // Each would train on its own, and all would write the same files.
             Some(Environment { starter, rank, world_size, .. }) => Err(Error::msg(format!(
-                "this process is rank {rank} of {world_size} ({}), and has nothing to reach the others with: build it with \
+                "this process is rank {rank} of {world_size} ({}), and cannot communicate with the others: build it with \
                  `--features mpi`, or for CUDA devices with `--features cuda`, and leave `distributed.backend` at \"auto\"; or \
                  start one process with `trainer.devices = {world_size}`",
                 starter.name()
@@ -184,7 +184,7 @@ impl DistributedConfig {
         match environment {
             Some(Environment { starter, world_size, .. }) if world_size != ranks.world_size() => {
                 Err(Error::msg(format!(
-                    "{} started {world_size} processes, and MPI knows of {}: start them with `mpirun`, or with \
+                    "{} started {world_size} processes, but MPI sees {}: start them with `mpirun`, or with \
                      `srun --mpi=pmix`",
                     starter.name(),
                     ranks.world_size()

@@ -25,7 +25,7 @@ pub(super) fn read<T: DeserializeOwned>(value: Spanned<DeValue>) -> Result<T, Re
         && let (quoted, Some(text)) = quote(value, &span)
     {
         let message = match of(&quoted) {
-            Ok(_) => format!("expected a text: \"{text}\""),
+            Ok(_) => format!("expected a string: \"{text}\""),
             Err(error) => in_plain_words(error.message()),
         };
         return Err(Refusal { message, span: Some(span) });
@@ -85,15 +85,17 @@ fn wanted(expected: &str) -> String {
         return format!("a list of {count} values");
     }
     match expected {
-        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number from 0",
-        "a nonzero u8" | "a nonzero u32" | "a nonzero u64" | "a nonzero usize" => "a whole number from 1",
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number of at least 0",
+        "a nonzero u8" | "a nonzero u32" | "a nonzero u64" | "a nonzero usize" => {
+            "a whole number of at least 1"
+        }
         "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number",
         "f32" | "f64" => "a number",
         "a boolean" => "`true` or `false`",
         "a string" | "path string" => "a text in quotes",
-        "a sequence" => "a list, as `[1, 2]`",
-        "a map" => "a table, as `{ key = 1 }`",
-        _ if expected.starts_with("struct ") => "a table, as `{ key = 1 }`",
+        "a sequence" => "a list such as `[1, 2]`",
+        "a map" => "a table such as `{ key = 1 }`",
+        _ if expected.starts_with("struct ") => "a table such as `{ key = 1 }`",
         other => other,
     }
     .to_string()
@@ -115,7 +117,7 @@ fn present(found: &str) -> &str {
 pub(super) fn in_our_words(field: &str) -> Option<&'static str> {
     Some(match field {
         "accumulate_grad_batches" => {
-            "set `trainer.micro_batch_size`: a step adds up as many as make `batch_size`"
+            "set `trainer.micro_batch_size`; a step adds up as many as make a `batch_size`"
         }
         "gradient_clip_val" => "it is `trainer.clip_norm`",
         "check_val_every_n_epoch" => "it is `trainer.val_every`, as \"2 epochs\"",
@@ -172,25 +174,25 @@ mod tests {
     fn wrong_values_are_told_in_plain_words() {
         let precisions = "expected one of `32`, `bf16-mixed`, `16-mixed`";
         for (line, words) in [
-            ("count = \"four\"", "expected a whole number from 0, found \"four\""),
-            ("count = -4", "expected a whole number from 0, found `-4`"),
-            ("count = 4.5", "expected a whole number from 0, found `4.5`"),
-            ("some = 0", "expected a whole number from 1, found `0`"),
+            ("count = \"four\"", "expected a whole number of at least 0, found \"four\""),
+            ("count = -4", "expected a whole number of at least 0, found `-4`"),
+            ("count = 4.5", "expected a whole number of at least 0, found `4.5`"),
+            ("some = 0", "expected a whole number of at least 1, found `0`"),
             ("whole = true", "expected a whole number, found `true`"),
             ("share = \"half\"", "expected a number, found \"half\""),
             ("is_on = 1", "expected `true` or `false`, found `1`"),
             ("path = 3", "expected a text in quotes, found `3`"),
-            ("list = 3", "expected a list, as `[1, 2]`, found `3`"),
+            ("list = 3", "expected a list such as `[1, 2]`, found `3`"),
             ("pair = [1.0]", "expected a list of 2 values, found 1"),
             ("pair = 1.0", "expected a list of 2 values, found `1.0`"),
-            ("inner = 3", "expected a table, as `{ key = 1 }`, found `3`"),
+            ("inner = 3", "expected a table such as `{ key = 1 }`, found `3`"),
             ("share = [1]", "expected a number, found a list"),
             ("share = { a = 1 }", "expected a number, found a table"),
             ("precision = \"half\"", &format!("unknown value `half`, {precisions}")),
             // Lightning's way to say it.
             ("precision = 16", &format!("unknown value `16`, {precisions}")),
-            ("precision = 32", "expected a text: \"32\""),
-            ("inner = { precision = 32 }", "expected a text: \"32\""),
+            ("precision = 32", "expected a string: \"32\""),
+            ("inner = { precision = 32 }", "expected a string: \"32\""),
             ("each = [\"32\", 1.5]", &format!("unknown value `1.5`, {precisions}")),
             ("precision = true", &format!("unknown value `true`, {precisions}")),
         ] {

@@ -264,9 +264,9 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
         if items.peek().is_none() {
             let (split, skip) = (pass.split.name(), portions.skip);
             return Err(Error::msg(match skip {
-                0 => format!("the {split} stream gave nothing"),
+                0 => format!("the {split} stream is empty"),
                 _ => {
-                    format!("the {split} stream gave nothing after the {skip} samples that were learned from")
+                    format!("the {split} stream has nothing after the {skip} samples already trained on")
                 }
             }));
         }

@@ -128,8 +128,8 @@ fn data_section(config: &str) -> toml::Table {
 fn why_opened(trained_on: &toml::Table, now: &toml::Table) -> String {
     let changes = differences(trained_on, now, "data").join("\n  ");
     format!(
-        "the data is looked at because [data] is not what the checkpoint learned from:\n  {changes}\n\
-         with `config.toml` of the run's folder, it need not be there"
+        "opening the training data, because [data] differs from the checkpoint's:\n  {changes}\n\
+         with the `config.toml` in the run's folder, it is not needed"
     )
 }
 
@@ -143,7 +143,7 @@ fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
     {
         let changes = differences(&old, &parse(resolved)?, "");
         if !changes.is_empty() {
-            tracing::warn!("the configuration is not the checkpoint's:\n  {}", changes.join("\n  "));
+            tracing::warn!("the configuration differs from the checkpoint's:\n  {}", changes.join("\n  "));
         }
     }
     write_whole(&path, resolved.as_bytes())
@@ -175,7 +175,7 @@ impl<B: Batch> Job for Pair<B> {
         let (mut dir, mut new_run, mut lock) = (None, None, None);
         let writes = experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0;
         if experiment.trainer.fast_dev_run > 0 && *resume != Resume::No {
-            tracing::warn!("a try-out (trainer.fast_dev_run) begins at step 0: `--resume` plays no part");
+            tracing::warn!("`trainer.fast_dev_run` starts at step 0: `--resume` is ignored");
         }
         let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
         if checkpoint.is_none() && experiment.ranks.rank() == 0 {

@@ -59,7 +59,7 @@ fn turn(
             let section = format!("{section}.schedule");
             let (schedule, plateau) = schedule(document, &section)?;
             if plateau.is_some() {
-                let message = "a plateau is of all optimizers: write [schedule.plateau]";
+                let message = "a plateau applies to all optimizers: write [schedule.plateau]";
                 return Err(document.place(&section, Error::setting("plateau", message)));
             }
             Some(schedule)

@@ -51,7 +51,7 @@ pub struct BatchTrial {
 pub struct BatchFinding {
     /// Every size that was tried and fits, in rising order.
     pub trials: Vec<BatchTrial>,
-    /// The smallest whose speed, in samples a second, is within 5 % of the best: larger ones cost memory for nothing.
+    /// The smallest whose speed, in samples per second, is within 5 % of the best: larger ones cost memory for nothing.
     pub suggestion: usize,
     /// The largest that was tried and fits.
     pub largest: usize,
@@ -155,7 +155,7 @@ impl Trainer {
         let timed = bench::measure(&trainer, model, data, steps, Pass::Training)?;
         let memory_mb = held.zip(memory::peak()).map(|(held, peak)| megabytes(peak.saturating_sub(held)));
         let (ms_per_step, samples_per_second) = (timed.ms_per_step, timed.samples_per_second);
-        tracing::info!("batches of {batch_size}: {samples_per_second:.1} samples a second");
+        tracing::info!("batches of {batch_size}: {samples_per_second:.1} samples per second");
         Ok(BatchTrial { batch_size, ms_per_step, samples_per_second, memory_mb })
     }
 }
@@ -175,7 +175,7 @@ fn reason_to_end(trials: &[BatchTrial], max: usize, limit: Option<f64>) -> Optio
     let last = trials.last()?;
     let next = 2 * last.batch_size;
     if next > max {
-        return Some(format!("twice as much is over {max}"));
+        return Some(format!("twice as many would exceed {max}"));
     }
     if let (Some(memory), Some(limit)) = (last.memory_mb, limit) {
         // A line through the last two sizes, and through nothing before the first.
@@ -239,7 +239,7 @@ mod tests {
         let no_faster = trials(&[(10., 1.), (20., 1.), (20.9, 1.), (20.8, 1.)]);
         assert_eq!(reason_to_end(&no_faster[..3], 100, None), None);
         assert_eq!(reason_to_end(&no_faster, 100, None).unwrap(), "the last 2 doublings made it no faster");
-        assert_eq!(reason_to_end(&faster, 15, None).unwrap(), "twice as much is over 15");
+        assert_eq!(reason_to_end(&faster, 15, None).unwrap(), "twice as many would exceed 15");
         assert_eq!(reason_to_end(&faster, 16, None), None);
     }
 

@@ -81,7 +81,7 @@ impl LrFinderConfig {
             return Err(Error::setting("max_lr", message));
         }
         if !(0. ..1.).contains(&beta) {
-            let message = format!("expected a number from 0 up to, not including, 1; found {beta}");
+            let message = format!("expected a number in [0, 1); found {beta}");
             return Err(Error::setting("beta", message));
         }
         Ok(())
@@ -216,8 +216,7 @@ impl LrFinding {
         let steepest = falling.min_by(|a, b| a.1.slope.total_cmp(&b.1.slope));
         steepest.map(|(point, _)| *point).ok_or_else(|| {
             Error::msg(format!(
-                "the loss never fell clearly between the learning rates {:.1e} and {:.1e}: where it falls at all, noise \
-                 hides it. Take more steps, for example {}, or see whether the model learns",
+                "the loss never fell clearly between the learning rates {:.1e} and {:.1e}: if it falls at all, noise hides it. Take more steps, for example {}, or check that the model learns",
                 first.lr,
                 last.lr,
                 4 * steps
@@ -342,8 +341,7 @@ mod tests {
             "the test ended after 15 steps, too few to suggest a learning rate (16 are needed): take more steps, or \
              start from a rate below 1.0e-6 if the loss exploded"
         );
-        let never = "the loss never fell clearly between the learning rates 1.0e-6 and 1.0e-2: where it falls at all, \
-                     noise hides it. Take more steps, for example 84, or see whether the model learns";
+        let never = "the loss never fell clearly between the learning rates 1.0e-6 and 1.0e-2: if it falls at all, noise hides it. Take more steps, for example 84, or check that the model learns";
         assert_eq!(error(&[1.; 21]), never);
         // Falls by 0.02 in each step, and jumps by 1 up and down.
         let noisy: Vec<f64> = (0..21).map(|i| 0.5 * (-1f64).powi(i) - 0.02 * i as f64).collect();

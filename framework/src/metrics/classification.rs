@@ -51,7 +51,7 @@ fn ranked(scores: &Tensor, labels: &Tensor) -> Result<Vec<(f64, bool)>> {
         return Err(Error::msg(format!("expected labels of 0 and 1, found {label}")));
     }
     if scores.iter().any(|score| score.is_nan()) {
-        return Err(Error::msg("a score is not a number"));
+        return Err(Error::msg("a score is NaN"));
     }
     let mut ranked: Vec<_> = scores.into_iter().zip(labels.into_iter().map(|label| label == 1.)).collect();
     ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -184,7 +184,7 @@ mod tests {
             |scores: &[f32], labels: &[f32]| auroc(&tensor(scores), &tensor(labels)).unwrap_err().to_string();
         assert_eq!(error(&[1., 2.], &[1.]), "there are 2 scores for 1 labels");
         assert_eq!(error(&[1.], &[2.]), "expected labels of 0 and 1, found 2");
-        assert_eq!(error(&[f32::NAN], &[1.]), "a score is not a number");
+        assert_eq!(error(&[f32::NAN], &[1.]), "a score is NaN");
         let error = Confusion::new(&tensor(&[3.]), &tensor(&[1.]), 3).unwrap_err().to_string();
         assert_eq!(error, "expected classes below 3, found 3 for 1");
     }

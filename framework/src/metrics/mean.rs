@@ -28,7 +28,8 @@ impl Means {
             )));
         }
         if !(weight.is_finite() && weight >= 0.) {
-            let message = format!("metric `{name}` is logged with weight {weight}: expected a number from 0");
+            let message =
+                format!("metric `{name}` is logged with weight {weight}: expected a number of at least 0");
             return Err(Error::msg(message));
         }
         if weight == 0. {

@@ -108,7 +108,7 @@ impl ConvTranspose {
         }
         let ConvTranspose2dOptions { stride, padding, output_padding, dilation, groups } = options;
         if groups != 1 {
-            return Err(Error::msg("candle has no transposed convolution in groups"));
+            return Err(Error::msg("candle has no grouped transposed convolution"));
         }
         let x = channels_first(x)?;
         let y = x.conv_transpose2d(&self.weight, padding, output_padding, stride, dilation)?;

@@ -38,8 +38,7 @@ pub fn dropout(x: &Tensor, probability: f64, step: &Step, name: &str) -> Result<
 /// Zero with this probability, else what keeps the mean.
 fn factors(count: usize, probability: f64, rng: &mut impl Rng) -> Result<Vec<f32>> {
     if !(0. ..1.).contains(&probability) {
-        let message =
-            format!("a probability to drop is from 0 up to, not including, 1; this one is {probability}");
+        let message = format!("a drop probability is in [0, 1); this one is {probability}");
         return Err(Error::msg(message));
     }
     let kept = 1. - probability;

@@ -72,8 +72,7 @@ impl BatchNorm {
         let (y, statistics) = normalize(x, Over::Batch, &self.weight, &self.bias, self.then)?;
         if statistics.count < 2 {
             return Err(Error::msg(format!(
-                "batch normalisation in training needs more than one value a channel; the input is {:?}; where that is an epoch's \
-                 last batch, `trainer.drop_last = true` leaves it out",
+                "batch normalisation in training needs more than one value per channel; the input is {:?}; if that is an epoch's last batch, `trainer.drop_last = true` skips it",
                 x.dims()
             )));
         }
@@ -396,7 +395,7 @@ mod tests {
         let error = norm.unwrap().forward(&x, true).unwrap_err().to_string();
         assert!(
             error.starts_with(
-                "batch normalisation in training needs more than one value a channel; the input is [1, 2]; "
+                "batch normalisation in training needs more than one value per channel; the input is [1, 2]; "
             ),
             "{error}"
         );

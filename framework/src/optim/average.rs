@@ -54,7 +54,7 @@ impl AverageConfig {
         }
         match self {
             Self::Ema(EmaConfig { decay, .. }) if !(0. ..1.).contains(decay) => {
-                let message = format!("expected a number from 0 up to, not including, 1; found {decay}");
+                let message = format!("expected a number in [0, 1); found {decay}");
                 Err(Error::setting("decay", message))
             }
             _ => Ok(()),

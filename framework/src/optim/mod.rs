@@ -138,18 +138,15 @@ impl OptimizerConfig {
     pub fn check(&self) -> Result<()> {
         let lr = self.lr();
         if !(lr.is_finite() && lr >= 0.) {
-            return Err(Error::setting("lr", format!("a learning rate is a number from 0 up, not {lr}")));
+            return Err(Error::setting("lr", format!("expected a learning rate of at least 0, found {lr}")));
         }
         let share = |key, value: f64| match (0. ..1.).contains(&value) {
             true => Ok(()),
-            false => Err(Error::setting(
-                key,
-                format!("expected a number from 0 up to, not including, 1; found {value}"),
-            )),
+            false => Err(Error::setting(key, format!("expected a number in [0, 1); found {value}"))),
         };
         let from_zero = |key, value: f64| match value.is_finite() && value >= 0. {
             true => Ok(()),
-            false => Err(Error::setting(key, format!("expected a number from 0 up, found {value}"))),
+            false => Err(Error::setting(key, format!("expected a number of at least 0, found {value}"))),
         };
         from_zero("weight_decay", *self.clone().rates().1)?;
         let moments = |betas: &[f64; 2], eps| {

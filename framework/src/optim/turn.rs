@@ -71,12 +71,12 @@ impl TurnConfig {
         for GroupConfig { params, lr, weight_decay, frozen } in &self.groups {
             if *frozen && (lr.is_some() || weight_decay.is_some()) {
                 let message =
-                    format!("group `{params}`: it is frozen, so that `lr` and `weight_decay` play no part");
+                    format!("group `{params}`: it is frozen, so `lr` and `weight_decay` have no effect");
                 return Err(Error::setting("groups", message));
             }
             let negative = |value: &Option<f64>| value.is_some_and(|x| !(x.is_finite() && x >= 0.));
             if negative(lr) || negative(weight_decay) {
-                let message = format!("group `{params}`: expected `lr` and `weight_decay` from 0 up");
+                let message = format!("group `{params}`: expected `lr` and `weight_decay` of at least 0");
                 return Err(Error::setting("groups", message));
             }
             if weight_decay.is_some() && matches!(&self.optimizer, OptimizerConfig::Own(own) if !own.decays) {
@@ -84,7 +84,8 @@ impl TurnConfig {
                 return Err(Error::setting("groups", message));
             }
             if lr.is_some() && self.optimizer.lr() == 0. {
-                let message = format!("group `{params}`: its `lr` is a ratio to the optimizer's, which is 0");
+                let message =
+                    format!("group `{params}`: its `lr` is relative to the optimizer's, which is 0");
                 return Err(Error::setting("groups", message));
             }
         }
@@ -97,7 +98,7 @@ impl TurnConfig {
             true => Ok(()),
             false => Err(Error::setting(
                 "every",
-                "one of the optimizers has to take its turn in each step: leave out its `every`",
+                "at least one optimizer must be active in every step: leave out its `every`",
             )),
         }
     }
@@ -158,7 +159,7 @@ impl Turn {
         let names: Vec<String> = params.vars().into_iter().map(|(name, _)| name).collect();
         if let Some(pattern) = unused.iter().find(|pattern| !names.iter().any(|name| fits(pattern, name))) {
             return Err(Error::msg(format!(
-                "the module says that `{pattern}` is unused: it fits no parameter"
+                "the module declares `{pattern}` unused, which matches no parameter"
             )));
         }
         for (name, _) in params.vars() {
@@ -168,14 +169,14 @@ impl Turn {
                 [_] => {}
                 [] => {
                     return Err(Error::msg(format!(
-                        "no optimizer moves parameter `{name}`: {}",
+                        "no optimizer updates parameter `{name}`: {}",
                         patterns(configs)
                     )));
                 }
                 _ => {
                     let takers = takers.join("` and `");
                     return Err(Error::msg(format!(
-                        "parameter `{name}` is moved by `{takers}`: give it to one"
+                        "parameter `{name}` is assigned to `{takers}`: assign it to one"
                     )));
                 }
             }
@@ -215,7 +216,7 @@ impl Turn {
             let members = take(&group.params, &mut rest);
             if members.is_empty() && params.iter().any(|(name, _)| fits(&group.params, name)) {
                 let message = format!(
-                    "group `{}`: all parameters that it fits are those of groups before it",
+                    "group `{}`: all parameters that it matches belong to earlier groups",
                     group.params
                 );
                 return Err(Error::setting("groups", message));
@@ -243,7 +244,7 @@ impl Turn {
         match turn.state().into_iter().find(|(name, _)| !names.insert(name.clone())) {
             // A checkpoint would keep one of them.
             Some((name, _)) => Err(Error::msg(format!(
-                "optimizer `{}` remembers two things as `{name}`: give each of its parameters' a name of its own",
+                "optimizer `{}` has two states named `{name}`: give each a name of its own",
                 config.name
             ))),
             None => Ok(turn),
@@ -331,7 +332,7 @@ fn take(pattern: &str, from: &mut Vec<(String, Var)>) -> Vec<(String, Var)> {
 }
 
 fn patterns(configs: &[TurnConfig]) -> String {
-    let all: Vec<String> = configs.iter().map(|c| format!("`{}` moves `{}`", c.name, c.params)).collect();
+    let all: Vec<String> = configs.iter().map(|c| format!("`{}` updates `{}`", c.name, c.params)).collect();
     all.join(", ")
 }
 
@@ -339,7 +340,10 @@ fn no_parameter(key: &str, pattern: &str, params: &[(String, Var)]) -> Error {
     const SHOWN: usize = 8;
     let names: Vec<&str> = params.iter().take(SHOWN).map(|(name, _)| name.as_str()).collect();
     let more = if params.len() > SHOWN { ", ..." } else { "" };
-    Error::setting(key, format!("`{pattern}` fits no parameter; there are {}{more}", names.join(", ")))
+    Error::setting(
+        key,
+        format!("`{pattern}` matches no parameter; the parameters are {}{more}", names.join(", ")),
+    )
 }
 
 #[cfg(test)]
@@ -440,12 +444,12 @@ mod tests {
         let error = |configs: &[TurnConfig]| {
             Turn::share(configs, &Schedule::default(), &all, &[], None).err().unwrap().to_string()
         };
-        assert_eq!(error(&[turn("x", "a.*")]), "no optimizer moves parameter `b.w`: `x` moves `a.*`");
+        assert_eq!(error(&[turn("x", "a.*")]), "no optimizer updates parameter `b.w`: `x` updates `a.*`");
         assert_eq!(
             error(&[turn("x", "*"), turn("y", "b.*")]),
-            "parameter `b.w` is moved by `x` and `y`: give it to one"
+            "parameter `b.w` is assigned to `x` and `y`: assign it to one"
         );
         let lost = TurnConfig { groups: vec![group("c.*")], ..turn("x", "*") };
-        assert_eq!(error(&[lost]), "`groups`: `c.*` fits no parameter; there are a.w, b.w");
+        assert_eq!(error(&[lost]), "`groups`: `c.*` matches no parameter; the parameters are a.w, b.w");
     }
 }

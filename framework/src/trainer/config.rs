@@ -232,7 +232,7 @@ impl TrainerConfig {
         match limit {
             None => Ok(all),
             Some(Limit::Share(_)) if len.is_none() => Err(Error::msg(
-                "a stream's length is not known: limit its batches by a number, not by a share",
+                "a stream's length is not known: limit its batches by a number, not by a fraction",
             )),
             Some(limit) => {
                 Ok(limit.of(all.div_ceil(self.batch_size)).saturating_mul(self.batch_size).min(all))

@@ -97,9 +97,8 @@ pub(super) fn evaluate<B: Batch>(
 fn add_metrics(metrics: &mut IndexMap<String, f64>, more: Vec<(String, f64)>) -> Result<()> {
     for (name, value) in more {
         if TAKEN.contains(&name.as_str()) || metrics.contains_key(&name) {
-            let message = format!(
-                "`Module::metrics` gives `{name}`, which is in the record already; take another name"
-            );
+            let message =
+                format!("`Module::metrics` returns `{name}`, which is logged already; use another name");
             return Err(Error::msg(message));
         }
         metrics.insert(name, value);
@@ -111,7 +110,9 @@ fn add_metrics(metrics: &mut IndexMap<String, f64>, more: Vec<(String, f64)>) ->
 pub(super) fn one_number(loss: &Tensor) -> Result<Tensor> {
     if loss.elem_count() != 1 {
         let shape = loss.dims();
-        return Err(Error::msg(format!("the loss has shape {shape:?}; expected one number, as its mean")));
+        return Err(Error::msg(format!(
+            "the loss has shape {shape:?}; expected a scalar, for example its mean"
+        )));
     }
     Ok(loss.reshape(())?)
 }

@@ -74,7 +74,7 @@ impl<'de> Deserialize<'de> for Limit {
         impl Visitor<'_> for Reader {
             type Value = Limit;
             fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("a number of batches, as 100, or a share of them, as 0.25")
+                f.write_str("a number of batches such as 100, or a fraction of them such as 0.25")
             }
             fn visit_i64<E: de::Error>(self, n: i64) -> Result<Limit, E> {
                 let wrong = |_| E::invalid_value(de::Unexpected::Signed(n), &self);
@@ -112,8 +112,7 @@ impl JsonSchema for Limit {
     }
 }
 
-const EVERY: &str =
-    "a number of steps, as 500, or a text as \"500 steps\", \"2 epochs\", \"0.25 epochs\" or \"30 min\"";
+const EVERY: &str = "a number of steps such as 500, or a string such as \"500 steps\", \"2 epochs\", \"0.25 epochs\" or \"30 min\"";
 
 impl std::str::FromStr for Every {
     type Err = String;
@@ -199,7 +198,7 @@ pub(crate) mod duration {
     ) -> Result<Option<Duration>, D::Error> {
         let text = String::deserialize(deserializer)?;
         let wrong = |_| {
-            let expected = "a length of time, as \"2h 30m\" or \"45 min\"";
+            let expected = "a duration such as \"2h 30m\" or \"45 min\"";
             de::Error::invalid_value(de::Unexpected::Str(&text), &expected)
         };
         humantime::parse_duration(&text).map(Some).map_err(wrong)

@@ -501,7 +501,10 @@ impl Trainer {
         }
         if !kept.is_empty() && self.ranks.rank() == 0 {
             let names: Vec<&str> = kept.keys().map(String::as_str).collect();
-            tracing::warn!("the checkpoint knows callbacks that are not here: {}", names.join(", "));
+            tracing::warn!(
+                "the checkpoint has the state of callbacks that are not attached: {}",
+                names.join(", ")
+            );
         }
         Ok(())
     }

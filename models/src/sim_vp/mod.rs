@@ -92,7 +92,7 @@ impl SimVpConfig {
             ));
         }
         if !self.drop_path.iter().all(|share| (0. ..1.).contains(share)) {
-            return Err(Error::setting("drop_path", "expected two numbers from 0 up to, not including, 1"));
+            return Err(Error::setting("drop_path", "expected two numbers in [0, 1)"));
         }
         Ok(())
     }

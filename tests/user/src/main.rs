@@ -36,7 +36,7 @@ impl Open for Bars {
         if config.noise < 0. {
             return Err(Error::setting(
                 "noise",
-                format!("expected a number from 0 up, found {}", config.noise),
+                format!("expected a number of at least 0, found {}", config.noise),
             ));
         }
         let samples = if split == Split::Train { config.samples } else { 100 };

@@ -34,5 +34,5 @@ fn its_mistakes_are_shown_where_they_stand() {
     let output = bars(&["train", "bars.toml", "--set", "data.noise=-1.0"]);
     assert_eq!(output.status.code(), Some(2));
     let error = String::from_utf8(output.stderr).unwrap();
-    assert!(error.contains("expected a number from 0 up, found -1"), "{error}");
+    assert!(error.contains("expected a number of at least 0, found -1"), "{error}");
 }

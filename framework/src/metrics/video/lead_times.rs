@@ -120,7 +120,7 @@ fn mean_frame(train: &dyn Dataset<Batch = Video>, seed: u64) -> Result<Tensor> {
             None => (sum, count),
         });
     }
-    let (sum, count) = sums.ok_or_else(|| Error::msg("there is no frame to take a mean of"))?;
+    let (sum, count) = sums.ok_or_else(|| Error::msg("there are no frames to average"))?;
     Ok((sum / count.maximum(1.)?)?)
 }
 

@@ -59,7 +59,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             let known = state.and_then(|state| state.optimizer_steps.get(&turn.name));
             if known.is_none() && state.is_some_and(|state| !state.optimizer_steps.is_empty()) {
                 tracing::warn!(
-                    "the checkpoint knows no optimizer `{}`: all of its steps count as taken",
+                    "the checkpoint has no optimizer `{}`: all steps so far count as its own",
                     turn.name
                 );
             }
@@ -101,7 +101,7 @@ impl<'a, B: Batch> Fit<'a, B> {
         let replays = Replays::new(config.cuda_graph && ranks.is_alone(), model.params().device());
         if config.cuda_graph && !ranks.is_alone() {
             tracing::warn!(
-                "trainer.cuda_graph: steps of several ranks are not recorded: their gradients travel meanwhile"
+                "trainer.cuda_graph: steps of several ranks are not recorded, because gradients are exchanged during them"
             );
         }
         let overflows = vec![0; turns.len()];
@@ -131,13 +131,13 @@ impl<'a, B: Batch> Fit<'a, B> {
         let val = val.filter(|(.., limit)| limit.is_none_or(|limit| limit.of(usize::MAX) > 0));
         if val.as_ref().is_some_and(|(source, ..)| source.is_empty()) {
             return Err(Error::msg(
-                "the validation data is empty; without validation, training goes by `trainer.limit_val_batches = 0`",
+                "the validation data is empty; to train without validation, set `trainer.limit_val_batches = 0`",
             ));
         }
         let watching = trainer.callbacks.iter().find(|callback| callback.monitors().is_some());
         let plateau = trainer.plateau.as_ref().map(|_| "plateau");
         if let (Some(name), None) = (watching.map(|callback| callback.section.as_str()).or(plateau), &val) {
-            return Err(Error::msg(format!("{name} watches the validation, and there is none")));
+            return Err(Error::msg(format!("{name} monitors the validation, and there is none")));
         }
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
@@ -186,9 +186,7 @@ impl<'a, B: Batch> Fit<'a, B> {
 fn plateau_of(trainer: &Trainer, state: &State) -> PlateauState {
     match &trainer.plateau {
         Some(plateau) if !plateau.criterion().goes_on(state.plateau_of.as_ref()) => {
-            tracing::warn!(
-                "`schedule.plateau.monitor` is another than before: what it waits for begins anew"
-            );
+            tracing::warn!("`schedule.plateau.monitor` has changed: the plateau starts over");
             PlateauState::default()
         }
         _ => state.plateau,
@@ -227,9 +225,9 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
     }
     let order = match train.len() {
         _ if !config.drop_last => order,
-        None => return Err(Error::setting("drop_last", "a stream says itself what its batches are of")),
+        None => return Err(Error::setting("drop_last", "a stream has no batches that are too short")),
         Some(samples) if samples < config.batch_size => {
-            let message = format!("it would leave nothing: there are {samples} samples, less than a batch");
+            let message = format!("it would leave nothing: there are {samples} samples, fewer than a batch");
             return Err(Error::setting("drop_last", message));
         }
         Some(samples) => order.limited(samples / config.batch_size),
@@ -257,7 +255,7 @@ fn check_stream_goes_on(state: &State, order: &Order) -> Result<()> {
     match step_in_epoch {
         0 => Ok(()),
         _ if done == 0 => Err(Error::msg(
-            "the checkpoint does not say how many samples of the stream it has seen: begin anew",
+            "the checkpoint does not say how many samples of the stream it has seen: start a new run",
         )),
         _ if done < limit => Ok(()),
         _ => Err(Error::msg(format!(
@@ -274,7 +272,7 @@ fn check_same_order(state: &State, order: &Order) -> Result<()> {
     if is_beyond || samples != epoch * order.samples() as u64 + in_epoch {
         return Err(Error::msg(format!(
             "the checkpoint saw {samples} samples in {epoch} epochs and {step_in_epoch} steps; {} samples in batches of {} \
-             do not add up to that: go on with the batch size, the training data and the `limit_train_batches` that it was \
+             do not add up to that: resume with the batch size, the training data and the `limit_train_batches` that it was \
              made with",
             order.samples(),
             order.batch_size
@@ -282,7 +280,7 @@ fn check_same_order(state: &State, order: &Order) -> Result<()> {
     }
     if state.seed != order.seed {
         tracing::warn!(
-            "the checkpoint's seed is {}, today's is {}: the order changes",
+            "the checkpoint's seed is {}, this run's is {}: the order of samples changes",
             state.seed,
             order.seed
         );

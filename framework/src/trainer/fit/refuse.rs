@@ -57,15 +57,14 @@ impl<B: Batch> Fit<'_, B> {
             let name = String::from_utf8_lossy(name);
             what.get_or_insert(format!("the gradient of `{name}` is not finite"));
         }
-        let what = what.unwrap_or_else(|| "the gradients together are too large for a number".into());
+        let what = what.unwrap_or_else(|| "the norm of all gradients overflows".into());
         let done = self.progress.step;
         let weights = match is_first {
             true => format!("the weights are still those of step {done}"),
-            false => "the optimizers before this one have moved: go on from the last checkpoint".into(),
+            false => "earlier optimizers of this step have moved: resume from the last checkpoint".into(),
         };
         Ok(Some(Refusal::Hopeless(format!(
-            "in step {} {what}; {weights}. A lower `optimizer.lr`, `trainer.clip_norm`, or a look at that step's data may \
-             help",
+            "in step {} {what}; {weights}. Try a lower `optimizer.lr` or `trainer.clip_norm`, or look at that step's data",
             done + 1
         ))))
     }
@@ -88,7 +87,7 @@ impl<B: Batch> Fit<'_, B> {
 /// What to say of fp16 that no loss scale helps.
 fn hopeless(step: u64) -> String {
     format!(
-        "{} tries in a row of step {step} overflowed in fp16, however small the loss scale; look at that step's data and at \
+        "{} tries in a row of step {step} overflowed in fp16 even with the smallest loss scale; look at that step's data and at \
          the weights, lower `optimizer.lr`, or use `trainer.precision = \"bf16-mixed\"`, whose range is that of 32 bits",
         LossScale::HOPELESS
     )

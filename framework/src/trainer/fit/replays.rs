@@ -132,7 +132,7 @@ impl<B: Batch> Recorded<B> {
             // They have never been computed, so that there is nothing to free.
             std::mem::forget(results);
             return Err(Error::msg(
-                "the module asks for the step's number or for random numbers, so that no step is like another",
+                "the module uses the step's number or random numbers, which differ from step to step",
             ));
         }
         let what = if results.clipped.is_some() { "a training step" } else { "passes over a micro-batch" };

@@ -96,8 +96,8 @@ impl<B: Batch> Fit<'_, B> {
         let saved = self.model.params().roll_back_buffers().and_then(|()| self.save());
         let saved = saved.and_then(|()| self.saver.as_mut().map_or(Ok(None), Saver::finish));
         match saved.and_then(|path| self.tell_saved(path)) {
-            Ok(()) => tracing::info!("step {step}, the last that was taken, is saved"),
-            Err(error) => tracing::warn!("step {step}, the last that was taken, cannot be saved: {error}"),
+            Ok(()) => tracing::info!("saved step {step}, the last completed one"),
+            Err(error) => tracing::warn!("cannot save step {step}, the last completed one: {error}"),
         }
     }
 

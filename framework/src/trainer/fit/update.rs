@@ -189,7 +189,7 @@ impl<B: Batch> Fit<'_, B> {
         let is_new = self.weighs[turn].is_some_and(|before| before != all.weighs);
         if is_new || (all.weighs && own.is_silent) {
             return Err(Error::msg(
-                "training_step: a module that says what its loss is the mean of (`Step::weigh_loss`) does so in each step",
+                "training_step: a module that calls `Step::weigh_loss` must do so in every step",
             ));
         }
         self.weighs[turn] = Some(all.weighs);

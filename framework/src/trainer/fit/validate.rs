@@ -65,7 +65,7 @@ impl<B: Batch> Fit<'_, B> {
         if self.saver.is_some() && value.is_none() {
             let monitor = &self.trainer.checkpoint.monitor;
             return Err(Error::msg(format!(
-                "a callback that says that it adds `{monitor}` has not added it"
+                "a callback declares that it adds `{monitor}`, and has not added it"
             )));
         }
         let is_best = self.saver.as_mut().zip(value).is_some_and(|(saver, value)| saver.rank(step, value));
@@ -147,12 +147,11 @@ fn is_known(section: &str, monitor: &str, known: &[String]) -> Result<()> {
     // PyTorch Lightning's modules name their validation's metrics so themselves.
     let plain = monitor.strip_prefix("val_").filter(|plain| known.iter().any(|name| name == plain));
     let guess = match plain {
-        Some(plain) => format!("; the validation's is called `{plain}`"),
+        Some(plain) => format!("; in validation it is called `{plain}`"),
         None => did_you_mean(monitor, known).map_or(String::new(), |guess| format!("; {guess}")),
     };
     let message = format!(
-        "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one comes before those that \
-         monitor it, and says so in `Callback::adds`)",
+        "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one must come before those that monitor it, and declare it in `Callback::adds`)",
         quoted_list(known)
     );
     Err(Error::setting(format!("{section}.monitor"), message))
