@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What data parallelism costs at any size: docs/distributed.md's formulas beside a simulation of the same.
+"""The cost of data parallelism at any size: the formulas of docs/distributed.md compared with a simulation.
 
-  bench/cluster.py                       the table of the tutorial's model and of one with 10^9 parameters
+  bench/cluster.py                       tables for the tutorial's model and for one with 10^9 parameters
   bench/cluster.py --parameters 3e8 --forward 0.2 --backward 0.4
 
-The simulation passes every message of every ring between neighbours, and draws every failure; the formulas know neither.
-Needs Python alone.
+The simulation passes every message of every ring between neighbors and draws every failure; the formulas do neither.
+Only needs Python.
 """
 
 import argparse
@@ -17,13 +17,13 @@ BUCKET = 25 * 2**20  # bytes, as in framework/src/collective/flat.rs
 
 
 def ring(ranks, size, latency, bandwidth):
-    """Seconds of a sum over a ring, by the formula."""
+    """Seconds for an all-reduce over a ring, by the formula."""
     return 2 * (ranks - 1) * (latency + size / ranks / bandwidth)
 
 
 @functools.cache
 def simulated_ring(ranks, size, latency, bandwidth, start=0.0):
-    """The same, message by message: in each round every rank sends a part to the next and waits for the one before."""
+    """Like `ring`, simulated: in each round every rank sends a part to the next rank and waits for the previous one."""
     ready = [start] * ranks
     sending = latency + size / ranks / bandwidth
     for _ in range(2 * (ranks - 1)):
@@ -38,7 +38,7 @@ def buckets(size):
 
 
 def levels(ranks, per_node):
-    """Ring sizes: inside a node, and among nodes."""
+    """Ring sizes: within a node, and between nodes."""
     return (min(ranks, per_node), max(1, ranks // per_node))
 
 
@@ -47,13 +47,13 @@ class Cluster:
         self.a = a
 
     def sum(self, ranks, size, one_ring=ring):
-        """Seconds of a sum in two levels."""
+        """Seconds for an all-reduce in two levels."""
         inside, nodes = levels(ranks, self.a.per_node)
         seconds = one_ring(inside, size, self.a.latency, self.a.node_bandwidth) if inside > 1 else 0.0
         return seconds + (one_ring(nodes, size / inside, self.a.latency, self.a.bandwidth) if nodes > 1 else 0.0)
 
     def step(self, ranks, parameters, forward, backward, overlap):
-        """Seconds of a step, by the formula."""
+        """Seconds for a step, by the formula."""
         parts = [self.sum(ranks, part) for part in buckets(4 * parameters)]
         if not overlap:
             return forward + backward + sum(parts)
@@ -61,7 +61,7 @@ class Cluster:
         return forward + max(backward + parts[-1], first + sum(parts))
 
     def simulated_step(self, ranks, parameters, forward, backward, overlap):
-        """The same, bucket by bucket: each waits for its gradients and for the bucket before."""
+        """Like `step`, simulated: each bucket waits for its gradients and for the previous bucket."""
         parts = buckets(4 * parameters)
         free = forward + (0.0 if overlap else backward)
         for i, part in enumerate(parts):
@@ -70,13 +70,13 @@ class Cluster:
         return max(free, forward + backward)
 
     def failures(self, ranks, parameters):
-        """Seconds between checkpoints at best, and the share of time that is lost, by the formulas."""
+        """The best checkpoint interval in seconds, and the share of time lost to failures, by the formulas."""
         a = self.a
         write, mean = 12 * parameters / a.disk, a.mean_time_to_failure / ranks
         return math.sqrt(2 * write * mean), math.sqrt(2 * write / mean) + a.restart / mean
 
     def simulated_loss(self, ranks, parameters, draws):
-        """The lost share where failures come at random and checkpoints hold training up."""
+        """The share of time lost with random failures and checkpoints that block training, simulated."""
         a = self.a
         write, mean = 12 * parameters / a.disk, a.mean_time_to_failure / ranks
         interval = math.sqrt(2 * write * mean)
@@ -117,7 +117,7 @@ def main():
             simulated = [cluster.simulated_step(*run, overlap) for overlap in (False, True)]
             simulated += [cluster.simulated_loss(ranks, parameters, a.draws)]
             worst = max([worst] + [abs(s / f - 1) for f, s in zip(formula[:2], simulated[:2])])
-            worst = max(worst, abs(simulated[2] - formula[2]) * 10)  # shares: a tenth of a point counts as 1 %
+            worst = max(worst, abs(simulated[2] - formula[2]) * 10)  # for shares, 0.1 percentage points count as 1 %
             alone = a.forward + a.backward
             every = cluster.failures(ranks, parameters)[0]
             print(

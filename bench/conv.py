@@ -1,11 +1,11 @@
-"""Our convolutions beside PyTorch's on this machine's CPU, shape by shape in turns, as a Markdown table.
+"""Compares Candlepower's convolutions with PyTorch's on this machine's CPU, shape by shape, as a Markdown table.
 
     cargo build --release -p candlepower-kernels --example conv
-    target/bench-venv/bin/python bench/conv.py [target/release/examples/conv]      (bench/cpu.sh makes the venv)
+    target/bench-venv/bin/python bench/conv.py [target/release/examples/conv]      (bench/cpu.sh creates the venv)
 
-Milliseconds of the forward pass; of the backward pass alone, which is the operation that gives all three gradients
-(PyTorch's aten.convolution_backward); and of both through the automatic differentiation of each side, from the sum of the
-outputs. The fastest of many, float32, all cores. PyTorch gets the faster of its two memory formats.
+Times in milliseconds: the forward pass; the backward pass, which is the operation that computes all three gradients
+(PyTorch's aten.convolution_backward); and both through each side's automatic differentiation, from the sum of the
+outputs. Each is the fastest of many runs, in float32, on all cores. PyTorch uses the faster of its two memory formats.
 """
 
 import datetime
@@ -39,7 +39,7 @@ SECONDS = 1.0
 
 
 def fastest(step):
-    """The fastest of at least five runs that fill a second, after two more, in milliseconds."""
+    """The time in milliseconds of the fastest of at least five runs, over at least a second, after two warm-up runs."""
     times, begin = [], time.perf_counter()
     while len(times) < 7 or time.perf_counter() - begin < SECONDS:
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def fastest(step):
 
 
 def pytorch(batch, size, inputs, outputs, kernel, stride, groups):
-    """(forward, backward, both through the graph), each the faster of contiguous and channels-last."""
+    """(forward, backward, both through the graph), each in the faster of the two memory formats."""
     found = []
     for memory_format in torch.contiguous_format, torch.channels_last:
         x = torch.rand(batch, inputs, size, size).to(memory_format=memory_format).requires_grad_()

@@ -1,14 +1,13 @@
-"""Our convolutions beside PyTorch's on this machine's first CUDA device, in bf16 and f32, as a Markdown table.
+"""Compares Candlepower's convolutions with PyTorch's on this machine's first CUDA device, in bf16 and f32, as a Markdown table.
 
     cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
-    python3 bench/conv_gpu.py [target/release/examples/conv_cuda]      (with a torch for CUDA)
+    python3 bench/conv_gpu.py [target/release/examples/conv_cuda]      (needs torch with CUDA)
 
-The shapes are those of bench/tutorial.toml with batches of 16: a cell's first step, later ones, the gradient of a weight over
-nine steps at once, and the convolution that makes frames. Milliseconds, medians of 30 times ten. PyTorch's passes are timed one by one.
-In f32 neither uses TF32.
-Ours for the gradients are what remains of a forward and backward pass without the forward pass and the loss's backward pass,
-and our forward pass turns the weight around. "Timed" is with `trainer.benchmark`, as PyTorch's are here; its
-tensors of bf16 are channels last, as all of ours are.
+The shapes are those of bench/tutorial.toml with batches of 16: a cell's first step, later steps, the gradient of a weight
+over nine steps at once, and the convolution that makes frames. Times in milliseconds, medians of 30 groups of ten runs.
+In f32 neither side uses TF32. PyTorch's passes are timed separately. Candlepower's gradient times are those of a forward
+and backward pass minus the forward pass and the loss's backward pass, and its forward pass includes transposing the weight.
+"Timed" uses `trainer.benchmark`, as PyTorch does here. PyTorch's bf16 tensors are channels last, as all of Candlepower's.
 """
 
 import glob
@@ -40,7 +39,7 @@ def median(step):
 def pytorch(dtype, batch, size, inputs, outputs, kernel):
     def random(*shape):
         x = torch.rand(shape, device="cuda", dtype=DTYPES[dtype])
-        # Of each type in the order for which cuDNN's engines need no copy.
+        # For each type, the memory format for which cuDNN's engines need no copy.
         return x.to(memory_format=torch.channels_last) if dtype == "bf16" else x
 
     x, w = random(batch, inputs, size, size), random(outputs, inputs, kernel, kernel)
@@ -54,7 +53,7 @@ def pytorch(dtype, batch, size, inputs, outputs, kernel):
 
 
 def libraries():
-    """CUDA's, where they come from pip beside torch."""
+    """The folders of CUDA's libraries, if pip installed them along with torch."""
     try:
         import nvidia
     except ImportError:

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Candlepower beside PyTorch on this machine's CPU: the step of the tutorial's model, as a Markdown table.
+# Compares Candlepower with PyTorch on this machine's CPU: the tutorial model's training step, as a Markdown table.
 #
 #   bench/cpu.sh                    all sizes, forward only, threads, plain candle, burn (about half an hour on two cores)
-#   bench/cpu.sh --quick            2x64 alone (about two minutes)
-#   bench/cpu.sh 4x64 1x32          training steps of these sizes alone: BATCHxHIDDEN
+#   bench/cpu.sh --quick            only 2x64 (about two minutes)
+#   bench/cpu.sh 4x64 1x32          only training steps of these sizes: BATCHxHIDDEN
 #
-#   --rounds N    how often each is measured (3)      --steps N    timed steps of a measurement, after two more (5)
-#   --threads N   of both (one a core)
+#   --rounds N    rounds of measurements (3)          --steps N    timed steps of a measurement, after two more (5)
+#   --threads N   threads of both sides (one per core)
 #
-# The competitors take turns, so that whatever else the machine does hits all of them, and each measurement is a process
-# of its own, so that its peak memory is its own. A cell is the median over the rounds of each measurement's median.
-# PyTorch's bf16 is left out on a processor without bf16 products, where it takes minutes a step.
-# Interrupted, it prints what it has. CANDLEPOWER_BENCH_PYTHON names a python that has torch; without it, a virtual
-# environment with torch is made once, in the target folder.
+# Measurements alternate between the competitors, so other load on the machine affects all of them. Each is a separate
+# process, so peak memory is measured separately. A cell is the median over the rounds of each measurement's median.
+# PyTorch's bf16 is skipped on CPUs without bf16 products, where a step takes minutes.
+# If interrupted, it prints the results so far. CANDLEPOWER_BENCH_PYTHON names a python with torch; without it, a virtual
+# environment with torch is created once, in the target folder.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -48,15 +48,14 @@ if [[ -z $python ]]; then
     if ! "$python" -c 'import torch' 2>/dev/null; then
         echo "installing torch into $target/bench-venv" >&2
         python3 -m venv "$target/bench-venv"
-        # PyTorch's own index has a build without CUDA, a tenth of the size; the default index serves where it is not
-        # reached.
+        # PyTorch's own index has a build without CUDA, a tenth of the size. The default index is the fallback.
         "$python" -m pip install --quiet torch --index-url https://download.pytorch.org/whl/cpu ||
             "$python" -m pip install --quiet torch
     fi
 fi
 "$python" -c 'import torch' || { echo "$python: has no torch; see CANDLEPOWER_BENCH_PYTHON in $0" >&2; exit 1; }
 
-# A line a measurement: what it was, a tab, the JSON object that it printed.
+# One line per measurement: its name, a tab, the JSON object that it printed.
 results=$(mktemp)
 trap 'status=$?; "$python" bench/table.py "$results" "$threads"; rm -f "$results"; exit $status' EXIT
 trap 'exit 130' INT TERM
@@ -101,7 +100,7 @@ for ((round = 1; round <= rounds; round++)); do
         for n in 1 2; do
             ((n > threads)) || threads=$n ours "threads $n" 2x64
         done
-        # It takes many times as long as all others, and no round more makes that clearer.
+        # Only in the first round: they take many times as long as all others.
         ((round > 1)) || steps=3 ours "candle 2x64" 2x64 --set trainer.kernels=reference
         ((round > 1)) || RAYON_NUM_THREADS=$threads measure "burn 2x64" "$burn" 2 64 3
     fi

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Candlepower beside PyTorch on this machine's first CUDA device: first checks, then the tutorial's step, a table last.
+# Checks Candlepower on this machine's first CUDA device, then compares the tutorial's training step with PyTorch's in a table.
 #
-#   bench/gpu.sh CANDLEPOWER [TESTS...]         a program that was built with `--features cuda`, and test programs built with it:
-#                                               of framework/kernels/tests/cuda.rs, and of tests/tests/, whose reference
-#                                               numbers from PyTorch are then compared with what the device computes
-#   bench/gpu.sh --checks CANDLEPOWER ...       checks alone        --benchmark: no checks
-#   --quick     one size, without torch.compile --limit N: seconds after which a check or a measurement is given up (300)
-#   --steps N   timed steps (30)                --out DIR: where full logs go (a temporary folder)
-#   --zoo       the other models as well, a step of each in bf16-mixed beside PyTorch's (bench/zoo.py)
-#   --quality-steps N: of the training whose validation error is compared with PyTorch's, from the same weights over the
+#   bench/gpu.sh CANDLEPOWER [TESTS...]         the program, built with `--features cuda`, and test programs built with it:
+#                                               from framework/kernels/tests/cuda.rs, and from tests/tests/, which compare
+#                                               the device's results with reference numbers from PyTorch
+#   bench/gpu.sh --checks CANDLEPOWER ...       only checks         --benchmark: no checks
+#   --quick     one size, without torch.compile --limit N: timeout of a check or a measurement in seconds (300)
+#   --steps N   timed steps (30)                --out DIR: folder for full logs (a temporary folder)
+#   --zoo       also compares a step of each other model in bf16-mixed with PyTorch's (bench/zoo.py)
+#   --quality-steps N: steps of the training whose validation error is compared with PyTorch's, from the same weights on the
 #               same batches (600; 0: none)
 #
-# The programs are built where there is a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
+# Build the programs on a machine with a toolkit, with `cargo build --release -p candlepower-launcher --features cuda`, and
 # `cargo test --release --no-run --workspace --features candlepower-launcher/cuda --test cuda --test seed_convlstm --test
 # recurrent --test sim_vp --test svg_lp --test optimizers --test buffers --test devices --test recorded --test resume --test
 # precision`, which names the test programs.
 #
-# It builds nothing. It needs the programs, CUDA's libraries, and a python3 that has torch (CANDLEPOWER_BENCH_PYTHON
-# names another). Each measurement is a process of its own. Exits with 1 where a check fails.
+# This script builds nothing. It needs the programs, CUDA's libraries, and a python3 with torch (CANDLEPOWER_BENCH_PYTHON
+# names another python). Each measurement is a separate process. Exits with 1 if a check fails.
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 repository=$(dirname "$here")
@@ -44,26 +44,26 @@ shift
 tests=()
 for test in "$@"; do tests+=("$(realpath "$test")"); done
 python=${CANDLEPOWER_BENCH_PYTHON:-python3}
-# CUDA's libraries, where they come from pip beside torch.
+# CUDA's libraries, if pip installed them along with torch.
 libraries=$("$python" -c 'import glob, nvidia; print(":".join(at for root in nvidia.__path__ for at in glob.glob(root + "/*/lib")))' \
     2>/dev/null) && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
-# Drivers compile kernels for their device once, where the result has a place.
+# With a cache, the driver compiles kernels for its device only once.
 export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/candlepower-cuda-cache} CUDA_CACHE_MAXSIZE=4294967296
 out=${out:-$(mktemp -d)}
 mkdir -p "$out"
 out=$(realpath "$out")
 cd "$repository" || exit 1
 
-# Lines of the last table.
+# Lines of the final summary.
 summary=$out/summary.txt
 : >"$summary"
 failures=0
-# A training that is told to end saves first; one that hangs ends all the same.
+# A terminated training saves first; a hanging one is killed after 10 s.
 within() { timeout --kill-after=10 "$@"; }
-# The line of a log that says most: our programs' errors have more below it, Python's have it last.
+# The most informative line of a log: the first `error` line of Candlepower's programs, the last line of Python's.
 why() { { grep -m1 '^error' "$1" || tail -1 "$1"; } | cut -c1-150; }
 note() { echo "$*" | tee -a "$summary"; }
-check() { # WHAT COMMAND...: runs it, its words in a log
+check() { # WHAT COMMAND...: runs it, with its output in a log
     ((benchmark_alone)) && return
     local what=$1 log since=$SECONDS
     log=$out/$(tr -c 'a-zA-Z0-9\n' '-' <<<"$1").log
@@ -72,7 +72,7 @@ check() { # WHAT COMMAND...: runs it, its words in a log
         note "ok      $what ($((SECONDS - since)) s)"
     else
         note "FAILED  $what: $(why "$log")"
-        # Of Rust's tests: which failed, and why.
+        # For Rust tests: which ones failed, and why.
         grep -A2 'panicked at' "$log" | cut -c1-200 | sed 's/^/          /' | head -24 | tee -a "$summary"
         failures=$((failures + 1))
     fi
@@ -84,8 +84,8 @@ grep -q '^cuda:0' <<<"$devices" || { echo "there is no CUDA device" >&2; exit 1;
 
 echo "== checks"
 for test in ${tests[@]+"${tests[@]}"}; do
-    # Candle's own convolutions, which the reference numbers are also compared with, let cuDNN use TF32; this forbids it. The
-    # kernels' own tests switch it themselves.
+    # Candle's own convolutions, which are also compared with the reference numbers, let cuDNN use TF32; this forbids it. The
+    # kernels' tests switch it themselves.
     tf32=(NVIDIA_TF32_OVERRIDE=0)
     [[ $(basename "$test") == cuda* ]] && tf32=()
     check "$(basename "$test")" within "$limit" env ${tf32[@]+"${tf32[@]}"} CANDLEPOWER_TEST_DEVICE=cuda \
@@ -115,7 +115,7 @@ worst = 0
 for a, b in zip(cpu, cuda):
     for key in ("loss", "grad_norm", "mse"):
         if key in a:
-            # What is not a number is larger than any.
+            # NaN counts as the largest difference.
             difference = abs(a[key] - b[key]) / abs(a[key])
             worst = difference if not difference <= worst else worst
 print(f"largest relative difference {worst:.1e}")
@@ -129,7 +129,7 @@ for config in configs/quickstart.toml configs/*_small.toml; do
 done
 
 weights() { sha256sum "$out/runs/$1/version_0/checkpoints/$2/model.safetensors" | cut -d' ' -f1; }
-same_after_resuming() { # PRECISION: six steps, and three and three
+same_after_resuming() { # PRECISION: compares six steps with three plus three
     local arguments=(--precision "$1" --set checkpoint.every_steps=3)
     rm -rf "$out/runs/whole-$1" "$out/runs/halves-$1"
     train "whole-$1" configs/quickstart.toml 6 cuda "${arguments[@]}" &&
@@ -142,7 +142,7 @@ for precision in 32 bf16-mixed 16-mixed; do
     check "resuming in $precision is exact to the bit" same_after_resuming "$precision"
 done
 
-full() { # a batch that no device has memory for
+full() { # a batch that fits on no device
     local words
     words=$(within "$limit" "$candlepower" bench bench/tutorial.toml --accelerator cuda --steps 1 \
         --set trainer.batch_size=4000 2>&1) && { echo "it fitted"; return 1; }
@@ -196,13 +196,13 @@ ours "16 32|candlepower, benchmark" 16 --precision 32 --set trainer.benchmark=tr
 torch "16 32|eager" 16 --precision 32
 ours "16 32 TF32|candlepower" 16 --precision 32 --set 'trainer.float32_matmul_precision="high"'
 torch "16 32 TF32|eager" 16 --precision 32 --tf32
-# Last, as compiling takes minutes: what is given up then is this alone.
+# Last, because compiling takes minutes: a timeout then loses only this.
 for batch in "${batches[@]}"; do
     torch "$batch bf16-mixed|eager, channels last" "$batch" --precision bf16-mixed --channels-last
     ((quick)) || torch "$batch bf16-mixed|compile, channels last" "$batch" --precision bf16-mixed --channels-last --compile
 done
 
-# Both are watched in the same way; PyTorch's profiler, which slows its host, is asked for the kernels' time alone.
+# Both are observed in the same way. PyTorch's profiler, which slows the host down, only measures the kernels' time.
 idle() { # WHO COMMAND...
     local who=$1
     shift
@@ -231,7 +231,7 @@ for case, all in rows.items():
         print(f"| {case} | {who} | {it['ms_per_step']:.2f} | {it['tflops'] or 0:.0f} | {memory:.0f} | {times} |")
 shares = []
 for who, it in idle.items():
-    # Kernels of a profiled run, beside the time of a step without the profiler.
+    # The kernels' time is from a profiled run, the step's time from one without the profiler.
     ms = it["idle_ms_per_step"] if "idle_ms_per_step" in it else it["ms_per_step"] - it["kernel_ms_per_step"]
     shares.append(f"{who} {100 * ms / it['ms_per_step']:.1f} % ({ms:.2f} of {it['ms_per_step']:.2f} ms)")
 print("\nGPU idle between steps, 16 bf16-mixed:", "; ".join(shares) or "not measured")

@@ -1,9 +1,9 @@
-"""The share of a benchmark's steps in which the GPU runs nothing: idle.py [--seconds N] COMMAND...
+"""The share of a benchmark's time in which the GPU is idle: idle.py [--seconds N] COMMAND...
 
-COMMAND takes `--steps N` and prints one JSON line with `ms_per_step` last, as `candlepower bench --json` and pytorch_gpu.py do.
-It runs briefly to learn how many steps take so long, then with so many; meanwhile the driver's own `utilization.gpu`, the share
-of the last moment in which a kernel ran, is read by nvidia-smi. What counts is the middle half of the steps, far from start and
-end. Prints one JSON line.
+COMMAND takes `--steps N`, and its last output is a JSON line with `ms_per_step`, as from `candlepower bench --json` and
+pytorch_gpu.py. A short run determines how many steps take N seconds; then COMMAND runs that many, while nvidia-smi reads
+the driver's `utilization.gpu`, the share of the last sample period in which a kernel ran. Only the middle half of the
+steps counts, away from start and end. Prints one JSON line.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import time
 
 
 def run(command, steps):
-    """What the command found, and when it ended."""
-    # The driver's numbers of devices are those of nvidia-smi then.
+    """The command's result, and when it ended."""
+    # Makes CUDA number the devices as nvidia-smi does.
     environment = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     done = subprocess.run([*command, "--steps", str(steps)], env=environment, stdout=subprocess.PIPE)
     if done.returncode:
-        sys.exit(done.returncode)  # The last words are the command's.
+        sys.exit(done.returncode)  # The command has printed its error.
     return json.loads(done.stdout.splitlines()[-1]), time.monotonic()
 
 

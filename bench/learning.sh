@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# What the small configurations learn, each in the same processor time: a Markdown table of their scores on the same
-# held-out sequences, beside predictors that learn nothing.
+# Trains the small configurations, each for the same CPU time: a Markdown table of their scores on the same
+# held-out sequences, compared with baselines that learn nothing.
 #
 #   bench/learning.sh               all of them (about an hour on two cores)
-#   bench/learning.sh NAME...       these alone: predrnn, sim_vp, ... as in configs/NAME_small.toml; `conv_lstm` is the quickstart
+#   bench/learning.sh NAME...       only these: predrnn, sim_vp, ... as in configs/NAME_small.toml; `conv_lstm` is the quickstart
 #
-#   --minutes N   of training (4)    --threads N   of training (one a core)
-#   --runs DIR    where the runs are kept (runs/learning)
+#   --minutes N   minutes of training (4)    --threads N   threads of training (one per core)
+#   --runs DIR    folder for the runs (runs/learning)
 #
-# A model's step is timed first, and it gets as many steps as fit into the minutes: so another job beside a long training
-# changes when it ends, not what it has learned. Data is the same for all: one built-in digit, 5 -> 5 frames of 64x64.
+# Each model's step is timed first, and the model gets as many steps as fit into the minutes. So other load during a long
+# training delays it, but does not change its result. All use the same data: one built-in digit, 5 -> 5 frames of 64x64.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,7 +1,8 @@
-//! How many samples per second data workers make: `cargo run --release --example loader [FOLDER]`.
+//! Samples per second that data workers produce: `cargo run --release --example loader [FOLDER]`.
 //!
-//! Of the data of `configs/quickstart.toml`, and, with the folder of composites, of `configs/radar.toml`: batches of 8, made
-//! by one thread and by two, for three seconds each, every pixel then read once. What a step needs is its batch size over its time.
+//! Measures the data of `configs/quickstart.toml` and, given the folder of composites, of
+//! `configs/radar.toml`: batches of 8, made by one thread and by two, for three seconds each, with every
+//! pixel read once. A training step needs its batch size divided by its time.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use candlepower_datasets::{Augment, frames};
 const BATCH: usize = 8;
 const TIME: Duration = Duration::from_secs(3);
 
-/// Looks at every pixel, as a step does: of fresh memory the zeros exist from then on.
+/// Reads every pixel, as a step does: fresh zeroed memory is only allocated when it is accessed.
 fn read(batch: &Video) -> Result<()> {
     for frames in [&batch.input, &batch.target] {
         std::hint::black_box(frames.sum_all()?);
@@ -24,7 +25,7 @@ fn read(batch: &Video) -> Result<()> {
     Ok(())
 }
 
-/// Samples a second.
+/// Samples per second.
 fn speed(data: &dyn Dataset<Batch = Video>, threads: usize) -> f64 {
     let batches: Vec<_> =
         Order::new(1, data.len(), BATCH).from(0, 0).take(4096).map(|(samples, _)| samples).collect();

@@ -1,17 +1,18 @@
-//! What the framework costs: its training loop beside hand-written candle loops, at steps of about a millisecond.
+//! The framework's overhead: its training loop compared with hand-written candle loops, at steps of about a
+//! millisecond.
 //!
 //!     RAYON_NUM_THREADS=1 cargo run --release -p candlepower-tests --example overhead [BLOCKS]
 //!
-//! All train the same network on the same batches, made ahead, with Adam; all look at the loss every 10 steps. One loop
-//! by hand is candle alone, with `candle_nn::AdamW` (no weight decay); the other borrows our Adam, so that the same
-//! arithmetic is done and the difference is the loop. The framework's side is all that `candlepower train` does to a
-//! step: two data workers, the check that every parameter gets a gradient, the norm of the gradients and the guard
-//! against numbers that are none, means of what is logged, and metrics written to a folder (jsonl, csv, TensorBoard); no
-//! progress bar. They take turns every 50 steps, in one thread, so that whatever else the machine does hits all.
-//! Printed are medians over the blocks (40) of a block's mean step, and the median of neighbouring blocks' quotients
-//! with its quartiles: of the time that passes, and of the processor time of the whole process, data workers included,
-//! which other programs disturb less. The same hand-written loop against itself measures the measurement: its own
-//! "overhead" is noise.
+//! All loops train the same network on the same prefetched batches with Adam, and read the loss every 10
+//! steps. One hand-written loop uses only candle, with `candle_nn::AdamW` (no weight decay). The other uses
+//! Candlepower's Adam, so it does the same arithmetic as the framework, and the difference is the loop. The
+//! framework does all that `candlepower train` does in a step: two data workers, the check that every
+//! parameter gets a gradient, the gradients' norm and the guard against non-finite values, means of logged
+//! values, and metrics written to a folder (jsonl, csv, TensorBoard); no progress bar. The loops alternate
+//! every 50 steps in one thread, so other load on the machine affects all of them. Prints medians over the
+//! blocks (40) of a block's mean step time, and the median and quartiles of the ratios of neighboring blocks:
+//! for wall time, and for the CPU time of the whole process, including data workers, which other programs
+//! disturb less. The ratio of a hand-written loop to itself is the noise of the measurement.
 
 use std::sync::mpsc::{Sender, channel};
 use std::time::{Duration, Instant};
@@ -31,12 +32,12 @@ const BATCHES: usize = 32;
 const INPUTS: usize = 160;
 const HIDDEN: usize = 160;
 const CLASSES: usize = 10;
-/// Steps of one side before the other has its turn: a whole number of intervals of logging.
+/// Steps of one loop before the next one's turn: a whole number of logging intervals.
 const BLOCK: u64 = 50;
 const LOG_EVERY: u64 = 10;
 const LR: f64 = 1e-3;
 
-/// Three layers: about a millisecond a step on one core.
+/// Three layers: about a millisecond per step on one core.
 struct Mlp([Linear; 3]);
 
 impl Mlp {
@@ -63,7 +64,7 @@ impl Module for Mlp {
     }
 }
 
-/// Batches of noise, made ahead: to ask for one costs nothing.
+/// Batches of noise, prefetched, so requesting one costs nothing.
 #[derive(Clone)]
 struct Ready(Vec<Labelled>);
 
@@ -98,13 +99,13 @@ impl Dataset for Ready {
     }
 }
 
-/// Whose Adam moves the parameters of a loop by hand.
+/// The Adam implementation of a hand-written loop.
 enum Rule {
     Candles(candle_nn::AdamW),
     Ours(Box<dyn Optimizer>, Vec<Var>),
 }
 
-/// What somebody would write who has no framework.
+/// A training loop without a framework.
 struct ByHand {
     mlp: Mlp,
     rule: Rule,
@@ -156,7 +157,7 @@ impl ByHand {
         Ok(())
     }
 
-    /// The time of a block of steps.
+    /// Runs a block of steps; returns its time.
     fn block(&mut self) -> Result<Times> {
         let start = Start::now();
         (0..BLOCK).try_for_each(|_| self.step())?;
@@ -164,7 +165,7 @@ impl ByHand {
     }
 }
 
-/// The beginning of a block.
+/// The start of a block.
 struct Start(Instant, ProcessTime);
 
 impl Start {
@@ -177,13 +178,13 @@ impl Start {
     }
 }
 
-/// The time that passed, and the processor time that was used.
+/// Wall time and CPU time.
 type Times = [Duration; 2];
 
-/// The times of a turn: the framework's block, then one with candle alone, then two with our Adam.
+/// The times of a turn: a block of the framework, one with only candle, then two with Candlepower's Adam.
 type Turn = [Times; 4];
 
-/// Every 50 of the framework's steps, has the other loops do as many, in the same thread.
+/// After every 50 of the framework's steps, runs as many steps of the other loops in the same thread.
 struct TakeTurns {
     candle: ByHand,
     by_hand: ByHand,
@@ -197,7 +198,7 @@ impl Callback for TakeTurns {
             let framework = self.since.as_ref().map(Start::elapsed);
             let (candle, by_hand) = (self.candle.block()?, [self.by_hand.block()?, self.by_hand.block()?]);
             if let Some(framework) = framework {
-                // The receiver lives as long as the training.
+                // The receiver lives as long as the training, so this cannot fail.
                 let _ = self.turns.send([framework, candle, by_hand[0], by_hand[1]]);
             }
             self.since = Some(Start::now());
@@ -214,7 +215,7 @@ fn main() -> Result<()> {
     let (turns, receiver) = channel();
     let config = TrainerConfig {
         batch_size: BATCH,
-        // One block warms up.
+        // The first block is a warm-up.
         max_steps: Some((blocks + 1) * BLOCK),
         threads: std::env::var("RAYON_NUM_THREADS").ok().and_then(|threads| threads.parse().ok()),
         log_every: LOG_EVERY,

@@ -1,9 +1,9 @@
-"""The step that bench/tutorial.toml describes, in PyTorch: prints one JSON line with its time and memory.
+"""The training step of bench/tutorial.toml, in PyTorch: prints its time and memory as one JSON line.
 
 The model is written from its equations: cells without peepholes, one convolution over [input; output], gates i, f, o,
-g; two cells read the frames, two write as many as are asked for, each fed with what the last one put out; a 1x3x3
-convolution and a sigmoid make frames. Frames are random numbers made before the first step, so that only PyTorch is
-timed.
+g; two cells read the frames, two more produce the requested number of outputs, each from the previous output; a 1x3x3
+convolution and a sigmoid turn outputs into frames. Frames are random numbers, generated before the first step, so only
+PyTorch is timed.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-WARM_UP = 2  # As `candlepower bench` has it. With `compile` the first of them compiles.
+WARM_UP = 2  # Same as in `candlepower bench`. With `compile`, the first one compiles.
 MODES = ["f32", "channels_last", "bf16", "compile", "inference"]
 
 
@@ -75,7 +75,7 @@ class EncoderDecoder(nn.Module):
 
 
 def peak_rss_mb():
-    """The most memory that this process has held, in 10^6 bytes. Linux counts KiB here, macOS bytes."""
+    """This process's peak memory in 10^6 bytes. `ru_maxrss` is in KiB on Linux, in bytes on macOS."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
@@ -125,7 +125,7 @@ def main():
         "ms_per_step": statistics.median(times),
         "min": min(times),
         "peak_rss_mb": peak_rss_mb(),
-        "library_rss_mb": library,  # Of which PyTorch itself, before there is a model.
+        "library_rss_mb": library,  # Of which PyTorch itself, before a model exists.
         "mode": args.mode,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

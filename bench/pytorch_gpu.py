@@ -1,6 +1,6 @@
-"""The step that bench/tutorial.toml describes, in PyTorch on a GPU: prints one JSON line with its time and memory.
+"""The training step of bench/tutorial.toml, in PyTorch on a GPU: prints its time and memory as one JSON line.
 
-The model is that of pytorch_conv_lstm.py. Frames lie on the device before the first step, so that only PyTorch is timed.
+The model is that of pytorch_conv_lstm.py. Frames are on the device before the first step, so only PyTorch is timed.
 """
 
 import argparse
@@ -15,12 +15,12 @@ PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "32": Non
 
 
 def kernel_ms(step, steps):
-    """The time a step that the device spends on kernels and copies. They are on one stream, so that times add up."""
+    """Milliseconds per step that the device spends on kernels and copies. All are on one stream, so their times add up."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    # An annotation spans kernels, which stand beside it.
+    # An annotation spans kernels that are listed separately.
     events = [event for event in profile.events() if not getattr(event, "is_user_annotation", False)]
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
     return sum(event.time_range.elapsed_us() for event in on_device) / 1000 / steps
@@ -41,7 +41,7 @@ def main():
 
     device = torch.device("cuda")
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # As Lightning's `benchmark=True`; shapes do not change here.
+    torch.backends.cudnn.benchmark = True  # Like Lightning's `benchmark=True`; shapes do not change here.
     torch.backends.cudnn.allow_tf32 = args.tf32
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     network = EncoderDecoder(args.nf, args.frames_out, 1, args.channels_last).to(device)
@@ -78,7 +78,7 @@ def main():
         end.synchronize()
         times.append(start.elapsed_time(end))
     kernels = kernel_ms(step, args.steps) if args.profile else None
-    # Multiply-adds count two; a step is three forward passes.
+    # A multiply-add counts as two operations, a step as three forward passes.
     weights = sum(cell.conv.weight.numel() for cell in network.encoder) * args.frames_in
     weights += sum(cell.conv.weight.numel() for cell in network.decoder) * args.frames_out
     weights += network.to_frame.weight.numel() * args.frames_out

@@ -1,9 +1,9 @@
-"""One training step of a recurrent model in PyTorch, of the form and size that configs/MODEL.toml describes: prints one
-JSON line with its time and memory.
+"""A training step of a recurrent model in PyTorch, of the form and size in configs/MODEL.toml: prints its time and memory
+as one JSON line.
 
-The models are written from their equations, as the Rust ones are, and operation by operation as PyTorch code is usually
-written: a convolution for each input of a cell, gates split off its output. Parameters that the reference makes and never
-uses are left out. Frames are random numbers made before the first step, so that only PyTorch is timed; all frames beyond
+The models are written from their equations, like the Rust ones, and operation by operation, as PyTorch code usually is:
+one convolution per input of a cell, whose output is split into gates. Parameters that the reference creates and never
+uses are left out. Frames are random numbers, generated before the first step, so only PyTorch is timed; all frames beyond
 the given ones are the model's own predictions.
 """
 
@@ -112,7 +112,7 @@ class MimBlock(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers of one kind of cell, h and c of their own and one memory, and a 1x1 convolution to frames."""
+    """Layers of one kind of cell, each with its own h and c, one shared memory, and a 1x1 convolution that produces frames."""
 
     def __init__(self, cell, channels, n, k, layers, highway=False, decouple=False):
         super().__init__()
@@ -178,7 +178,7 @@ class Mim(nn.Module):
 
 
 class EideticCell(nn.Module):
-    """States are (B, N, 2, H, W); convolutions see both depths and fill both."""
+    """States are (B, N, 2, H, W); convolutions read both depths, and their result is repeated at both."""
 
     def __init__(self, inputs, n, k, size):
         super().__init__()

@@ -1,4 +1,4 @@
-"""How the zoo's scripts time a training step of PyTorch, on the CPU or a GPU: `add_arguments`, `prepare`, `measure`."""
+"""Shared by the zoo's scripts: times a training step in PyTorch on the CPU or a GPU."""
 
 import json
 import statistics
@@ -8,7 +8,7 @@ import torch
 from pytorch_conv_lstm import peak_rss_mb
 from pytorch_gpu import PRECISIONS
 
-# As `candlepower bench` has it; on a GPU more, as cuDNN tries its algorithms first.
+# Same as in `candlepower bench`; more on a GPU, because cuDNN first tries its algorithms.
 WARM_UP = {"cpu": 2, "cuda": 5}
 
 
@@ -20,16 +20,16 @@ def add_arguments(parser):
 
 
 def prepare(args):
-    """What is set before a model is made."""
+    """Applies settings that must precede the creation of a model."""
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    torch.backends.cudnn.benchmark = True  # As Lightning's `benchmark=True`; shapes do not change here.
+    torch.backends.cudnn.benchmark = True  # Like Lightning's `benchmark=True`; shapes do not change here.
     torch.backends.cudnn.allow_tf32 = False
 
 
 def measure(args, model, loss, lr):
-    """Times steps of Adam against `loss()`, and prints one JSON line."""
+    """Times Adam steps on `loss()`, and prints one JSON line."""
     on_gpu, half = args.device == "cuda", PRECISIONS[args.precision]
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "16-mixed")

@@ -1,10 +1,10 @@
-"""Training steps of the zoo's models that are not recurrent over frames, or variational, in PyTorch: one JSON line.
+"""A training step in PyTorch of one of the zoo's other models: SimVP, TAU, SVG-LP. Prints one JSON line.
 
     pytorch_zoo.py sim_vp|sim_vp_incepu|tau|svg_lp --batch 8 [sizes]
 
-Sizes have the names of the models' sections in configs/; `candlepower bench` times the same step. The models are written
+Sizes are named as in the `[module]` sections in configs/; `candlepower bench` times the same step. The models are written
 from their equations: SimVP (Gao et al. 2022; gSTA: Tan et al. 2022), TAU (Tan et al. 2023), SVG-LP (Denton and Fergus
-2018). Frames are random numbers made before the first step, so that only PyTorch is timed.
+2018). Frames are random numbers, generated before the first step, so only PyTorch is timed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 
 class Layer(nn.Module):
-    """Convolution, group normalisation, SiLU; stride 2 halves, a pixel shuffle doubles."""
+    """Convolution, group normalisation, SiLU. Stride 2 halves the size, a pixel shuffle doubles it."""
 
     def __init__(self, inputs, outputs, resize):
         super().__init__()
@@ -216,7 +216,7 @@ class SvgLp(nn.Module):
         return torch.sigmoid(self.to_frame(torch.cat([x, skips[0]], 1)))
 
     def loss(self, frames, target):
-        """As the reference has it: a frame is encoded when it is to come, and again when it is there."""
+        """As in the reference, each frame is encoded twice: as the next frame and as the current one."""
         x = torch.cat([frames, target], 1).transpose(0, 1)
         states = [[None] * 2, [None], [None]]
         mse = kld = 0.0

@@ -1,11 +1,11 @@
-"""What the tutorial's model learns in Candlepower and in PyTorch, from the same weights over the same batches.
+"""Trains the tutorial's model in Candlepower and in PyTorch, from the same weights on the same batches.
 
     quality.py CANDLEPOWER --out DIR
 
-Moving digits are written to arrays that both sides read; every epoch takes the training sequences in their order, in batches
-(for Candlepower `trainer.overfit_batches`, whose order is this one). Candlepower draws the weights; PyTorch starts from its
-checkpoint. Prints a table of the error on held-out sequences, and the seconds of training until then, without validation, without
-the first step; then the numbers as one JSON line. What is left in DIR is data, and Candlepower's runs.
+Both sides read the same arrays of moving digits. Every epoch takes the training sequences in order, in batches
+(Candlepower by `trainer.overfit_batches`, which keeps the order). Candlepower draws the weights, and PyTorch starts from that
+checkpoint. Prints a table of the error on held-out sequences and of the training time until then, without validation and
+the first step; then the numbers as one JSON line. DIR keeps the data and Candlepower's runs.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from pytorch_gpu import PRECISIONS
 from torch.nn import functional as F
 
 FRAMES_IN = FRAMES_OUT = 10
-# As on a clock with seven segments: upper, upper left and right, middle, lower left and right, lower.
+# Seven-segment digits: upper, upper left and right, middle, lower left and right, lower.
 SEGMENTS = ["1110111", "0010010", "1011101", "1011011", "0111010", "1101011", "1101111", "1010010", "1111111", "1111011"]
-# What is lit where, in eighths of a digit's height: top, left, bottom, right.
+# The rectangle of each segment, in eighths of a digit's height: top, left, bottom, right.
 BARS = [(0, 0, 1, 5), (0, 0, 4, 1), (0, 4, 4, 5), (4, 0, 5, 5), (4, 0, 8, 1), (4, 4, 8, 5), (7, 0, 8, 5)]
 
 
@@ -39,7 +39,7 @@ def digit(number, height):
 
 
 def write_frames(path, sequences, size, seed):
-    """Two digits that move straight and bounce off the borders: (N, T, H, W) bytes, in a file that numpy would have written."""
+    """Writes sequences of two digits that move straight and bounce off the borders: (N, T, H, W) bytes, as a .npy file."""
     times, draw = FRAMES_IN + FRAMES_OUT, random.Random(seed)
     values = bytearray(sequences * times * size * size)
     frames = torch.frombuffer(values, dtype=torch.uint8).view(sequences, times, size, size)
@@ -51,7 +51,7 @@ def write_frames(path, sequences, size, seed):
             for side in image.shape:
                 room = size - side
                 start, speed = draw.uniform(0, 2 * room), draw.uniform(0.02, 0.08) * size
-                # There and back again, as often as needed.
+                # Reflect at both borders, as often as needed.
                 ways.append([round(room - abs(room - (start + speed * t) % (2 * room))) for t in range(times)])
             for frame, top, left in zip(sequence, *ways):
                 place = frame[top : top + image.shape[0], left : left + image.shape[1]]
@@ -64,7 +64,7 @@ def write_frames(path, sequences, size, seed):
 
 
 def read_weights(path):
-    """The tensors of a .safetensors file, all f32, under the names of pytorch_conv_lstm.py."""
+    """The tensors of a .safetensors file, all f32, with the names in pytorch_conv_lstm.py."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     weights = {}
@@ -94,7 +94,7 @@ class Candlepower:
         return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
 
     def train(self, name, steps, **settings):
-        """The folder of a new run."""
+        """Trains a new run; returns its folder."""
         args = self.args
         self.run("train", **{
             "run.dir": str(self.runs), "run.name": name, "trainer.max_steps": steps,
@@ -105,7 +105,7 @@ class Candlepower:
         return max((self.runs / name).glob("version_*"), key=lambda path: path.stat().st_mtime)
 
     def curve(self):
-        """A learning rate of zero keeps the weights that are drawn; then (step, seconds, error)s, and those weights."""
+        """The learning curve as (step, seconds, error)s, and the initial weights, from a run with a learning rate of zero."""
         drawn = self.train("drawn", 1, **{"optimizer.lr": 0.0, "trainer.overfit_batches": 1}) / "checkpoints/1"
         run = self.train("trained", self.args.steps)
         seconds, before, elapsed = {}, 1, 0.0
@@ -152,7 +152,7 @@ def pytorch(args, weights, train, held_out):
         scaler.step(optimizer)
         scaler.update()
         if step == 1 or step % args.every == 0:
-            loss.item()  # Waits for the device.
+            loss.item()  # Wait for the device.
             elapsed += time.perf_counter() - since if since else 0.0
             if step % args.every == 0:
                 points.append((step, elapsed, error()))
@@ -184,7 +184,7 @@ def main():
     for (step, seconds, error), (_, other, other_error) in zip(ours, theirs):
         print(f"| {step} | {seconds:.1f} | {other:.1f} | {error:.5f} | {other_error:.5f} |")
     print(json.dumps({"candlepower": ours, "pytorch": theirs}))
-    # From the same weights: what both predict before the first step is the same but for rounding.
+    # With the same weights, both predict the same before the first step, up to rounding.
     if not abs(ours[0][2] / theirs[0][2] - 1) < (1e-4 if args.precision == "32" else 1e-2):
         sys.exit("the first predictions differ, of the same weights")
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# From one rank to several on this machine: samples per second of a configuration's training step, as a Markdown table.
+# Scaling from one rank to several on this machine: samples per second of a configuration's training step, as a Markdown table.
 #
 #   bench/scaling.sh [CONFIG] [RANKS] [OPTION FOR EACH RUN]...      default: configs/quickstart.toml 2
 #
-# The global batch is the same in each run, as always: this is strong scaling. A rank has one compute thread; the last line
-# gives a single rank as many threads. Each number is the best of three runs, which take turns. Needs MPI (.ci/run installs
-# Debian's).
+# The global batch is the same in each run: this is strong scaling. A rank has one compute thread; in the last line, a
+# single rank has as many threads as there are ranks. Each number is the best of three alternating runs. Needs MPI
+# (.ci/run installs Debian's).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

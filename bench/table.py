@@ -14,7 +14,7 @@ QUIET = 1.2
 
 
 def read(path):
-    """What was measured -> the objects that its rounds printed."""
+    """Name of a measurement -> the JSON objects of its rounds."""
     rounds = {}
     with open(path) as lines:
         for line in lines:
@@ -24,7 +24,7 @@ def read(path):
 
 
 def medians(results):
-    """Field -> median over the rounds; of an even number the lower, since disturbances only ever add."""
+    """Field -> median over the rounds; the lower one of an even number, because disturbances only add time."""
     return {
         key: statistics.median_low([r[key] for r in results]) if isinstance(value, (int, float)) else value
         for key, value in results[0].items()
@@ -32,7 +32,7 @@ def medians(results):
 
 
 def spread(results):
-    """The slowest round over the fastest."""
+    """The ratio of the slowest round to the fastest."""
     times = [result["ms_per_step"] for result in results]
     return max(times) / min(times)
 

@@ -1,11 +1,11 @@
-"""The zoo beside PyTorch: a training step of each model at the sizes of its configuration, as a Markdown table.
+"""Compares the zoo with PyTorch: a training step of each model at its configuration's sizes, as a Markdown table.
 
     cargo build --release -p candlepower-launcher
-    target/bench-venv/bin/python bench/zoo.py target/release/candlepower      (bench/cpu.sh makes the venv)
+    target/bench-venv/bin/python bench/zoo.py target/release/candlepower      (bench/cpu.sh creates the venv)
 
-Sides take turns, and each measurement is a process of its own, so that its peak memory is its own. A cell is the median over
-the rounds of each measurement's median. PyTorch gets the sizes that `candlepower config` prints. Of recurrent models all frames
-beyond the given ones are predictions, on both sides. On a GPU memory is the device's.
+Both sides alternate, and each measurement is a separate process, so peak memory is measured separately. A cell is the median
+over the rounds of each measurement's median. PyTorch uses the sizes that `candlepower config` prints. For recurrent models,
+all frames beyond the given ones are predictions, on both sides. On a GPU, memory is device memory.
 """
 
 import argparse
@@ -23,11 +23,11 @@ BENCH = Path(__file__).resolve().parent
 
 
 class Failure(Exception):
-    """A program that failed, and what it said."""
+    """A program that failed, with its error output."""
 
 
 def run(*command):
-    """What a program prints."""
+    """A program's standard output."""
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=BENCH.parent)
     if done.returncode:
         raise Failure(f"{' '.join(map(str, command))}\n{done.stderr}")
@@ -35,7 +35,7 @@ def run(*command):
 
 
 def settings(args, model):
-    """The configuration's path, and what is changed of it."""
+    """The configuration's path and overrides."""
     path = f"configs/{model.removesuffix('_incepu')}{'_small' if args.small else ''}.toml"
     changed = {"trainer.precision": f'"{args.precision}"', "trainer.accelerator": f'"{args.device}"', **dict(args.set)}
     if args.threads:
@@ -56,7 +56,7 @@ def ours(args, model):
 
 
 def sizes(config, model):
-    """A configuration in the words of PyTorch's scripts."""
+    """A configuration's sizes, by the names of the PyTorch scripts' arguments."""
     module, data = config["module"], config["data"]
     found = {"batch": config["trainer"]["batch_size"]} | {name: data[name] for name in ("frames_in", "frames_out")}
     if model in RECURRENT:

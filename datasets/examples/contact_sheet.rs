@@ -1,4 +1,4 @@
-//! Writes a picture of the built-in digits, to look at: `cargo run -p candlepower-datasets --example contact_sheet`.
+//! Writes a picture of the built-in digits: `cargo run -p candlepower-datasets --example contact_sheet`.
 
 use candlepower::picture::save_png;
 use candlepower::prelude::*;
@@ -9,7 +9,7 @@ fn main() -> Result<()> {
     let digits = Digits::open(&Config::default(), Split::Train)?;
     let sample = |index| Sample { index, split: Split::Train, epoch: 0, seed: 0 };
     let batch = digits.batch(&(0..rows * columns).map(sample).collect::<Vec<_>>())?;
-    // (rows * columns, 1, 28, 28) to one picture of (1, rows * 28, columns * 28).
+    // From (rows * columns, 1, 28, 28) to one picture (1, rows * 28, columns * 28).
     let side = digits.spec().shape[1];
     let sheet = batch.input.reshape((rows, columns, side, side))?.transpose(1, 2)?;
     let sheet = sheet.reshape((1, rows * side, columns * side))?;

@@ -1,4 +1,4 @@
-//! Changes to whole samples that leave what they show as likely as it was: all frames of a sample alike.
+//! Random changes of whole samples, the same for all frames of a sample, that keep the content plausible.
 
 use candlepower::data::{Sample, Split};
 use candlepower::error::{Error, Result};
@@ -6,27 +6,27 @@ use rand::Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How samples of the training split are changed, anew in every epoch; other splits are left as they are.
+/// Random changes of training samples, drawn anew in every epoch. Other splits are left unchanged.
 ///
-/// What is drawn is a function of the sample's generator, and the same for all frames of the sample.
+/// The draws depend only on the sample's generator, and are the same for all frames of the sample.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Augment {
-    /// Mirrors half of the samples, left to right.
+    /// Mirror half of the samples left to right.
     pub flip: bool,
-    /// Mirrors half of the samples, top to bottom.
+    /// Mirror half of the samples top to bottom.
     pub flip_vertical: bool,
-    /// Turns samples by a random number of quarters; frames must be as high as they are wide.
+    /// Rotate samples by a random number of quarter turns. Frames must be square.
     pub rotate: bool,
-    /// Crops at a random place instead of in the middle, where the data crops.
+    /// Crop at a random position instead of the center, if the data is cropped.
     pub crop: bool,
-    /// Multiplies all values by a random factor within 1 - brightness and 1 + brightness, at most 1; what leaves `[0, 1]`
-    /// is clipped. 0: none.
+    /// Multiply all values by a random factor between 1 - brightness and 1 + brightness, and clip them to
+    /// `[0, 1]`. At most 1. 0: no change.
     pub brightness: f32,
 }
 
 impl Augment {
-    /// Refuses what cannot be done with frames of this size, (rows, columns).
+    /// Rejects settings that frames of this size, (rows, columns), do not allow.
     pub(crate) fn check(&self, size: [usize; 2]) -> Result<()> {
         if !(0. ..=1.).contains(&self.brightness) {
             let message = format!("brightness: expected 0 to 1, found {}", self.brightness);
@@ -40,12 +40,12 @@ impl Augment {
         Ok(())
     }
 
-    /// What happens to this sample.
+    /// Draws the change of this sample.
     pub(crate) fn draw(&self, sample: &Sample) -> Change {
         if sample.split != Split::Train {
             return Change::none();
         }
-        // Everything is drawn, whatever is asked for: so that one setting does not change what another one draws.
+        // Draw everything, even what is not used, so one setting does not change the draws of another.
         let mut rng = sample.rng();
         let (flip, flip_vertical) = (rng.random::<bool>(), rng.random::<bool>());
         let quarters: u8 = rng.random_range(0..4);
@@ -61,20 +61,20 @@ impl Augment {
     }
 }
 
-/// What happens to one sample.
+/// The change of one sample.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Change {
     flip: bool,
     flip_vertical: bool,
-    /// Quarters of a turn, against the clock.
+    /// Quarter turns, counterclockwise.
     quarters: u8,
-    /// Where in the room that a crop has its corner lies, 0 to 1 along each axis.
+    /// Relative position of a crop's corner within its possible range, 0 to 1 along each axis.
     at: [f32; 2],
     brightness: Option<f32>,
 }
 
 impl Change {
-    /// What happens to samples that are not trained on: their middle is cut out.
+    /// The change of samples outside training: a center crop.
     pub(crate) fn none() -> Self {
         Self { at: [0.5; 2], ..Self::default() }
     }
@@ -87,12 +87,12 @@ impl Change {
         })
     }
 
-    /// Changes one plane of a frame, (rows, columns), in place. `scratch` is used for what it needs room for.
+    /// Applies the change to one plane of a frame, (rows, columns), in place. `scratch` is a reusable buffer.
     pub(crate) fn turn(&self, plane: &mut [f32], [height, width]: [usize; 2], scratch: &mut Vec<f32>) {
         if self.flip {
             plane.chunks_exact_mut(width).for_each(<[f32]>::reverse);
         }
-        // A half turn is both mirrors.
+        // A half turn equals both mirrors.
         if self.flip_vertical {
             for row in 0..height / 2 {
                 let (above, below) = plane.split_at_mut((height - 1 - row) * width);
@@ -114,7 +114,7 @@ impl Change {
         }
     }
 
-    /// Changes values of a frame, in place.
+    /// Changes the brightness of a frame's values, in place.
     pub(crate) fn brighten(&self, values: &mut [f32]) {
         if let Some(factor) = self.brightness {
             values.iter_mut().for_each(|value| *value = (*value * factor).clamp(0., 1.));
@@ -164,7 +164,7 @@ mod tests {
             [changes.iter().filter(|c| c.flip).count(), changes.iter().filter(|c| c.quarters == 3).count()];
         assert!((20..44).contains(&flips) && (6..28).contains(&turns), "{flips} flips, {turns} turns");
         assert!(changes.iter().all(|c| c.brightness.is_some_and(|b| (0.7..=1.3).contains(&b))));
-        // One setting alone draws what it draws among all.
+        // A setting on its own draws what it draws together with all others.
         let alone = Augment { rotate: true, ..Augment::default() };
         assert!((0..64).all(|i| alone.draw(&sample(i, 1)).quarters == changes[i].quarters));
         let still = Change { at: [0.5; 2], ..Change::default() };

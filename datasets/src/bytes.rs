@@ -1,4 +1,4 @@
-//! Bytes in memory, or in a file that is read where they lie.
+//! Bytes in memory, or in a file that is read on demand.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use candlepower::error::{Error, Result};
 
-/// Bytes that are read from any place, by any thread.
+/// Bytes that any thread can read at any position.
 ///
-/// A file is read at the place asked for instead of being mapped into memory. It comes from the same page cache; but where
-/// a mapped file is cut short under the reader, the system ends the process, and a read is an error that names the file.
+/// Files are read at the requested position instead of being memory-mapped. Both go through the page cache, but if a
+/// mapped file is truncated while in use, the system kills the process; a read returns an error that names the file.
 pub(crate) enum Bytes {
     Memory(Vec<u8>),
     File { file: File, path: PathBuf, len: u64 },
@@ -29,7 +29,7 @@ impl Bytes {
         }
     }
 
-    /// Fills `out` with the bytes from `start` on.
+    /// Fills `out` with the bytes starting at `start`.
     pub(crate) fn read(&self, start: u64, out: &mut [u8]) -> Result<()> {
         match self {
             Self::Memory(bytes) => {

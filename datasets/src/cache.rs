@@ -1,4 +1,4 @@
-//! What was decoded from files, kept in a folder for the next time.
+//! A cache folder for decoded files.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::bytes::Bytes;
 
-/// Where decoded bytes go.
+/// The destination of decoded bytes.
 pub(crate) enum Sink {
     Memory(Vec<u8>),
     File { file: BufWriter<File>, path: PathBuf },
@@ -28,12 +28,12 @@ impl Sink {
     }
 }
 
-/// The `len` bytes that `decode` makes of these files: in memory, or, with a folder, in a file that the next run reads.
+/// The `len` bytes that `decode` makes of these files: in memory, or, with a folder, in a file that later runs reuse.
 ///
-/// The file's name is a digest of everything that the bytes depend on: `settings`, the names, sizes and times of the files
-/// (when they were changed, and when the system last touched what it knows of them, which no program can set back). So what
-/// is stale is never found. It is written whole or not at all. Times are as coarse as the system's clock ticks: what was
-/// decoded within [`TICK`] of a change may be of before or after it, so it is decoded again.
+/// The cache file's name is a digest of everything that the bytes depend on: `settings`, and the files'
+/// names, sizes and times (mtime, and ctime, which no program can set back). So stale data is never found.
+/// The file is written completely or not at all. File times are only as fine as the system's clock ticks:
+/// data decoded within [`TICK`] of a change may stem from before or after it, so it is decoded again.
 pub(crate) fn decoded(
     folder: Option<&Path>,
     settings: &str,
@@ -64,16 +64,17 @@ pub(crate) fn decoded(
         .and_then(|()| std::fs::rename(&partial, &path).map_err(Error::file(&path)))
         .and_then(|()| Bytes::open(&path));
     if written.is_err() {
-        // What could not be written may not be there to remove: the first error is the one to tell.
+        // The partial file may not exist. Report the first error.
         let _ = std::fs::remove_file(&partial);
     }
     written
 }
 
-/// A file that nobody writes any more is left alone for so long, as its writer may not have locked it yet.
+/// The minimum age of a partial file before it is removed, because its writer may not have locked it yet.
 const ABANDONED: Duration = Duration::from_secs(60);
 
-/// Removes what processes have left behind that were killed while they decoded. What cannot be removed does no harm.
+/// Removes partial files left behind by processes that were killed while decoding. Files that cannot be
+/// removed do no harm.
 fn sweep(folder: &Path, age: Duration) {
     for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
         let path = entry.path();
@@ -87,10 +88,10 @@ fn sweep(folder: &Path, age: Duration) {
     }
 }
 
-/// Files that are changed twice within this time may keep the time of the first change.
+/// Two changes of a file within this time may leave it with the time of the first change.
 const TICK: Duration = Duration::from_millis(100);
 
-/// Whether a cache was written well after the last change of any file, as the system knows it.
+/// Whether a cache file was written more than [`TICK`] after the last change of any file, by their ctimes.
 fn is_settled(cache: &Path, files: &[PathBuf]) -> Result<bool> {
     let changed = |path: &Path| {
         let known = std::fs::metadata(path).map_err(Error::file(path))?;
@@ -106,7 +107,7 @@ fn is_settled(cache: &Path, files: &[PathBuf]) -> Result<bool> {
 
 fn write(path: &Path, decode: impl FnOnce(&mut Sink) -> Result<()>) -> Result<()> {
     let file = File::create_new(path).map_err(Error::file(path))?;
-    // As long as it is written nobody sweeps it away; a file system without locks goes without.
+    // The lock keeps other processes from sweeping the file away. File systems without locks do without.
     let _ = file.lock();
     let mut sink = Sink::File { file: BufWriter::new(file), path: path.to_path_buf() };
     decode(&mut sink)?;
@@ -158,7 +159,7 @@ mod tests {
         assert_eq!([&left, &young, &written, &other].map(|path| path.exists()), [false, true, true, true]);
     }
 
-    /// The content of these files, one after the other, and whether it was decoded just now.
+    /// The contents of these files, concatenated, and whether they were decoded just now.
     fn content(folder: Option<&Path>, settings: &str, files: &[PathBuf], len: u64) -> (Vec<u8>, bool) {
         let mut fresh = false;
         let bytes = decoded(folder, settings, files, len, |sink| {
@@ -183,18 +184,18 @@ mod tests {
         assert_eq!(cached("x"), (b"abc".to_vec(), true));
         assert_eq!(cached("x"), (b"abc".to_vec(), false));
         assert_eq!(cached("y"), (b"abc".to_vec(), true));
-        // As long as before, and, by its own account, as old.
+        // Same length and modification time as before.
         let modified = file.metadata().unwrap().modified().unwrap();
         std::fs::write(&file, "xyz").unwrap();
         File::options().write(true).open(&file).unwrap().set_modified(modified).unwrap();
         settle();
-        // Somebody touched the cache: that makes what is in it no younger.
+        // Rewriting the cache file does not make its content newer.
         for entry in std::fs::read_dir(&cache).unwrap() {
             std::fs::write(entry.unwrap().path(), "abc").unwrap();
         }
         assert_eq!(cached("x"), (b"xyz".to_vec(), true));
         assert_eq!(cached("x"), (b"xyz".to_vec(), false));
-        // A file of the cache that somebody cut short.
+        // A cache file that was truncated.
         for entry in std::fs::read_dir(&cache).unwrap() {
             std::fs::write(entry.unwrap().path(), "x").unwrap();
         }

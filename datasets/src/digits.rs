@@ -1,4 +1,4 @@
-//! Single digits to tell apart: the smallest thing that can be trained on.
+//! Single digits to classify: the smallest dataset to train on.
 
 use candle_core::{Device, Tensor};
 use candlepower::batch::{Labelled, LabelledSpec};
@@ -13,9 +13,9 @@ use crate::mnist::{self, Images, SIDE};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where the digits come from: "builtin" (drawn here, no download) or a folder of MNIST's IDX files with images
-    /// and labels, plain or .gz. Where the folder holds only one of MNIST's two sets, its first 90 % are learned
-    /// from and its last 10 % are held out.
+    /// Source of the digits: "builtin" (drawn by this program, no download) or a folder of MNIST's IDX files
+    /// with images and labels, plain or .gz. If the folder holds only one of MNIST's two sets, its first 90 %
+    /// are used for training and its last 10 % for validation and test.
     pub digits: String,
 }
 
@@ -27,8 +27,8 @@ impl Default for Config {
 
 /// Handwritten digits with their labels, for classification.
 ///
-/// Batches: input (B, 1, 28, 28), f32 in `[0, 1]`; label (B), u32, 0 to 9. The same images in every epoch.
-/// `"builtin"` has 1000 digits to learn from and 100 others to validate and test on.
+/// Batches: input (B, 1, 28, 28), f32 in `[0, 1]`; label (B), u32, 0 to 9. The images are the same in every
+/// epoch. `"builtin"` has 1000 training digits, and 100 others for validation and test.
 pub struct Digits {
     images: Images,
     labels: Vec<u8>,
@@ -104,7 +104,7 @@ mod tests {
         assert_eq!(error, "there is no digit 100: the split has 100");
     }
 
-    /// One cannot tell the digits apart by accident: the nearest training image names most held-out ones right.
+    /// The digits are distinguishable: the nearest training image has the right label for most held-out ones.
     #[test]
     fn the_builtin_digits_can_be_learned() {
         let open = |split| Digits::open(&Config::default(), split).unwrap();

@@ -1,14 +1,14 @@
-//! The datasets of Candlepower, one file or folder a dataset. Each is opened from its own `[data]` section.
+//! The datasets of Candlepower, one file or folder each. Each is opened from its own `[data]` section.
 //!
-//! | `data.name` | type | batch | what |
+//! | `data.name` | type | batch | content |
 //! |---|---|---|---|
-//! | `moving_mnist` | [`MovingMnist`] | [`Video`](candlepower::batch::Video) | digits that move and bounce: the tutorial's data |
-//! | `frames` | [`Frames`] | [`Video`](candlepower::batch::Video) | frames that you have: pictures, animations, arrays |
+//! | `moving_mnist` | [`MovingMnist`] | [`Video`](candlepower::batch::Video) | moving, bouncing digits: the tutorial's data |
+//! | `frames` | [`Frames`] | [`Video`](candlepower::batch::Video) | your own frames: pictures, animations, arrays |
 //! | `radar` | [`Radar`] | [`Video`](candlepower::batch::Video) | rain over Switzerland, to forecast the next hour |
-//! | `digits` | [`Digits`] | [`Labelled`](candlepower::batch::Labelled) | single digits and what they are |
+//! | `digits` | [`Digits`] | [`Labelled`](candlepower::batch::Labelled) | single digits with labels |
 //!
-//! `moving_mnist` and `digits` start without a download: their default, `digits = "builtin"`, draws the digits itself.
-//! [`mnist`] is where both get them.
+//! `moving_mnist` and `digits` need no download: by default, `digits = "builtin"`, the digits are drawn by this crate.
+//! Both get their digits from [`mnist`].
 #![warn(clippy::print_stdout)]
 
 mod augment;

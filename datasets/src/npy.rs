@@ -17,7 +17,7 @@ pub(crate) struct Array {
     pub(crate) shape: Vec<usize>,
     pub(crate) element: Element,
     pub(crate) bytes: Bytes,
-    /// Where in `bytes` the first element is.
+    /// Offset of the first element in `bytes`.
     pub(crate) start: u64,
 }
 
@@ -40,7 +40,7 @@ impl Element {
         }
     }
 
-    /// The values that usually stand for black and white.
+    /// The values that usually represent black and white.
     pub(crate) fn range(self) -> [f32; 2] {
         match self {
             Self::U8 => [0., 255.],
@@ -50,18 +50,19 @@ impl Element {
     }
 }
 
-/// Whether the name is that of a file with an array, or several.
+/// Whether the name is that of an array file or archive.
 pub(crate) fn is_array_file(path: &Path) -> bool {
     let name = path.to_string_lossy().to_lowercase();
     [".npy", ".npy.gz", ".npz"].iter().any(|end| name.ends_with(end))
 }
 
 impl Array {
-    /// Opens an array. A compressed one is unpacked into memory; any other is read when it is needed. `name` chooses among
-    /// several in an `.npz` archive.
+    /// Opens an array. Compressed arrays are unpacked into memory; others are read on demand. `name` selects
+    /// an array of an `.npz` archive that holds several.
     ///
     /// # Errors
-    /// The file is named, and what was expected: where it is missing, cut short, in Fortran order, or of another type.
+    /// If the file is missing, truncated, in Fortran order, or of another type. Errors name the file and what
+    /// was expected.
     pub(crate) fn open(path: &Path, name: Option<&str>) -> Result<Self> {
         let extension = path.extension().unwrap_or_default().to_ascii_lowercase();
         if extension == "npz" {
@@ -78,11 +79,11 @@ impl Array {
         Self::new(path, bytes, 0, None)
     }
 
-    /// The array whose header starts at `start`; it takes `len` bytes, or all to the end.
+    /// The array whose header starts at `start` and which takes `len` bytes, or everything to the end.
     fn new(path: &Path, bytes: Bytes, start: u64, len: Option<u64>) -> Result<Self> {
         let refused = |message: String| Err(Error::msg(format!("{}: {message}", path.display())));
         let len = len.unwrap_or(bytes.len().saturating_sub(start));
-        // Headers are short: NumPy itself refuses longer ones.
+        // Headers are short: NumPy itself rejects longer ones.
         let mut head = vec![0; len.min(16 << 10) as usize];
         bytes.read(start, &mut head)?;
         let mut head = Cursor::new(head);
@@ -119,7 +120,7 @@ impl Array {
         Ok(Self { path: path.to_path_buf(), shape, element, bytes, start: start + header })
     }
 
-    /// Fills `out` with the elements from number `first` on, as they are in the file.
+    /// Fills `out` with the elements starting at number `first`, without scaling.
     pub(crate) fn read(&self, first: usize, out: &mut [f32]) -> Result<()> {
         let size = self.element.size();
         let mut bytes = vec![0; out.len() * size];
@@ -150,7 +151,7 @@ fn element(dtype: &DType) -> Option<Element> {
     }
 }
 
-/// An array of an archive.
+/// Opens an array of an archive.
 fn archived(path: &Path, name: Option<&str>) -> Result<Array> {
     let broken = |error: zip::result::ZipError| {
         Error::msg(format!("{}: not an .npz archive: {error}", path.display()))

@@ -1,12 +1,12 @@
-//! How data that comes as one file is divided among the splits.
+//! Divides data that comes as one file among the splits.
 
 use std::ops::Range;
 
 use candlepower::data::Split;
 
-/// The items of one file that belong to `split`: the first 90 % are learned from, the last 10 % are held out.
+/// The items of one file that belong to `split`: the first 90 % are for training, the last 10 % are held out.
 ///
-/// Validation and test share the held-out part; no item is both learned from and held out.
+/// Validation and test share the held-out part. No item is both in training and held out.
 pub(crate) fn part(split: Split, len: usize) -> Range<usize> {
     let cut = len - len.div_ceil(10);
     match split {

@@ -9,21 +9,21 @@ use candlepower::error::{Error, Result};
 /// With 3 frames in, 2 out, `every = 2` and `gap = 1`, a sample's frames are 0, 2, 4 and then 8, 10.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Windows {
-    /// Frames to predict from.
+    /// Number of input frames.
     pub(crate) frames_in: usize,
-    /// Frames to predict.
+    /// Number of frames to predict.
     pub(crate) frames_out: usize,
-    /// Frames from the start of one sample to the start of the next: 1 takes every sample that there is, and the number
-    /// of a sample's frames gives samples that share none.
+    /// Frames from the start of one sample to the start of the next. 1 takes every possible sample; the span
+    /// of a sample gives samples that share no frame.
     pub(crate) stride: usize,
-    /// Frames from one frame of a sample to its next: 1 takes all.
+    /// Step between the frames of a sample. 1: every frame.
     pub(crate) every: usize,
-    /// Frames, of those that are taken, left out between the input and the target.
+    /// Frames left out between input and target, counted in steps of `every`.
     pub(crate) gap: usize,
 }
 
 impl Windows {
-    /// Refuses what no sequence could make right.
+    /// Rejects values that are wrong for any sequence.
     pub(crate) fn check(&self) -> Result<()> {
         let least = [
             ("frames_in", self.frames_in),
@@ -37,18 +37,18 @@ impl Windows {
         }
     }
 
-    /// Frames that a sample spans, those between its own included.
+    /// Frames from a sample's first to its last, inclusive.
     pub(crate) fn span(&self) -> usize {
         (self.frames_in + self.gap + self.frames_out - 1) * self.every + 1
     }
 
-    /// The first frames of the samples that lie within these frames.
+    /// The first frames of the samples that lie entirely within `frames`.
     pub(crate) fn starts(&self, frames: Range<usize>) -> impl Iterator<Item = usize> + use<> {
         let end = (frames.end + 1).saturating_sub(self.span());
         (frames.start..end.max(frames.start)).step_by(self.stride)
     }
 
-    /// The frames of the sample that starts with frame `start`: those of the input, then those of the target.
+    /// The frames of the sample that starts at frame `start`: those of the input, then those of the target.
     pub(crate) fn frames(&self, start: usize) -> impl Iterator<Item = usize> + use<> {
         let (frames_in, gap, every) = (self.frames_in, self.gap, self.every);
         let count = frames_in + self.frames_out;
@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(plain.frames(2).collect::<Vec<_>>(), [2, 3, 4]);
         let wide = Windows { frames_in: 3, frames_out: 2, stride: 4, every: 2, gap: 1 };
         assert_eq!(wide.frames(1).collect::<Vec<_>>(), [1, 3, 5, 9, 11]);
-        // Frames 1 to 11 hold one sample; 15 more hold the next, four frames later.
+        // Frames 1 to 11 hold one sample; frames up to 15 also hold the next one, four frames later.
         assert_eq!(wide.starts(1..12).collect::<Vec<_>>(), [1]);
         assert_eq!(wide.starts(1..16).collect::<Vec<_>>(), [1, 5]);
         assert_eq!(wide.starts(1..11).collect::<Vec<_>>(), [0_usize; 0]);

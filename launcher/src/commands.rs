@@ -1,4 +1,4 @@
-//! What each command does.
+//! Runs each command.
 
 use std::os::unix::process::CommandExt;
 use std::process::ExitCode;
@@ -136,7 +136,7 @@ pub(crate) fn run(registry: &Registry, command: Command, profile: Option<Profile
     Ok(ExitCode::SUCCESS)
 }
 
-/// The experiment among the processes that were started together, and whether this is the first of them.
+/// Joins the experiment to the processes started with it. Also returns whether this process is the first of them.
 fn join(experiment: Experiment) -> Result<(Experiment, bool)> {
     if let Some(place) = experiment.distributed().meeting_place()? {
         return Err(start_again(&place));
@@ -146,8 +146,8 @@ fn join(experiment: Experiment) -> Result<(Experiment, bool)> {
     Ok((experiment.ranks(ranks)?, is_first))
 }
 
-/// Becomes this program with the place where NCCL's ranks meet in its environment: what is running cannot change that safely.
-/// Returns where that fails.
+/// Replaces this process with a new one of the same program that has NCCL's meeting place in its environment:
+/// setting an environment variable in a running process is not safe. Returns only if that fails.
 fn start_again(meeting_place: &str) -> Error {
     let program = match std::env::current_exe() {
         Ok(program) => program,
@@ -162,7 +162,7 @@ fn read_path(registry: &Registry, path: std::path::PathBuf, changes: Changes) ->
     Experiment::read(registry, &path, &changes.sets())
 }
 
-/// What a training came to, with the predictors that learn nothing beside it.
+/// Prints the result of a training, alongside baselines that learn nothing.
 fn print_report(report: &Report) {
     let outcome = &report.outcome;
     match &outcome.reason {
@@ -206,7 +206,7 @@ fn print_report(report: &Report) {
     }
 }
 
-/// A number in few digits.
+/// A number with few digits.
 fn short(value: f64) -> String {
     match value.abs() {
         0.0 | 1e-3..1e6 => format!("{value:.5}"),
@@ -221,7 +221,7 @@ fn print_lead_times(lead_times: &LeadTimes) {
     }
 }
 
-/// A quantity a line; what is not known is left out.
+/// Prints one quantity per line; unknown quantities are left out.
 fn print_benchmark(benchmark: &Benchmark, steps: u64) {
     let Benchmark { ms_per_step, samples_per_second, peak_rss_mb, .. } = benchmark;
     say!("time        {ms_per_step:.1} ms per step (median of {steps})");
@@ -238,7 +238,7 @@ fn print_benchmark(benchmark: &Benchmark, steps: u64) {
     say!("on          {}, {} threads", benchmark.device, benchmark.threads);
 }
 
-/// The curve in a few lines, and what to write into the configuration.
+/// Prints the curve in a few lines, and the lines to write into the configuration.
 fn print_lr(finding: &LrFinding, suggestion: f64) {
     const ROWS: usize = 12;
     let rows = finding.points.iter().step_by(finding.points.len().div_ceil(ROWS));
@@ -258,7 +258,7 @@ fn print_lr(finding: &LrFinding, suggestion: f64) {
     }
 }
 
-/// A row for each size, and the two answers.
+/// Prints a row for each size, and the two answers.
 fn print_batch_sizes(finding: &BatchFinding) {
     say!("batch size    ms per step    samples per second    memory");
     for trial in &finding.trials {

@@ -1,4 +1,4 @@
-//! The command line of Candlepower, for our models and datasets and, with [`run`], for anybody's.
+//! The command line of Candlepower, for its own models and datasets and, through [`run`], for yours.
 //!
 //! ```no_run
 //! # use candlepower::prelude::*;
@@ -27,7 +27,7 @@ use say::tell;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::{EnvFilter, fmt};
 
-/// Every module, dataset and callback that comes with Candlepower. One line a name: this is where a new one is added.
+/// Every module, dataset and callback that comes with Candlepower, one line each. Register new ones here.
 pub fn registry() -> Registry {
     Registry::default()
         .module::<candlepower_models::ConvLstm>("conv_lstm")
@@ -49,9 +49,9 @@ pub fn registry() -> Registry {
         .callback::<candlepower::callbacks::Throughput>("throughput")
 }
 
-/// Does what the command line of this process says, with these modules and datasets.
+/// Runs the command line of this process with the modules and datasets of `registry`.
 pub fn run(registry: Registry) -> ExitCode {
-    // Before there is a second thread.
+    // Must come before a second thread starts.
     candlepower::accelerator::idle_soon();
     let arguments = command_line::Arguments::parse();
     let (layer, profile) = arguments.command.profiles().then(Profile::start).unzip();
@@ -71,10 +71,10 @@ pub fn run(registry: Registry) -> ExitCode {
     }
 }
 
-/// Shows messages of the library as plain lines (`RUST_LOG` asks for more), and lets `layer` listen too. A program that
-/// has set up its own subscriber keeps it: then neither happens, and the answer is `false`.
+/// Prints the library's log messages as plain lines (`RUST_LOG` sets the level), and installs `layer`. If the
+/// program has already set up its own subscriber, does neither and returns `false`.
 fn listen(layer: Option<profile::Listener>) -> bool {
-    // Of several processes the first says what there is to say.
+    // Of several processes, only the first logs more than errors.
     let is_first = !Environment::read().is_ok_and(|found| found.is_some_and(|found| found.rank > 0));
     let usual = if is_first { "info" } else { "error" };
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(usual));

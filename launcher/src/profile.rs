@@ -1,4 +1,4 @@
-//! `--profile`: what is listened to during training, and what is said of it at the end.
+//! `--profile`: records the phases of training and prints a summary at the end.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use tracing_subscriber::layer::Layer;
 
 use crate::say::say;
 
-/// Hears of every phase.
+/// The layer that receives every phase.
 pub(crate) type Listener = Box<dyn Layer<Registry> + Send + Sync>;
 
-/// A share of the time from which on waiting for data is worth a word.
+/// The share of time spent waiting for data from which a hint is printed.
 const WAITS: f64 = 0.1;
 
 /// The profile of one training.
@@ -22,14 +22,14 @@ pub(crate) struct Profile {
 }
 
 impl Profile {
-    /// A profile, and the layer that it listens through.
+    /// Starts a profile; also returns the layer that feeds it.
     pub(crate) fn start() -> (Listener, Self) {
         let profiler = Profiler::default();
         let (trace_layer, trace) = Trace::start();
         (profiler.layer().and_then(trace_layer).boxed(), Self { profiler, trace })
     }
 
-    /// Prints the table and writes `trace.json` into the run's folder, where there is one.
+    /// Prints the table, and writes `trace.json` into the run's folder if there is one.
     pub(crate) fn finish(self, run: Option<&Path>) -> Result<()> {
         let profile = self.profiler.profile();
         say!("{}", profile.to_string().trim_end());

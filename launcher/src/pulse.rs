@@ -1,4 +1,4 @@
-//! What a launched run tells its supervisor: that it lives, and which checkpoint is its newest.
+//! The pulse of a launched run: tells its supervisor that it is alive and which checkpoint is its newest.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,23 +10,25 @@ use candlepower::{Error, Result};
 use nix::unistd::{Pid, getppid};
 use signal_hook::consts::SIGTERM;
 
-/// The environment variable that names the file which a launched run keeps young.
+/// The environment variable that names the pulse file, which a launched run keeps touching.
 pub(crate) const PULSE_FILE: &str = "CANDLEPOWER_PULSE_FILE";
 
-/// For how long a run that has trained needs no pulse: a year.
+/// How long a run needs no pulse after training: a year.
 const REST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Keeps a file young while the run goes on; its content is the path of the newest complete checkpoint.
+/// Updates a file's modification time while the run goes on. The file contains the path of the newest
+/// complete checkpoint.
 pub(crate) struct Pulse {
     path: PathBuf,
     file: File,
     supervisor: Pid,
-    /// Beats as long as it is kept: to open the data takes as long as it takes.
+    /// The heartbeat until training starts, stopped when this is dropped: opening the data may take any
+    /// amount of time.
     opening: Option<Arc<()>>,
 }
 
 impl Pulse {
-    /// Where a supervisor asks for it.
+    /// Creates the pulse, if a supervisor asks for one.
     pub(crate) fn asked_for() -> Result<Option<Self>> {
         let Some(path) = std::env::var_os(PULSE_FILE).map(PathBuf::from) else { return Ok(None) };
         let file = File::options().append(true).create(true).open(&path).map_err(Error::file(&path))?;
@@ -51,7 +53,7 @@ impl Callback for Pulse {
 
     fn on_step_end(&mut self, _: &StepEnd) -> Result<Flow> {
         self.beat()?;
-        // Whoever starts the run again, where its supervisor was killed, must not find it still training.
+        // If the supervisor was killed, the run may be started again, so it must not keep training.
         if getppid() != self.supervisor {
             return Ok(Flow::Stop(StopReason::Signal(SIGTERM)));
         }
@@ -67,13 +69,13 @@ impl Callback for Pulse {
         let beside = self.path.with_extension("new");
         fs::write(&beside, checkpoint.as_os_str().as_encoded_bytes()).map_err(Error::file(&beside))?;
         fs::rename(&beside, &self.path).map_err(Error::file(&self.path))?;
-        // The file has another place on the disk now.
+        // The rename replaced the file, so open the new one.
         self.file = File::options().append(true).open(&self.path).map_err(Error::file(&self.path))?;
         Ok(())
     }
 
     fn on_fit_end(&mut self, _: &Progress, _: &StopReason) -> Result<()> {
-        // What is computed after the last step takes as long as it takes.
+        // Work after the last step may take any amount of time.
         self.beat_at(SystemTime::now() + REST)
     }
 
@@ -81,16 +83,16 @@ impl Callback for Pulse {
         false
     }
 
-    /// Each machine may have a supervisor of its own.
+    /// Each machine may have its own supervisor.
     fn on_every_rank(&self) -> bool {
         true
     }
 }
 
-/// How often a run that has not begun yet beats.
+/// How often the pulse beats before training starts.
 const OPENING: Duration = Duration::from_secs(5);
 
-/// Keeps a file young, as long as the answer is kept.
+/// Keeps updating a file's modification time until the returned value is dropped.
 fn beat_while_opening(path: &Path, period: Duration) -> Result<Arc<()>> {
     let file = File::options().append(true).open(path).map_err(Error::file(path))?;
     let kept = Arc::new(());
@@ -103,7 +105,7 @@ fn beat_while_opening(path: &Path, period: Duration) -> Result<Arc<()>> {
     Ok(kept)
 }
 
-/// The newest checkpoint that a run has told of.
+/// The newest checkpoint that a run has reported.
 pub(crate) fn checkpoint_in(pulse: &Path) -> Option<PathBuf> {
     fs::read_to_string(pulse).ok().filter(|text| !text.is_empty()).map(PathBuf::from)
 }
@@ -122,7 +124,7 @@ mod tests {
         pulse.on_validation_batch(1, None).unwrap();
         assert!(age().is_ok_and(|age| age < Duration::from_secs(60)));
         pulse.on_fit_end(&Progress::default(), &StopReason::Finished).unwrap();
-        // It lies in the future.
+        // The modification time is in the future.
         assert!(age().unwrap_err().duration() > Duration::from_secs(24 * 3600));
     }
 
@@ -140,7 +142,7 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
         }
         drop(opening);
-        // It may be about to beat once more.
+        // The thread may beat once more.
         let stays_old = |_| {
             grow_old();
             std::thread::sleep(Duration::from_millis(20));

@@ -1,4 +1,4 @@
-//! Lines for people. Whoever reads them may have gone, as `head` has, or a full disk: that is no reason to end a training.
+//! Output for people. Write errors are ignored: a closed pipe (`head`) or a full disk is no reason to end a training.
 
 /// Writes a line to standard output.
 macro_rules! say {

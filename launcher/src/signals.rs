@@ -1,5 +1,5 @@
-//! Signals: the first Ctrl-C, SIGTERM or SIGHUP ends the run after its step, or at once where there is none yet; a second ends the
-//! process at once; SIGUSR1 saves.
+//! Signal handling. The first Ctrl-C, SIGTERM or SIGHUP ends the run after its current step, or immediately
+//! if training has not begun; a second one ends the process immediately. SIGUSR1 saves a checkpoint.
 
 use std::sync::atomic::Ordering;
 
@@ -10,13 +10,13 @@ use signal_hook::iterator::Signals;
 
 use crate::say::tell;
 
-/// The signals that end a run. SIGHUP is none where it was ignored from the start, as under `nohup`.
+/// The signals that end a run. SIGHUP is not one of them if it was ignored from the start, as under `nohup`.
 pub(crate) fn ending() -> Vec<i32> {
     let all = [SIGHUP, SIGINT, SIGTERM];
     all.into_iter().filter(|signal| *signal != SIGHUP || !is_ignored(SIGHUP)).collect()
 }
 
-/// Whether whoever has started this process wants it to ignore a signal; where the system does not tell, it does not.
+/// Whether the parent process had this one start with `signal` ignored; false if the system does not report it.
 fn is_ignored(signal: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
@@ -24,7 +24,7 @@ fn is_ignored(signal: i32) -> bool {
     mask.is_some_and(|mask| (mask >> (signal - 1)) & 1 == 1)
 }
 
-/// Starts listening; the callback stops, or saves, the run that it is given to.
+/// Starts listening for signals. The returned callback stops or saves the run that it is attached to.
 pub(crate) fn on_signal() -> Result<OnSignal> {
     let callback = OnSignal::default();
     let flags = callback.clone();
@@ -37,7 +37,7 @@ pub(crate) fn on_signal() -> Result<OnSignal> {
                 continue;
             }
             let again = flags.stop.swap(signal, Ordering::Relaxed) != 0;
-            // Before training, nothing is worth saving.
+            // Before training there is nothing to save.
             if again || !flags.has_begun.load(Ordering::Relaxed) {
                 std::process::exit(128 + signal);
             }

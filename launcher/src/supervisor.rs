@@ -1,5 +1,5 @@
-//! `candlepower launch`: `train` under supervision. Whatever ends a run before its time ends all of it within seconds, and
-//! the run is started again from its last good checkpoint.
+//! `candlepower launch`: `train` under supervision. A failure in any part of a run ends the whole run within
+//! seconds, and the run is started again from its last good checkpoint.
 
 use std::ffi::OsString;
 use std::fs;
@@ -19,23 +19,23 @@ use crate::pulse::{PULSE_FILE, checkpoint_in};
 use crate::say::tell;
 use crate::signals::ending;
 
-/// How often the run is looked at.
+/// How often the run is polled.
 const LOOK: Duration = Duration::from_millis(100);
-/// How long a run that has failed may take to end by itself.
+/// How long a failed run may take to end by itself.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// A run that is to be watched over.
+/// A run to supervise.
 pub(crate) struct Launch {
-    /// Arguments of `train`, the configuration first.
+    /// Arguments of `train`, starting with the configuration.
     pub(crate) train: Vec<OsString>,
-    /// What `--resume` says.
+    /// The value of `--resume`.
     pub(crate) resume: Option<String>,
     pub(crate) devices: usize,
     pub(crate) distributed: DistributedConfig,
     pub(crate) node: Option<Node>,
 }
 
-/// This machine among several that are launched one by one: what `torchrun` would say of it.
+/// This machine, when several machines are launched one by one: the values that `torchrun` would set.
 pub(crate) struct Node {
     rank: usize,
     nodes: usize,
@@ -43,12 +43,12 @@ pub(crate) struct Node {
 }
 
 impl Node {
-    /// What the command line and the configuration say; nothing where one machine is all, or where what has started this
-    /// program tells its processes who they are.
+    /// Reads this machine's place from the command line and the configuration. `None` for a single machine,
+    /// or if the starter of this program already assigns ranks to its processes.
     pub(crate) fn of(distributed: &DistributedConfig, rank: Option<usize>) -> Result<Option<Self>> {
         let nodes = distributed.nodes;
         match rank {
-            // There `mpirun` reaches the others.
+            // With MPI, `mpirun` reaches the other machines.
             None if nodes == 1 || distributed.backend == Backend::Mpi || Environment::read()?.is_some() => {
                 Ok(None)
             }
@@ -70,7 +70,7 @@ impl Node {
         }
     }
 
-    /// The environment variables of a process that is alone on its machine.
+    /// The environment variables of the only process on its machine.
     fn variables(&self) -> [(&'static str, String); 5] {
         [
             ("RANK", self.rank.to_string()),
@@ -84,14 +84,14 @@ impl Node {
 
 /// How one attempt ended.
 enum End {
-    /// By itself, with this code: done, interrupted after saving, or not worth another try.
+    /// It ended by itself with this code: finished, interrupted after saving, or not worth retrying.
     Exit(u8),
-    /// Too early: why.
+    /// It ended too early, for this reason.
     Failure(String),
 }
 
 impl Launch {
-    /// Runs until the training is done, has failed too often, or is told to end.
+    /// Runs until the training is finished, has failed too often, or is told to end.
     pub(crate) fn run(mut self) -> Result<ExitCode> {
         let signals = Signals::new(ending().into_iter().chain([SIGUSR1]));
         let mut signals = signals.map_err(|error| Error::msg(format!("signals: {error}")))?;
@@ -114,7 +114,7 @@ impl Launch {
                 self.devices -= 1;
             }
             last_checkpoint = checkpoint.or(last_checkpoint);
-            // The run's folder, not the checkpoint: it may hold a newer one.
+            // Resume from the run's folder, not from the checkpoint: the folder may hold a newer one.
             let run = last_checkpoint.as_deref().and_then(|checkpoint: &Path| checkpoint.parent()?.parent());
             let from = match (run, &self.resume) {
                 (Some(run), _) => format!("from the last good checkpoint of {}", run.display()),
@@ -135,12 +135,12 @@ impl Launch {
         }
     }
 
-    /// Machines that are launched one by one could not agree on fewer.
+    /// The fewest devices to restart with. Machines launched one by one could not agree on a smaller number.
     fn fewest_devices(&self) -> usize {
         self.distributed.min_devices.filter(|_| self.node.is_none()).unwrap_or(self.devices)
     }
 
-    /// Starts `train` and watches it to its end; after it, no process of it is left.
+    /// Starts `train` and watches it until it ends. None of its processes is left running afterwards.
     fn attempt(&self, files: &Path, signals: &mut Signals) -> Result<End> {
         let (failure, pulse) = (files.join("failure"), files.join(PULSE));
         let mut command = self.command()?;
@@ -152,7 +152,7 @@ impl Launch {
         let mut told_to_end = None;
         let why = loop {
             for signal in signals.pending() {
-                // As `train` does: the first lets it end its step and save, the second ends it at once.
+                // As in `train`: the first signal lets it finish its step and save, the second ends it immediately.
                 let again = told_to_end.is_some() && signal != SIGUSR1;
                 run.signal(if again { Signal::SIGKILL } else { named(signal) });
                 told_to_end = told_to_end.or(Some(signal).filter(|signal| *signal != SIGUSR1));
@@ -180,7 +180,7 @@ impl Launch {
         let why = format!("the run failed: {why}");
         Ok(match told_to_end {
             None => End::Failure(why),
-            // Nobody wants another try.
+            // The user asked it to end, so it is not retried.
             Some(signal) => {
                 tell!("{why}");
                 End::Exit(interrupted(signal))
@@ -188,7 +188,7 @@ impl Launch {
         })
     }
 
-    /// `train` on as many devices as there are: threads of one process, or the processes of `mpirun`.
+    /// The command for `train` on all devices: threads of one process, or the processes of `mpirun`.
     fn command(&self) -> Result<Command> {
         let program = std::env::current_exe().map_err(Error::file("this program"))?;
         let mut command = match self.distributed.backend {
@@ -208,7 +208,7 @@ impl Launch {
 
 const PULSE: &str = "pulse";
 
-/// A started `train`, with all processes that it has started.
+/// A running `train`, with all processes that it has started.
 struct Run {
     child: Child,
     ended: Option<ExitStatus>,
@@ -223,20 +223,20 @@ impl Run {
     }
 
     fn signal(&self, signal: Signal) {
-        // What has ended already needs no signal.
+        // A process that has ended needs no signal.
         if self.ended.is_none() {
             let _ = killpg(Pid::from_raw(self.child.id() as i32), signal);
         }
     }
 
-    /// Waits a little for all to end, then ends them.
+    /// Waits a short while for all processes to end, then kills them.
     fn end(&mut self) -> Result<()> {
         let since = Instant::now();
-        // Once: a second time ends it at once, and it may be saving.
+        // Only once: a second SIGTERM ends it immediately, and it may be saving.
         self.signal(Signal::SIGTERM);
         while self.poll()?.is_none() {
             if since.elapsed() > GRACE {
-                // A hanging rank may hold up the rest of its process, which has said all it has to say.
+                // A hanging rank may block the rest of its process, which has reported everything already.
                 self.signal(Signal::SIGKILL);
             }
             std::thread::sleep(LOOK);
@@ -247,22 +247,22 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        // After an error of the supervisor's own: nothing is left behind.
+        // After an error in the supervisor itself, leave nothing running.
         let _ = self.end();
     }
 }
 
-/// The first failure that a rank has written down.
+/// The first failure that a rank has recorded.
 fn first_failure(path: &Path) -> Option<String> {
     fs::read_to_string(path).ok().filter(|text| !text.is_empty())
 }
 
-/// The exit code of what ended by itself.
+/// The exit code of a process that ended by itself.
 fn code(status: ExitStatus) -> Option<u8> {
     status.code().map(|code| code as u8)
 }
 
-/// The exit code of `train` after this signal.
+/// The exit code of `train` after `signal`.
 fn interrupted(signal: i32) -> u8 {
     128 + signal as u8
 }

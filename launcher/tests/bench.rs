@@ -1,4 +1,4 @@
-//! `candlepower bench`: what it prints, and that it leaves nothing behind.
+//! `candlepower bench`: tests its output, and that it leaves no files behind.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -27,7 +27,7 @@ fn bench(arguments: &[&str]) -> Output {
     output
 }
 
-/// The one object that `--json` prints.
+/// The single object that `--json` prints.
 fn json(arguments: &[&str]) -> serde_json::Value {
     let output = bench(&[arguments, &["--json", "--steps", "2"]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

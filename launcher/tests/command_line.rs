@@ -1,4 +1,4 @@
-//! The command line as a person uses it: what it says, its exit codes, and the folders that it makes.
+//! The command line as a user sees it: output, exit codes, and the folders that it creates.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -58,7 +58,7 @@ fn a_training_starts_from_the_weights_of_another() {
         let said = place.succeed(&["validate", "tiny.toml", "--checkpoint", checkpoint, "--json"]);
         serde_json::from_str::<serde_json::Value>(&said).unwrap()["mse"].as_f64().unwrap()
     };
-    // A run is evaluated with its averages, which are in a file too; in any precision.
+    // A run is evaluated with its averages, which are also saved in a file; in any precision.
     let averages = format!("{first}/checkpoints/4/average.safetensors");
     assert_eq!(validate(first), validate(&averages));
     let in_half = |checkpoint: &str| {
@@ -74,7 +74,7 @@ fn a_training_starts_from_the_weights_of_another() {
     };
     assert_eq!(in_half(first), in_half(&averages));
     assert_ne!(validate(first), validate(&format!("{first}/checkpoints/4/model.safetensors")));
-    // A training that moves nothing stays where it starts, and starts where it is told to.
+    // A training with a learning rate of 0 keeps the weights that it starts from.
     let train = |more: &[&str]| {
         let still = ["train", "tiny.toml", "--set", "optimizer.lr=0", "--set", "run.name=next"];
         place.succeed(&[&still[..], more].concat());
@@ -94,7 +94,7 @@ fn a_training_starts_from_the_weights_of_another() {
     assert_ne!(initial, validate(first));
     let (part, _) = train(&["--set", &format!("init.weights={first}"), "--set", "init.params=encoder_*"]);
     assert!(part != initial && part != validate(first));
-    // All ranks start from them: two move the weights as one does, to rounding.
+    // All ranks start from these weights: two ranks move them as one does, up to rounding.
     let moved = |devices: &str| {
         let run = format!("run.name=moved_by_{devices}");
         let init = format!("init.weights={first}");
@@ -103,7 +103,7 @@ fn a_training_starts_from_the_weights_of_another() {
     };
     let (by_one, by_two) = (moved("1"), moved("2"));
     assert!((by_one / by_two - 1.).abs() < 1e-4 && by_one != mse, "{by_one}, {by_two}");
-    // A run that goes on has its own weights, whatever has become of those that it started from.
+    // A resumed run has its own weights, even if the weights that it started from are gone.
     std::fs::remove_dir_all(place.path("runs/tiny")).unwrap();
     let resume =
         ["train", "tiny.toml", "--set", "run.name=next", "--set", "trainer.max_steps=5", "--resume", "auto"];
@@ -132,7 +132,7 @@ fn weights_that_do_not_fit_are_refused_before_a_folder_is_made() {
     let error = place.fail(2, &["train", "tiny.toml", "--set", "init.weights=no/such.pth"]);
     assert!(error.contains("`init.weights`: no/such.pth: no such file or folder"), "{error}");
     assert!(!place.path("runs").exists(), "a refused configuration made a folder");
-    // What fits is taken all the same where that is asked for.
+    // With `strict = false`, the weights that fit are still taken.
     place.succeed(&["train", "tiny.toml", "--set", "init.strict=false"]);
 }
 
@@ -362,7 +362,7 @@ fn test_data_is_measured_and_predicted_from() {
 #[test]
 fn the_best_validation_is_told_of_where_it_was_not_the_last() {
     let place = Place::new();
-    // Training diverges: nothing gets better than the first validation.
+    // Training diverges, so the first validation stays the best.
     let worse = ["train", "tiny.toml", "--set", "trainer.val_every=1", "--set", "optimizer.lr=3.0"];
     let said = place.succeed(&worse);
     let best = std::fs::read_link(place.path("runs/tiny/version_0/checkpoints/best")).unwrap();
@@ -372,7 +372,7 @@ fn the_best_validation_is_told_of_where_it_was_not_the_last() {
 
 #[test]
 fn callbacks_of_the_configuration_see_what_is_validated_outside_training() {
-    // It cannot do without a metric that is not there: only who is asked can say so.
+    // Early stopping fails if its metric is missing, so its error shows that the callback was attached.
     let place = Place::new();
     place.succeed(&["train", "tiny.toml"]);
     let validate = ["validate", "tiny.toml", "--checkpoint", "runs/tiny"];
@@ -411,7 +411,7 @@ fn a_run_predicts_where_what_it_learned_from_is_gone() {
     place.succeed(&predict("after.npy"));
     let bytes = |name: &str| std::fs::read(place.path(name)).unwrap();
     assert_eq!(bytes("before.npy"), bytes("after.npy"));
-    // Of another [data], the sizes are not known.
+    // With another [data], the sizes are unknown.
     let error = place.fail(1, &[&predict("other.npy")[..], &["--set", "data.every=2"]].concat());
     assert!(error.contains("data.every: 2, was 1\nwith the `config.toml` in the run's folder"), "{error}");
 }

@@ -1,4 +1,4 @@
-//! The configurations that come with the project.
+//! The configurations that ship with the project.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -26,7 +26,7 @@ fn real_handwriting_trains_where_it_is_at_hand() {
     assert!(loss(&records[7]) < loss(&records[0]), "nothing was learned: {records:?}");
 }
 
-/// What makes a module small, so that a step of it is quick.
+/// Settings that make a module small, so a step of it is quick.
 fn small(module: &str) -> &'static [&'static str] {
     match module {
         "conv_lstm" => &["module.hidden=4"],
@@ -107,7 +107,7 @@ fn every_configuration_of_the_project_is_read_and_its_module_stepped_in_every_pr
     let mut stepped = Vec::new();
     for entry in std::fs::read_dir(configs).unwrap() {
         let path = entry.unwrap().path();
-        // Data that is not in the project.
+        // This data is not part of the project.
         let folder = match path.file_stem().unwrap().to_str().unwrap() {
             "frames" => Some(frames.path()),
             "radar" => Some(radar.as_path()),
@@ -155,7 +155,7 @@ fn every_configuration_of_the_project_is_read_and_its_module_stepped_in_every_pr
 #[test]
 fn models_have_the_sizes_that_their_authors_count() {
     use candlepower::experiment::Experiment;
-    // The tutorial's model, and those of OpenSTL as its own code counts them.
+    // The tutorial's model, and OpenSTL's models with the counts that OpenSTL's own code gives.
     for (name, parameters) in [
         ("moving_mnist", 1_036_097),
         ("conv_lstm_stack", 15_083_520),

@@ -1,4 +1,4 @@
-//! `candlepower find-lr` and `find-batch-size`: what they print, and that they leave nothing behind.
+//! `candlepower find-lr` and `find-batch-size`: tests their output, and that they leave no files behind.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -6,13 +6,13 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-/// Runs a finder on a small version of the first run, in `folder`.
+/// Runs a finder in `folder`, on a small version of the quickstart configuration.
 fn find(folder: &Path, command: &str, arguments: &[&str]) -> Output {
     let config = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/quickstart.toml");
     let small = [
         "module.hidden=4",
         "module.patch=8",
-        // Begins with gray frames: the first thing to learn is that most pixels are black.
+        // Predictions start gray: the first thing to learn is that most pixels are black.
         "module.mean_pixel=0.5",
         "data.frames_in=2",
         "data.frames_out=2",

@@ -1,4 +1,4 @@
-//! Runs that are ended, and go on: signals, kills, and what a refused one leaves alone.
+//! Interrupted and resumed runs: signals, kills, and that a refused run leaves files unchanged.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 
 use common::{Place, records};
 
-/// The weights and the optimizer of a checkpoint, byte for byte.
+/// The weights and the optimizer state of a checkpoint, byte for byte.
 fn weights(checkpoint: &Path) -> [Vec<u8>; 2] {
     ["model.safetensors", "optimizer.safetensors"].map(|file| std::fs::read(checkpoint.join(file)).unwrap())
 }
@@ -69,7 +69,7 @@ fn a_signal_saves_and_says_so_in_the_exit_code() {
     assert_eq!(state["progress"]["step"].to_string(), last.to_str().unwrap());
 }
 
-/// Waits until a file is there.
+/// Waits until a file exists.
 fn wait_for(path: &Path) {
     let started = std::time::Instant::now();
     while !path.exists() {
@@ -101,10 +101,10 @@ fn sigusr1_saves_and_goes_on_and_a_second_signal_ends_at_once() {
     let send = |signal: &str| {
         Command::new("kill").args([signal, &process]).status().unwrap();
     };
-    // Signals are listened for before the run's folder is made.
+    // The program listens for signals before it creates the run's folder.
     wait_for(&run.join("metrics.jsonl"));
     send("-USR1");
-    // Validation after each epoch may save too, but not `last` of a step that is no epoch's end; 3 steps are an epoch.
+    // Validation after each epoch may save a checkpoint too, but only at an epoch's last step; an epoch has 3 steps.
     let saved = || -> Vec<u64> {
         let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
         entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
@@ -112,7 +112,7 @@ fn sigusr1_saves_and_goes_on_and_a_second_signal_ends_at_once() {
     let started = std::time::Instant::now();
     while !saved().iter().any(|step| step % 3 != 0) {
         assert!(started.elapsed().as_secs() < 120, "SIGUSR1 saved nothing: {:?}", saved());
-        // By chance it may have come at an epoch's end: once more.
+        // The first signal may have arrived at an epoch's end: send another.
         send("-USR1");
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
@@ -120,7 +120,7 @@ fn sigusr1_saves_and_goes_on_and_a_second_signal_ends_at_once() {
     send("-INT");
     send("-TERM");
     let code = child.wait().unwrap().code();
-    // Either the second came in time to end it at once, or the first had ended it already.
+    // Either the second signal arrived in time to end it immediately, or the first had already ended it.
     assert!(code == Some(143) || code == Some(130), "{code:?}");
 }
 
@@ -153,11 +153,11 @@ fn a_run_that_cannot_go_on_keeps_its_files() {
         place.fail(1, &["train", "tiny.toml", "--resume", &format!("{run}/checkpoints/4/model.safetensors")]);
     assert!(error.contains("to start training from a weights file, set `weights` in [init]"), "{error}");
     assert!(files() == before, "a refused run has changed files");
-    // Of a new run that is refused nothing is left.
+    // A refused new run leaves no folder behind.
     let groups = "optimizer.groups=[{ params = \"nothing.*\", frozen = true }]";
     place.fail(2, &["train", "tiny.toml", "--set", groups]);
     assert!(!place.path("runs/tiny/version_1").exists());
-    // The folder of all versions stands for the newest.
+    // The folder of all versions stands for the newest one.
     place.succeed(&["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "runs/tiny"]);
     assert!(place.path(run).join("checkpoints/6").exists());
     place.succeed(&["validate", "tiny.toml", "--checkpoint", "runs/tiny"]);
@@ -177,7 +177,7 @@ fn a_resumed_run_says_what_has_changed_in_its_configuration() {
     assert!(!String::from_utf8(output.stderr).unwrap().contains("is not the checkpoint's"));
 }
 
-/// `candlepower train tiny.toml`, for many steps that nothing but a signal ends.
+/// `candlepower train tiny.toml`, with so many steps that only a signal ends it.
 #[cfg(unix)]
 fn endless(place: &Place) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_candlepower"));
@@ -198,7 +198,7 @@ fn a_folder_has_one_training_at_a_time() {
     assert!(first.try_wait().unwrap().is_none(), "the first has ended");
     first.kill().unwrap();
     first.wait().unwrap();
-    // What is gone holds no lock.
+    // A process that is gone holds no lock.
     place.succeed(&["train", "tiny.toml", "--resume", "auto", "--set", "trainer.max_epochs=1"]);
 }
 
@@ -253,7 +253,7 @@ fn a_run_ends_with_its_supervisor() {
     wait_for(&place.path("runs/tiny/version_0/checkpoints/last"));
     supervisor.kill().unwrap();
     supervisor.wait().unwrap();
-    // It saves its last step, and lets go of the folder.
+    // It saves its last step and releases the folder.
     let started = std::time::Instant::now();
     let again = ["train", "tiny.toml", "--resume", "auto", "--set", "trainer.max_epochs=1"];
     while !place.run(&again).status.success() {
@@ -306,7 +306,7 @@ fn another_order_of_optimizers_is_a_change() {
     };
     write(["encoder", "decoder"]);
     place.succeed(&["train", "turns.toml"]);
-    // What the run says of itself is the same run.
+    // The resolved configuration keeps the order of the optimizers.
     let resolved = place.read("runs/tiny/version_0/config.toml");
     let at = |name: &str| resolved.find(&format!("[optimizers.{name}]")).unwrap();
     assert!(at("encoder") < at("decoder"), "{resolved}");
@@ -320,7 +320,7 @@ fn another_order_of_optimizers_is_a_change() {
 fn a_run_goes_on_past_versions_that_have_no_checkpoint() {
     let place = Place::new();
     place.succeed(&["train", "tiny.toml"]);
-    // It fails before its first step, and leaves a folder.
+    // This run fails before its first step, and leaves a folder.
     place.fail(2, &["train", "tiny.toml", "--set", "checkpoint.monitor=ssim"]);
     assert!(place.path("runs/tiny/version_1").exists());
     let longer = ["train", "tiny.toml", "--set", "trainer.max_steps=6", "--resume", "auto"];

@@ -1,6 +1,6 @@
-//! `candlepower launch`: whatever happens to a run, it ends within seconds, is named, and is taken up again.
+//! `candlepower launch`: after any failure, a run ends within seconds, reports the cause, and is restarted.
 //!
-//! This program is its own `candlepower`, with a module that gets into trouble when it is told to.
+//! This test program is its own `candlepower`, with a module that fails on request.
 #![allow(clippy::unwrap_used)]
 
 use std::fs::File;
@@ -73,7 +73,7 @@ impl Open for Numbers {
     }
 }
 
-/// Learns a slope; in one step something happens to the rank that has the second micro-batch.
+/// Learns a slope; in one step, the rank that has the second micro-batch runs into trouble.
 struct Troubled {
     slope: Tensor,
     config: TroubledConfig,
@@ -82,13 +82,13 @@ struct Troubled {
 #[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 struct TroubledConfig {
-    /// `panic`, `error`, `hang`, `die`, or nothing.
+    /// `panic`, `error`, `hang`, `die`, or empty for no trouble.
     trouble: String,
-    /// The step in which it comes.
+    /// The step at which the trouble happens.
     step: u64,
-    /// It comes only until this file exists; empty: always.
+    /// The trouble happens only until this file exists. Empty: always.
     until: PathBuf,
-    /// Milliseconds that a micro-batch takes.
+    /// Duration of a micro-batch in milliseconds.
     pause: u64,
 }
 
@@ -110,7 +110,7 @@ impl Module for Troubled {
     fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
         let TroubledConfig { trouble, until, pause, .. } = &self.config;
         std::thread::sleep(Duration::from_millis(*pause));
-        // The mark of micro-batch 1 of the step: ranks do not know who they are.
+        // Identifies micro-batch 1 of the step: modules do not know their rank.
         let second = step.rng("place") == Step::evaluation(step.index(), 1, 0, false).rng("place");
         if step.is_training() && step.index() == self.config.step && second && !until.is_file() {
             if !until.as_os_str().is_empty() {
@@ -169,18 +169,18 @@ impl Place {
         process
     }
 
-    /// Runs `launch`; returns its exit code and what it says.
+    /// Runs `launch`; returns its exit code and its standard error.
     fn launch(&self, sets: &[&str]) -> (Option<i32>, String) {
         let Output { status, stderr, .. } = self.command("launch", sets).output().unwrap();
         (status.code(), String::from_utf8(stderr).unwrap())
     }
 
-    /// A file for what a command says while it runs.
+    /// A file that receives a command's output while it runs.
     fn said(&self) -> File {
         File::create(self.0.path().join("said")).unwrap()
     }
 
-    /// How many restarts it tells of.
+    /// How many restarts the output reports.
     fn restarts(&self) -> usize {
         std::fs::read_to_string(self.0.path().join("said")).unwrap().matches("\nrestart ").count()
     }
@@ -198,7 +198,7 @@ impl Place {
     }
 }
 
-/// The weights that an undisturbed run ends with.
+/// The weights at the end of an undisturbed run.
 fn undisturbed() -> Vec<u8> {
     let place = Place::new();
     assert!(place.command("train", &[]).stderr(Stdio::null()).status().unwrap().success());
@@ -240,7 +240,7 @@ fn a_rank_that_hangs_takes_all_down() {
 
 fn a_stopped_process_is_taken_down() {
     let place = Place::new();
-    // No rank is there to blame another.
+    // No other rank is left running to report the hang.
     let mut launch = place.command("launch", &["module.pause=20", "distributed.hang_timeout=\"3s\""]);
     let launch = launch.stderr(Stdio::piped()).spawn().unwrap();
     let pid = wait_for(|| child_of(launch.id()).filter(|_| place.0.path().join("runs").exists()));
@@ -265,12 +265,12 @@ fn too_many_failures_end_it() {
         &said,
         "error: the run failed: rank 1: training_step, step 6: out of paper; not restarted: `distributed.max_restarts` is 2\n",
     );
-    // What was good is still there.
+    // The last good checkpoint is still there.
     assert!(place.checkpoint(0).ends_with("5"), "{}", place.checkpoint(0).display());
 }
 
 fn fewer_devices_where_allowed() {
-    // It fails every time: the second restart goes on with one device less.
+    // It fails every time: the second restart uses one device less.
     let place = Place::new();
     let sets = [
         "module.trouble=error",
@@ -287,12 +287,12 @@ fn fewer_devices_where_allowed() {
         &said,
         "restart 2 of 2, on 1 device(s), from the last good checkpoint of runs/run/version_0\n",
     );
-    // The last word is one device's: no rank is named any more.
+    // The last failure happened on one device, so no rank is named.
     assert_says(&said, "its process ended with code 1; its message is above; not restarted");
 }
 
-/// Launches the run and kills what `victim` finds, 20 times, at moments spread over start, steps and saving that are the same
-/// in every run of the test. Each must bring a restart, and all of them must leave no trace in the weights.
+/// Launches the run and kills the process that `victim` finds, 20 times, at moments spread over start-up, steps and
+/// saving, the same in every run of the test. Each kill must cause one restart, and none may change the weights.
 fn kill_at_random(place: &Place, mut launch: Child, victim: impl Fn(usize, u32) -> Option<u32>) {
     const KILLS: usize = 20;
     let mut moment = 0;
@@ -305,11 +305,11 @@ fn kill_at_random(place: &Place, mut launch: Child, victim: impl Fn(usize, u32) 
     assert!(launch.wait().unwrap().success());
     assert_eq!(place.restarts(), KILLS);
     let versions = std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count();
-    // To the bit, for processes too: with two ranks, they add the same two numbers as threads do.
+    // Bit for bit, for processes too: with two ranks, they add the same two numbers as threads do.
     assert_eq!(place.weights(versions - 1), undisturbed());
 }
 
-/// So slow that no run ends before it has been killed 20 times.
+/// Settings that make a run too slow to end before it has been killed 20 times.
 const SLOW: [&str; 2] = ["module.pause=90", "distributed.max_restarts=100"];
 
 fn killed_at_random() {
@@ -334,7 +334,7 @@ fn told_to_end_it_is_not_tried_again() {
     let place = Place::new();
     let mut launch = place.command("launch", &["module.trouble=hang", "distributed.hang_timeout=\"3s\""]);
     let launch = launch.stderr(Stdio::piped()).spawn().unwrap();
-    // The signal comes before anybody has noticed.
+    // The signal arrives before the hang is detected.
     wait_for(|| place.0.path().join("came").exists().then_some(()));
     signal("INT", launch.id());
     let output = launch.wait_with_output().unwrap();
@@ -354,15 +354,15 @@ fn a_configuration_error_is_not_tried_again() {
     assert_says(&said, "`distributed.min_devices`: expected at most `trainer.devices`, which is 2");
 }
 
-/// What lets `mpirun` run in a container, on fewer cores than processes. Each has a folder of its own for its files: two that
-/// start at once would both make the usual one, and one of them would fail.
+/// Settings that let `mpirun` run in a container, on fewer cores than processes. Each run has its own temporary folder:
+/// two that start at the same time would both create the default one, and one of them would fail.
 fn allow_mpi<'c>(command: &'c mut Command, place: &Place) -> &'c mut Command {
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1").env("OMPI_MCA_btl_base_warn_component_unused", "0");
     command.env("TMPDIR", place.0.path())
 }
 
-/// Trains with so many processes; returns the exit code and what is said.
+/// Trains with this many processes; returns the exit code and the standard error.
 fn mpirun(place: &Place, processes: usize, sets: &[&str]) -> (Option<i32>, String) {
     let mut command = Command::new("mpirun");
     command.current_dir(place.0.path()).args(["-n", &processes.to_string()]);
@@ -380,7 +380,7 @@ fn slope(place: &Place) -> f32 {
 }
 
 fn processes_equal_a_single_rank() {
-    // 40 samples in batches of 7: uneven micro-batches, and in the last step of an epoch some process has none.
+    // 40 samples in batches of 7: micro-batches are uneven, and in the last step of an epoch some process has none.
     let uneven = ["trainer.batch_size=7", "optimizer.name=\"sgd\"", "optimizer.lr=0.1"];
     let alone = Place::new();
     let sets = uneven.iter().chain(&["trainer.devices=1"]).flat_map(|set| ["--set", set]);
@@ -391,7 +391,7 @@ fn processes_equal_a_single_rank() {
         assert_eq!(code, Some(0), "{said}");
         let error = (slope(&place) / slope(&alone) - 1.).abs();
         assert!(error <= 1e-6, "{processes} processes: off by {error:e}");
-        // One of them writes and speaks.
+        // Only one of them writes files and logs.
         assert_eq!(std::fs::read_dir(place.0.path().join("runs/run")).unwrap().count(), 1);
         assert_eq!(said.matches("run folder").count(), 1, "{said}");
         let metrics = |place: &Place| {
@@ -434,12 +434,12 @@ fn processes_killed_at_random() {
     let place = Place::new();
     let mut launch = place.command("launch", &[&SLOW[..], &["distributed.backend=\"mpi\""]].concat());
     let launch = allow_mpi(&mut launch, &place).stderr(place.said()).spawn().unwrap();
-    // One rank or the other.
+    // Alternates between the two ranks.
     let rank = |kill: usize, launch| children_of(child_of(launch)?).get(kill % 2).copied();
     kill_at_random(&place, launch, rank);
 }
 
-/// The process that a supervisor has started.
+/// The process started by a supervisor.
 fn child_of(pid: u32) -> Option<u32> {
     children_of(pid).first().copied()
 }
@@ -455,7 +455,7 @@ fn wait_for<T>(look: impl Fn() -> Option<T>) -> T {
         if let Some(found) = look() {
             return found;
         }
-        // Long, for machines that have other work too.
+        // Long, because the machine may be busy.
         assert!(start.elapsed() < Duration::from_secs(180), "waited for three minutes");
         std::thread::sleep(Duration::from_millis(10));
     }

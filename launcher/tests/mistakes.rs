@@ -1,4 +1,4 @@
-//! The exact text of configuration errors: where the mistake stands, what was expected, and that nothing is left on disk.
+//! The exact text of configuration errors: position, what was expected, and that nothing is left on disk.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,7 +7,7 @@ use std::process::Command;
 
 use common::{Place, TINY, assert_text, records};
 
-/// The configuration error that `tiny.toml` with this replacement gives, and nothing is left on disk by it.
+/// The configuration error of `tiny.toml` with this replacement; asserts that nothing is left on disk.
 #[track_caller]
 fn error_with(old: &str, new: &str) -> String {
     assert!(TINY.contains(old));
@@ -210,7 +210,7 @@ error: --set:1:26: `distributed.hang_timeout`: expected a time above 0
 1 | distributed.hang_timeout="0s"
   |                          ^^^^"#,
     );
-    // Without anything to reach the others with, each would train on its own and write into the same folder.
+    // Unable to reach the other ranks, each process would train separately and write into the same folder.
     let mut command = Command::new(env!("CARGO_BIN_EXE_candlepower"));
     command.current_dir(place.0.path()).args(["train", "tiny.toml"]).env("RANK", "1").env("WORLD_SIZE", "2");
     let output = command.output().unwrap();
@@ -245,7 +245,7 @@ fn machines_that_do_not_know_each_other() {
         fail(1, &["launch", "tiny.toml", "--nodes", "2", "--node-rank", "1"]),
         "error: --master HOST:PORT is missing: where the machine of rank 0 can be reached\n"
     );
-    // What is launched knows who it is; and that this program has nothing that reaches another machine.
+    // A launched process knows its rank, and this program has no way to reach another machine.
     let launch = ["launch", "tiny.toml", "--nodes", "2", "--node-rank", "1", "--master", "node1:29500"];
     let said = fail(1, &[&launch[..], &["--set", "distributed.max_restarts=0"]].concat());
     assert!(said.starts_with("error: this process is rank 1 of 2 (RANK and WORLD_SIZE)"), "{said}");

@@ -1,4 +1,4 @@
-//! `candlepower train --profile`: the table, the trace, and that nothing of it is there unasked.
+//! `candlepower train --profile`: the table and the trace, and that neither appears without the option.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -33,7 +33,7 @@ val_samples = 5
 const PHASES: [&str; 7] =
     ["data_wait", "forward", "backward", "optimizer", "logging", "validation", "checkpoint"];
 
-/// `candlepower train tiny.toml` in this folder.
+/// `candlepower train tiny.toml` in `folder`.
 fn train(folder: &Path, arguments: &[&str]) -> Command {
     std::fs::write(folder.join("tiny.toml"), TINY).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_candlepower"));
@@ -41,7 +41,7 @@ fn train(folder: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-/// How often each phase begins in the run's trace; every one must end, inside the one it began in.
+/// How often each phase begins in the run's trace. Asserts that phases end, and nest correctly.
 fn begins(folder: &Path) -> impl Fn(&str) -> usize {
     let trace = std::fs::read(folder.join("runs/tiny/version_0/trace.json")).unwrap();
     let events: Vec<Value> = serde_json::from_slice(&trace).unwrap();
@@ -75,14 +75,15 @@ fn a_table_and_a_trace() {
     assert!(said.contains("trace: runs/tiny/version_0/trace.json"), "{said}");
     let begins = begins(folder.path());
     assert_eq!(["forward", "backward", "optimizer", "logging"].map(begins), [4; 4]);
-    // The messages of the library are shown as without a profile.
+    // The library's messages are shown as they are without a profile.
     let messages = String::from_utf8(output.stderr).unwrap();
     assert!(messages.contains("run folder: runs/tiny/version_0\n"), "{messages}");
 }
 
 #[test]
 fn the_first_of_several_ranks_is_profiled() {
-    // Which rank first comes to a phase is chance: were one of the silent ones to decide, one of these would lack phases.
+    // Ranks reach a phase in random order. If a rank that is not profiled decided, some of these runs would
+    // lack phases.
     for _ in 0..4 {
         let folder = tempfile::tempdir().unwrap();
         let output = train(folder.path(), &["--profile", "--devices", "2"]).output().unwrap();

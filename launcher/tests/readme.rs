@@ -1,4 +1,4 @@
-//! The README's example is the file in `examples/`, it is short, and it learns.
+//! The README's example matches the file in `examples/`, is short, and learns.
 #![allow(clippy::unwrap_used)]
 
 use std::process::Command;
@@ -12,7 +12,8 @@ fn the_readme_shows_the_example_and_it_is_at_most_45_lines() {
     assert!(EXAMPLE.lines().count() <= 45);
 }
 
-/// What an example prints, on both streams, in a folder of its own. `cargo test` has built it beside this test.
+/// Runs an example in an empty folder; returns the output of both streams. `cargo test` builds it next to
+/// this test.
 fn run(example: &str) -> String {
     let test = std::env::current_exe().unwrap();
     let program = test.ancestors().nth(2).unwrap().join("examples").join(example);
@@ -61,7 +62,7 @@ fn datasets_over_a_vector_a_folder_and_a_stream_are_learned_from() {
         "{said}"
     );
     let said = run("data_folder");
-    // Random pictures, new ones in each run.
+    // The pictures are random, and new in each run.
     assert!(number(&said, "\"accuracy\":") > 0.9, "{said}");
     let said = run("sequences");
     assert!(said.contains("is good enough") && number(&said, "\"auroc\":") >= 0.9, "{said}");
@@ -70,7 +71,7 @@ fn datasets_over_a_vector_a_folder_and_a_stream_are_learned_from() {
     assert!((number(&said, "weight") - 2.).abs() < 0.1 && number(&said, "bias").abs() < 0.3, "{said}");
 }
 
-/// A dataset outside our crates, registered and named in TOML, trains a module of ours.
+/// A dataset from outside the project, registered and named in TOML, trains a built-in module.
 #[test]
 fn a_dataset_of_ones_own_trains_from_toml() {
     let said = run("custom_dataset");

@@ -1,5 +1,5 @@
-//! Training on CUDA devices from the command line: several of them, several processes, and what can happen to them. Needs two
-//! devices, with `CANDLEPOWER_TEST_DEVICE=cuda`; without, each test says so and passes.
+//! Training on CUDA devices from the command line: several devices, several processes, and their failures. Needs two
+//! devices and `CANDLEPOWER_TEST_DEVICE=cuda`; otherwise each test reports that it is skipped, and passes.
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -77,7 +77,7 @@ impl Place {
         self.path().join(run).join("tiny/version_0/checkpoints")
     }
 
-    /// Two processes, as on two machines: the first one last, since others wait for it.
+    /// Starts two processes, as on two machines. The first one starts last, because others wait for it.
     fn two(&self, run: &str, port: u16, arguments: &[&str]) -> [Child; 2] {
         let [second, first] = ["1", "0"].map(|rank| {
             let master = format!("127.0.0.1:{port}");
@@ -92,7 +92,7 @@ fn words(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-/// A port that nobody listens at.
+/// A port on which nothing listens.
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
@@ -101,12 +101,12 @@ fn free_port() -> u16 {
 fn devices_of_one_and_of_two_processes_move_the_weights_as_one_does() {
     let Some(place) = Place::new() else { return };
     let alone = place.train("alone", &[]);
-    // The sum of two gradients has no order.
+    // Two gradients give the same sum in either order, so the weights are bit-identical.
     assert!(alone == place.train("two", &["--devices", "2"]), "two devices differ from one");
     let sharded = ["--devices", "2", "--set", "distributed.shard=\"optimizer\""];
     assert!(alone == place.train("sharded", &sharded), "a sharded optimizer differs");
     assert!(alone == place.train("recorded", &["--set", "trainer.cuda_graph=true"]), "recorded steps differ");
-    // NAdam keeps a number beside what is as large as a parameter; a run that is sharded saves both, and goes on.
+    // NAdam keeps a scalar in addition to its parameter-sized state; a sharded run saves both and resumes.
     let nadam = ["--set", "optimizer.name=nadam"];
     let alone_by_nadam = place.train("alone by nadam", &nadam);
     let sharded = [&sharded[..], &nadam].concat();
@@ -132,7 +132,7 @@ fn a_process_that_is_gone_ends_the_others_with_its_name() {
         assert!(since.elapsed() < Duration::from_secs(300), "no step was taken");
         std::thread::sleep(Duration::from_millis(50));
     }
-    // Not the supervisor, but what trains.
+    // Kill the training process, not its supervisor.
     let launch = second.id();
     let children = std::fs::read_to_string(format!("/proc/{launch}/task/{launch}/children")).unwrap();
     let killed = Command::new("kill").arg("-9").args(children.split_whitespace()).status().unwrap();
@@ -146,7 +146,7 @@ fn a_process_that_is_gone_ends_the_others_with_its_name() {
     assert!(said.contains("a rank is gone"), "{said}");
 }
 
-/// Whether the devices are the stand-in's; says so where they are not.
+/// Whether the devices are the stand-in's; prints a message if they are not.
 fn are_played() -> bool {
     let devices = Command::new(env!("CARGO_BIN_EXE_candlepower")).arg("devices").output().unwrap();
     let are_played = String::from_utf8_lossy(&devices.stdout).contains("stand-in");
@@ -164,7 +164,7 @@ fn a_library_that_is_missing_is_told_of() {
         path.split(':').partition(|folder| Path::new(folder).join("libcuda.so.1").exists());
     let cases = [("libcublas.so", "cuBLAS"), ("libcurand.so", "cuRAND"), ("libcudnn.so", "cuDNN 9")];
     for (file, name) in cases.into_iter().chain([("libnvrtc.so", "NVRTC")]) {
-        // All of them but one.
+        // A folder with all libraries except this one.
         let folder = place.path().join(format!("libraries without {name}"));
         std::fs::create_dir(&folder).unwrap();
         for library in std::fs::read_dir(played[0]).unwrap().map(|entry| entry.unwrap().path()) {

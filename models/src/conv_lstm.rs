@@ -21,22 +21,22 @@ pub struct ConvLstmConfig {
     pub hidden: usize,
     /// Side of the cells' convolution kernels, odd.
     pub kernel: usize,
-    /// Side of the patches of pixels that are folded into channels; 1: none, as in the tutorial.
+    /// Side of the pixel patches that are folded into channels. 1: no folding, as in the tutorial.
     pub patch: usize,
-    /// Frames to predict from. Default: what the data gives; written, it must agree.
+    /// Number of input frames. Default: taken from the data; if set, it must match the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frames_in: Option<usize>,
-    /// Frames to predict. Default: what the data gives; written, it must agree.
+    /// Number of frames to predict. Default: taken from the data; if set, it must match the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub frames_out: Option<usize>,
-    /// The mean pixel that the untrained model predicts. The tutorial leaves it to chance (about 0.5), and then spends
-    /// thousands of steps on learning that most pixels are black. About 0.05 for Moving MNIST.
+    /// Mean pixel that the untrained model predicts. The tutorial leaves it to chance (about 0.5), and then
+    /// spends thousands of steps learning that most pixels are black. About 0.05 for Moving MNIST.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mean_pixel: Option<f64>,
-    /// The decoder reads each frame that it has predicted, instead of its own last output; it starts from the encoder's
-    /// states and the last given frame.
+    /// Whether the decoder reads each frame that it has predicted, instead of its own last output. It starts
+    /// from the encoder's states and the last input frame.
     pub feed_frames_back: bool,
-    /// Before each frame is made, the decoder looks at all of the encoder's outputs.
+    /// Whether the decoder attends to all of the encoder's outputs before it makes each frame.
     pub attention: bool,
 }
 
@@ -86,21 +86,22 @@ impl ConvLstmConfig {
     }
 }
 
-/// Two ConvLSTM cells read the frames; their last state is handed to two more, which write the frames that follow.
+/// The ConvLSTM encoder-decoder: two cells read the input frames, and their last states initialize two more
+/// cells, which produce the frames that follow.
 ///
-/// No frame is fed back, unless that is asked for: the decoder's own output is its next input, and a convolution with a
+/// By default no frame is fed back: the decoder's own output is its next input, and a convolution with a
 /// sigmoid turns each output into a frame. Parameters have the tutorial's `state_dict` names and shapes.
 pub struct ConvLstm {
     encoder: [Conv; 2],
     decoder: [Conv; 2],
     to_frame: ToFrame,
-    /// The same cells, for frames that are fed back.
+    /// The same cells, used if frames are fed back.
     frames_back: Option<FramesBack>,
     patch: usize,
     spec: VideoSpec,
 }
 
-/// What makes a frame of the decoder's output.
+/// Turns the decoder's output into frames.
 struct ToFrame {
     conv: Conv,
     attention: Option<Attention>,
@@ -134,7 +135,7 @@ impl ConvLstm {
         nn::depth_to_space(&nn::channels_first(&predicted)?, self.patch)
     }
 
-    /// The encoder's last output, and, where they are looked at, all of them.
+    /// Returns the encoder's last output, and all its outputs if attention needs them.
     fn encode(&self, frames: &Tensor) -> Result<(Tensor, Tensor)> {
         let keep = if self.to_frame.attention.is_some() { Keep::All } else { Keep::Last };
         let encoded = nn::conv_lstm(Feed::Frames(frames), &self.encoder, keep)?;
@@ -162,7 +163,7 @@ impl Build for ConvLstm {
         let cell = |name: &str, inputs: usize| {
             Conv::new(&[4 * hidden, inputs + hidden, kernel, kernel], vb.pp(name).pp("conv"))
         };
-        // A Conv3d of depth 1 in the tutorial; over single frames that is a plain convolution.
+        // A Conv3d of depth 1 in the tutorial, which equals a plain convolution over single frames.
         let frame = &[channels, hidden, 1, 3, 3];
         let conv = match config.mean_pixel {
             None => Conv::new(frame, vb.pp("decoder_CNN"))?,
@@ -196,8 +197,8 @@ impl Module for ConvLstm {
         self.forward(&batch.input)
     }
 
-    /// Of the convolutions: every weight is used once a frame at every pixel, beyond the edges too. What happens
-    /// between them is below one in a hundred.
+    /// Counts the convolutions: every weight is used once per frame at every pixel, including padding beyond
+    /// the edges. The operations between them are less than 1 %.
     fn flops(&self) -> Option<f64> {
         let VideoSpec { frames_in, frames_out, height, width, .. } = self.spec;
         let weights = |convs: &[Conv]| convs.iter().map(|conv| conv.weight.elem_count()).sum::<usize>();
@@ -222,7 +223,7 @@ mod tests {
 
     const SPEC: VideoSpec = VideoSpec { frames_in: 3, frames_out: 4, channels: 1, height: 8, width: 12 };
 
-    /// A loss's gradients reach every parameter, and frames have the shape of frames.
+    /// Asserts that gradients of a loss reach every parameter, and that predictions have the shape of frames.
     fn learns(config: &ConvLstmConfig) {
         let params = candlepower::params::Params::new(3, DType::F32, &Device::Cpu);
         let model = ConvLstm::build(config, &SPEC, params.var_builder()).unwrap();
@@ -233,7 +234,7 @@ mod tests {
         for (name, var) in params.vars() {
             let gradient = gradients.get(&var).unwrap_or_else(|| panic!("no gradient of {name}"));
             let largest = gradient.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
-            // All times are weighted alike by a key's bias: its gradient is zero.
+            // A key's bias shifts the scores of all times alike, so its gradient is zero.
             assert!(largest > 0. || name == "attention.key.bias", "the gradient of {name} is zero");
         }
     }
@@ -249,7 +250,7 @@ mod tests {
         }
     }
 
-    /// A parameter's part of a model, by name.
+    /// Weight and bias of the convolution `name`.
     fn conv(params: &candlepower::params::Params, name: &str) -> (Tensor, Tensor) {
         let vars = params.vars();
         let get = |part: &str| {
@@ -313,12 +314,12 @@ mod tests {
 
     #[test]
     fn operations_of_the_tutorials_model() {
-        // Ten frames of 64 x 64 pixels, 3 x 3 kernels, two operations a multiply-add: three cells of 64 + 64 channels
-        // to 4 x 64, one of 1 + 64, and a convolution of 64 channels to one.
+        // Ten frames of 64 x 64 pixels, 3 x 3 kernels, two operations per multiply-add: three cells of 64 +
+        // 64 channels to 4 x 64, one of 1 + 64, and a convolution of 64 channels to one.
         let by_hand = 10. * 4096. * 9. * 2. * (3. * 128. * 256. + 65. * 256. + 64.) / 1e9;
         let tutorial = gflops(ConvLstmConfig::default());
         assert!((tutorial - by_hand).abs() < 1e-9 && (tutorial - 84.8).abs() < 0.05, "{tutorial} GFLOP");
-        // Patches of 4 x 4: a sixteenth of the pixels, a little more channels.
+        // Patches of 4 x 4: a sixteenth of the pixels, and slightly more channels.
         let patched = gflops(ConvLstmConfig { patch: 4, ..Default::default() });
         assert!(patched > tutorial / 16. && patched < tutorial / 15., "{patched} GFLOP");
     }

@@ -1,4 +1,4 @@
-//! Stacked ConvLSTM on patches that feeds its frames back: the form of OpenSTL (cells: Shi et al. 2015, without peepholes).
+//! Stacked ConvLSTM on patches that feeds its frames back, as in OpenSTL (cells: Shi et al. 2015, without peepholes).
 
 use candle_core::Tensor;
 use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
@@ -10,13 +10,13 @@ use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack};
 /// The module `conv_lstm_stack`.
 pub type ConvLstmStack = Recurrent<ConvLstmLayers>;
 
-// Places of the gates.
+// Positions of the gates.
 const I: usize = 0;
 const F: usize = 1;
 const G: usize = 2;
 const O: usize = 3;
 
-/// c' = σ(f) c + σ(i) tanh(g). The reference defines a bias of f, and does not add it.
+/// c' = σ(f) c + σ(i) tanh(g). The reference defines a bias for f but does not add it.
 const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((F, 0.)), squash: false };
 
 struct Layer {
@@ -42,7 +42,7 @@ impl Layer {
                 (conv("conv_h", hidden, 4 * hidden)?, &[I, F, G, O]),
             ],
         );
-        // The reference makes these two and never uses them.
+        // The reference creates these two and never uses them.
         conv("conv_o", 2 * hidden, hidden)?;
         StepConv::new(&[hidden, 2 * hidden, 1, 1], vb.pp("conv_last"))?;
         Ok(Self { gates, hidden })
@@ -58,7 +58,7 @@ pub struct ConvLstmLayers {
 
 impl Stack for ConvLstmLayers {
     type Config = RecurrentConfig;
-    /// Of each layer h and c.
+    /// h and c of each layer.
     type State = Vec<(Tensor, Tensor)>;
 
     fn recurrent(config: &RecurrentConfig) -> RecurrentConfig {

@@ -1,5 +1,5 @@
-//! E3D-LSTM: states of two frames' depth, 3D convolutions, and a cell that recalls its own past by attention (Wang et al.
-//! 2019, "Eidetic 3D LSTM: A model for video prediction and beyond").
+//! E3D-LSTM: states two frames deep, 3D convolutions, and a cell that recalls its own past by attention (Wang
+//! et al. 2019, "Eidetic 3D LSTM: A model for video prediction and beyond").
 
 use candle_core::Tensor;
 use candlepower::nn::recurrent::{
@@ -15,10 +15,10 @@ use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};
 /// The module `e3d_lstm`.
 pub type E3dLstm = Recurrent<EideticLayers>;
 
-/// Frames that a state is deep.
+/// Depth of a state in frames.
 const DEPTH: usize = 2;
 
-// Places of the gates: those of the cell (r recalls), those of the memory, and what the memory becomes before it is kept.
+// Positions of the gates: the cell's (R is the recall gate), the memory's, and the transformed memory (M).
 const I: usize = 0;
 const G: usize = 1;
 const R: usize = 2;
@@ -29,7 +29,7 @@ const F_M: usize = 6;
 const M: usize = 7;
 const GATES: usize = 8;
 
-/// c' = what is recalled + σ(i) tanh(g)
+/// c' = recalled + σ(i) tanh(g)
 const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: None, squash: false };
 /// m' = σ(f' + 1) tanh(W m) + σ(i') tanh(g')
 const MEMORY: MemoryUpdate =
@@ -39,28 +39,28 @@ const MEMORY: MemoryUpdate =
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct E3dLstmConfig {
-    /// Channels of the hidden states, a number for each layer, all equal.
+    /// Channels of the hidden states, one number per layer, all equal.
     pub hidden: Vec<usize>,
-    /// Side of the convolution kernels, odd; they are 2 frames deep.
+    /// Side of the convolution kernels, odd; kernels are 2 frames deep.
     pub kernel: usize,
-    /// Side of the patches of pixels that are folded into channels.
+    /// Side of the pixel patches that are folded into channels.
     pub patch: usize,
-    /// Layer normalisation after each convolution of gates, over channels, depth and pixels together.
+    /// Layer normalisation after each gate convolution, over channels, depth and pixels together.
     pub layer_norm: bool,
-    /// How training is weaned from the true frames.
+    /// Schedule that replaces true frames by predictions during training.
     pub sampling: Sampling,
-    /// Whether the memory that goes up through the layers is ever written, as in the paper. In the reference
-    /// implementations it stays zero; published numbers are of those.
+    /// Whether the memory that passes up through the layers is ever written, as in the paper. In the
+    /// reference implementations it stays zero, and published numbers come from those.
     pub update_global_memory: bool,
-    /// What a cell attends to in its past.
+    /// Tokens for a cell's attention to its past.
     pub attention: Attention,
 }
 
-/// What attention takes for a token.
+/// What attention uses as a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Attention {
-    /// N neighbouring numbers of a state (N, D, H, W) as it lies in memory, as in OpenSTL: pixels of one channel.
+    /// N consecutive values of a state laid out in memory as (N, D, H, W), as in OpenSTL: pixels of one channel.
     Reference,
     /// The N channels of a position, as in the paper.
     Positions,
@@ -74,8 +74,8 @@ impl Default for E3dLstmConfig {
     }
 }
 
-/// A convolution over a state's whole depth, whose result stands at each depth; and layer normalisation where it is asked
-/// for. (B, H, W, D, Cin) to (B, H, W, D, Cout).
+/// A convolution over a state's whole depth, whose result is repeated at each depth, with optional layer
+/// normalisation. (B, H, W, D, Cin) to (B, H, W, D, Cout).
 struct DeepConv {
     conv: StepConv,
     norm: Option<StateNorm>,
@@ -100,7 +100,8 @@ impl DeepConv {
         Ok(Self { conv: self.conv.prepare()?, norm })
     }
 
-    /// Without a normalisation, which knows depths apart, (B, H, W, Cout): for [`at_each_depth`], after sums.
+    /// With normalisation, whose parameters differ by depth, (B, H, W, D, Cout). Without, (B, H, W, Cout), which
+    /// [`at_each_depth`] expands after terms are summed.
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = self.conv.forward(&x.flatten_from(3)?)?;
         match &self.norm {
@@ -110,7 +111,7 @@ impl DeepConv {
     }
 }
 
-/// (B, H, W, C) to (B, H, W, D, C); what has a depth stays as it is.
+/// (B, H, W, C) to (B, H, W, D, C). A tensor that already has a depth is returned unchanged.
 fn at_each_depth(y: Tensor) -> Result<Tensor> {
     Ok(if y.rank() == 5 { y } else { Tensor::stack(&[&y; DEPTH], 3)? })
 }
@@ -128,11 +129,11 @@ struct Eidetic {
     attention: Attention,
 }
 
-/// What a cell remembers.
+/// The state of a cell.
 pub struct EideticState {
     h: Tensor,
     c: Tensor,
-    /// Cells of all steps before the last, as tokens (B, D*H*W, N).
+    /// The cell states of all steps before the last, as tokens (B, D*H*W, N).
     past: Vec<Tensor>,
 }
 
@@ -197,7 +198,7 @@ impl Eidetic {
         })
     }
 
-    /// What the past says to what is asked: softmax(q k') k, without the usual scale.
+    /// Attention of `asked` to `past`: softmax(q k') k, without the usual scale.
     fn recall(&self, asked: &Tensor, past: &[Tensor]) -> Result<Tensor> {
         self.state(&attend(&self.tokens(asked)?, &Tensor::cat(past, 1)?)?, asked)
     }
@@ -229,14 +230,14 @@ impl Eidetic {
         Ok(())
     }
 
-    /// Multiply-adds a pixel, without those of attention.
+    /// Multiply-adds per pixel, not counting attention.
     fn weights(&self) -> usize {
         let deep = [&self.x, &self.h, &self.memory, &self.cell_to_output, &self.memory_to_output];
         deep.iter().map(|conv| conv.conv.weights()).sum::<usize>() + DEPTH * self.to_hidden.weights()
     }
 }
 
-/// Layers of eidetic cells, and a convolution over the depth to frames.
+/// Layers of eidetic cells, and a convolution over the depth that produces frames.
 pub struct EideticLayers {
     cells: Vec<Eidetic>,
     to_frame: StepConv,
@@ -244,7 +245,7 @@ pub struct EideticLayers {
     frame: FrameSize,
 }
 
-/// What the layers remember.
+/// The state of all layers.
 pub struct EideticStates {
     cells: Vec<EideticState>,
     memory: Tensor,

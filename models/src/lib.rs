@@ -1,4 +1,4 @@
-//! The model zoo of Candlepower, one file a model.
+//! The model zoo of Candlepower, one file per model.
 #![warn(clippy::print_stdout)]
 
 pub mod conv_lstm;

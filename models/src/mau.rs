@@ -1,5 +1,5 @@
-//! MAU: cells that see further back by attention to their own inputs (Chang et al. 2021, "MAU: A motion-aware unit for video
-//! prediction and beyond"), between a convolutional encoder and decoder.
+//! MAU: cells that look further back by attention to their own inputs (Chang et al. 2021, "MAU: A
+//! motion-aware unit for video prediction and beyond"), between a convolutional encoder and decoder.
 
 use candle_core::Tensor;
 use candlepower::nn::leaky_relu;
@@ -21,17 +21,17 @@ const LEAK: f64 = 0.2;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct MauConfig {
-    /// Channels of the states, a number for each layer, all equal.
+    /// Channels of the states, one number per layer, all equal.
     pub hidden: Vec<usize>,
     /// Side of the cells' convolution kernels, odd.
     pub kernel: usize,
-    /// Side of the patches of pixels that are folded into channels.
+    /// Side of the pixel patches that are folded into channels.
     pub patch: usize,
-    /// By how much the encoder makes rows and columns fewer: a power of two.
+    /// Factor by which the encoder reduces rows and columns: a power of two.
     pub reduction: usize,
-    /// Steps back that a cell attends to.
+    /// Number of past steps that a cell attends to.
     pub window: usize,
-    /// How training is weaned from the true frames.
+    /// Schedule that replaces true frames by predictions during training.
     pub sampling: Sampling,
 }
 
@@ -64,7 +64,7 @@ impl NormConv {
     }
 }
 
-/// A motion-aware unit (section 3.2 of the paper): T remembers motion, S is what is seen.
+/// A motion-aware unit (section 3.2 of the paper): T is the motion state, S the spatial features.
 struct Unit {
     motion_next: NormConv,
     seen_next: NormConv,
@@ -73,7 +73,7 @@ struct Unit {
     window: usize,
 }
 
-/// T of a unit, and what T and S were at the steps before, the last `window` of them.
+/// T of a unit, and its last `window` values of T and S.
 pub struct UnitState {
     motion: Tensor,
     motions: Window,
@@ -102,19 +102,20 @@ impl Unit {
         })
     }
 
-    /// The motions of the steps before, weighted by how alike what was seen then is to what will be seen.
+    /// Past motions, weighted by the similarity of the past features to the features predicted from `seen`.
     fn trend(&self, seen: &Tensor, state: &UnitState) -> Result<Tensor> {
         let size = (seen.elem_count() / seen.dim(0)?) as f64;
         state.motions.recall(&self.seen_next.forward(seen)?, &state.seens, 1. / size.sqrt())
     }
 
-    /// S to the next layer's S.
+    /// Maps this layer's S to the next layer's S.
     fn step(&self, seen: &Tensor, state: &mut UnitState) -> Result<Tensor> {
         let width = seen.dim(3)?;
         let trend = self.trend(seen, state)?;
         let keep = self.motion_next.forward(&state.motion)?;
         let fused = blend(width, (&keep, 0), (&state.motion, 0), (&trend, 0))?;
-        // A gate, what stays, and what goes over to the other of the two; seen: a gate, what goes over, and what stays.
+        // Parts of `motion`: a gate, the part kept in T, the part passed to S. Of `seen_here`: a gate, the
+        // part passed to T, the part kept.
         let [motion, seen_here] = [self.motion.forward(&fused)?, self.seen.forward(seen)?];
         state.motion = blend(width, (&motion, 0), (&motion, 1), (&seen_here, 1))?;
         state.motions.push(&state.motion)?;
@@ -182,7 +183,7 @@ impl Stack for MauLayers {
         let unit = |index: usize| Unit::new(hidden, config, state, vb.pp("cell_list").pp(index));
         let units = (0..config.hidden.len()).map(unit).collect::<Result<_>>()?;
         let to_frame = StepConv::with_bias(&[frame.channels, hidden, 1, 1], vb.pp("srcnn").pp(0))?;
-        // The reference makes these two and never uses them.
+        // The reference creates these two and never uses them.
         StepConv::with_bias(&[hidden, 2 * hidden, 1, 1], vb.pp("merge"))?;
         StepConv::with_bias(&[frame.channels, 2 * frame.channels, 1, 1], vb.pp("conv_last_sr"))?;
         Ok(Self { encoder, units, decoder, to_frame, hidden, window, frame, reduction })
@@ -217,7 +218,7 @@ impl Stack for MauLayers {
         }
         for (index, conv) in self.decoder.iter().enumerate() {
             seen = conv.forward(&seen)?;
-            // The last one is linear.
+            // The last layer is linear.
             if index + 1 < self.decoder.len() {
                 seen = leaky_relu(&seen, LEAK)?;
             }

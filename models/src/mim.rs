@@ -1,5 +1,5 @@
-//! MIM: what changes and what stays are remembered apart (Wang et al. 2019, "Memory in memory: A predictive neural network
-//! for learning higher-order non-stationarity from spatiotemporal dynamics").
+//! MIM: separate memories for what changes and what stays (Wang et al. 2019, "Memory in memory: A predictive
+//! neural network for learning higher-order non-stationarity from spatiotemporal dynamics").
 
 use candle_core::Tensor;
 use candle_nn::Init;
@@ -13,7 +13,7 @@ use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};
 /// The module `mim`.
 pub type Mim = Recurrent<MimLayers>;
 
-// Places of the gates. In a block those of the memory have primes.
+// Positions of the gates. In a block, the memory's gates are the primed ones.
 const I: usize = 0;
 const G: usize = 1;
 const F: usize = 2;
@@ -28,18 +28,18 @@ const O_B: usize = 5;
 /// c' = σ(f + 1) c + σ(i) tanh(g)
 const PEEPHOLE_CELL: MemoryUpdate =
     MemoryUpdate { input: I, candidate: G, forget: Some((F, 1.)), squash: false };
-/// c' = what stays + σ(i) tanh(g)
+/// c' = output of MIM-S + σ(i) tanh(g)
 const CELL: MemoryUpdate = MemoryUpdate { input: I_C, candidate: G_C, forget: None, squash: false };
 /// m' = σ(f' + 1) m + σ(i') tanh(g')
 const MEMORY: MemoryUpdate =
     MemoryUpdate { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: false };
 
-/// An LSTM with peepholes, a weight for each value of the cell: MIM-N and MIM-S (equations 2 and 3 of the paper).
+/// An LSTM with peepholes, one weight per value of the cell: MIM-N and MIM-S (equations 2 and 3 of the paper).
 struct PeepholeLstm {
     gates: Gates,
-    /// (H, W, 2N): of i and f.
+    /// (H, W, 2N): peepholes of i and f.
     before: Tensor,
-    /// (H, W, N): of o.
+    /// (H, W, N): peepholes of o.
     after: Tensor,
 }
 
@@ -61,7 +61,7 @@ impl PeepholeLstm {
         Ok(Self { gates: self.gates.prepare()?, before: before?, after: after? })
     }
 
-    /// Returns h and c.
+    /// Returns the new h and c.
     fn step(&self, x: &Tensor, h: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
         let weight = |weight: &Tensor| weight.to_dtype(c.dtype());
         let before = Tensor::cat(&[c, c], 3)?.broadcast_mul(&weight(&self.before)?)?;
@@ -72,7 +72,7 @@ impl PeepholeLstm {
     }
 }
 
-/// A layer above the lowest (figure 3 of the paper).
+/// A layer above the lowest one (figure 3 of the paper).
 struct Block {
     x: GateConv,
     gates: Gates,
@@ -105,17 +105,17 @@ impl Block {
         })
     }
 
-    /// `change` is what MIM-N makes of how the layer below has changed.
+    /// `change` is the output of MIM-N for the change of the layer below.
     fn step(&self, x: &Tensor, change: &Tensor, state: &mut BlockState, m: &mut Tensor) -> Result<()> {
         let BlockState { h, c, stays } = state;
         let width = c.dim(3)?;
         let said = self.x.forward(x)?;
-        // The input speaks about the cell and the memory in the same words.
+        // The cell and the memory share the input's values for i and g.
         let of_cell = said.narrow(3, 0, 2 * width)?;
         let gates =
             self.gates.forward_with(&[h, m], &[(&of_cell, &[I_C, G_C]), (&said, &[I_M, G_M, F_M, O_B])])?;
         *m = update_memory(&gates, m, MEMORY)?;
-        // The reference lets no gradient through the cell of what stays, from step to step.
+        // As in the reference, no gradient passes through MIM-S's cell from step to step.
         let (staying, after) = self.stays.step(change, c, &stays.detach())?;
         *stays = after;
         *c = update_memory(&gates, &staying, CELL)?;
@@ -129,21 +129,21 @@ impl Block {
     }
 }
 
-/// What a block remembers.
+/// The state of a block.
 pub struct BlockState {
     h: Tensor,
     c: Tensor,
-    /// The cell of what stays.
+    /// The cell of MIM-S.
     stays: Tensor,
 }
 
-/// What the layers remember.
+/// The state of all layers.
 pub struct MimState {
-    /// Of the lowest layer.
+    /// h of the lowest layer; c is its cell.
     h: Tensor,
     c: Tensor,
     blocks: Vec<BlockState>,
-    /// h and c of what changes below each block.
+    /// h and c of the MIM-N below each block.
     changes: Vec<(Tensor, Tensor)>,
     memory: Tensor,
     is_first: bool,
@@ -174,7 +174,7 @@ impl Stack for MimLayers {
         }
         let (layer, change) = (vb.pp("stlstm_layer"), vb.pp("stlstm_layer_diff"));
         let changes = |index: usize| {
-            // The reference makes this one and never uses it.
+            // The reference creates this one and never uses it.
             StepConv::new(&[hidden, 2 * hidden, 1, 1], change.pp(index).pp("conv_last"))?;
             PeepholeLstm::new(hidden, config, frame, change.pp(index))
         };

@@ -1,4 +1,4 @@
-//! Pictures of what models predict.
+//! Pictures of a model's predictions.
 
 use candle_core::Tensor;
 use candlepower::picture::{video_grid, video_rows};
@@ -7,7 +7,7 @@ use candlepower::prelude::*;
 /// How many samples of a batch are drawn.
 const SAMPLES: usize = 2;
 
-/// Logs, where pictures are due, what was predicted for the batch's target, (B, T_out, C, H, W), beside what came.
+/// Logs the batch's inputs, `prediction` and target, the last two (B, T_out, C, H, W), as a picture if one is due.
 pub(crate) fn log_prediction(name: &str, batch: &Video, prediction: &Tensor, step: &mut Step) -> Result<()> {
     if !step.images_due() {
         return Ok(());
@@ -17,7 +17,7 @@ pub(crate) fn log_prediction(name: &str, batch: &Video, prediction: &Tensor, ste
     Ok(())
 }
 
-/// Logs several futures of a batch, each (B, T_out, C, H, W): for each sample a row of the truth, and one for each future.
+/// Logs several futures of a batch, each (B, T_out, C, H, W): for each sample, a row for the truth and one per future.
 pub(crate) fn log_futures(name: &str, batch: &Video, futures: &[Tensor], step: &mut Step) -> Result<()> {
     let of = [&batch.input, &batch.target].into_iter().chain(futures).map(first);
     let of = of.collect::<Result<Vec<_>>>()?;
@@ -34,7 +34,7 @@ pub(crate) fn log_futures(name: &str, batch: &Video, futures: &[Tensor], step: &
     Ok(())
 }
 
-/// Of the samples that are drawn.
+/// The samples that are drawn.
 fn first(x: &Tensor) -> Result<Tensor> {
     Ok(x.narrow(0, 0, x.dim(0)?.min(SAMPLES))?)
 }

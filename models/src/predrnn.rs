@@ -1,5 +1,5 @@
-//! PredRNN: a memory that goes up through the layers of a step and on to the next (Wang et al. 2017, "PredRNN: Recurrent
-//! neural networks for predictive learning using spatiotemporal LSTMs").
+//! PredRNN: a memory that passes up through the layers of a step and on to the next step (Wang et al. 2017,
+//! "PredRNN: Recurrent neural networks for predictive learning using spatiotemporal LSTMs").
 
 use candle_core::Tensor;
 use candlepower::nn::recurrent::{MemoryUpdate, OutputGate, StepConv, open_output, update_memory};
@@ -11,7 +11,7 @@ use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};
 /// The module `predrnn`.
 pub type PredRnn = Recurrent<PredRnnLayers>;
 
-// Places of the gates: those of the cell, those of the memory, the output's.
+// Positions of the gates: the cell's, the memory's, the output's.
 const I: usize = 0;
 const F: usize = 1;
 const G: usize = 2;
@@ -33,7 +33,7 @@ pub(crate) struct StLstm {
     to_hidden: StepConv,
 }
 
-/// What a step takes into the cell and into the memory: σ(i) tanh(g), and the same with primes.
+/// What a step adds to the cell and to the memory: σ(i) tanh(g) and σ(i') tanh(g').
 pub(crate) struct Increments {
     pub(crate) cell: Tensor,
     pub(crate) memory: Tensor,
@@ -71,7 +71,7 @@ impl StLstm {
         })
     }
 
-    /// Moves h, c and the memory on by one step; returns the gates' pre-activations.
+    /// Advances h, c and the memory by one step; returns the gates' pre-activations.
     pub(crate) fn step(&self, x: &Tensor, h: &mut Tensor, c: &mut Tensor, m: &mut Tensor) -> Result<Tensor> {
         let gates = self.gates.forward(&[x, h, m])?;
         *c = update_memory(&gates, c, CELL)?;
@@ -82,7 +82,7 @@ impl StLstm {
         Ok(gates)
     }
 
-    /// What the step that had these gates took in.
+    /// The increments of the step that had these gates.
     pub(crate) fn increments(&self, gates: &Tensor) -> Result<Increments> {
         let width = gates.dim(3)? / 7;
         let (batch, height, columns, _) = gates.dims4()?;
@@ -97,7 +97,7 @@ impl StLstm {
     }
 }
 
-/// Layers of ST-LSTM cells, and a 1x1 convolution to frames.
+/// Layers of ST-LSTM cells, and a 1x1 convolution that produces frames.
 pub struct PredRnnLayers {
     cells: Vec<StLstm>,
     to_frame: StepConv,
@@ -105,15 +105,15 @@ pub struct PredRnnLayers {
     pixels: usize,
 }
 
-/// What the layers remember.
+/// The state of all layers.
 pub struct PredRnnState {
-    /// Of each layer h and c.
+    /// h and c of each layer.
     layers: Vec<(Tensor, Tensor)>,
     memory: Tensor,
 }
 
 impl PredRnnLayers {
-    /// A step that hands each cell and its gates to `note`.
+    /// A step that passes each cell and its gates to `note`.
     pub(crate) fn step_noting(
         &self,
         frame: &Tensor,

@@ -1,5 +1,5 @@
-//! PredRNN++: causal LSTM cells, and a highway for gradients above the lowest (Wang et al. 2018, "PredRNN++: Towards a
-//! resolution of the deep-in-time dilemma in spatiotemporal predictive learning").
+//! PredRNN++: causal LSTM cells, and a gradient highway above the lowest layer (Wang et al. 2018, "PredRNN++:
+//! Towards a resolution of the deep-in-time dilemma in spatiotemporal predictive learning").
 
 use candle_core::Tensor;
 use candle_nn::Init;
@@ -13,7 +13,7 @@ use crate::recurrent::{FrameSize, Recurrent, RecurrentConfig, Stack, zeros};
 /// The module `predrnn_pp`.
 pub type PredRnnPp = Recurrent<CausalLayers>;
 
-// Places of the gates: those of the cell, those of the memory, the output's, and what the memory becomes before it is kept.
+// Positions of the gates: the cell's, the memory's, the output's, and the transformed memory (M).
 const I: usize = 0;
 const F: usize = 1;
 const G: usize = 2;
@@ -29,7 +29,7 @@ const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((
 const MEMORY: MemoryUpdate =
     MemoryUpdate { input: I_M, candidate: G_M, forget: Some((F_M, 1.)), squash: true };
 
-/// A causal LSTM (equation 1 of the paper): the memory sees what the cell has become.
+/// A causal LSTM (equation 1 of the paper): the memory's update sees the updated cell.
 struct CausalLstm {
     first: Gates,
     second: Gates,
@@ -65,7 +65,7 @@ impl CausalLstm {
         );
         let to_output = conv("conv_om", hidden, 1)?;
         let to_hidden = StepConv::new(&[hidden, 2 * hidden, 1, 1], vb.pp("conv_last"))?;
-        // The reference makes this one and never uses it.
+        // The reference creates this one and never uses it.
         conv("conv_o", 2 * hidden, 1)?;
         Ok(Self { first, second, to_output, to_hidden })
     }
@@ -102,7 +102,7 @@ struct Highway {
 
 impl Highway {
     fn new(hidden: usize, config: &RecurrentConfig, frame: FrameSize, vb: VarBuilder) -> Result<Self> {
-        // Next to nothing, as in the reference.
+        // Very small initial values, as in the reference.
         let init = Init::Uniform { lo: -1e-3, up: 1e-3 };
         let conv = |name: &str| {
             let (shape, vb) = ([2 * hidden, hidden, config.kernel, config.kernel], vb.pp(name));
@@ -119,7 +119,7 @@ impl Highway {
     }
 }
 
-/// Layers of causal LSTM cells with a highway above the lowest, and a 1x1 convolution to frames.
+/// Layers of causal LSTM cells with a highway above the lowest, and a 1x1 convolution that produces frames.
 pub struct CausalLayers {
     cells: Vec<CausalLstm>,
     highway: Highway,
@@ -128,12 +128,12 @@ pub struct CausalLayers {
     pixels: usize,
 }
 
-/// What the layers remember.
+/// The state of all layers.
 pub struct CausalState {
-    /// Of each layer h and c.
+    /// h and c of each layer.
     layers: Vec<(Tensor, Tensor)>,
     memory: Tensor,
-    /// Of the highway.
+    /// The highway's state.
     z: Tensor,
 }
 

@@ -1,5 +1,5 @@
-//! PredRNN-V2: PredRNN whose cells and memories are kept from learning the same, and reverse scheduled sampling (Wang et
-//! al. 2021, "PredRNN: A recurrent neural network for spatiotemporal predictive learning").
+//! PredRNN-V2: PredRNN with a loss that keeps cells and memories from learning the same, and reverse scheduled sampling
+//! (Wang et al. 2021, "PredRNN: A recurrent neural network for spatiotemporal predictive learning").
 
 use candle_core::Tensor;
 use candlepower::nn::recurrent::StepConv;
@@ -18,17 +18,17 @@ pub type PredRnnV2 = Recurrent<DecoupledLayers>;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct PredRnnV2Config {
-    /// Channels of the hidden states, a number for each layer, all equal.
+    /// Channels of the hidden states, one number per layer, all equal.
     pub hidden: Vec<usize>,
     /// Side of the convolution kernels, odd.
     pub kernel: usize,
-    /// Side of the patches of pixels that are folded into channels.
+    /// Side of the pixel patches that are folded into channels.
     pub patch: usize,
-    /// Layer normalisation after each convolution of gates, over channels and pixels together.
+    /// Layer normalisation after each gate convolution, over channels and pixels together.
     pub layer_norm: bool,
-    /// How training is weaned from the true frames.
+    /// Schedule that replaces true frames by predictions during training.
     pub sampling: Sampling,
-    /// The weight of the decoupling loss.
+    /// Weight of the decoupling loss.
     pub decoupling: f64,
 }
 
@@ -40,22 +40,22 @@ impl Default for PredRnnV2Config {
     }
 }
 
-/// PredRNN's layers, and the convolution under which cells and memories are compared.
+/// PredRNN's layers, and the convolution that maps increments before they are compared.
 pub struct DecoupledLayers {
     layers: PredRnnLayers,
     adapter: StepConv,
     decoupling: f64,
 }
 
-/// PredRNN's state, and what every cell took in at every step.
+/// PredRNN's state, and the increments of every cell at every step.
 pub struct DecoupledState {
     layers: PredRnnState,
     increments: Vec<Increments>,
 }
 
 impl DecoupledLayers {
-    /// How alike what cells and memories took in is: the mean of |cos| between both, each channel's pixels being a vector,
-    /// over steps, layers, samples and channels (section 3.3 of the paper).
+    /// Similarity of the increments of cells and memories: the mean of |cos| between them, with each channel's
+    /// pixels as a vector, over steps, layers, samples and channels (section 3.3 of the paper).
     fn likeness(&self, increments: &[Increments]) -> Result<Tensor> {
         // (steps * layers * B, pixels, N)
         let adapted = |of: fn(&Increments) -> &Tensor| -> Result<Tensor> {
@@ -64,13 +64,13 @@ impl DecoupledLayers {
             normalised(&adapted, 1e-12)
         };
         let (cells, memories) = (adapted(|step| &step.cell)?, adapted(|step| &step.memory)?);
-        // The reference normalises twice, with other bounds.
+        // The reference normalises twice, with different bounds.
         let (cells, memories) = (normalised(&cells, 1e-8)?, normalised(&memories, 1e-8)?);
         nn::mean_all(&(cells * memories)?.sum(1)?.abs()?)
     }
 }
 
-/// (.., pixels, N) with each channel's vector of pixels divided by its length, or by `least`, where that is more.
+/// (.., pixels, N) with each channel's vector of pixels divided by its length, or by `least` if that is larger.
 fn normalised(x: &Tensor, least: f64) -> Result<Tensor> {
     Ok(x.broadcast_div(&x.sqr()?.sum_keepdim(1)?.maximum(least * least)?.sqrt()?)?)
 }

@@ -14,28 +14,28 @@ use serde::{Deserialize, Serialize};
 
 use crate::pictures::{log_futures, log_prediction};
 
-/// How many futures of one sample are drawn.
+/// How many futures of a sample are drawn in pictures.
 const FUTURES_DRAWN: usize = 3;
-/// Rows and columns of the frames that the convolutions are made for.
+/// Height and width of the frames that the convolutions are designed for.
 const SIDE: usize = 64;
 
-/// What encoder and decoder normalise by outside training.
+/// Statistics that encoder and decoder normalise by outside training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Statistics {
-    /// The batch's own statistics, as the reference does it: what is predicted for a sample depends on those beside it. A
-    /// single sample, which has no variance of its own, is normalised by the running ones.
+    /// The batch's statistics, as in the reference: a sample's prediction depends on the other samples of its
+    /// batch. A batch of one sample is normalised by the running statistics.
     Batch,
     /// The running statistics of training.
     Running,
 }
 
-/// Fields of `[module]` for `svg_lp`. The defaults are the published ones for Moving MNIST. Frames in are `n_past`, frames
-/// out `n_future`.
+/// Fields of `[module]` for `svg_lp`. The defaults are the published ones for Moving MNIST. The numbers of
+/// input and predicted frames are the paper's `n_past` and `n_future`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct SvgLpConfig {
-    /// Channels of the first convolution (`nf`); each next one has twice as many.
+    /// Channels of the first convolution (`nf`); each further one doubles them.
     pub channels: usize,
     /// Features of a frame (`g_dim`).
     pub features: usize,
@@ -43,20 +43,21 @@ pub struct SvgLpConfig {
     pub latent: usize,
     /// Width of the LSTMs (`rnn_size`).
     pub hidden: usize,
-    /// Layers of the LSTM that predicts.
+    /// Layers of the LSTM that predicts the next frame's features.
     pub predictor_layers: usize,
-    /// Layers of the LSTM that infers the latent variable from the frame to come.
+    /// Layers of the LSTM that infers the latent variable from the next frame (the posterior).
     pub posterior_layers: usize,
-    /// Layers of the LSTM that guesses the latent variable from the frames before.
+    /// Layers of the LSTM that predicts the latent variable from the previous frames (the prior).
     pub prior_layers: usize,
-    /// The weight of the Kullback-Leibler divergence in the loss.
+    /// Weight of the Kullback-Leibler divergence in the loss.
     pub beta: f64,
-    /// Whether the decoder sees the last frame's fine features in every step, instead of the last input frame's alone.
+    /// Whether the decoder sees the previous frame's fine features in every step, instead of only those of
+    /// the last input frame.
     pub last_frame_skip: bool,
-    /// What encoder and decoder normalise by outside training.
+    /// Statistics that encoder and decoder normalise by outside training.
     pub statistics: Statistics,
-    /// How many futures are drawn of each validation sample: `mse` and `ssim` are the mean over them. From 2 up,
-    /// `best_mse`, `best_ssim` and `best_psnr` are of the best of each sample, as in the paper.
+    /// Number of futures drawn for each validation sample; `mse` and `ssim` are means over them. From 2 on,
+    /// `best_mse`, `best_ssim` and `best_psnr` score the best future of each sample, as in the paper.
     pub futures: usize,
 }
 
@@ -114,19 +115,19 @@ impl SvgLpConfig {
     }
 }
 
-/// How the initial weights of convolutions and products are drawn.
+/// Initial weights of convolutions and linear layers.
 const DRAWN: Init = Init::Randn { mean: 0., stdev: 0.02 };
 
 fn norm(channels: usize, vb: VarBuilder) -> Result<BatchNorm> {
     BatchNorm::new(channels, Init::Randn { mean: 1., stdev: 0.02 }, vb)
 }
 
-/// How a pass normalises.
+/// The statistics that a pass normalises by.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Norm {
-    /// By the batch, which is seen so many times.
+    /// The batch's statistics, which are taken into the running ones `times` times in training.
     Batch { times: usize },
-    /// By the running statistics.
+    /// The running statistics.
     Running,
 }
 
@@ -141,7 +142,7 @@ impl Norm {
 
 const LEAKY: Activation = Activation::LeakyRelu(0.2);
 
-/// Five convolutions, each but the last halving the size (DCGAN, Radford et al. 2016).
+/// Five convolutions; each except the last halves the size (DCGAN, Radford et al. 2016).
 struct Encoder(Vec<(Conv, BatchNorm)>);
 
 impl Encoder {
@@ -158,7 +159,7 @@ impl Encoder {
         Ok(Self((0..5).map(layer).collect::<Result<_>>()?))
     }
 
-    /// (B, 64, 64, C) to features (B, g) in (-1, 1), and what each layer but the last put out.
+    /// (B, 64, 64, C) to features (B, g) in (-1, 1), and the outputs of all layers except the last.
     fn forward(&self, frame: &Tensor, mode: Norm) -> Result<(Tensor, Vec<Tensor>)> {
         let (mut x, mut skips) = (frame.clone(), Vec::with_capacity(4));
         for (i, (conv, norm)) in self.0.iter().enumerate() {
@@ -174,7 +175,7 @@ impl Encoder {
     }
 }
 
-/// The encoder's mirror image; each layer but the first also sees what the encoder's layer of its size put out.
+/// The mirrored encoder; each layer except the first also sees the output of the encoder layer of its size.
 struct Decoder {
     layers: Vec<(ConvTranspose, BatchNorm)>,
     to_frame: ConvTranspose,
@@ -213,13 +214,13 @@ impl Decoder {
     }
 }
 
-/// A product, then LSTM cells on top of each other.
+/// A linear layer, then stacked LSTM cells.
 struct Lstm {
     embed: Linear,
     cells: Vec<LstmCell>,
 }
 
-/// What its cells remember.
+/// The states of an LSTM's cells.
 type Memory = Vec<Option<LstmState>>;
 
 fn linear(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Linear> {
@@ -237,7 +238,7 @@ impl Lstm {
         vec![None; self.cells.len()]
     }
 
-    /// (B, inputs) to (B, hidden), of the same type.
+    /// (B, inputs) to (B, hidden), of the same dtype.
     fn step(&self, x: &Tensor, memory: &mut Memory) -> Result<Tensor> {
         let (dtype, mut x) = (x.dtype(), self.embed.forward(x)?);
         for (cell, state) in self.cells.iter().zip(memory) {
@@ -249,14 +250,14 @@ impl Lstm {
     }
 }
 
-/// An LSTM that says what it believes of the latent variable.
+/// An LSTM that outputs a distribution of the latent variable.
 struct GaussianLstm {
     lstm: Lstm,
     mean: Linear,
     log_variance: Linear,
 }
 
-/// A normal distribution with independent dimensions: mean and logarithm of the variance, each (B, z), f32.
+/// A normal distribution with independent dimensions: mean and log variance, each (B, z), at least f32.
 #[derive(Debug, Clone)]
 pub struct Gaussian {
     /// μ.
@@ -266,14 +267,14 @@ pub struct Gaussian {
 }
 
 impl Gaussian {
-    /// μ + σ ε.
+    /// The sample μ + σ ε for this noise ε.
     pub fn at(&self, noise: &Tensor) -> Result<Tensor> {
         let deviation = (&self.log_variance * 0.5)?.exp()?;
         Ok((&self.mean + (deviation * noise)?)?)
     }
 
-    /// The Kullback-Leibler divergence from `prior` to this distribution, summed over the dimensions, the mean over the
-    /// batch: `½ (log σ²_p - log σ²) + (σ² + (μ - μ_p)²) / (2 σ²_p) - ½`.
+    /// The Kullback-Leibler divergence of this distribution from `prior`, summed over the dimensions and
+    /// averaged over the batch: `½ (log σ²_p - log σ²) + (σ² + (μ - μ_p)²) / (2 σ²_p) - ½`.
     pub fn divergence(&self, prior: &Gaussian) -> Result<Tensor> {
         let logs = (&prior.log_variance - &self.log_variance)?;
         let spread = (self.log_variance.exp()? + (&self.mean - &prior.mean)?.sqr()?)?;
@@ -301,13 +302,13 @@ impl GaussianLstm {
     }
 }
 
-/// What a pass over frames whose future is known comes to.
+/// The result of a pass over frames whose future is known.
 pub struct Reconstruction {
-    /// The frames after the first, (B, T - 1, C, H, W), as they were reconstructed.
+    /// The reconstructed frames after the first, (B, T - 1, C, H, W).
     pub frames: Tensor,
-    /// Of each step: what knows the frame to come.
+    /// The posterior of each step, which knows the next frame.
     pub posterior: Vec<Gaussian>,
-    /// Of each step: what guesses it.
+    /// The prior of each step, which does not.
     pub prior: Vec<Gaussian>,
     /// The latent variable of each step, (B, z).
     pub latent: Vec<Tensor>,
@@ -317,10 +318,11 @@ pub struct Reconstruction {
     pub divergence: Tensor,
 }
 
-/// A frame is encoded to features; an LSTM predicts the next frame's features from them and a latent variable that stands
-/// for what cannot be known; they are decoded, with the fine features of an input frame beside. In training the latent
-/// variable is inferred from the frame to come, and a prior learns to guess it from the frames before; in prediction the
-/// prior's guesses are drawn, so each draw is another future. Parameters have the names of the authors' code.
+/// SVG-LP. A frame is encoded to features. From them and a latent variable, which stands for what is
+/// unpredictable, an LSTM predicts the next frame's features; these are decoded together with the fine
+/// features of an input frame. In training the latent variable is inferred from the next frame, and a prior
+/// learns to predict it from the previous frames. In prediction it is sampled from the prior, so each sample
+/// gives another future. Parameters have the names of the authors' code.
 pub struct SvgLp {
     encoder: Encoder,
     decoder: Decoder,
@@ -340,7 +342,7 @@ impl SvgLp {
         }
     }
 
-    /// So many steps of noise for the latent variable, each (B, z).
+    /// Noise for the latent variables of `steps` steps, each (B, z).
     fn noise(
         &self,
         steps: usize,
@@ -351,15 +353,15 @@ impl SvgLp {
         (0..steps).map(|_| nn::normal((batch, self.config.latent), rng, device)).collect()
     }
 
-    /// The next frame's features from those of this one and the latent variable.
+    /// Predicts the next frame's features from this frame's features and the latent variable.
     fn predict_features(&self, features: &Tensor, latent: &Tensor, memory: &mut Memory) -> Result<Tensor> {
         let x = Tensor::cat(&[features, &latent.to_dtype(features.dtype())?], 1)?;
         let h = self.predictor.step(&x, memory)?;
         Ok(self.predicted.forward(&h)?.tanh()?)
     }
 
-    /// Reconstructs frames (B, T, C, H, W) with this noise for the T - 1 latent variables; `training` says how the frames
-    /// are normalised, and that the running statistics follow.
+    /// Reconstructs frames (B, T, C, H, W) with this noise for the T - 1 latent variables. With `training`,
+    /// normalises by the batch and updates the running statistics.
     pub fn reconstruct(&self, frames: &Tensor, noise: &[Tensor], training: bool) -> Result<Reconstruction> {
         let (batch, times, ..) = frames.dims5()?;
         let images = split_frames(frames)?;
@@ -374,8 +376,8 @@ impl SvgLp {
             if self.config.last_frame_skip || t < self.spec.frames_in {
                 skips = next_skips;
             }
-            // The reference encodes a frame when it is to come, and again when it is there: once is enough, but for the
-            // running statistics, which see it twice.
+            // The reference encodes each frame twice, as the next frame and as the current one. Once is
+            // enough, except that the running statistics see it twice.
             let seen = if t + 1 < times { 2 } else { 1 };
             let (next, its_skips) = self.encoder.forward(&images[t], mode(seen))?;
             let inferred = self.posterior.step(&next, &mut posterior)?;
@@ -398,8 +400,8 @@ impl SvgLp {
         Ok(Reconstruction { frames, posterior: posteriors, prior: priors, latent: latents, mse, divergence })
     }
 
-    /// The `frames_out` frames after `frames` (B, T_in, C, H, W): one future, drawn with this noise for the
-    /// T_in + frames_out - 1 latent variables. Those of the input frames are inferred, the others guessed.
+    /// Generates one future: the `frames_out` frames after `frames` (B, T_in, C, H, W), with this noise for the T_in +
+    /// frames_out - 1 latent variables. Those of the input frames are inferred, the others are sampled from the prior.
     pub fn generate(
         &self,
         frames: &Tensor,
@@ -453,14 +455,14 @@ impl SvgLp {
         self.generate(frames, frames_out, &noise, self.config.statistics)
     }
 
-    /// The loss: what is reconstructed, and how far the posterior is from the prior.
+    /// The reconstruction error plus beta times the divergence of the posterior from the prior.
     fn loss(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         let frames = Tensor::cat(&[&batch.input, &batch.target.to_dtype(batch.input.dtype())?], 1)?;
         let (size, times, ..) = frames.dims5()?;
         let noise = self.noise(times - 1, size, &mut step.rng("posterior"), frames.device())?;
         let pass = self.reconstruct(&frames, &noise, step.is_training())?;
         let mse = match batch.mask {
-            // Of what nobody knows there is no error.
+            // Masked values have no error.
             Some(_) => (batch.mse(&pass.frames)? * (times - 1) as f64)?,
             None => pass.mse,
         };
@@ -474,7 +476,7 @@ impl SvgLp {
     }
 }
 
-/// A batch's frames (B, T, C, H, W), one after the other, channels last.
+/// The frames of a batch (B, T, C, H, W), one tensor per time, channels last.
 fn split_frames(frames: &Tensor) -> Result<Vec<Tensor>> {
     (0..frames.dim(1)?).map(|t| fold_frames(&frames.narrow(1, t, 1)?.contiguous()?)).collect()
 }
@@ -514,7 +516,8 @@ impl Build for SvgLp {
     }
 }
 
-/// The best of each sample over several futures: means over a sample's frames of a metric, `values` by future, then sample.
+/// The best of several futures of each sample, averaged over samples. `values[future][sample]` is a metric,
+/// averaged over frames.
 fn best(values: &[Vec<f64>], better: fn(f64, f64) -> f64) -> f64 {
     let samples = values.first().map_or(0, Vec::len);
     let of = |sample: usize| values.iter().map(|future| future[sample]).reduce(better).unwrap_or(f64::NAN);
@@ -564,7 +567,7 @@ impl Module for SvgLp {
         Ok(loss)
     }
 
-    /// One future.
+    /// Predicts one future.
     fn predict_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         self.future(&batch.input, step, 0)
     }
@@ -594,7 +597,7 @@ mod tests {
             |mean, log_variance| Gaussian { mean: tensor(mean), log_variance: tensor(log_variance) };
         let divergence = |a: Gaussian, b: Gaussian| a.divergence(&b).unwrap().to_scalar::<f32>().unwrap();
         assert!(divergence(gaussian(0.3, 0.5), gaussian(0.3, 0.5)).abs() < 1e-6);
-        // Means 1 and 2 apart, variances 1: half of 1 + 4.
+        // Means differ by 1 and 2, variances are 1: half of 1 + 4.
         assert!((divergence(gaussian(1., 0.), gaussian(0., 0.)) - 2.5).abs() < 1e-6);
     }
 }

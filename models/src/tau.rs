@@ -1,4 +1,4 @@
-//! TAU: a temporal attention unit in SimVP's place of the translator (Tan et al., CVPR 2023).
+//! TAU: a temporal attention unit in place of SimVP's translator (Tan et al., CVPR 2023).
 
 use candle_core::{DType, Tensor};
 use candle_nn::Init;
@@ -17,17 +17,17 @@ use crate::sim_vp::{Gate, LargeKernel, Network, SimVpConfig, TranslatorKind, com
 pub struct TauConfig {
     /// Channels of a frame's features (`hid_S`), even.
     pub spatial_channels: usize,
-    /// Channels of the translator, which sees all frames at once (`hid_T`), even.
+    /// Channels of the translator, which sees all frames at once (`hid_T`).
     pub temporal_channels: usize,
-    /// Layers of encoder and decoder (`N_S`), even: every second one halves, or doubles, the size.
+    /// Layers of encoder and decoder (`N_S`), even: every second one halves or doubles the size.
     pub spatial_layers: usize,
     /// Blocks of the translator (`N_T`), at least 2.
     pub temporal_layers: usize,
-    /// Channels inside a block's perceptron over those outside.
+    /// Hidden channels of a block's perceptron, as a multiple of the block's channels.
     pub mlp_ratio: f64,
-    /// Stochastic depth of the first block and of the last; those between them lie on a line.
+    /// Stochastic depth of the first and the last block; blocks between them are interpolated linearly.
     pub drop_path: [f64; 2],
-    /// The weight of the divergence between predicted and true changes from frame to frame in the loss.
+    /// Weight of the divergence between predicted and true frame-to-frame changes in the loss.
     pub alpha: f64,
 }
 
@@ -79,7 +79,7 @@ impl TauConfig {
     }
 }
 
-/// Static attention of large kernels, times dynamic attention of each channel's mean.
+/// Static attention by large kernels, times dynamic attention computed from each channel's mean.
 struct TemporalAttention {
     kernel: LargeKernel,
     squeeze: Linear,
@@ -117,7 +117,8 @@ impl Gate for TemporalAttention {
     }
 }
 
-/// SimVP with temporal attention, and a loss that also compares how frames change. Parameters have OpenSTL's names.
+/// SimVP with temporal attention, and a loss that also compares frame-to-frame changes. Parameters have
+/// OpenSTL's names.
 pub struct Tau {
     network: Network,
     spec: VideoSpec,
@@ -125,7 +126,7 @@ pub struct Tau {
 }
 
 impl Tau {
-    /// As [`SimVp::forward`](crate::SimVp::forward).
+    /// Like [`SimVp::forward`](crate::SimVp::forward).
     pub fn forward(&self, frames: &Tensor, training: Option<&mut ChaCha8Rng>) -> Result<Tensor> {
         self.network.forward(frames, self.spec.frames_out, training)
     }
@@ -139,9 +140,9 @@ impl Tau {
     }
 }
 
-/// The differential divergence of predicted frames from those that came, both (B, T, C, H, W): the mean of
-/// `p log(p / q)` over everything, where p and q are the softmax over a frame of its change since the one before, over a
-/// temperature of 0.1 (equation 9). Zero where there are less than three frames, as in OpenSTL.
+/// The differential divergence between predicted and true frames, both (B, T, C, H, W): the mean of
+/// `p log(p / q)` over all elements, where p and q are the softmax over a frame of its change from the previous
+/// frame, divided by a temperature of 0.1 (equation 9). Zero for fewer than three frames, as in OpenSTL.
 pub fn divergence(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     const TEMPERATURE: f64 = 0.1;
     const EPS: f64 = 1e-12;
@@ -192,7 +193,7 @@ impl Module for Tau {
         self.forward(&batch.input, None)
     }
 
-    /// Of the convolutions.
+    /// Counts the convolutions only.
     fn flops(&self) -> Option<f64> {
         Some(self.network.flops(&self.spec))
     }

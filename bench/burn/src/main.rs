@@ -1,7 +1,7 @@
-//! The step that bench/tutorial.toml describes, in burn on its `ndarray` backend: prints one JSON line with its time and
-//! memory. Arguments: batch, hidden channels, timed steps; threads are rayon's.
+//! The training step of bench/tutorial.toml, in burn with its `ndarray` backend. Prints its time and memory
+//! as one JSON line. Arguments: batch, hidden channels, timed steps. The number of threads is rayon's.
 //!
-//! The model is that of bench/pytorch_conv_lstm.py; frames are random numbers made before the first step.
+//! The model is that of bench/pytorch_conv_lstm.py. Frames are random numbers, generated before the first step.
 
 use std::time::Instant;
 
@@ -17,7 +17,7 @@ type Cpu = Autodiff<NdArray>;
 
 const FRAMES: usize = 10;
 const SIZE: usize = 64;
-/// As `candlepower bench` has it.
+/// Same as in `candlepower bench`.
 const WARM_UP: usize = 2;
 
 #[derive(Module, Debug)]
@@ -61,7 +61,7 @@ impl<B: Backend> EncoderDecoder<B> {
         }
     }
 
-    /// The mean squared error of the frames that follow these, (B, T, H, W) both.
+    /// The mean squared error of predicting `target` from `frames`, both (B, T, H, W).
     fn loss(&self, frames: Tensor<B, 4>, target: Tensor<B, 4>, hidden: usize) -> Tensor<B, 1> {
         let [batch, ..] = frames.dims();
         let start = || {
@@ -116,7 +116,7 @@ fn main() {
     println!(r#"{{"ms_per_step": {}, "peak_rss_mb": {}}}"#, times[times.len() / 2], peak_rss_mb());
 }
 
-/// Linux counts the high-water mark of a process's resident memory, in KiB.
+/// The process's peak resident memory in 10^6 bytes. Linux reports it in KiB.
 fn peak_rss_mb() -> f64 {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kib = status

@@ -1,4 +1,4 @@
-//! The frames of a split, ready to be read: decoded pictures, and rows of arrays.
+//! The frames of a split, ready for reading: decoded pictures, and rows of arrays.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,11 +15,11 @@ use super::sequences::{ArrayOfFrames, Part, Sequence, Source};
 use crate::bytes::Bytes;
 use crate::cache;
 
-/// Files that are decoded at once, before any of them is kept.
+/// Files decoded at once, before any of them is stored.
 const AT_ONCE: usize = 64;
 
 pub(super) struct Clips {
-    /// Decoded frames, (C, H, W) bytes each, of all clips that are pictures.
+    /// Decoded frames of all clips that are pictures, (C, H, W) bytes each.
     decoded: Bytes,
     places: Vec<Place>,
     /// (rows, columns) of a frame.
@@ -28,21 +28,22 @@ pub(super) struct Clips {
     range: Option<[f32; 2]>,
 }
 
-/// Where a clip's frames are.
+/// The location of a clip's frames.
 enum Place {
-    /// Frame 0 of the sequence would be this one of the decoded; it may lie before them, where the split has none so early.
+    /// The index of the sequence's frame 0 among the decoded frames. May point before the clip's frames, or
+    /// be negative, if the split starts at a later frame.
     Decoded(isize),
     Array(Arc<ArrayOfFrames>, usize),
 }
 
-/// What is decoded: a file, and which of its frames.
+/// A file to decode, and which of its frames.
 struct Job {
     path: PathBuf,
     frames: std::ops::Range<usize>,
 }
 
 impl Clips {
-    /// Decodes what these parts of the sequences need, one clip a part.
+    /// Decodes the frames of these parts of the sequences, one clip per part.
     pub(super) fn open(config: &Config, sequences: &[Sequence], parts: &[Part]) -> Result<Self> {
         let size = common_size(config, sequences)?;
         // A cache serves all splits, so it holds all frames.
@@ -90,7 +91,7 @@ impl Clips {
         };
         let places = parts.iter().map(place).collect();
         let clips = Self { decoded, places, size, channels: config.channels, range: config.range };
-        // Values of the wrong range are most often wrong from the first frame on.
+        // Values out of range usually occur from the first frame on, so check it now.
         (0..parts.len()).take(1).try_for_each(|clip| clips.read(clip, parts[clip].frames.start).map(drop))?;
         Ok(clips)
     }
@@ -100,7 +101,7 @@ impl Clips {
         self.size
     }
 
-    /// A frame of a clip's sequence, (C, H, W), in `[0, 1]`.
+    /// A frame of a clip's sequence by its index in the sequence, (C, H, W), in `[0, 1]`.
     pub(super) fn read(&self, clip: usize, frame: usize) -> Result<Vec<f32>> {
         match &self.places[clip] {
             Place::Decoded(first) => {
@@ -149,7 +150,7 @@ impl ArrayOfFrames {
     }
 }
 
-/// The frames of a file, as bytes (C, H, W) of this size.
+/// Decodes the frames of a file to bytes, (C, H, W) of this size.
 fn decode(job: &Job, channels: usize, size: [usize; 2]) -> Result<Vec<u8>> {
     let Job { path, frames } = job;
     let pictures = video_file::pictures(path)?;
@@ -168,7 +169,7 @@ fn decode(job: &Job, channels: usize, size: [usize; 2]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A plane of another size, (rows, columns).
+/// Scales a plane to another size, (rows, columns).
 fn scaled(plane: &[f32], from: [usize; 2], to: [usize; 2]) -> Result<Vec<f32>> {
     let [[height, width], [new_height, new_width]] = [from, to].map(|size| size.map(|side| side as u32));
     let plane = ImageBuffer::<Luma<f32>, _>::from_raw(width, height, plane.to_vec());
@@ -176,7 +177,7 @@ fn scaled(plane: &[f32], from: [usize; 2], to: [usize; 2]) -> Result<Vec<f32>> {
     Ok(resize(&plane, new_width, new_height, FilterType::Triangle).into_raw())
 }
 
-/// The size that frames have, once they are scaled where that is asked for: all the same.
+/// The size of the frames after `resize`; without it, an error if the files' sizes differ.
 fn common_size(config: &Config, sequences: &[Sequence]) -> Result<[usize; 2]> {
     if let Some(size) = config.resize {
         return Ok(size);

@@ -1,4 +1,4 @@
-//! Frames that somebody has: folders of pictures, animations, arrays.
+//! Your own frames: folders of pictures, animations, arrays.
 
 mod clips;
 mod sequences;
@@ -21,59 +21,60 @@ use crate::windows::Windows;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// A folder, with those in it, or one file. The pictures of a folder (.png, .jpg, .gif) are one sequence, in the order
-    /// of their names, numbers in them taken as numbers; an animation (.gif) is a sequence; an array (.npy, .npy.gz, .npz)
-    /// of (N, T, H, W), (N, T, H, W, C) or (N, T, C, H, W) is N, one of (T, H, W) is one.
+    /// A folder, searched recursively, or one file. The pictures in a folder (.png, .jpg, .gif) are one sequence, in
+    /// natural order of their names; an animation (.gif) is a sequence; an array (.npy, .npy.gz, .npz) of shape (N, T,
+    /// H, W), (N, T, H, W, C) or (N, T, C, H, W) is N sequences, one of shape (T, H, W) is one.
     pub path: String,
-    /// Which array of an .npz archive that holds several.
+    /// Name of the array to use, if an .npz archive holds several.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub array: Option<String>,
-    /// Channels of a frame: pictures can be gray, 1, or have colours, 3; arrays must have as many.
+    /// Channels of a frame: 1 (gray) or 3 (color) for pictures; arrays must have this many.
     pub channels: usize,
-    /// The values of an array that become 0 and 1. Default: of bytes 0 and 255, of 16 bits 0 and 65535, of floats 0 and 1.
+    /// Array values that map to 0 and 1. Default: 0 and 255 for bytes, 0 and 65535 for 16 bits, 0 and 1 for floats.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub range: Option<[f32; 2]>,
-    /// Rows and columns that frames are scaled to, with a triangle filter. Default: as they are, all alike.
+    /// Rows and columns that frames are scaled to, with a triangle filter. Default: no scaling; all frames
+    /// must have one size.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resize: Option<[usize; 2]>,
-    /// Rows and columns that are cut out of the middle, after scaling. Default: all.
+    /// Rows and columns of the center crop, after scaling. Default: no crop.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub crop: Option<[usize; 2]>,
-    /// Frames to predict from.
+    /// Number of input frames.
     pub frames_in: usize,
-    /// Frames to predict.
+    /// Number of frames to predict.
     pub frames_out: usize,
-    /// Frames from the start of one sample to the start of the next: 1 takes every sample that there is.
+    /// Frames from the start of one sample to the start of the next. 1: every possible sample.
     pub stride: usize,
-    /// Frames from one frame of a sample to its next: 1 takes all.
+    /// Step between the frames of a sample. 1: every frame.
     pub every: usize,
-    /// Frames, of those that are taken, left out between the input and the target.
+    /// Frames left out between input and target, counted in steps of `every`.
     pub gap: usize,
     /// How the frames are divided among the splits.
     pub split: Division,
-    /// The share of the sequences, or of each one's frames, that is validated on; at least one sequence.
+    /// Share of the sequences, or of each sequence's frames, used for validation; at least one sequence or frame.
     pub val_share: f64,
-    /// The same for testing. 0: tested is on what is validated on.
+    /// The same share for the test split. 0: test on the validation data.
     pub test_share: f64,
-    /// Leaves out sequences that are too short for a sample, instead of refusing them.
+    /// Skip sequences that are too short for a sample, instead of rejecting them.
     pub skip_short: bool,
-    /// A folder to keep decoded pictures in, where they do not fit into memory or take long to decode. What is found
-    /// there is never stale: its name depends on the files' sizes and times and on these settings.
+    /// Folder for caching decoded pictures, if they do not fit into memory or take long to decode. Cached
+    /// data is never stale: its file name depends on these settings and on the files' sizes and times.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
     /// Random changes of training samples.
     pub augment: Augment,
 }
 
-/// How frames are divided among the splits. No frame is in two of them.
+/// How frames are divided among the splits. No frame is in two splits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Division {
-    /// By sequence, in the order of their names: the first are learned from, then come those to validate and to test on.
+    /// By sequence, in the order of their names: the first are for training, then come validation and test.
     Sequence,
-    /// By time: the first part of each sequence is learned from, then come those to validate and to test on.
+    /// By time: the first part of each sequence is for training, then come validation and test.
     Time,
-    /// By folder: `path` holds the folders `train`, `val` and `test`; without the last, tested is on `val`.
+    /// By folder: `path` holds the folders `train`, `val` and `test`. Without `test`, `val` is used for it.
     Folder,
 }
 
@@ -107,7 +108,7 @@ impl Config {
         Windows { frames_in, frames_out, stride, every, gap }
     }
 
-    /// Refuses what no file could make right.
+    /// Rejects values that are wrong for any data.
     fn check(&self) -> Result<()> {
         self.windows().check()?;
         if self.path.is_empty() {
@@ -148,10 +149,10 @@ impl Config {
     }
 }
 
-/// Windows over sequences of frames that were found in files.
+/// Windows over sequences of frames read from files.
 ///
-/// Batches: input (B, T_in, C, H, W) and target (B, T_out, C, H, W), f32 in `[0, 1]`. Everything that can be wrong with
-/// pictures is found when they are opened; an array's values are looked at when they are read.
+/// Batches: input (B, T_in, C, H, W) and target (B, T_out, C, H, W), f32 in `[0, 1]`. Opening finds all
+/// errors in pictures; an array's values are checked when they are read.
 pub struct Frames {
     spec: VideoSpec,
     config: Config,
@@ -196,11 +197,11 @@ impl Open for Frames {
         Ok(Self { spec, config: config.clone(), clips, samples })
     }
 
-    /// The first window of every sequence in a file or a folder of the kinds that this dataset is made of, scaled and cropped
-    /// alike. Where one ends before its target does, **the targets are zeros**.
+    /// The first window of every sequence in a file or folder, of the same kinds as the dataset's own, scaled
+    /// and cropped the same way. If any sequence is too short for a target, **all targets are zeros**.
     fn read(config: &Config, spec: &VideoSpec, input: &Path) -> Result<Video> {
         config.check()?;
-        // What is wrong with the path is not the configuration's.
+        // A problem with the input path is not a configuration error.
         let plainly = |error| match error {
             Error::Setting { message, .. } => Error::msg(message),
             other => other,
@@ -246,7 +247,8 @@ impl Open for Frames {
 }
 
 impl Frames {
-    /// Windows of clips, each from its first frame on, as a change makes them look; without a target where the clips end before it.
+    /// Cuts windows of clips, each given by its clip, first frame and change. Without a target if
+    /// `has_target` is false.
     fn cut(&self, places: &[(usize, usize, Change)], has_target: bool) -> Result<Video> {
         let VideoSpec { frames_in, frames_out, channels, height, width } = self.spec;
         let (size, crop, windows) = (self.clips.size(), [height, width], self.config.windows());

@@ -1,4 +1,4 @@
-//! Which sequences of frames there are, and which frames of them belong to a split.
+//! Finds sequences of frames, and divides their frames among the splits.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -12,39 +12,39 @@ use candlepower::video_file;
 use super::{Config, Division};
 use crate::npy::{Array, is_array_file};
 
-/// Frames that follow each other.
+/// Consecutive frames.
 pub(super) struct Sequence {
     /// The file or the folder.
     pub(super) path: PathBuf,
     pub(super) source: Source,
-    /// How many frames there are.
+    /// The number of frames.
     pub(super) len: usize,
 }
 
-/// Where the frames of a sequence are.
+/// The location of a sequence's frames.
 #[derive(Clone)]
 pub(super) enum Source {
-    /// A file a frame.
+    /// One file per frame.
     Pictures(Vec<PathBuf>),
-    /// The frames of one file.
+    /// All frames of one file.
     Animation,
     /// A row of an array.
     Array(Arc<ArrayOfFrames>, usize),
 }
 
-/// An array, seen as frames.
+/// An array that holds frames.
 pub(super) struct ArrayOfFrames {
     pub(super) array: Array,
     pub(super) times: usize,
     /// (rows, columns).
     pub(super) size: [usize; 2],
-    /// Whether the channels of a pixel lie together.
+    /// Whether the channels of a pixel are adjacent in memory.
     pub(super) channels_last: bool,
 }
 
-/// What a split has of a sequence.
+/// The part of a sequence that belongs to a split.
 pub(super) struct Part {
-    /// Which sequence.
+    /// Index of the sequence.
     pub(super) sequence: usize,
     pub(super) frames: Range<usize>,
 }
@@ -66,7 +66,8 @@ pub(super) fn find(config: &Config) -> Result<Vec<Sequence>> {
     Ok(found)
 }
 
-/// What is in a folder, and in those in it, each of them once however many links lead to it.
+/// Collects the sequences in a folder and its subfolders. Each folder is visited once, even if several links
+/// lead to it.
 fn in_folder(
     folder: &Path,
     config: &Config,
@@ -101,7 +102,7 @@ fn in_folder(
     Ok(())
 }
 
-/// The sequences in a file that is not one frame of several; none in a file of another kind.
+/// Collects the sequences in a file that is not a single frame of a sequence; none for files of other kinds.
 fn in_file(path: &Path, config: &Config, found: &mut Vec<Sequence>) -> Result<()> {
     if video_file::is_picture(path) {
         let len = video_file::count(path)?;
@@ -119,7 +120,7 @@ fn in_file(path: &Path, config: &Config, found: &mut Vec<Sequence>) -> Result<()
 }
 
 impl ArrayOfFrames {
-    /// Opens an array; also says how many sequences it has.
+    /// Opens an array; also returns its number of sequences.
     fn open(path: &Path, config: &Config) -> Result<(Self, usize)> {
         let array = Array::open(path, config.array.as_deref())?;
         let channels = config.channels;
@@ -149,7 +150,7 @@ impl ArrayOfFrames {
     }
 }
 
-/// What belongs to a split.
+/// The parts of the sequences that belong to a split.
 pub(super) fn parts(config: &Config, sequences: &[Sequence], split: Split) -> Result<Vec<Part>> {
     let whole = |i: usize| Part { sequence: i, frames: 0..sequences[i].len };
     let parts: Vec<Part> = match config.split {
@@ -209,7 +210,8 @@ pub(super) fn parts(config: &Config, sequences: &[Sequence], split: Split) -> Re
     Ok(whole)
 }
 
-/// Where, of `len` sequences or frames, those to validate on begin, and those to test on. A share above 0 is at least one.
+/// The indices, among `len` sequences or frames, at which validation and test begin. A share above 0 is at
+/// least one item.
 fn cuts(config: &Config, len: usize) -> [usize; 2] {
     let count = |share: f64| if share > 0. { ((share * len as f64).round() as usize).max(1) } else { 0 };
     let test = len.saturating_sub(count(config.test_share));

@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::*;
 
-/// Pictures of 6 x 8 pixels, picture i of one shade, 10 * i, but for its first pixel, which is white.
+/// Pictures of 6 x 8 pixels; picture i has the shade 10 * i, except its first pixel, which is white.
 fn pictures(folder: &Path, count: usize) {
     std::fs::create_dir_all(folder).unwrap();
     for i in 0..count {
@@ -63,7 +63,7 @@ fn shades(config: &Config, split: Split) -> Vec<Vec<u8>> {
     (0..data.len()).map(shades).collect()
 }
 
-/// What is said of a path that is opened to be learned from, without the path itself.
+/// The error of opening a path for training, without the path itself.
 fn refusal(config: &Config) -> String {
     let error = Frames::open(config, Split::Train).err().expect("it is not refused").to_string();
     error.replace(&format!("{}/", config.path), "").replace(&config.path, "ROOT")
@@ -75,7 +75,7 @@ fn a_folder_of_pictures_is_a_sequence_divided_by_time() {
     pictures(dir.path(), 20);
     let config = Config { val_share: 0.2, test_share: 0.15, ..timed(dir.path()) };
     let train = shades(&config, Split::Train);
-    // Frame 10 comes after frame 9, and the first 13 are learned from.
+    // Frame 10 comes after frame 9, and the first 13 frames are for training.
     assert_eq!((train.len(), &train[0], &train[10]), (11, &vec![0, 10, 20], &vec![100, 110, 120]));
     assert_eq!(shades(&config, Split::Val), [[130, 140, 150], [140, 150, 160]]);
     assert_eq!(shades(&config, Split::Test), [[170, 180, 190]]);
@@ -103,7 +103,7 @@ fn folders_and_animations_are_sequences_divided_whole() {
     assert_eq!(shades(&config, Split::Train), [[0, 10, 20]]);
     assert_eq!(shades(&config, Split::Val).len(), 3);
     assert_eq!(shades(&config, Split::Test), [[0, 10, 20], [10, 20, 30]]);
-    // One file alone is data too.
+    // A single file is valid data too.
     assert_eq!(shades(&timed(&dir.path().join("3.gif")), Split::Train).len(), 1);
 }
 
@@ -195,7 +195,7 @@ fn channels_may_come_first_or_last() {
 fn frames_are_scaled_and_cropped() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("video.npy");
-    // A slope along the columns, the same in all frames.
+    // A gradient along the columns, the same in all frames.
     write_npy(&path, &Array3::from_shape_fn((12, 6, 8), |(_, _, x)| 20 * x as u8)).unwrap();
     let frame = |config: &Config, index, split| {
         let data = Frames::open(config, split).unwrap();
@@ -210,7 +210,7 @@ fn frames_are_scaled_and_cropped() {
     let crop = Config { crop: Some([2, 4]), ..split.clone() };
     let (spec, pixels) = frame(&crop, 0, Split::Train);
     assert_eq!((spec.height, spec.width, pixels), (2, 4, [40, 60, 80, 100].repeat(2)));
-    // Half as wide: every pixel is a mean of its two, and a little of their neighbours, which cancels on a slope.
+    // Half as wide: each pixel is the mean of its two, plus a little of their neighbors, which cancels on a gradient.
     let small = Config { resize: Some([3, 4]), crop: Some([1, 2]), ..split.clone() };
     let (_, pixels) = frame(&small, 0, Split::Train);
     assert!(pixels.iter().zip([50, 90]).all(|(a, b)| (a - b).abs() <= 1), "{pixels:?}");
@@ -300,7 +300,7 @@ fn broken_arrays_are_named() {
         refusal(&bright),
         "ROOT: sequence 0, frame 0: it has the value 255; expected 0 to 1, or another `range`"
     );
-    // One that is only found when it is read.
+    // This error is only found when the value is read.
     let mut values = Array4::<f32>::zeros((5, 4, 6, 8));
     values[[2, 1, 3, 3]] = f32::NAN;
     let (_dir, config) = save(&values);
@@ -391,7 +391,7 @@ fn what_is_predicted_from_is_made_as_the_samples_are() {
     let dir = tempfile::tempdir().unwrap();
     pictures(&dir.path().join("train"), 20);
     pictures(&dir.path().join("clip"), 7);
-    // Scaled to a quarter, and a column of it: two frames, the second after the third.
+    // Scaled to a quarter of the pixels, cropped to half of the columns; a sample takes every second frame.
     let config =
         Config { resize: Some([3, 4]), crop: Some([3, 2]), every: 2, ..timed(&dir.path().join("train")) };
     let data = Frames::open(&config, Split::Train).unwrap();
@@ -399,7 +399,7 @@ fn what_is_predicted_from_is_made_as_the_samples_are() {
     let expected = data.batch(&[sample(0, Split::Val)]).unwrap();
     let given = read("clip").unwrap();
     assert_eq!((flat(&given.input), flat(&given.target)), (flat(&expected.input), flat(&expected.target)));
-    // Bytes of an array, sequence by sequence; without enough of them for a target it is zeros.
+    // A byte array of two sequences that are too short for a target, so the target is zeros.
     let array = Array4::from_shape_fn((2, 3, 6, 8), |(n, t, ..)| (100 * n + 10 * t) as u8);
     write_npy(dir.path().join("clips.npy"), &array).unwrap();
     let given = read("clips.npy").unwrap();
@@ -415,7 +415,7 @@ fn what_is_predicted_from_is_made_as_the_samples_are() {
     let whole = VideoSpec { height: 6, width: 8, ..data.spec() };
     let other = Array3::<u8>::zeros((5, 9, 8));
     write_npy(dir.path().join("other.npy"), &other).unwrap();
-    // The training data need not be there.
+    // The training data need not exist.
     let plain = timed(&dir.path().join("gone"));
     assert_eq!(Frames::read(&plain, &whole, &dir.path().join("clip")).unwrap().input.dims(), [1, 2, 1, 6, 8]);
     let error = Frames::read(&plain, &whole, &dir.path().join("other.npy")).unwrap_err().to_string();

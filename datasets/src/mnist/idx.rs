@@ -1,4 +1,4 @@
-//! MNIST's file format: a big-endian header, then a byte a value.
+//! MNIST's file format: a big-endian header, then one byte per value.
 
 use std::io::Read;
 use std::path::Path;
@@ -16,7 +16,7 @@ const LABELS: u32 = 0x0801;
 /// The pixels of every image of an IDX file, plain or gzipped (`.gz`).
 ///
 /// # Errors
-/// Where the file is not one of 28x28 images, or is longer or shorter than its header says.
+/// If the file does not hold 28x28 images, or is longer or shorter than its header says.
 pub(super) fn read_images(path: &Path) -> Result<Vec<u8>> {
     let (dims, pixels) = read::<3>(path, IMAGES, "images")?;
     let [count, rows, columns] = dims;
@@ -32,10 +32,10 @@ pub(super) fn read_images(path: &Path) -> Result<Vec<u8>> {
     Ok(pixels)
 }
 
-/// The labels of an IDX file that go with `images` images, plain or gzipped (`.gz`).
+/// The labels of an IDX file that belong to `images` images, plain or gzipped (`.gz`).
 ///
 /// # Errors
-/// Where the file is not one of labels from 0 to 9, or there is not one for each image.
+/// If the file does not hold labels from 0 to 9, or not exactly one for each image.
 pub(super) fn read_labels(path: &Path, images: usize) -> Result<Vec<u8>> {
     let ([count], labels) = read::<1>(path, LABELS, "labels")?;
     expect_len(path, labels.len(), count, format!("{count} labels"))?;
@@ -48,7 +48,7 @@ pub(super) fn read_labels(path: &Path, images: usize) -> Result<Vec<u8>> {
     Ok(labels)
 }
 
-/// The dimensions and what follows them.
+/// The dimensions and the bytes after the header.
 fn read<const DIMS: usize>(path: &Path, magic: u32, what: &str) -> Result<([usize; DIMS], Vec<u8>)> {
     let mut bytes = std::fs::read(path).map_err(Error::file(path))?;
     if path.extension().is_some_and(|extension| extension == "gz") {

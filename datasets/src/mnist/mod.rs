@@ -1,4 +1,4 @@
-//! Images of single handwritten digits: drawn here (`"builtin"`), or read from MNIST's own files.
+//! Images of single handwritten digits: drawn by this crate (`"builtin"`), or read from MNIST's own files.
 //!
 //! MNIST: Y. LeCun, C. Cortes, C. Burges, "The MNIST database of handwritten digits", 1998.
 
@@ -15,10 +15,10 @@ use crate::parts::part;
 
 /// Rows and columns of an MNIST image.
 pub const SIDE: usize = 28;
-/// The setting that asks for the digits drawn by this crate.
+/// The setting that selects the digits drawn by this crate.
 pub const BUILTIN: &str = "builtin";
 
-/// Square grey images of one size, a byte a pixel: 0 is paper, 255 is ink.
+/// Square gray images of one size, one byte per pixel: 0 is paper, 255 is ink.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Images {
     side: usize,
@@ -26,10 +26,10 @@ pub struct Images {
 }
 
 impl Images {
-    /// Images of `side` rows and columns that follow each other in `pixels`.
+    /// Images of `side` rows and columns, stored consecutively in `pixels`.
     ///
     /// # Errors
-    /// Where `pixels` are not a whole number of such images.
+    /// If `pixels` is not a whole number of such images.
     pub fn new(side: usize, pixels: Vec<u8>) -> Result<Self> {
         if side == 0 || !pixels.len().is_multiple_of(side * side) {
             let pixels = pixels.len();
@@ -40,17 +40,17 @@ impl Images {
         Ok(Self { side, pixels })
     }
 
-    /// Rows, and columns, of an image.
+    /// Rows and columns of an image.
     pub fn side(&self) -> usize {
         self.side
     }
 
-    /// How many images there are.
+    /// The number of images.
     pub fn len(&self) -> usize {
         self.pixels.len() / (self.side * self.side)
     }
 
-    /// Whether there is none.
+    /// Whether there are no images.
     pub fn is_empty(&self) -> bool {
         self.pixels.is_empty()
     }
@@ -58,14 +58,14 @@ impl Images {
     /// The pixels of an image, row by row.
     ///
     /// # Panics
-    /// Where `index` is not below [`Self::len`].
+    /// If `index` is not below [`Self::len`].
     pub fn get(&self, index: usize) -> &[u8] {
         let pixels = self.side * self.side;
         &self.pixels[index * pixels..][..pixels]
     }
 
-    /// The images scaled to `side` rows and columns, at least as many as they have: Pillow's bilinear filter, to the
-    /// bit.
+    /// The images scaled to `side` rows and columns, which must not be fewer than now. Bit-identical to
+    /// Pillow's bilinear filter.
     pub fn enlarged(&self, side: usize) -> Self {
         resize::enlarge(self, side)
     }
@@ -74,7 +74,7 @@ impl Images {
 /// The images of one split, 28x28, from the `digits` setting of a dataset: `"builtin"` or a folder of IDX files.
 ///
 /// # Errors
-/// Where the folder does not exist, holds no MNIST images, or holds a file that is broken.
+/// If the folder does not exist, holds no MNIST images, or holds a broken file.
 pub fn images(digits: &str, split: Split) -> Result<Images> {
     if digits == BUILTIN {
         return Ok(strokes::draw(split).0);
@@ -84,10 +84,10 @@ pub fn images(digits: &str, split: Split) -> Result<Images> {
     Ok(Images { side: SIDE, pixels })
 }
 
-/// The images of one split and the digit, 0 to 9, that each of them shows.
+/// The images of one split, and the digit that each shows, 0 to 9.
 ///
 /// # Errors
-/// As [`images`], and where the labels are missing or do not fit the images.
+/// Like [`images`]; also if the labels are missing or do not match the images.
 pub fn labelled(digits: &str, split: Split) -> Result<(Images, Vec<u8>)> {
     if digits == BUILTIN {
         return Ok(strokes::draw(split));
@@ -105,12 +105,12 @@ struct IdxFiles {
     set: &'static str,
     images: PathBuf,
     split: Split,
-    /// Whether one set has to serve all splits.
+    /// Whether one set must serve all splits.
     shared: bool,
 }
 
 impl IdxFiles {
-    /// The set that belongs to `split`; where the folder holds only one set, a part of that.
+    /// The set that belongs to `split`, or a part of the only set if the folder holds just one.
     fn find(folder: &Path, split: Split) -> Result<Self> {
         let refuse = |what| {
             let message = format!(
@@ -141,7 +141,7 @@ impl IdxFiles {
         })
     }
 
-    /// What belongs to the split, of `data` that has `size` bytes for each digit.
+    /// The part of `data` that belongs to the split. `data` has `size` bytes for each digit.
     fn part(&self, mut data: Vec<u8>, size: usize) -> Result<Vec<u8>> {
         if self.shared {
             let part = part(self.split, data.len() / size);
@@ -156,7 +156,7 @@ impl IdxFiles {
     }
 }
 
-/// The file of this name, plain or compressed.
+/// The file with this name, plain or compressed.
 fn find(folder: &Path, name: &str) -> Option<PathBuf> {
     [folder.join(name), folder.join(format!("{name}.gz"))].into_iter().find(|path| path.is_file())
 }
@@ -198,7 +198,7 @@ pub(crate) mod tests {
         (folder, path)
     }
 
-    /// The numbers of the images of a split.
+    /// The numbers of a split's images.
     fn numbers(digits: &str, split: Split) -> Vec<u8> {
         let images = images(digits, split).unwrap();
         (0..images.len()).map(|i| images.get(i)[5]).collect()

@@ -1,11 +1,11 @@
-//! Pillow's bilinear scaling of 8-bit images, in the same integers, so that digits scaled here equal the tutorial's.
+//! Pillow's bilinear scaling of 8-bit images with the same integer arithmetic, so scaled digits equal the tutorial's.
 
 use super::Images;
 
 /// Weights are fixed-point numbers with this many bits after the point.
 const BITS: u32 = 22;
 
-/// Where one output pixel comes from: the first input pixel, and the weight of each from there on.
+/// The inputs of one output pixel: the index of the first input pixel, and the weights from there on.
 struct Taps {
     first: usize,
     weights: Vec<u32>,
@@ -18,7 +18,7 @@ pub(super) fn enlarge(images: &Images, side: usize) -> Images {
     let mut wide = vec![0; from * side];
     let mut pixels = vec![0; images.len() * side * side];
     for (index, image) in pixels.chunks_exact_mut(side * side).enumerate() {
-        // Along the rows first, then along the columns: Pillow rounds to bytes in between, so the order shows.
+        // Rows first, then columns: Pillow rounds to bytes in between, so the order matters.
         for (row, wide) in images.get(index).chunks_exact(from).zip(wide.chunks_exact_mut(side)) {
             for (pixel, taps) in wide.iter_mut().zip(&taps) {
                 *pixel = taps.apply(row[taps.first..].iter());
@@ -33,7 +33,7 @@ pub(super) fn enlarge(images: &Images, side: usize) -> Images {
     Images { side, pixels }
 }
 
-/// The triangle of half-width 1 around the output pixel's centre, cut at the image's edge.
+/// The weights of a triangle of half-width 1 around the output pixel's center, cut off at the image's edge.
 fn taps(output: usize, from: usize, to: usize) -> Taps {
     let centre = (output as f64 + 0.5) * from as f64 / to as f64;
     let first = (centre - 0.5).max(0.) as usize;

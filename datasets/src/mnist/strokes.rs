@@ -1,8 +1,8 @@
-//! Digits written by a pen that never holds quite still: the data that needs no download.
+//! Digits written by a slightly shaky pen: data that needs no download.
 //!
-//! A digit is a few strokes through points on a grid 7 wide and 10 high. Moving the points a little, slanting,
-//! stretching and changing the pen makes as many different ones as are wanted. Only additions, multiplications and
-//! square roots are used, so that every machine draws the same pixels.
+//! A digit is a few strokes through points on a grid 7 wide and 10 high. Moving the points a little,
+//! slanting, stretching and changing the pen gives any number of variants. Only additions, multiplications
+//! and square roots are used, so every machine draws the same pixels.
 
 use candlepower::data::Split;
 use candlepower::seed;
@@ -10,19 +10,19 @@ use rand::Rng;
 
 use super::{Images, SIDE};
 
-/// Digits to learn from, and others to validate and test on.
+/// Digits for training, and others for validation and test.
 const TRAIN: usize = 1000;
 const HELD_OUT: usize = 100;
 
 /// The digit is written into a box of this size in the middle of the image, as in MNIST.
 const BOX: f32 = 20.;
-/// Straight pieces that a curve between two points is drawn as.
+/// Straight pieces per curve between two points.
 const PIECES: usize = 8;
 /// Half the distance over which a line fades into the paper, in pixels.
 const SOFTNESS: f32 = 0.75;
 
 type Point = [f32; 2];
-/// What the pen draws without leaving the paper: smooth curves, each going on where the last one ended, at a corner.
+/// A line drawn without lifting the pen: smooth curves, each starting where the previous one ended, at a corner.
 type Stroke = &'static [&'static [Point]];
 type Glyph = &'static [Stroke];
 
@@ -136,7 +136,7 @@ const GLYPHS: [&[Glyph]; 10] = [
     ],
 ];
 
-/// The images of one split and the digit that each shows. No digit of a training image is drawn for another split.
+/// The images of one split, and the digit that each shows. Training images differ from those of the other splits.
 pub(super) fn draw(split: Split) -> (Images, Vec<u8>) {
     let range = if split == Split::Train { 0..TRAIN } else { TRAIN..TRAIN + HELD_OUT };
     let mut pixels = vec![0; range.len() * SIDE * SIDE];
@@ -148,7 +148,7 @@ pub(super) fn draw(split: Split) -> (Images, Vec<u8>) {
     (Images { side: SIDE, pixels }, labels)
 }
 
-/// Writes one digit onto empty paper.
+/// Writes one digit onto an empty image.
 fn write(digit: u8, mut rng: impl Rng, image: &mut [u8]) {
     let ways = GLYPHS[usize::from(digit)];
     let glyph = ways[rng.random_range(0..ways.len() as u32) as usize];
@@ -198,7 +198,7 @@ fn smooth(points: &[Point]) -> Vec<[Point; 2]> {
     lines
 }
 
-/// Scales the lines so that they fill a square of `size` in the middle of the image, and keep their proportions.
+/// Scales the lines to fit into a square of `size` in the middle of the image, keeping their proportions.
 fn fit(lines: &mut [[Point; 2]], size: f32) {
     let points = || lines.iter().flatten();
     let bounds = [0, 1].map(|axis| {
@@ -214,7 +214,7 @@ fn fit(lines: &mut [[Point; 2]], size: f32) {
     }
 }
 
-/// Draws a straight line with a round pen of radius `pen`, without lightening what is there.
+/// Draws a straight line with a round pen of radius `pen`. Existing ink is never lightened.
 fn ink(image: &mut [u8], from: Point, to: Point, pen: f32) {
     let reach = pen + SOFTNESS;
     let [columns, rows] = [0, 1].map(|axis| {

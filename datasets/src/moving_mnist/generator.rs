@@ -1,4 +1,4 @@
-//! From random numbers to frames: tracks first, then ink.
+//! Generates frames from random numbers: first the tracks of digits, then their pixels.
 
 use candlepower::seed::ChaCha8Rng;
 
@@ -6,16 +6,16 @@ use super::svg::Bounce;
 use super::{Protocol, openstl, svg};
 use crate::mnist::Images;
 
-/// One digit's way through a sequence.
+/// The path of one digit through a sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Track {
-    /// Which image it shows.
+    /// Index of the digit's image.
     pub digit: usize,
-    /// Its top left corner in each frame, [row, column].
+    /// The digit's top left corner in each frame, [row, column].
     pub corners: Vec<[usize; 2]>,
 }
 
-/// Makes sequences of moving digits.
+/// Generates sequences of moving digits.
 pub struct Generator {
     protocol: Protocol,
     stochastic: bool,
@@ -25,8 +25,8 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// A generator of square frames of `image_size` rows, at least 33, with `digits_per_frame` of these 28x28 `digits`
-    /// in each.
+    /// A generator of square frames of `image_size` rows, at least 33, with `digits_per_frame` of these 28x28
+    /// `digits` in each.
     pub fn new(protocol: Protocol, digits: &Images, digits_per_frame: usize, image_size: usize) -> Self {
         let digits = match protocol {
             Protocol::Svg => digits.enlarged(svg::DIGIT),
@@ -35,13 +35,13 @@ impl Generator {
         Self { protocol, stochastic: false, digits, digits_per_frame, image_size }
     }
 
-    /// Whether digits leave a wall with a new random velocity; [`Protocol::Svg`] alone has this.
+    /// Whether digits leave a wall with a new random velocity; only [`Protocol::Svg`] supports this.
     pub fn stochastic(mut self, stochastic: bool) -> Self {
         self.stochastic = stochastic;
         self
     }
 
-    /// Draws the ways of all digits of a sequence from `rng`.
+    /// Draws the tracks of all digits of a sequence from `rng`.
     pub fn tracks(&self, frames: usize, rng: &mut ChaCha8Rng) -> Vec<Track> {
         let (room, digits) = (self.image_size - self.digits.side(), self.digits.len());
         let track = |_| match self.protocol {
@@ -54,7 +54,7 @@ impl Generator {
         (0..self.digits_per_frame).map(track).collect()
     }
 
-    /// Draws a sequence into `frames`, which are black: each (H, W), f32, in order of time.
+    /// Draws a sequence into `frames`, which must be black: each (H, W), f32, in order of time.
     pub fn draw<'a>(&self, tracks: &[Track], frames: impl Iterator<Item = &'a mut [f32]>) {
         let grey = |track: &Track| -> Vec<f32> {
             self.digits.get(track.digit).iter().map(|&pixel| f32::from(pixel) / 255.).collect()
@@ -63,7 +63,7 @@ impl Generator {
         for (time, frame) in frames.enumerate() {
             for (track, digit) in tracks.iter().zip(&digits) {
                 match self.protocol {
-                    // Clipping after every digit gives the same as once at the end: nothing is ever taken away.
+                    // Clipping after every digit equals clipping once at the end, because values never decrease.
                     Protocol::Svg => self.stamp(frame, digit, track.corners[time], |a, b| (a + b).min(1.)),
                     Protocol::Openstl => self.stamp(frame, digit, track.corners[time], f32::max),
                 }

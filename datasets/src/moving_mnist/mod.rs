@@ -25,33 +25,33 @@ use crate::mnist;
 
 /// The fields of `[data]` for `name = "moving_mnist"`.
 ///
-/// `protocol`, `stochastic` and `digits_per_frame` say how sequences are generated: they have no meaning where
-/// `digits` is a file of finished sequences.
+/// `protocol`, `stochastic` and `digits_per_frame` control how sequences are generated. They have no effect
+/// if `digits` is a file of finished sequences.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Where the digits come from: "builtin" (drawn here, no download), a folder of MNIST's IDX files, plain or .gz,
-    /// or a file of finished sequences: mnist_test_seq.npy or .npy.gz. Where one file has to serve all splits, its
-    /// first 90 % are learned from and its last 10 % are held out.
+    /// Source of the digits: "builtin" (drawn by this program, no download), a folder of MNIST's IDX files,
+    /// plain or .gz, or a file of finished sequences: mnist_test_seq.npy or .npy.gz. If one file must serve
+    /// all splits, its first 90 % are used for training and its last 10 % for validation and test.
     pub digits: String,
     /// How generated digits move: "svg" (the tutorial's) or "openstl".
     pub protocol: Protocol,
-    /// Only with "svg": a digit leaves a wall with a new random velocity instead of a mirrored one.
+    /// Whether a digit leaves a wall with a new random velocity instead of a mirrored one. Only with "svg".
     pub stochastic: bool,
     /// Digits in a generated sequence, 1 to 16.
     pub digits_per_frame: usize,
-    /// Frames to predict from, 1 to 1000.
+    /// Number of input frames, 1 to 1000.
     pub frames_in: usize,
-    /// Frames to predict, 1 to 1000.
+    /// Number of frames to predict, 1 to 1000.
     pub frames_out: usize,
     /// Rows and columns of a frame in pixels, 33 to 1024. A file of finished sequences has its own size: 64.
     pub image_size: usize,
-    /// Sequences in a training epoch. Not set: as many as the protocol has, 60000 with "svg" and 10000 with
-    /// "openstl", or all of a file's. Generated ones are new in every epoch.
+    /// Sequences per training epoch. Default: 60000 with "svg", 10000 with "openstl", or all sequences of a
+    /// file. Generated sequences are new in every epoch.
     pub train_samples: Option<usize>,
-    /// Sequences to validate on, the same every time; at most as many as a file holds.
+    /// Validation sequences, the same every time; at most as many as a file holds.
     pub val_samples: usize,
-    /// Sequences to test on, the same every time; at most as many as a file holds.
+    /// Test sequences, the same every time; at most as many as a file holds.
     pub test_samples: usize,
 }
 
@@ -72,18 +72,18 @@ impl Default for Config {
     }
 }
 
-/// How digits move, and what happens where they cross.
+/// How digits move, and how overlapping digits are combined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// E. Denton's generator, which the tutorial uses: [`svg`].
     Svg,
-    /// The generator of OpenSTL and of most papers that report on it: [`openstl`].
+    /// The generator of OpenSTL and of most papers that report results on it: [`openstl`].
     Openstl,
 }
 
 impl Config {
-    /// Refuses what no file could make right.
+    /// Rejects values that are wrong for any data.
     fn check(&self) -> Result<()> {
         let samples = 1..=usize::MAX;
         within("digits_per_frame", self.digits_per_frame, 1..=16)?;
@@ -112,7 +112,7 @@ impl Config {
         }
     }
 
-    /// How many sequences of this split are asked for, where it was said.
+    /// The configured number of sequences of this split, if set.
     fn samples(&self, split: Split) -> Option<usize> {
         match split {
             Split::Train => self.train_samples,
@@ -135,9 +135,9 @@ fn within(key: &str, value: usize, range: RangeInclusive<usize>) -> Result<()> {
 
 /// Moving MNIST.
 ///
-/// Batches: input (B, T_in, 1, H, W) and target (B, T_out, 1, H, W), f32 in `[0, 1]`. A generated sequence is a
-/// function of its [`Sample`]'s generator: training sees new ones in every epoch, validation and test the same ones
-/// every time, made of digits that training does not see.
+/// Batches: input (B, T_in, 1, H, W) and target (B, T_out, 1, H, W), f32 in `[0, 1]`. A generated sequence is
+/// a function of its [`Sample`]'s generator: training sees new ones in every epoch, validation and test the
+/// same ones every time, made of digits that training does not see.
 pub struct MovingMnist {
     spec: VideoSpec,
     len: usize,

@@ -1,4 +1,4 @@
-//! OpenSTL's rules: digits of 28x28 move on straight lines at one speed; where they cross, the brighter pixel shows.
+//! OpenSTL's rules: 28x28 digits move on straight lines at constant speed; where they overlap, the brighter pixel wins.
 //!
 //! C. Tan et al., "OpenSTL: A Comprehensive Benchmark of Spatio-Temporal Predictive Learning", NeurIPS 2023.
 
@@ -11,24 +11,24 @@ use super::Track;
 
 /// Sequences in an epoch.
 pub const EPOCH: usize = 10_000;
-/// How far a digit moves in a frame; the way from wall to wall is 1.
+/// Distance that a digit moves per frame, relative to the distance between the walls.
 const STEP: f64 = 0.1;
 
-/// What is drawn for one digit of a sequence, in this order.
+/// The random draws for one digit of a sequence, in this order.
 #[derive(Debug, Clone, Copy)]
 pub struct Draws {
-    /// Where it starts between left and right, 0 to 1.
+    /// Start position between left and right, 0 to 1.
     pub x: f64,
-    /// Where it starts between top and bottom, 0 to 1.
+    /// Start position between top and bottom, 0 to 1.
     pub y: f64,
-    /// Its direction in full turns, 0 to 1: from right over down.
+    /// Direction in full turns, 0 to 1: 0 is right, 0.25 is down.
     pub turn: f64,
-    /// Which image it shows.
+    /// Index of the digit's image.
     pub digit: usize,
 }
 
 impl Draws {
-    /// Draws a way, then one of `digits` images.
+    /// Draws a position and direction, then one of `digits` images.
     pub fn new(rng: &mut ChaCha8Rng, digits: usize) -> Self {
         Self {
             x: rng.random(),
@@ -38,7 +38,7 @@ impl Draws {
         }
     }
 
-    /// The digit's way, with corners from 0 to `room`. It moves before its first frame too.
+    /// The digit's track, with corners from 0 to `room`. The digit moves before its first frame, too.
     pub fn track(self, frames: usize, room: usize) -> Track {
         let Self { mut x, mut y, turn, digit } = self;
         let (sin, cos) = (turn * 2. * PI).sin_cos();
@@ -52,7 +52,7 @@ impl Draws {
     }
 }
 
-/// Moves a position, which stops at a wall and turns round there.
+/// Moves a position. At a wall it stops and its velocity is reversed.
 fn advance(position: &mut f64, velocity: &mut f64) {
     *position += *velocity;
     if *position <= 0. || *position >= 1. {

@@ -13,26 +13,26 @@ use crate::parts::part;
 /// The sequences of one split.
 pub(super) struct Sequences {
     bytes: Bytes,
-    /// Where in `bytes` the first frame of the split's first sequence starts.
+    /// Offset in `bytes` of the first frame of the split's first sequence.
     start: u64,
-    /// Bytes from one frame of a sequence to its next: the file has time as its outermost axis.
+    /// Bytes between consecutive frames of a sequence: time is the file's outermost axis.
     stride: usize,
     /// Bytes of a frame.
     frame: usize,
     len: usize,
 }
 
-/// Whether the name says that this is a file of sequences.
+/// Whether the name is that of a sequence file.
 pub(super) fn is_sequence_file(path: &Path) -> bool {
     let name = path.to_string_lossy();
     name.ends_with(".npy") || name.ends_with(".npy.gz")
 }
 
 impl Sequences {
-    /// Opens a split of an .npy file, which is read as it is needed, or of an .npy.gz file, which is unpacked.
+    /// Opens a split of an .npy file, which is read on demand, or of an .npy.gz file, which is unpacked into memory.
     ///
     /// # Errors
-    /// Where the file is missing or broken, and where its sequences are too short or of another size than `spec`.
+    /// If the file is missing or broken, or if its sequences are too short or of another size than `spec`.
     pub(super) fn open(path: &Path, split: Split, spec: &VideoSpec) -> Result<Self> {
         let shown = path.display();
         if !path.is_file() {
@@ -90,7 +90,7 @@ impl Sequences {
         Ok(whole.trimmed(time))
     }
 
-    /// Leaves in memory only what belongs to the split. What stays in a file takes no memory.
+    /// Keeps only the split's part in memory. Data in a file takes no memory, so it is left alone.
     fn trimmed(self, time: usize) -> Self {
         let Bytes::Memory(bytes) = &self.bytes else { return self };
         let stride = self.len * self.frame;
@@ -150,7 +150,7 @@ mod tests {
         Config { digits, image_size: SIZE, frames_in: 2, frames_out: 3, ..Config::default() }
     }
 
-    /// The refusal of a file, without the path that it starts with.
+    /// The error of opening a file, without its path.
     fn refusal(content: &[u8], change: impl Fn(&mut Config)) -> String {
         let folder = tempfile::tempdir().unwrap();
         let mut config = config(&folder, "seq.npy", content);

@@ -1,4 +1,4 @@
-//! The tutorial's rules: digits of 32x32 move by whole pixels, and add up to white where they cross.
+//! The tutorial's rules: 32x32 digits move by whole pixels; where they overlap, they add up to at most white.
 //!
 //! E. Denton, R. Fergus, "Stochastic Video Generation with a Learned Prior", ICML 2018, and its code.
 
@@ -11,21 +11,21 @@ use super::Track;
 pub const DIGIT: usize = 32;
 /// Sequences in an epoch.
 pub const EPOCH: usize = 60_000;
-/// Most pixels a digit moves in a frame, along each axis.
+/// Maximum speed of a digit along each axis, in pixels per frame.
 const FASTEST: i32 = 4;
 
-/// What is drawn for one digit of a sequence, in this order.
+/// The random draws for one digit of a sequence, in this order.
 #[derive(Debug, Clone, Copy)]
 pub struct Draws {
-    /// Which image it shows.
+    /// Index of the digit's image.
     pub digit: usize,
-    /// The column it starts from.
+    /// Start column.
     pub x: i32,
-    /// The row it starts from.
+    /// Start row.
     pub y: i32,
-    /// Columns it moves in a frame.
+    /// Columns per frame.
     pub dx: i32,
-    /// Rows it moves in a frame.
+    /// Rows per frame.
     pub dy: i32,
 }
 
@@ -33,12 +33,13 @@ pub struct Draws {
 pub enum Bounce<'a> {
     /// The velocity is mirrored.
     Mirror,
-    /// Both components are drawn again; the one away from the wall is not zero.
+    /// Both components are drawn again; the one perpendicular to the wall points away from it and is not
+    /// zero.
     Redraw(&'a mut ChaCha8Rng),
 }
 
 impl Draws {
-    /// Draws one of `digits` images and its start, where corners are below `room`.
+    /// Draws one of `digits` images, a start position whose corner is below `room`, and a velocity.
     pub fn new(rng: &mut ChaCha8Rng, digits: usize, room: usize) -> Self {
         Self {
             digit: rng.random_range(0..digits as u64) as usize,
@@ -49,7 +50,8 @@ impl Draws {
         }
     }
 
-    /// The digit's way: each frame first brings it back from behind a wall, then shows it, then moves it.
+    /// The digit's track. Each frame first moves the digit back from behind a wall, then shows it, then moves
+    /// it on.
     pub fn track(self, frames: usize, room: usize, mut bounce: Bounce) -> Track {
         let Self { digit, mut x, mut y, mut dx, mut dy } = self;
         let mut show = |_| {
@@ -67,7 +69,7 @@ impl Draws {
     }
 }
 
-/// Puts a position back into `0..room`; tells which way points inside where it had left.
+/// Moves a position back into `0..room`. If it was outside, returns the inward direction, 1 or -1.
 fn back_inside(position: &mut i32, room: usize) -> Option<i32> {
     let last = room as i32 - 1;
     let inward = match *position {

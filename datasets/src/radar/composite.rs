@@ -1,4 +1,4 @@
-//! MeteoSwiss radar composites: a picture whose palette indices are rain, and whose name is its time.
+//! MeteoSwiss radar composites: pictures whose palette indices encode rain, and whose file names encode the time.
 
 use std::fs::File;
 use std::io::BufReader;
@@ -7,15 +7,15 @@ use std::path::Path;
 use candlepower::error::{Error, Result};
 use gif::{ColorOutput, DecodeOptions};
 
-/// The index of a pixel that no radar sees.
+/// The index of a pixel that no radar covers.
 pub const NO_DATA: u8 = 255;
-/// Composites a hour: an index is the rain of five minutes.
+/// Intervals per hour: an index is the rain of five minutes.
 const AN_HOUR: f64 = 12.;
 
-/// The rain, in mm/h, that a palette index stands for; none where no radar sees.
+/// The rain rate in mm/h that a palette index stands for; `None` where no radar covers the pixel.
 ///
-/// An index i below 2, or from 251 to 254, is no rain; otherwise 10^((i - 71.5) / 20) is the radar's reflectivity Z, and
-/// Z = 316 R^1.5 gives the depth R that falls in five minutes.
+/// Index i below 2, or from 251 to 254, is no rain. Otherwise the radar's reflectivity Z is 10^((i - 71.5) /
+/// 20), and Z = 316 R^1.5 gives the depth R in mm that falls in five minutes.
 pub fn rain_rate(index: u8) -> Option<f32> {
     match index {
         NO_DATA => None,
@@ -27,22 +27,22 @@ pub fn rain_rate(index: u8) -> Option<f32> {
     }
 }
 
-/// The rain, in mm/h, that black and white frames stand for, as far as the logarithm between them is concerned.
+/// The scale of the logarithm, and the rain rate that maps to 1, both in mm/h.
 const OFFSET: f64 = 0.1;
 const MOST: f64 = 100.;
 
-/// The value in `[0, 1]` that stands for a rain rate in mm/h: log(1 + rate / 0.1) / log(1 + 100 / 0.1), so that no rain is
+/// Maps a rain rate in mm/h to a value in `[0, 1]`: log(1 + rate / 0.1) / log(1 + 100 / 0.1), so no rain is
 /// 0, and 100 mm/h or more is 1.
 pub fn to_value(rate: f64) -> f32 {
     ((rate / OFFSET).ln_1p() / (MOST / OFFSET).ln_1p()).clamp(0., 1.) as f32
 }
 
-/// The rain rate in mm/h that a value in `[0, 1]` stands for.
+/// The rain rate in mm/h of a value in `[0, 1]`; the inverse of [`to_value`] below 100 mm/h.
 pub fn to_rate(value: f32) -> f64 {
     OFFSET * (f64::from(value) * (MOST / OFFSET).ln_1p()).exp_m1()
 }
 
-/// The palette indices of a composite, row after row, of (rows, columns) pixels.
+/// The (rows, columns) of a composite and its palette indices, row by row.
 pub fn read(path: &Path) -> Result<([usize; 2], Vec<u8>)> {
     let broken = |error: gif::DecodingError| {
         Error::msg(format!("{}: cannot be read as .gif: {error}", path.display()))
@@ -62,7 +62,7 @@ pub fn read(path: &Path) -> Result<([usize; 2], Vec<u8>)> {
     Ok((size, frame.buffer.to_vec()))
 }
 
-/// Minutes from the start of the year 2000 to the time in a composite's name: `AQC151351545F...` is 2015, day 135, 15:45.
+/// Minutes from the start of 2000 to the time in a composite's name: `AQC151351545F...` is 2015, day 135, 15:45.
 pub fn minutes(path: &Path) -> Result<i64> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let refused = || {
@@ -80,7 +80,7 @@ pub fn minutes(path: &Path) -> Result<i64> {
     if !(1..=366).contains(&day) || hour > 23 || minute > 59 {
         return Err(refused());
     }
-    // Every fourth year of this century, beginning with its first, has a day more.
+    // 2000 and every fourth year after it are leap years.
     let days = 365 * year + (year + 3) / 4 + day - 1;
     Ok((24 * days + hour) * 60 + minute)
 }
@@ -95,7 +95,7 @@ mod tests {
     fn rain_follows_the_law() {
         assert_eq!([0, 1, 251, 254].map(rain_rate), [Some(0.); 4]);
         assert_eq!(rain_rate(NO_DATA), None);
-        // By hand: (10^((121.5 - 71.5)/20) / 316)^(2/3) is 1.00050 mm in five minutes; indices are whole.
+        // By hand: (10^((121.5 - 71.5)/20) / 316)^(2/3) is 1.00050 mm in five minutes; indices are whole numbers.
         let depth = |index: f64| (10f64.powf((index - 71.5) / 20.) / 316.).powf(2. / 3.);
         assert!((depth(121.5) - 1.0005).abs() < 1e-4);
         for index in [2, 100, 121, 122, 250] {
@@ -120,7 +120,7 @@ mod tests {
         let at = |name: &str| minutes(Path::new(name));
         let first = at("x/AQC151351545F_00005.801.gif").unwrap();
         assert_eq!(at("AQC151351550V").unwrap() - first, 5);
-        // Over midnight, over the end of a leap year, over February of a leap year that is none of its days' business.
+        // Over midnight, over the end of a leap year, and over the end of a common year.
         assert_eq!(at("AQC161940000V").unwrap() - at("AQC161932355V").unwrap(), 5);
         assert_eq!(at("AQC170010000V").unwrap() - at("AQC163662355V").unwrap(), 5);
         assert_eq!(at("AQC160010000V").unwrap() - at("AQC153652355V").unwrap(), 5);

@@ -1,4 +1,4 @@
-//! One event: its composites on a grid of times, some of which may be missing.
+//! One event: its composites on a regular grid of times, some of which may be missing.
 
 use std::path::{Path, PathBuf};
 
@@ -8,18 +8,18 @@ use super::composite;
 
 pub(super) struct Event {
     pub(super) path: PathBuf,
-    /// The composites that there are, in order of time.
+    /// The available composites, in order of time.
     pub(super) files: Vec<PathBuf>,
-    /// Which of the composites is the one of each time; none where it is missing.
+    /// For each time, the index of its composite; `None` if it is missing.
     pub(super) slots: Vec<Option<usize>>,
-    /// The number of its first composite among those of all events.
+    /// The index of the event's first composite among those of all events.
     pub(super) first: usize,
-    /// Minutes of its first and its last composite.
+    /// Minutes of the first and the last composite.
     times: [i64; 2],
 }
 
 impl Event {
-    /// Lists the composites (.gif) in a folder, which come every so many minutes.
+    /// Lists the composites (.gif) in a folder, one every `minutes` minutes.
     pub(super) fn list(path: &Path, minutes: i64) -> Result<Self> {
         let mut composites = Vec::new();
         for entry in std::fs::read_dir(path).map_err(Error::file(path))? {
@@ -52,12 +52,13 @@ impl Event {
         Ok(Self { path: path.to_path_buf(), files, slots, first: 0, times })
     }
 
-    /// Whether a time belongs to both.
+    /// Whether the time spans of both events overlap.
     pub(super) fn overlaps(&self, other: &Self) -> bool {
         self.times[0] <= other.times[1] && other.times[0] <= self.times[1]
     }
 
-    /// The composite of a time, and whether it is of that time; a missing one is replaced with the one before.
+    /// The composite to show at a time, and whether it is the composite of that time; a missing one is
+    /// replaced by the previous one.
     pub(super) fn at(&self, slot: usize) -> (usize, bool) {
         let before = self.slots[..=slot].iter().rev().flatten().next();
         (before.copied().unwrap_or(0), self.slots[slot].is_some())

@@ -1,5 +1,5 @@
-//! Rain that was: radar composites of whole events, to forecast the next hour from the last minutes (nowcasting; X. Shi
-//! et al., "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting", NeurIPS 2015).
+//! Radar composites of past rain events, to forecast the next hour from the last minutes (nowcasting; X. Shi et al.,
+//! "Convolutional LSTM Network: A Machine Learning Approach for Precipitation Nowcasting", NeurIPS 2015).
 
 pub mod composite;
 mod event;
@@ -28,35 +28,36 @@ use crate::windows::Windows;
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// The folder that holds a folder of composites for each event.
+    /// Folder that holds one folder of composites per event.
     pub path: String,
-    /// The events to learn from, by the names of their folders.
+    /// Training events, by the names of their folders.
     pub train_events: Vec<String>,
-    /// The events to validate on.
+    /// Validation events.
     pub val_events: Vec<String>,
-    /// The events to test on. None: those to validate on.
+    /// Test events. Empty: the validation events.
     pub test_events: Vec<String>,
     /// Minutes from one composite to the next.
     pub minutes: usize,
-    /// Frames to predict from.
+    /// Number of input frames.
     pub frames_in: usize,
-    /// Frames to predict.
+    /// Number of frames to predict.
     pub frames_out: usize,
     /// Frames from the start of one sample to the start of the next.
     pub stride: usize,
-    /// Composites of a sample that may be missing; the loss does not see them, and an input shows the one before.
+    /// Number of a sample's composites that may be missing. The loss ignores them; the input repeats the
+    /// previous composite.
     pub max_missing: usize,
     /// Pixels along each side that are averaged into one.
     pub pool: usize,
-    /// Rows and columns that a sample shows, in averaged pixels.
+    /// Rows and columns of a sample, in averaged pixels.
     pub crop: usize,
     /// Averaged pixels from one crop to the next, along rows and columns.
     pub crop_stride: usize,
-    /// Samples show rain, of 0.1 mm/h or more, on at least this share of their pixels, over all of their frames.
+    /// Minimum share of a sample's pixels, over all its frames, with rain of 0.1 mm/h or more.
     pub min_rain: f64,
-    /// Rain rates, in mm/h, whose forecasts are scored.
+    /// Rain rates in mm/h at which forecasts are scored.
     pub thresholds: Vec<f64>,
-    /// A folder to keep decoded composites in. Default: they are decoded into memory every time.
+    /// Folder for caching decoded composites. Default: decode into memory every time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cache: Option<PathBuf>,
     /// Random changes of training samples; `crop` moves crops by up to half of `crop_stride`.
@@ -86,9 +87,9 @@ impl Default for Config {
     }
 }
 
-/// Composites that are decoded at once, before any of them is kept.
+/// Composites decoded at once, before any of them is stored.
 const AT_ONCE: usize = 64;
-/// Rain that counts as some, in mm/h.
+/// Minimum rate that counts as rain, in mm/h.
 const SOME_RAIN: f32 = 0.1;
 
 impl Config {
@@ -102,7 +103,7 @@ impl Config {
         }
     }
 
-    /// Refuses what no file could make right.
+    /// Rejects values that are wrong for any data.
     fn check(&self) -> Result<()> {
         self.windows().check()?;
         let least = [
@@ -148,7 +149,7 @@ impl Config {
         self.events(split).iter().map(open).collect()
     }
 
-    /// Refuses events of one time in two splits, under whatever names.
+    /// Rejects events of different splits whose times overlap, whatever their names.
     fn check_apart(&self) -> Result<()> {
         let all = [("train_events", Split::Train), ("val_events", Split::Val), ("test_events", Split::Test)];
         let splits = if self.test_events.is_empty() { &all[..2] } else { &all[..] };
@@ -172,24 +173,24 @@ impl Config {
 
 /// Radar composites of rain events, as crops with enough rain.
 ///
-/// Batches: input (B, T_in, 1, H, W) and target (B, T_out, 1, H, W), f32: 0 is no rain, 1 is 100 mm/h or more, with a
-/// logarithm between them ([`composite::to_value`]); `mask` is 0 where no radar sees and where a composite is missing;
-/// `quantity` has the thresholds in mm/h.
+/// Batches: input (B, T_in, 1, H, W) and target (B, T_out, 1, H, W), f32, on a logarithmic scale from 0 for
+/// no rain to 1 for 100 mm/h or more ([`composite::to_value`]). `mask` is 0 where no radar covers a pixel and
+/// where a composite is missing. `quantity` has the thresholds in mm/h.
 pub struct Radar {
     spec: VideoSpec,
     config: Config,
     quantity: Arc<Quantity>,
     events: Vec<Event>,
-    /// The palette indices of all composites, one event after the other.
+    /// The palette indices of all composites, event by event.
     indices: Bytes,
     /// (rows, columns) of a composite.
     size: [usize; 2],
     places: Vec<Place>,
-    /// Rain rates in mm/h by palette index; NaN where no radar sees.
+    /// Rain rates in mm/h by palette index; NaN where no radar covers the pixel.
     rates: [f32; 256],
 }
 
-/// Where a sample is: its event, its first frame, its corner in averaged pixels, (row, column).
+/// The position of a sample: its event, its first frame, and its corner in averaged pixels, (row, column).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Place {
     event: usize,
@@ -237,8 +238,8 @@ impl Open for Radar {
         Ok(radar)
     }
 
-    /// The first window of a folder of composites, where it shows most rain. Where the folder ends before the target does, **the
-    /// target is zeros**, which are masked.
+    /// The first window of a folder of composites, at the crop with the most rain in the input. If the folder
+    /// ends before the target does, **the target is zeros**, which are masked.
     fn read(config: &Config, _spec: &VideoSpec, input: &Path) -> Result<Video> {
         config.check()?;
         let mut event = Event::list(input, config.minutes as i64)?;
@@ -276,7 +277,7 @@ impl Open for Radar {
     }
 }
 
-/// The size and the palette indices of all composites.
+/// The size of the composites, and the palette indices of all of them.
 fn decoded(config: &Config, events: &[Event]) -> Result<([usize; 2], Bytes)> {
     let files: Vec<PathBuf> = events.iter().flat_map(|event| event.files.clone()).collect();
     let Some(first) = files.first() else { return Err(Error::msg("there are no composites")) };
@@ -308,7 +309,7 @@ fn decoded(config: &Config, events: &[Event]) -> Result<([usize; 2], Bytes)> {
 }
 
 impl Radar {
-    /// The composites of these events; no crop of them is a sample yet.
+    /// A dataset of these events' composites, still without samples.
     fn of(config: &Config, events: Vec<Event>) -> Result<Self> {
         let (size, indices) = decoded(config, &events)?;
         let pooled = size.map(|side| side / config.pool);
@@ -343,7 +344,7 @@ impl Radar {
         })
     }
 
-    /// All crops that have enough rain and lack few enough composites.
+    /// All crops with enough rain and few enough missing composites.
     fn rainy_places(&self, windows: &Windows) -> Result<Vec<Place>> {
         let Config { pool, crop, frames_in, .. } = self.config;
         let corners = self.corners();
@@ -372,21 +373,21 @@ impl Radar {
         Ok(places)
     }
 
-    /// Where crops begin, (row, column) in averaged pixels.
+    /// The corners of all crops, (row, column) in averaged pixels.
     fn corners(&self) -> Vec<[usize; 2]> {
         let Config { pool, crop, crop_stride, .. } = self.config;
         let along = |axis: usize| (0..=self.size[axis] / pool - crop).step_by(crop_stride);
         along(0).flat_map(|y| along(1).map(move |x| [y, x])).collect()
     }
 
-    /// How many pixels of a composite have rain, within the crop that begins at each of these corners.
+    /// The number of a composite's pixels with rain within the crop at each of these corners.
     fn rainy_pixels(&self, composite: usize, corners: &[[usize; 2]]) -> Result<Vec<u32>> {
         let (sums, side) = (self.rain_sums(composite)?, self.config.crop * self.config.pool);
         let corners = corners.iter().map(|corner| corner.map(|at| at * self.config.pool));
         Ok(corners.map(|[y, x]| sums.within(y..y + side, x..x + side)).collect())
     }
 
-    /// How many pixels of a composite have rain, within any rectangle.
+    /// The summed-area table of a composite's pixels with rain.
     fn rain_sums(&self, composite: usize) -> Result<Sums> {
         let [height, width] = self.size;
         let mut indices = vec![0; height * width];
@@ -402,7 +403,7 @@ impl Radar {
         Ok(sums)
     }
 
-    /// The values of a crop of a composite, (H, W), and which are known.
+    /// The values of a crop of a composite, (H, W), and which of them are known (1 or 0).
     fn crop(&self, composite: usize, [top, left]: [usize; 2]) -> Result<(Vec<f32>, Vec<f32>)> {
         let Config { pool, crop, .. } = self.config;
         let [height, width] = self.size;
@@ -432,7 +433,7 @@ impl Radar {
         Ok((values, known))
     }
 
-    /// Where a crop lies, moved by up to half a stride where the change asks for it.
+    /// The corner of a crop, moved by up to half a stride if the change requires it.
     fn corner(&self, place: &Place, change: &Change) -> [usize; 2] {
         let Config { pool, crop, crop_stride, .. } = self.config;
         let moved = change.corner([crop + crop_stride; 2], [crop; 2]);
@@ -443,7 +444,7 @@ impl Radar {
     }
 }
 
-/// Sums over rectangles, from sums over those that begin at the first pixel (a summed-area table).
+/// A summed-area table: gives the sum over any rectangle.
 struct Sums {
     columns: usize,
     values: Vec<u32>,
@@ -459,7 +460,7 @@ impl Sums {
 }
 
 impl Radar {
-    /// The samples at these places, as a change makes them look; without a target where there is none.
+    /// Cuts the samples at these places, with their changes applied. Without a target if `has_target` is false.
     fn cut(&self, places: &[(Place, Change)], has_target: bool) -> Result<Video> {
         let VideoSpec { frames_in, frames_out, height: side, .. } = self.spec;
         let windows = self.config.windows();

@@ -17,8 +17,8 @@ fn write(folder: &Path, name: &str, index: impl Fn(usize, usize) -> u8) {
     encoder.write_frame(&frame).unwrap();
 }
 
-/// An event of a day of 2015, of composites at these minutes past noon. It rains in the left half, a little more in each
-/// composite and row; the last column is out of range.
+/// An event on one day of 2015, with composites at these minutes past noon. It rains in the left half, a
+/// little more in each further composite and row; the last column is not covered by radar.
 fn event(root: &Path, name: &str, day: usize, minutes: &[usize]) {
     for minute in minutes {
         let file = format!("AQC15{day:03}12{minute:02}F_00005.801.gif");
@@ -31,7 +31,7 @@ fn event(root: &Path, name: &str, day: usize, minutes: &[usize]) {
     }
 }
 
-/// Two events to learn from, the first without a composite at 12:15; one to validate on.
+/// Two training events, the first without a composite at 12:15, and one validation event.
 fn place() -> (TempDir, Config) {
     let dir = tempfile::tempdir().unwrap();
     event(dir.path(), "a", 100, &[0, 5, 10, 20, 25]);
@@ -61,13 +61,13 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
     tensor.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// What a sample shows at a time, a row and a column.
+/// A sample's value at a time, row and column.
 fn at(tensor: &Tensor, sample: usize, time: usize, y: usize, x: usize) -> f32 {
     let frame = tensor.get(sample).unwrap().get(time).unwrap().get(0).unwrap();
     frame.get(y).unwrap().get(x).unwrap().to_scalar().unwrap()
 }
 
-/// The value of four pixels with these indices.
+/// The mean value of four pixels with these indices.
 fn mean_of(indices: [u8; 4]) -> f32 {
     let rates = indices.map(|index| f64::from(composite::rain_rate(index).unwrap()));
     composite::to_value(rates.iter().sum::<f64>() / 4.)
@@ -95,7 +95,7 @@ fn pixels_are_rain_averaged_and_on_a_logarithm() {
             assert_eq!(at(tensor, 0, i, row, 3), 0., "it does not rain in the right half");
         }
     }
-    // The last column of averaged pixels has one column of pixels that are known.
+    // The last column of averaged pixels contains one column of known pixels.
     assert_eq!(flat(batch.mask.as_ref().unwrap()), [1.; 3 * 4 * 16]);
     let quantity = batch.quantity.unwrap();
     assert_eq!((quantity.unit, quantity.minutes), ("mm/h", 5.));
@@ -107,7 +107,7 @@ fn what_no_radar_sees_and_what_is_missing_is_masked() {
     let (_dir, config) = place();
     let config = Config { pool: 1, crop: 8, crop_stride: 4, ..config };
     let data = Radar::open(&config, Split::Train).unwrap();
-    // Of event a three times, of b one; two crops each.
+    // Three start times in event a, one in event b; two crops each.
     let places: Vec<(usize, usize, usize)> =
         data.places.iter().map(|p| (p.event, p.start, p.corner[1])).collect();
     assert_eq!(
@@ -122,21 +122,21 @@ fn what_no_radar_sees_and_what_is_missing_is_masked() {
         for time in 0..4 {
             let known = if time == missing { 0. } else { 1. };
             assert_eq!(at(mask, sample, time, 3, 0), known, "sample {sample}, time {time}");
-            // The crop to the right reaches beyond the radars.
+            // The crop to the right extends beyond the radars' range.
             let at_the_edge = if sample % 2 == 1 { 0. } else { known };
             assert_eq!(at(mask, sample, time, 3, 7), at_the_edge, "sample {sample}, time {time}");
         }
     }
-    // A missing input shows what was before it.
+    // A missing input repeats the previous composite.
     assert_eq!(at(&batch.input, 4, 1, 3, 0), at(&batch.input, 4, 0, 3, 0));
-    // An error there is none.
+    // Errors in masked pixels do not count.
     let loss = |shift: f64| {
         let wrong = (mask.narrow(1, 2, 2).unwrap() * -1.).unwrap().affine(1., 1.).unwrap();
         let prediction = (&batch.target + (wrong * shift).unwrap()).unwrap();
         batch.mse(&prediction).unwrap().to_scalar::<f32>().unwrap()
     };
     assert_eq!((loss(0.), loss(5.)), (0., 0.));
-    // Nobody wants samples that lack one.
+    // With `max_missing = 0`, samples with a missing composite are left out.
     let whole = Radar::open(&Config { max_missing: 0, ..config }, Split::Train).unwrap();
     assert_eq!(whole.places.iter().map(|place| place.event).collect::<Vec<_>>(), [1, 1]);
 }
@@ -147,7 +147,7 @@ fn crops_have_enough_rain() {
     let count = |min_rain: f64| {
         Radar::open(&Config { min_rain, ..config.clone() }, Split::Val).map(|data| data.len())
     };
-    // Of the columns of the three crops 4 in 4 have rain halfway, 3 in 4 less, and so on: 6, 4 and 2 pixels of 8.
+    // Rain covers 6, 4 and 2 of the 8 pixel columns of the three crops.
     assert_eq!([0.25, 0.26, 0.5, 0.51, 0.75].map(|share| count(share).unwrap()), [3, 2, 2, 1, 1]);
     assert_eq!(
         count(0.76).unwrap_err().to_string(),
@@ -273,7 +273,7 @@ fn broken_events_are_named() {
 fn an_event_is_predicted_from_where_it_rains_most() {
     let (dir, config) = place();
     let data = Radar::open(&config, Split::Train).unwrap();
-    // Event `b` whole: its first window, at the left, where it rains.
+    // The whole of event `b`: its first window, at the left, where it rains.
     let given = Radar::read(&config, &data.spec(), &dir.path().join("b")).unwrap();
     assert_eq!((given.input.dims(), given.target.dims()), (&[1, 2, 1, 4, 4][..], &[1, 2, 1, 4, 4][..]));
     let place = Place { event: 1, start: 0, corner: [0, 0] };
@@ -281,13 +281,13 @@ fn an_event_is_predicted_from_where_it_rains_most() {
     let expected = data.batch(&[Sample { index, split: Split::Val, epoch: 0, seed: 1 }]).unwrap();
     assert_eq!((flat(&given.input), flat(&given.target)), (flat(&expected.input), flat(&expected.target)));
     assert_eq!(flat(given.mask.as_ref().unwrap()), flat(expected.mask.as_ref().unwrap()));
-    // What nobody has seen yet is neither there nor counted.
+    // Future frames are zero and masked.
     event(dir.path(), "now", 103, &[0, 5, 10]);
     let given = Radar::read(&config, &data.spec(), &dir.path().join("now")).unwrap();
     assert!(flat(&given.target).iter().all(|value| *value == 0.));
     let mask = flat(given.mask.as_ref().unwrap());
     assert!(mask[..32].iter().all(|known| *known == 1.) && mask[32..].iter().all(|known| *known == 0.));
-    // Rain at the right.
+    // Rain on the right.
     for minute in [0, 5] {
         let rain = |_, x: usize| if (7..11).contains(&x) { 90 } else { 0 };
         write(&dir.path().join("right"), &format!("AQC1510512{minute:02}F_00005.801.gif"), rain);

@@ -1,4 +1,4 @@
-//! Times convolutions: forwards, backwards (all three gradients), and both through the graph, from a sum.
+//! Times convolutions: forward, backward (all three gradients), and both through the graph, from a sum.
 //!
 //!     cargo run --release -p candlepower-kernels --example conv [-- batch size inputs outputs kernel stride groups]
 #![allow(clippy::print_stdout)]

@@ -1,5 +1,5 @@
-//! Times convolutions on the first CUDA device, in bf16 or f32: forwards, and the gradients of input and weight.
-//! bench/conv_gpu.py stands them beside PyTorch's.
+//! Times convolutions on the first CUDA device, in bf16 or f32: forward, and the gradients of input and
+//! weight. bench/conv_gpu.py compares them with PyTorch's.
 //!
 //!     cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
 //!     target/release/examples/conv_cuda batch size inputs outputs kernel [bf16 | f32] [timed]
@@ -9,7 +9,7 @@ use candle_core::{DType, Device, Result, Tensor, Var, bail};
 use candlepower_kernels::{Conv2dOptions, conv2d, open_cuda, time_convolutions};
 use std::time::Instant;
 
-/// Milliseconds of the median of many; several are asked for before they are waited for, so that the device is what is timed.
+/// Median in milliseconds; several calls are enqueued before each wait, so that the device is what is timed.
 fn median(device: &Device, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
     const WARM_UP: usize = 5;
     const TIMED: usize = 30;
@@ -41,7 +41,8 @@ fn main() -> Result<()> {
     let dy = random(&[batch, size, size, outputs])?;
     let options = Conv2dOptions { padding: kernel / 2, ..Default::default() };
     let forward = |x: &Tensor, w: &Tensor| conv2d(x, w, None, options);
-    // Candle begins with ones, so that the gradient of y is dy; what that takes is timed by itself, and taken away.
+    // candle's backward pass starts with ones, so the gradient of y is dy; the time for that is measured
+    // separately and subtracted.
     let [x_var, w_var, y_var] = [&x, &w, &forward(&x, &w)?].map(Var::from_tensor);
     let (x_var, w_var, y_var) = (x_var?, w_var?, y_var?);
     let backward = |y: Tensor| (y * &dy)?.backward().map(drop);

@@ -78,7 +78,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Of this process, in MB.
+/// Peak memory of this process, in MB.
 fn peak_memory() -> usize {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let line = status.lines().find(|l| l.starts_with("VmHWM")).unwrap_or_default();

@@ -1,19 +1,19 @@
 //! Sigmoid and tanh of 16 values at once, to a few units in the last place.
 //!
-//! Both come from e^x - 1 = 2^n (e^r - 1) + (2^n - 1), where x = n ln 2 + r and |r| <= ln 2 / 2: seven terms of Taylor's
-//! series leave an error of 2e-8 there, and nothing is lost where x is small. NaN stays NaN.
+//! Both use e^x - 1 = 2^n (e^r - 1) + (2^n - 1), where x = n ln 2 + r and |r| <= ln 2 / 2: seven terms of the
+//! Taylor series leave an error of 2e-8 there, and no precision is lost for small x. NaN stays NaN.
 
 use crate::simd::Simd;
 
-/// 1.5 * 2^23 rounds what is added to it to an integer; 127 more, and the low bits are a float's exponent.
+/// Adding 1.5 * 2^23 rounds a float to an integer; the extra 127 makes the low bits a float's exponent.
 const MAGIC: f32 = 12_582_912. + 127.;
 const LN_2_HIGH: f32 = 0.693_359_4;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
 
-/// (e^x - 1, 2^n) before the scaling: e^r - 1 and 2^n. |x| must be below 87.
+/// e^r - 1 and 2^n, from which e^x - 1 follows by scaling. |x| must be below 87.
 #[inline(always)]
 unsafe fn reduced_exp<S: Simd>(x: S) -> (S, S) {
-    // SAFETY: the caller has vectors.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let shifted = x.mul_add(S::splat(std::f32::consts::LOG2_E), S::splat(MAGIC));
         let n = shifted.sub(S::splat(MAGIC));
@@ -30,9 +30,9 @@ unsafe fn reduced_exp<S: Simd>(x: S) -> (S, S) {
 /// 1 / (1 + e^-x)
 #[inline(always)]
 pub(crate) unsafe fn sigmoid<S: Simd>(x: S) -> S {
-    // SAFETY: the caller has vectors.
+    // SAFETY: guaranteed by the caller.
     unsafe {
-        // The operand that may be NaN comes second: that one is returned.
+        // The operand that may be NaN comes second, because `min` and `max` return that one.
         let x = S::splat(87.).min(S::splat(-87.).max(x));
         let (q, scale) = reduced_exp(S::zero().sub(x));
         // 1 + e^-x = 2^n q + (2^n + 1)
@@ -43,7 +43,7 @@ pub(crate) unsafe fn sigmoid<S: Simd>(x: S) -> S {
 /// (e^2x - 1) / (e^2x + 1)
 #[inline(always)]
 pub(crate) unsafe fn tanh<S: Simd>(x: S) -> S {
-    // SAFETY: the caller has vectors.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         // tanh(10) rounds to 1.
         let x = S::splat(10.).min(S::splat(-10.).max(x));
@@ -53,10 +53,10 @@ pub(crate) unsafe fn tanh<S: Simd>(x: S) -> S {
     }
 }
 
-/// e^x, for x of at most 87; 2e-38 where x is below -87.
+/// e^x, for x up to 87; 2e-38 if x is below -87.
 #[inline(always)]
 pub(crate) unsafe fn exp_below<S: Simd>(x: S) -> S {
-    // SAFETY: the caller has vectors.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let (q, scale) = reduced_exp(S::splat(-87.).max(x));
         scale.mul_add(q, scale)
@@ -77,7 +77,7 @@ mod tests {
         unsafe fn run<S: Simd>(self) {
             for (x, y) in self.x.chunks_exact(LANES).zip(self.y.chunks_exact_mut(LANES)) {
                 let (mut s, mut t) = ([0.; LANES], [0.; LANES]);
-                // SAFETY: 16 floats each.
+                // SAFETY: both chunks and both arrays have 16 floats.
                 unsafe {
                     sigmoid(S::load(x.as_ptr())).store(s.as_mut_ptr());
                     tanh(S::load(x.as_ptr())).store(t.as_mut_ptr());

@@ -1,14 +1,14 @@
-//! Attention of tokens to tokens, whose values are their keys.
+//! Attention to tokens that serve as both keys and values.
 
 use crate::softmax::{softmax, softmax_gradient};
 use crate::tensors::{check_type, tracked};
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 
-/// softmax(q k') k for what is asked, q (B, Q, N), and the tokens k (B, K, N): (B, Q, N), without a scale. Differentiable in
-/// both. The weights (B, Q, K) are kept for backward, and nothing else of that size.
+/// softmax(q k') k for the queries `asked`, q (B, Q, N), and the tokens k (B, K, N): (B, Q, N), unscaled.
+/// Differentiable in both. The weights (B, Q, K) are saved for backward, and nothing else of that size.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// If the shapes are incompatible, or a tensor is not f32 on the CPU.
 pub fn attend(asked: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     check_type("attend", "what is asked", asked, DType::F32)?;
     check_type("attend", "tokens", tokens, DType::F32)?;
@@ -27,7 +27,7 @@ pub fn attend(asked: &Tensor, tokens: &Tensor) -> Result<Tensor> {
 
 struct Attend {
     weights: Tensor,
-    /// Computed before the op is made, from tensors, which candle multiplies.
+    /// Computed before the op is created, with candle's own matrix products.
     y: Vec<f32>,
 }
 

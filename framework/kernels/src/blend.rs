@@ -1,4 +1,4 @@
-//! A gate between two values, as one candle op.
+//! A gated blend of two values, as one candle op.
 
 use crate::activations::sigmoid;
 use crate::buffer::filled;
@@ -12,14 +12,15 @@ use candle_core::{CpuStorage, Device, Layout, Result, Shape, Tensor, bail};
 use candle_core::{CudaDevice, CudaStorage};
 use std::ops::Range;
 
-/// A gate's place in a tensor (.., k N) of k gates of N channels.
+/// A tensor (.., k N) of k gates of N channels, and the index of one of its gates.
 pub type Gate<'a> = (&'a Tensor, usize);
 
-/// sigmoid(gate) a + (1 - sigmoid(gate)) b, (.., N), of `width` N. The three may be gates of one tensor, or of several.
-/// Differentiable in all.
+/// sigmoid(gate) a + (1 - sigmoid(gate)) b, (.., N), where N is `width`. The three operands may be gates of
+/// one tensor or of several. Differentiable in all three.
 ///
 /// # Errors
-/// Where the shapes do not fit together, two of the three are the same, or a tensor is not f32 on the CPU or a CUDA device.
+/// If the shapes are incompatible, two of the three are the same, or a tensor is not f32 on the CPU or a CUDA
+/// device.
 pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
     let op = "blend";
     let mut sources: Vec<&Tensor> = Vec::new();
@@ -44,7 +45,8 @@ pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
     several::apply(&sources, Blend { width, places })
 }
 
-/// Where a gate lies: in which of the op's tensors, floats from row to row, and where it begins in a row.
+/// The location of a gate: which of the op's tensors it is in, floats from row to row, and its offset in a
+/// row.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Place {
     pub(crate) source: usize,
@@ -54,13 +56,13 @@ pub(crate) struct Place {
 
 pub(crate) struct Blend {
     pub(crate) width: usize,
-    /// Of the gate, a and b.
+    /// The locations of the gate, a and b.
     pub(crate) places: [Place; 3],
 }
 
-/// Rows of a blend: forwards, or, where there is a gradient, backwards.
+/// Some rows of a blend: the forward pass, or the backward pass if there is a gradient.
 struct BlendRows<'a> {
-    /// Of the gate, a and b: values, floats from row to row, where it begins in a row.
+    /// The gate, a and b: values, floats from row to row, offset in a row.
     from: [(&'a [f32], usize, usize); 3],
     to: BlendTo<'a>,
     width: usize,
@@ -70,7 +72,7 @@ struct BlendRows<'a> {
 #[derive(Clone, Copy)]
 enum BlendTo<'a> {
     Output(Shared),
-    /// Of the gate, a and b, at the places where their values are.
+    /// Gradients of the gate, a and b, with the same layout as their values.
     Gradients {
         d: &'a [f32],
         to: [Option<Shared>; 3],
@@ -85,7 +87,7 @@ impl Kernel for BlendRows<'_> {
             for channel in (0..width).step_by(LANES) {
                 let lanes = LANES.min(width - channel);
                 let at = row * width + channel;
-                // SAFETY: the row exists, and belongs to this task.
+                // SAFETY: the row exists and belongs to this task only.
                 unsafe {
                     let places = from.map(|(_, stride, offset)| row * stride + offset + channel);
                     let load = |role: usize| S::load_lanes(from[role].0.as_ptr().add(places[role]), lanes);
@@ -113,7 +115,7 @@ impl Kernel for BlendRows<'_> {
 }
 
 impl Blend {
-    /// Values, and where they lie in them, of the gate, a and b.
+    /// Values, floats from row to row, and offset in a row, of the gate, a and b.
     fn from<'a>(&self, sources: &[&'a [f32]]) -> [(&'a [f32], usize, usize); 3] {
         self.places.map(|Place { source, stride, offset }| (sources[source], stride, offset))
     }

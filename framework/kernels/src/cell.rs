@@ -1,8 +1,8 @@
-//! The pointwise half of an LSTM cell, forwards and backwards, on 16 channels of a pixel at once.
+//! The pointwise half of an LSTM cell, forward and backward, on 16 channels of a pixel at a time.
 //!
-//! With pre-activations of the gates i, f, o, g: c' = sigmoid(f) c + sigmoid(i) tanh(g), h = sigmoid(o) tanh(c') (Shi et al.,
-//! "Convolutional LSTM network", 2015, equation 3, without peepholes). What backward needs is the four activations and both
-//! cell states; tanh(c') is computed again.
+//! With pre-activations of the gates i, f, o, g: c' = sigmoid(f) c + sigmoid(i) tanh(g), h = sigmoid(o)
+//! tanh(c') (Shi et al., "Convolutional LSTM network", 2015, equation 3, without peepholes). The backward
+//! pass needs the four activations and both cell states; it recomputes tanh(c').
 
 use crate::activations::{sigmoid, tanh};
 use crate::float::Float;
@@ -15,10 +15,12 @@ use crate::winograd::{
 
 /// Gates of a cell: i, f, o, g.
 pub(crate) const GATES: usize = 4;
-/// Floats of the four gates of 16 channels, in the packed order: i, f, o and g of the first 16 channels, then of the next.
+/// Floats of the four gates of 16 channels in the packed order: i, f, o and g of the first 16 channels, then
+/// of the next 16.
 pub(crate) const GROUP: usize = GATES * LANES;
 
-/// Which of the weights' 4 N output channels (all of i, then f, o, g) stands at each place of the packed order.
+/// For each place of the packed order: which of the weights' 4 N output channels (all of i, then f, o, g)
+/// belongs there.
 pub(crate) fn packed_order(hidden: usize) -> Vec<Option<usize>> {
     (0..hidden.div_ceil(LANES) * GROUP)
         .map(|at| {
@@ -29,7 +31,7 @@ pub(crate) fn packed_order(hidden: usize) -> Vec<Option<usize>> {
         .collect()
 }
 
-/// Where the values that only cells use, gates and cell state, of 16 channels of a pixel stand.
+/// Offsets of the gates and the cell state of 16 channels of a pixel; only cells use these values.
 #[derive(Clone, Copy)]
 pub(crate) struct Place {
     pub(crate) c: usize,
@@ -40,7 +42,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Packed: the four gates of a unit (16 channels of a pixel) lie together, and units follow each other.
+    /// Packed: the four gates of a unit (16 channels of a pixel) are contiguous, and units follow each other.
     #[inline(always)]
     fn unit(index: usize) -> Place {
         Place { c: index * LANES, gates: index * GROUP, gate: LANES, lanes: LANES }
@@ -50,7 +52,7 @@ impl Place {
     fn packed(pixel: usize, group: usize, hidden: usize) -> Place {
         Place::unit(pixel * hidden.div_ceil(LANES) + group)
     }
-    /// Units by tile, then by channels, then by pixel: what a tile needs lies together.
+    /// Units by tile, then by channels, then by pixel, so the data of one tile is contiguous.
     #[inline(always)]
     fn tiled(tile: &Tile, group: usize, hidden: usize, row: usize, column: usize) -> Place {
         Place::unit((tile.index * hidden.div_ceil(LANES) + group) * OUT * OUT + row * OUT + column)
@@ -64,7 +66,7 @@ impl Place {
     }
 }
 
-/// The order of cells for which the values come from memory.
+/// The order of cells whose values are read from memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Order {
     Packed,
@@ -81,7 +83,7 @@ impl Order {
     }
 }
 
-/// Hidden states of all pixels at one time step: (batch, pixels, channels), images `image` values apart.
+/// Hidden states of all pixels at one time step: (batch, pixels, channels), with images `image` values apart.
 #[derive(Clone, Copy)]
 pub(crate) struct States<T = f32> {
     pub(crate) data: Shared<T>,
@@ -91,41 +93,41 @@ pub(crate) struct States<T = f32> {
 impl<T> States<T> {
     #[inline(always)]
     unsafe fn at(&self, image: usize, offset: usize) -> *mut T {
-        // SAFETY: the caller asks for a pixel that exists.
+        // SAFETY: the caller passes a pixel that exists.
         unsafe { self.data.at(image * self.image + offset) }
     }
 }
 
-/// One step forwards, whose states are kept as `T`.
+/// One forward step, whose states are saved as `T`.
 #[derive(Clone, Copy)]
 pub(crate) struct Forward<'a, T> {
     /// Added to the pre-activations; in the packed order.
     pub(crate) bias: &'a [f32],
-    /// Zero where there is none.
+    /// `None` means zero.
     pub(crate) c_before: Option<Shared>,
     pub(crate) c: Shared,
     pub(crate) h: States,
-    /// Where the activations are kept for backward.
+    /// Where the activations are saved for backward.
     pub(crate) kept: Option<Shared<T>>,
-    /// Where the states are written a second time, to be kept.
+    /// Where the states are written a second time, to be saved.
     pub(crate) c_kept: Option<Shared<T>>,
     pub(crate) h_kept: Option<States<T>>,
     pub(crate) hidden: usize,
-    /// Pixels of an image, and of a row.
+    /// Pixels of an image.
     pub(crate) pixels: usize,
     pub(crate) width: usize,
 }
 
 impl<T: Float> Forward<'_, T> {
-    /// A pixel's 16 channels, given the pre-activations with bias.
+    /// Computes a pixel's 16 channels, given the pre-activations with bias.
     /// # Safety
-    /// The pixel exists; no other task has it and the group.
+    /// The pixel exists, and no other task handles this pixel and group.
     #[inline(always)]
     unsafe fn pixel<S: Simd>(&self, image: usize, pixel: usize, group: usize, at: Place, gates: [S; GATES]) {
         let channel = group * LANES;
         let lanes = LANES.min(self.hidden - channel);
         let offset = pixel * self.hidden + channel;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let [i, f, o, g] = gates;
             let (i, f, o, g) = (sigmoid(i), sigmoid(f), sigmoid(o), tanh(g));
@@ -156,7 +158,7 @@ impl<T: Float> Epilogue for Forward<'_, T> {
 
     #[inline(always)]
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, _width: usize, m: *const f32, stride: usize) {
-        // SAFETY: M is readable; the tile's pixels exist, and belong to this task.
+        // SAFETY: M is readable; the tile's pixels exist and belong to this task only.
         unsafe {
             let mut gates = [[[S::zero(); OUT]; OUT]; GATES];
             for gate in 0..GATES {
@@ -180,18 +182,18 @@ impl<T: Float> Epilogue for Forward<'_, T> {
     }
 }
 
-/// One step backwards, from what forward kept as `T`.
+/// One backward step, from the values that the forward pass saved as `T`.
 #[derive(Clone, Copy)]
 pub(crate) struct Backward<T> {
-    /// The activations that forward kept.
+    /// The activations saved by the forward pass.
     pub(crate) kept: Shared<T>,
     pub(crate) c_before: Option<Shared<T>>,
     pub(crate) c: Shared<T>,
-    /// The gradient of h; taken: zeros are left, for the sum of the step before.
+    /// The gradient of h; read and reset to zero, ready to accumulate the gradient of an earlier step.
     pub(crate) dh: Option<States>,
-    /// More of it, only read.
+    /// A second contribution to the gradient of h; only read.
     pub(crate) dh_output: Option<States<T>>,
-    /// The gradient of c' from later steps; becomes that of c.
+    /// In: the gradient of c' from later steps. Out: the gradient of c.
     pub(crate) dc: Shared,
     pub(crate) hidden: usize,
     pub(crate) pixels: usize,
@@ -201,13 +203,13 @@ pub(crate) struct Backward<T> {
 impl<T: Float> Backward<T> {
     /// The gradients of a pixel's pre-activations, 16 channels.
     /// # Safety
-    /// The pixel exists; no other task has it and the group.
+    /// The pixel exists, and no other task handles this pixel and group.
     #[inline(always)]
     unsafe fn pixel<S: Simd>(&self, image: usize, pixel: usize, group: usize, at: Place) -> [S; GATES] {
         let channel = group * LANES;
         let lanes = LANES.min(self.hidden - channel);
         let offset = pixel * self.hidden + channel;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut gates = [S::zero(); GATES];
             for gate in 0..GATES {
@@ -232,7 +234,7 @@ impl<T: Float> Backward<T> {
                 Some(before) => T::load_lanes(before.at(at.c), at.lanes),
                 None => S::zero(),
             };
-            // The derivative of the sigmoid is s - s s, that of tanh 1 - t t.
+            // The derivative of the sigmoid s is s - s s, that of tanh t is 1 - t t.
             [
                 dc.mul(g).mul(i.neg_mul_add(i, i)),
                 dc.mul(before).mul(f.neg_mul_add(f, f)),
@@ -244,8 +246,8 @@ impl<T: Float> Backward<T> {
 }
 
 impl<T: Float> Backward<T> {
-    /// Asks for the values of the tile or group that comes next: it begins on another page, where the processor does not
-    /// look by itself.
+    /// Prefetches the values of the next tile or group: it begins on another page, which the hardware
+    /// prefetcher does not reach by itself.
     #[inline(always)]
     fn prefetch_next<S: Simd>(&self, at: Place) {
         const UNITS: usize = OUT * OUT;
@@ -266,7 +268,7 @@ impl<T: Float> Gradient for Backward<T> {
         for gate in 0..GATES {
             prefetch_positions::<S>(d.wrapping_add(gate * block), stride);
         }
-        // SAFETY: D is writable; the tile's pixels exist, and belong to this task.
+        // SAFETY: D is writable; the tile's pixels exist and belong to this task only.
         unsafe {
             let mut gates = [[[S::zero(); OUT]; OUT]; GATES];
             for r in 0..tile.rows {
@@ -286,10 +288,10 @@ impl<T: Float> Gradient for Backward<T> {
     }
 }
 
-/// Pixels of a task.
+/// Pixels per task.
 const PIXELS: usize = 256;
 
-/// One step forwards from pre-activations in memory.
+/// One forward step from pre-activations in memory.
 pub(crate) fn forward<T: Float>(level: Level, images: usize, gates: &[f32], order: Order, step: Forward<T>) {
     parallel::for_each((images * step.pixels).div_ceil(PIXELS), |task| {
         let pixels = task * PIXELS..(images * step.pixels).min((task + 1) * PIXELS);
@@ -310,7 +312,7 @@ impl<T: Float> Kernel for ForwardPixels<'_, T> {
         for pixel in self.pixels {
             for group in 0..self.step.hidden.div_ceil(LANES) {
                 let at = self.order.place(pixel, group, self.step.hidden);
-                // SAFETY: the pixel exists, and belongs to this task.
+                // SAFETY: the pixel exists and belongs to this task only.
                 unsafe {
                     let mut x = [S::zero(); GATES];
                     for gate in 0..GATES {
@@ -323,7 +325,7 @@ impl<T: Float> Kernel for ForwardPixels<'_, T> {
     }
 }
 
-/// One step backwards: writes the gradients of the pre-activations, which may take the activations' place.
+/// One backward step: writes the gradients of the pre-activations, which may overwrite the activations.
 pub(crate) fn backward<T: Float>(
     level: Level,
     images: usize,
@@ -350,7 +352,7 @@ impl<T: Float> Kernel for BackwardPixels<T> {
         for pixel in self.pixels {
             for group in 0..self.step.hidden.div_ceil(LANES) {
                 let at = self.order.place(pixel, group, self.step.hidden);
-                // SAFETY: the pixel exists, and belongs to this task.
+                // SAFETY: the pixel exists and belongs to this task only.
                 unsafe {
                     let x =
                         self.step.pixel::<S>(pixel / self.step.pixels, pixel % self.step.pixels, group, at);

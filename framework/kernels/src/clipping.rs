@@ -1,6 +1,6 @@
-//! What becomes of a step's gradients before they move anything: the loss scale is taken out, norm and values are clipped, and
-//! a norm that is not finite refuses the step. All of that is decided where the gradients are, so that an update can be asked for
-//! before anybody has heard of it.
+//! Processing of a step's gradients before the update: the loss scale is removed, norm and values are
+//! clipped, and a non-finite norm can refuse the step. All of this is decided on the gradients' device, so an
+//! update can be enqueued before the host knows the outcome.
 
 use crate::updates::sum_squares_of;
 use candle_core::{Result, Tensor};
@@ -8,13 +8,13 @@ use candle_core::{Result, Tensor};
 /// How a step's gradients are clipped.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Clipping {
-    /// What the loss, and with it each gradient, was multiplied with: it is taken out.
+    /// The factor by which the loss, and with it each gradient, was multiplied; it is divided out.
     pub loss_scale: f64,
-    /// The L2 norm that all gradients together are scaled down to (`torch.nn.utils.clip_grad_norm_`).
+    /// The L2 norm to which all gradients together are scaled down (`torch.nn.utils.clip_grad_norm_`).
     pub max_norm: Option<f64>,
-    /// Then every value is brought into `[-max_value, max_value]` (`torch.nn.utils.clip_grad_value_`).
+    /// Afterwards every value is clamped to `[-max_value, max_value]` (`torch.nn.utils.clip_grad_value_`).
     pub max_value: Option<f64>,
-    /// Whether gradients whose norm is not finite move nothing.
+    /// Whether gradients with a non-finite norm refuse the update.
     pub only_finite: bool,
 }
 
@@ -24,16 +24,16 @@ impl Default for Clipping {
     }
 }
 
-/// What was decided of a step's gradients.
+/// The clipping decision for a step's gradients.
 #[derive(Debug, Clone)]
 pub struct Clipped {
-    /// What it comes to for those who move parameters.
+    /// The scale to pass to the parameter update.
     pub scale: GradScale,
-    /// Their norm before clipping.
+    /// The gradients' norm before clipping.
     pub norm: Norm,
 }
 
-/// The L2 norm of all gradients of a step together, where they are.
+/// The L2 norm of all gradients of a step together, stored on their device.
 #[derive(Debug, Clone)]
 pub struct Norm(Place);
 
@@ -44,7 +44,7 @@ enum Place {
     Cuda(Tensor),
 }
 
-/// A norm on its way to the host.
+/// A norm being transferred to the host.
 #[derive(Debug)]
 pub struct Reading(Way);
 
@@ -55,8 +55,9 @@ enum Way {
     Cuda(crate::Download),
 }
 
-/// How much of each gradient an update takes, and whether it takes place at all, as decided where the gradients are: what
-/// PyTorch's fused optimizers know as `grad_scale` and `found_inf`. By default gradients count as they are.
+/// How to scale each gradient in an update, and whether the update happens at all, as decided on the
+/// gradients' device; like `grad_scale` and `found_inf` of PyTorch's fused optimizers. The default leaves
+/// gradients unchanged.
 #[derive(Debug, Clone)]
 pub struct GradScale(Decision);
 
@@ -66,24 +67,24 @@ enum Decision {
         share: Share,
         refused: bool,
     },
-    /// Norm, factor, largest value and, 0 or 1, refusal: f32, as kernels read them.
+    /// Norm, factor, largest value, and refusal (0 or 1), all f32, in the layout that the kernels read.
     #[cfg(feature = "cuda")]
     Cuda(Tensor),
 }
 
-/// How much of each gradient counts.
+/// The scaling and clamping of each gradient value.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct Share {
     pub(crate) factor: f32,
-    /// Infinite where values are not clipped.
+    /// Infinite if values are not clipped.
     pub(crate) max_value: f32,
 }
 
 impl Clipping {
-    /// Decides of gradients, f32, that are on one device.
+    /// Decides on f32 gradients that are all on one device.
     ///
     /// # Errors
-    /// Where the device fails, or a gradient on the CPU is not contiguous or of another type.
+    /// If the device fails, or a gradient on the CPU is not contiguous or not f32.
     pub fn decide(&self, gradients: &[Tensor]) -> Result<Clipped> {
         #[cfg(feature = "cuda")]
         if gradients.first().is_some_and(|x| x.device().is_cuda()) {
@@ -94,7 +95,8 @@ impl Clipping {
         Ok(self.decide_by(sum_squares_of(gradients)?.sqrt() / self.loss_scale))
     }
 
-    /// Decides by a norm, without the loss scale, that the host knows: of several ranks' gradients.
+    /// Decides by a norm that the host knows, with the loss scale already removed, for example over several
+    /// ranks' gradients.
     pub fn decide_by(&self, norm: f64) -> Clipped {
         let share = self.max_norm.map_or(1., |max| max / (norm + 1e-6));
         let share = Share {
@@ -107,10 +109,10 @@ impl Clipping {
 }
 
 impl Norm {
-    /// Begins to read it; what a device is asked for afterwards does not delay that.
+    /// Starts reading the norm; work enqueued on the device afterwards does not delay this.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn read(&self) -> Result<Reading> {
         Ok(Reading(match &self.0 {
             Place::Host(norm) => Way::Host(*norm),
@@ -121,10 +123,10 @@ impl Norm {
 }
 
 impl Reading {
-    /// The norm; waits for it.
+    /// Waits for the norm and returns it.
     ///
     /// # Errors
-    /// Where the device has failed.
+    /// If the device has failed.
     pub fn finish(self) -> Result<f64> {
         match self.0 {
             Way::Host(norm) => Ok(norm),
@@ -141,10 +143,10 @@ impl Default for GradScale {
 }
 
 impl GradScale {
-    /// The gradients as they count; of a step that is refused, as they would.
+    /// The gradients after scaling and clamping; also computed for a refused step.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn apply(&self, gradients: &[Tensor]) -> Result<Vec<Tensor>> {
         let share = match &self.0 {
             Decision::Host { share, .. } if *share == Share::WHOLE => return Ok(gradients.to_vec()),
@@ -161,10 +163,10 @@ impl GradScale {
         gradients.iter().map(|x| share.of_all(x)).collect()
     }
 
-    /// Whether the update does not take place; waits for a device that has decided.
+    /// Whether the update is refused; waits for the device if it made the decision.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn is_refused(&self) -> Result<bool> {
         match &self.0 {
             Decision::Host { refused, .. } => Ok(*refused),
@@ -173,7 +175,7 @@ impl GradScale {
         }
     }
 
-    /// What counts of gradients on the CPU, if anything does.
+    /// The scaling for gradients on the CPU, or `None` if the update is refused.
     pub(crate) fn on_cpu(&self) -> Result<Option<Share>> {
         match self.0 {
             Decision::Host { share, refused } => Ok((!refused).then_some(share)),
@@ -184,7 +186,7 @@ impl GradScale {
         }
     }
 
-    /// Norm, factor, largest value and refusal on a device, where kernels read them.
+    /// Norm, factor, largest value and refusal on a device, in the layout that the kernels read.
     #[cfg(feature = "cuda")]
     pub(crate) fn on_device(&self, device: &candle_core::Device) -> Result<Tensor> {
         match &self.0 {
@@ -202,10 +204,10 @@ impl GradScale {
 impl Share {
     pub(crate) const WHOLE: Self = Self { factor: 1., max_value: f32::INFINITY };
 
-    /// What counts of a gradient's value.
+    /// A gradient value after scaling and clamping.
     pub(crate) fn of(self, gradient: f32) -> f32 {
         let x = gradient * self.factor;
-        // What is not a number stays so.
+        // NaN stays NaN.
         if x > self.max_value {
             self.max_value
         } else if x < -self.max_value {
@@ -215,7 +217,7 @@ impl Share {
         }
     }
 
-    /// What counts of a gradient on the CPU.
+    /// A gradient on the CPU after scaling and clamping.
     fn of_all(self, gradient: &Tensor) -> Result<Tensor> {
         let x = (gradient * f64::from(self.factor))?;
         if self.max_value.is_finite() { x.clamp(-self.max_value, self.max_value) } else { Ok(x) }
@@ -228,17 +230,17 @@ mod tests {
     use candle_core::Device;
 
     fn gradients() -> Vec<Tensor> {
-        // Of norm 13.
+        // Norm 13.
         [&[3f32, -4.][..], &[12.]].map(|x| Tensor::new(x, &Device::Cpu).unwrap()).to_vec()
     }
 
-    /// Norm, and all values that count; none where the step is refused.
+    /// The norm, and all gradient values after clipping; `None` for the values if the step is refused.
     fn clipped(clipping: Clipping, gradients: &[Tensor]) -> (f64, Option<Vec<f32>>) {
         let Clipped { scale, norm } = clipping.decide(gradients).unwrap();
         let share = scale.on_cpu().unwrap();
         let counted = share.map(|_| Tensor::cat(&scale.apply(gradients).unwrap(), 0).unwrap());
         let values = counted.map(|x| x.to_vec1().unwrap());
-        // What is computed value by value is the same.
+        // Clipping value by value gives the same result.
         if let (Some(share), Some(values)) = (share, &values) {
             let all: Vec<f32> = Tensor::cat(gradients, 0).unwrap().to_vec1().unwrap();
             let bits = |x: f32| x.to_bits();
@@ -253,7 +255,7 @@ mod tests {
         assert_eq!(clipped(plain, &gradients()), (13., Some(vec![3., -4., 12.])));
         let scaled = Clipping { loss_scale: 4., ..plain };
         assert_eq!(clipped(scaled, &gradients()), (3.25, Some(vec![0.75, -1., 3.])));
-        // By norm to half; it is the norm of what has lost its scale that counts.
+        // Halved by norm; the norm without the loss scale counts.
         let by_norm = Clipping { max_norm: Some(1.625 * (1. + 1e-6 / 3.25)), ..scaled };
         assert_eq!(clipped(by_norm, &gradients()), (3.25, Some(vec![0.375, -0.5, 1.5])));
         assert_eq!(
@@ -272,7 +274,7 @@ mod tests {
             let (norm, taken) = clipped(guarded, &with(x));
             assert!(!norm.is_finite() && taken.is_none());
             let (_, taken) = clipped(Clipping { max_value: Some(1.), ..Default::default() }, &with(x));
-            // Unguarded, what is not a number stays so.
+            // Without the check, NaN stays NaN.
             assert!(taken.is_some_and(|values| values[3].is_nan() == x.is_nan()));
         }
         assert_eq!(clipped(guarded, &gradients()), clipped(Clipping::default(), &gradients()));

@@ -11,7 +11,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Resul
 use half::{bf16, f16};
 use std::marker::PhantomData;
 
-/// How a convolution moves over its input; as PyTorch's arguments of these names.
+/// How a convolution moves over its input; same meaning as PyTorch's arguments of these names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Conv2dOptions {
     /// Pixels between neighbouring outputs.
@@ -20,7 +20,7 @@ pub struct Conv2dOptions {
     pub padding: usize,
     /// Pixels between neighbouring taps.
     pub dilation: usize,
-    /// Channels are cut into this many groups that do not see each other.
+    /// Number of independent groups that the channels are divided into.
     pub groups: usize,
 }
 
@@ -32,16 +32,17 @@ impl Default for Conv2dOptions {
 
 /// Two-dimensional convolution, channels last.
 ///
-/// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in PyTorch; `bias` is
-/// (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All of one type that
-/// [`convolves`](crate::convolves), of any strides; sums are f32 in any case. Differentiable in all three; gradients that
-/// nobody tracks are not computed.
+/// `x` is (.., H, W, Cin), with any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in
+/// PyTorch; `bias` is (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) -
+/// 1) / stride + 1. All tensors share one dtype that [`convolves`](crate::convolves) accepts, with any
+/// strides; sums are always f32. Differentiable in all three tensors; gradients of untracked tensors are not
+/// computed.
 ///
 /// 3x3 and 5x5 kernels of stride 1 run as Winograd F(4x4, 3x3) and F(2x2, 5x5) (Lavin and Gray, "Fast algorithms for
-/// convolutional neural networks", 2015) where there are enough channels, everything else by definition.
+/// convolutional neural networks", 2015) if there are enough channels; all others are computed directly.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or the tensors are not of one such type on one device.
+/// If the shapes are incompatible, or the tensors do not share one supported dtype and one device.
 pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2dOptions) -> Result<Tensor> {
     let geometry = geometry(x, weight, bias, options)?;
     #[cfg(feature = "cuda")]
@@ -56,10 +57,12 @@ pub fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, options: Conv2
     }
 }
 
-/// The gradients of `x`, `weight` and the bias, from that of the result: [`conv2d`]'s backward pass, outside a graph.
+/// The gradients of `x`, `weight` and the bias, given the gradient of the result: [`conv2d`]'s backward pass,
+/// outside a graph.
 ///
 /// # Errors
-/// As [`conv2d`]'s, where the tensors are not f32, and where `dy` does not have the shape of its result.
+/// In the same cases as [`conv2d`], and if the tensors are not f32, or `dy` does not have the shape of the
+/// result.
 pub fn conv2d_backward(
     x: &Tensor,
     weight: &Tensor,
@@ -134,7 +137,7 @@ pub(crate) fn geometry(
     })
 }
 
-/// `x` is of the type that the bias must have, and where it must be.
+/// Checks that the bias, if any, has shape (outputs) and the dtype and device of `x`.
 pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize, x: &Tensor) -> Result<()> {
     let Some(bias) = bias else { return Ok(()) };
     check_like(op, "bias", bias, x)?;
@@ -144,7 +147,7 @@ pub(crate) fn check_bias(op: &str, bias: Option<&Tensor>, outputs: usize, x: &Te
     Ok(())
 }
 
-/// Whether Winograd pays: the transforms of both sides must be repaid by the products between them.
+/// Whether Winograd pays: the products must save more time than the transforms on both sides cost.
 fn winograd_pays(g: &Geometry) -> bool {
     matches!((g.kernel_height, g.kernel_width), (3, 3) | (5, 5))
         && (g.stride, g.dilation, g.groups) == (1, 1, 1)
@@ -161,7 +164,7 @@ fn images<T>(data: &[T], pixels: usize, channels: usize) -> Images<T> {
     Images { data: data.as_ptr(), image: pixels * channels, channels }
 }
 
-/// What the unsafe code below relies on.
+/// The unsafe code below relies on these lengths.
 fn check_lengths<T>(g: &Geometry, x: Option<&[T]>, weight: &[f32], dy: Option<&[T]>) {
     assert!(x.is_none_or(|x| x.len() == g.batch * g.height * g.width * g.inputs));
     assert_eq!(weight.len(), g.outputs * g.inputs / g.groups * g.kernel_height * g.kernel_width);
@@ -193,7 +196,7 @@ pub(crate) fn forward<T: Float>(g: &Geometry, x: &[T], weight: &[f32], bias: Opt
             };
             winograd::forward(level, &tiling(g), &[x], &filters, epilogue);
         };
-        // SAFETY: the algorithm stores every pixel of the output, and reads none.
+        // SAFETY: the algorithm stores every pixel of the output and reads none.
         return unsafe { filled(len, |y| on_pool(|| fill(y))) };
     }
     let fill = |y: Shared| {
@@ -204,12 +207,12 @@ pub(crate) fn forward<T: Float>(g: &Geometry, x: &[T], weight: &[f32], bias: Opt
     T::narrowed(level, unsafe { T::wide_filled(len, |y| on_pool(|| fill(y))) })
 }
 
-/// The output channels as they are, in whole vectors.
+/// The output channels in their own order, padded to whole vectors.
 fn order(outputs: usize) -> ColumnOrder {
     (0..outputs.next_multiple_of(LANES)).map(|o| (o < outputs).then_some(o)).collect()
 }
 
-/// Which gradients are wanted, or those gradients.
+/// Which gradients are wanted.
 pub(crate) struct Wanted {
     pub(crate) x: bool,
     pub(crate) weight: bool,
@@ -222,7 +225,7 @@ pub(crate) struct Gradients<T> {
     pub(crate) bias: Option<Vec<T>>,
 }
 
-/// The gradients of x, weight and bias.
+/// The gradients of x, weight and bias that are wanted.
 pub(crate) fn backward<T: Float>(
     g: &Geometry,
     x: &[T],
@@ -239,7 +242,7 @@ pub(crate) fn backward<T: Float>(
     let dx = on_pool(|| {
         let x = images(x, g.height * g.width, g.inputs);
         if winograd {
-            // The gradient is added to what is there.
+            // The Winograd backward pass adds to `dx`, so it starts at zero.
             let mut dx = wanted.x.then(|| T::wide_zeros(g.batch * g.height * g.width * g.inputs));
             let (mut dx_sums, mut dw, mut db) = (dx.as_deref_mut(), dw.as_deref_mut(), db.as_deref_mut());
             winograd_backward(level, g, x, weight, dy, &mut dx_sums, &mut dw, &mut db);
@@ -254,10 +257,10 @@ pub(crate) fn backward<T: Float>(
                 let dx = OutputImages::contiguous(dx, image);
                 direct::backward_depthwise(level, g, x, weight, dy_images, dx, dw, db.take());
             };
-            // SAFETY: every pixel is stored, and none is read.
+            // SAFETY: every pixel is stored and none is read.
             return Some(narrow(unsafe { T::wide_filled(g.batch * image, fill) }));
         }
-        // Narrowed at once: the weights' gradient can have the scratch memory.
+        // Narrowed right away, so the weight gradient can reuse the scratch memory.
         let dx = wanted.x.then(|| narrow(direct_backward_input::<T>(level, g, dy_images, weight, None)));
         if let Some(dw) = &mut dw {
             direct::backward_weight(level, g, x, dy_images, dw);
@@ -270,7 +273,7 @@ pub(crate) fn backward<T: Float>(
     Gradients { x: dx, weight: dw.map(narrow), bias: db.map(narrow) }
 }
 
-/// The gradient of x alone; `bias`, with a value for each input channel, is added to all pixels.
+/// Only the gradient of x; `bias`, with one value per input channel, is added to all pixels.
 pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Option<&[f32]>) -> Vec<f32> {
     check_lengths::<f32>(g, None, weight, Some(dy));
     let level = Level::current();
@@ -279,7 +282,7 @@ pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Opt
             let dy = images(dy, g.out_height * g.out_width, g.outputs);
             return direct_backward_input::<f32>(level, g, dy, weight, bias);
         }
-        // The gradient is added to what is there.
+        // The Winograd backward pass adds to `dx`, so it starts as the bias, or zero.
         let mut dx = vec![0f32; g.batch * g.height * g.width * g.inputs];
         if let Some(bias) = bias {
             dx.chunks_exact_mut(g.inputs).for_each(|pixel| pixel.copy_from_slice(bias));
@@ -291,7 +294,7 @@ pub(crate) fn backward_input(g: &Geometry, weight: &[f32], dy: &[f32], bias: Opt
     })
 }
 
-/// The same by direct sums.
+/// Like [`backward_input`], always by direct sums.
 fn direct_backward_input<T: Float>(
     level: Level,
     g: &Geometry,
@@ -363,7 +366,7 @@ fn winograd_backward<T: Float>(
     }
 }
 
-/// The op on tensors of `T`.
+/// The op on tensors of type `T`.
 struct Conv2d<T> {
     geometry: Geometry,
     leading: Vec<usize>,
@@ -385,7 +388,7 @@ impl<T: Float> Conv2d<T> {
         }
     }
 
-    /// Of the result.
+    /// The shape of the result.
     fn shape(&self) -> Shape {
         let g = &self.geometry;
         [&self.leading[..], &[g.out_height, g.out_width, g.outputs]].concat().into()
@@ -397,7 +400,7 @@ impl<T: Float> Conv2d<T> {
         (T::to_cpu_storage_owned(y), self.shape())
     }
 
-    /// The gradients of x, weight and bias that are wanted.
+    /// The gradients of x, weight and bias, if wanted.
     fn gradients(
         &self,
         x: &Tensor,

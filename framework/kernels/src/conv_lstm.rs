@@ -28,17 +28,17 @@ pub struct ConvLstmLayer<'a> {
     pub bias: &'a Tensor,
 }
 
-/// What the first layer of a roll-out reads.
+/// The input of a roll-out's first layer.
 #[derive(Clone, Copy, Debug)]
 pub enum ConvLstmInput<'a> {
-    /// (B, T, H, W, Cin): a frame at each step.
+    /// One frame per step, (B, T, H, W, Cin).
     Frames(&'a Tensor),
-    /// At the first step `first`, (B, H, W, Cin); later what the top layer's hidden state was at the step before, so that the
-    /// top layer must have Cin hidden channels.
+    /// `first`, (B, H, W, Cin), at the first step; at later steps the top layer's hidden state of the
+    /// previous step, so the top layer must have Cin hidden channels.
     Feedback {
         /// The input of the first step.
         first: &'a Tensor,
-        /// How many steps to take.
+        /// Number of steps.
         steps: usize,
     },
 }
@@ -46,28 +46,31 @@ pub enum ConvLstmInput<'a> {
 /// Which of the top layer's hidden states a roll-out returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// All, as (B, T, H, W, N).
+    /// All steps, as (B, T, H, W, N).
     All,
-    /// Only the last, as (B, H, W, N).
+    /// The last step only, as (B, H, W, N).
     Last,
 }
 
-/// Rolls a stack of ConvLSTM layers over time, all states zero at first, and returns the top layer's hidden states.
+/// Rolls a stack of ConvLSTM layers out over time, from zero states, and returns the top layer's hidden
+/// states.
 ///
-/// Each layer computes from its input x and its own last state: (i, f, o, g) = weight * \[x, h\] + bias, same-padded;
-/// c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(c') (Shi et al., "Convolutional LSTM network", 2015, equation
-/// 3, without peepholes). The input of a layer above the first is the h' of the layer below.
+/// Each layer computes from its input x and its own previous state: (i, f, o, g) = weight * \[x, h\] + bias,
+/// same-padded; c' = sigmoid(f) c + sigmoid(i) tanh(g); h' = sigmoid(o) tanh(c') (Shi et al., "Convolutional
+/// LSTM network", 2015, equation 3, without peepholes). The input of each layer above the first is the h' of
+/// the layer below.
 ///
-/// The whole roll-out is one op of the graph. Its backward sums the weights' gradient over the steps before transforming it
-/// back once. Where something is tracked, about 6 numbers a pixel, hidden channel, layer and step are kept until backward has
-/// run, or the result is dropped; otherwise, and inside [`no_grad`](crate::no_grad), only the current states.
+/// The whole roll-out is one op of the graph. Its backward pass sums the weight gradient over the steps and
+/// transforms it back once. If a gradient is tracked, about 6 numbers per pixel, hidden channel, layer and
+/// step are saved until the backward pass has run or the result is dropped; otherwise, and inside
+/// [`no_grad`](crate::no_grad), only the current states are held.
 ///
-/// All tensors are f32, bf16 or f16. Of a half type is what is returned and what is kept for backward; sums, and the states
-/// that one step hands to the next, are f32 in any case.
+/// All tensors are f32, bf16 or f16. With a half type, the result and the tensors saved for backward have
+/// that type; sums, and the states passed from step to step, are always f32.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or the tensors are not of one such type on one device; and on a second backward
-/// through one result, because the first has used up what was kept.
+/// If the shapes are incompatible, or the tensors do not share one supported dtype and one device. A second
+/// backward pass through the same result also fails, because the first one consumes the saved tensors.
 pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<Tensor> {
     let roll_out = RollOut::new(input, layers, keep)?;
     let (ConvLstmInput::Frames(x) | ConvLstmInput::Feedback { first: x, .. }) = input;
@@ -88,7 +91,7 @@ pub fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> 
     }
 }
 
-/// The sizes of a layer, and where its weights begin among the parameters (the bias follows them).
+/// The sizes of a layer, and the offset of its weights among the parameters (the bias follows them).
 #[derive(Clone, Copy, Debug)]
 struct Layer {
     inputs: usize,
@@ -115,7 +118,7 @@ impl Layer {
     fn winograd(&self) -> bool {
         self.kernel == 3
     }
-    /// Floats of the packed gates of a pixel.
+    /// Floats in the packed gates of one pixel.
     fn gates(&self) -> usize {
         self.hidden.div_ceil(LANES) * GROUP
     }
@@ -131,7 +134,7 @@ struct RollOut {
     feedback: bool,
     keep: Keep,
     layers: Vec<Layer>,
-    /// Of all layers.
+    /// Number of parameters of all layers.
     parameters: usize,
 }
 
@@ -201,7 +204,7 @@ impl RollOut {
     fn top(&self) -> usize {
         self.layers.len() - 1
     }
-    /// Floats of the input and of the output.
+    /// Floats in the input.
     fn input_len(&self) -> usize {
         let frames = self.batch * if self.feedback { 1 } else { self.steps };
         frames * self.pixels() * self.layers[0].inputs
@@ -216,22 +219,24 @@ impl RollOut {
     fn tiling(&self) -> Tiling {
         Tiling { batch: self.batch, height: self.height, width: self.width, padding: 1, kernel: 3 }
     }
-    /// Floats of a step's states of a layer.
+    /// Floats in one step's hidden states of a layer.
     fn state(&self, layer: usize) -> usize {
         self.batch * self.pixels() * self.layers[layer].hidden
     }
-    /// Places of a step's cells of a layer: 16 channels of a pixel each.
+    /// Number of cell units in one step of a layer: 16 channels of one pixel each.
     fn cells(&self, layer: &Layer) -> usize {
         let pixels =
             if layer.winograd() { self.tiling().tiles() * OUT * OUT } else { self.batch * self.pixels() };
         pixels * layer.hidden.div_ceil(LANES)
     }
-    /// Room for each layer's last `depth` hidden states; none for the top layer's where they lie in the output.
+    /// Buffers for each layer's last `depth` hidden states; empty for the top layer if its states are stored
+    /// in the output.
     fn hidden_buffers<T: Float>(&self, depth: usize, top_in_output: bool) -> Vec<Buffer<T>> {
         let len = |layer| if top_in_output && layer == self.top() { 0 } else { depth * self.state(layer) };
         (0..self.layers.len()).map(|layer| Buffer::of(len(layer))).collect()
     }
-    /// The top layer's states, where all are returned.
+    /// Offset of a step in the output, and floats from one image to the next; the top layer's states live
+    /// there for `Keep::All`.
     fn output_at(&self, step: usize) -> (usize, usize) {
         let image = self.pixels() * self.layers[self.top()].hidden;
         match self.keep {
@@ -239,7 +244,7 @@ impl RollOut {
             Keep::Last => (0, image),
         }
     }
-    /// The convolution of `inputs` channels to the packed gates, for layers whose kernel is not 3x3.
+    /// The convolution of `inputs` channels into the packed gates, for layers whose kernel is not 3x3.
     fn geometry(&self, layer: &Layer, inputs: usize) -> Geometry {
         Geometry {
             batch: self.batch,
@@ -257,7 +262,7 @@ impl RollOut {
             out_width: self.width,
         }
     }
-    /// The input of a layer at a step, given that of the whole stack.
+    /// The input of a layer at a step; `frame` is the input of the whole stack.
     fn input<T>(&self, layer: usize, step: usize, frame: Images<T>, hidden: &Hidden<T>) -> Images<T> {
         if layer > 0 {
             return hidden.images(self, layer - 1, step);
@@ -267,12 +272,12 @@ impl RollOut {
         }
         frame
     }
-    /// The input of the stack at a step; with feedback, at the first.
+    /// The input of the stack at a step; with feedback, always that of the first step.
     fn images<T>(&self, step: usize, input: &[T]) -> Images<T> {
         let (offset, image) = self.frame(step);
         Images { data: input[offset..].as_ptr(), image, channels: self.layers[0].inputs }
     }
-    /// Copies the stack's input at a step, image after image.
+    /// Copies the stack's input at a step into `wide`, image after image.
     fn widen_frame<T: Float>(&self, level: Level, step: usize, input: &[T], wide: &mut [f32]) {
         let (offset, image) = self.frame(step);
         let len = self.pixels() * self.layers[0].inputs;
@@ -280,14 +285,15 @@ impl RollOut {
             convert(level, &from[..len], to);
         }
     }
-    /// Where the input of a step begins, and floats from an image to the next.
+    /// The offset of a step's input, and floats from one image to the next.
     fn frame(&self, step: usize) -> (usize, usize) {
         let frame = self.pixels() * self.layers[0].inputs;
         if self.feedback { (0, frame) } else { (step * frame, self.steps * frame) }
     }
 }
 
-/// The op: input and all parameters, flat, to the top layer's hidden states; all of type `T`.
+/// The op: takes the input and all parameters, flattened, and returns the top layer's hidden states; all of
+/// type `T`.
 struct ConvLstm<T> {
     roll_out: RollOut,
     gradients: bool,
@@ -358,7 +364,7 @@ impl<T: Float> CustomOp2 for ConvLstm<T> {
     }
 }
 
-/// What the forward pass has kept, for the one backward pass that can use it.
+/// Takes the tensors saved by the forward pass; only one backward pass can use them.
 pub(crate) fn take_kept<K>(kept: &Mutex<Option<K>>) -> Result<K> {
     let kept = kept.lock().unwrap_or_else(PoisonError::into_inner).take();
     kept.ok_or_else(|| {

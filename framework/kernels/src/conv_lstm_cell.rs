@@ -1,4 +1,4 @@
-//! The pointwise half of a ConvLSTM cell alone, as a candle op.
+//! Only the pointwise half of a ConvLSTM cell, as a candle op.
 
 use crate::buffer::Buffer;
 use crate::cell::{self, Order, States};
@@ -7,13 +7,14 @@ use crate::simd::Level;
 use crate::tensors::{check_type, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 
-/// The pointwise half of an LSTM cell, fused: for models that make their gates in another way.
+/// The fused pointwise half of an LSTM cell, for models that compute their gates in some other way.
 ///
-/// `gates` (.., 4 N) are the pre-activations in the order i, f, o, g, and `c` (.., N) is the cell state; returns (h', c'),
-/// both (.., N): c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c'). f32 on the CPU, of any strides.
+/// `gates` (.., 4 N) are the pre-activations in the order i, f, o, g, and `c` (.., N) is the cell state;
+/// returns (h', c'), both (.., N): c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c'). All f32
+/// on the CPU, with any strides.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// If the shapes are incompatible, or a tensor is not f32 on the CPU.
 pub fn conv_lstm_cell(gates: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
     let op = "conv_lstm_cell";
     check_type(op, "gates", gates, DType::F32)?;
@@ -33,7 +34,7 @@ pub fn conv_lstm_cell(gates: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok((states.get(0)?, states.get(1)?))
 }
 
-/// The op: gates and c to h' and c', stacked as (2, .., N).
+/// The op: maps gates and c to h' and c', stacked as (2, .., N).
 struct ConvLstmCell;
 
 impl CustomOp2 for ConvLstmCell {
@@ -118,7 +119,7 @@ fn cell_backward(
     dc: &mut [f32],
 ) {
     let len = c.len();
-    // The activations again: cheaper than keeping them.
+    // Recomputing the activations is cheaper than saving them.
     let (mut h, mut c_after) = (Buffer::new(len), Buffer::new(len));
     let activations = Shared::new(d_gates);
     cell_forward(level, gates, c, hidden, &mut h, &mut c_after, Some(activations));

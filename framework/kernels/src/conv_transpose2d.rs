@@ -1,22 +1,22 @@
-//! Transposed convolution as a candle op: the gradient of a convolution's input, taken as an op of its own.
+//! Transposed convolution as a candle op: the gradient of a convolution's input, as an op in its own right.
 
 use crate::conv2d::{self, Wanted, check_bias};
 use crate::direct::Geometry;
 use crate::tensors::{check_convolves, check_like, check_type, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 
-/// How a transposed convolution moves over its output; as PyTorch's arguments of these names.
+/// How a transposed convolution moves over its output; same meaning as PyTorch's arguments of these names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConvTranspose2dOptions {
-    /// Output pixels between what neighbouring inputs write.
+    /// Output pixels between the contributions of neighbouring inputs.
     pub stride: usize,
-    /// Pixels cut off at each side of the output.
+    /// Pixels cropped at each side of the output.
     pub padding: usize,
     /// Rows and columns added at the end of the output; less than the stride or the dilation.
     pub output_padding: usize,
     /// Pixels between neighbouring taps.
     pub dilation: usize,
-    /// Channels are cut into this many groups that do not see each other.
+    /// Number of independent groups that the channels are divided into.
     pub groups: usize,
 }
 
@@ -28,13 +28,14 @@ impl Default for ConvTranspose2dOptions {
 
 /// Transposed two-dimensional convolution, channels last.
 ///
-/// `x` is (.., H, W, Cin), any number of leading axes; `weight` is (Cin, Cout / groups, kh, kw), as in PyTorch; `bias` is
-/// (Cout). The result is (.., H', W', Cout) with H' = (H - 1) stride - 2 padding + dilation (kh - 1) + output_padding + 1. All
-/// f32 on the CPU, or of one type on a CUDA device, of any strides. Differentiable in all three; gradients that nobody tracks
-/// are not computed.
+/// `x` is (.., H, W, Cin), with any number of leading axes; `weight` is (Cin, Cout / groups, kh, kw), as in
+/// PyTorch; `bias` is (Cout). The result is (.., H', W', Cout) with H' = (H - 1) stride - 2 padding +
+/// dilation (kh - 1) + output_padding + 1. All tensors are f32 on the CPU, or of one dtype that
+/// [`convolves`](crate::convolves) accepts on a CUDA device, with any strides. Differentiable in all three;
+/// gradients of untracked tensors are not computed.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU.
+/// If the shapes are incompatible, or the tensors do not share one supported dtype and one device.
 pub fn conv_transpose2d(
     x: &Tensor,
     weight: &Tensor,
@@ -56,7 +57,7 @@ pub fn conv_transpose2d(
     }
 }
 
-/// The convolution whose input is our output, and the other way round.
+/// The convolution whose input is this op's output, and whose output is this op's input.
 fn adjoint(
     x: &Tensor,
     weight: &Tensor,

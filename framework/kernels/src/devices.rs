@@ -1,25 +1,25 @@
-//! Which CUDA devices there are, and how one is opened. In a build without the feature `cuda` there are none.
+//! Listing and opening CUDA devices. A build without the feature `cuda` has none.
 
 use candle_core::{Device, Result, Tensor};
 
 /// A CUDA device of this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CudaDevice {
-    /// What its maker calls it.
+    /// The device's product name.
     pub name: String,
-    /// Bytes of its memory.
+    /// Memory size in bytes.
     pub memory: u64,
-    /// Its compute capability, for example (9, 0).
+    /// Compute capability, for example (9, 0).
     pub capability: (i32, i32),
 }
 
 /// Whether this build can use CUDA devices.
 pub const BUILT_WITH_CUDA: bool = cfg!(feature = "cuda");
 
-/// The CUDA devices of this machine, in the order of their numbers.
+/// The CUDA devices of this machine, by ordinal.
 ///
 /// # Errors
-/// Where this build, or this machine, has no CUDA.
+/// If this build or this machine has no CUDA.
 pub fn cuda_devices() -> Result<Vec<CudaDevice>> {
     #[cfg(feature = "cuda")]
     return crate::cuda::device::list();
@@ -27,10 +27,10 @@ pub fn cuda_devices() -> Result<Vec<CudaDevice>> {
     Err(without_cuda())
 }
 
-/// Whether CUDA's libraries, which the driver does not bring, are there as well.
+/// Checks that the CUDA libraries that do not come with the driver are installed too.
 ///
 /// # Errors
-/// Where one is missing, by name; where this build has no CUDA.
+/// If a library is missing (the error names it), or this build has no CUDA.
 pub fn cuda_libraries() -> Result<()> {
     #[cfg(feature = "cuda")]
     return crate::cuda::libraries::require();
@@ -38,11 +38,11 @@ pub fn cuda_libraries() -> Result<()> {
     Err(without_cuda())
 }
 
-/// Opens a CUDA device: all work on it goes through one stream, in the order in which it is asked for, whichever thread
-/// asks. Freed memory is kept for the next tensors.
+/// Opens a CUDA device. All work on it goes through one stream, in the order of the calls, from whichever
+/// thread. Freed memory is reused for later tensors.
 ///
 /// # Errors
-/// Where this build, or this machine, has no CUDA, or no device of this number.
+/// If this build or this machine has no CUDA, or there is no device with this ordinal.
 pub fn open_cuda(ordinal: usize) -> Result<Device> {
     #[cfg(feature = "cuda")]
     return crate::cuda::device::open(ordinal);
@@ -53,8 +53,8 @@ pub fn open_cuda(ordinal: usize) -> Result<Device> {
     }
 }
 
-/// Whether products and convolutions of 32-bit numbers on CUDA devices may round their factors to TF32's 10 bits, which is
-/// several times faster. For the whole process; at first they may not.
+/// Sets whether f32 matrix products and convolutions on CUDA devices may round their factors to TF32's 10
+/// mantissa bits, which is several times faster. Applies to the whole process; off by default.
 pub fn allow_tf32(allowed: bool) {
     #[cfg(feature = "cuda")]
     crate::cuda::device::allow_tf32(allowed);
@@ -62,9 +62,9 @@ pub fn allow_tf32(allowed: bool) {
     let _ = allowed;
 }
 
-/// Whether the engines that cuDNN proposes for a convolution are timed when a shape comes for the first time, and the quickest
-/// is taken, instead of the one that cuDNN thinks quickest. Which that is may differ from one process to the next, and with it the
-/// last bits. For the whole process; at first none is.
+/// Sets whether to time the engines that cuDNN proposes for a convolution, when a shape is first seen, and
+/// use the fastest, instead of the one that cuDNN expects to be fastest. The choice, and with it the last
+/// bits of the results, may differ between processes. Applies to the whole process; off by default.
 pub fn time_convolutions(wanted: bool) {
     #[cfg(feature = "cuda")]
     crate::cuda::convolution::time_convolutions(wanted);
@@ -72,8 +72,9 @@ pub fn time_convolutions(wanted: bool) {
     let _ = wanted;
 }
 
-/// The most bytes that tensors on this device have held at once since it was opened, or [reset](reset_peak_memory). What
-/// recordings have held is of another pool: its own peak is added, so that with them this is a bound. None on the CPU.
+/// The peak number of bytes held by tensors on this device since it was opened or [reset](reset_peak_memory).
+/// Recordings use a separate pool whose peak is added, so with recordings this is an upper bound. `None` on
+/// the CPU.
 pub fn peak_memory(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     return crate::cuda::device::peak_memory(device);
@@ -84,7 +85,7 @@ pub fn peak_memory(device: &Device) -> Option<u64> {
     }
 }
 
-/// Forgets what was held before.
+/// Restarts the peak from the memory in use now.
 pub fn reset_peak_memory(device: &Device) {
     #[cfg(feature = "cuda")]
     crate::cuda::device::reset_peak_memory(device);
@@ -92,11 +93,11 @@ pub fn reset_peak_memory(device: &Device) {
     let _ = device;
 }
 
-/// The same tensor on another device. From the CPU to a CUDA device, f32 are copied while the device computes; the call
-/// returns when the copy is done.
+/// Copies a tensor to another device. From the CPU to a CUDA device, f32 values are copied while the device
+/// computes; the call returns when the copy is done.
 ///
 /// # Errors
-/// Where the device fails, or has no memory left.
+/// If the device fails or is out of memory.
 pub fn to_device(x: &Tensor, device: &Device) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     let unrecorded = device.is_cuda().then(crate::cuda::unrecorded).flatten();

@@ -1,15 +1,16 @@
-//! Convolution of any kernel size, stride, dilation and grouping by its definition, on channels-last images.
+//! Direct convolution with any kernel size, stride, dilation and grouping, on channels-last images.
 //!
-//! For a kernel tap, the inputs of consecutive output pixels lie a fixed distance apart, so that a row of outputs is a
-//! matrix product whose left operand is read where it lies (no im2col): its inner index runs over the taps and the
-//! channels, and neighbouring taps of a row join into one [`Run`](crate::gemm::Run). The image is copied once into a frame
-//! of zeros where there is padding. A 1x1 convolution is then the plain product over all pixels.
+//! For one kernel tap, the inputs of consecutive output pixels are a fixed distance apart. A row of outputs
+//! is therefore a matrix product whose left operand is read in place (no im2col): its inner index runs over
+//! the taps and the channels, and neighbouring taps of a row join into one [`Run`](crate::gemm::Run). If
+//! there is padding, the image is copied once into a frame of zeros. A 1x1 convolution is then the plain
+//! product over all pixels.
 //!
-//! The gradient of the input is the same sum from the other side. With stride s, the outputs (here: pixels of the input)
-//! fall into s x s phases, each of which sees its own taps; each phase is a [`Pass`] of stride 1.
+//! The gradient of the input is the transposed sum. With stride s, its outputs (the pixels of the input) fall
+//! into s x s phases, each of which reads its own taps; each phase is a [`Pass`] of stride 1.
 //!
-//! Three shapes have kernels of their own: one channel a group ([`depthwise`]), few outputs a group (dot products along the
-//! channels), and everything else (register-blocked products).
+//! Three shapes have dedicated kernels: one channel per group ([`depthwise`]), few outputs per group (dot
+//! products along the channels), and everything else (register-blocked products).
 
 mod bias_gradient;
 mod depthwise;
@@ -48,7 +49,7 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
-    /// Of square images and filters of 3x3, padded so that nothing is lost.
+    /// Square images and 3x3 filters, padded so that the output has the same size.
     #[cfg(all(test, feature = "cuda"))]
     pub(crate) fn of_3x3(batch: usize, size: usize, inputs: usize, outputs: usize) -> Self {
         Self {
@@ -76,7 +77,7 @@ impl Geometry {
     fn group_outputs(&self) -> usize {
         self.outputs / self.groups
     }
-    /// Whether each channel is by itself.
+    /// Whether each channel is its own group.
     pub(crate) fn depthwise(&self) -> bool {
         self.groups > 1 && self.inputs == self.groups && self.outputs == self.groups
     }
@@ -87,7 +88,7 @@ impl Geometry {
     }
 }
 
-/// Channels-last images to write, or to add to; `image` floats apart.
+/// Channels-last images to write or add to, `image` floats apart.
 #[derive(Clone, Copy)]
 pub(crate) struct OutputImages {
     pub(crate) data: Shared,
@@ -96,7 +97,7 @@ pub(crate) struct OutputImages {
 }
 
 impl OutputImages {
-    /// Images one after the other, to write.
+    /// Consecutive images, to write.
     pub(crate) fn contiguous(data: Shared, image: usize) -> OutputImages {
         OutputImages { data, image, add: false }
     }
@@ -136,7 +137,7 @@ pub(crate) fn backward_input<T: Float>(
     run_passes(level, g.batch, [g.out_height, g.out_width], dy, backward_passes(g), weights, bias, output);
 }
 
-/// The tensor that the passes fill.
+/// The tensor that the passes write.
 struct Output {
     images: OutputImages,
     /// Pixels in a row.
@@ -148,12 +149,12 @@ impl Output {
     #[inline(always)]
     unsafe fn at(&self, pass: &Pass, image: usize, j: usize, i: usize) -> *mut f32 {
         let (y, x) = (pass.origin[0] + j * pass.step, pass.origin[1] + i * pass.step);
-        // SAFETY: the caller asks for pixels of the pass, which lie inside the output.
+        // SAFETY: the caller passes pixels of the pass, which lie inside the output.
         unsafe { self.images.data.at(image * self.images.image + (y * self.width + x) * self.channels) }
     }
 }
 
-/// The weights, seen forwards, or from the other side: inputs and outputs swapped.
+/// The weights as the forward pass reads them, or with inputs and outputs swapped.
 #[derive(Clone, Copy)]
 struct Weights<'a> {
     data: &'a [f32],
@@ -162,7 +163,7 @@ struct Weights<'a> {
 }
 
 impl Weights<'_> {
-    /// (from, to) channels of a group.
+    /// The (from, to) channels of a group.
     fn channels(&self) -> (usize, usize) {
         let (i, o) = (self.geometry.group_inputs(), self.geometry.group_outputs());
         if self.swapped { (o, i) } else { (i, o) }

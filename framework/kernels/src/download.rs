@@ -1,23 +1,24 @@
-//! Values on their way to the host.
+//! Transfers of tensor values to the host.
 
 use candle_core::{DType, Result, Tensor};
 
-/// A tensor's values on their way to the host, as they were when that began: whatever becomes of the tensor meanwhile.
+/// A transfer of a tensor's values to the host. The values are those at the start of the transfer; later
+/// changes to the tensor do not matter.
 pub struct Download(Way);
 
 enum Way {
-    /// They were on the host already.
+    /// The values were already on the host.
     There(Tensor),
     #[cfg(feature = "cuda")]
     Cuda(crate::cuda::transfer::Download),
 }
 
 impl Download {
-    /// Begins to copy a tensor of any float type, f64 as it is, others as f32. From a CUDA device that waits neither for the device nor for the copy, and
-    /// the device computes on.
+    /// Starts copying a tensor of any float type: f64 as it is, others as f32. From a CUDA device, the call
+    /// waits neither for the device nor for the copy, and the device keeps computing.
     ///
     /// # Errors
-    /// Where the device fails, or the host has no memory left.
+    /// If the device fails, or the host is out of memory.
     pub fn start(x: &Tensor) -> Result<Self> {
         #[cfg(feature = "cuda")]
         if let candle_core::Device::Cuda(device) = x.device()
@@ -29,10 +30,10 @@ impl Download {
         Ok(Self(Way::There(x.to_device(&candle_core::Device::Cpu)?)))
     }
 
-    /// Whether [`Download::finish`] would not wait.
+    /// Whether [`Download::finish`] would return without waiting.
     ///
     /// # Errors
-    /// Where the device has failed.
+    /// If the device has failed.
     pub fn is_done(&self) -> Result<bool> {
         match &self.0 {
             Way::There(_) => Ok(true),
@@ -41,10 +42,10 @@ impl Download {
         }
     }
 
-    /// The values, f32 or f64 on the CPU; waits for them.
+    /// Waits for the values and returns them, f32 or f64 on the CPU.
     ///
     /// # Errors
-    /// Where the device has failed.
+    /// If the device has failed.
     pub fn finish(self) -> Result<Tensor> {
         match self.0 {
             Way::There(x) => Ok(x),
@@ -54,7 +55,7 @@ impl Download {
     }
 }
 
-/// The type that a tensor's values have on the host.
+/// The dtype of a tensor's values on the host.
 pub(crate) fn travels_as(x: &Tensor) -> DType {
     if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 }
 }

@@ -1,7 +1,7 @@
-//! What tensors hold: `f32`, or one of the half types, of which only the memory is half as wide.
+//! The element types of tensors: `f32`, or a half type that halves the memory but not the precision of sums.
 //!
-//! Kernels compute on vectors of `f32` and are generic over the [`Float`] that they load and store; halves are widened and
-//! rounded on the way.
+//! Kernels compute on vectors of `f32` and are generic over the [`Float`] that they load and store; half
+//! types are widened on load and rounded on store.
 
 use crate::buffer::{Buffer, filled};
 use crate::parallel::{self, GRAIN, Shared};
@@ -11,27 +11,27 @@ use half::{bf16, f16};
 use std::borrow::Cow;
 use std::ops::DerefMut;
 
-/// A number in memory. All bits zero is the number zero.
+/// An element type. All bits zero must mean the number zero.
 pub(crate) trait Float: WithDType {
-    /// Whether this is `f32` itself: what is computed is then what is stored.
+    /// Whether this is `f32` itself, so values are stored exactly as computed.
     const WIDE: bool = false;
-    /// What a tensor is computed in, in 32 bits: its own values where that is its type, scratch memory otherwise.
+    /// The f32 values used to compute a tensor: its own values if this is `f32`, scratch memory otherwise.
     type Wide: DerefMut<Target = [f32]> + Send;
 
     /// # Safety
-    /// As for [`Simd::load`].
+    /// Same as for [`Simd::load`].
     unsafe fn load<S: Simd>(p: *const Self) -> S;
     /// # Safety
-    /// As for [`Simd::store`].
+    /// Same as for [`Simd::store`].
     unsafe fn store<S: Simd>(x: S, p: *mut Self);
 
-    /// The first `n` lanes from memory, zero in the others.
+    /// Loads the first `n` lanes and sets the others to zero.
     /// # Safety
-    /// As for [`Simd::load_first`].
+    /// Same as for [`Simd::load_first`].
     #[inline(always)]
     unsafe fn load_first<S: Simd>(p: *const Self, n: usize) -> S {
         let mut lanes = [Self::zero(); LANES];
-        // SAFETY: n readable values, n <= 16, by the caller's promise.
+        // SAFETY: the caller guarantees n readable values, n <= 16.
         unsafe {
             std::ptr::copy_nonoverlapping(p, lanes.as_mut_ptr(), n);
             Self::load(lanes.as_ptr())
@@ -39,11 +39,11 @@ pub(crate) trait Float: WithDType {
     }
     /// Stores the first `n` lanes.
     /// # Safety
-    /// As for [`Simd::store_first`].
+    /// Same as for [`Simd::store_first`].
     #[inline(always)]
     unsafe fn store_first<S: Simd>(x: S, p: *mut Self, n: usize) {
         let mut lanes = [Self::zero(); LANES];
-        // SAFETY: n writable values, n <= 16, by the caller's promise.
+        // SAFETY: the caller guarantees n writable values, n <= 16.
         unsafe {
             Self::store(x, lanes.as_mut_ptr());
             std::ptr::copy_nonoverlapping(lanes.as_ptr(), p, n);
@@ -51,34 +51,34 @@ pub(crate) trait Float: WithDType {
     }
     /// `load`, or `load_first` for fewer than 16 lanes.
     /// # Safety
-    /// As for `load_first`.
+    /// Same as for `load_first`.
     #[inline(always)]
     unsafe fn load_lanes<S: Simd>(p: *const Self, n: usize) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { if n == LANES { Self::load(p) } else { Self::load_first(p, n) } }
     }
     /// `store`, or `store_first` for fewer than 16 lanes.
     /// # Safety
-    /// As for `store_first`.
+    /// Same as for `store_first`.
     #[inline(always)]
     unsafe fn store_lanes<S: Simd>(x: S, p: *mut Self, n: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { if n == LANES { Self::store(x, p) } else { Self::store_first(x, p, n) } }
     }
 
-    /// These numbers in 32 bits: a copy, unless they have as many.
+    /// The values as f32: borrowed if they already are, otherwise a copy.
     fn widened(level: Level, x: &[Self]) -> Cow<'_, [f32]> {
         let mut wide = vec![0f32; x.len()];
         convert(level, x, &mut wide);
         Cow::Owned(wide)
     }
-    /// Zeros in 32 bits.
+    /// Zeros, as f32.
     fn wide_zeros(len: usize) -> Self::Wide;
-    /// Numbers in 32 bits, all of which `fill` writes.
+    /// f32 values, all of which `fill` writes.
     /// # Safety
     /// `fill` writes every one of the `len` values before it reads it.
     unsafe fn wide_filled(len: usize, fill: impl FnOnce(Shared)) -> Self::Wide;
-    /// Those numbers, rounded to this type.
+    /// The f32 values rounded to this type.
     fn narrowed(level: Level, x: Self::Wide) -> Vec<Self>;
 }
 
@@ -88,22 +88,22 @@ impl Float for f32 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const f32) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::load(p) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(x: S, p: *mut f32) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { x.store(p) }
     }
     #[inline(always)]
     unsafe fn load_first<S: Simd>(p: *const f32, n: usize) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::load_first(p, n) }
     }
     #[inline(always)]
     unsafe fn store_first<S: Simd>(x: S, p: *mut f32, n: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { x.store_first(p, n) }
     }
     fn widened(_: Level, x: &[f32]) -> Cow<'_, [f32]> {
@@ -113,7 +113,7 @@ impl Float for f32 {
         vec![0.; len]
     }
     unsafe fn wide_filled(len: usize, fill: impl FnOnce(Shared)) -> Vec<f32> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { filled(len, fill) }
     }
     fn narrowed(_: Level, x: Vec<f32>) -> Vec<f32> {
@@ -121,7 +121,7 @@ impl Float for f32 {
     }
 }
 
-/// What both half types do in scratch memory.
+/// The methods that both half types implement with scratch memory.
 macro_rules! through_scratch {
     () => {
         type Wide = Buffer;
@@ -147,12 +147,12 @@ impl Float for bf16 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const bf16) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::load_bf16(p) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(x: S, p: *mut bf16) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { x.store_bf16(p) }
     }
 }
@@ -162,17 +162,17 @@ impl Float for f16 {
 
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const f16) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::load_f16(p) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(x: S, p: *mut f16) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { x.store_f16(p) }
     }
 }
 
-/// Copies numbers of one type to another, of the same length.
+/// Converts values from one type to another; both slices have the same length.
 pub(crate) fn convert<A: Float, B: Float>(level: Level, from: &[A], to: &mut [B]) {
     let len = from.len();
     assert_eq!(len, to.len());
@@ -183,7 +183,7 @@ pub(crate) fn convert<A: Float, B: Float>(level: Level, from: &[A], to: &mut [B]
     });
 }
 
-/// A part of the numbers.
+/// Converts a part of the values.
 pub(crate) struct Convert<'a, A, B> {
     pub(crate) from: &'a [A],
     pub(crate) to: Shared<B>,
@@ -194,7 +194,7 @@ impl<A: Float, B: Float> Kernel for Convert<'_, A, B> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let whole = self.part.len() / LANES * LANES;
-        // SAFETY: both have values up to the part's end; each task has its own part.
+        // SAFETY: both have values up to the end of the part; each task has its own part.
         unsafe {
             let (from, to) = (self.from.as_ptr().add(self.part.start), self.to.at(self.part.start));
             for at in (0..whole).step_by(LANES) {
@@ -218,7 +218,8 @@ mod tests {
         T::narrowed(level, wide)
     }
 
-    /// Every value of a half type there and back, and what lies around the middle between two neighbours.
+    /// Checks every value of a half type in both directions, and values around the midpoints between
+    /// neighbours.
     fn check<T: Float>(from_bits: impl Fn(u16) -> T, to_bits: impl Fn(T) -> u16, narrow: impl Fn(f32) -> T) {
         let all: Vec<T> = (0..=u16::MAX).map(from_bits).collect();
         for level in [Level::Portable, Level::Avx2, Level::Avx512] {
@@ -231,7 +232,8 @@ mod tests {
             }
             let mut values = Vec::new();
             for x in &*wide {
-                // A quarter, half, three quarters of the way to the next value of bfloat16 and of float16, and a bit off.
+                // A quarter, half and three quarters of the way to the next bfloat16 and float16, and
+                // slightly off those points.
                 for part in [0, 1, 1 << 12, 1 << 13, 1 << 14, 1 << 15, 3 << 14] {
                     values.extend([part, part + 1].map(|p| f32::from_bits(x.to_bits().wrapping_add(p))));
                     values.push(f32::from_bits(x.to_bits().wrapping_add(part).wrapping_sub(1)));

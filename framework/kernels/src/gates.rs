@@ -1,7 +1,8 @@
-//! The pointwise parts of recurrent cells as candle ops: sums of pre-activations, memories, output gates.
+//! The pointwise parts of recurrent cells as candle ops: sums of pre-activations, memory updates, output
+//! gates.
 //!
-//! All tensors are (.., C), f32, of any strides. Gates lie side by side: (.., gates N). What backward needs is
-//! computed again, since that is cheaper than keeping it.
+//! All tensors are (.., C), f32, with any strides. Gates are stored side by side: (.., gates N). The backward
+//! passes recompute what they need, which is cheaper than saving it.
 
 use crate::activations::{sigmoid, tanh};
 use crate::buffer::filled;
@@ -14,13 +15,13 @@ use candle_core::{CpuStorage, D, Device, Layout, Result, Shape, Tensor, bail};
 use candle_core::{CudaDevice, CudaStorage};
 use std::ops::Range;
 
-/// What several convolutions say about gates, added up gate by gate.
+/// Adds up the gate contributions of several convolutions, gate by gate.
 ///
-/// Each term is (.., k N), k gates of N channels, and the place of each of them among the `gates` of the result, (.., gates
-/// N); a gate about which no term says anything is zero.
+/// Each term is (.., k N), k gates of N channels, together with the place of each of them among the `gates`
+/// gates of the result, (.., gates N). A gate to which no term contributes is zero.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or a CUDA device.
+/// If the shapes are incompatible, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
     let op = "sum_gates";
     let Some((first, places)) = terms.first() else { bail!("{op}: needs at least one term") };
@@ -66,18 +67,18 @@ fn add(gates: usize, width: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tens
 pub(crate) struct SumGates {
     pub(crate) gates: usize,
     pub(crate) width: usize,
-    /// Of each term.
+    /// The places of each term's gates in the sum.
     pub(crate) places: Vec<Vec<usize>>,
 }
 
 impl SumGates {
-    /// Of the sum of terms like this.
+    /// The shape of the sum of terms like this one.
     fn shape(&self, term: &Layout) -> Shape {
         let dims = term.dims();
         [&dims[..dims.len() - 1], &[self.gates * self.width]].concat().into()
     }
 
-    /// The gradient of a term: that of its gates.
+    /// The gradient of a term, gathered from the gradient of the sum.
     fn gradient(&self, term: usize, values: &Tensor, d: &Tensor) -> Result<Option<Tensor>> {
         if !values.track_op() {
             return Ok(None);
@@ -97,7 +98,7 @@ impl SumGates {
                     for row in rows {
                         for (gate, place) in places.iter().enumerate() {
                             let from = &d[(row * gates + place) * width..][..width];
-                            // SAFETY: the row belongs to this task.
+                            // SAFETY: the row belongs to this task only.
                             unsafe {
                                 let to = gradient.at((row * places.len() + gate) * width);
                                 std::ptr::copy_nonoverlapping(from.as_ptr(), to, width);
@@ -153,9 +154,9 @@ impl Several for SumGates {
     }
 }
 
-/// Rows of a sum.
+/// Some rows of a sum.
 struct SumRows<'a> {
-    /// Of each gate: values, floats from row to row, where the gate begins in a row.
+    /// The sources of each gate: values, floats from row to row, offset of the gate in a row.
     sources: &'a [Vec<(&'a [f32], usize, usize)>],
     width: usize,
     sum: Shared,
@@ -170,7 +171,7 @@ impl Kernel for SumRows<'_> {
             for (gate, sources) in self.sources.iter().enumerate() {
                 for channel in (0..width).step_by(LANES) {
                     let lanes = LANES.min(width - channel);
-                    // SAFETY: the row exists, and belongs to this task.
+                    // SAFETY: the row exists and belongs to this task only.
                     unsafe {
                         let mut sum = S::zero();
                         for (values, stride, offset) in sources {
@@ -186,24 +187,24 @@ impl Kernel for SumRows<'_> {
     }
 }
 
-/// How a memory m forgets and what it takes in: m' = sigmoid(f + bias) m + sigmoid(i) tanh(g).
+/// How a memory m forgets and takes in new values: m' = sigmoid(f + bias) m + sigmoid(i) tanh(g).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MemoryUpdate {
-    /// The place of i among the gates.
+    /// The index of i among the gates.
     pub input: usize,
-    /// The place of g.
+    /// The index of g.
     pub candidate: usize,
-    /// The place of f, and what is added to it; without, nothing is forgotten.
+    /// The index of f, and the bias added to it; with `None`, nothing is forgotten.
     pub forget: Option<(usize, f32)>,
-    /// Whether tanh(m) stands in the place of m.
+    /// Whether to use tanh(m) instead of m.
     pub squash: bool,
 }
 
-/// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the memory before it. Differentiable in
-/// both.
+/// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the previous memory.
+/// Differentiable in both.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or a CUDA device.
+/// If the shapes are incompatible, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn memory_update(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> Result<Tensor> {
     let op = "memory_update";
     let count = count(op, gates, memory)?;
@@ -212,7 +213,7 @@ pub fn memory_update(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> R
     several::apply(&[gates, memory], Memory { update, count })
 }
 
-/// How many gates (.., gates N) there are beside `like`, (.., N).
+/// The number of gates in `gates`, (.., gates N), given `like`, (.., N).
 fn count(op: &str, gates: &Tensor, like: &Tensor) -> Result<usize> {
     check_in_32_bits(op, "gates", gates)?;
     check_in_32_bits(op, "the state", like)?;
@@ -236,7 +237,7 @@ pub(crate) struct Memory {
     pub(crate) count: usize,
 }
 
-/// Rows of a memory, forwards.
+/// The forward pass of some rows of a memory.
 struct MemoryRows<'a> {
     op: &'a Memory,
     gates: &'a [f32],
@@ -253,7 +254,7 @@ impl Kernel for MemoryRows<'_> {
         for row in rows {
             for channel in (0..width).step_by(LANES) {
                 let lanes = LANES.min(width - channel);
-                // SAFETY: the row exists, and belongs to this task.
+                // SAFETY: the row exists and belongs to this task only.
                 unsafe {
                     let at = row * width + channel;
                     let gate = |place: usize| {
@@ -274,7 +275,7 @@ impl Kernel for MemoryRows<'_> {
     }
 }
 
-/// Rows of a memory, backwards.
+/// The backward pass of some rows of a memory.
 struct MemoryRowsBack<'a> {
     op: &'a Memory,
     gates: &'a [f32],
@@ -294,7 +295,7 @@ impl Kernel for MemoryRowsBack<'_> {
         for row in rows {
             for channel in (0..width).step_by(LANES) {
                 let lanes = LANES.min(width - channel);
-                // SAFETY: the row exists, and belongs to this task.
+                // SAFETY: the row exists and belongs to this task only.
                 unsafe {
                     let one = S::splat(1.);
                     let at = row * width + channel;
@@ -302,7 +303,7 @@ impl Kernel for MemoryRowsBack<'_> {
                     let gate = |index: usize| S::load_lanes(gates.as_ptr().add(place(index)), lanes);
                     let d = S::load_lanes(d.as_ptr().add(at), lanes);
                     let (i, g) = (sigmoid(gate(update.input)), tanh(gate(update.candidate)));
-                    // The derivative of the sigmoid is s - s s, that of tanh 1 - t t.
+                    // The derivative of the sigmoid s is s - s s, that of tanh t is 1 - t t.
                     d.mul(g).mul(i.neg_mul_add(i, i)).store_lanes(d_gates.at(place(update.input)), lanes);
                     d.mul(i)
                         .mul(g.neg_mul_add(g, one))
@@ -384,7 +385,7 @@ impl Several for Memory {
     }
 }
 
-/// What an output gate makes of its pre-activation o.
+/// The function that an output gate applies to its pre-activation o.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutputGate {
     /// sigmoid(o)
@@ -395,11 +396,11 @@ pub enum OutputGate {
     SigmoidOfTanh,
 }
 
-/// An output gate times tanh(y), (.., N). Its pre-activation is the gate at `place` of `gates`, (.., gates N), and of `more`,
-/// (.., N). Differentiable in all three.
+/// An output gate times tanh(y), (.., N). The gate's pre-activation is the sum of gate number `place` of
+/// `gates`, (.., gates N), and `more`, (.., N), if given. Differentiable in all three.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or a tensor is not f32 on the CPU or a CUDA device.
+/// If the shapes are incompatible, or a tensor is not f32 on the CPU or a CUDA device.
 pub fn open_output(
     gate: OutputGate,
     gates: &Tensor,
@@ -420,20 +421,20 @@ pub fn open_output(
     several::apply(&tensors, Output { gate, count, place })
 }
 
-/// Of gates, y and, perhaps, what is added to the gate.
+/// The op on gates, y and, optionally, an additional term of the gate.
 pub(crate) struct Output {
     pub(crate) gate: OutputGate,
     pub(crate) count: usize,
     pub(crate) place: usize,
 }
 
-/// Rows of an output: forwards, or, where there is a gradient, backwards.
+/// Some rows of an output: the forward pass, or the backward pass if there is a gradient.
 struct OutputRows<'a> {
     op: &'a Output,
     gates: &'a [f32],
     y: &'a [f32],
     more: Option<&'a [f32]>,
-    /// Written: the output, or the gradients of y, of o alone, and of all gates.
+    /// Destination of the output, or of the gradients of y, of `more`, and of all gates.
     to: OutputTo<'a>,
     width: usize,
     rows: Range<usize>,
@@ -452,7 +453,7 @@ impl Kernel for OutputRows<'_> {
         for row in rows {
             for channel in (0..width).step_by(LANES) {
                 let lanes = LANES.min(width - channel);
-                // SAFETY: the row exists, and belongs to this task.
+                // SAFETY: the row exists and belongs to this task only.
                 unsafe {
                     let one = S::splat(1.);
                     let at = row * width + channel;

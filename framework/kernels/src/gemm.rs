@@ -1,30 +1,31 @@
-//! The two matrix products that everything is made of, register-blocked, on operands that are already laid out.
+//! The two matrix products that the other kernels are built on, register-blocked, for operands already in the
+//! right layout.
 //!
-//! A panel is a matrix with one or two vectors (16 or 32 columns) in a row, rows one after the other.
+//! A panel is a matrix whose rows have one or two vectors (16 or 32 columns) and follow each other.
 
 use crate::simd::{LANES, Simd};
 
-/// Consecutive values of the inner index whose operands lie next to each other: `len` floats from `offset` in each row
-/// of A.
+/// A run of consecutive values of the inner index whose operands are adjacent: `len` floats from `offset` in
+/// each row of A.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
     pub(crate) offset: usize,
     pub(crate) len: usize,
 }
 
-/// How far ahead, in floats, the panel is asked for: it is read in order, from the third-level cache. A step takes about as
-/// many cycles as the register block has rows, and the cache is equally far for all.
+/// How far ahead, in floats, the panel is prefetched: it is read in order, from the L3 cache. A step takes
+/// about as many cycles as the register block has rows, and the cache's latency does not depend on that.
 const fn ahead<S: Simd>() -> usize {
     (12 << 10) / S::ROWS
 }
 
-/// What a product starts from.
+/// The initial value of a product.
 #[derive(Clone, Copy)]
 pub(crate) enum Start {
     Zero,
     /// This row, for each row of C (as many floats as the panel is wide).
     Row(*const f32),
-    /// What C holds.
+    /// The current values of C.
     Add,
 }
 
@@ -54,13 +55,13 @@ macro_rules! for_block {
         }
     };
     (@call $f:ident, $s:ty, $r:literal, $c:literal, ($($arg:expr),*)) => {
-        // Blocks larger than the instruction set's are never asked for: leave them out of its code.
+        // Blocks larger than the instruction set's are never requested; this keeps them out of its code.
         if $r <= <$s>::ROWS && $c <= <$s>::COLUMNS { $f::<$s, $r, $c>($($arg),*) }
     };
 }
 
-/// Rows of the next register block, of those that are left: blocks as equal as they can be, as small ones do not hide the
-/// latency of the additions.
+/// Rows of the next register block, given the rows left. Blocks are as equal as possible, because small ones
+/// do not hide the latency of the additions.
 #[inline(always)]
 fn block_rows<S: Simd>(left: usize) -> usize {
     left.div_ceil(left.div_ceil(S::ROWS))
@@ -69,19 +70,19 @@ fn block_rows<S: Simd>(left: usize) -> usize {
 /// The operands of [`product`].
 #[derive(Clone, Copy)]
 pub(crate) struct Product<'a> {
-    /// The inner index.
+    /// The runs of the inner index.
     pub(crate) runs: &'a [Run],
     pub(crate) a: *const f32,
-    /// From a row of A to the next.
+    /// Floats from a row of A to the next.
     pub(crate) a_row: usize,
     /// The panel, with a row for each value of the inner index.
     pub(crate) b: *const f32,
     pub(crate) c: *mut f32,
-    /// From a row of C to the next.
+    /// Floats from a row of C to the next.
     pub(crate) c_row: usize,
     /// Vectors in a row of the panel: 1 or 2.
     pub(crate) width: usize,
-    /// How many lanes of the last vector C has.
+    /// Number of lanes of the last vector that exist in C.
     pub(crate) lanes: usize,
     pub(crate) start: Start,
 }
@@ -134,9 +135,9 @@ unsafe fn product_block<S: Simd, const R: usize, const C: usize>(
     lanes: usize,
     start: Start,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
-        // Only loops without branches are unrolled, and only unrolled ones leave the sums in registers.
+        // Only loops without branches are unrolled, and only unrolled loops keep the sums in registers.
         let mut acc = [[S::zero(); C]; R];
         match start {
             Start::Zero => {}
@@ -201,19 +202,19 @@ unsafe fn product_block<S: Simd, const R: usize, const C: usize>(
 /// The operands of [`product_transposed`].
 #[derive(Clone, Copy)]
 pub(crate) struct ProductTransposed {
-    /// Row k of A: its columns are the rows of C.
+    /// Row k of A; its columns are the rows of C.
     pub(crate) a: *const f32,
-    /// From a row of A to the next.
+    /// Floats from a row of A to the next.
     pub(crate) a_row: usize,
     pub(crate) b: *const f32,
-    /// From a row of B to the next.
+    /// Floats from a row of B to the next.
     pub(crate) b_row: usize,
-    /// From the first vector of B's rows to the second.
+    /// Floats from the first vector of a row of B to the second.
     pub(crate) b_vector: usize,
-    /// How many lanes of the last vector B has; C has them all.
+    /// Number of lanes of the last vector that exist in B; C has all of them.
     pub(crate) lanes: usize,
     pub(crate) c: *mut f32,
-    /// From a row of C to the next.
+    /// Floats from a row of C to the next.
     pub(crate) c_row: usize,
     /// Vectors in a row: 1 or 2.
     pub(crate) width: usize,
@@ -270,7 +271,7 @@ unsafe fn transposed_full<S: Simd, const R: usize, const C: usize>(
     c: *mut f32,
     c_row: usize,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { transposed_block::<S, R, C, false>(len, a, a_row, b, b_row, b_vector, LANES, c, c_row) }
 }
 
@@ -287,7 +288,7 @@ unsafe fn transposed_part<S: Simd, const R: usize, const C: usize>(
     c: *mut f32,
     c_row: usize,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { transposed_block::<S, R, C, true>(len, a, a_row, b, b_row, b_vector, lanes, c, c_row) }
 }
 
@@ -304,10 +305,10 @@ unsafe fn transposed_block<S: Simd, const R: usize, const C: usize, const PART: 
     c: *mut f32,
     c_row: usize,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut acc = [[S::zero(); C]; R];
-        // C is far away when it is a gradient of weights: it comes while the sums are taken.
+        // C may not be cached if it is a weight gradient, so it is prefetched while the sums are computed.
         for r in 0..R {
             for j in 0..C {
                 S::prefetch(c.add(r * c_row + j * LANES));

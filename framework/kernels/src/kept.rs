@@ -1,32 +1,33 @@
-//! Tensors that many ops use, or one op more than three of.
+//! Tensors that many ops share, or that one op needs in addition to the three that candle allows.
 //!
-//! Each stands in the graph as a number. Ops add to its gradient in place, and the number's backward, which candle calls after
-//! that of all ops that depend on it, hands the sum to the tensor; candle would make a tensor for each use, and add them up.
+//! Each is represented in the graph by a one-element tensor, its `number`. Ops add to the shared gradient in
+//! place, and the number's backward pass, which candle runs after those of all ops that depend on it, passes
+//! the sum on to the tensor. Without this, candle would allocate a gradient for each use and add them up.
 
 use crate::tensors::{check_type, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// A tensor to be used by steps to come, f32 on the CPU.
+/// A tensor for repeated use by later steps, f32 on the CPU.
 #[derive(Clone, Debug)]
 pub struct Kept {
     shared: Arc<Values>,
-    /// (1).
+    /// Represents the tensor in the graph; shape (1).
     number: Tensor,
 }
 
 #[derive(Debug)]
 struct Values {
     values: Tensor,
-    /// What the uses so far have added up; empty before the first one.
+    /// The sum over all uses so far; empty before the first one.
     gradient: Mutex<Vec<f32>>,
 }
 
 impl Kept {
-    /// The tensor as it is now: changes after this are not seen.
+    /// Captures the tensor as it is now; later changes are not seen.
     ///
     /// # Errors
-    /// Where it is not f32 on the CPU, or has no elements.
+    /// If it is not f32 on the CPU, or has no elements.
     pub fn new(x: &Tensor) -> Result<Kept> {
         check_type("kept", "the tensor", x, DType::F32)?;
         let values = x.detach().contiguous()?;
@@ -36,22 +37,22 @@ impl Kept {
         Ok(Kept { shared, number })
     }
 
-    /// Its values, outside the graph.
+    /// The values, outside the graph.
     pub fn values(&self) -> &Tensor {
         &self.shared.values
     }
 
-    /// Whether a backward pass may ask for its gradient.
+    /// Whether a backward pass may request its gradient.
     pub(crate) fn tracked(&self) -> bool {
         self.number.track_op()
     }
 
-    /// `f` of its values in row-major order.
+    /// Calls `f` with the values in row-major order.
     pub(crate) fn with_values<R>(&self, f: impl FnOnce(&[f32]) -> Result<R>) -> Result<R> {
         with_values(&self.shared.values, f)
     }
 
-    /// The sum of the gradients so far, zeros before the first.
+    /// The sum of the gradients so far; zeros before the first.
     pub(crate) fn gradient(&self) -> MutexGuard<'_, Vec<f32>> {
         let mut gradient = self.shared.gradient.lock().unwrap_or_else(PoisonError::into_inner);
         if gradient.is_empty() {
@@ -60,7 +61,7 @@ impl Kept {
         gradient
     }
 
-    /// Those of several as one tensor for an op to depend on, whose gradient is zeros.
+    /// The numbers of several tensors as one tensor, on which an op depends; its gradient is zeros.
     pub(crate) fn numbers<'a>(kept: impl IntoIterator<Item = &'a Kept>) -> Result<Tensor> {
         let numbers: Vec<&Tensor> = kept.into_iter().map(|kept| &kept.number).collect();
         Tensor::cat(&numbers, 0)

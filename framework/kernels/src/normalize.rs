@@ -1,7 +1,8 @@
-//! Normalisation over channels-last tensors, and the activation behind it, as one candle op.
+//! Normalisation of channels-last tensors, with an optional activation, as one candle op.
 //!
-//! A value x of a group with mean m and variance v becomes act(n w + b), where n = (x - m) / sqrt(v + eps), with weight w and bias
-//! b of its channel. Sums are f64 over short stretches in f32, over parts that do not depend on the number of threads.
+//! A value x of a group with mean m and variance v becomes act(n w + b), where n = (x - m) / sqrt(v + eps),
+//! and w and b are its channel's weight and bias. Short runs are summed in f32 and their sums in f64; the
+//! partition does not depend on the number of threads.
 
 use crate::buffer::filled;
 use crate::parallel::{self, GRAIN, Shared, on_pool};
@@ -11,36 +12,37 @@ use crate::tensors::{check_convolves, check_in_32_bits, check_type, packed, trac
 use candle_core::{CpuStorage, CustomOp3, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// Pixels that are added in f32 before their sum is added up in f64.
+/// Pixels added in f32 before their sum is added in f64.
 const STRETCH: usize = 32;
 
-/// What has a mean and a variance of its own.
+/// The values that share one mean and variance.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Over {
     /// Each channel, over all samples (Ioffe and Szegedy 2015).
     Batch,
-    /// Each of so many equal groups of channels, in each sample (Wu and He 2018).
+    /// Each of this many equal groups of channels, per sample (Wu and He 2018).
     Groups(usize),
 }
 
-/// A normalised tensor, and what it was normalised by.
+/// A normalised tensor and its statistics.
 #[derive(Debug)]
 pub struct Normalized {
     /// (B, P, C).
     pub y: Tensor,
-    /// Of each group, f64.
+    /// Mean of each group, f64.
     pub means: Tensor,
-    /// Of each group, f64: the mean square of the deviations from its mean.
+    /// Variance of each group, f64: the mean squared deviation from the group's mean.
     pub variances: Tensor,
-    /// How many values a group has.
+    /// Number of values in a group.
     pub count: usize,
 }
 
-/// Normalises x (B, P, C) by its own statistics, with weight and bias (C), and then activates it. Differentiable in all three.
+/// Normalises x (B, P, C) by its own statistics, scales and shifts it by weight and bias (C), and applies the
+/// activation `then`, if any. Differentiable in x, weight and bias.
 ///
 /// # Errors
-/// Where the shapes do not fit together, a tensor has no elements, weight or bias are not f32, or x is neither f32 on the CPU nor of a
-/// type that [`convolves`](crate::convolves) on a CUDA device.
+/// If the shapes are incompatible, a tensor has no elements, weight or bias are not f32, or x is neither f32
+/// on the CPU nor of a dtype that [`convolves`](crate::convolves) accepts on a CUDA device.
 pub fn normalize(
     x: &Tensor,
     over: Over,
@@ -79,7 +81,7 @@ pub fn normalize(
     Ok(Normalized { y, means: tensor(means)?, variances: tensor(variances)?, count: rows.count() })
 }
 
-/// How values lie in memory, channels within pixels within samples, and what is normalised together.
+/// The layout of the values (channels within pixels within samples), and what is normalised together.
 #[derive(Debug, Clone, Copy)]
 struct Rows {
     batch: usize,
@@ -88,7 +90,7 @@ struct Rows {
     over: Over,
 }
 
-/// Numbers of each channel of a sample.
+/// Per-channel numbers of one sample.
 #[derive(Clone, Copy)]
 struct Tables<'a> {
     means: &'a [f32],
@@ -97,13 +99,13 @@ struct Tables<'a> {
     bias: &'a [f32],
 }
 
-/// What is added up over pixels, two numbers for each channel: x and its square, both less the first pixel's x; or dy and
-/// n dy, where dy is the gradient of n w + b.
+/// Two per-channel sums over pixels: of x and its square, both after subtracting the first pixel's x; or of
+/// dy and n dy, where dy is the gradient of n w + b.
 struct PixelSums<'a> {
     x: &'a [f32],
     of: SumsOf<'a>,
     channels: usize,
-    /// Of each channel, to add to.
+    /// The sums of each channel, to add to.
     sums: [&'a mut [f64]; 2],
 }
 
@@ -113,10 +115,10 @@ enum SumsOf<'a> {
     Gradients { dy: &'a [f32], tables: Tables<'a>, then: Option<Activation> },
 }
 
-/// n, n w + b, and the gradient of the latter from dy, that of its activation.
+/// n, n w + b, and the gradient of n w + b, given `dy`, the gradient of the activation's result.
 ///
 /// # Safety
-/// The caller has vectors; the tables have so many lanes from the channel on.
+/// The processor has the instructions of `S`; each table has `lanes` values from `channel` on.
 #[inline(always)]
 unsafe fn normalized<S: Simd>(
     tables: &Tables,
@@ -126,7 +128,7 @@ unsafe fn normalized<S: Simd>(
     x: S,
     dy: S,
 ) -> [S; 3] {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let load = |of: &[f32]| S::load_lanes(of.as_ptr().add(channel), lanes);
         let n = x.sub(load(tables.means)).mul(load(tables.scales));
@@ -147,7 +149,7 @@ impl Kernel for PixelSums<'_> {
         for channel in (0..channels).step_by(LANES) {
             let lanes = LANES.min(channels - channel);
             let mut totals = [[0f64; LANES]; 2];
-            // SAFETY: x has so many pixels of so many channels, and so has dy.
+            // SAFETY: x has `pixels` pixels of `channels` channels, and so does dy.
             unsafe {
                 let load = |of: &[f32], pixel: usize| {
                     S::load_lanes(of.as_ptr().add(pixel * channels + channel), lanes)
@@ -177,7 +179,7 @@ impl Kernel for PixelSums<'_> {
                     }
                 }
                 if let SumsOf::Values = of {
-                    // Of x itself, from those less the pivot.
+                    // Sums of x itself, from the sums with the pivot subtracted.
                     let mut values = [0f32; LANES];
                     pivot.store(values.as_mut_ptr());
                     let n = pixels as f64;
@@ -196,7 +198,7 @@ impl Kernel for PixelSums<'_> {
     }
 }
 
-/// Some pixels forwards, or, where there is dy, backwards.
+/// Some pixels: the forward pass, or the backward pass if there is a dy.
 struct Pixels<'a> {
     x: &'a [f32],
     back: Option<Back<'a>>,
@@ -222,7 +224,7 @@ impl Kernel for Pixels<'_> {
         for first in (0..x.len()).step_by(channels) {
             for channel in (0..channels).step_by(LANES) {
                 let (at, lanes) = (first + channel, LANES.min(channels - channel));
-                // SAFETY: so many lanes of this pixel are left in all.
+                // SAFETY: this pixel has at least `lanes` values left from `channel` on, in every slice.
                 unsafe {
                     let load = |of: &[f32], at: usize| S::load_lanes(of.as_ptr().add(at), lanes);
                     let x = load(x, at);
@@ -247,7 +249,7 @@ impl Kernel for Pixels<'_> {
     }
 }
 
-/// What rounding has made less than zero; what is not a number stays so.
+/// Clamps small negative variances, caused by rounding, to zero; NaN stays NaN.
 fn at_least_zero(variance: f64) -> f64 {
     if variance < 0. { 0. } else { variance }
 }
@@ -260,7 +262,7 @@ impl Rows {
         }
     }
 
-    /// The group of a sample's channel.
+    /// The group of a channel of a sample.
     fn group(&self, sample: usize, channel: usize) -> usize {
         match self.over {
             Over::Batch => channel,
@@ -268,7 +270,7 @@ impl Rows {
         }
     }
 
-    /// How many values a group has.
+    /// Number of values in a group.
     fn count(&self) -> usize {
         match self.over {
             Over::Batch => self.batch * self.pixels,
@@ -276,13 +278,14 @@ impl Rows {
         }
     }
 
-    /// Pixels of a part of a sample, and how many parts each sample has: a function of the sizes alone.
+    /// Pixels per part of a sample, and parts per sample; a function of the sizes only.
     fn parts(&self) -> (usize, usize) {
         let pixels = (GRAIN / self.channels).clamp(1, self.pixels);
         (pixels, self.pixels.div_ceil(pixels))
     }
 
-    /// Calls `f` with the parts of all samples, in any order: a part's number, its sample, and the values that it is.
+    /// Calls `f` for the parts of all samples, in any order, with the part's number, its sample, and its
+    /// range of values.
     fn for_parts(&self, f: impl Fn(usize, usize, Range<usize>) + Sync + Send) {
         let (pixels, parts) = self.parts();
         let work = |part: usize| {
@@ -293,7 +296,7 @@ impl Rows {
         on_pool(|| parallel::for_each(self.batch * parts, work));
     }
 
-    /// Two sums over the pixels of each sample's channels, (B, C) each.
+    /// Two sums over the pixels, for each channel of each sample: (B, C) each.
     fn sums<'a>(
         &self,
         x: &'a [f32],
@@ -319,7 +322,7 @@ impl Rows {
         totals
     }
 
-    /// Adds up, over each group, what was summed for each sample's channels, each with a factor of its channel.
+    /// Adds the sums of each sample's channels up over each group, each multiplied by its channel's factor.
     fn by_group(&self, sums: &[f64], factor: impl Fn(usize) -> f64) -> Vec<f64> {
         let mut groups = vec![0.; self.groups()];
         for (i, sum) in sums.iter().enumerate() {
@@ -337,7 +340,7 @@ impl Rows {
             self.by_group(sums, |_| 1.).into_iter().map(|sum| sum / count).collect()
         };
         let (means, squares) = (mean(&sums), mean(&squares));
-        // In f64 the difference loses nothing that f32 values had.
+        // In f64, the difference keeps all the precision that the f32 values had.
         let variances =
             squares.iter().zip(&means).map(|(square, mean)| at_least_zero(square - mean * mean)).collect();
         (means, variances)
@@ -347,14 +350,14 @@ impl Rows {
 struct Normalize {
     rows: Rows,
     then: Option<Activation>,
-    /// Of each group.
+    /// Mean of each group.
     means: Vec<f64>,
     /// 1 / sqrt(variance + eps) of each group.
     scales: Vec<f64>,
 }
 
 impl Normalize {
-    /// A number for each channel of each sample.
+    /// One number for each channel of each sample.
     fn table(&self, number: impl Fn(usize, usize) -> f64) -> Vec<f32> {
         let Rows { batch, channels, .. } = self.rows;
         let of = |i: usize| number(self.rows.group(i / channels, i % channels), i % channels) as f32;
@@ -369,7 +372,7 @@ impl Normalize {
             self.rows.for_parts(|_, sample, values| {
                 let own = sample * channels..(sample + 1) * channels;
                 let tables = Tables { means: &means[own.clone()], scales: &scales[own], weight, bias };
-                // SAFETY: each part belongs to one task.
+                // SAFETY: each part belongs to exactly one task.
                 let to = unsafe { y.offset(values.start) };
                 level.run(Pixels { x: &x[values], back: None, tables, then, channels, to });
             });
@@ -410,7 +413,7 @@ impl Normalize {
                     shift: &shift[own.clone()],
                     tilt: &tilt[own],
                 };
-                // SAFETY: each part belongs to one task.
+                // SAFETY: each part belongs to exactly one task.
                 let to = unsafe { dx.offset(values.start) };
                 let (x, tables) = (&x[values], tables(sample));
                 level.run(Pixels { x, back: Some(back), tables, then, channels, to });
@@ -473,7 +476,7 @@ mod tests {
         Tensor::randn(1f32, 2., shape, &Device::Cpu).unwrap()
     }
 
-    /// Result and gradients.
+    /// The result and the gradients.
     fn run(x: &Tensor, weight: &Tensor, bias: &Tensor, over: Over) -> Vec<Vec<f32>> {
         let vars = [x, weight, bias].map(|it| Var::from_tensor(it).unwrap());
         let y = normalize(&vars[0], over, &vars[1], &vars[2], 1e-5, LEAKY).unwrap().y;
@@ -484,7 +487,7 @@ mod tests {
 
     #[test]
     fn the_same_bits_on_any_number_of_threads_and_nearly_at_every_instruction_set() {
-        // Several parts a sample, and channels that are not whole vectors.
+        // Several parts per sample, and a channel count that is not a multiple of the vector size.
         let (x, weight, bias) = (random((2, 2000, 21)), random(21), random(21));
         for over in [Over::Batch, Over::Groups(3)] {
             let expected = run(&x, &weight, &bias, over);

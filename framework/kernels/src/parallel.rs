@@ -1,19 +1,20 @@
-//! Work on rayon's current pool, so that a caller's `ThreadPool::install` decides the threads.
+//! Parallel work on rayon's current pool, so a caller's `ThreadPool::install` decides the threads.
 //!
-//! Every result is a function of the inputs alone: work is cut by output, or into parts whose sums are added in a fixed
-//! order; never by thread.
+//! Every result depends only on the inputs: work is split by output, or into parts whose sums are added in a
+//! fixed order, never by thread.
 
 use crate::float::Float;
 use crate::simd::Simd;
 use rayon::prelude::*;
 use std::ops::Range;
 
-/// Tells candle's own threads, which share the processor's cores with rayon's, to sleep soon after an operation: by default
-/// they wait at full speed for half a millisecond, on cores that kernels need. For the start of a program that trains; does
-/// nothing, and returns false, once the program has a second thread, where the user has set candle's variable, and off Linux.
+/// Makes candle's own threads, which share the cores with rayon's, sleep soon after an operation. By default
+/// they spin for half a millisecond on cores that kernels need. Call it at the start of a training program.
+/// Does nothing and returns false if the program already has a second thread, if the user has set candle's
+/// variable, or on systems other than Linux.
 pub fn idle_soon() -> bool {
     const VARIABLE: &str = "CANDLE_BARRIER_POOL_SPIN_LIMIT";
-    /// Looks for new work: about two microseconds.
+    /// Polls for new work before a thread sleeps: about two microseconds.
     const LIMIT: &str = "100";
     let alone = std::fs::read_dir("/proc/self/task").is_ok_and(|threads| threads.count() == 1);
     if !alone || std::env::var_os(VARIABLE).is_some() {
@@ -24,15 +25,15 @@ pub fn idle_soon() -> bool {
     true
 }
 
-/// Floats that one task of a memory-bound pass handles; smaller arrays do not pay for a thread.
+/// Floats per task of a memory-bound pass; smaller arrays are not worth a thread.
 pub(crate) const GRAIN: usize = 1 << 14;
 
-/// Runs `f` on a thread of the pool, so that the parallel passes inside start at once.
+/// Runs `f` on a thread of the pool, so parallel passes inside it start at once.
 pub(crate) fn on_pool<R: Send>(f: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| f())
 }
 
-/// f(0), f(1), .. f(n - 1), in any order, on any thread.
+/// Calls f(0), f(1), .. f(n - 1), in any order, on any thread.
 pub(crate) fn for_each(n: usize, f: impl Fn(usize) + Sync + Send) {
     match n {
         0 => {}
@@ -41,13 +42,14 @@ pub(crate) fn for_each(n: usize, f: impl Fn(usize) + Sync + Send) {
     }
 }
 
-/// `f` of all of so many rows of `floats` floats, in tasks that pay for a thread.
+/// Calls `f` for ranges that cover `rows` rows of `floats` floats each, in tasks large enough to be worth a
+/// thread.
 pub(crate) fn for_rows(rows: usize, floats: usize, f: impl Fn(Range<usize>) + Sync + Send) {
     let in_task = (GRAIN / floats.max(1)).clamp(1, rows.max(1));
     for_each(rows.div_ceil(in_task), |task| f(task * in_task..rows.min((task + 1) * in_task)));
 }
 
-/// As `for_each`, where each task also gets a scratch that it may leave dirty for the next.
+/// Like `for_each`, but each task also gets a scratch value, which it may leave dirty for the next task.
 pub(crate) fn for_each_with<T>(
     n: usize,
     scratch: impl Fn() -> T + Sync + Send,
@@ -60,7 +62,7 @@ pub(crate) fn for_each_with<T>(
     }
 }
 
-/// Sets all of `x`.
+/// Sets all of `x` to `value`.
 pub(crate) fn fill(x: &mut [f32], value: f32) {
     if x.len() <= GRAIN {
         x.fill(value);
@@ -69,7 +71,7 @@ pub(crate) fn fill(x: &mut [f32], value: f32) {
     }
 }
 
-/// Adds to `total` the arrays of its length that `others` holds, one after the other.
+/// Adds to `total` each of the arrays of the same length that `others` concatenates.
 pub(crate) fn add_all(total: &mut [f32], others: &[f32]) {
     const PART: usize = 1 << 12;
     let len = total.len();
@@ -80,7 +82,7 @@ pub(crate) fn add_all(total: &mut [f32], others: &[f32]) {
     });
 }
 
-/// A pointer that tasks share; what each writes must not overlap what others touch.
+/// A pointer shared by tasks; what one task writes must not overlap what others access.
 pub(crate) struct Shared<T = f32>(*mut T);
 
 impl<T> Clone for Shared<T> {
@@ -91,7 +93,7 @@ impl<T> Clone for Shared<T> {
 
 impl<T> Copy for Shared<T> {}
 
-// SAFETY: whoever dereferences the pointer promises that tasks do not overlap.
+// SAFETY: code that dereferences the pointer guarantees that tasks do not overlap.
 unsafe impl<T: Send> Send for Shared<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Shared<T> {}
@@ -100,30 +102,30 @@ impl<T> Shared<T> {
     pub(crate) fn new(x: &mut [T]) -> Self {
         Shared(x.as_mut_ptr())
     }
-    /// Of memory that is only read.
+    /// A pointer to memory that is only read.
     pub(crate) fn read(x: &[T]) -> Self {
         Shared(x.as_ptr().cast_mut())
     }
-    /// Of a vector that has capacity, and no elements yet.
+    /// A pointer to a vector's spare capacity; the vector has no elements yet.
     pub(crate) fn capacity(x: &mut Vec<T>) -> Self {
         Shared(x.as_mut_ptr())
     }
-    /// The rest of the slice.
+    /// The slice from `offset` on.
     /// # Safety
-    /// As for `at`.
+    /// Same as for `at`.
     pub(crate) unsafe fn offset(self, offset: usize) -> Self {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         Shared(unsafe { self.0.add(offset) })
     }
-    /// The address `offset` values further.
+    /// The address of the value at `offset`.
     /// # Safety
-    /// Within the slice that this was made from.
+    /// `offset` is within the slice that this was created from.
     #[inline(always)]
     pub(crate) unsafe fn at(self, offset: usize) -> *mut T {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.0.add(offset) }
     }
-    /// Asks for the cache line `offset` values further, which need not exist.
+    /// Prefetches the cache line of the value at `offset`, which need not exist.
     #[inline(always)]
     pub(crate) fn prefetch<S: Simd>(self, offset: usize) {
         S::prefetch(self.0.wrapping_add(offset));
@@ -131,7 +133,7 @@ impl<T> Shared<T> {
 }
 
 impl<T: Float> Shared<T> {
-    /// The same memory as `f32`, where that is what it holds.
+    /// The same memory as `f32`, if that is its type.
     pub(crate) fn wide(self) -> Option<Shared> {
         T::WIDE.then(|| Shared(self.0.cast()))
     }

@@ -1,4 +1,4 @@
-//! Activations of a network's layers, value by value, as one op each.
+//! Pointwise activations of network layers, one op each.
 
 use crate::activations::{exp_below, sigmoid};
 use crate::buffer::filled;
@@ -12,24 +12,24 @@ use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, T
 use half::{bf16, f16};
 use std::f32::consts::FRAC_1_SQRT_2;
 
-/// Below this, activations are zero, or as good as zero.
+/// Inputs below this are clamped to it: there, activations are zero or nearly so.
 const NOWHERE: f32 = -1e4;
 
-/// What becomes of each value.
+/// A pointwise activation function.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Activation {
     /// `x sigmoid(x)` (Elfwing, Uchibe and Doya 2018).
     Silu,
     /// `x/2 (1 + erf(x / sqrt 2))` (Hendrycks and Gimpel 2016), not its approximation by tanh; to 3e-7.
     Gelu,
-    /// `x` where it is above zero, else so many times `x`.
+    /// `x` if it is above zero, else this factor times `x`.
     LeakyRelu(f32),
 }
 
-/// An activation of each value of x, of any shape. Differentiable.
+/// Applies an activation to each value of x, of any shape. Differentiable.
 ///
 /// # Errors
-/// Where [`convolves`](crate::convolves) does not take x.
+/// If [`convolves`](crate::convolves) does not accept x.
 pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     if x.elem_count() == 0 {
         return Ok(x.clone());
@@ -39,13 +39,13 @@ pub fn activate(x: &Tensor, activation: Activation) -> Result<Tensor> {
     if tracked(x) { x.apply_op1(activation) } else { x.apply_op1_no_bwd(&activation) }
 }
 
-/// Values forwards, or, where there are gradients of the results, backwards.
+/// Some values: the forward pass, or the backward pass if there are gradients of the results.
 struct Values<'a, T> {
     activation: Activation,
     x: &'a [T],
-    /// Of the results, as many.
+    /// Gradients of the results, as many as there are values in `x`.
     d: Option<&'a [T]>,
-    /// Room for as many.
+    /// Room for as many results.
     to: Shared<T>,
 }
 
@@ -55,7 +55,8 @@ impl<T: Float> Kernel for Values<'_, T> {
         let Values { activation, x, d, to } = self;
         for at in (0..x.len()).step_by(LANES) {
             let lanes = LANES.min(x.len() - at);
-            // SAFETY: so many lanes are left, of results' gradients as well.
+            // SAFETY: at least `lanes` values are left from `at` on in x, in d if present, and at the
+            // destination.
             unsafe {
                 let x: S = T::load_lanes(x.as_ptr().add(at), lanes);
                 let result = match d {
@@ -69,12 +70,12 @@ impl<T: Float> Kernel for Values<'_, T> {
 }
 
 impl Activation {
-    /// The results at x.
+    /// The activation at x.
     /// # Safety
-    /// The caller has vectors.
+    /// The processor has the instructions of `S`.
     #[inline(always)]
     pub(crate) unsafe fn of<S: Simd>(self, x: S) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match self {
                 Self::Silu => {
@@ -90,12 +91,12 @@ impl Activation {
         }
     }
 
-    /// The slopes at x.
+    /// The derivative at x.
     /// # Safety
-    /// The caller has vectors.
+    /// The processor has the instructions of `S`.
     #[inline(always)]
     pub(crate) unsafe fn slope<S: Simd>(self, x: S) -> S {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let one = S::splat(1.);
             match self {
@@ -121,25 +122,26 @@ impl Activation {
 
 /// The standard normal distribution at some x.
 struct Normal<S> {
-    /// |x|, of which what is beyond 10^4 is left out: there is nothing.
+    /// |x|, clamped to 10^4, beyond which the tail is zero.
     size: S,
-    /// The probability of what is larger than |x|.
+    /// The probability of values larger than |x|.
     tail: S,
     density: S,
 }
 
 impl<S: Simd> Normal<S> {
-    /// By formula 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), whose error is below 1.5e-7.
+    /// Uses formula 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions" (1964), whose error
+    /// is below 1.5e-7.
     /// # Safety
-    /// The caller has vectors.
+    /// The processor has the instructions of `S`.
     #[inline(always)]
     unsafe fn of(x: S) -> Self {
         const P: f32 = 0.327_591_1 * FRAC_1_SQRT_2;
-        // From the fifth power of t down.
+        // Coefficients from the fifth power of t down.
         const TERMS: [f32; 5] = [1.061_405_4, -1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6];
         /// 1 / sqrt(2 pi)
         const HIGHEST: f32 = 0.398_942_3;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let size = S::splat(1e4).min(S::zero().sub(x).max(x));
             let power = exp_below(size.mul(size).mul(S::splat(-0.5)));
@@ -158,7 +160,7 @@ impl Activation {
         let level = Level::current();
         let fill = |to: Shared<T>| {
             for_rows(x.len(), 1, |part| {
-                // SAFETY: each part belongs to one task.
+                // SAFETY: each part belongs to exactly one task.
                 let to = unsafe { to.offset(part.start) };
                 level.run(Values {
                     activation: self,
@@ -219,7 +221,7 @@ mod tests {
     use super::*;
     use candle_core::Var;
 
-    /// Results and slopes in f64, by definition; the distribution function from its Taylor series.
+    /// Result and derivative in f64, by definition; the distribution function from its Taylor series.
     fn expected(activation: Activation, x: f64) -> (f64, f64) {
         match activation {
             Activation::Silu => {
@@ -254,7 +256,7 @@ mod tests {
 
     #[test]
     fn close_to_f64_everywhere_at_every_instruction_set() {
-        // As many as are not whole vectors, and more than a task takes.
+        // A count that is not a multiple of the vector size, and more than one task handles.
         let x: Vec<f32> = (0..40_003).map(|i| (i as f32 - 20_001.) * 6e-4).collect();
         for level in [Level::Portable, Level::Avx2, Level::Avx512] {
             if !Level::force(Some(level)) {
@@ -300,7 +302,7 @@ mod tests {
                     "{case}"
                 );
                 assert!(y[1] == f32::INFINITY && y[2] == f32::MAX && y[3] == 0. && dx[2] == 2., "{case}");
-                // Of an infinite one the slope of SiLU is no number in PyTorch either.
+                // At infinity, the derivative of SiLU is NaN in PyTorch too.
                 assert!(activation == Activation::Silu || dx[1] == 2., "{case}");
                 for i in 4..x.len() {
                     match activation {

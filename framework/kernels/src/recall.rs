@@ -1,4 +1,4 @@
-//! Attention of a whole state to the states of steps before.
+//! Attention of a whole state to the states of previous steps.
 
 use crate::kept::Kept;
 use crate::parallel::{self, Shared, on_pool};
@@ -8,17 +8,19 @@ use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, T
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Values of a state that a task takes.
+/// Values of a state per task.
 const PART: usize = 1 << 12;
-/// So many vectors are added in f32 before their sum is added up in f64.
+/// Vectors added in f32 before their sum is added in f64.
 const STRETCH: usize = 16;
 
-/// The sum of `values`, each with its weight: the softmax over all of `scale` times the product of what is asked with its key.
+/// The weighted sum of `values`; the weights are the softmax, over the states, of `scale` times the dot
+/// product of `asked` with each key.
 ///
-/// What is asked, keys and values are (B, ..), one shape; each sample has weights of its own. Differentiable in all.
+/// `asked`, keys and values all have the same shape (B, ..); each sample has its own weights. Differentiable
+/// in all.
 ///
 /// # Errors
-/// Where there is none, not as many keys as values, or a tensor of another shape, or not f32 on the CPU.
+/// If there are no keys, not as many keys as values, or a tensor has another shape or is not f32 on the CPU.
 pub fn recall(asked: &Tensor, keys: &[Kept], values: &[Kept], scale: f64) -> Result<Tensor> {
     check_type("recall", "what is asked", asked, DType::F32)?;
     if keys.is_empty() || keys.len() != values.len() || asked.rank() == 0 {
@@ -49,9 +51,9 @@ struct Recall {
     values: Vec<Kept>,
     scale: f64,
     samples: usize,
-    /// Values of a sample.
+    /// Values per sample.
     len: usize,
-    /// Of each state, for each sample.
+    /// The weights of each state, one per sample.
     weights: OnceLock<Vec<Vec<f64>>>,
 }
 
@@ -60,20 +62,20 @@ impl Recall {
         self.len.div_ceil(PART)
     }
 
-    /// A task's sample, and its part of all values.
+    /// A task's sample, and its range among all values.
     fn task(&self, task: usize) -> (usize, Range<usize>) {
         let (sample, part) = (task / self.parts(), task % self.parts());
         (sample, sample * self.len + part * PART..sample * self.len + self.len.min((part + 1) * PART))
     }
 
-    /// The product of each sample's values.
+    /// The dot product of `a` and `b`, for each sample.
     fn products(&self, level: Level, a: &[f32], b: &[f32]) -> Vec<f64> {
         let mut sums = vec![0f64; self.samples * self.parts()];
         let to = Shared::new(&mut sums);
         on_pool(|| {
             parallel::for_each(self.samples * self.parts(), |task| {
                 let (_, of) = self.task(task);
-                // SAFETY: each task has a place of its own.
+                // SAFETY: each task has its own place.
                 let to = unsafe { &mut *to.at(task) };
                 level.run(Product { a: &a[of.clone()], b: &b[of], to });
             });
@@ -81,24 +83,25 @@ impl Recall {
         sums.chunks_exact(self.parts()).map(|parts| parts.iter().sum()).collect()
     }
 
-    /// The same with each of several states.
+    /// The dot products of `a` with each of several states.
     fn products_with(&self, level: Level, a: &[f32], states: &[Kept]) -> Result<Vec<Vec<f64>>> {
         states.iter().map(|state| state.with_values(|b| Ok(self.products(level, a, b)))).collect()
     }
 
-    /// Adds values, each sample's with its factor; or sets what they would be added to.
+    /// Multiplies each sample's values by its factor, and adds the products to `to`, or overwrites it if
+    /// `add` is false.
     fn add(&self, level: Level, from: &[f32], factors: &[f64], to: Shared, add: bool) {
         on_pool(|| {
             parallel::for_each(self.samples * self.parts(), |task| {
                 let (sample, of) = self.task(task);
-                // SAFETY: each task has a part of its own.
+                // SAFETY: each task has its own part.
                 let to = unsafe { to.offset(of.start) };
                 level.run(Scaled { from: &from[of], factor: factors[sample] as f32, to, add });
             });
         });
     }
 
-    /// The sum of states with their factors.
+    /// The sum of states weighted by their factors.
     fn mixture(&self, level: Level, states: &[Kept], factors: &[Vec<f64>]) -> Result<Vec<f32>> {
         let mut mixture = vec![0f32; self.samples * self.len];
         for (index, (state, factors)) in states.iter().zip(factors).enumerate() {
@@ -111,7 +114,7 @@ impl Recall {
         Ok(mixture)
     }
 
-    /// Adds a tensor to the gradients of states, with factors for each.
+    /// Adds a tensor to the gradients of states, multiplied by each state's factors.
     fn spread(&self, level: Level, from: &[f32], states: &[Kept], factors: &[Vec<f64>]) {
         for (state, factors) in states.iter().zip(factors).filter(|(state, _)| state.tracked()) {
             self.add(level, from, factors, Shared::new(&mut state.gradient()), true);
@@ -130,7 +133,7 @@ impl Kernel for Product<'_> {
     unsafe fn run<S: Simd>(self) {
         let Product { a, b, to } = self;
         for (a, b) in a.chunks(STRETCH * LANES).zip(b.chunks(STRETCH * LANES)) {
-            // SAFETY: both have so many values; absent lanes are zero.
+            // SAFETY: `a` and `b` have equally many values; absent lanes are zero.
             unsafe {
                 let mut sum = S::zero();
                 for at in (0..a.len()).step_by(LANES) {
@@ -157,7 +160,7 @@ impl Kernel for Scaled<'_> {
         let Scaled { from, factor, to, add } = self;
         for at in (0..from.len()).step_by(LANES) {
             let lanes = LANES.min(from.len() - at);
-            // SAFETY: there is room for as many values.
+            // SAFETY: there is room for as many values as `from` has.
             unsafe {
                 let to = to.at(at);
                 let before = if add { S::load_lanes(to, lanes) } else { S::zero() };

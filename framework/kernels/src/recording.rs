@@ -1,21 +1,22 @@
-//! A device's work, recorded once and then done again as often as asked, all of it started by one call.
+//! Recording a device's work once and replaying it any number of times, each time with a single call.
 
 use candle_core::{Device, Error, Result};
 
-/// A CUDA graph: operations that were asked for once, which run again on the same memory whenever they are replayed.
+/// A CUDA graph: operations recorded once, which run again on the same memory at each replay.
 ///
-/// What a recording reads and writes has the addresses that it had then: it sees what is put into tensors in place, and its
-/// results are in the tensors that the work gave back, until the next replay. Numbers that the host computed while it was
-/// recorded stay as they were. Three calls make one: [`rehearse`] does the work as always, and finds out what must be on the
-/// device beforehand; [`record`] records it, without doing it; [`replay`](Self::replay) does it.
+/// A recording reads and writes the addresses that its tensors had when it was recorded: it sees values
+/// written into tensors in place, and its results stay in the tensors that the work returned until the next
+/// replay. Numbers that the host computed during recording are fixed. Creating one takes three calls:
+/// [`rehearse`] runs the work normally and prepares everything that must be on the device beforehand;
+/// [`record`] records it without running it; [`replay`](Self::replay) runs it.
 #[derive(Debug)]
 pub struct Recording {
     #[cfg(feature = "cuda")]
     graph: crate::cuda::Graph,
 }
 
-/// Does work that is to be recorded: what is compiled, planned and uploaded for it is there the next time. To be called on the
-/// thread that records it.
+/// Runs work that will be recorded, so that everything compiled, planned and uploaded for it is ready next
+/// time. Call it on the thread that will record it.
 pub fn rehearse<T>(device: &Device, work: impl FnOnce() -> T) -> T {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(device) = device {
@@ -25,11 +26,12 @@ pub fn rehearse<T>(device: &Device, work: impl FnOnce() -> T) -> T {
     work()
 }
 
-/// Records work, which is not done. Results that outlive it must belong to no graph of gradients, or they keep that alive.
+/// Records work without running it. Results that outlive it must not belong to a gradient graph, which they
+/// would keep alive.
 ///
 /// # Errors
-/// Where the work fails, or asks for something that cannot be recorded: above all, to read a value from the device. The device
-/// can be used afterwards as before.
+/// If the work fails, or does something that cannot be recorded, above all reading a value from the device.
+/// The device remains usable afterwards.
 pub fn record<T, E: From<Error>>(
     device: &Device,
     work: impl FnOnce() -> std::result::Result<T, E>,
@@ -44,17 +46,17 @@ pub fn record<T, E: From<Error>>(
 }
 
 impl Recording {
-    /// Does the work again, after all that the device was asked for before.
+    /// Runs the recorded work again, after everything enqueued on the device before.
     ///
     /// # Errors
-    /// Where the device fails, or has no memory for it.
+    /// If the device fails or is out of memory.
     pub fn replay(&self) -> Result<()> {
         #[cfg(feature = "cuda")]
         self.graph.replay()?;
         Ok(())
     }
 
-    /// How many operations were recorded.
+    /// The number of recorded operations.
     pub fn operations(&self) -> usize {
         #[cfg(feature = "cuda")]
         return self.graph.operations();

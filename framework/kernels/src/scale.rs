@@ -1,4 +1,4 @@
-//! Channels times a factor each, as one op.
+//! Scaling of channels by one factor each, as one op.
 
 use crate::buffer::{Buffer, filled};
 use crate::float::Float;
@@ -10,11 +10,12 @@ use half::{bf16, f16};
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// x (.., N) times a factor for each of N channels: (N), the same for all of x, or (B, N), one for each sample of x (B, .., N).
-/// Differentiable in both.
+/// Multiplies x (.., N) by a factor for each of its N channels: (N), the same for all of x, or (B, N), one
+/// per sample of x (B, .., N). Differentiable in both.
 ///
 /// # Errors
-/// Where the shapes do not fit together, or the two are not of one type that [`convolves`](crate::convolves), on the CPU.
+/// If the shapes are incompatible, or the two do not share one dtype that [`convolves`](crate::convolves)
+/// accepts, on the CPU.
 pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let op = "scale_channels";
     check_convolves(op, "x", x)?;
@@ -42,19 +43,19 @@ fn apply<T: Float>(x: &Tensor, factors: &Tensor, rows: usize) -> Result<Tensor> 
 }
 
 struct Scale<T> {
-    /// Of a sample.
+    /// Rows per sample.
     rows: usize,
     values: PhantomData<T>,
 }
 
 impl<T: Float> Scale<T> {
-    /// Tasks of a sample, and their rows.
+    /// Tasks per sample, and rows per task.
     fn parts(&self, channels: usize) -> (usize, usize) {
         let rows = (GRAIN / channels).clamp(1, self.rows);
         (self.rows.div_ceil(rows), rows)
     }
 
-    /// Calls `f` for the rows of each task, and with the number of their sample.
+    /// Calls `f` for each task with its number, its sample and its rows.
     fn for_parts(
         &self,
         samples: usize,
@@ -104,7 +105,7 @@ impl<T: Float> Scale<T> {
     }
 }
 
-/// Rows times factors.
+/// Some rows times their factors.
 struct Products<'a, T> {
     x: &'a [T],
     factors: &'a [f32],
@@ -120,7 +121,7 @@ impl<T: Float> Kernel for Products<'_, T> {
             for channel in (0..factors.len()).step_by(LANES) {
                 let lanes = LANES.min(factors.len() - channel);
                 let at = row * factors.len() + channel;
-                // SAFETY: the row exists, and belongs to this task.
+                // SAFETY: the row exists and belongs to this task only.
                 unsafe {
                     let factors = S::load_lanes(factors.as_ptr().add(channel), lanes);
                     let y = factors.mul(T::load_lanes(x.as_ptr().add(at), lanes));
@@ -131,7 +132,7 @@ impl<T: Float> Kernel for Products<'_, T> {
     }
 }
 
-/// What rows, with their results' gradients `d`, add to the factors' gradients.
+/// The contribution of some rows, given their results' gradients `d`, to the gradients of the factors.
 struct Sums<'a, T> {
     x: &'a [T],
     d: &'a [T],

@@ -1,18 +1,19 @@
-//! Ops of one to three tensors: candle has a trait for each number, and what they compute is the same.
+//! Ops with one to three tensors; candle has a separate trait for each count, but the implementation is the
+//! same.
 
 use crate::tensors::{for_kernels, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 #[cfg(feature = "cuda")]
 use candle_core::{CudaDevice, CudaStorage, backend::BackendStorage};
 
-/// What an op does with its tensors: f32, all on the CPU or all on a CUDA device.
+/// The implementation of an op on f32 tensors, all on the CPU or all on a CUDA device.
 pub(crate) trait Several: Send + Sync + 'static {
     fn name(&self) -> &'static str;
 
-    /// The result, from all values in row-major order, and the tensors' layouts.
+    /// Computes the result from all values, in row-major order, and the tensors' layouts.
     fn run(&self, values: &[&[f32]], layouts: &[&Layout]) -> (CpuStorage, Shape);
 
-    /// The same on a CUDA device, from where all values begin.
+    /// Computes the result on a CUDA device; `at` are the addresses of the tensors' values.
     #[cfg(feature = "cuda")]
     fn run_on_cuda(
         &self,
@@ -25,7 +26,7 @@ pub(crate) trait Several: Send + Sync + 'static {
     fn gradients(&self, tensors: &[&Tensor], d: &Tensor) -> Result<Vec<Option<Tensor>>>;
 }
 
-/// `f` of the values of one to three tensors on the CPU, in row-major order.
+/// Calls `f` with the values of one to three tensors on the CPU, in row-major order.
 pub(crate) fn with_all_values<R>(tensors: &[&Tensor], f: impl FnOnce(&[&[f32]]) -> Result<R>) -> Result<R> {
     match tensors {
         [a] => with_values(a, |a| f(&[a])),
@@ -35,7 +36,7 @@ pub(crate) fn with_all_values<R>(tensors: &[&Tensor], f: impl FnOnce(&[&[f32]]) 
     }
 }
 
-/// Applies the op; it is in the graph where a tensor is tracked.
+/// Applies the op; it is part of the graph if a tensor is tracked.
 pub(crate) fn apply<T: Several>(tensors: &[&Tensor], op: T) -> Result<Tensor> {
     let tensors = tensors.iter().map(|x| for_kernels(x)).collect::<Result<Vec<_>>>()?;
     let (op, gradients) = (Op(op), tensors.iter().any(tracked));

@@ -1,4 +1,4 @@
-//! A convolution whose weight the steps of a roll-out share.
+//! A convolution whose weight is shared by the steps of a roll-out.
 
 #[cfg(feature = "cuda")]
 use crate::conv2d::geometry;
@@ -10,11 +10,12 @@ use crate::winograd::{self, ColumnOrder, Filters, Images, InputGradient, Panels,
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-/// A 'same' convolution of stride 1, as [`conv2d`], for a weight that is used many times before it changes.
+/// A 'same' convolution of stride 1, like [`conv2d`], for a weight that is used many times before it changes.
 ///
-/// On the CPU the weight is transformed once for all uses, and so is its gradient: between the uses' backward passes it is summed in
-/// Winograd's domain, and handed to the weight after the last of them. So is that of a bias. Kernels that Winograd does not
-/// serve are left to [`conv2d`]. On a CUDA device it is turned around once, and so is the sum of its gradients.
+/// On the CPU, the weight is transformed once for all uses. Its gradient is summed in the Winograd domain
+/// over the backward passes of all uses, transformed once, and passed to the weight after the last of them;
+/// likewise for the bias. Kernels that Winograd does not support fall back to [`conv2d`]. On a CUDA device,
+/// the weight is converted to channels last once, and so is the sum of its gradients back.
 #[derive(Debug, Clone)]
 pub struct SharedConv {
     weight: Tensor,
@@ -22,11 +23,11 @@ pub struct SharedConv {
     prepared: Prepared,
 }
 
-/// What all uses share.
+/// The data that all uses share.
 #[derive(Debug, Clone)]
 enum Prepared {
     Nothing,
-    /// And the number that stands for weight and bias.
+    /// The transformed weight, and the one-element tensor that represents weight and bias in the graph.
     Transformed(Arc<Transformed>, Tensor),
     /// The weight, channels last.
     #[cfg(feature = "cuda")]
@@ -34,11 +35,12 @@ enum Prepared {
 }
 
 impl SharedConv {
-    /// With a weight (Cout, Cin, k, k), k odd, and a bias (Cout), as they are now: changes after this are not seen.
+    /// Captures a weight (Cout, Cin, k, k), k odd, and a bias (Cout) as they are now; later changes are not
+    /// seen.
     ///
     /// # Errors
-    /// Where one of them has another shape, or is neither f32 on the CPU nor of a type that [`convolves`](crate::convolves) on a CUDA
-    /// device.
+    /// If one of them has another shape, or is neither f32 on the CPU nor of a dtype that
+    /// [`convolves`](crate::convolves) accepts on a CUDA device.
     pub fn new(weight: &Tensor, bias: Option<&Tensor>) -> Result<SharedConv> {
         match weight.device().is_cuda() {
             true => check_convolves("shared_conv", "weight", weight)?,
@@ -94,10 +96,10 @@ impl SharedConv {
         Ok(SharedConv { prepared: Prepared::Transformed(transformed, token), ..shared })
     }
 
-    /// (.., H, W, Cin) to (.., H, W, Cout). Differentiable in x, the weight and the bias.
+    /// Maps (.., H, W, Cin) to (.., H, W, Cout). Differentiable in x, the weight and the bias.
     ///
     /// # Errors
-    /// Where the shapes do not fit together, or x is not of the weight's type, where that is.
+    /// If the shapes are incompatible, or x does not have the weight's dtype and device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let same = Conv2dOptions { padding: self.weight.dims()[2] / 2, ..Default::default() };
         match &self.prepared {
@@ -126,7 +128,7 @@ impl SharedConv {
     }
 }
 
-/// The weight in Winograd's domain, the bias, and their gradients.
+/// The weight in the Winograd domain, the bias, and their gradients.
 #[derive(Debug)]
 struct Transformed {
     values: Tensor,
@@ -134,15 +136,16 @@ struct Transformed {
     inputs: usize,
     kernel: usize,
     order: ColumnOrder,
-    /// In that order; zeros where there is none.
+    /// In the order of `order`; zeros if there is no bias.
     bias: Vec<f32>,
     filters: OnceLock<Panels>,
     transposed: OnceLock<Panels>,
-    /// What the uses so far have added up, for each number of parts that they cut their batch into.
+    /// Gradient sums of the uses so far, one entry for each number of parts into which uses split their
+    /// batch.
     sums: Mutex<Vec<Sums>>,
 }
 
-/// Gradients of the weight and the bias, a summand of each for each part.
+/// Gradients of the weight and the bias, with one summand per part.
 #[derive(Debug)]
 struct Sums {
     filters: Vec<Panels>,
@@ -177,8 +180,8 @@ impl Transformed {
     }
 }
 
-/// Stands for the weight and the bias in the graph: a number that every use depends on. By the time its gradient is asked
-/// for, all uses have added theirs.
+/// Represents the weight and the bias in the graph by a number on which every use depends. By the time its
+/// gradient is requested, all uses have added theirs.
 struct UseOf(Arc<Transformed>);
 
 impl UseOf {
@@ -241,7 +244,7 @@ impl CustomOp2 for UseOf {
     }
 }
 
-/// One use.
+/// One use of the shared weight.
 struct Use {
     transformed: Arc<Transformed>,
     tiling: Tiling,
@@ -276,7 +279,7 @@ impl CustomOp2 for Use {
                 winograd::Store { output, bias, height, width, channels: *outputs, kernel: *kernel };
             winograd::forward(level, &self.tiling, &[self.images(&x)], filters, epilogue);
         };
-        // SAFETY: every pixel of the output is stored, and none is read.
+        // SAFETY: every pixel of the output is stored and none is read.
         let y = unsafe { crate::buffer::filled(batch * height * width * outputs, |y| on_pool(|| fill(y))) };
         let dims = lx.dims();
         Ok((CpuStorage::F32(y), [&dims[..dims.len() - 1], &[*outputs]].concat().into()))

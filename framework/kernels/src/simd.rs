@@ -1,27 +1,27 @@
-//! A vector of 16 `f32` on any processor, and the choice of instruction set at run time.
+//! A vector of 16 `f32` for any processor, with run-time selection of the instruction set.
 //!
-//! Kernels are written once, generic over [`Simd`], as a [`Kernel`]: a struct that holds its arguments. [`Level::run`]
-//! compiles a kernel for each instruction set and calls the one that this processor has, so that a plain
-//! `cargo build --release` is as fast as one with `-C target-cpu=native`.
+//! Kernels are written once, generic over [`Simd`], as a [`Kernel`]: a struct that holds its arguments.
+//! [`Level::run`] compiles a kernel for each instruction set and calls the best version that this processor
+//! supports, so a plain `cargo build --release` is as fast as one with `-C target-cpu=native`.
 //!
-//! Everything below `Level::run` must be `#[inline(always)]`: a function that is not inlined is compiled without the wide
-//! instructions.
+//! Everything below `Level::run` must be `#[inline(always)]`: a function that is not inlined is compiled
+//! without the vector instructions.
 
 use half::{bf16, f16};
 use std::cell::Cell;
 
-/// Lanes of a vector: the channel block of every layout in this crate.
+/// Lanes of a vector; also the channel block of every layout in this crate.
 pub(crate) const LANES: usize = 16;
 
-/// An instruction set that this processor has.
+/// An instruction set supported by this processor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[doc(hidden)]
 pub enum Level {
-    /// No assumption on the processor.
+    /// Makes no assumption about the processor.
     Portable,
-    /// AVX2 with fused multiply-add and F16C: a vector is two registers.
+    /// AVX2 with fused multiply-add and F16C; a vector is two registers.
     Avx2,
-    /// AVX-512F: a vector is one register.
+    /// AVX-512F; a vector is one register.
     Avx512,
 }
 
@@ -30,7 +30,7 @@ thread_local! {
 }
 
 impl Level {
-    /// The best level of this processor, or the one that the calling thread forces.
+    /// The level forced on the calling thread, or else the best level of this processor.
     pub(crate) fn current() -> Level {
         FORCED.get().unwrap_or_else(Level::best)
     }
@@ -51,8 +51,8 @@ impl Level {
         Level::Portable
     }
 
-    /// Makes the ops that this thread calls use `level` from now on (`None`: the best again). False, and no change, where
-    /// the processor lacks it. For tests.
+    /// Makes ops called by this thread use `level` from now on (`None`: the best one again). Returns false,
+    /// and changes nothing, if the processor lacks it. For tests.
     #[doc(hidden)]
     pub fn force(level: Option<Level>) -> bool {
         let possible = level.is_none_or(|l| l as u8 <= Level::best() as u8);
@@ -66,13 +66,13 @@ impl Level {
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self {
-            // SAFETY: a `Level` above `Portable` comes from `best` or `force`, which have asked the processor.
+            // SAFETY: a `Level` above `Portable` comes from `best` or `force`, which check the processor.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => unsafe { x86::run_avx512(kernel) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { x86::run_avx2(kernel) },
-            // SAFETY: the portable vector needs nothing.
+            // SAFETY: the portable vector needs no special instructions.
             _ => unsafe { kernel.run::<Portable>() },
         }
     }
@@ -83,13 +83,13 @@ pub(crate) trait Kernel {
     /// The body; must be `#[inline(always)]`.
     ///
     /// # Safety
-    /// Called by `Level::run` alone: the processor has the instructions of `S`. The fields' pointers must be valid for
-    /// what the kernel says it reads and writes.
+    /// The processor has the instructions of `S`; only `Level::run` calls this. The fields' pointers must be
+    /// valid for everything that the kernel documents as read or written.
     unsafe fn run<S: Simd>(self);
 }
 
-/// 16 `f32`. A value can only come from one of the unsafe constructors, whose caller vouches for the processor; the
-/// arithmetic on values is therefore safe.
+/// 16 `f32`. Values are only created by unsafe constructors, whose callers guarantee that the processor has
+/// the instructions; arithmetic on values is therefore safe.
 pub(crate) trait Simd: Copy {
     /// Rows of the register block of a matrix product.
     const ROWS: usize;
@@ -100,11 +100,11 @@ pub(crate) trait Simd: Copy {
     /// The processor has this type's instructions.
     unsafe fn splat(x: f32) -> Self;
     /// # Safety
-    /// As for `splat`; 16 floats are readable at `p`.
+    /// Same as for `splat`; also, 16 floats are readable at `p`.
     unsafe fn load(p: *const f32) -> Self;
-    /// The first `n` lanes from memory, zero in the others.
+    /// Loads the first `n` lanes and sets the others to zero.
     /// # Safety
-    /// As for `splat`; `n <= 16` floats are readable at `p`.
+    /// Same as for `splat`; also, `n <= 16` floats are readable at `p`.
     unsafe fn load_first(p: *const f32, n: usize) -> Self;
     /// # Safety
     /// 16 floats are writable at `p`.
@@ -113,65 +113,65 @@ pub(crate) trait Simd: Copy {
     /// # Safety
     /// `n <= 16` floats are writable at `p`.
     unsafe fn store_first(self, p: *mut f32, n: usize);
-    /// Widens 16 bfloat16.
+    /// Loads and widens 16 bfloat16 values.
     /// # Safety
-    /// As for `splat`; 16 values are readable at `p`.
+    /// Same as for `splat`; also, 16 values are readable at `p`.
     unsafe fn load_bf16(p: *const bf16) -> Self;
-    /// Rounds to the nearest bfloat16, or the even one of two; not-a-numbers stay what they are.
+    /// Rounds to the nearest bfloat16, ties to even, and stores; NaN stays NaN.
     /// # Safety
     /// 16 values are writable at `p`.
     unsafe fn store_bf16(self, p: *mut bf16);
-    /// Widens 16 float16.
+    /// Loads and widens 16 float16 values.
     /// # Safety
-    /// As for `splat`; 16 values are readable at `p`.
+    /// Same as for `splat`; also, 16 values are readable at `p`.
     unsafe fn load_f16(p: *const f16) -> Self;
-    /// Rounds to the nearest float16, or the even one of two; what is too large becomes infinite.
+    /// Rounds to the nearest float16, ties to even, and stores; values that are too large become infinite.
     /// # Safety
     /// 16 values are writable at `p`.
     unsafe fn store_f16(self, p: *mut f16);
 
-    /// Asks for the cache line of an address, which need not exist.
+    /// Prefetches the cache line of an address, which need not be valid.
     fn prefetch<T>(p: *const T);
-    /// The same, in order to write it.
+    /// Like `prefetch`, for a line that will be written.
     fn prefetch_write(p: *const f32);
 
     fn add(self, b: Self) -> Self;
     fn sub(self, b: Self) -> Self;
     fn mul(self, b: Self) -> Self;
-    /// self * b + c, rounded once where the processor can.
+    /// self * b + c, with a single rounding if the processor supports it.
     fn mul_add(self, b: Self, c: Self) -> Self;
     /// c - self * b
     fn neg_mul_add(self, b: Self, c: Self) -> Self;
     fn min(self, b: Self) -> Self;
     fn max(self, b: Self) -> Self;
-    /// 1 where a lane is above zero, else 0.
+    /// 1 in lanes above zero, else 0.
     fn above_zero(self) -> Self;
-    /// 1 / self, to about one unit in the last place, for normal values.
+    /// 1 / self for normal values, to about one unit in the last place.
     fn reciprocal(self) -> Self;
-    /// The bits shifted left by 23: turns an integer in the low bits into the exponent of a float.
+    /// Shifts the bits left by 23, which turns an integer in the low bits into the exponent of a float.
     fn bits_to_exponent(self) -> Self;
 
     /// # Safety
-    /// As for `splat`.
+    /// Same as for `splat`.
     #[inline(always)]
     unsafe fn zero() -> Self {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { Self::splat(0.) }
     }
     /// `load`, or `load_first` for fewer than 16 lanes.
     /// # Safety
-    /// As for `load_first`.
+    /// Same as for `load_first`.
     #[inline(always)]
     unsafe fn load_lanes(p: *const f32, n: usize) -> Self {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { if n == LANES { Self::load(p) } else { Self::load_first(p, n) } }
     }
     /// `store`, or `store_first` for fewer than 16 lanes.
     /// # Safety
-    /// As for `store_first`.
+    /// Same as for `store_first`.
     #[inline(always)]
     unsafe fn store_lanes(self, p: *mut f32, n: usize) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { if n == LANES { self.store(p) } else { self.store_first(p, n) } }
     }
     /// The sum of the lanes, in a fixed order.
@@ -191,7 +191,7 @@ pub(crate) trait Simd: Copy {
     }
 }
 
-/// 16 floats for the compiler to vectorise as it can.
+/// 16 floats in an array, left to the compiler to vectorise.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
 pub(crate) struct Portable([f32; LANES]);
@@ -217,48 +217,48 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
-        // SAFETY: 16 readable floats, by the caller's promise; an array of f32 needs no more than their alignment.
+        // SAFETY: the caller guarantees 16 readable floats; an array of f32 needs only the alignment of f32.
         Portable(unsafe { p.cast::<[f32; LANES]>().read() })
     }
     #[inline(always)]
     unsafe fn load_first(p: *const f32, n: usize) -> Self {
         let mut r = Portable([0.; LANES]);
-        // SAFETY: n readable floats, n <= 16, by the caller's promise.
+        // SAFETY: the caller guarantees n readable floats, n <= 16.
         unsafe { std::ptr::copy_nonoverlapping(p, r.0.as_mut_ptr(), n) };
         r
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
-        // SAFETY: 16 writable floats, by the caller's promise.
+        // SAFETY: the caller guarantees 16 writable floats.
         unsafe { p.cast::<[f32; LANES]>().write(self.0) }
     }
     #[inline(always)]
     unsafe fn store_first(self, p: *mut f32, n: usize) {
-        // SAFETY: n writable floats, n <= 16, by the caller's promise.
+        // SAFETY: the caller guarantees n writable floats, n <= 16.
         unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), p, n) }
     }
     #[inline(always)]
     unsafe fn load_bf16(p: *const bf16) -> Self {
-        // SAFETY: 16 readable values, by the caller's promise.
+        // SAFETY: the caller guarantees 16 readable values.
         let x = unsafe { p.cast::<[u16; LANES]>().read() };
         Portable(x.map(|x| f32::from_bits(u32::from(x) << 16)))
     }
     #[inline(always)]
     unsafe fn store_bf16(self, p: *mut bf16) {
         let narrow = self.0.map(bf16::from_f32);
-        // SAFETY: 16 writable values, by the caller's promise.
+        // SAFETY: the caller guarantees 16 writable values.
         unsafe { p.cast::<[bf16; LANES]>().write(narrow) }
     }
     #[inline(always)]
     unsafe fn load_f16(p: *const f16) -> Self {
-        // SAFETY: 16 readable values, by the caller's promise.
+        // SAFETY: the caller guarantees 16 readable values.
         let x = unsafe { p.cast::<[f16; LANES]>().read() };
         Portable(x.map(f16::to_f32))
     }
     #[inline(always)]
     unsafe fn store_f16(self, p: *mut f16) {
         let narrow = self.0.map(f16::from_f32);
-        // SAFETY: 16 writable values, by the caller's promise.
+        // SAFETY: the caller guarantees 16 writable values.
         unsafe { p.cast::<[f16; LANES]>().write(narrow) }
     }
     #[inline(always)]
@@ -279,7 +279,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn mul_add(self, b: Self, c: Self) -> Self {
-        // Without the instruction, f32::mul_add is a slow call into the C library.
+        // Without an FMA instruction, f32::mul_add is a slow call into the C library.
         let mut r = self;
         for i in 0..LANES {
             r.0[i] = if cfg!(target_arch = "aarch64") {
@@ -328,24 +328,24 @@ mod x86 {
 
     #[target_feature(enable = "avx512f,avx2,fma")]
     pub(super) unsafe fn run_avx512<K: Kernel>(kernel: K) {
-        // SAFETY: the instructions are there: the caller's promise.
+        // SAFETY: the caller guarantees that the processor has these instructions.
         unsafe { kernel.run::<Avx512>() }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
     pub(super) unsafe fn run_avx2<K: Kernel>(kernel: K) {
-        // SAFETY: the instructions are there: the caller's promise.
+        // SAFETY: the caller guarantees that the processor has these instructions.
         unsafe { kernel.run::<Avx2>() }
     }
 
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512(__m512);
 
-    /// An expression of intrinsics on existing vectors.
+    /// Wraps an expression of intrinsics on existing vectors.
     macro_rules! op {
         ($e:expr) => {
-            // SAFETY: a vector exists, so the processor has the instructions (see `Simd`); loads and stores are within
-            // what the caller promised.
+            // SAFETY: a vector exists, so the processor has the instructions (see `Simd`); loads and stores
+            // stay within what the caller guaranteed.
             unsafe { $e }
         };
     }
@@ -384,11 +384,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn store_bf16(self, p: *mut bf16) {
             op!({
-                // Half a unit of the last place that stays, less one bit where that place is even.
+                // Round to nearest even: add half a unit of the last kept place, less one bit if that place
+                // is even.
                 let bits = _mm512_castps_si512(self.0);
                 let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
                 let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-                // A not-a-number must not round to infinity.
+                // NaN must not round to infinity.
                 let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self.0, self.0);
                 let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
                 let narrow = _mm512_srli_epi32::<16>(_mm512_mask_mov_epi32(rounded, nan, quiet));
@@ -477,8 +478,8 @@ mod x86 {
         }
     }
 
-    /// The bits of 8 floats rounded to bfloat16, in the low half of each lane: half a unit of the last place that stays is
-    /// added, less one bit where that place is even, and the rest is cut off.
+    /// Rounds 8 floats to bfloat16, in the low half of each lane: adds half a unit of the last kept place,
+    /// less one bit if that place is even, and truncates.
     /// # Safety
     /// The processor has AVX2.
     #[inline(always)]
@@ -487,7 +488,7 @@ mod x86 {
             let bits = _mm256_castps_si256(x);
             let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
             let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            // A not-a-number must not round to infinity.
+            // NaN must not round to infinity.
             let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
             let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
             _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan))
@@ -539,7 +540,7 @@ mod x86 {
         unsafe fn store_bf16(self, p: *mut bf16) {
             op!({
                 let (low, high) = (bf16_bits(self.0), bf16_bits(self.1));
-                // Packs within the halves of the registers: their quarters come out as 0, 2, 1, 3.
+                // `packus` packs within each 128-bit half, so the quarters come out in the order 0, 2, 1, 3.
                 let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
                 _mm256_storeu_si256(p.cast(), packed);
             })

@@ -1,5 +1,5 @@
-//! The softmax over the last axis as one op: candle's own has no gradient, and composed of others it is a pass over memory
-//! for each.
+//! Softmax over the last axis as one op: candle's own has no gradient, and a composition of other ops passes
+//! over memory once for each.
 
 use crate::activations::exp_below;
 use crate::buffer::filled;
@@ -9,13 +9,13 @@ use crate::tensors::{check_type, packed, tracked, with_values};
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, bail};
 use std::ops::Range;
 
-/// So many vectors are added in f32 before their sum is added up in f64.
+/// Vectors added in f32 before their sum is added in f64.
 const STRETCH: usize = 16;
 
-/// e^x / (the sum of e^x over the last axis), (.., N) to the same. Differentiable.
+/// e^x / (the sum of e^x over the last axis), with the shape of x, (.., N). Differentiable.
 ///
 /// # Errors
-/// Where x has no axis or no elements, or is not f32 on the CPU.
+/// If x has no axis or no elements, or is not f32 on the CPU.
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     check_type("softmax", "x", x, DType::F32)?;
     let Some(&width) = x.dims().last() else { bail!("softmax: x has no axis") };
@@ -23,7 +23,7 @@ pub fn softmax(x: &Tensor) -> Result<Tensor> {
     if tracked(x) { x.apply_op1(op) } else { x.apply_op1_no_bwd(&op) }
 }
 
-/// The gradient of the softmax's input, from its result and that one's gradient.
+/// The gradient of the softmax's input, from its result `y` and the gradient `d` of that.
 pub(crate) fn softmax_gradient(y: &Tensor, d: &Tensor) -> Result<Tensor> {
     let op = Softmax { width: y.dims().last().copied().unwrap_or(1) };
     let level = Level::current();
@@ -31,7 +31,7 @@ pub(crate) fn softmax_gradient(y: &Tensor, d: &Tensor) -> Result<Tensor> {
         with_values(d, |d| {
             let fill = |dx: Shared| {
                 op.for_rows(y.len(), |row| {
-                    // SAFETY: each row belongs to one task.
+                    // SAFETY: each row belongs to exactly one task.
                     let to = unsafe { dx.offset(row.start) };
                     level.run(RowBack { y: &y[row.clone()], d: &d[row], to });
                 });
@@ -48,7 +48,7 @@ struct Softmax {
 }
 
 impl Softmax {
-    /// Runs `f` on the place of each of the rows that `len` values are.
+    /// Calls `f` with the range of each row among `len` values.
     fn for_rows(&self, len: usize, f: impl Fn(Range<usize>) + Sync + Send) {
         let width = self.width;
         on_pool(|| {
@@ -57,7 +57,7 @@ impl Softmax {
     }
 }
 
-/// A row, forwards.
+/// The forward pass of one row.
 struct Row<'a> {
     x: &'a [f32],
     to: Shared,
@@ -68,7 +68,8 @@ impl Kernel for Row<'_> {
     unsafe fn run<S: Simd>(self) {
         let Row { x, to } = self;
         let whole = x.len() / LANES * LANES;
-        // SAFETY: whole vectors, or as many lanes as there are; there is room for as many values as x has.
+        // SAFETY: reads and writes whole vectors, or only the lanes that are left; there is room for as many
+        // values as x has.
         unsafe {
             let mut largest = [f32::NEG_INFINITY; LANES];
             let mut vector = S::splat(f32::NEG_INFINITY);
@@ -92,7 +93,7 @@ impl Kernel for Row<'_> {
             if rest > 0 {
                 let power = exp_below(S::load_first(x.as_ptr().add(whole), rest).sub(largest));
                 power.store_first(to.at(whole), rest);
-                // What the other lanes hold is no part of the row.
+                // Reloaded, so that the lanes beyond the row are zero.
                 sum += f64::from(S::load_first(to.at(whole), rest).sum());
             }
             let scale = S::splat((1. / sum) as f32);
@@ -104,7 +105,7 @@ impl Kernel for Row<'_> {
     }
 }
 
-/// A row, backwards: y (d - the sum of y d).
+/// The backward pass of one row: y (d - the sum of y d).
 struct RowBack<'a> {
     y: &'a [f32],
     d: &'a [f32],
@@ -115,7 +116,7 @@ impl Kernel for RowBack<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let RowBack { y, d, to } = self;
-        // SAFETY: both have so many values, and there is room for as many; absent lanes are zero.
+        // SAFETY: both have the same number of values, and there is room for as many; absent lanes are zero.
         unsafe {
             let load =
                 |from: &[f32], at: usize| S::load_lanes(from.as_ptr().add(at), LANES.min(from.len() - at));
@@ -145,7 +146,7 @@ impl CustomOp1 for Softmax {
         let (x, level) = (&*packed::<f32>(x, layout)?, Level::current());
         let fill = |y: Shared| {
             self.for_rows(x.len(), |row| {
-                // SAFETY: each row belongs to one task.
+                // SAFETY: each row belongs to exactly one task.
                 let to = unsafe { y.offset(row.start) };
                 level.run(Row { x: &x[row], to });
             });

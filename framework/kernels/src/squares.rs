@@ -5,18 +5,18 @@ use crate::simd::{Kernel, LANES, Level, Simd};
 use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 use rayon::prelude::*;
 
-/// The sum of the squares of a tensor's values, f32 or f64, as f64; of f32 to about 1e-7 of the sum. The same bits on any
-/// number of threads.
+/// The sum of the squares of a tensor's f32 or f64 values, as f64; for f32, accurate to about 1e-7 of the
+/// sum. Bit-identical for any number of threads.
 ///
 /// # Errors
-/// Where the tensor is of another type, not on the CPU, or not contiguous.
+/// If the tensor has another dtype, is not on the CPU, or is not contiguous.
 pub(crate) fn sum_squares(x: &Tensor) -> Result<f64> {
     let (storage, layout) = x.storage_and_layout();
     match &*storage {
         Storage::Cpu(CpuStorage::F32(values)) => {
             let values = contiguous(values, layout)?;
             let sum = sum_of(values, |x| x * x);
-            // Squares leave the range of f32 long before the values do.
+            // Squares overflow f32 long before the values do.
             Ok(if sum.is_finite() { sum } else { sum_of(values, |x| f64::from(x) * f64::from(x)) })
         }
         Storage::Cpu(CpuStorage::F64(values)) => Ok(sum_of(contiguous(values, layout)?, |x| x * x)),
@@ -28,7 +28,7 @@ pub(crate) fn sum_squares(x: &Tensor) -> Result<f64> {
     }
 }
 
-/// The sum of f(x) for each x: in the type of f(x) over short stretches, in f64 over those.
+/// The sum of f(x) for each x: short runs are added in the type of f(x), and their sums in f64.
 fn sum_of<T: Copy + Sync, U>(values: &[T], f: impl Fn(T) -> U + Copy + Sync) -> f64
 where
     U: Copy + Default + Into<f64> + std::ops::AddAssign,
@@ -46,7 +46,7 @@ where
     parts.iter().sum()
 }
 
-/// The same over one part, with the instructions of a level.
+/// The sum over one part, with the instructions of one level.
 struct Sum<'a, T, F> {
     values: &'a [T],
     f: F,
@@ -59,10 +59,10 @@ where
 {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        /// So many additions in one lane before it is added up in f64.
+        /// Additions per lane before the lane is added to the f64 sum.
         const STRETCH: usize = 16;
         for stretch in self.values.chunks(STRETCH * LANES) {
-            // Independent sums, for vectors; the same ones at every level.
+            // Independent sums that vectorise, in the same order at every level.
             let mut sums = [U::default(); LANES];
             let rows = stretch.chunks_exact(LANES);
             for (sum, &x) in sums.iter_mut().zip(rows.remainder()) {

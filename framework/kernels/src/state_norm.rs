@@ -1,4 +1,4 @@
-//! Layer normalisation over all values of a state, with a weight and a bias for each.
+//! Layer normalisation over all values of a state, with one weight and one bias per value.
 
 use crate::buffer::filled;
 use crate::kept::Kept;
@@ -9,15 +9,15 @@ use candle_core::{CpuStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, 
 use std::ops::Range;
 use std::sync::OnceLock;
 
-/// Values of a state that a task takes: two kilobyte pages, so that a second look finds them in the first-level cache.
+/// Values of a state per task: 8 KiB, so the second pass finds them in the L1 cache.
 const PART: usize = 1 << 11;
-/// So many vectors are added in f32 before their sum is added up in f64.
+/// Vectors added in f32 before their sum is added in f64.
 const STRETCH: usize = 16;
 
-/// Layer normalisation (Ba, Kiros and Hinton 2016) over everything but the batch, for a weight and a bias that are used many
-/// times before they change: (x - mean) / sqrt(variance + eps) weight + bias.
+/// Layer normalisation (Ba, Kiros and Hinton 2016) over all axes except the batch, for a weight and a bias
+/// that are used many times before they change: (x - mean) / sqrt(variance + eps) weight + bias.
 ///
-/// On the CPU their gradients are summed over the uses, and handed over after the last of them.
+/// On the CPU, their gradients are summed over all uses and passed on after the last of them.
 #[derive(Debug, Clone)]
 pub struct SharedNorm(Place);
 
@@ -32,7 +32,7 @@ enum Place {
     },
 }
 
-/// What all uses on the CPU share.
+/// The data that all uses on the CPU share.
 #[derive(Debug, Clone)]
 struct Parameters {
     weight: Kept,
@@ -42,10 +42,10 @@ struct Parameters {
 }
 
 impl SharedNorm {
-    /// With a weight and a bias of the state's shape, as they are now: changes after this are not seen.
+    /// Captures a weight and a bias of the state's shape as they are now; later changes are not seen.
     ///
     /// # Errors
-    /// Where the shapes differ, or one is not f32 on the CPU or a CUDA device.
+    /// If the shapes differ, or one is not f32 on the CPU or a CUDA device.
     pub fn new(weight: &Tensor, bias: &Tensor, epsilon: f64) -> Result<SharedNorm> {
         check_in_32_bits("shared_norm", "weight", weight)?;
         check_in_32_bits("shared_norm", "bias", bias)?;
@@ -62,10 +62,10 @@ impl SharedNorm {
         Ok(SharedNorm(Place::Cpu(Parameters { weight, bias, number, epsilon })))
     }
 
-    /// (B, ..) to the same, where .. is the weight's shape. Differentiable in x, the weight and the bias.
+    /// Normalises x (B, ..), where .. is the weight's shape. Differentiable in x, the weight and the bias.
     ///
     /// # Errors
-    /// Where x has another shape, or is not f32 where the weight is.
+    /// If x has another shape, or is not f32 on the weight's device.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let weight = match &self.0 {
             Place::Cpu(shared) => shared.weight.values(),
@@ -93,14 +93,14 @@ impl SharedNorm {
     }
 }
 
-/// One use.
+/// One use of the shared weight and bias.
 struct Norm {
     shared: Parameters,
-    /// Of each sample: its mean, and 1 / sqrt(variance + eps).
+    /// Mean and 1 / sqrt(variance + eps) of each sample.
     statistics: OnceLock<Vec<(f32, f32)>>,
 }
 
-/// The parts of a state of so many values.
+/// The number of parts of a state of `len` values.
 fn parts(len: usize) -> usize {
     len.div_ceil(PART)
 }
@@ -112,12 +112,12 @@ fn part(index: usize, len: usize) -> Range<usize> {
 impl Norm {
     fn statistics_of(&self, level: Level, x: &[f32], len: usize) -> Vec<(f32, f32)> {
         let (samples, parts) = (x.len() / len, parts(len));
-        // The mean of each part, and the sum of squares around it.
+        // The mean of each part, and the sum of squared deviations from it.
         let mut moments = vec![(0f64, 0f64); samples * parts];
         let to = Shared::new(&mut moments);
         parallel::for_each(samples * parts, |task| {
             let sample = &x[task / parts * len..][..len];
-            // SAFETY: each task has a place of its own.
+            // SAFETY: each task has its own place.
             let to = unsafe { &mut *to.at(task) };
             level.run(Moments { values: &sample[part(task % parts, len)], to });
         });
@@ -125,7 +125,7 @@ impl Norm {
             let counts = (0..parts).map(|index| part(index, len).len() as f64);
             let of_parts = || counts.clone().zip(moments);
             let mean = of_parts().map(|(n, (mean, _))| n * mean).sum::<f64>() / len as f64;
-            // What the parts' means differ by is variance, too.
+            // The differences between the parts' means contribute to the variance too.
             let squares: f64 =
                 of_parts().map(|(n, (m, squares))| squares + n * (m - mean) * (m - mean)).sum();
             (mean as f32, (1. / (squares / len as f64 + self.shared.epsilon).sqrt()) as f32)
@@ -134,7 +134,7 @@ impl Norm {
     }
 }
 
-/// The mean of some values, and the sum of their squares around it.
+/// The mean of some values, and the sum of their squared deviations from it.
 struct Moments<'a> {
     values: &'a [f32],
     to: &'a mut (f64, f64),
@@ -148,7 +148,7 @@ impl Kernel for Moments<'_> {
         for stretch in values.chunks(STRETCH * LANES) {
             let vectors = stretch.chunks_exact(LANES);
             sum += vectors.remainder().iter().map(|&x| f64::from(x)).sum::<f64>();
-            // SAFETY: whole vectors.
+            // SAFETY: only whole vectors are loaded.
             sum += f64::from(unsafe { vectors.fold(S::zero(), |sum, x| sum.add(S::load(x.as_ptr()))) }.sum());
         }
         let mean = (sum / values.len() as f64) as f32;
@@ -156,7 +156,7 @@ impl Kernel for Moments<'_> {
             let vectors = stretch.chunks_exact(LANES);
             let square = |&x: &f32| f64::from((x - mean) * (x - mean));
             squares += vectors.remainder().iter().map(square).sum::<f64>();
-            // SAFETY: whole vectors.
+            // SAFETY: only whole vectors are loaded.
             let stretch = unsafe {
                 let mean = S::splat(mean);
                 vectors.fold(S::zero(), |sum, x| {
@@ -170,7 +170,7 @@ impl Kernel for Moments<'_> {
     }
 }
 
-/// Part of a sample, forwards.
+/// The forward pass of part of a sample.
 struct Forward<'a> {
     x: &'a [f32],
     weight: &'a [f32],
@@ -185,7 +185,7 @@ impl Kernel for Forward<'_> {
         let Forward { x, weight, bias, statistics: (mean, scale), to } = self;
         for at in (0..x.len()).step_by(LANES) {
             let lanes = LANES.min(x.len() - at);
-            // SAFETY: all three have so many values, and there is room for as many.
+            // SAFETY: all three have as many values as x, and there is room for as many.
             unsafe {
                 let load = |from: &[f32]| S::load_lanes(from.as_ptr().add(at), lanes);
                 let normal = load(x).sub(S::splat(mean)).mul(S::splat(scale));
@@ -195,7 +195,8 @@ impl Kernel for Forward<'_> {
     }
 }
 
-/// Part of a sample, backwards: adds to the gradients of weight and bias, and to the sums that the sample's gradient needs.
+/// The backward pass of part of a sample: adds to the gradients of weight and bias, and to the sums that the
+/// sample's gradient needs.
 struct Sums<'a> {
     x: &'a [f32],
     d: &'a [f32],
@@ -203,7 +204,7 @@ struct Sums<'a> {
     statistics: (f32, f32),
     d_weight: Option<Shared>,
     d_bias: Option<Shared>,
-    /// Of d weight, and of d weight (x - mean) scale.
+    /// Sums of d weight, and of d weight (x - mean) scale.
     sums: &'a mut (f64, f64),
 }
 
@@ -212,7 +213,7 @@ impl Kernel for Sums<'_> {
     unsafe fn run<S: Simd>(self) {
         let Sums { x, d, weight, statistics: (mean, scale), d_weight, d_bias, sums } = self;
         for start in (0..x.len()).step_by(STRETCH * LANES) {
-            // SAFETY: all have so many values; absent lanes of d are zero, and so are their products.
+            // SAFETY: all have as many values as x; absent lanes of d are zero, and so are their products.
             unsafe {
                 let (mut one, mut two) = (S::zero(), S::zero());
                 for at in (start..x.len().min(start + STRETCH * LANES)).step_by(LANES) {
@@ -239,7 +240,7 @@ impl Kernel for Sums<'_> {
     }
 }
 
-/// Part of a sample's gradient.
+/// Computes part of a sample's gradient.
 struct Backward<'a> {
     x: &'a [f32],
     d: &'a [f32],
@@ -256,7 +257,7 @@ impl Kernel for Backward<'_> {
         let Backward { x, d, weight, statistics: (mean, scale), means, to } = self;
         for at in (0..x.len()).step_by(LANES) {
             let lanes = LANES.min(x.len() - at);
-            // SAFETY: all three have so many values, and there is room for as many.
+            // SAFETY: all three have as many values as x, and there is room for as many.
             unsafe {
                 let load = |from: &[f32]| S::load_lanes(from.as_ptr().add(at), lanes);
                 let normal = load(x).sub(S::splat(mean)).mul(S::splat(scale));
@@ -289,7 +290,7 @@ impl CustomOp2 for Norm {
                 let fill = |y: Shared| {
                     parallel::for_each(x.len() / len * parts, |task| {
                         let (sample, of) = (task / parts, part(task % parts, len));
-                        // SAFETY: each task has a part of its own.
+                        // SAFETY: each task has its own part.
                         let to = unsafe { y.offset(sample * len + of.start) };
                         let (weight, bias) = (&weight[of.clone()], &bias[of.clone()]);
                         let (x, statistics) = (&x[sample * len..][of], statistics[sample]);
@@ -330,7 +331,8 @@ impl CustomOp2 for Norm {
                             let of = part(index, len);
                             for (sample, &statistics) in statistics.iter().enumerate() {
                                 let at = sample * len + of.start..sample * len + of.end;
-                                // SAFETY: each task has a part of the gradients, and places among the sums, of its own.
+                                // SAFETY: each task has its own part of the gradients, and its own places
+                                // among the sums.
                                 let (d_weight, d_bias, sums) = unsafe {
                                     let part = |sum: Shared| sum.offset(of.start);
                                     (
@@ -353,7 +355,7 @@ impl CustomOp2 for Norm {
                         parallel::for_each(samples * parts, |task| {
                             let (sample, of) = (task / parts, part(task % parts, len));
                             let at = sample * len + of.start..sample * len + of.end;
-                            // SAFETY: each task has a part of its own.
+                            // SAFETY: each task has its own part.
                             let to = unsafe { dx.offset(at.start) };
                             let (statistics, means) = (statistics[sample], means[sample]);
                             let (x, d, weight) = (&x[at.clone()], &d[at], &weight[of]);

@@ -1,4 +1,4 @@
-//! Between candle's tensors and the slices that kernels run on.
+//! Checks of candle tensors, and access to their values as slices for the kernels.
 
 use crate::float::Float;
 use crate::parallel::{self, Shared};
@@ -6,29 +6,32 @@ use candle_core::{CpuStorage, DType, InplaceOp1, Layout, Result, Storage, Tensor
 use std::borrow::Cow;
 use std::cell::{Cell, RefCell};
 
-/// Whether these kernels take this tensor: f32 on the CPU.
+/// Whether this crate's ops accept this tensor: f32 on the CPU.
 ///
-/// Elsewhere every op of this crate is an error, but for what [`convolves`] and [`in_32_bits`] say; compose it from candle's own ops
-/// instead.
+/// With other tensors every op of this crate returns an error, except the ops named in [`convolves`] and
+/// [`in_32_bits`]; compose them from candle's own ops instead.
 pub fn supported(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
-/// Whether [`conv2d`](crate::conv2d()), [`conv_lstm`](crate::conv_lstm()) and [`activate`](crate::activate()) take this tensor: f32,
-/// bf16 or f16, on the CPU or, with the feature `cuda`, on a CUDA device. [`normalize`](crate::normalize()) takes it on a CUDA device.
+/// Whether [`conv2d`](crate::conv2d()), [`conv_lstm`](crate::conv_lstm()) and [`activate`](crate::activate())
+/// accept this tensor: f32, bf16 or f16, on the CPU or, with the feature `cuda`, on a CUDA device.
+/// [`normalize`](crate::normalize()) accepts such a tensor on a CUDA device.
 pub fn convolves(x: &Tensor) -> bool {
     let device = x.device().is_cpu() || cfg!(feature = "cuda") && x.device().is_cuda();
     device && matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16)
 }
 
-/// Whether the pointwise parts of recurrent cells ([`sum_gates`](crate::sum_gates), [`memory_update`](crate::memory_update),
-/// [`open_output`](crate::open_output()), [`blend`](crate::blend()), [`SharedNorm`](crate::SharedNorm)) take this tensor: f32, on the CPU or, with the feature `cuda`, on a
+/// Whether the pointwise parts of recurrent cells ([`sum_gates`](crate::sum_gates),
+/// [`memory_update`](crate::memory_update), [`open_output`](crate::open_output()), [`blend`](crate::blend()),
+/// [`SharedNorm`](crate::SharedNorm)) accept this tensor: f32, on the CPU or, with the feature `cuda`, on a
 /// CUDA device.
 pub fn in_32_bits(x: &Tensor) -> bool {
     x.dtype() == DType::F32 && convolves(x)
 }
 
-/// An error that names the op and the tensor, unless it is in 32 bits on the CPU or a CUDA device, and has elements.
+/// Returns an error that names the op and the tensor, unless it is f32 on the CPU or a CUDA device and has
+/// elements.
 pub(crate) fn check_in_32_bits(op: &str, name: &str, x: &Tensor) -> Result<()> {
     if !in_32_bits(x) {
         bail!("{op}: {name} must be f32 on {}, got {:?} on {:?}", place(), x.dtype(), x.device().location());
@@ -36,12 +39,12 @@ pub(crate) fn check_in_32_bits(op: &str, name: &str, x: &Tensor) -> Result<()> {
     check_elements(op, name, x)
 }
 
-/// Where tensors may be.
+/// The devices that tensors may be on, for error messages.
 fn place() -> &'static str {
     if cfg!(feature = "cuda") { "the CPU or a CUDA device" } else { "the CPU" }
 }
 
-/// An error that names the op and the tensor, unless convolutions take it, and it has elements.
+/// Returns an error that names the op and the tensor, unless convolutions accept it and it has elements.
 pub(crate) fn check_convolves(op: &str, name: &str, x: &Tensor) -> Result<()> {
     if !convolves(x) {
         let place = place();
@@ -51,7 +54,8 @@ pub(crate) fn check_convolves(op: &str, name: &str, x: &Tensor) -> Result<()> {
     check_elements(op, name, x)
 }
 
-/// An error that names the op and the tensor, unless it is of the type of `x`, where that is, and has elements.
+/// Returns an error that names the op and the tensor, unless it has the dtype and device of `x` and has
+/// elements.
 pub(crate) fn check_like(op: &str, name: &str, tensor: &Tensor, x: &Tensor) -> Result<()> {
     if tensor.dtype() != x.dtype() || !tensor.device().same_device(x.device()) {
         bail!(
@@ -65,7 +69,8 @@ pub(crate) fn check_like(op: &str, name: &str, tensor: &Tensor, x: &Tensor) -> R
     check_elements(op, name, tensor)
 }
 
-/// An error that names the op and the tensor, unless it is on the CPU, of this type, and has elements.
+/// Returns an error that names the op and the tensor, unless it is on the CPU, has this dtype, and has
+/// elements.
 pub(crate) fn check_type(op: &str, name: &str, x: &Tensor, dtype: DType) -> Result<()> {
     if !x.device().is_cpu() || x.dtype() != dtype {
         bail!(
@@ -89,8 +94,9 @@ thread_local! {
     static GRADIENTS: Cell<bool> = const { Cell::new(true) };
 }
 
-/// Runs `f` with gradients switched off for this crate's ops on this thread: their results belong to no graph, and nothing
-/// is kept for a backward pass, even where the weights are variables. For validation and prediction.
+/// Runs `f` with gradients disabled for this crate's ops on this thread: their results belong to no graph,
+/// and nothing is saved for a backward pass, even if the weights are variables. For validation and
+/// prediction.
 pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     struct Restore(bool);
     impl Drop for Restore {
@@ -102,12 +108,12 @@ pub fn no_grad<R>(f: impl FnOnce() -> R) -> R {
     f()
 }
 
-/// Whether a backward pass may ask for the gradient of `x`.
+/// Whether a backward pass may request the gradient of `x`.
 pub(crate) fn tracked(x: &Tensor) -> bool {
     GRADIENTS.get() && x.track_op()
 }
 
-/// The same tensor as kernels take it: on a CUDA device contiguous, and where several values can be read at once.
+/// Prepares a tensor for kernels: on a CUDA device it must be contiguous, and aligned for vector loads.
 pub(crate) fn for_kernels(x: &Tensor) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if x.device().is_cuda() {
@@ -116,14 +122,14 @@ pub(crate) fn for_kernels(x: &Tensor) -> Result<Tensor> {
     Ok(x.clone())
 }
 
-/// The values in row-major order: borrowed where they lie so, otherwise copied.
+/// The values in row-major order: borrowed if they are contiguous, otherwise copied.
 pub(crate) fn packed<'a, T: Float>(storage: &'a CpuStorage, layout: &Layout) -> Result<Cow<'a, [T]>> {
     let data = storage.as_slice::<T>()?;
     if let Some((start, end)) = layout.contiguous_offsets() {
         return Ok(Cow::Borrowed(&data[start..end]));
     }
     let (dims, strides) = (layout.dims(), layout.stride());
-    // The last axis is one loop; before it, tasks are rows.
+    // One loop over the last axis; tasks are rows of the other axes.
     let (Some(&len), Some(&stride)) = (dims.last(), strides.last()) else {
         return Ok(Cow::Owned(vec![data[layout.start_offset()]]));
     };
@@ -139,7 +145,7 @@ pub(crate) fn packed<'a, T: Float>(storage: &'a CpuStorage, layout: &Layout) -> 
                 from += rest % dim * stride;
                 rest /= dim;
             }
-            // SAFETY: each row belongs to one task.
+            // SAFETY: each row belongs to exactly one task.
             let out = unsafe { std::slice::from_raw_parts_mut(out.at(row * len), len) };
             for (i, x) in out.iter_mut().enumerate() {
                 *x = data[from + i * stride];
@@ -149,7 +155,7 @@ pub(crate) fn packed<'a, T: Float>(storage: &'a CpuStorage, layout: &Layout) -> 
     Ok(Cow::Owned(copy))
 }
 
-/// `f` of a tensor's values in row-major order.
+/// Calls `f` with a tensor's values in row-major order.
 pub(crate) fn with_values<T: Float, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Result<R>) -> Result<R> {
     let (storage, layout) = x.storage_and_layout();
     match &*storage {
@@ -158,8 +164,8 @@ pub(crate) fn with_values<T: Float, R>(x: &Tensor, f: impl FnOnce(&[T]) -> Resul
     }
 }
 
-/// `f` of where the values of tensors lie, those that there are: f32 on the CPU, contiguous, each in a storage of its own. Nobody
-/// else uses them meanwhile.
+/// Calls `f` with pointers to the values of the tensors that are present: f32 on the CPU, contiguous, each
+/// with its own storage. The storages are locked meanwhile, so nothing else uses them.
 pub(crate) fn in_place<const N: usize>(
     tensors: [Option<&Tensor>; N],
     f: impl FnOnce([Option<Shared>; N]),
@@ -168,7 +174,7 @@ pub(crate) fn in_place<const N: usize>(
     hold(&tensors, [None; N], &mut |places| f.take().map_or((), |f| f(places)))
 }
 
-/// Holds the storages of the first of these tensors, then of those behind it, and then calls `f` with the places of all.
+/// Locks the storages of these tensors, one after the other, and then calls `f` with the pointers of all.
 fn hold<const N: usize>(
     tensors: &[Option<&Tensor>],
     mut places: [Option<Shared>; N],
@@ -190,7 +196,7 @@ fn hold<const N: usize>(
     }
 }
 
-/// A function of a tensor's values while nobody else uses them.
+/// A function of a tensor's values, called while the storage is locked.
 struct InPlace<F>(RefCell<F>);
 
 impl<F: FnMut(&mut [f32]) -> Result<()>> InplaceOp1 for InPlace<F> {

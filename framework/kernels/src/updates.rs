@@ -1,4 +1,5 @@
-//! What optimizers do to parameters, in place: on the CPU, and by one kernel for many parameters on a CUDA device.
+//! In-place parameter updates for optimizers: on the CPU, and with one kernel for many parameters on a CUDA
+//! device.
 
 mod rules;
 
@@ -10,42 +11,44 @@ use crate::tensors::{in_place, with_values};
 use candle_core::{DType, Device, Result, Tensor, bail};
 pub use rules::{AdadeltaStep, AdagradStep, AdamStep, AdamaxStep, MOST_STATES, RmspropStep, Rule, SgdStep};
 
-/// A parameter and what a rule keeps of it: contiguous, of one shape, and f32 but for the copy.
+/// A parameter with its gradient and optimizer state; all contiguous, of one shape, and f32 except for the
+/// copy.
 #[derive(Debug, Clone, Copy)]
 pub struct UpdateParam<'a> {
     /// The parameter.
     pub param: &'a Tensor,
-    /// What is given its new value in bf16 or f16, the same for all that have one.
+    /// A bf16 or f16 tensor that receives the parameter's new value; all copies have the same dtype.
     pub copy: Option<&'a Tensor>,
     /// Its gradient.
     pub gradient: &'a Tensor,
-    /// What the rule keeps of each of its values, in the rule's order.
+    /// The rule's state tensors for this parameter, in the rule's order.
     pub kept: [Option<&'a Tensor>; MOST_STATES],
 }
 
-/// A rule's numbers, and on a CUDA device the memory where its kernels read them: a recorded update has those of each replay.
+/// A rule's numbers and, on a CUDA device, the memory from which its kernels read them: a recorded update
+/// uses the numbers set before each replay.
 #[derive(Debug)]
 pub struct Placed<R> {
     rule: Option<R>,
-    /// f32, of the device.
+    /// The numbers as f32 on the device.
     on_device: Option<Tensor>,
 }
 
 impl<R: Rule> Placed<R> {
-    /// None yet, for parameters of this device.
+    /// Creates it without numbers, for parameters on this device.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn on(device: &Device) -> Result<Self> {
         let on_device =
             device.is_cuda().then(|| Tensor::zeros(R::NUMBERS, DType::F32, device)).transpose()?;
         Ok(Self { rule: None, on_device })
     }
 
-    /// The numbers of the updates that come.
+    /// Sets the numbers for subsequent updates.
     ///
     /// # Errors
-    /// Where the device fails.
+    /// If the device fails.
     pub fn set(&mut self, rule: R) -> Result<()> {
         if let Some(on_device) = &self.on_device {
             on_device.slice_set(&Tensor::new(rule.numbers(), on_device.device())?, 0, 0)?;
@@ -54,10 +57,12 @@ impl<R: Rule> Placed<R> {
         Ok(())
     }
 
-    /// Moves parameters, and what is kept of them, by so much of their gradients, if at all; copies follow.
+    /// Updates parameters and their state by their scaled gradients, unless `scale` refuses the update, and
+    /// then the copies.
     ///
     /// # Errors
-    /// Where the numbers were never set, the tensors of a parameter do not fit together, or not all are on one device.
+    /// If the numbers were never set, the tensors of a parameter are incompatible, or not all tensors are on
+    /// one device.
     pub fn apply(&self, params: &[UpdateParam], scale: &GradScale) -> Result<()> {
         let Some(one) = params.first() else { return Ok(()) };
         let Some(rule) = self.rule else { bail!("update: it has no numbers yet") };
@@ -80,7 +85,7 @@ impl<R: Rule> Placed<R> {
     }
 }
 
-/// Moves a parameter on the CPU, in one pass over all that belongs to it.
+/// Updates a parameter on the CPU, in one pass over its tensors.
 fn update_on_cpu(
     rule: impl Rule,
     share: Share,
@@ -92,7 +97,7 @@ fn update_on_cpu(
     with_values(gradient, |gradient: &[f32]| {
         in_place([Some(param), a, b, c], |[w, kept @ ..]| {
             for_rows(gradient.len(), 1, |part| {
-                // SAFETY: all have as many values, and each part belongs to one task.
+                // SAFETY: all have as many values as the gradient, and each part belongs to exactly one task.
                 let place = |x: Shared| unsafe { x.offset(part.start) };
                 let (Some(w), kept) = (w.map(place), kept.map(|x| x.map(place))) else { return };
                 level.run(Update { rule, share, w, gradient: &gradient[part.clone()], kept });
@@ -101,7 +106,7 @@ fn update_on_cpu(
     })
 }
 
-/// A part of a parameter, and what is kept of it: of as many values as there are gradients.
+/// A part of a parameter and of its state; each has as many values as `gradient`.
 struct Update<'a, R> {
     rule: R,
     share: Share,
@@ -113,13 +118,14 @@ struct Update<'a, R> {
 impl<R: Rule> Kernel for Update<'_, R> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        /// So many values at once have what is kept of them here, whether a parameter keeps it or not, so that there is one loop.
+        /// Values per block. State is copied here, and zero-filled if the parameter lacks it, so that one
+        /// loop serves all cases.
         const BLOCK: usize = 128;
         let Update { rule, share, w, gradient, kept } = self;
         let mut here = [[0f32; BLOCK]; MOST_STATES];
         for start in (0..gradient.len()).step_by(BLOCK) {
             let gradient = &gradient[start..gradient.len().min(start + BLOCK)];
-            // SAFETY: there are so many values from there on, of this task alone.
+            // SAFETY: `gradient.len()` values follow `start`, and they belong to this task only.
             let place = |x: Shared| unsafe { std::slice::from_raw_parts_mut(x.at(start), gradient.len()) };
             for (here, kept) in here.iter_mut().zip(kept) {
                 match kept {
@@ -142,10 +148,11 @@ impl<R: Rule> Kernel for Update<'_, R> {
     }
 }
 
-/// Moves the first tensor of each pair this share of the way to the second: on a CUDA device many by one kernel.
+/// Moves the first tensor of each pair by the fraction `share` towards the second; on a CUDA device, one
+/// kernel handles many.
 ///
 /// # Errors
-/// Where a pair's tensors are not f32 of one shape, or not all are on one device.
+/// If a pair's tensors are not f32 of one shape, or not all tensors are on one device.
 pub fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     for (x, target) in pairs {
         check([Some(x), Some(target), None, None, None])?;
@@ -159,7 +166,7 @@ pub fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     pairs.iter().try_for_each(|(x, target)| update_on_cpu(Approach(share), Share::WHOLE, x, target, nothing))
 }
 
-/// Moves a value this share of the way to another, which takes its gradient's place.
+/// Moves a value by this fraction towards a target, which is passed as the gradient.
 #[derive(Clone, Copy)]
 struct Approach(f32);
 
@@ -177,12 +184,12 @@ impl Rule for Approach {
     }
 }
 
-/// Gives tensors the values that their masters have now, in their own type, in place: on a CUDA device many half-precision ones
-/// by one kernel. Pairs are a master, f32, and a contiguous tensor of its shape; all are on one device, and all that are given
-/// values are of one type.
+/// Copies master values into tensors, in place and in the tensors' own dtype; on a CUDA device, one kernel
+/// handles many half-precision tensors. Each pair is an f32 master and a contiguous tensor of the same shape;
+/// all are on one device, and all destinations have the same dtype.
 ///
 /// # Errors
-/// Where that is not so.
+/// If the tensors do not meet these conditions.
 pub fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     for (master, copy) in pairs {
         on_one_device(pairs[0].0, master)?;
@@ -198,16 +205,16 @@ pub fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     pairs.iter().try_for_each(|(master, copy)| give(master, copy))
 }
 
-/// Gives a tensor its master's values.
+/// Copies a master's values into a tensor.
 fn give(master: &Tensor, copy: &Tensor) -> Result<()> {
     copy.flatten_all()?.slice_set(&master.to_dtype(copy.dtype())?.flatten_all()?, 0, 0)
 }
 
-/// The sum of the squares of the values of tensors that are on one device. The same bits every time; waits for the device
-/// once.
+/// The sum of the squares of all values of tensors on one device. Bit-identical on every call; waits for the
+/// device once.
 ///
 /// # Errors
-/// Where a tensor on the CPU is not contiguous, or neither f32 nor f64.
+/// If a tensor on the CPU is not contiguous, or neither f32 nor f64.
 pub fn sum_squares_of(tensors: &[Tensor]) -> Result<f64> {
     #[cfg(feature = "cuda")]
     if tensors.first().is_some_and(|x| x.device().is_cuda()) {
@@ -228,7 +235,7 @@ fn on_one_device(a: &Tensor, b: &Tensor) -> Result<()> {
 }
 
 fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
-    // Tensors with one storage would wait for each other.
+    // Tensors that share a storage would deadlock on its lock.
     let storage = |x: &Tensor| std::ptr::from_ref(&*x.storage_and_layout().0);
     let storages = tensors.map(|x| x.map(storage));
     let again = |i: usize| storages[i].is_some() && storages[..i].contains(&storages[i]);
@@ -252,7 +259,7 @@ fn check(tensors: [Option<&Tensor>; 5]) -> Result<()> {
     Ok(())
 }
 
-/// Checks what a parameter is copied to, where it is; all copies are of the type of `like`.
+/// Checks a parameter's copy, if it has one; all copies have the dtype of `like`.
 fn check_copy(param: &Tensor, copy: Option<&Tensor>, like: Option<&Tensor>) -> Result<()> {
     let Some(copy) = copy else { return Ok(()) };
     if like.is_some_and(|like| like.dtype() != copy.dtype()) {

@@ -1,13 +1,14 @@
-//! 3x3 and 5x5 convolutions of stride 1 by Winograd's F(4x4, 3x3) and F(2x2, 5x5), forwards and backwards, on channels-last
-//! images.
+//! 3x3 and 5x5 convolutions of stride 1 by Winograd's F(4x4, 3x3) and F(2x2, 5x5), forward and backward, on
+//! channels-last images.
 //!
-//! An image is cut into tiles of 4x4 (or 2x2) outputs, which read 6x6 inputs. In the transformed domain a tile is 36 positions, and
-//! the convolution is one matrix product a position: M\[p\] (tiles, outputs) = V\[p\] (tiles, inputs) U\[p\] (inputs, outputs),
-//! with 36 / 16 = 2.25 multiplications an output where the direct sum needs 9 (or 36 / 4 = 9 instead of 25).
+//! An image is divided into tiles of 4x4 (or 2x2) outputs, which read 6x6 inputs. In the transformed domain a
+//! tile has 36 positions, and the convolution is one matrix product per position: M\[p\] (tiles, outputs) =
+//! V\[p\] (tiles, inputs) U\[p\] (inputs, outputs), with 36 / 16 = 2.25 multiplications per output where the
+//! direct sum needs 9 (or 36 / 4 = 9 instead of 25).
 //!
-//! - [`transform`]: the small matrices.
-//! - [`Filters`] to [`Panels`] and back: the weights, laid out for the products.
-//! - [`forward()`]: a block of tiles at a time, from V to the output, inside the second-level cache.
+//! - [`transform`]: the small transform matrices.
+//! - [`Filters`] to [`Panels`] and back: the weights in the layout of the products.
+//! - [`forward()`]: a block of tiles at a time, from V to the output, inside the L2 cache.
 //! - [`backward()`]: both gradients from one transform of the output's gradient.
 
 mod backward;
@@ -26,10 +27,12 @@ use crate::float::Float;
 use crate::simd::LANES;
 use transform::IN;
 
-/// Added to strides that are powers of two otherwise, so that what is read together spreads over the cache's sets.
+/// Added to strides that would otherwise be powers of two, so that data read together spreads over the
+/// cache's sets.
 const SPREAD: usize = LANES;
 
-/// Channels-last images to read: (batch, height, width, channels), pixels packed, images `image` values apart.
+/// Channels-last images to read: (batch, height, width, channels), with contiguous pixels, and images `image`
+/// values apart.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Images<T = f32> {
     pub(crate) data: *const T,
@@ -37,19 +40,19 @@ pub(crate) struct Images<T = f32> {
     pub(crate) channels: usize,
 }
 
-// SAFETY: read only, from every thread.
+// SAFETY: the images are only read, from any thread.
 unsafe impl<T: Sync> Send for Images<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Images<T> {}
 
 impl<T: Float> Images<T> {
-    /// The same images as `f32`, where that is what they hold.
+    /// The same images as `f32`, if that is their type.
     pub(crate) fn wide(self) -> Option<Images> {
         T::WIDE.then(|| Images { data: self.data.cast(), image: self.image, channels: self.channels })
     }
 }
 
-/// The sizes of a convolution, and its tiles, counted image after image, row after row.
+/// The sizes of a convolution and its tiles, which are numbered image by image, row by row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tiling {
     pub(crate) batch: usize,
@@ -60,7 +63,7 @@ pub(crate) struct Tiling {
     pub(crate) kernel: usize,
 }
 
-/// A tile: its place in the count, its image, its first output pixel, and how many of its outputs exist.
+/// A tile: its index, its image, its first output pixel, and the number of its outputs that exist.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tile {
     pub(crate) index: usize,
@@ -100,7 +103,7 @@ impl Tiling {
         let (rows, columns) = (self.out().min(self.out_height() - y), self.out().min(self.out_width() - x));
         Tile { index, image, y, x, rows, columns }
     }
-    /// Which rows and columns of the tile's 6x6 inputs lie inside the image: (rows, columns), as ranges.
+    /// The rows and columns of the tile's 6x6 inputs that lie inside the image: (rows, columns), as ranges.
     #[inline(always)]
     fn inside(&self, tile: &Tile) -> ([usize; 2], [usize; 2]) {
         let range = |start: usize, len: usize| {

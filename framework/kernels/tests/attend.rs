@@ -1,4 +1,4 @@
-//! Attention to tokens against f64, forwards and backwards.
+//! Attention to tokens against f64, forward and backward.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,14 +7,15 @@ use candle_core::{D, Result, Tensor};
 use candlepower_kernels::{attend, no_grad};
 use common::*;
 
-/// The same, one candle operation after the other.
+/// Attention composed of candle's own operations.
 fn composed(asked: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     let scores = asked.matmul(&tokens.t()?.contiguous()?)?;
     let powers = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?)?.exp()?;
     powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)?.matmul(tokens)
 }
 
-/// So many tokens of `width` channels for each sample; the tokens lie transposed in memory.
+/// Checks `asked` queries and `tokens` tokens of `width` channels per sample; the tokens are transposed in
+/// memory.
 fn check(batch: usize, asked: usize, tokens: usize, width: usize, seed: u64) {
     let what = format!("{batch} x {asked} of {tokens}, {width} wide");
     let (q, k) =

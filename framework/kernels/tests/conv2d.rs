@@ -1,4 +1,4 @@
-//! `conv2d` against f64, forwards and backwards.
+//! `conv2d` against f64, forward and backward.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -8,7 +8,7 @@ use candlepower_kernels::{Conv2dOptions, conv2d, conv2d_backward};
 use common::*;
 use proptest::prelude::*;
 
-/// Output and all gradients against the reference.
+/// Compares output and all gradients with the reference.
 fn check(x: &[usize; 4], outputs: usize, kernel: (usize, usize), o: Conv2dOptions, bias: bool, seed: u64) {
     let what = format!("x {x:?}, {outputs} outputs, kernel {kernel:?}, {o:?}, bias {bias}");
     let x = var(&random(x, seed));
@@ -39,7 +39,7 @@ fn all_sizes_at_each_level() {
             }
         }
         check(&[1, 5, 7, 40], 70, (1, 1), Conv2dOptions::default(), true, 2);
-        // One pixel an image, of a stride that nothing sees.
+        // One pixel per image, with a stride that has no effect.
         check(&[3, 1, 1, 4], 6, (1, 1), Conv2dOptions { stride: 2, ..Default::default() }, true, 2);
         check(&[2, 6, 7, 3], 20, (5, 5), Conv2dOptions { padding: 2, ..SAME }, false, 3);
         check(&[1, 9, 8, 6], 6, (3, 3), Conv2dOptions { groups: 6, stride: 2, ..SAME }, true, 4);
@@ -62,7 +62,7 @@ fn larger_images_take_several_chunks() {
 fn single_channels_are_cut_by_rows_and_by_channels() {
     let by_themselves = |channels| Conv2dOptions { groups: channels, ..SAME };
     at_each_level(|_| {
-        // Several bands of rows; several tasks of channels, of which the last one has fewer.
+        // Several bands of rows; several tasks of channels, the last one with fewer channels.
         check(&[2, 50, 40, 20], 20, (3, 3), by_themselves(20), true, 11);
         check(&[2, 16, 14, 300], 300, (3, 3), by_themselves(300), true, 12);
         let o = Conv2dOptions { stride: 2, dilation: 2, padding: 3, ..by_themselves(24) };
@@ -70,10 +70,10 @@ fn single_channels_are_cut_by_rows_and_by_channels() {
         // SimVP's large kernel.
         let o = Conv2dOptions { dilation: 3, padding: 9, ..by_themselves(40) };
         check(&[1, 16, 15, 40], 40, (7, 7), o, true, 14);
-        // A row, which is cut as the column that it also is.
+        // A single row, which is processed as a column.
         let o = Conv2dOptions { stride: 2, dilation: 2, padding: 0, ..by_themselves(20) };
         check(&[2, 1, 3000, 20], 20, (1, 9), o, true, 18);
-        // Weights' gradients alone, and inputs' alone.
+        // Only the weight gradient, and only the input gradient.
         let x = random(&[1, 6, 5, 18], 15);
         let w = random(&[18, 1, 3, 3], 16);
         let both = conv2d(&var(&x), &w, None, by_themselves(18)).unwrap();
@@ -90,16 +90,17 @@ fn single_channels_are_cut_by_rows_and_by_channels() {
 
 #[test]
 fn products_are_cut_by_rows_by_panels_and_by_pixels() {
-    // The gradient of a 1x1 convolution's weights, where they lie and, for other widths, beside them; few weights of many pixels.
+    // The weight gradient of a 1x1 convolution, summed in place and, for other widths, separately; few
+    // weights, many pixels.
     check(&[2, 9, 8, 512], 1030, (1, 1), Conv2dOptions::default(), true, 18);
     check(&[2, 9, 8, 500], 1030, (1, 1), Conv2dOptions::default(), true, 19);
     check(&[2, 60, 50, 40], 70, (1, 1), Conv2dOptions::default(), true, 20);
     check(&[1, 30, 20, 96], 160, (3, 3), Conv2dOptions { groups: 2, stride: 2, ..SAME }, true, 21);
-    // Taps that see nothing but the frame of zeros, above and below.
+    // Taps that read only the frame of zeros, above and below.
     check(&[2, 3, 20, 48], 64, (11, 3), Conv2dOptions { padding: 5, ..SAME }, true, 22);
 }
 
-/// In a half type the op gives what the f32 op gives, rounded: output and gradients.
+/// Checks that with a half type the op returns the rounded f32 results: output and gradients.
 fn check_half(x: &[usize; 4], outputs: usize, kernel: usize, o: Conv2dOptions, dtype: DType) {
     let what = format!("x {x:?}, {outputs} outputs, kernel {kernel}, {o:?}, {dtype:?}");
     let (x, x32) = rounded(&random(x, 1), dtype);
@@ -178,7 +179,7 @@ fn views_give_the_same_as_copies() {
     let copies = [&x, &w, &b].map(|t| t.force_contiguous().unwrap());
     let wanted = conv2d(&copies[0], &copies[1], Some(&copies[2]), SAME).unwrap();
     assert_eq!(bits(&got), bits(&wanted));
-    // The gradient arrives as a view, too.
+    // The gradient arrives as a view too.
     let v = var(&base);
     let y =
         conv2d(&v.permute((0, 2, 3, 1)).unwrap(), &w, Some(&b), SAME).unwrap().permute((0, 3, 1, 2)).unwrap();

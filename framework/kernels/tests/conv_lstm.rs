@@ -1,4 +1,4 @@
-//! `conv_lstm` and `conv_lstm_cell` against f64, forwards and backwards.
+//! `conv_lstm` and `conv_lstm_cell` against f64, forward and backward.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -65,7 +65,7 @@ impl Case<'_> {
         conv_lstm(input, &layers, self.keep)
     }
 
-    /// Output and all gradients against the reference.
+    /// Compares output and all gradients with the reference.
     fn check(&self, seed: u64) {
         let m = self.model(seed);
         let m64 =
@@ -103,7 +103,8 @@ fn images_of_several_chunks() {
     Case { batch: 3, steps: 2, size: (34, 41), inputs: 20, hidden: &[20], ..CASE }.check(1);
 }
 
-/// In a half type: the f32 op's output, rounded, and its gradients within the rounding of what is kept.
+/// Checks a half type: the f32 op's output, rounded, and its gradients within the rounding of the saved
+/// tensors.
 fn check_half(case: &Case, dtype: DType, tolerance: f64) {
     let m = case.model(1);
     let (x, x32) = rounded(&m.x, dtype);
@@ -166,7 +167,7 @@ proptest! {
             hidden.push(inputs);
         }
         let keep = if last { Keep::Last } else { Keep::All };
-        // 3x3 twice as often.
+        // 3x3 is twice as likely.
         let kernel = [3, 1, 3, 5][kernel];
         Case { batch, steps, size: (h, w), inputs, hidden: &hidden, kernel, feedback, keep }.check(seed >> 8);
     }
@@ -200,7 +201,7 @@ impl UnwrapAdd for Tensor {
 fn views_give_the_same_as_copies() {
     let m = CASE.model(1);
     let copied = CASE.run(&m).unwrap();
-    // (B, T, C, H, W) in memory, as datasets have it.
+    // (B, T, C, H, W) in memory, as in datasets.
     let x =
         m.x.permute((0, 1, 4, 2, 3)).unwrap().force_contiguous().unwrap().permute((0, 1, 3, 4, 2)).unwrap();
     let viewed = Model { x: var(&x), layers: m.layers };

@@ -1,5 +1,5 @@
-//! `conv_transpose2d` against f64: it is the gradient of a convolution, and its own gradients are a convolution and that
-//! convolution's weight gradient.
+//! `conv_transpose2d` against f64: it is the gradient of a convolution, and its own gradients are a
+//! convolution and that convolution's weight gradient.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -30,7 +30,8 @@ fn check(
     let (x64, w64, b64) = (double(&x), double(&weight), double(&b));
     let options =
         Conv2dOptions { stride: o.stride, padding: o.padding, dilation: o.dilation, groups: o.groups };
-    // The convolution from our output to our input; where output_padding exceeds the stride it has rows of its own.
+    // The convolution from the op's output to its input; it has extra rows if output_padding exceeds the
+    // stride.
     let conv = |z: &Tensor, weight: &Tensor| -> Tensor {
         let y = common::conv2d(z, weight, None, options).unwrap();
         y.narrow(1, 0, h).unwrap().narrow(2, 0, w).unwrap()
@@ -60,11 +61,11 @@ fn usual_upsampling_at_each_level() {
         let two = ConvTranspose2dOptions { stride: 2, padding: 1, ..Default::default() };
         check([2, 5, 7, 20], 17, (4, 4), two, true, 1);
         check([1, 8, 9, 32], 3, (3, 3), ConvTranspose2dOptions { output_padding: 1, ..two }, true, 2);
-        // The last row and column of the output are beyond what any input writes.
+        // No input writes the last row and column of the output.
         let beyond =
             ConvTranspose2dOptions { output_padding: 1, dilation: 2, groups: 2, ..Default::default() };
         check([1, 1, 2, 4], 6, (1, 1), beyond, true, 4);
-        // One pixel an image, of a stride that nothing sees.
+        // One pixel per image, with a stride that has no effect.
         let strided = ConvTranspose2dOptions { stride: 2, ..Default::default() };
         check([3, 1, 1, 4], 6, (1, 1), strided, true, 5);
         check(

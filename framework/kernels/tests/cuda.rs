@@ -1,4 +1,5 @@
-//! What needs a CUDA device: the same operations there and on the CPU. Without a device each test says so and passes.
+//! Tests that need a CUDA device: the same operations on it and on the CPU. Without a device, each test
+//! prints a message and passes.
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
@@ -30,7 +31,7 @@ const ADAM: AdamStep = AdamStep {
 };
 const SGD: SgdStep = SgdStep { lr: 0.1, momentum: 0.9, entering: 0.7, l2: 0.05, nesterov: true };
 
-/// The first device; one test at a time, since TF32 is a setting of the process.
+/// The first device, for one test at a time, because TF32 is a setting of the process.
 fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
     static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
     static TURN: Mutex<()> = Mutex::new(());
@@ -56,7 +57,7 @@ fn values(x: &Tensor) -> Vec<f64> {
     x.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// The norm of the difference over the norm; infinite where something is not a number.
+/// The norm of the difference divided by the norm; infinite if a value is NaN.
 fn error(ours: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(ours.dims(), expected.dims());
     let (ours, expected) = (values(ours), values(expected));
@@ -66,8 +67,9 @@ fn error(ours: &Tensor, expected: &Tensor) -> f64 {
     if error.is_finite() { error } else { f64::INFINITY }
 }
 
-/// Types, whether TF32 is allowed, and the error that is. In 32 bits most of it is the CPU's: its Winograd transforms are off by
-/// up to 4.4e-6 in these roll-outs, against sums by definition. TF32 is off by a hundred times that.
+/// Dtypes, whether TF32 is allowed, and the allowed error. In f32 most of it is the CPU's: its Winograd
+/// transforms are off by up to 4.4e-6 in these roll-outs, compared with direct sums. TF32 is off by a hundred
+/// times that.
 const KINDS: [(DType, bool, f64); 4] = [
     (DType::F32, false, 1.5e-5),
     (DType::F32, true, 2e-3),
@@ -75,8 +77,8 @@ const KINDS: [(DType, bool, f64); 4] = [
     (DType::F16, false, 2e-3),
 ];
 
-/// An operation's result and its gradients, on the device in each type against the CPU in 32 bits, from the same rounded
-/// numbers; twice on the device, for the same bits.
+/// Compares an operation's result and gradients on the device, in each dtype, with the CPU's in f32, from the
+/// same rounded numbers. Runs twice on the device to check for identical bits.
 fn compare(case: &str, inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Result<Tensor>) {
     let Some((device, _turn)) = device() else { return };
     let run = |inputs: &[Tensor], d: &dyn Fn(&Tensor) -> Tensor| {
@@ -110,7 +112,8 @@ fn compare(case: &str, inputs: &[Tensor], op: impl Fn(&[Tensor]) -> Result<Tenso
 
 #[test]
 fn convolutions_by_winograd() {
-    // Channels enough on both sides for it to be worth it; sizes that tiles of 4x4 divide and do not, and every padding.
+    // Enough channels on both sides for Winograd to be worth it; sizes that are multiples of 4 and others;
+    // every padding.
     for [b, h, w, i, o, padding] in
         [[2, 16, 20, 48, 48, 1], [3, 15, 13, 50, 49, 1], [1, 26, 25, 48, 64, 0], [2, 14, 17, 64, 48, 2]]
     {
@@ -158,7 +161,7 @@ fn convolutions() {
         [2, 6, 6, 8, 12, 1, 1, 0, 1, 1],
         [2, 8, 8, 16, 16, 3, 1, 1, 1, 4],
         [2, 8, 8, 16, 16, 3, 1, 1, 1, 16],
-        // Channels enough for Winograd, which is not for these.
+        // Enough channels for Winograd, which does not support these convolutions.
         [1, 7, 6, 48, 48, 3, 2, 1, 1, 1],
         [1, 7, 6, 48, 48, 3, 1, 2, 2, 1],
         [1, 7, 6, 96, 96, 3, 1, 1, 1, 2],
@@ -172,7 +175,7 @@ fn convolutions() {
             conv2d(&x[0], &x[1], Some(&x[2]), options)
         });
     }
-    // As a layer has it: more leading axes, and strides that are not in order.
+    // As in a layer: more leading axes, and permuted strides.
     let inputs = [random((2, 3, 8, 6, 5), 1), (random((4, 8, 3, 3), 2) * 0.2).unwrap()];
     compare("conv2d of a view", &inputs, |x| {
         let view = x[0].permute((0, 1, 4, 3, 2))?;
@@ -188,7 +191,7 @@ fn activations() {
             compare(&format!("{activation:?} of {shape:?}"), &inputs, |x| activate(&x[0], activation));
         }
     }
-    // A view whose first value lies where four cannot be read at once.
+    // A view whose first value is not aligned for reading four at once.
     let inputs = [random(9, 1)];
     compare("SiLU of a view", &inputs, |x| activate(&x[0].narrow(0, 1, 8)?, Activation::Silu));
 }
@@ -202,11 +205,11 @@ fn transposed_convolutions() {
 
 #[test]
 fn roll_outs() {
-    // The steps of the fifth lie where cuDNN's quick engines cannot read them.
+    // In the fifth case, the steps are not aligned for cuDNN's fast engines.
     for ([batch, steps, height, width], hidden, inputs, kernel, feedback, keep) in [
         ([2, 5, 8, 12], &[16usize, 32][..], 1, 3, false, Keep::Last),
         ([2, 5, 8, 12], &[32, 32], 16, 3, false, Keep::All),
-        // By Winograd, in 32 bits.
+        // By Winograd, in f32.
         ([4, 3, 12, 12], &[32, 32], 16, 3, false, Keep::All),
         ([2, 5, 8, 12], &[16, 32], 32, 3, true, Keep::All),
         ([2, 5, 8, 12], &[3, 5], 5, 5, true, Keep::Last),
@@ -258,7 +261,7 @@ fn as_on_the_cpu(case: &str, device: &Device, inputs: &[Tensor], f: impl Fn(&[Va
     as_on_the_cpu_within(2e-6, case, device, inputs, f);
 }
 
-/// The results of `f` and the gradients of its inputs, there and on the CPU.
+/// Compares the results of `f` and the gradients of its inputs on the device with the CPU's.
 fn as_on_the_cpu_within(
     tolerance: f64,
     case: &str,
@@ -294,7 +297,7 @@ fn the_pointwise_parts_of_cells() {
     };
     for (rows, width) in [(1, 1), (7, 16), (300, 12), (33, 5)] {
         let case = format!("{rows} x {width}");
-        // Five terms, of which the first says nothing of a gate about which another does.
+        // Five terms; the first does not contribute to a gate to which another does.
         let terms: [&[usize]; 5] = [&[2, 0], &[1], &[0, 1, 2, 3], &[3, 2], &[0]];
         let inputs: Vec<Tensor> =
             terms.iter().enumerate().map(|(i, it)| input(rows, it.len() * width, i as u64)).collect();
@@ -327,7 +330,7 @@ fn the_pointwise_parts_of_cells() {
         for roles in roles {
             as_on_the_cpu(&format!("{case}, {roles:?}"), &device, &inputs, |x| {
                 let [gate, a, b] = roles.map(|(tensor, place)| (x[tensor].as_tensor(), place));
-                // All have a gradient.
+                // All inputs have a gradient.
                 let all = x.iter().map(|x| x.mean_all()).reduce(|a, b| a? + b?).unwrap()?;
                 blend(width, gate, a, b)?.broadcast_add(&all)
             });
@@ -339,7 +342,8 @@ fn the_pointwise_parts_of_cells() {
 fn normalisation_with_its_activation() {
     let Some((device, _turn)) = device() else { return };
     let thens = [None, Some(Activation::Silu), Some(Activation::Gelu), Some(Activation::LeakyRelu(0.2))];
-    // Samples of less than a stretch, of several, and of more than a thread adds up; channels that are taken four at once, and not.
+    // Samples of less than a stretch, of several, and of more than a thread adds up; channels in multiples of
+    // four, and others.
     for ([batch, pixels, channels], over) in [
         ([3, 7, 12], Over::Batch),
         ([2, 100, 5], Over::Batch),
@@ -349,7 +353,7 @@ fn normalisation_with_its_activation() {
         ([2, 5, 8], Over::Groups(1)),
     ] {
         let x = random(batch * pixels * channels, 1).reshape((batch, pixels, channels)).unwrap();
-        // Far from zero, where squares would lose what the values differ by.
+        // Far from zero, where squares would lose the differences between the values.
         let x = ((x * 0.5).unwrap() + 30.).unwrap();
         let inputs = [x, random(channels, 2), random(channels, 3)];
         for then in thens {
@@ -366,7 +370,7 @@ fn normalisation_with_its_activation() {
                 assert!(ours.dtype() == DType::F64 && error(ours, cpu) < 1e-6, "{case}");
             }
         }
-        // What a device computes of half types is what it computes of their values, rounded.
+        // With half types, a device computes the rounded results for the same values.
         for (dtype, rounding) in [(DType::BF16, 1. / 256.), (DType::F16, 1. / 2048.)] {
             let of = |x: &Tensor| {
                 let vars =
@@ -416,7 +420,7 @@ fn states_are_normalised() {
         let x =
             ((random(samples * pixels * channels, 1).reshape(&shape).unwrap() * 0.5).unwrap() + 3.).unwrap();
         let parameter = |seed| random(pixels * channels, seed).reshape((pixels, channels)).unwrap();
-        // Twice, as steps of a roll-out use it.
+        // Applied twice, like the steps of a roll-out.
         as_on_the_cpu_within(1e-5, &format!("{shape:?}"), &device, &[x, parameter(2), parameter(3)], |x| {
             let norm = SharedNorm::new(&x[1], &x[2], 1e-5)?;
             norm.forward(&norm.forward(&x[0])?)
@@ -432,9 +436,9 @@ fn updates() {
         let [w, g, m] = [1, 2, 3].map(|seed| random(n, seed));
         let v = random(n, 5).sqr().unwrap();
         let [w2, g2, m2, v2] = [&w, &g, &m, &v].map(there);
-        // Another view of the same memory sees what the kernel writes.
+        // Another view of the same memory sees the values written by the kernel.
         let view = w2.reshape((n, 1)).unwrap();
-        // More of them than one kernel takes, each of its own length.
+        // More tensors than one kernel handles, each with a different length.
         let rest = |device: &Device| -> Vec<[Tensor; 4]> {
             (0..70)
                 .map(|i| {
@@ -512,7 +516,8 @@ fn steps_are_decided_on_where_their_gradients_are() {
         [(plain, None), (clipped, None), (clipped, Some(f32::NAN)), (plain, Some(f32::INFINITY))]
     {
         for dtype in [DType::BF16, DType::F16] {
-            // Parameters, gradients, moments, and copies; more of them than one kernel takes, one of several blocks.
+            // Parameters, gradients, moments and copies; more of them than one kernel handles, one with
+            // several blocks.
             let sets = |device: &Device| -> Vec<[Tensor; 5]> {
                 let set = |i: usize| {
                     let n = if i == 3 { 10_000 } else { 1 + 9 * i };
@@ -535,10 +540,10 @@ fn steps_are_decided_on_where_their_gradients_are() {
                 let Clipped { scale, norm } = clipping.decide(&gradients).unwrap();
                 let norm = norm.read().unwrap();
                 let mut placed = Placed::on(device).unwrap();
-                // The last numbers count.
+                // The last numbers set are used.
                 placed.set(AdamStep { keep: 7., ..ADAM }).unwrap();
                 placed.set(ADAM).unwrap();
-                // The first is not copied.
+                // The first one has no copy.
                 let params = sets.iter().enumerate().map(|(i, [param, gradient, m, v, copy])| UpdateParam {
                     param,
                     copy: (i > 0).then_some(copy),
@@ -570,7 +575,7 @@ fn steps_are_decided_on_where_their_gradients_are() {
                     a == b || a.is_nan() && b.is_nan() || (a - b).abs() <= tolerance * (1. + b.abs())
                 })
             };
-            // What does not count is shown all the same.
+            // Gradients of a refused step are returned all the same.
             for (ours, theirs) in shown2.iter().zip(&shown) {
                 assert!(same(ours, theirs, 1e-6));
             }
@@ -598,7 +603,7 @@ fn uploads_while_the_device_computes() {
                 for i in 0..20 {
                     let x = random((7, 1000 + 300 * i), (worker * 100 + i) as u64);
                     let there = to_device(&x, device).unwrap();
-                    // Frees the memory while others compute, and looks at what came.
+                    // Frees the memory while others compute, and checks the values that arrived.
                     assert_eq!(values(&there.affine(1., 0.).unwrap()), values(&x));
                 }
             });
@@ -618,7 +623,7 @@ fn downloads_bring_what_was_there_when_they_began() {
         let there = x.to_device(&device).unwrap();
         busy.matmul(&busy).unwrap();
         let download = Download::start(&there).unwrap();
-        // The tensor changes, and goes, and its memory is another's.
+        // The tensor changes and is dropped, and its memory is reused.
         approach(&[(&there, &there.zeros_like().unwrap())], 1.).unwrap();
         drop(there);
         let next = Tensor::zeros((7, 1000 + 300 * i), DType::F32, &device).unwrap();
@@ -634,7 +639,7 @@ fn downloads_bring_what_was_there_when_they_began() {
         assert_eq!(values(&download.finish().unwrap()), values(&x));
         drop(next);
     }
-    // In memory with room for more, and where nobody waits for the values.
+    // With larger staging memory than needed, and with downloads that are dropped.
     for len in [3000, 2000, 1800] {
         let x = random(len, len as u64);
         drop(Download::start(&x.to_device(&device).unwrap()).unwrap());
@@ -656,7 +661,7 @@ fn downloads_bring_what_was_there_when_they_began() {
 #[test]
 fn what_the_quickest_engines_compute_is_right() {
     time_convolutions(true);
-    // Shapes of no other test: each is timed once.
+    // Shapes that no other test uses: each is timed once.
     let inputs = [random((2, 7, 8, 8), 1), (random((24, 8, 3, 3), 2) * 0.2).unwrap(), random(24, 3)];
     let options = Conv2dOptions { padding: 1, ..Default::default() };
     compare("timed conv2d", &inputs, |x| conv2d(&x[0], &x[1], Some(&x[2]), options));
@@ -671,7 +676,7 @@ fn what_the_quickest_engines_compute_is_right() {
 #[test]
 fn halves_are_rounded_as_on_the_cpu() {
     let Some((device, _turn)) = device() else { return };
-    // Ties, the largest numbers, small ones, and what is none.
+    // Ties, the largest numbers, small ones, and NaN and infinities.
     let special = [
         1. + 1. / 256.,
         1. + 3. / 256.,
@@ -724,7 +729,7 @@ fn gates_that_are_far_open_or_shut_stay_numbers() {
 #[test]
 fn a_recording_keeps_the_memory_that_its_convolutions_work_in() {
     let Some((device, _turn)) = device() else { return };
-    // No test has convolved so many images before: there is more to work in for each more.
+    // No test has convolved so many images before; the workspace grows with the number of images.
     let [x, larger] = [40, 80].map(|batch| random((batch, 8, 8, 16), 1).to_device(&device).unwrap());
     let weight = random((16, 16, 3, 3), 2).to_device(&device).unwrap();
     let convolve = |x: &Tensor| conv2d(x, &weight, None, Conv2dOptions { padding: 1, ..Default::default() });
@@ -732,11 +737,11 @@ fn a_recording_keeps_the_memory_that_its_convolutions_work_in() {
     let (y, recording) = record(&device, || convolve(&x)).unwrap();
     device.synchronize().unwrap();
     convolve(&larger).unwrap();
-    // Memory that was freed is somebody else's now.
+    // Freed memory is reused by other tensors now.
     let others: Vec<Tensor> = (0..64).map(|i| Tensor::full(i as f32, 40 << 10, &device).unwrap()).collect();
     recording.replay().unwrap();
     assert_eq!(values(&y), expected);
-    drop(y); // it is the recording's memory
+    drop(y); // its memory belongs to the recording
     for (i, other) in others.iter().enumerate() {
         assert!(values(other).iter().all(|x| *x == i as f64), "{i}");
     }
@@ -773,7 +778,7 @@ fn a_device_alone_exchanges_with_itself() {
         let bytes = Tensor::from_vec((0..=255).collect::<Vec<u8>>(), 256, &device).unwrap();
         assert_eq!(values(&exchange(what, &bytes).unwrap()), values(&bytes), "{what:?}");
     }
-    // Several at once, beside other work: each sees what was asked for before it.
+    // Several at once, in parallel with other work: each sees the work enqueued before it.
     let started: Vec<_> = (0..8)
         .map(|i| alone.start(Exchange::AllReduceInPlace, &(&x + f64::from(i)).unwrap()).unwrap())
         .collect();

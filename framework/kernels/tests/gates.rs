@@ -1,4 +1,4 @@
-//! Sums of gates, memories and output gates against f64, forwards and backwards.
+//! Sums of gates, memory updates and output gates against f64, forward and backward.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -16,7 +16,7 @@ fn gate(gates: &Tensor, place: usize, width: usize) -> Result<Tensor> {
     gates.narrow(D::Minus1, place * width, width)
 }
 
-/// Runs one thing in f32 and another in f64 on the same values; compares outputs and gradients.
+/// Runs `got` in f32 and `wanted` in f64 on the same values; compares outputs and gradients.
 fn check(
     what: &str,
     inputs: &[Tensor],
@@ -91,7 +91,7 @@ fn memories_and_outputs_at_each_level() {
     });
 }
 
-/// The gate, a and b: of which tensor, and where in it.
+/// `roles` gives the tensor and the gate index of the gate, a and b.
 fn check_blend(rows: usize, width: usize, gates: &[usize], roles: [(usize, usize); 3], seed: u64) {
     let inputs: Vec<Tensor> =
         gates.iter().enumerate().map(|(i, gates)| random(&[rows, gates * width], seed + i as u64)).collect();
@@ -121,7 +121,7 @@ fn blends_at_each_level() {
     });
 }
 
-/// The sum of gates, one candle operation after the other.
+/// The sum of gates, composed of candle's own operations.
 fn summed(gates: usize, width: usize, terms: &[(Tensor, Vec<usize>)]) -> Result<Tensor> {
     let mut sums = vec![(terms[0].0.narrow(D::Minus1, 0, width)? * 0.)?; gates];
     for (values, places) in terms {
@@ -140,7 +140,7 @@ proptest! {
     ) {
         let level = [candlepower_kernels::Level::Portable, candlepower_kernels::Level::Avx2, candlepower_kernels::Level::Avx512][level];
         candlepower_kernels::Level::force(Some(level));
-        // Each term has some of the gates, in an order of its own: forwards, or backwards, from one of them on.
+        // Each term has some of the gates in a different order: ascending or descending, from one of them on.
         let places: Vec<Vec<usize>> = (0..terms)
             .map(|term| {
                 let first = term + seed as usize;

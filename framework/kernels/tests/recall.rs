@@ -1,4 +1,4 @@
-//! Attention to kept states against f64: outputs, and gradients of what is asked, keys and values.
+//! Attention to kept states against f64: outputs, and gradients of queries, keys and values.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor, Var};
 use candlepower_kernels::{Kept, no_grad, recall};
 use common::*;
 
-/// The same, one candle operation after the other.
+/// `recall` composed of candle's own operations.
 fn composed(asked: &Tensor, keys: &[&Tensor], values: &[&Tensor], scale: f64) -> Result<Tensor> {
     let (keys, values) =
         (Tensor::stack(keys, 0)?.flatten_from(2)?, Tensor::stack(values, 0)?.flatten_from(2)?);
@@ -17,11 +17,11 @@ fn composed(asked: &Tensor, keys: &[&Tensor], values: &[&Tensor], scale: f64) ->
     values.broadcast_mul(&weights)?.sum(0)?.reshape(asked.shape())
 }
 
-/// What is asked, keys, values.
+/// A function of query, keys and values.
 type Asked<'a> = dyn Fn(&Tensor, &[&Tensor], &[&Tensor]) -> Tensor + 'a;
 
-/// Asks twice; the second time of what the first gave, among states that moved on by one. One state is there twice, one is
-/// a key and a value, and one nobody tracks.
+/// Queries twice; the second query is the first result, among states shifted by one. One state occurs twice,
+/// one is both a key and a value, and one is not tracked.
 fn check(shape: &[usize], seed: u64) {
     let what = format!("{shape:?}");
     let vars: Vec<Var> = (0..5).map(|i| var(&random(shape, seed + i))).collect();
@@ -47,7 +47,7 @@ fn check(shape: &[usize], seed: u64) {
     let wanted = total(&tensors64, &|asked, keys, values| composed(asked, keys, values, scale).unwrap());
     assert_close(&format!("loss, {what}"), &got, &wanted);
     let wanted = wanted.backward().unwrap();
-    // A second backward pass through the same graph starts from nothing.
+    // A second backward pass through the same graph starts from zero.
     for _ in 0..2 {
         let got = got.backward().unwrap();
         for (i, (x, x64)) in vars.iter().zip(&wide).enumerate() {
@@ -62,7 +62,7 @@ fn states_are_kept_for_several_uses_at_each_level() {
     at_each_level(|_| {
         check(&[1, 3], 1);
         check(&[3, 5, 7, 3], 2);
-        // Several parts, the last one odd.
+        // Several parts, the last one with an odd size.
         check(&[2, 9, 31, 33], 3);
     });
 }
@@ -84,7 +84,8 @@ fn what_is_kept_and_not_used_has_a_gradient_of_zero() {
     let y = (x.as_tensor() * 2.).unwrap();
     let used = [Kept::new(&asked).unwrap()];
     assert!(!recall(&asked, &used, &used, 1.).unwrap().track_op());
-    // One key has all the weight, whatever it is: it learns nothing, and its value learns all.
+    // A single key has all the weight, whatever it is: its gradient is zero, and its value gets the whole
+    // gradient.
     let kept = Kept::new(&y).unwrap();
     let found = recall(&asked, &[kept], &[Kept::new(&asked).unwrap()], 1.).unwrap();
     let grads = loss(&found, 3).backward().unwrap();

@@ -1,4 +1,4 @@
-//! Scaled channels against candle's own operations in f64, forwards and backwards.
+//! Scaled channels against candle's own operations in f64, forward and backward.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,7 +7,7 @@ use candle_core::{DType, Tensor};
 use candlepower_kernels::scale_channels;
 use common::*;
 
-/// Of factors (N), or (B, N).
+/// Checks factors of shape (N), or (B, N) for `samples` B.
 fn check(shape: &[usize; 4], samples: Option<usize>, seed: u64) {
     let what = format!("{shape:?}, {samples:?}");
     let x = var(&random(shape, seed));
@@ -31,7 +31,7 @@ fn any_channels_for_all_samples_or_for_each_at_each_level() {
             check(&[3, 4, 5, channels], None, 1);
             check(&[3, 4, 5, channels], Some(3), 2);
         }
-        // Several tasks a sample, the last one not full.
+        // Several tasks per sample, the last one with fewer rows.
         check(&[2, 50, 37, 19], Some(2), 3);
         check(&[2, 50, 37, 19], None, 4);
     });
@@ -61,7 +61,7 @@ fn the_same_bits_on_any_threads() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    // Where backtraces are wanted, candle's errors have one.
+    // With backtraces enabled, candle's errors include one.
     let refused = |x: &[usize], factors: &[usize]| {
         let error = scale_channels(&random(x, 1), &random(factors, 2)).unwrap_err().to_string();
         error.lines().next().unwrap_or_default().to_string()

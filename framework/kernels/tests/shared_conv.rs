@@ -7,7 +7,7 @@ use candle_core::{Tensor, Var};
 use candlepower_kernels::{Conv2dOptions, SharedConv, no_grad};
 use common::*;
 
-/// Feeds each result back in, as a roll-out does, and looks at a second image of another batch size.
+/// Feeds each result back in, like a roll-out, and also uses a second image with another batch size.
 fn check(size: (usize, usize), channels: usize, kernel: usize, biased: bool, seed: u64) {
     let what = format!("{size:?}, {channels} channels, kernel {kernel}, biased {biased}");
     let x = var(&random(&[2, size.0, size.1, channels], seed));
@@ -27,7 +27,7 @@ fn check(size: (usize, usize), channels: usize, kernel: usize, biased: bool, see
         total(&|x| conv2d(x, &w64, b64.as_ref().map(Var::as_tensor), options).unwrap(), &x64, &other64);
     assert_close(&format!("loss, {what}"), &got, &wanted);
     let wanted = wanted.backward().unwrap();
-    // A second backward pass through the same graph starts from nothing.
+    // A second backward pass through the same graph starts from zero.
     for _ in 0..2 {
         let got = got.backward().unwrap();
         assert_close(&format!("dx, {what}"), &grad(&got, &x), &grad(&wanted, &x64));
@@ -45,7 +45,7 @@ fn uses_share_a_weight_at_each_level() {
         for biased in [false, true] {
             check((5, 9), 16, 3, biased, 1);
             check((8, 8), 20, 5, biased, 2);
-            // Left to `conv2d`.
+            // Falls back to `conv2d`.
             check((4, 5), 7, 3, biased, 3);
             check((4, 5), 20, 1, biased, 4);
         }
@@ -73,7 +73,7 @@ fn what_nobody_tracks_is_not_computed() {
     let grads =
         loss(&SharedConv::new(&w.detach(), None).unwrap().forward(&x).unwrap(), 3).backward().unwrap();
     assert!(grads.get(&x).is_some());
-    // A bias alone, and a weight alone beside one.
+    // Only a bias tracked, and only a weight.
     let (b, still_w, still_b) = (var(&random(&[16], 4)), w.detach(), random(&[16], 4));
     let conv = SharedConv::new(&still_w, Some(&b)).unwrap();
     let grads = loss(&conv.forward(&x).unwrap(), 3).backward().unwrap();

@@ -1,4 +1,4 @@
-//! The softmax against f64, forwards and backwards.
+//! The softmax against f64, forward and backward.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -7,13 +7,13 @@ use candle_core::{D, Result, Tensor};
 use candlepower_kernels::softmax;
 use common::*;
 
-/// The same, one candle operation after the other.
+/// The softmax composed of candle's own operations.
 fn composed(x: &Tensor) -> Result<Tensor> {
     let powers = x.broadcast_sub(&x.max_keepdim(D::Minus1)?)?.exp()?;
     powers.broadcast_div(&powers.sum_keepdim(D::Minus1)?)
 }
 
-/// Values within `range` of `centre`.
+/// Checks values within `range` of `centre`.
 fn check(shape: &[usize], centre: f64, range: f64, seed: u64) {
     let what = format!("{shape:?}, {centre} +- {range}");
     let x = var(&((random(shape, seed) * range).unwrap() + centre).unwrap());
@@ -30,7 +30,7 @@ fn rows_of_any_width_at_each_level() {
         for width in [1, 5, 16, 33, 700] {
             check(&[7, width], 0., 1., 1);
         }
-        // All below zero, where absent lanes would be the largest, and far apart.
+        // All below zero, where absent lanes would be the largest; and values far apart.
         check(&[2, 3, 19], -50., 2., 2);
         check(&[200, 300], 20., 200., 3);
     });

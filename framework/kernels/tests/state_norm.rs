@@ -9,7 +9,7 @@ use common::*;
 
 const EPSILON: f64 = 1e-5;
 
-/// The same, one candle operation after the other.
+/// `SharedNorm` composed of candle's own operations.
 fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let flat = x.flatten_from(1)?;
     let centred = flat.broadcast_sub(&flat.mean_keepdim(1)?)?;
@@ -17,7 +17,7 @@ fn composed(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     centred.broadcast_div(&deviation)?.reshape(x.shape())?.broadcast_mul(weight)?.broadcast_add(bias)
 }
 
-/// Feeds a result back in, and looks at a second state of another batch size; values lie around `centre`.
+/// Feeds a result back in, and also uses a second state with another batch size; values are around `centre`.
 fn check(state: &[usize], centre: f64, seed: u64) {
     let what = format!("{state:?} around {centre}");
     let batch = |size: usize| [&[size], state].concat();
@@ -33,7 +33,7 @@ fn check(state: &[usize], centre: f64, seed: u64) {
     let got = total(&|x| shared.forward(x).unwrap(), &x, &other);
     let wanted = total(&|x| composed(x, &w64, &b64).unwrap(), &x64, &other64);
     let wanted = wanted.backward().unwrap();
-    // A second backward pass through the same graph starts from nothing.
+    // A second backward pass through the same graph starts from zero.
     for _ in 0..2 {
         let got = got.backward().unwrap();
         for (name, x, x64) in [("x", &x, &x64), ("other", &other, &other64), ("w", &w, &w64), ("b", &b, &b64)]
@@ -48,7 +48,7 @@ fn uses_share_a_weight_and_a_bias_at_each_level() {
     at_each_level(|_| {
         check(&[3, 5], 0., 1);
         check(&[9, 7, 33], 0., 2);
-        // Several parts, the last one odd; a mean that is large beside the deviation.
+        // Several parts, the last one with an odd size; a mean that is large compared with the deviation.
         check(&[13, 11, 2, 23], 0., 3);
         check(&[64, 64], 30., 4);
     });

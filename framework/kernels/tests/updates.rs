@@ -1,4 +1,4 @@
-//! Updates in place.
+//! In-place updates.
 #![allow(clippy::unwrap_used)]
 
 mod common;
@@ -9,7 +9,7 @@ use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::updates::{AdagradStep, Placed, SgdStep, UpdateParam, approach, sum_squares_of};
 use common::*;
 
-/// Below and above the size from which threads are used, none of whole blocks.
+/// Sizes below and above the threshold for using threads; none is a multiple of the block size.
 const SIZES: [usize; 3] = [1, 1000, 100_003];
 
 fn only<'a>(param: &'a Tensor, gradient: &'a Tensor, kept: Option<&'a Tensor>) -> [UpdateParam<'a>; 1] {
@@ -91,7 +91,7 @@ fn errors_name_what_does_not_fit() {
     let text = error(&sgd, &only(&a, &b, None));
     assert!(text.contains("F32 [4, 3] and F32 [3, 4]"), "{text}");
     assert!(error(&sgd, &only(&a.t().unwrap(), &b, None)).contains("contiguous"));
-    // A storage that is held twice would be waited for without end.
+    // Locking the same storage twice would deadlock.
     assert!(error(&sgd, &only(&a, &a, None)).contains("share no memory"));
     let view = a.reshape((2, 6)).unwrap().reshape((4, 3)).unwrap();
     assert!(error(&sgd, &only(&a, &random(&[4, 3], 2), Some(&view))).contains("share no memory"));

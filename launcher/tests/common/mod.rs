@@ -1,5 +1,5 @@
-//! A small run in a folder of its own, and the program run there.
-#![allow(dead_code, clippy::unwrap_used)] // Each program of tests needs a part.
+//! A small run in its own folder, and helpers that run the program there.
+#![allow(dead_code, clippy::unwrap_used)] // Each test program uses only part of this.
 
 use std::path::PathBuf;
 use std::process::{Command, Output};
@@ -58,7 +58,7 @@ impl Place {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// Runs a command that must fail with this code; returns what it says.
+    /// Runs a command that must fail with this exit code; returns its standard error.
     #[track_caller]
     pub(crate) fn fail(&self, code: i32, arguments: &[&str]) -> String {
         let output = self.run(arguments);
@@ -75,7 +75,7 @@ impl Place {
     }
 }
 
-/// The metrics of every line of `metrics.jsonl` of one split.
+/// The records of one split in `metrics.jsonl`.
 pub(crate) fn records(place: &Place, run: &str, split: &str) -> Vec<serde_json::Value> {
     let lines = place.read(&format!("{run}/metrics.jsonl"));
     let records = lines.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());

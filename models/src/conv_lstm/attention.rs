@@ -5,9 +5,9 @@ use candle_nn::ops::softmax;
 use candlepower::nn::Conv;
 use candlepower::prelude::*;
 
-/// Scaled dot products between a decoder's output and the encoder's outputs at the same pixel say how much of each is
-/// seen; an output o and what is seen s become tanh(W \[o; s\]) (Luong et al. 2015, "Effective approaches to
-/// attention-based neural machine translation", equations 5 and 8, a score at each pixel).
+/// Scaled dot-product attention. Dot products between a decoder output o and the encoder's outputs at the same pixel
+/// weight the latter; their weighted sum s and o become tanh(W \[o; s\]) (Luong et al. 2015, "Effective approaches to
+/// attention-based neural machine translation", equations 5 and 8, with a score at each pixel).
 pub(super) struct Attention {
     query: Conv,
     key: Conv,
@@ -15,7 +15,7 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    /// Over states of `hidden` channels.
+    /// Creates the attention for states of `hidden` channels.
     pub(super) fn new(hidden: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             query: Conv::new(&[hidden, hidden, 1, 1], vb.pp("query"))?,
@@ -24,7 +24,8 @@ impl Attention {
         })
     }
 
-    /// Outputs (B, T_out, H, W, N) with what is seen of `encoded`, (B, T_in, H, W, N): (B, T_out, H, W, N).
+    /// Combines outputs (B, T_out, H, W, N) with their attention over `encoded`, (B, T_in, H, W, N): (B,
+    /// T_out, H, W, N).
     pub(super) fn forward(&self, outputs: &Tensor, encoded: &Tensor) -> Result<Tensor> {
         let (queries, keys) = (self.query.same(outputs)?, self.key.same(encoded)?);
         let scale = (outputs.dim(D::Minus1)? as f64).sqrt();
@@ -38,7 +39,7 @@ impl Attention {
         Ok(self.combine.same(&both)?.tanh()?)
     }
 
-    /// Multiply-adds a pixel.
+    /// Multiply-adds per pixel.
     pub(super) fn multiply_adds(&self, frames_in: usize, frames_out: usize) -> usize {
         let weights = |conv: &Conv| conv.weight.elem_count();
         let hidden = self.query.bias.elem_count();

@@ -1,4 +1,4 @@
-//! The tutorial's second way: a decoder that reads each frame that it has predicted.
+//! The tutorial's second variant: a decoder that reads each frame that it has predicted.
 
 use candle_core::{D, DType, Tensor};
 use candlepower::nn::Conv;
@@ -7,7 +7,7 @@ use candlepower::prelude::*;
 
 use super::ToFrame;
 
-// Places of the gates.
+// Positions of the gates.
 const I: usize = 0;
 const F: usize = 1;
 const O: usize = 2;
@@ -16,7 +16,8 @@ const G: usize = 3;
 /// c' = σ(f) c + σ(i) tanh(g)
 const CELL: MemoryUpdate = MemoryUpdate { input: I, candidate: G, forget: Some((F, 0.)), squash: false };
 
-/// The cells of both halves, a step at a time: what each step reads is known after the one before.
+/// The cells of encoder and decoder, run one step at a time, because each step's input depends on the
+/// previous step.
 pub(super) struct FramesBack {
     encoder: [Conv; 2],
     decoder: [Conv; 2],
@@ -30,7 +31,7 @@ impl FramesBack {
         Self { encoder: encoder.clone(), decoder: decoder.clone() }
     }
 
-    /// Frames (B, T_in, H, W, C) to the `steps` that follow, (B, steps, H, W, C).
+    /// Frames (B, T_in, H, W, C) to the `steps` frames that follow, (B, steps, H, W, C).
     pub(super) fn forward(&self, frames: &Tensor, steps: usize, to_frame: &ToFrame) -> Result<Tensor> {
         let frame_at = |t: usize| -> Result<Tensor> { Ok(frames.narrow(1, t, 1)?.squeeze(1)?) };
         let frames_in = frames.dim(1)?;
@@ -51,7 +52,7 @@ impl FramesBack {
     }
 }
 
-/// One step of both cells; returns the upper one's output, (B, H, W, N). States are zero at first.
+/// One step of both cells; returns the upper one's output, (B, H, W, N). A state of `None` means zeros.
 fn step(cells: &[Conv; 2], frame: &Tensor, states: &mut [Option<State>; 2]) -> Result<Tensor> {
     let mut input = frame.clone();
     for (conv, state) in cells.iter().zip(states) {
@@ -60,7 +61,7 @@ fn step(cells: &[Conv; 2], frame: &Tensor, states: &mut [Option<State>; 2]) -> R
             None => zeros(conv, frame)?,
         };
         let gates = conv.same(&Tensor::cat(&[&input, &h], D::Minus1)?)?;
-        // Memories never leave 32 bits.
+        // Memories always have at least 32 bits.
         let gates = gates.to_dtype(c.dtype())?;
         let c = update_memory(&gates, &c, CELL)?;
         let h = open_output(OutputGate::Sigmoid, &gates, O, None, &c)?;

@@ -1,5 +1,5 @@
-//! What the recurrent models that feed their frames back share: gates, the roll-out, scheduled sampling, and the module
-//! around a stack of cells.
+//! Shared parts of the recurrent models that feed their frames back: gates, the roll-out, scheduled sampling,
+//! and the module around a stack of cells.
 
 pub mod gates;
 pub mod roll_out;
@@ -17,46 +17,46 @@ use sampling::Sampling;
 
 use crate::pictures::log_prediction;
 
-/// Cells on top of each other that turn a frame into a prediction of the next one. Frames and states are channels last.
+/// Stacked cells that turn a frame into a prediction of the next one. Frames and states are channels last.
 pub trait Stack: Sized + Send + Sync + 'static {
-    /// The fields of its `[module]` section.
+    /// The fields of the `[module]` section.
     type Config: Settings;
-    /// What it remembers from step to step.
+    /// The state carried from step to step.
     type State;
 
-    /// Those of its fields that all recurrent models have.
+    /// The fields of `config` that all recurrent models share.
     fn recurrent(config: &Self::Config) -> RecurrentConfig;
 
-    /// Makes it for frames of this size; `config` has been checked.
+    /// Builds the stack for frames of this size; `config` has been checked.
     fn build(config: &Self::Config, frame: FrameSize, vb: VarBuilder) -> Result<Self>;
 
-    /// The same for one roll-out.
+    /// A copy for one roll-out, whose steps share work; see [`StepConv::prepare`](nn::recurrent::StepConv::prepare).
     fn prepare(&self) -> Result<Self>;
 
-    /// The state before the first frame, (B, H, W, C), of a roll-out.
+    /// The state before a roll-out's first frame, (B, H, W, C).
     fn start(&self, frame: &Tensor) -> Result<Self::State>;
 
-    /// A frame (B, H, W, C) to what is expected next, (B, H, W, C).
+    /// Maps a frame (B, H, W, C) to the predicted next frame, (B, H, W, C).
     fn step(&self, frame: &Tensor, state: &mut Self::State) -> Result<Tensor>;
 
-    /// The loss of predictions of all frames but the first, (B, T - 1, C, H, W), and of the state at the end.
+    /// The loss of the predictions of all frames but the first, (B, T - 1, C, H, W), and of the final state.
     fn loss(&self, predictions: &Tensor, batch: &Video, _state: &Self::State) -> Result<Tensor> {
         batch.mse(predictions)
     }
 
-    /// Multiply-adds of a sample's step.
+    /// Multiply-adds of one step of one sample.
     fn multiply_adds(&self) -> usize;
 
-    /// Parameters that the reference has and never uses, as patterns: [`Module::unused`].
+    /// Parameters that the reference has and never uses, as patterns; see [`Module::unused`].
     fn unused(&self) -> &'static [&'static str] {
         &[]
     }
 }
 
-/// The size of the frames that a stack sees: folded into patches.
+/// The size of the frames that a stack sees, after patches are folded into channels.
 #[derive(Debug, Clone, Copy)]
 pub struct FrameSize {
-    /// Channels, those of all pixels of a patch.
+    /// Channels: those of all pixels of a patch.
     pub channels: usize,
     /// Rows.
     pub height: usize,
@@ -65,7 +65,7 @@ pub struct FrameSize {
 }
 
 impl FrameSize {
-    /// How many patches there are.
+    /// The number of patches.
     pub fn pixels(&self) -> usize {
         self.height * self.width
     }
@@ -75,15 +75,15 @@ impl FrameSize {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RecurrentConfig {
-    /// Channels of the hidden states, a number for each layer.
+    /// Channels of the hidden states, one number per layer.
     pub hidden: Vec<usize>,
     /// Side of the convolution kernels, odd.
     pub kernel: usize,
-    /// Side of the patches of pixels that are folded into channels.
+    /// Side of the pixel patches that are folded into channels.
     pub patch: usize,
-    /// Layer normalisation after each convolution of gates, over channels and pixels together.
+    /// Layer normalisation after each gate convolution, over channels and pixels together.
     pub layer_norm: bool,
-    /// How training is weaned from the true frames.
+    /// Schedule that replaces true frames by predictions during training.
     pub sampling: Sampling,
 }
 
@@ -110,7 +110,7 @@ impl RecurrentConfig {
         self.sampling.check()
     }
 
-    /// The width of all layers, where one memory goes through all of them.
+    /// The width of all layers; an error if widths differ, because one memory passes through all layers.
     pub(crate) fn equal_widths(&self) -> Result<usize> {
         let width = self.hidden[0];
         if self.hidden.iter().any(|&other| other != width) {
@@ -122,13 +122,13 @@ impl RecurrentConfig {
     }
 }
 
-/// A state of zeros with this many channels, of as many pixels as a frame (B, H, W, C) has.
+/// A zero state with this many channels and the size of a frame (B, H, W, C).
 pub(crate) fn zeros(frame: &Tensor, channels: usize) -> Result<Tensor> {
     let (batch, height, width, _) = frame.dims4()?;
     Ok(Tensor::zeros((batch, height, width, channels), frame.dtype(), frame.device())?)
 }
 
-/// A model that sees a frame at a time and predicts the next; beyond the given frames it sees its own predictions.
+/// A model that sees one frame at a time and predicts the next. Beyond the given frames it sees its own predictions.
 pub struct Recurrent<S> {
     stack: S,
     sampling: Sampling,
@@ -137,7 +137,7 @@ pub struct Recurrent<S> {
 }
 
 impl<S: Stack> Recurrent<S> {
-    /// Frames (B, T_in, C, H, W) to the T_out frames that follow, (B, T_out, C, H, W). They are not clipped.
+    /// Frames (B, T_in, C, H, W) to the T_out frames that follow, (B, T_out, C, H, W), which are not clipped.
     pub fn forward(&self, frames: &Tensor) -> Result<Tensor> {
         self.last_frames(&self.roll_out(frames, Feed::FreeRunning)?.predictions)
     }
@@ -174,7 +174,7 @@ impl<S: Stack> Recurrent<S> {
         roll_out(&self.stack.prepare()?, &self.fold(frames)?, self.spec.frames_in, steps, feed)
     }
 
-    /// The loss of a training step, whose mask is drawn from the step's own generator.
+    /// The loss of a training step; the step's own generator draws the mask.
     fn scheduled(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         let VideoSpec { frames_in, frames_out, .. } = self.spec;
         let mut rng = step.rng("scheduled sampling");
@@ -223,12 +223,12 @@ impl<S: Stack> Build for Recurrent<S> {
 impl<S: Stack> Module for Recurrent<S> {
     type Batch = Video;
 
-    /// The reference's: over all predictions, of the given frames too.
+    /// The reference's loss: over all predictions, including those of given frames.
     fn training_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         self.scheduled(batch, step)
     }
 
-    /// The mean squared error of the frames after the given ones, without any help.
+    /// The mean squared error of the frames after the given ones, with no true frames as input.
     fn validation_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         let prediction = self.forward(&batch.input)?;
         if step.images_due() {
@@ -262,7 +262,7 @@ mod tests {
     use crate::predrnn_v2::DecoupledLayers;
     use crate::{mau::MauLayers, mim::MimLayers};
 
-    /// Multiply-adds of a sample's forward pass at the published size, in 10^9.
+    /// Multiply-adds of one sample's forward pass at the published size, in 10^9.
     fn gmac<S: Stack<Config: Clone>>(config: &S::Config) -> f64 {
         let spec = VideoSpec { frames_in: 10, frames_out: 10, channels: 1, height: 64, width: 64 };
         let model = Model::build::<Recurrent<S>>(config, &spec, 1, &Device::Cpu).unwrap();

@@ -1,35 +1,37 @@
-//! A stack of cells over time: what it sees at each step, and what it predicts.
+//! Rolls out a stack of cells over time: its input at each step, and its predictions.
 
 use candle_core::Tensor;
 use candlepower::prelude::*;
 
 use super::Stack;
 
-/// What a roll-out sees, frame by frame.
+/// The source of each input frame of a roll-out.
 #[derive(Clone, Copy)]
 pub enum Feed<'a> {
-    /// The given frames, then its own predictions.
+    /// The given frames, then the model's own predictions.
     FreeRunning,
-    /// The given frames, then a true frame where the mask (T_out - 1 frames) says so, its own prediction elsewhere.
+    /// The given frames, then a true frame where the mask (T_out - 1 frames) is set, and the model's own
+    /// prediction elsewhere.
     Teacher(&'a Mask),
-    /// The first frame, then a true frame where the mask (T_in + T_out - 2 frames) says so, its own prediction elsewhere.
+    /// The first frame, then a true frame where the mask (T_in + T_out - 2 frames) is set, and the model's
+    /// own prediction elsewhere.
     Reverse(&'a Mask),
 }
 
-/// Which samples see a true frame, frame by frame.
+/// Which samples see a true frame, for each frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mask {
     frames: Vec<Vec<bool>>,
 }
 
 impl Mask {
-    /// For each frame, with its probability, and each sample of a batch what `draw` makes of the probability.
+    /// Calls `draw` for each sample of each frame, with that frame's probability.
     pub fn new(samples: usize, probabilities: &[f64], mut draw: impl FnMut(f64) -> bool) -> Self {
         let mut frame = |&p: &f64| (0..samples).map(|_| draw(p)).collect();
         Self { frames: probabilities.iter().map(&mut frame).collect() }
     }
 
-    /// True frames where this frame's draws say so, (B, H, W, C); `own` elsewhere.
+    /// The true frame for samples whose mask is set at this frame, (B, H, W, C); `own` for the others.
     fn mix(&self, frame: usize, truth: &Tensor, own: &Tensor) -> Result<Tensor> {
         let draws = self.frames.get(frame).ok_or_else(|| {
             Error::msg(format!("a mask of {} frames has none of number {frame}", self.frames.len()))
@@ -46,16 +48,16 @@ impl Mask {
     }
 }
 
-/// What a roll-out came to.
+/// The result of a roll-out.
 pub struct RollOut<S: Stack> {
-    /// (steps, B, H, W, C): at each step what comes next.
+    /// (steps, B, H, W, C): the predicted next frame of each step.
     pub predictions: Tensor,
-    /// After the last step.
+    /// The state after the last step.
     pub state: S::State,
 }
 
-/// Rolls a stack over `frames`, (T, B, H, W, C), of which `frames_in` are given; the others are looked at where `feed`
-/// says so.
+/// Rolls a stack out over `frames`, (T, B, H, W, C), of which the first `frames_in` are given; `feed` decides
+/// whether the others are read.
 pub fn roll_out<S: Stack>(
     stack: &S,
     frames: &Tensor,

@@ -1,10 +1,10 @@
-//! Scheduled sampling: how likely a model sees a true frame instead of its own prediction, as a function of the step.
+//! Scheduled sampling: the probability that a model sees a true frame instead of its own prediction, by step.
 
 use candlepower::prelude::*;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-/// How training is weaned from the true frames.
+/// Schedule that replaces true frames by predictions during training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Sampling {
@@ -12,7 +12,8 @@ pub enum Sampling {
     None,
     /// Fewer and fewer true frames beyond the given ones (Bengio et al. 2015).
     Linear(Linear),
-    /// Of the given frames more and more, beyond them fewer and fewer (Wang et al. 2021, "PredRNN", section 3.4).
+    /// More and more of the given frames, and fewer and fewer true frames beyond them (Wang et al. 2021,
+    /// "PredRNN", section 3.4).
     Reverse(Reverse),
 }
 
@@ -22,15 +23,15 @@ impl Default for Sampling {
     }
 }
 
-/// A probability that falls to zero along a line.
+/// A probability that falls linearly to zero.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Linear {
-    /// Before the first step.
+    /// Probability before the first step.
     pub start: f64,
-    /// By how much it falls in a step.
+    /// Decrease per step.
     pub rate: f64,
-    /// From this step on it is zero.
+    /// Step from which the probability is zero.
     pub stop: u64,
 }
 
@@ -40,15 +41,15 @@ impl Default for Linear {
     }
 }
 
-/// Two probabilities that begin at one half.
+/// Two probabilities that start at one half: for given frames, and for true frames beyond them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Reverse {
-    /// Until this step both are one half.
+    /// Step until which both are one half.
     pub start: u64,
-    /// From this step on all given frames are seen, and none beyond.
+    /// Step from which all given frames are seen, and no true frames beyond them.
     pub stop: u64,
-    /// Over so many steps the share of given frames that are not seen falls to a third.
+    /// Time constant in steps: the probability of not seeing a given frame falls by a factor of e in this many steps.
     pub decay: f64,
 }
 
@@ -75,8 +76,8 @@ impl Sampling {
         }
     }
 
-    /// How likely each frame that may be replaced is a true one, in the step after `step` steps: T_out - 1 frames, with
-    /// reverse sampling T_in + T_out - 2.
+    /// The probability, in the step after `step` steps, that each replaceable frame is a true one: T_out - 1
+    /// frames, or T_in + T_out - 2 with reverse sampling.
     pub fn probabilities(&self, step: u64, frames_in: usize, frames_out: usize) -> Vec<f64> {
         match self {
             Self::None => Vec::new(),
@@ -90,14 +91,14 @@ impl Sampling {
 }
 
 impl Linear {
-    /// The probability in the step after `step` steps: it has fallen once before the first.
+    /// The probability in the step after `step` steps. It already falls once before the first step.
     pub fn at(&self, step: u64) -> f64 {
         if step < self.stop { (self.start - self.rate * (step as f64 + 1.)).max(0.) } else { 0. }
     }
 }
 
 impl Reverse {
-    /// The probabilities of given frames and of those beyond, in the step after `step` steps.
+    /// The probabilities of given frames and of true frames beyond them, in the step after `step` steps.
     pub fn at(&self, step: u64) -> (f64, f64) {
         if step < self.start {
             (0.5, 0.5)

@@ -1,4 +1,4 @@
-//! SimVP's first translator: a U-Net whose blocks look through windows of several sizes.
+//! SimVP's first translator: a U-Net whose blocks use kernels of several sizes.
 
 use candle_core::Tensor;
 use candlepower::nn::channels_last::{Conv2dOptions, GroupNorm};
@@ -9,10 +9,10 @@ use super::SimVpConfig;
 
 /// Sides of a block's kernels.
 const KERNELS: [usize; 4] = [3, 5, 7, 11];
-/// Groups of its convolutions, where they divide the channels, and of its normalisations.
+/// Groups of a block's convolutions and normalisations, if they divide the channels; otherwise 1.
 const GROUPS: usize = 8;
 
-/// A 1x1 convolution; then the sum of what four kernels in groups make of it.
+/// A 1x1 convolution, then the sum of four grouped convolutions of different sizes.
 struct Inception {
     enter: Conv,
     branches: Vec<Branch>,
@@ -62,14 +62,14 @@ impl Inception {
     }
 }
 
-/// As many blocks down as up; each block up also sees the output of the one beside it.
+/// Equally many blocks down and up; each block up also sees the output of the block down at its level.
 pub(super) struct IncepU {
     down: Vec<Inception>,
     up: Vec<Inception>,
 }
 
 impl IncepU {
-    /// Of `features` channels to as many.
+    /// Creates the translator, with `features` channels in and out.
     pub(super) fn new(config: &SimVpConfig, features: usize, vb: VarBuilder) -> Result<Self> {
         let (width, blocks) = (config.temporal_channels, config.temporal_layers);
         let groups = if (width / 2).is_multiple_of(GROUPS) { GROUPS } else { 1 };
@@ -103,7 +103,7 @@ impl IncepU {
             x = block.forward(&x)?;
             beside.push(x.clone());
         }
-        // The lowest is what the first block up is fed with.
+        // The lowest output is the input of the first block up.
         beside.pop();
         for (i, block) in self.up.iter().enumerate() {
             if i > 0

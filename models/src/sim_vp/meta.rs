@@ -1,4 +1,4 @@
-//! The translators of blocks with attention by large kernels: SimVP's gSTA, and what [`Tau`](crate::Tau) makes of it.
+//! Translators made of blocks with large-kernel attention: SimVP's gSTA, and the variant that [`Tau`](crate::Tau) uses.
 
 use candle_core::Tensor;
 use candle_nn::Init;
@@ -9,7 +9,7 @@ use candlepower::seed::ChaCha8Rng;
 
 use super::SimVpConfig;
 
-/// How the initial values of the published blocks are drawn: normal, sqrt(2 / fan-out).
+/// The initial values of the published blocks: normal, with standard deviation sqrt(2 / fan-out).
 fn init(outputs: usize, side: usize, groups: usize) -> Init {
     Init::Randn { mean: 0., stdev: (2. * groups as f64 / (side * side * outputs) as f64).sqrt() }
 }
@@ -19,25 +19,25 @@ pub(crate) fn conv1x1(conv: &Conv, x: &Tensor) -> Result<Tensor> {
     conv.channels_last(x, Conv2dOptions::default())
 }
 
-/// A convolution of each channel by itself, 'same' in size.
+/// A depthwise convolution with 'same' padding.
 fn depthwise(conv: &Conv, x: &Tensor, dilation: usize) -> Result<Tensor> {
     let (groups, side) = (conv.weight.dim(0)?, conv.weight.dim(2)?);
     let padding = dilation * (side - 1) / 2;
     conv.channels_last(x, Conv2dOptions { padding, dilation, groups, ..Default::default() })
 }
 
-/// What attends inside a block: (B, H, W, C) to the same shape.
+/// The attention inside a block: (B, H, W, C) to the same shape.
 pub(crate) trait Gate: Send + Sync {
     fn forward(&self, x: &Tensor) -> Result<Tensor>;
 
-    /// The weights that are used once a pixel.
+    /// The number of weights, each used once per pixel.
     fn weights(&self) -> usize;
 }
 
-/// Makes the gate of a block of so many channels.
+/// Makes the gate of a block with the given number of channels.
 pub(crate) type GateBuilder = dyn Fn(usize, VarBuilder) -> Result<Box<dyn Gate>>;
 
-/// A kernel of 21x21 in three parts: 5x5 and, three pixels apart, 7x7, each a channel by itself; and 1x1.
+/// A 21x21 kernel in three parts: depthwise 5x5, depthwise 7x7 with dilation 3, and 1x1.
 pub(crate) struct LargeKernel {
     near: Conv,
     far: Conv,
@@ -45,7 +45,8 @@ pub(crate) struct LargeKernel {
 }
 
 impl LargeKernel {
-    /// Of `channels` channels to `outputs`; with `drawn`, from the published blocks' initial values, else PyTorch's.
+    /// Creates a kernel from `channels` to `outputs` channels. With `drawn`, initial values are those of the
+    /// published blocks, otherwise PyTorch's.
     pub(crate) fn new(channels: usize, outputs: usize, drawn: bool, vb: VarBuilder) -> Result<Self> {
         let conv = |name: &str, shape: [usize; 4], groups: usize| match drawn {
             true => Conv::drawn(&shape, init(shape[0], shape[2], groups), vb.pp(name)),
@@ -58,7 +59,7 @@ impl LargeKernel {
         })
     }
 
-    /// The two convolutions over space.
+    /// Applies the two spatial convolutions.
     pub(crate) fn spread(&self, x: &Tensor) -> Result<Tensor> {
         depthwise(&self.far, &depthwise(&self.near, x, 1)?, 3)
     }
@@ -68,10 +69,10 @@ impl LargeKernel {
     }
 }
 
-/// gSTA's: half the channels, squashed, gate the other half.
+/// The gate of gSTA: half of the channels, after a sigmoid, gate the other half.
 struct Gsta {
     kernel: LargeKernel,
-    /// The two halves of the kernel's mixing.
+    /// The two halves of `kernel.mix`.
     value: Conv,
     gate: Conv,
 }
@@ -97,7 +98,7 @@ impl Gate for Gsta {
     }
 }
 
-/// `x + s1 attention(norm(x))`, then `x + s2 perceptron(norm(x))`, and a 1x1 convolution where the width changes.
+/// `x + s1 attention(norm(x))`, then `x + s2 perceptron(norm(x))`, and a 1x1 convolution if the width changes.
 struct Block {
     norm1: BatchNorm,
     enter: Conv,
@@ -160,7 +161,7 @@ impl Block {
         self.reduction.as_ref().map_or(Ok(x.clone()), |reduction| conv1x1(reduction, &x))
     }
 
-    /// In training, some samples go without a branch.
+    /// In training, randomly drops the branch for some samples.
     fn branch(&self, x: Tensor, training: Option<&mut ChaCha8Rng>) -> Result<Tensor> {
         training.map_or(Ok(x.clone()), |rng| nn::drop_path(&x, self.drop_path, rng))
     }
@@ -172,11 +173,11 @@ impl Block {
     }
 }
 
-/// Blocks, one after the other.
+/// A sequence of blocks.
 pub(super) struct Meta(Vec<Block>);
 
 impl Meta {
-    /// Of `features` channels to as many.
+    /// Creates the blocks, with `features` channels in and out.
     pub(super) fn new(
         config: &SimVpConfig,
         features: usize,

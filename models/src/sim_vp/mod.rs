@@ -16,7 +16,7 @@ pub(crate) use self::meta::{Gate, GateBuilder, LargeKernel, conv1x1};
 use self::{incep_u::IncepU, meta::Meta};
 use crate::pictures::log_prediction;
 
-/// What learns how features move from frame to frame.
+/// The network that learns how features move from frame to frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum TranslatorKind {
@@ -32,18 +32,18 @@ pub enum TranslatorKind {
 pub struct SimVpConfig {
     /// Channels of a frame's features (`hid_S`), even.
     pub spatial_channels: usize,
-    /// Channels of the translator, which sees all frames at once (`hid_T`), even.
+    /// Channels of the translator, which sees all frames at once (`hid_T`).
     pub temporal_channels: usize,
-    /// Layers of encoder and decoder (`N_S`), even: every second one halves, or doubles, the size.
+    /// Layers of encoder and decoder (`N_S`), even: every second one halves or doubles the size.
     pub spatial_layers: usize,
     /// Blocks of the translator (`N_T`), at least 2.
     pub temporal_layers: usize,
-    /// What learns the motion.
+    /// The network that learns the motion.
     pub translator: TranslatorKind,
-    /// Channels inside a gSTA block's perceptron over those outside.
+    /// Hidden channels of a gSTA block's perceptron, as a multiple of the block's channels.
     pub mlp_ratio: f64,
-    /// Stochastic depth of the first gSTA block and of the last; those between them lie on a line. The published model has
-    /// 0.01 in its first block also where it is said to have none.
+    /// Stochastic depth of the first and the last gSTA block; blocks between them are interpolated linearly.
+    /// The published model has 0.01 in its first block even if its `drop_path` is 0.
     pub drop_path: [f64; 2],
 }
 
@@ -98,7 +98,7 @@ impl SimVpConfig {
     }
 }
 
-/// A convolution, group normalisation and SiLU; it may halve the size, or double it.
+/// A convolution, group normalisation and SiLU; it may halve or double the size.
 struct Layer {
     conv: Conv,
     norm: GroupNorm,
@@ -116,7 +116,7 @@ impl Layer {
     fn new(inputs: usize, outputs: usize, resize: Resize, vb: VarBuilder) -> Result<Self> {
         const GROUPS: usize = 2;
         let vb = vb.pp("conv");
-        // A doubling convolution makes four times the channels, which become pixels.
+        // A layer that doubles the size computes four times the channels, which become pixels.
         let (conv, widen) = if resize == Resize::Double { ("conv.0", 4) } else { ("conv", 1) };
         let init = Init::Randn { mean: 0., stdev: 0.02 };
         let conv = Conv::drawn(&[widen * outputs, inputs, 3, 3], init, vb.pp(conv))?;
@@ -142,7 +142,7 @@ enum Translator {
     IncepU(IncepU),
 }
 
-/// Encoder, translator, decoder: T_in frames to as many.
+/// Encoder, translator, decoder: T_in frames to T_in frames.
 pub(crate) struct Network {
     encoder: Vec<Layer>,
     translator: Translator,
@@ -151,7 +151,7 @@ pub(crate) struct Network {
 }
 
 impl Network {
-    /// `gate` makes the part of a block that is not the same in all its variants.
+    /// Creates the network. `gate` makes the part of a gSTA block that differs between variants.
     pub(crate) fn new(
         config: &SimVpConfig,
         spec: &VideoSpec,
@@ -184,7 +184,8 @@ impl Network {
         })
     }
 
-    /// (B, T, C, H, W) to the T frames that follow. In training, `training` says which samples skip a block.
+    /// (B, T, C, H, W) to the T frames that follow. In training, the generator `training` selects the samples
+    /// that skip a branch.
     fn frames_after(&self, frames: &Tensor, training: Option<&mut ChaCha8Rng>) -> Result<Tensor> {
         let (batch, times, ..) = frames.dims5()?;
         let mut x = fold_frames(frames)?;
@@ -194,7 +195,7 @@ impl Network {
             first.get_or_insert_with(|| x.clone());
         }
         let (_, height, width, channels) = x.dims4()?;
-        // All frames side by side: channel t*C + c.
+        // Concatenate the channels of all frames: channel t*C + c.
         let x = x.reshape((batch, times, height, width, channels))?.permute((0, 2, 3, 1, 4))?;
         let x = x.reshape((batch, height, width, times * channels))?;
         let x = match &self.translator {
@@ -212,8 +213,8 @@ impl Network {
         unfold_frames(&self.to_frame.channels_last(&x, Conv2dOptions::default())?, times)
     }
 
-    /// (B, T_in, C, H, W) to the `frames_out` frames that follow: the first of those the network makes, or, where more are
-    /// asked for, what it makes of its own output.
+    /// (B, T_in, C, H, W) to the `frames_out` frames that follow. The network predicts T_in frames at a time;
+    /// if more are needed, it is applied to its own output.
     pub(crate) fn forward(
         &self,
         frames: &Tensor,
@@ -250,8 +251,8 @@ impl Network {
     }
 }
 
-/// The mean squared error, in validation logged as `mse`, with the structural similarity (range 1) as `ssim`; a picture
-/// where one is due.
+/// Returns the mean squared error, and draws a picture if one is due. In validation, logs the error as `mse`
+/// and the structural similarity (data range 1) as `ssim`.
 pub(crate) fn compare(batch: &Video, prediction: &Tensor, step: &mut Step) -> Result<Tensor> {
     log_prediction("prediction", batch, prediction, step)?;
     let mse = batch.mse(prediction)?;
@@ -263,16 +264,16 @@ pub(crate) fn compare(batch: &Video, prediction: &Tensor, step: &mut Step) -> Re
     Ok(mse)
 }
 
-/// Frames are encoded one by one; a translator turns the features of all of them into those of the frames that follow; they
-/// are decoded one by one, with the first layer's features added. Parameters have OpenSTL's names.
+/// SimVP. Frames are encoded one by one, a translator maps the features of all of them to those of the frames that
+/// follow, and these are decoded one by one, with the first layer's features added. Parameters have OpenSTL's names.
 pub struct SimVp {
     network: Network,
     spec: VideoSpec,
 }
 
 impl SimVp {
-    /// Frames (B, T_in, C, H, W) to the T_out frames that follow, (B, T_out, C, H, W). With `training`, batch normalisation
-    /// is by the batch, and the generator says which samples skip a block.
+    /// Frames (B, T_in, C, H, W) to the T_out frames that follow, (B, T_out, C, H, W). With `training`, batch
+    /// normalisation uses the batch's statistics, and the generator selects the samples that skip a branch.
     pub fn forward(&self, frames: &Tensor, training: Option<&mut ChaCha8Rng>) -> Result<Tensor> {
         self.network.forward(frames, self.spec.frames_out, training)
     }
@@ -302,7 +303,7 @@ impl Module for SimVp {
         self.forward(&batch.input, None)
     }
 
-    /// Of the convolutions.
+    /// Counts the convolutions only.
     fn flops(&self) -> Option<f64> {
         Some(self.network.flops(&self.spec))
     }
@@ -315,7 +316,7 @@ mod tests {
     #[test]
     fn the_published_sizes() {
         let spec = VideoSpec { frames_in: 10, frames_out: 10, channels: 1, height: 64, width: 64 };
-        // Parameters, and multiply-adds in 10^9, as measured of OpenSTL's models.
+        // Parameters, and multiply-adds in 10^9, measured on OpenSTL's models.
         for (translator, parameters, gmac) in
             [(TranslatorKind::Gsta, 46_769_665, 16.47), (TranslatorKind::Incepu, 57_946_113, 19.33)]
         {

@@ -1,4 +1,4 @@
-//! libcudnn's backend: descriptors with attributes, from which plans of convolutions are made.
+//! libcudnn's backend API: descriptors with attributes, from which convolution plans are made.
 //!
 //! Source: "cuDNN Graph API", version 9, its backend descriptor types.
 
@@ -12,7 +12,7 @@ use std::ffi::{c_int, c_void};
 const NOT_INITIALIZED: c_int = 1001;
 const EXECUTION_FAILED: c_int = 5000;
 
-/// What descriptors are.
+/// Kinds of descriptors.
 mod kind {
     use std::ffi::c_int;
 
@@ -29,7 +29,7 @@ mod kind {
     pub(super) const TENSOR: c_int = 17;
 }
 
-/// What attributes are made of, and of how many bytes.
+/// Attribute types, and the size of a value in bytes.
 mod of {
     use std::ffi::c_int;
 
@@ -45,16 +45,17 @@ mod of {
     pub(super) const DESCRIPTOR: Of = (15, 8);
 }
 
-/// An engine, the first ones of which nobody should use. All are listed, whatever the environment says of TF32.
+/// An engine. Callers must not choose the first three. All are listed, whatever the environment sets for
+/// TF32.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Engine {
-    /// Gives other bits each time, and so that a test sees it, wrong ones.
+    /// Non-deterministic. Computes wrong results, so tests notice its use.
     Loose,
-    /// Computes with fewer bits than its inputs have; wrong as well.
+    /// Computes with fewer bits than its inputs have. Computes wrong results, too.
     Narrowing,
     /// Can be planned, but not executed.
     Failing,
-    /// By tensor cores.
+    /// Uses tensor cores.
     TensorCore,
     Plain,
 }
@@ -64,11 +65,11 @@ struct Descriptor {
     kind: c_int,
     attributes: HashMap<c_int, Vec<u8>>,
     is_finished: bool,
-    /// Of a configuration, and of what is made with it.
+    /// The engine of a configuration, and of descriptors made from it.
     engine: Option<Engine>,
 }
 
-/// An operation's tensors by the names of their attributes, then of the convolution, alpha and beta.
+/// An operation's pass and attribute names: x, w, y, convolution, alpha, beta.
 fn operation(kind: c_int) -> Option<(Pass, [c_int; 6])> {
     Some(match kind {
         kind::FORWARD => (Pass::Forward, [704, 703, 705, 702, 700, 701]),
@@ -78,7 +79,7 @@ fn operation(kind: c_int) -> Option<(Pass, [c_int; 6])> {
     })
 }
 
-/// The attributes that a descriptor must be told of, and what they are made of.
+/// The attributes that a descriptor must have, with their types.
 fn attributes(kind: c_int) -> Vec<(c_int, of::Of)> {
     if let Some((_, [x, w, y, convolution, alpha, beta])) = operation(kind) {
         let parts = [x, w, y, convolution].map(|name| (name, of::DESCRIPTOR));
@@ -107,7 +108,7 @@ fn attributes(kind: c_int) -> Vec<(c_int, of::Of)> {
 
 library! {
     fn cudnnBackendCreateDescriptor(kind: c_int, to: *mut *mut Descriptor) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, Box::into_raw(Box::new(Descriptor { kind, ..Descriptor::default() }))) }
     }
     fn cudnnBackendDestroyDescriptor(descriptor: *mut Descriptor) {
@@ -126,13 +127,13 @@ library! {
             eprintln!("stand-in: cuDNN: descriptors of kind {} have no attribute {name} of type {of}", descriptor.kind);
             BAD_PARAM
         })?;
-        // SAFETY: the caller's values, of the type that it says.
+        // SAFETY: the caller passes `count` values of the given type.
         let values = unsafe { std::slice::from_raw_parts(from.cast::<u8>(), count as usize * bytes) };
         descriptor.attributes.insert(name, values.to_vec());
         Ok(())
     }
     fn cudnnBackendFinalize(descriptor: *mut Descriptor) {
-        // SAFETY: made by `cudnnBackendCreateDescriptor`, as are all parts that it was told of.
+        // SAFETY: made by `cudnnBackendCreateDescriptor`, as are all its parts.
         unsafe { (*descriptor).finish() }
     }
     fn cudnnBackendGetAttribute(
@@ -146,20 +147,20 @@ library! {
         match (descriptor.kind, name, of) {
             (kind::HEURISTICS, 202, 15) => {
                 let listed = descriptor.listed()?;
-                // Asked for nothing, it says how many there are.
+                // With no room for results, only their number is returned.
                 for (i, engine) in listed.iter().enumerate().take(room as usize) {
-                    // SAFETY: there are as many descriptors as the caller says.
+                    // SAFETY: the caller passes an array of `room` descriptors.
                     let config = unsafe { &mut **to.cast::<*mut Descriptor>().add(i) };
                     config.fill(kind::CONFIG, *engine, descriptor.attributes[&201].clone())?;
                 }
-                // SAFETY: the caller's pointer.
+                // SAFETY: the caller passes a valid pointer.
                 unsafe { give(count, listed.len() as i64) }
             }
             (kind::CONFIG, 300, 15) => {
                 let engine = descriptor.engine.ok_or(NOT_INITIALIZED)?;
-                // SAFETY: the caller has made the descriptor.
+                // SAFETY: the caller has created the descriptor.
                 unsafe { (**to.cast::<*mut Descriptor>()).fill(kind::ENGINE, engine, Vec::new())? };
-                // SAFETY: the caller's pointer.
+                // SAFETY: the caller passes a valid pointer.
                 unsafe { give(count, 1) }
             }
             (kind::ENGINE, 1303, 11) => {
@@ -170,14 +171,14 @@ library! {
                     Engine::Failing | Engine::Plain => &[],
                 };
                 for (i, note) in notes.iter().enumerate().take(room as usize) {
-                    // SAFETY: there is as much room as the caller says.
+                    // SAFETY: the caller's buffer has room for `room` values.
                     unsafe { to.cast::<u32>().add(i).write(*note) };
                 }
-                // SAFETY: the caller's pointer.
+                // SAFETY: the caller passes a valid pointer.
                 unsafe { give(count, notes.len() as i64) }
             }
             (kind::PLAN, 402, 3) => {
-                // SAFETY: the caller's pointers.
+                // SAFETY: the caller passes valid pointers.
                 unsafe { give(to.cast::<i64>(), descriptor.workspace()? as i64).and(give(count, 1)) }
             }
             _ => {
@@ -205,12 +206,12 @@ impl Descriptor {
             }
         }
         let is_fit = match self.kind {
-            // Aligned for one value at least; four sizes, four strides.
+            // Aligned for at least one value; four sizes, four strides.
             kind::TENSOR => {
                 let [id, alignment] = [906, 900].map(|name| self.numbers(name).len());
                 [id, alignment] == [1, 1] && self.numbers(902).len() == 4 && self.numbers(903).len() == 4
             }
-            // Of two dimensions, without flipped filters, and with products that are added in 32 bits.
+            // Two-dimensional, without flipped filters, and with sums in 32 bits.
             kind::CONVOLUTION => {
                 let sizes = [102, 103, 104, 105].iter().all(|name| self.numbers(*name).len() == 2);
                 sizes
@@ -219,7 +220,7 @@ impl Descriptor {
                     && self.attributes[&100] == 0u32.to_le_bytes()
             }
             kind::PACK => self.numbers(1000).len() == self.numbers(1001).len(),
-            // What is made with it must be there.
+            // The descriptors that it is made from must be finished.
             kind::PLAN => {
                 let config = self.part(401)?;
                 let (engine, (_, [x, w, ..])) = (config.engine, config.part(201)?.operation()?);
@@ -239,7 +240,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// Becomes what another knows of; made by the caller for that.
+    /// Fills a descriptor, created by the caller for this purpose, with a result.
     fn fill(&mut self, kind: c_int, engine: Engine, graph: Vec<u8>) -> Result<(), c_int> {
         if self.kind != kind {
             return Err(BAD_PARAM);
@@ -249,7 +250,7 @@ impl Descriptor {
         Ok(())
     }
 
-    /// Attribute values of 64 bits.
+    /// The values of a 64-bit attribute.
     fn numbers(&self, name: c_int) -> Vec<u64> {
         let bytes = self.attributes.get(&name).map_or(&[][..], |bytes| bytes);
         bytes.as_chunks::<8>().0.iter().map(|value| u64::from_le_bytes(*value)).collect()
@@ -260,21 +261,21 @@ impl Descriptor {
         bytes.map(|bytes| f64::from(f32::from_le_bytes(*bytes))).ok_or(BAD_PARAM)
     }
 
-    /// The one part that an attribute is; it must be finished, and is alive, as the library asks for.
+    /// The only descriptor in an attribute. It must be finished, and alive as the library requires.
     fn part(&self, name: c_int) -> Result<&Descriptor, c_int> {
         let [at] = self.numbers(name)[..] else { return Err(BAD_PARAM) };
-        // SAFETY: callers tell of descriptors alone, and keep them for as long as what is made of them.
+        // SAFETY: callers set only descriptors, and keep them alive as long as descriptors made from them.
         let part = unsafe { &*(at as *const Descriptor) };
         if part.is_finished { Ok(part) } else { Err(NOT_INITIALIZED) }
     }
 
-    /// Of a graph, which is of one operation: that, and its tensors.
+    /// For a graph, which has a single operation: the operation and its tensors.
     fn operation(&self) -> Result<(&Descriptor, [Tensor; 3]), c_int> {
         let operation = self.part(801)?;
         Ok((operation, operation.tensors()?.1))
     }
 
-    /// Of an operation: its pass, x, w and y.
+    /// For an operation: its pass, and x, w and y.
     fn tensors(&self) -> Result<(Pass, [Tensor; 3]), c_int> {
         let (pass, [x, w, y, ..]) = operation(self.kind).ok_or(BAD_PARAM)?;
         let tensor = |name| -> Result<Tensor, c_int> {
@@ -291,7 +292,7 @@ impl Descriptor {
         Ok((pass, [tensor(x)?, tensor(w)?, tensor(y)?]))
     }
 
-    /// Of heuristics: the engines that they propose. The mode that comes second knows the plain one.
+    /// For heuristics: the engines that they propose. The fallback mode, 2, proposes the plain one.
     fn listed(&self) -> Result<Vec<Engine>, c_int> {
         self.part(201)?;
         Ok(match self.attributes[&200][0] {
@@ -300,7 +301,7 @@ impl Descriptor {
         })
     }
 
-    /// Of a plan: the bytes that it works in, more for more images.
+    /// For a plan: its workspace size in bytes, proportional to the number of images.
     fn workspace(&self) -> Result<usize, c_int> {
         let (_, [x, ..]) = self.part(401)?.part(201)?.operation()?;
         Ok(4096 * x.dims[0])

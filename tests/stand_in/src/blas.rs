@@ -1,4 +1,4 @@
-//! libcublas: products of matrices, column after column.
+//! libcublas: products of column-major matrices.
 
 use crate::device::{Progress, device, owner};
 use crate::driver::{current, give};
@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 const INVALID_VALUE: c_int = 7;
 const NOT_SUPPORTED: c_int = 15;
-/// 32 bits are 11 bits.
+/// The compute type that reduces 32-bit inputs to TF32, which keeps 11 bits.
 const FAST_TF32: c_int = 77;
 
 #[derive(Debug)]
@@ -33,13 +33,13 @@ fn kind(kind: c_int) -> Result<Kind, c_int> {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cublasGetProperty(which: c_int, to: *mut c_int) -> c_int {
-    // SAFETY: the caller's pointer.
+    // SAFETY: the caller passes a valid pointer.
     answer(unsafe { give(to, [13, 1, 0][which as usize]) })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cublasCreate_v2(to: *mut *mut Handle) -> c_int {
-    // SAFETY: the caller's pointer.
+    // SAFETY: the caller passes a valid pointer.
     answer(
         current()
             .and_then(|ordinal| unsafe { give(to, Box::into_raw(Box::new(Handle { stream: 0, ordinal }))) }),
@@ -60,7 +60,8 @@ unsafe extern "C" fn cublasSetStream_v2(handle: *mut Handle, stream: u64) -> c_i
     0
 }
 
-/// A matrix of each batch: its kind, place, column to column, and batch to batch.
+/// A batch of matrices: type, address, stride between columns, stride between matrices, and whether
+/// transposed.
 #[derive(Clone, Copy)]
 struct Operand {
     kind: Kind,
@@ -108,8 +109,8 @@ unsafe extern "C" fn cublasGemmStridedBatchedEx(
     _algorithm: c_int,
 ) -> c_int {
     let body = || {
-        // Scalars are of the type that is computed in: 64 is 16 bits, 70 is 64, others are 32.
-        // SAFETY: the caller's scalars.
+        // Scalars have the compute type: 64 is 16-bit, 70 is 64-bit, all others are 32-bit.
+        // SAFETY: the caller passes scalars of the compute type.
         let scalar = |at: *const c_void| unsafe {
             match compute {
                 64 => half::f16::from_bits(*at.cast::<u16>()).to_f64(),
@@ -162,7 +163,7 @@ unsafe extern "C" fn cublasDgemmStridedBatched(
     c_batch: c_longlong,
     batches: c_int,
 ) -> c_int {
-    // SAFETY: the same call, of 64 bits.
+    // SAFETY: the same call with 64-bit types.
     unsafe {
         cublasGemmStridedBatchedEx(
             handle,

@@ -1,6 +1,6 @@
-//! libcudnn: convolutions, as products with all windows of an image.
+//! libcudnn: convolutions, as matrix products with all windows of an image.
 //!
-//! Source: "cuDNN API", version 9, the calls that it names legacy.
+//! Source: "cuDNN API", version 9, its legacy calls.
 
 use crate::device::{Progress, device, owner};
 use crate::driver::{current, give, leaked};
@@ -12,9 +12,9 @@ use std::sync::Arc;
 pub(crate) const BAD_PARAM: c_int = 2000;
 pub(crate) const NOT_SUPPORTED: c_int = 3000;
 
-/// Bytes that the one algorithm of the legacy calls wants to work in.
+/// Workspace in bytes that the only algorithm of the legacy calls needs.
 const WORKSPACE: usize = 4096;
-/// 32 bits are 32 bits.
+/// The math type that keeps 32-bit numbers at full precision.
 const FMA: c_int = 3;
 
 #[derive(Debug)]
@@ -23,7 +23,7 @@ pub(crate) struct Handle {
     ordinal: usize,
 }
 
-/// Of a tensor (n, c, h, w), or a filter (outputs, inputs, h, w).
+/// A descriptor of a tensor (n, c, h, w), or of a filter (outputs, inputs, h, w).
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Tensor {
     pub(crate) dims: [usize; 4],
@@ -37,11 +37,11 @@ pub(crate) struct Options {
     pub(crate) stride: [usize; 2],
     pub(crate) dilation: [usize; 2],
     pub(crate) groups: usize,
-    /// Whether 32 bits are narrowed.
+    /// Whether 32-bit numbers are reduced to TF32.
     pub(crate) tf32: bool,
 }
 
-/// What the library says of an algorithm.
+/// The library's description of an algorithm.
 #[repr(C)]
 #[derive(Debug)]
 pub(crate) struct Candidate {
@@ -69,7 +69,7 @@ fn kind(kind: c_int) -> Result<Kind, c_int> {
     })
 }
 
-/// Functions of cuDNN: the body is a `Result<(), i32>`.
+/// Defines functions of cuDNN; each body is a `Result<(), i32>`.
 macro_rules! library {
     ($(fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => { $(
         #[unsafe(no_mangle)]
@@ -81,12 +81,12 @@ macro_rules! library {
 }
 pub(crate) use library;
 
-/// A scalar of a legacy call.
+/// Reads a scalar of a legacy call.
 ///
 /// # Safety
-/// It is of 64 bits where the tensor is, else of 32.
+/// It must be 64-bit if the tensor is, otherwise 32-bit.
 unsafe fn scalar(of: &Tensor, at: *const c_void) -> f64 {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { if kind(of.kind) == Ok(Kind::F64) { *at.cast::<f64>() } else { f64::from(*at.cast::<f32>()) } }
 }
 
@@ -96,7 +96,7 @@ fn size(x: c_int) -> Result<usize, c_int> {
 
 library! {
     fn cudnnCreate(to: *mut *mut Handle) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, Box::into_raw(Box::new(Handle { stream: 0, ordinal: current()? }))) }
     }
     fn cudnnDestroy(handle: *mut Handle) {
@@ -110,7 +110,7 @@ library! {
         Ok(())
     }
     fn cudnnCreateTensorDescriptor(to: *mut *mut Tensor) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, Box::into_raw(Box::default())) }
     }
     fn cudnnDestroyTensorDescriptor(tensor: *mut Tensor) {
@@ -119,7 +119,7 @@ library! {
         Ok(())
     }
     fn cudnnCreateFilterDescriptor(to: *mut *mut Tensor) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, Box::into_raw(Box::default())) }
     }
     fn cudnnDestroyFilterDescriptor(tensor: *mut Tensor) {
@@ -128,7 +128,7 @@ library! {
         Ok(())
     }
     fn cudnnCreateConvolutionDescriptor(to: *mut *mut Options) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, Box::into_raw(Box::new(Options { groups: 1, tf32: tf32_allowed(), ..Options::default() }))) }
     }
     fn cudnnDestroyConvolutionDescriptor(options: *mut Options) {
@@ -160,7 +160,7 @@ library! {
         dilation_h: c_int, dilation_w: c_int, mode: c_int, _compute: c_int,
     ) {
         if mode != 1 {
-            return Err(NOT_SUPPORTED); // No flipped filters.
+            return Err(NOT_SUPPORTED); // Flipped filters are not supported.
         }
         // SAFETY: made by `cudnnCreateConvolutionDescriptor`.
         let options = unsafe { &mut *to };
@@ -183,7 +183,7 @@ library! {
         _handle: *mut Handle, x: *const Tensor, w: *const Tensor, _options: *const Options, _y: *const Tensor,
         _room: c_int, count: *mut c_int, list: *mut Candidate,
     ) {
-        // SAFETY: the caller's descriptors, and a list with room for one.
+        // SAFETY: the caller passes valid descriptors, and a list with room for one entry.
         unsafe {
             let status = if is_supported(&*x, &*w) { 0 } else { NOT_SUPPORTED };
             let candidate = Candidate {
@@ -197,14 +197,14 @@ library! {
         _handle: *mut Handle, _x: *const Tensor, _w: *const Tensor, _options: *const Options, _y: *const Tensor,
         _algorithm: c_int, to: *mut usize,
     ) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, WORKSPACE) }
     }
     fn cudnnConvolutionForward(
         handle: *mut Handle, alpha: *const c_void, x_is: *const Tensor, x: u64, w_is: *const Tensor, w: u64,
         options: *const Options, _algorithm: c_int, workspace: u64, bytes: usize, beta: *const c_void, y_is: *const Tensor, y: u64,
     ) {
-        // SAFETY: the caller's handle, descriptors and scalars.
+        // SAFETY: the caller passes a valid handle, descriptors and scalars.
         let call = unsafe {
             let scalars = [alpha, beta].map(|at| scalar(&*x_is, at));
             Call::new(Pass::Forward, &*handle, [&*x_is, &*w_is, &*y_is], [x, w, y], &*options, scalars)?
@@ -234,12 +234,12 @@ extern "C" fn cudnnGetErrorString(status: c_int) -> *const c_char {
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnGetLastErrorString(to: *mut c_char, len: usize) {
     if len > 0 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { to.write(0) };
     }
 }
 
-/// Whether there is a way to convolve.
+/// Whether this convolution is supported.
 pub(crate) fn is_supported(x: &Tensor, w: &Tensor) -> bool {
     kind(x.kind).is_ok() && x.kind == w.kind
 }
@@ -251,7 +251,7 @@ pub(crate) enum Pass {
     Filter,
 }
 
-/// A convolution to compute: x, filter and y, or their gradients.
+/// A convolution to compute: one of x, filter and y, or a gradient, from the other two.
 #[derive(Clone)]
 pub(crate) struct Call {
     pass: Pass,
@@ -302,16 +302,16 @@ impl Call {
         })
     }
 
-    /// In this workspace, of which so many bytes are used.
+    /// Queues the convolution with this workspace, of which it overwrites `bytes` bytes.
     pub(crate) fn ask_within(self, workspace: u64, bytes: usize) -> Result<(), c_int> {
         let (ordinal, stream) = (self.ordinal, self.stream);
         device(ordinal)?.ask(
             stream,
             "convolution",
             Arc::new(move |memory| {
-                // Whatever was in the workspace is gone.
+                // The previous content of the workspace is lost.
                 let place = memory.host_of(workspace, bytes)?;
-                // SAFETY: `host_of` found so many bytes.
+                // SAFETY: `host_of` checked this many bytes.
                 unsafe { place.write_bytes(0xff, bytes) };
                 self.run(memory).map(|()| Progress::Done)
             }),
@@ -326,7 +326,7 @@ impl Call {
         Ok(values)
     }
 
-    /// Where each value of all windows of a group's image lies, from the image's first on; `None` beside it. (depth, pixels).
+    /// The offset within a group's image of each value of all windows, (depth, pixels); `None` in the padding.
     fn windows(&self) -> Vec<Option<usize>> {
         let ([x, w, y], Options { padding, stride, dilation, groups, .. }) = (&self.tensors, &self.options);
         let ([kh, kw], [oh, ow]) = ([w.dims[2], w.dims[3]], [y.dims[2], y.dims[3]]);
@@ -432,7 +432,7 @@ impl Call {
 }
 
 impl Tensor {
-    /// Values from the first to the last.
+    /// The number of elements from the first to the last value.
     fn len(&self) -> usize {
         self.dims.iter().zip(&self.strides).map(|(dim, stride)| (dim - 1) * stride).sum::<usize>() + 1
     }

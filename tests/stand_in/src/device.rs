@@ -1,7 +1,7 @@
-//! Devices: streams that run late, events, and graphs.
+//! Devices: lazily executed streams, events, and graphs.
 //!
-//! What a stream is asked for runs only when somebody waits for it, or for what depends on it, and then no further than that.
-//! So whoever forgets to wait reads what is not there yet, every time.
+//! Work queued on a stream runs only when someone waits for it, or for work that depends on it, and no
+//! further than that. So code that forgets to wait always reads data that is not there yet.
 
 use crate::memory::Memory;
 use std::collections::{HashMap, VecDeque};
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::{ThreadId, current};
 use std::time::{Duration, Instant};
 
-/// The driver's numbers of what can go wrong.
+/// The driver's error codes.
 pub(crate) mod code {
     pub(crate) const INVALID_VALUE: i32 = 1;
     pub(crate) const OUT_OF_MEMORY: i32 = 2;
@@ -26,26 +26,26 @@ pub(crate) mod code {
     pub(crate) const CAPTURE_ISOLATION: i32 = 905;
 }
 
-/// How many there are, and what each holds.
+/// Environment variables: the number of devices, and the memory of each in bytes.
 const DEVICES: &str = "CANDLEPOWER_STAND_IN_DEVICES";
 const MEMORY: &str = "CANDLEPOWER_STAND_IN_MEMORY";
 
-/// Whether something is over.
+/// Whether something is done.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Progress {
     Done,
-    /// It waits for other processes; ask again.
+    /// Waiting for other processes; try again.
     Pending,
 }
 
-/// Something that a stream does.
+/// An operation on a stream.
 pub(crate) type Work = Arc<dyn Fn(&mut Memory) -> Result<Progress, String> + Send + Sync>;
 
 enum Entry {
     Work(&'static str, Work),
-    /// An event is recorded.
+    /// Record an event.
     Record(u64),
-    /// Until another stream has done so many.
+    /// Wait until another stream has done this many entries.
     Wait {
         stream: u64,
         position: u64,
@@ -55,31 +55,32 @@ enum Entry {
 #[derive(Default)]
 struct Stream {
     queue: VecDeque<Entry>,
-    /// How many entries there were, and are over.
+    /// The number of entries queued, and done, so far.
     asked: u64,
     done: u64,
-    /// Where work goes instead, while a graph is made of it.
+    /// While a graph is captured: the graph that receives the stream's work instead.
     capture: Option<u64>,
 }
 
 #[derive(Default)]
 struct Event {
-    /// Its last record: a stream, and the entry's number there.
+    /// Its last record: a stream, and the number of the entry there.
     recorded: Option<(u64, u64)>,
-    /// Within a graph that is made: its number, the stream, and how many nodes there were.
+    /// Its last record in a capture: the graph, the stream, and the number of nodes at that point.
     captured: Option<(u64, u64, usize)>,
     time: Option<Instant>,
 }
 
-/// Work that is done again and again.
+/// Recorded work that can be replayed.
 #[derive(Default)]
 pub(crate) struct Graph {
     nodes: Vec<(&'static str, Work)>,
-    /// What it allocates, and has not freed by its end.
+    /// Memory that it allocates.
     memory: Vec<u64>,
-    /// While it is made: who does so, how strictly, and the stream.
+    /// During capture: the capturing thread, the mode, and the stream.
     making: Option<(ThreadId, u32, u64)>,
-    /// Streams that work for it, with the number of nodes when each did last, and when the first one heard of it.
+    /// Streams in the capture, each with the number of nodes after its last work, and at the point last
+    /// joined by another stream.
     forks: HashMap<u64, [usize; 2]>,
     broken: bool,
 }
@@ -91,7 +92,7 @@ pub(crate) struct Device {
     graphs: HashMap<u64, Graph>,
     next: u64,
     ordinal: u64,
-    /// After a kernel went wrong nothing works any more.
+    /// After a kernel has failed, every call fails with this error.
     fault: Option<i32>,
 }
 
@@ -120,7 +121,7 @@ pub(crate) fn count() -> usize {
     all().len()
 }
 
-/// A device by its number, or by a handle, which tells it.
+/// A device by its ordinal.
 pub(crate) fn device(ordinal: usize) -> Result<MutexGuard<'static, Device>, i32> {
     let device = all().get(ordinal).ok_or(code::INVALID_DEVICE)?;
     Ok(device.lock().unwrap_or_else(PoisonError::into_inner))
@@ -131,12 +132,12 @@ pub(crate) fn owner(handle: u64) -> usize {
     (handle >> 32) as usize
 }
 
-/// Handles are numbers that nobody follows: the device's in the upper half.
+/// Handles are plain numbers, never dereferenced. The upper half is the device's ordinal.
 fn handle(ordinal: u64, number: u64) -> u64 {
     ordinal << 32 | number << 4
 }
 
-/// Goes on until something is over.
+/// Polls until something is done.
 pub(crate) fn wait(
     ordinal: usize,
     mut over: impl FnMut(&mut Device) -> Result<Progress, i32>,
@@ -186,7 +187,7 @@ impl Device {
         }
     }
 
-    /// Asks a stream for work.
+    /// Queues work on a stream.
     pub(crate) fn ask(&mut self, stream: u64, name: &'static str, work: Work) -> Result<(), i32> {
         self.ok()?;
         if let Some(graph) = self.stream(stream)?.capture {
@@ -205,7 +206,7 @@ impl Device {
         Ok(())
     }
 
-    /// Runs a stream until so many of its entries are over.
+    /// Runs a stream until this many of its entries are done.
     fn advance(&mut self, stream: u64, until: u64) -> Result<Progress, i32> {
         self.ok()?;
         while self.stream(stream)?.done < until {
@@ -244,7 +245,7 @@ impl Device {
         Ok(Progress::Done)
     }
 
-    /// Runs all that a stream was asked for.
+    /// Runs everything queued on a stream.
     pub(crate) fn finish(&mut self, stream: u64) -> Result<Progress, i32> {
         if let Some(graph) = self.stream(stream)?.capture {
             return Err(self.break_graph(graph));
@@ -253,7 +254,7 @@ impl Device {
         self.advance(stream, until)
     }
 
-    /// Runs all that there is.
+    /// Runs everything queued on all streams.
     pub(crate) fn finish_all(&mut self) -> Result<Progress, i32> {
         self.forbid_in_captures()?;
         let mut streams: Vec<u64> = self.streams.keys().copied().collect();
@@ -286,7 +287,7 @@ impl Device {
         let Event { recorded, captured, .. } = self.events.get(&event).ok_or(code::INVALID_HANDLE)?;
         let (recorded, captured, capture) = (*recorded, *captured, self.stream(stream)?.capture);
         match (captured, capture, recorded) {
-            // A stream joins what is captured, or hears of what another did for it.
+            // The stream joins the capture, or waits for another stream of the same capture.
             (Some((graph, by, nodes)), None, _) => {
                 self.stream(stream)?.capture = Some(graph);
                 let graph = self.graphs.get_mut(&graph).ok_or(code::INVALID_HANDLE)?;
@@ -317,7 +318,7 @@ impl Device {
         }
     }
 
-    /// Runs what comes before an event.
+    /// Runs everything before an event.
     pub(crate) fn reach(&mut self, event: u64) -> Result<Progress, i32> {
         match self.recorded(event)? {
             Some((stream, position)) if self.streams.contains_key(&stream) => self.advance(stream, position),
@@ -325,7 +326,7 @@ impl Device {
         }
     }
 
-    /// Whether an event is over. Who asks often enough learns that it is: something runs at each time.
+    /// Whether an event is done. Each call runs at most one entry, so polling eventually succeeds.
     pub(crate) fn query(&mut self, event: u64) -> Result<Progress, i32> {
         self.forbid_in_captures()?;
         match self.recorded(event)? {
@@ -338,7 +339,7 @@ impl Device {
         }
     }
 
-    /// Milliseconds between two.
+    /// Milliseconds between two events.
     pub(crate) fn elapsed(&self, start: u64, end: u64) -> Result<f32, i32> {
         let time = |event| self.events.get(&event).ok_or(code::INVALID_HANDLE)?.time.ok_or(code::NOT_READY);
         Ok((time(end)? - time(start)?).as_secs_f32() * 1e3)
@@ -350,7 +351,7 @@ impl Device {
         let at = match self.memory.reserve(bytes, capture.is_some()) {
             Some(at) => at,
             None => {
-                // Memory that is freed may be no more than asked to be.
+                // Queued frees may not have run yet.
                 self.finish(stream)?;
                 self.memory.reserve(bytes, capture.is_some()).ok_or(code::OUT_OF_MEMORY)?
             }
@@ -366,7 +367,7 @@ impl Device {
         self.ask(stream, "free", Arc::new(move |memory| memory.end(at).map(|()| Progress::Done)))
     }
 
-    /// Refuses what must not be asked for while a graph is made, by this thread or at all.
+    /// Fails if a capture in progress forbids this call, for this thread or for all.
     pub(crate) fn forbid_in_captures(&mut self) -> Result<(), i32> {
         const GLOBAL: u32 = 0;
         const RELAXED: u32 = 2;
@@ -401,7 +402,7 @@ impl Device {
         Ok(())
     }
 
-    /// 0: none, 1: under way, 2: it came to nothing.
+    /// 0: no capture, 1: in progress, 2: invalidated.
     pub(crate) fn capture_status(&mut self, stream: u64) -> Result<u32, i32> {
         let capture = self.stream(stream)?.capture;
         Ok(capture.map_or(0, |graph| if self.graphs.get(&graph).is_some_and(|it| it.broken) { 2 } else { 1 }))
@@ -431,7 +432,7 @@ impl Device {
         Ok(graph.nodes.iter().map(|(name, _)| *name).collect())
     }
 
-    /// Asks a stream for all that a graph does. `again` frees first what the last time left allocated.
+    /// Queues all of a graph's work on a stream. `again` first frees memory that the previous launch left allocated.
     pub(crate) fn launch(&mut self, graph: u64, stream: u64, again: bool) -> Result<(), i32> {
         let graph = self.graphs.get(&graph).ok_or(code::INVALID_HANDLE)?;
         let (nodes, left) = (graph.nodes.clone(), graph.memory.clone());
@@ -447,7 +448,7 @@ impl Device {
         nodes.into_iter().try_for_each(|(name, work)| self.ask(stream, name, work))
     }
 
-    /// Forgets a graph: its memory goes when all that was asked for is over.
+    /// Destroys a graph. Its memory is released once all queued work is done.
     pub(crate) fn drop_graph(&mut self, graph: u64) -> Result<(), i32> {
         let graph = self.graphs.remove(&graph).ok_or(code::INVALID_HANDLE)?;
         for stream in self.streams.keys().copied().collect::<Vec<_>>() {

@@ -1,4 +1,4 @@
-//! libcuda: the functions of the driver that candle's and our code call.
+//! libcuda: the driver functions that candle and this project call.
 //!
 //! Source: "CUDA Driver API", version 13.0.
 
@@ -10,11 +10,11 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
 thread_local! {
-    /// The current context: a device's number and one, or none.
+    /// The current context: a device's ordinal plus one, or 0 for none.
     static CURRENT: Cell<u64> = const { Cell::new(0) };
 }
 
-/// Host memory that devices may read and write by themselves: where it begins, and its bytes.
+/// Pinned host memory, which devices may access at any time: start address and size in bytes.
 static PINNED: Mutex<Vec<(u64, usize)>> = Mutex::new(Vec::new());
 
 fn answer(result: Result<(), i32>) -> c_int {
@@ -25,25 +25,25 @@ pub(crate) fn current() -> Result<usize, i32> {
     CURRENT.get().checked_sub(1).map(|it| it as usize).ok_or(code::INVALID_CONTEXT)
 }
 
-/// The device of a stream; of the current context for the stream that has no name.
+/// The device of a stream; that of the current context for the default stream.
 fn of(stream: u64) -> Result<usize, i32> {
     if stream == 0 { current() } else { Ok(owner(stream)) }
 }
 
-/// Writes to where a caller wants a result.
+/// Writes a result to the caller's pointer.
 ///
 /// # Safety
-/// The pointer is one to a value of this type, or null.
+/// The pointer is null, or valid for a value of this type.
 pub(crate) unsafe fn give<T>(to: *mut T, value: T) -> Result<(), i32> {
     if to.is_null() {
         return Err(code::INVALID_VALUE);
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { to.write(value) };
     Ok(())
 }
 
-/// Functions of C: the body is a `Result<(), i32>`.
+/// Defines C functions; each body is a `Result<(), i32>`.
 macro_rules! driver {
     ($($(#[$meta:meta])* fn $name:ident($($argument:ident: $type:ty),* $(,)?) $body:block)*) => { $(
         $(#[$meta])*
@@ -59,18 +59,18 @@ macro_rules! driver {
 driver! {
     fn cuInit(_flags: c_uint) { Ok(()) }
     fn cuDriverGetVersion(to: *mut c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, 13000) }
     }
     fn cuDeviceGetCount(to: *mut c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device::count() as c_int) }
     }
     fn cuDeviceGet(to: *mut c_int, ordinal: c_int) {
         if ordinal < 0 || ordinal as usize >= device::count() {
             return Err(code::INVALID_DEVICE);
         }
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, ordinal) }
     }
     fn cuDeviceGetName(to: *mut c_char, len: c_int, _device: c_int) {
@@ -83,24 +83,24 @@ driver! {
         Ok(())
     }
     fn cuDeviceTotalMem_v2(to: *mut usize, ordinal: c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device(ordinal as usize)?.memory.capacity()) }
     }
     fn cuDeviceGetAttribute(to: *mut c_int, attribute: c_uint, _device: c_int) {
         let value = match attribute {
-            1 => 1024, // Threads of a block.
-            10 => 32, // Threads of a warp.
+            1 => 1024, // Threads per block.
+            10 => 32, // Threads per warp.
             16 => 2, // Multiprocessors.
             75 => 9, // Compute capability 9.0: Hopper.
-            97 => 48 << 10, // Bytes of a block's shared memory.
+            97 => 48 << 10, // Bytes of shared memory per block.
             115 => 1, // Memory pools.
             _ => 0,
         };
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, value) }
     }
     fn cuDevicePrimaryCtxRetain(to: *mut u64, ordinal: c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, ordinal as u64 + 1) }
     }
     fn cuDevicePrimaryCtxRelease_v2(_device: c_int) { Ok(()) }
@@ -109,25 +109,25 @@ driver! {
         Ok(())
     }
     fn cuCtxGetCurrent(to: *mut u64) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, CURRENT.get()) }
     }
     fn cuCtxGetDevice(to: *mut c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, current()? as c_int) }
     }
     fn cuCtxSynchronize() { wait(current()?, |it| it.finish_all()) }
 
     fn cuStreamCreate(to: *mut u64, _flags: c_uint) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device(current()?)?.new_stream()) }
     }
     fn cuStreamCreateWithPriority(to: *mut u64, _flags: c_uint, _priority: c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device(current()?)?.new_stream()) }
     }
     fn cuCtxGetStreamPriorityRange(least: *mut c_int, greatest: *mut c_int) {
-        // SAFETY: the caller's pointers.
+        // SAFETY: the caller passes valid pointers.
         unsafe {
             give(least, 0)?;
             give(greatest, -5)
@@ -141,18 +141,18 @@ driver! {
     fn cuStreamWaitEvent(stream: u64, event: u64, _flags: c_uint) { device(of(stream)?)?.wait_for(stream, event) }
     fn cuStreamBeginCapture_v2(stream: u64, mode: c_uint) { device(of(stream)?)?.begin_capture(stream, mode) }
     fn cuStreamIsCapturing(stream: u64, to: *mut c_uint) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device(of(stream)?)?.capture_status(stream)?) }
     }
     fn cuStreamEndCapture(stream: u64, to: *mut u64) {
         let graph = device(of(stream)?)?.end_capture(stream);
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, graph.unwrap_or(0)) }?;
         graph.map(drop)
     }
 
     fn cuEventCreate(to: *mut u64, _flags: c_uint) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device(current()?)?.new_event()) }
     }
     fn cuEventDestroy_v2(event: u64) { device(owner(event))?.drop_event(event) }
@@ -165,13 +165,13 @@ driver! {
         }
     }
     fn cuEventElapsedTime_v2(to: *mut f32, start: u64, end: u64) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, device(owner(start))?.elapsed(start, end)?) }
     }
 
     fn cuMemAllocAsync(to: *mut u64, bytes: usize, stream: u64) {
         let at = device(of(stream)?)?.allocate(stream, bytes)?;
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, at) }
     }
     fn cuMemFreeAsync(at: u64, stream: u64) { device(of(stream)?)?.free(stream, at) }
@@ -180,7 +180,7 @@ driver! {
         device.forbid_in_captures()?;
         let at = device.memory.reserve(bytes, false).ok_or(code::OUT_OF_MEMORY)?;
         device.memory.begin(at).map_err(|_| code::INVALID_VALUE)?;
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, at) }
     }
     fn cuMemFree_v2(at: u64) {
@@ -190,14 +190,14 @@ driver! {
     fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
         let device = device(current()?)?;
         let memory = &device.memory;
-        // SAFETY: the caller's pointers.
+        // SAFETY: the caller passes valid pointers.
         unsafe {
             give(free, memory.capacity() - memory.used())?;
             give(total, memory.capacity())
         }
     }
     fn cuDeviceGetDefaultMemPool(to: *mut u64, ordinal: c_int) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, ordinal as u64 + 1) }
     }
     fn cuMemPoolSetAttribute(pool: u64, attribute: c_uint, _value: *mut c_void) {
@@ -213,7 +213,7 @@ driver! {
             6 | 8 => device.memory.high(),
             _ => return Err(code::INVALID_VALUE),
         };
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, bytes as u64) }
     }
     fn cuMemPoolTrimTo(_pool: u64, _bytes: usize) { Ok(()) }
@@ -222,7 +222,7 @@ driver! {
         let memory = Box::leak(vec![0u64; bytes.div_ceil(8)].into_boxed_slice());
         let at = memory.as_mut_ptr() as u64;
         PINNED.lock().unwrap_or_else(PoisonError::into_inner).push((at, memory.len() * 8));
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, at) }
     }
     fn cuMemFreeHost(at: u64) {
@@ -230,7 +230,7 @@ driver! {
         let mut pinned = PINNED.lock().unwrap_or_else(PoisonError::into_inner);
         let found = pinned.iter().position(|it| it.0 == at).ok_or(code::INVALID_VALUE)?;
         let (at, bytes) = pinned.swap_remove(found);
-        // SAFETY: made by `cuMemHostAlloc`, of so many numbers.
+        // SAFETY: made by `cuMemHostAlloc` with this many `u64`s.
         drop(unsafe { Box::from_raw(std::ptr::slice_from_raw_parts_mut(at as *mut u64, bytes / 8)) });
         Ok(())
     }
@@ -238,11 +238,11 @@ driver! {
     fn cuMemcpyHtoDAsync_v2(to: u64, from: *const u8, bytes: usize, stream: u64) {
         let mut device = device(of(stream)?)?;
         if is_pinned(from as u64, bytes) {
-            // Read when the stream comes to it.
+            // Read when the stream gets to it.
             let from = from as u64;
             return device.ask(stream, "copy to the device", Arc::new(move |memory| {
                 let to = memory.host_of(to, bytes)?;
-                // SAFETY: `host_of` found so many bytes, and pinned memory stays until it is freed, which waits for this.
+                // SAFETY: `host_of` checked this many bytes, and freeing pinned memory waits for this copy.
                 unsafe { to.copy_from(from as *const u8, bytes) };
                 Ok(Progress::Done)
             }));
@@ -252,11 +252,11 @@ driver! {
                 Err("a graph that reads memory which the host does not keep for it".into())
             }));
         }
-        // SAFETY: the caller's bytes, which are taken over at once.
+        // SAFETY: the caller passes `bytes` bytes, which are copied immediately.
         let values = unsafe { std::slice::from_raw_parts(from, bytes) }.to_vec();
         device.ask(stream, "copy to the device", Arc::new(move |memory| {
             let to = memory.host_of(to, values.len())?;
-            // SAFETY: `host_of` found so many bytes.
+            // SAFETY: `host_of` checked this many bytes.
             unsafe { to.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
             Ok(Progress::Done)
         }))
@@ -265,7 +265,7 @@ driver! {
         let place = to as u64;
         let copy: device::Work = Arc::new(move |memory: &mut Memory| {
             let from = memory.host_of(from, bytes)?;
-            // SAFETY: `host_of` found so many bytes; the caller's are there until the copy is over.
+            // SAFETY: `host_of` checked this many bytes; the caller's stay valid until the copy is over.
             unsafe { (place as *mut u8).copy_from(from, bytes) };
             Ok(Progress::Done)
         });
@@ -273,24 +273,24 @@ driver! {
         {
             let mut device = device(of(stream)?)?;
             if !pinned && device.capture_status(stream)? != 0 {
-                device.finish(stream)?; // Is refused.
+                device.finish(stream)?; // Fails.
             }
             device.ask(stream, "copy from the device", copy)?;
         }
-        // To memory of no kind in particular: over when the call is.
+        // A copy to pageable memory is done when the call returns.
         if pinned { Ok(()) } else { wait(of(stream)?, |it| it.finish(stream)) }
     }
     fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, bytes: usize, stream: u64) {
         device(of(stream)?)?.ask(stream, "copy", Arc::new(move |memory| {
             let (to, from) = (memory.host_of(to, bytes)?, memory.host_of(from, bytes)?);
-            // SAFETY: `host_of` found so many bytes at both.
+            // SAFETY: `host_of` checked this many bytes at both addresses.
             unsafe { to.copy_from(from, bytes) };
             Ok(Progress::Done)
         }))
     }
     fn cuMemsetD8Async(to: u64, value: u8, bytes: usize, stream: u64) {
         device(of(stream)?)?.ask(stream, "memset", Arc::new(move |memory| {
-            // SAFETY: `host_of` found so many bytes.
+            // SAFETY: `host_of` checked this many bytes.
             unsafe { memory.host_of(to, bytes)?.write_bytes(value, bytes) };
             Ok(Progress::Done)
         }))
@@ -298,13 +298,13 @@ driver! {
 
     fn cuModuleLoadData(to: *mut *const Module, image: *const c_char) {
         let mut device = device(current()?)?;
-        // SAFETY: the caller's text ends with a zero.
+        // SAFETY: the caller's text is zero-terminated.
         let text = unsafe { CStr::from_ptr(image) }.to_str().map_err(|_| code::INVALID_IMAGE)?;
         let module = Module::new(text, |values| {
             let at = device.memory.reserve(values.len(), false).ok_or("out of memory")?;
             device.memory.begin(at)?;
             let place = device.memory.host_of(at, values.len())?;
-            // SAFETY: reserved for as many.
+            // SAFETY: this many bytes were reserved.
             unsafe { place.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
             Ok(at)
         });
@@ -312,27 +312,27 @@ driver! {
             eprintln!("stand-in: a module: {error}");
             code::INVALID_IMAGE
         })?;
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, Box::into_raw(Box::new(module)).cast_const()) }
     }
-    // Kernels may be under way: modules stay.
+    // Kernels may still be queued, so modules are kept.
     fn cuModuleUnload(_module: *const Module) { Ok(()) }
     fn cuModuleGetFunction(to: *mut *const Function, module: *const Module, name: *const c_char) {
-        // SAFETY: a module that `cuModuleLoadData` made, and a text that ends with a zero.
+        // SAFETY: a module made by `cuModuleLoadData`, and a zero-terminated text.
         let (module, name) = unsafe { (&*module, CStr::from_ptr(name)) };
         let name = name.to_str().map_err(|_| code::INVALID_VALUE)?;
         let kernel = module.kernel(name).ok_or(code::NOT_FOUND)?.map_err(|error| {
             eprintln!("stand-in: {error}");
             code::INVALID_IMAGE
         })?;
-        // Functions are never given back; there are as many as kernels.
+        // Functions are never freed; there are as many as kernels.
         let function = Function::of(kernel);
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, function) }
     }
     fn cuFuncSetAttribute(_function: *const Function, _attribute: c_uint, _value: c_int) { Ok(()) }
     fn cuFuncGetAttribute(to: *mut c_int, _attribute: c_uint, _function: *const Function) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, 0) }
     }
     fn cuLaunchKernel(
@@ -348,12 +348,12 @@ driver! {
         arguments: *const *const u8,
         _extra: *mut c_void,
     ) {
-        // SAFETY: a function of `cuModuleGetFunction`.
+        // SAFETY: a function made by `cuModuleGetFunction`.
         let kernel = unsafe { &*function }.0.clone();
         let bytes = kernel.parameters.last().map_or(0, |(at, bytes)| at + bytes);
         let mut parameters = vec![0u8; bytes];
         for (i, (at, bytes)) in kernel.parameters.iter().enumerate() {
-            // SAFETY: a pointer for each parameter, to as many bytes.
+            // SAFETY: the caller passes, for each parameter, a pointer to its bytes.
             let value = unsafe { std::slice::from_raw_parts(*arguments.add(i), *bytes) };
             parameters[*at..at + bytes].copy_from_slice(value);
         }
@@ -367,8 +367,9 @@ driver! {
         if !device(owner(graph))?.has_graph(graph) {
             return Err(code::INVALID_HANDLE);
         }
-        // Its number is the graph's; the lowest bit says whether what a launch left allocated is freed by the next.
-        // SAFETY: the caller's pointer.
+        // The handle is the graph's; its lowest bit is set if a launch frees what the previous one left
+        // allocated.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, graph | flags & 1) }
     }
     fn cuGraphLaunch(graph: u64, stream: u64) { device(of(stream)?)?.launch(graph & !1, stream, graph & 1 == 1) }
@@ -377,18 +378,18 @@ driver! {
     fn cuGraphDestroy(graph: u64) { device(owner(graph))?.drop_graph(graph) }
     fn cuGraphGetNodes(graph: u64, nodes: *mut u64, count: *mut usize) {
         let all = device(owner(graph))?.nodes(graph)?;
-        // A node's handle is its graph's and its number.
+        // A node's handle consists of its graph's handle and its index.
         if !nodes.is_null() {
-            // SAFETY: room for as many as `count` says.
+            // SAFETY: the caller's `count` is the number of nodes that it has room for.
             let room = unsafe { *count }.min(all.len());
             for i in 0..room {
                 // SAFETY: as above.
                 unsafe { nodes.add(i).write(graph << 20 | i as u64) };
             }
-            // SAFETY: the caller's pointer.
+            // SAFETY: the caller passes a valid pointer.
             return unsafe { give(count, room) };
         }
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(count, all.len()) }
     }
     fn cuGraphNodeGetType(node: u64, to: *mut c_uint) {
@@ -401,40 +402,40 @@ driver! {
             "free" => 11,
             _ => 0,
         };
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, kind) }
     }
     fn cuGraphMemcpyNodeGetParams(node: u64, to: *mut u8) {
         let names = device(owner(node >> 20))?.nodes(node >> 20)?;
-        // 1: the host's memory, 2: the device's; behind four numbers of 64 bits.
+        // The source's memory type, after four 64-bit numbers. 1: host, 2: device.
         let from: c_uint = match *names.get((node & 0xfffff) as usize).ok_or(code::INVALID_HANDLE)? {
             "copy to the device" => 1,
             "copy" | "copy from the device" => 2,
             _ => return Err(code::INVALID_VALUE),
         };
-        // SAFETY: the caller's struct, which is larger than this.
+        // SAFETY: the caller passes a struct that is larger than this offset.
         unsafe { to.add(4 * size_of::<usize>()).cast::<c_uint>().write(from) };
         Ok(())
     }
-    // What graphs allocate is counted with all the rest.
+    // Memory allocated by graphs is counted with all other memory.
     fn cuDeviceGetGraphMemAttribute(_device: c_int, _attribute: c_uint, to: *mut u64) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, 0) }
     }
     fn cuDeviceGraphMemTrim(_device: c_int) { Ok(()) }
     fn cuDeviceSetGraphMemAttribute(_device: c_int, _attribute: c_uint, _value: *mut c_void) { Ok(()) }
     fn cuGetExportTable(to: *mut *const usize, _name: *const c_void) {
-        // The compiler asks for one that no documentation names, and looks at its size first: this one is of nothing else.
+        // The compiler asks for an undocumented table, and first reads its size. This one contains nothing else.
         static TABLE: usize = size_of::<usize>();
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, &raw const TABLE) }
     }
     fn cuGetErrorName(error: c_int, to: *mut *const c_char) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, text(error)) }
     }
     fn cuGetErrorString(error: c_int, to: *mut *const c_char) {
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { give(to, text(error)) }
     }
 }
@@ -453,7 +454,7 @@ fn is_pinned(at: u64, bytes: usize) -> bool {
     pinned.iter().any(|(start, len)| at >= *start && at + bytes as u64 <= start + *len as u64)
 }
 
-/// What `cuModuleGetFunction` gives.
+/// The function that `cuModuleGetFunction` returns.
 #[derive(Debug)]
 pub(crate) struct Function(Arc<Kernel>);
 
@@ -464,7 +465,7 @@ impl std::fmt::Debug for Kernel {
 }
 
 impl Function {
-    /// One for a kernel, always the same.
+    /// The function of a kernel, always the same one.
     fn of(kernel: Arc<Kernel>) -> *const Function {
         static ALL: Mutex<Vec<&'static Function>> = Mutex::new(Vec::new());
         let mut all = ALL.lock().unwrap_or_else(PoisonError::into_inner);
@@ -477,7 +478,7 @@ impl Function {
     }
 }
 
-/// A text for callers of C, which is never given back.
+/// A C string that is never freed.
 pub(crate) fn leaked(text: String) -> *const c_char {
     CString::new(text).unwrap_or_default().into_raw()
 }

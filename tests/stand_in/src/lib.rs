@@ -1,11 +1,11 @@
-//! A CUDA device played by the processor, so that what runs on devices is tested where there is none.
+//! A CUDA device emulated on the CPU, to test device code on machines without one.
 //!
-//! This library takes the places of `libcuda`, `libcudnn`, `libcublas`, `libcurand` and `libnccl`; the compiler `libnvrtc` is
-//! NVIDIA's. It runs PTX instruction by instruction, and everything else by its definition. It is slow and strict: streams run
-//! as late as they may, threads and blocks in reverse, fresh memory is full of NaN, and an access to what is not allocated is
-//! an error that names kernel, thread and instruction.
+//! This library replaces `libcuda`, `libcudnn`, `libcublas`, `libcurand` and `libnccl`; the compiler `libnvrtc` is
+//! NVIDIA's. It interprets PTX instruction by instruction, and implements everything else by its definition. It is slow
+//! and strict: streams run as late as possible, threads and blocks in reverse order, fresh memory is filled with NaN,
+//! and an access to unallocated memory is an error that names kernel, thread and instruction.
 //!
-//! What it cannot tell: how quick something is, which engine cuDNN picks, and whether a real device rounds as it does.
+//! It cannot tell how fast something is, which engine cuDNN picks, or whether a real device rounds the same way.
 #![allow(non_snake_case)]
 
 mod backend;

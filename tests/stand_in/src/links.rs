@@ -1,6 +1,6 @@
-//! libnccl: exchanges between devices of one or of several processes, through the first rank.
+//! libnccl: collectives between devices of one or several processes, through the first rank.
 //!
-//! As with NCCL, an exchange whose partner is gone never ends: it is for the caller to see the error, and to give it up.
+//! As with NCCL, a collective whose partner is gone never ends: the caller must check for errors, and abort it.
 
 use crate::device::{Progress, device, owner};
 use crate::driver::leaked;
@@ -19,23 +19,23 @@ const SYSTEM_ERROR: c_int = 2;
 const INVALID_ARGUMENT: c_int = 4;
 const REMOTE_ERROR: c_int = 6;
 
-/// Where all meet, which the environment may say.
+/// The environment variable that may set the meeting place.
 const MEETING: &str = "NCCL_COMM_ID";
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where all meet, as a text that ends with zeros.
+/// The address of the meeting place, as zero-padded text.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Id([u8; 128]);
 
-/// Meeting places of this process, until the first rank goes there.
+/// Listeners of this process, until the first rank uses them.
 static PLACES: Mutex<Option<HashMap<String, TcpListener>>> = Mutex::new(None);
 
-/// A rank's part in a communicator.
+/// A rank's part of a communicator.
 #[derive(Debug)]
 pub(crate) struct Link {
     jobs: Sender<Job>,
-    /// The first rank's to all others, in order; the others' to the first.
+    /// For the first rank: sockets to all others, in order. For the others: the socket to the first rank.
     sockets: Vec<TcpStream>,
     error: Arc<AtomicI32>,
     aborted: Arc<AtomicI32>,
@@ -83,7 +83,7 @@ unsafe extern "C" fn ncclGetUniqueId(to: *mut Id) -> c_int {
         };
         let mut id = [0; 128];
         id.get_mut(..place.len()).ok_or(INVALID_ARGUMENT)?.copy_from_slice(place.as_bytes());
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { crate::driver::give(to, Id(id)) }
     };
     answer(body())
@@ -98,7 +98,7 @@ unsafe extern "C" fn ncclCommInitRank(to: *mut *const Link, ranks: c_int, id: Id
             return Err(INVALID_ARGUMENT);
         }
         let link = Link::join(place, rank as usize, ranks as usize).map_err(failed)?;
-        // SAFETY: the caller's pointer.
+        // SAFETY: the caller passes a valid pointer.
         unsafe { crate::driver::give(to, Arc::into_raw(Arc::new(link))) }
     };
     answer(body())
@@ -110,20 +110,20 @@ unsafe extern "C" fn ncclCommAbort(link: *const Link) -> c_int {
     let link = unsafe { Arc::from_raw(link) };
     link.aborted.store(1, Ordering::SeqCst);
     for socket in &link.sockets {
-        let _ = socket.shutdown(Shutdown::Both); // Gone already, where it fails.
+        let _ = socket.shutdown(Shutdown::Both); // Fails if it is gone already.
     }
     0
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ncclCommDestroy(link: *const Link) -> c_int {
-    // SAFETY: as for `ncclCommAbort`.
+    // SAFETY: same contract as `ncclCommAbort`.
     unsafe { ncclCommAbort(link) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ncclCommGetAsyncError(link: *const Link, to: *mut c_int) -> c_int {
-    // SAFETY: made by `ncclCommInitRank`; the caller's pointer.
+    // SAFETY: made by `ncclCommInitRank`; the caller passes a valid pointer.
     unsafe { answer(crate::driver::give(to, (*link).error.load(Ordering::SeqCst))) }
 }
 
@@ -139,7 +139,7 @@ extern "C" fn ncclGetErrorString(error: c_int) -> *const c_char {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn ncclGetVersion(to: *mut c_int) -> c_int {
-    // SAFETY: the caller's pointer.
+    // SAFETY: the caller passes a valid pointer.
     answer(unsafe { crate::driver::give(to, 22809) })
 }
 
@@ -150,7 +150,7 @@ macro_rules! exchanges {
             from: u64, to: u64, count: usize, kind: c_int, $($extra: $type,)* link: *const Link, stream: u64,
         ) -> c_int {
             $(let _ = $extra;)*
-            // SAFETY: made by `ncclCommInitRank`; one more owner, for as long as the exchange is under way.
+            // SAFETY: made by `ncclCommInitRank`; the exchange owns a reference while it runs.
             let link = unsafe {
                 Arc::increment_strong_count(link);
                 Arc::from_raw(link)
@@ -168,7 +168,7 @@ exchanges! {
     fn ncclBroadcast(root: c_int) = What::Broadcast, |_| 1;
 }
 
-/// Asks a stream for an exchange of `len` values of this rank.
+/// Queues a collective on a stream, with `len` values of this rank.
 fn exchange(
     link: Arc<Link>,
     what: What,
@@ -191,7 +191,7 @@ fn exchange(
         if waiting.is_none() {
             let (done, result) = channel();
             let own = bytes(memory, from, len * kind.bytes())?;
-            // Where the thread of the link is gone, nothing will come.
+            // Fails if the link's thread is gone; then no result will come.
             let _ = link.jobs.send(Job { what, kind, own, done });
             *waiting = Some(result);
         }
@@ -202,7 +202,7 @@ fn exchange(
                 put(memory, to, &result)?;
                 Ok(Progress::Done)
             }
-            // Given up: what it wrote is of no meaning.
+            // Aborted: the output is undefined.
             _ if link.aborted.load(Ordering::SeqCst) == 1 => Ok(Progress::Done),
             Some(Err(TryRecvError::Empty | TryRecvError::Disconnected)) | None => Ok(Progress::Pending),
         }
@@ -221,7 +221,7 @@ impl Link {
             for job in list {
                 let result = if rank == 0 { lead(&job, &mut own) } else { follow(&job, &mut own[0]) };
                 match result {
-                    // Nobody waits any more, where it fails.
+                    // Sending fails if nobody waits any more.
                     Ok(result) => _ = job.done.send(result),
                     Err(error) => {
                         eprintln!("stand-in: NCCL, rank {rank}: {error}");
@@ -235,7 +235,7 @@ impl Link {
     }
 }
 
-/// The first rank waits for the others.
+/// The first rank accepts connections from all others.
 fn first(place: &str, ranks: usize) -> std::io::Result<Vec<TcpStream>> {
     let known = PLACES.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().remove(place);
     let listener = known.map_or_else(|| TcpListener::bind(place), Ok)?;
@@ -269,12 +269,12 @@ fn another(place: &str, rank: usize) -> std::io::Result<TcpStream> {
     };
     socket.set_nodelay(true)?;
     socket.write_all(&(rank as u32).to_le_bytes())?;
-    // All are there.
+    // Wait until all ranks are connected.
     socket.read_exact(&mut [0])?;
     Ok(socket)
 }
 
-/// What, of which kind and how long; then the bytes.
+/// Sends operation, type and length; then the bytes.
 fn send(socket: &mut TcpStream, job: &Job, bytes: &[u8]) -> std::io::Result<()> {
     socket.write_all(&[job.what as u8, job.kind as u8])?;
     socket.write_all(&(bytes.len() as u64).to_le_bytes())?;
@@ -298,7 +298,7 @@ fn follow(job: &Job, socket: &mut TcpStream) -> std::io::Result<Vec<u8>> {
     receive(socket, job)
 }
 
-/// The first rank collects what all have, and gives to each what it is to have.
+/// The first rank collects the data of all ranks, and sends each rank its result.
 fn lead(job: &Job, sockets: &mut [TcpStream]) -> std::io::Result<Vec<u8>> {
     let mut all = vec![job.own.clone()];
     for socket in sockets.iter_mut() {

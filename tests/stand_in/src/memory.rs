@@ -1,14 +1,15 @@
-//! The device's memory: every access is looked up, so that one outside of what is allocated is an error, not a surprise.
+//! Device memory. Every access is checked, so an access outside an allocation is an error instead of
+//! undefined behavior.
 //!
-//! Addresses are those of the host's memory, moved: the host cannot use one by mistake. Fresh memory, and memory that was
-//! freed, is full of 0xff bytes, which are NaN in every floating type.
+//! Device addresses are host addresses plus an offset, so the host cannot use one by mistake. Fresh and freed
+//! memory is filled with 0xff bytes, which are NaN in every floating type.
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::BTreeMap;
 
-/// Added to the host's address.
+/// Added to the host address.
 const DEVICE: u64 = 1 << 56;
-/// As the driver gives them.
+/// The driver's alignment.
 const ALIGNMENT: usize = 512;
 const POISON: u8 = 0xff;
 
@@ -16,28 +17,28 @@ struct Allocation {
     host: *mut u8,
     layout: Layout,
     bytes: usize,
-    /// Whether the stream that asked for it has come to that, and not to its end.
+    /// Whether the stream has executed the allocation, and not yet the free.
     live: bool,
-    /// Of a graph: kept after it is freed, for the next replay.
+    /// Belongs to a graph: kept after it is freed, for the next replay.
     reserved: bool,
 }
 
-// SAFETY: the memory belongs to the allocation, which is behind its device's lock.
+// SAFETY: the allocation owns its memory, and is behind its device's lock.
 unsafe impl Send for Allocation {}
-// SAFETY: threads that share it are those of a kernel: which of them writes where is as much the kernel's promise as on a device.
+// SAFETY: only a kernel's threads share it; as on a device, the kernel is responsible for avoiding data races.
 unsafe impl Sync for Allocation {}
 
-/// What is allocated on one device.
+/// All allocations on one device.
 #[derive(Default)]
 pub(crate) struct Memory {
-    /// By the address at which each begins.
+    /// Keyed by start address.
     allocations: BTreeMap<u64, Allocation>,
     used: usize,
     high: usize,
     capacity: usize,
 }
 
-/// Memory that is there: from `start`, `end` excluded, at `host`.
+/// An allocated range of device addresses, from `start` to `end` (exclusive), stored at `host`.
 #[derive(Clone, Copy)]
 pub(crate) struct Range {
     pub(crate) start: u64,
@@ -48,10 +49,10 @@ pub(crate) struct Range {
 impl Range {
     pub(crate) const NONE: Range = Range { start: 0, end: 0, host: std::ptr::null_mut() };
 
-    /// Where the host finds `bytes` bytes at an address, if they are within.
+    /// The host address of `bytes` bytes at a device address, if they lie within the range.
     pub(crate) fn host_of(&self, address: u64, bytes: usize) -> Option<*mut u8> {
         let inside = address >= self.start && address.checked_add(bytes as u64)? <= self.end;
-        // SAFETY: within the range.
+        // SAFETY: the offset is within the range.
         inside.then(|| unsafe { self.host.add((address - self.start) as usize) })
     }
 }
@@ -61,7 +62,7 @@ impl Memory {
         Memory { capacity, ..Memory::default() }
     }
 
-    /// An address for so many bytes; `None` where the device has no more. It may be used once it is [`begin`](Self::begin)ed.
+    /// Reserves an address for this many bytes; `None` if the device is full. Usable after [`begin`](Self::begin).
     pub(crate) fn reserve(&mut self, bytes: usize, reserved: bool) -> Option<u64> {
         if self.used + bytes > self.capacity {
             return None;
@@ -79,7 +80,7 @@ impl Memory {
         Some(address)
     }
 
-    /// From here on the memory may be used; what is in it is of no meaning.
+    /// Makes reserved memory usable. Its content is undefined.
     pub(crate) fn begin(&mut self, address: u64) -> Result<(), String> {
         let Some(it) = self.allocations.get_mut(&address) else {
             return Err(format!("{address:#x} is not allocated"));
@@ -88,18 +89,18 @@ impl Memory {
             return Err(format!("{address:#x} is allocated a second time"));
         }
         it.live = true;
-        // SAFETY: as many bytes as were allocated.
+        // SAFETY: this many bytes were allocated.
         unsafe { it.host.write_bytes(POISON, it.bytes) };
         Ok(())
     }
 
-    /// From here on it may not.
+    /// Makes memory unusable, and releases it unless it is reserved by a graph.
     pub(crate) fn end(&mut self, address: u64) -> Result<(), String> {
         let Some(it) = self.allocations.get_mut(&address).filter(|it| it.live) else {
             return Err(format!("{address:#x} is freed, but not allocated"));
         };
         it.live = false;
-        // SAFETY: as many bytes as were allocated.
+        // SAFETY: this many bytes were allocated.
         unsafe { it.host.write_bytes(POISON, it.bytes) };
         if !it.reserved {
             self.release(address);
@@ -107,7 +108,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Gives memory back to the host.
+    /// Returns memory to the host.
     pub(crate) fn release(&mut self, address: u64) {
         if let Some(it) = self.allocations.remove(&address) {
             self.used -= it.bytes;
@@ -120,20 +121,20 @@ impl Memory {
         self.allocations.get(&address).is_some_and(|it| it.live)
     }
 
-    /// The allocation around an address.
+    /// The allocation that contains an address.
     pub(crate) fn around(&self, address: u64) -> Option<Range> {
         let (start, it) = self.allocations.range(..=address).next_back()?;
         let range = Range { start: *start, end: start + it.bytes as u64, host: it.host };
         (it.live && address < range.end.max(start + 1)).then_some(range)
     }
 
-    /// Where the host finds so many bytes of the device.
+    /// The host address of this many bytes of the device.
     pub(crate) fn host_of(&self, address: u64, bytes: usize) -> Result<*mut u8, String> {
         let range = self.around(address).ok_or_else(|| self.describe(address, bytes))?;
         range.host_of(address, bytes).ok_or_else(|| self.describe(address, bytes))
     }
 
-    /// What is wrong with an access.
+    /// Describes an invalid access.
     pub(crate) fn describe(&self, address: u64, bytes: usize) -> String {
         match self.allocations.range(..=address).next_back() {
             Some((start, it)) if address <= start + it.bytes as u64 => format!(

@@ -1,4 +1,4 @@
-//! Numbers of a device's memory, as the libraries read and write them.
+//! Numbers in device memory, as the libraries read and write them.
 
 use crate::memory::Memory;
 use crate::ptx::to_odd;
@@ -48,16 +48,16 @@ impl Kind {
     }
 }
 
-/// A copy of a device's bytes.
+/// A copy of a range of device memory.
 pub(crate) fn bytes(memory: &Memory, at: u64, len: usize) -> Result<Vec<u8>, String> {
     let from = memory.host_of(at, len)?;
-    // SAFETY: `host_of` found so many bytes.
+    // SAFETY: `host_of` checked this many bytes.
     Ok(unsafe { std::slice::from_raw_parts(from, len) }.to_vec())
 }
 
 pub(crate) fn put(memory: &mut Memory, at: u64, bytes: &[u8]) -> Result<(), String> {
     let to = memory.host_of(at, bytes.len())?;
-    // SAFETY: `host_of` found so many bytes.
+    // SAFETY: `host_of` checked this many bytes.
     unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
     Ok(())
 }
@@ -73,18 +73,18 @@ pub(crate) fn write(memory: &mut Memory, at: u64, values: &[f64], kind: Kind) ->
     put(memory, at, &kind.bytes_of(values))
 }
 
-/// Whether the environment lets libraries cut numbers of 32 bits short.
+/// Whether the environment lets libraries reduce 32-bit numbers to TF32.
 pub(crate) fn tf32_allowed() -> bool {
     std::env::var("NVIDIA_TF32_OVERRIDE").is_ok_and(|it| it == "0").not()
 }
 
-/// To the 11 bits that tensor cores keep of a 32-bit number.
+/// Rounds to the 11 bits that tensor cores keep of a 32-bit number.
 pub(crate) fn to_tf32(x: f64) -> f64 {
     let bits = (x as f32).to_bits();
     f64::from(f32::from_bits((bits + 0xfff + (bits >> 13 & 1)) & !0x1fff))
 }
 
-/// Matrices of the processor: m rows and n columns, the places of a row and a column to the next.
+/// A matrix in host memory, with its row and column strides.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
     pub(crate) values: &'a [f64],
@@ -93,18 +93,18 @@ pub(crate) struct Matrix<'a> {
 }
 
 impl<'a> Matrix<'a> {
-    /// Row after row, of so many columns each.
+    /// A row-major matrix with this many columns.
     pub(crate) fn rows(values: &'a [f64], columns: usize) -> Self {
         Matrix { values, row: columns, column: 1 }
     }
 
-    /// The same with rows for columns.
+    /// The transpose of a row-major matrix with this many columns.
     pub(crate) fn turned(values: &'a [f64], columns: usize) -> Self {
         Matrix { values, row: 1, column: columns }
     }
 }
 
-/// to (m, n), row after row, += a (m, k) b (k, n).
+/// to (m, n), row-major, += a (m, k) b (k, n).
 pub(crate) fn multiply(to: &mut [f64], a: Matrix, b: Matrix, [m, n, k]: [usize; 3]) {
     let last = |it: Matrix, rows: usize, columns: usize| (rows - 1) * it.row + (columns - 1) * it.column;
     if m == 0 || n == 0 || k == 0 {
@@ -112,7 +112,7 @@ pub(crate) fn multiply(to: &mut [f64], a: Matrix, b: Matrix, [m, n, k]: [usize; 
     }
     assert!(to.len() >= m * n && last(a, m, k) < a.values.len() && last(b, k, n) < b.values.len());
     let stride = |x: usize| x as isize;
-    // SAFETY: the last place of each was checked above.
+    // SAFETY: the last index of each matrix is checked above.
     unsafe {
         gemm::gemm(
             m,

@@ -1,4 +1,4 @@
-//! libcurand: numbers of chance, of no particular kind.
+//! libcurand: random numbers, from an arbitrary generator.
 
 use crate::device::{Progress, device, owner};
 use crate::driver::{current, give};
@@ -19,14 +19,14 @@ fn answer(result: Result<(), c_int>) -> c_int {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn curandGetVersion(to: *mut c_int) -> c_int {
-    // SAFETY: the caller's pointer.
+    // SAFETY: the caller passes a valid pointer.
     answer(unsafe { give(to, 10400) })
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn curandCreateGenerator(to: *mut *mut Generator, _kind: c_int) -> c_int {
     let new = |ordinal| Box::into_raw(Box::new(Generator { stream: 0, ordinal, state: 1 }));
-    // SAFETY: the caller's pointer.
+    // SAFETY: the caller passes a valid pointer.
     answer(current().and_then(|ordinal| unsafe { give(to, new(ordinal)) }))
 }
 
@@ -52,7 +52,7 @@ unsafe extern "C" fn curandSetStream(generator: *mut Generator, stream: u64) -> 
 }
 
 impl Generator {
-    /// Above 0, at most 1.
+    /// A uniform number in (0, 1].
     fn next(&mut self) -> f64 {
         // Marsaglia 2003, "Xorshift RNGs".
         self.state ^= self.state << 13;

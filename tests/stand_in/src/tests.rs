@@ -1,4 +1,4 @@
-//! What the stand-in is strict about.
+//! Tests of the stand-in's strictness.
 #![allow(clippy::unwrap_used)]
 
 use crate::device::{Device, Progress, Work, code, device};
@@ -7,7 +7,7 @@ use crate::numbers::{Kind, read, write};
 use crate::ptx::{Grid, Module, run};
 use std::sync::Arc;
 
-/// Runs a kernel (a u64, n u32) on these numbers, in blocks of 64 threads.
+/// Runs a kernel with parameters (a u64, n u32) on these numbers, in blocks of 64 threads.
 fn numbers_after(body: &str, mut numbers: Vec<f64>) -> Result<Vec<f64>, String> {
     let text = format!(
         ".version 9.0\n.target sm_90\n.address_size 64\n.visible .entry kernel(.param .u64 a, .param .u32 n)\n{{ {body} }}\n"
@@ -25,7 +25,7 @@ fn numbers_after(body: &str, mut numbers: Vec<f64>) -> Result<Vec<f64>, String> 
     Ok(numbers)
 }
 
-/// Loads a[i] to %f1; %rd1 is its place.
+/// Loads a[i] into %f1; %rd1 is its address.
 const LOAD: &str = "
     .reg .pred %p<4>; .reg .b32 %r<9>; .reg .f32 %f<9>; .reg .b64 %rd<9>;
     ld.param.u64 %rd0, [a]; ld.param.u32 %r0, [n];
@@ -50,7 +50,7 @@ fn kernels_compute() {
 
 #[test]
 fn threads_wait_for_each_other_where_they_say_so_alone() {
-    // Each takes what its neighbour has put into shared memory.
+    // Each thread reads the value that its neighbor has put into shared memory.
     let body = |barrier: &str| {
         format!(
             ".shared .align 4 .b8 shared[256]; {LOAD} ld.global.f32 %f1, [%rd1]; mov.u32 %r5, shared;
@@ -90,7 +90,8 @@ fn what_is_not_allocated_is_an_error_that_names_the_place() {
     assert!(numbers_after(&unknown, count(64)).unwrap_err().contains("not known to the stand-in"));
 }
 
-/// A device, two of its streams, and a place for a number in its memory. Tests take a device each.
+/// Runs a test with a device, two of its streams, and the address of a number in its memory. Each test uses
+/// its own device.
 fn with_streams(ordinal: usize, test: impl FnOnce(&mut Device, [u64; 2], u64)) {
     let mut device = device(ordinal).unwrap();
     let streams = [device.new_stream(), device.new_stream()];
@@ -123,7 +124,7 @@ fn streams_run_when_they_are_waited_for_and_not_before() {
         device.ask(first, "put", put(at, 1.)).unwrap();
         let event = device.new_event();
         device.record(event, first).unwrap();
-        // Without waiting for the event the second stream would come first.
+        // Without waiting for the event, the second stream would run first.
         device.wait_for(second, event).unwrap();
         device.ask(second, "add", add(at, 1.)).unwrap();
         assert!(value(device, at).is_nan());
@@ -151,7 +152,8 @@ fn graphs_do_again_what_was_recorded_and_refuse_what_cannot_be() {
             assert_eq!(value(device, at), expected);
         }
         device.drop_graph(graph).unwrap();
-        // To wait for the device ends a recording; so does a stream that joined it and was never waited for.
+        // Waiting for the device invalidates a capture, and so does a stream that joined it and was never
+        // waited for.
         device.begin_capture(first, THREAD_LOCAL).unwrap();
         assert_eq!(device.finish(first), Err(code::CAPTURE_UNSUPPORTED));
         assert_eq!(device.end_capture(first), Err(code::CAPTURE_INVALIDATED));
@@ -166,7 +168,7 @@ fn graphs_do_again_what_was_recorded_and_refuse_what_cannot_be() {
 
 #[test]
 fn halves_are_rounded_once() {
-    // Just above the middle between two halves: what is left out decides.
+    // Just above the midpoint between two halves: the dropped bits decide.
     for (x, expected) in [(1. + 1. / 256., 1.), (1. + 1. / 256. + f64::from(f32::EPSILON), 1. + 1. / 128.)] {
         assert_eq!(Kind::BF16.all(&Kind::BF16.bytes_of(&[x])), [expected]);
     }

@@ -1,4 +1,4 @@
-//! Tells pictures of horizontal bars from those of vertical ones: a model and a dataset of one's own, named in TOML.
+//! Classifies pictures of horizontal and vertical bars: a custom model and dataset, selected in TOML.
 //!
 //!     cargo run -- train bars.toml
 
@@ -17,13 +17,13 @@ const SIDE: usize = 8;
 #[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(crate = "candlepower::serde", deny_unknown_fields)]
 struct BarsConfig {
-    /// Pictures in an epoch of training.
+    /// Pictures per training epoch.
     samples: usize,
-    /// How strong the noise is.
+    /// Amplitude of the noise.
     noise: f32,
 }
 
-/// A bar across a noisy picture, (B, 1, 8, 8): label 0 where it lies, 1 where it stands.
+/// Noisy pictures of one bar, (B, 1, 8, 8): label 0 if it is horizontal, 1 if it is vertical.
 struct Bars {
     samples: usize,
     noise: f32,
@@ -79,7 +79,7 @@ struct BarNetConfig {
     channels: usize,
 }
 
-/// A convolution, batch normalisation, the mean over the pixels of what is above zero, a product.
+/// A convolution, batch normalisation, ReLU, the mean over the pixels, and a linear layer.
 struct BarNet {
     conv: Conv,
     norm: BatchNorm,

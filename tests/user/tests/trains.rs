@@ -1,4 +1,4 @@
-//! The program trains from TOML, with a model and a dataset that Candlepower has never heard of.
+//! The program trains from TOML, with a model and a dataset from outside Candlepower.
 
 use std::path::Path;
 use std::process::{Command, Output};

@@ -11,7 +11,7 @@ use crate::parallel::Shared;
 use crate::simd::{LANES, Level};
 use crate::winograd::{self, Filters, Images, InputGradient, Panels, Source};
 
-/// The way back for gradients: adds `selected` to a layer's weights.
+/// The inverse of `select` for gradients: adds `selected` to a layer's weight gradient.
 fn add_selected(layer: &Layer, selected: &[f32], first: usize, count: usize, weights: &mut [f32]) {
     let taps = layer.kernel * layer.kernel;
     for (from, output) in selected.chunks_exact(count * taps).zip(packed_order(layer.hidden)) {
@@ -24,14 +24,14 @@ fn add_selected(layer: &Layer, selected: &[f32], first: usize, count: usize, wei
     }
 }
 
-/// The weights and their gradients of one of a layer's two inputs: x or its own hidden state.
+/// The weights, and their gradients, of one of a layer's two inputs: x or its own hidden state.
 struct Side {
     first: usize,
     channels: usize,
-    /// For the gradient of this input, where it is wanted: transposed panels, or plain weights.
+    /// If the gradient of this input is wanted: transposed panels (3x3 kernels) or plain weights.
     panels: Option<Panels>,
     weights: Option<Vec<f32>>,
-    /// The gradient of the weights, where it is wanted, in the same two forms.
+    /// If the gradient of the weights is wanted: its sums, in the same two forms.
     panel_sums: Option<Vec<Panels>>,
     weight_sums: Option<Vec<f32>>,
 }
@@ -62,7 +62,8 @@ impl Side {
         }
     }
 
-    /// As a source of the Winograd backward pass: its values, and where the gradient of them is added, if anywhere.
+    /// This side as a source of the Winograd backward pass: its values, and where their gradient is added, if
+    /// anywhere.
     fn source<T>(&mut self, images: Images<T>, to: Option<States>) -> Source<'_, T> {
         let input = match (&self.panels, to) {
             (Some(filters), Some(to)) => Some(InputGradient { filters, data: to.data, image: to.image }),
@@ -71,7 +72,7 @@ impl Side {
         Source { images, filters: self.panel_sums.as_deref_mut(), input }
     }
 
-    /// The same by definition, from the gradient of the gates.
+    /// The direct backward pass of this side, from the gradient of the gates.
     fn direct<T: Float>(
         &mut self,
         level: Level,
@@ -89,7 +90,7 @@ impl Side {
         }
     }
 
-    /// Adds the sums to the gradient of the layer's weights.
+    /// Adds the sums to the layer's weight gradient.
     fn finish(self, level: Level, layer: &Layer, gradient: &mut [f32]) {
         for sums in self.panel_sums.iter().flatten() {
             let order = packed_order(layer.hidden);
@@ -111,7 +112,7 @@ impl Side {
 
 type MaybeGradients<T> = (Option<Vec<T>>, Option<Vec<T>>);
 
-/// The gradients of the input and of the parameters.
+/// The gradients of the input and of the parameters, if wanted.
 #[expect(clippy::too_many_arguments, reason = "the arguments of the op's backward")]
 pub(super) fn backward<T: Float>(
     level: Level,
@@ -123,7 +124,7 @@ pub(super) fn backward<T: Float>(
     d_output: &[T],
     (wants_input, wants_parameters): (bool, bool),
 ) -> MaybeGradients<T> {
-    // What the unsafe code below relies on.
+    // The unsafe code below relies on these lengths.
     assert_eq!((input.len(), parameters.len()), (r.input_len(), r.parameters));
     assert_eq!((output.len(), d_output.len()), (r.output_len(), r.output_len()));
     let mut d_input = wants_input.then(|| T::wide_zeros(input.len()));
@@ -160,11 +161,11 @@ pub(super) fn backward<T: Float>(
         .map(|(l, p)| wants_parameters.then(|| vec![0f32; p * l.gates()]))
         .collect();
 
-    // The gradients of the hidden states of this step and of the one before, by turns (cell::Backward leaves zeros behind), and
-    // of the cell states.
+    // The gradients of the hidden states of this step and the previous one, in alternating halves
+    // (cell::Backward leaves zeros behind), and of the cell states.
     let mut dh: Vec<Buffer> = (0..r.layers.len()).map(|l| Buffer::zeroed(2 * r.state(l))).collect();
     let dh = shared(&mut dh);
-    // SAFETY: a layer's gradients are those of two steps.
+    // SAFETY: the buffer of a layer holds two steps.
     let dh_at = |layer: usize, step: usize| unsafe { dh[layer].offset(step % 2 * r.state(layer)) };
     let mut dc: Vec<Buffer> = r.layers.iter().map(|l| Buffer::zeroed(r.cells(l) * LANES)).collect();
     let hidden = Hidden {
@@ -173,7 +174,7 @@ pub(super) fn backward<T: Float>(
         output: (r.keep == Keep::All).then(|| Shared::read(output)),
     };
     let d_output = Shared::read(d_output);
-    // Of one step, for layers whose kernel is not 3x3.
+    // Gate gradients of one step, for layers whose kernel is not 3x3.
     let direct = r.layers.iter().filter(|layer| !layer.winograd());
     let mut gates = Buffer::new(direct.map(|layer| r.cells(layer) * GROUP).max().unwrap_or(0));
 
@@ -204,7 +205,7 @@ pub(super) fn backward<T: Float>(
                 pixels: r.pixels(),
                 width: r.width,
             };
-            // Where the gradients of x and of the last hidden state go.
+            // Destinations of the gradients of x and of the previous hidden state.
             let to_x = if index > 0 {
                 let image = r.pixels() * layer.inputs;
                 Some(States { data: dh_at(index - 1, step), image })

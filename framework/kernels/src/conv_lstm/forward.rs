@@ -10,14 +10,15 @@ use crate::parallel::Shared;
 use crate::simd::Level;
 use crate::winograd::{self, ColumnOrder, Filters, Images, Panels};
 
-/// A layer's weights, as the forward pass reads them.
+/// A layer's weights in the layout that the forward pass reads.
 enum Weights {
     Winograd(Panels),
-    /// For the inputs and for the hidden channels, (packed gates, channels, k, k).
+    /// For the inputs and for the hidden channels: (packed gates, channels, k, k) each.
     Direct(Vec<f32>, Vec<f32>),
 }
 
-/// Some of a layer's input channels, with the gates in the packed order: for kernels that are not 3x3.
+/// The weights of some of a layer's input channels, with gates in the packed order, for kernels that are not
+/// 3x3.
 pub(super) fn select(layer: &Layer, weights: &[f32], first: usize, count: usize) -> Vec<f32> {
     let taps = layer.kernel * layer.kernel;
     let order = packed_order(layer.hidden);
@@ -38,7 +39,7 @@ pub(super) fn forward<T: Float>(
     input: &[T],
     parameters: &[f32],
 ) -> (Vec<T>, Option<Kept<T>>) {
-    // What the unsafe code below relies on.
+    // The unsafe code below relies on these lengths.
     assert_eq!((input.len(), parameters.len()), (r.input_len(), r.parameters));
     let orders: Vec<ColumnOrder> = r.layers.iter().map(|l| packed_order(l.hidden)).collect();
     let weights: Vec<Weights> = r
@@ -75,7 +76,7 @@ pub(super) fn forward<T: Float>(
         for (index, layer) in r.layers.iter().enumerate() {
             let cell = memory.step(r, index, step, &biases[index]);
             let x = r.input(index, step, frame, &memory.h);
-            // The first state is zero: its half of the convolution is left out.
+            // The initial state is zero, so its half of the convolution is skipped.
             let before = (step > 0).then(|| memory.h.images(r, index, step - 1));
             match &weights[index] {
                 Weights::Winograd(panels) => match before {
@@ -105,7 +106,7 @@ pub(super) fn forward<T: Float>(
     }
     if r.keep == Keep::Last {
         let last = memory.h.states(r, r.top(), r.steps - 1).data;
-        // SAFETY: the states of a step are as many as are returned; nobody writes them any more.
+        // SAFETY: one step's states have as many values as the output, and nothing writes them any more.
         let last = unsafe { std::slice::from_raw_parts(last.at(0), r.output_len()) };
         convert(level, last, &mut output);
     }

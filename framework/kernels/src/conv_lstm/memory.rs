@@ -1,4 +1,4 @@
-//! Where a roll-out has its states, and what its backward pass needs of them.
+//! Storage for a roll-out's states and for the tensors saved for its backward pass.
 
 use super::{Keep, RollOut};
 use crate::buffer::Buffer;
@@ -8,7 +8,8 @@ use crate::parallel::Shared;
 use crate::simd::LANES;
 use crate::winograd::Images;
 
-/// Hidden states: of each layer the last `depth` steps; those of the top layer may lie in the output itself.
+/// Hidden states: the last `depth` steps of each layer; the top layer's states may be stored in the output
+/// itself.
 pub(super) struct Hidden<T> {
     pub(super) layers: Vec<Shared<T>>,
     pub(super) depth: usize,
@@ -35,7 +36,7 @@ impl<T> Hidden<T> {
     }
 }
 
-/// What backward needs of the forward pass: for each layer, all steps.
+/// Tensors saved by the forward pass for the backward pass: all steps of each layer.
 pub(super) struct Kept<T> {
     pub(super) activations: Vec<Buffer<T>>,
     pub(super) c: Vec<Buffer<T>>,
@@ -57,17 +58,17 @@ pub(super) fn shared<T: Float>(buffers: &mut [Buffer<T>]) -> Vec<Shared<T>> {
     buffers.iter_mut().map(|buffer| Shared::new(buffer)).collect()
 }
 
-/// Where the forward pass has its states. Those that a step hands to the next are 32 bits wide: either those that are kept
-/// or returned, if they are as wide, or others, beside which the kept ones are copies.
+/// Where the forward pass stores its states. The states passed from step to step are f32. If the saved or
+/// returned states are f32 too, they share that memory; otherwise they are separate copies.
 pub(super) struct Memory<T> {
     pub(super) h: Hidden<f32>,
     pub(super) c: Vec<Shared>,
     pub(super) c_depth: usize,
-    /// What is kept; these two are empty where nothing is.
+    /// Saved for backward; `activations` and `c_kept` are empty if nothing is saved.
     pub(super) activations: Vec<Shared<T>>,
     pub(super) c_kept: Vec<Shared<T>>,
     pub(super) h_kept: Hidden<T>,
-    /// Keeps alive the states that are not kept.
+    /// Keeps the buffers of unsaved states alive.
     _own: [Vec<Buffer>; 2],
 }
 
@@ -86,7 +87,7 @@ impl<T: Float> Memory<T> {
             let c = wide(&c_kept);
             return Memory { h, c, c_depth: r.steps, activations, c_kept, h_kept, _own: Default::default() };
         }
-        // Two hidden states, of which one is read and one written, and a cell state.
+        // Two hidden states, one read and one written, and one cell state.
         let mut h_own = r.hidden_buffers(2, output.is_some());
         let mut c_own: Vec<Buffer> = r.layers.iter().map(|l| Buffer::new(r.cells(l) * LANES)).collect();
         let h = Hidden { layers: shared(&mut h_own), depth: 2, output };
@@ -94,7 +95,7 @@ impl<T: Float> Memory<T> {
         Memory { h, c, c_depth: 1, activations, c_kept, h_kept, _own: [h_own, c_own] }
     }
 
-    /// A step of a layer's cells.
+    /// One step of a layer's cells.
     pub(super) fn step<'a>(
         &self,
         r: &RollOut,

@@ -1,7 +1,7 @@
-//! What kernels are called with: each takes one of these, laid out as the struct of the same name in its source, where it may
-//! be a template.
+//! The kernels' arguments: each kernel takes one of these structs, with the layout of the struct of the same
+//! name in its source, where it may be a template.
 //!
-//! Addresses are those of the device's memory, 0 for nothing; offsets and strides count values, not bytes.
+//! Addresses are device addresses, 0 for none; offsets and strides count values, not bytes.
 
 use crate::updates::MOST_STATES;
 
@@ -10,13 +10,13 @@ use crate::updates::MOST_STATES;
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Plane {
     pub(crate) at: u64,
-    /// From an image to the next.
+    /// Values from one image to the next.
     pub(crate) image: i64,
-    /// From a pixel to the next.
+    /// Values from one pixel to the next.
     pub(crate) pixel: i64,
 }
 
-/// Of `gates_forward`.
+/// Arguments of `gates_forward`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GatesForward {
@@ -30,7 +30,7 @@ pub(crate) struct GatesForward {
     pub(crate) pixels: u32,
 }
 
-/// Of `gates_backward`.
+/// Arguments of `gates_backward`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GatesBackward {
@@ -47,7 +47,7 @@ pub(crate) struct GatesBackward {
     pub(crate) parts: u32,
 }
 
-/// Of `add_bias`.
+/// Arguments of `add_bias`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AddBias {
@@ -57,7 +57,7 @@ pub(crate) struct AddBias {
     pub(crate) columns: u32,
 }
 
-/// Of `column_sums`.
+/// Arguments of `column_sums`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ColumnSums {
@@ -69,7 +69,7 @@ pub(crate) struct ColumnSums {
     pub(crate) parts: u32,
 }
 
-/// Of `copy_columns`.
+/// Arguments of `copy_columns`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CopyColumns {
@@ -80,7 +80,7 @@ pub(crate) struct CopyColumns {
     pub(crate) pixels: u32,
 }
 
-/// Of `pack_weight` and `unpack_weight`.
+/// Arguments of `pack_weight` and `unpack_weight`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PackWeight {
@@ -94,7 +94,7 @@ pub(crate) struct PackWeight {
     pub(crate) first_channels: u32,
 }
 
-/// Of `narrow`.
+/// Arguments of `narrow`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Narrow {
@@ -103,7 +103,7 @@ pub(crate) struct Narrow {
     pub(crate) count: u32,
 }
 
-/// Of `silu`, `gelu` and `leaky_relu`.
+/// Arguments of `silu`, `gelu` and `leaky_relu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pointwise {
@@ -114,7 +114,7 @@ pub(crate) struct Pointwise {
     pub(crate) count: u32,
 }
 
-/// What is added to gates: where each of them begins in its rows, or -1.
+/// A term of a sum of gates; `places` is the offset of each gate in the term's rows, or -1.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Term {
@@ -123,10 +123,10 @@ pub(crate) struct Term {
     pub(crate) places: [i32; MOST_GATES],
 }
 
-/// As many gates as a sum has at most.
+/// The maximum number of gates of a sum.
 pub(crate) const MOST_GATES: usize = 16;
 
-/// Of `sum_gates`.
+/// Arguments of `sum_gates`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SumGates {
@@ -137,7 +137,7 @@ pub(crate) struct SumGates {
     pub(crate) width: u32,
 }
 
-/// Of `memory_update`.
+/// Arguments of `memory_update`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct MemoryUpdate {
@@ -156,7 +156,7 @@ pub(crate) struct MemoryUpdate {
     pub(crate) count: u32,
 }
 
-/// Of `open_output`.
+/// Arguments of `open_output`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct OpenOutput {
@@ -174,7 +174,7 @@ pub(crate) struct OpenOutput {
     pub(crate) count: u32,
 }
 
-/// One of the three that `blend` takes.
+/// One of the three operands of `blend`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Blended {
@@ -184,7 +184,7 @@ pub(crate) struct Blended {
     pub(crate) offset: u32,
 }
 
-/// Of `blend`.
+/// Arguments of `blend`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Blend {
@@ -195,18 +195,18 @@ pub(crate) struct Blend {
     pub(crate) width: u32,
 }
 
-/// Sizes of what is normalised.
+/// Sizes of a tensor to normalise.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sizes {
     pub(crate) samples: u32,
     pub(crate) pixels: u32,
     pub(crate) channels: u32,
-    /// Of a sample.
+    /// Groups per sample.
     pub(crate) groups: u32,
 }
 
-/// What values are normalised by.
+/// The numbers by which values are normalised.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tables {
@@ -219,7 +219,7 @@ pub(crate) struct Tables {
     pub(crate) slope: f32,
 }
 
-/// Of `channel_sums`.
+/// Arguments of `channel_sums`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ChannelSums {
@@ -232,7 +232,7 @@ pub(crate) struct ChannelSums {
     pub(crate) parts: u32,
 }
 
-/// Of `add_parts`.
+/// Arguments of `add_parts`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct AddParts {
@@ -244,7 +244,7 @@ pub(crate) struct AddParts {
     pub(crate) fewer: u32,
 }
 
-/// Of `statistics`.
+/// Arguments of `statistics`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Statistics {
@@ -257,7 +257,7 @@ pub(crate) struct Statistics {
     pub(crate) eps: f64,
 }
 
-/// Of `group_gradients`.
+/// Arguments of `group_gradients`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct GroupGradients {
@@ -269,7 +269,7 @@ pub(crate) struct GroupGradients {
     pub(crate) sizes: Sizes,
 }
 
-/// Of `channel_gradients`.
+/// Arguments of `channel_gradients`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ChannelGradients {
@@ -280,7 +280,7 @@ pub(crate) struct ChannelGradients {
     pub(crate) channels: u32,
 }
 
-/// Of `value_gradients`.
+/// Arguments of `value_gradients`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ValueGradients {
@@ -292,7 +292,7 @@ pub(crate) struct ValueGradients {
     pub(crate) sizes: Sizes,
 }
 
-/// Of `normalize`.
+/// Arguments of `normalize`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Normalize {
@@ -305,7 +305,7 @@ pub(crate) struct Normalize {
     pub(crate) sizes: Sizes,
 }
 
-/// Of `winograd_input`, `winograd_output` and `winograd_output_adjoint`.
+/// Arguments of `winograd_input`, `winograd_output` and `winograd_output_adjoint`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Tiles {
@@ -320,7 +320,7 @@ pub(crate) struct Tiles {
     pub(crate) padding: u32,
 }
 
-/// Of `winograd_filter` and `winograd_filter_adjoint`.
+/// Arguments of `winograd_filter` and `winograd_filter_adjoint`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Filters {
@@ -331,7 +331,8 @@ pub(crate) struct Filters {
     pub(crate) turned: u32,
 }
 
-/// A tensor among many: where a kernel finds what belongs to it, its values, and the blocks of all up to it.
+/// One of many tensors: its addresses, its number of values, and the number of blocks of all tensors up to
+/// and including it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Span<P> {
@@ -340,11 +341,11 @@ pub(crate) struct Span<P> {
     pub(crate) end: u32,
 }
 
-/// As many tensors as the arguments of a kernel, 4 KB, have room for.
+/// The maximum number of tensors for which a kernel's arguments, 4 KB, have room.
 pub(crate) const MOST_TENSORS: usize = 64;
 const _: () = assert!(size_of::<Update>() <= 4096, "the largest of all arguments");
 
-/// So many tensors at most. Of `publish`.
+/// Up to [`MOST_TENSORS`] tensors. Arguments of `publish`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Many<P> {
@@ -353,10 +354,10 @@ pub(crate) struct Many<P> {
 }
 
 impl<P: Copy + Default> Many<P> {
-    /// Values that a block takes.
+    /// Values per block.
     const CHUNK: usize = 4096;
 
-    /// Tensors with their values' count; at most [`MOST_TENSORS`] of them, none empty.
+    /// Tensors with their number of values; at most [`MOST_TENSORS`] of them, none empty.
     pub(crate) fn new(tensors: &[(P, usize)]) -> Self {
         let (mut spans, mut end) = ([Span::default(); MOST_TENSORS], 0);
         for (span, (at, count)) in spans.iter_mut().zip(tensors) {
@@ -366,24 +367,24 @@ impl<P: Copy + Default> Many<P> {
         Many { spans, tensors: tensors.len() as u32 }
     }
 
-    /// Blocks of all tensors.
+    /// Number of blocks of all tensors.
     pub(crate) fn blocks(&self) -> usize {
         self.spans[..self.tensors as usize].last().map_or(0, |last| last.end as usize)
     }
 }
 
-/// Of the kernels of [rules](crate::updates::Rule).
+/// Arguments of the kernels of [rules](crate::updates::Rule).
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Update {
     pub(crate) tensors: Many<ParamAt>,
-    /// The rule's numbers.
+    /// Address of the rule's numbers.
     pub(crate) step: u64,
-    /// What was decided of the gradients.
+    /// Address of the decision on the gradients.
     pub(crate) decided: u64,
 }
 
-/// What a rule uses of a parameter.
+/// The addresses of a parameter that a rule uses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ParamAt {
@@ -393,7 +394,7 @@ pub(crate) struct ParamAt {
     pub(crate) copy: u64,
 }
 
-/// What `publish` uses of a parameter.
+/// The addresses of a parameter that `publish` uses.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct PublishAt {
@@ -401,16 +402,16 @@ pub(crate) struct PublishAt {
     pub(crate) copy: u64,
 }
 
-/// Of `counted`.
+/// Arguments of `counted`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Counted {
     pub(crate) tensors: Many<CountedAt>,
-    /// What was decided of the gradients.
+    /// Address of the decision on the gradients.
     pub(crate) decided: u64,
 }
 
-/// What `counted` reads, and where it writes to.
+/// The addresses that `counted` reads from and writes to.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct CountedAt {
@@ -418,7 +419,7 @@ pub(crate) struct CountedAt {
     pub(crate) to: u64,
 }
 
-/// Of `approach`.
+/// Arguments of `approach`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Approach {
@@ -426,7 +427,7 @@ pub(crate) struct Approach {
     pub(crate) share: f32,
 }
 
-/// What `approach` moves, and where to.
+/// A tensor that `approach` moves, and its target.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ApproachAt {
@@ -434,7 +435,7 @@ pub(crate) struct ApproachAt {
     pub(crate) target: u64,
 }
 
-/// Of `square_sums`.
+/// Arguments of `square_sums`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SquareSums {
@@ -442,7 +443,7 @@ pub(crate) struct SquareSums {
     pub(crate) sums: u64,
 }
 
-/// Of `sums`.
+/// Arguments of `sums`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Sums {
@@ -452,7 +453,7 @@ pub(crate) struct Sums {
     pub(crate) parts: u32,
 }
 
-/// Of `decide`.
+/// Arguments of `decide`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Decide {
@@ -465,7 +466,7 @@ pub(crate) struct Decide {
     pub(crate) only_finite: u32,
 }
 
-/// Structs of plain numbers, which a kernel takes by value.
+/// Marks the structs of plain numbers that kernels take by value.
 #[cfg(feature = "cuda")]
 mod device {
     use super::*;
@@ -473,7 +474,7 @@ mod device {
 
     macro_rules! device_repr {
         ($($name:ty)*) => { $(
-            // SAFETY: laid out as C does, of numbers alone.
+            // SAFETY: the struct has the layout of C and contains only numbers.
             unsafe impl DeviceRepr for $name {}
         )* };
     }

@@ -1,4 +1,4 @@
-//! cuDNN's backend: descriptors, which are made, told their attributes, and finished.
+//! cuDNN's backend API: descriptors, which are created, given attributes, and finalized.
 
 use candle_core::cuda_backend::cudarc::cudnn::sys::{
     self, cudnnBackendAttributeName_t as Name, cudnnBackendAttributeType_t as Type,
@@ -7,21 +7,22 @@ use candle_core::cuda_backend::cudarc::cudnn::sys::{
 use candle_core::{Error, Result};
 use std::ffi::{CStr, c_char, c_void};
 
-/// A descriptor of ours. It may go to another thread, but cuDNN does not promise that two may use it at once.
+/// An owned descriptor. It may move to another thread, but cuDNN does not guarantee concurrent use.
 #[derive(Debug)]
 pub(crate) struct Descriptor(sys::cudnnBackendDescriptor_t);
 
-/// What attributes are made of.
+/// A type of attribute values.
 ///
 /// # Safety
-/// A value is laid out as cuDNN expects for `TYPE`, and whatever cuDNN writes there is a valid value.
+/// A value has the layout that cuDNN expects for `TYPE`, and anything that cuDNN writes there is a valid
+/// value.
 pub(crate) unsafe trait Attribute: Copy {
     const TYPE: Type;
 }
 
 macro_rules! attributes {
     ($($of:ty: $type:ident,)*) => { $(
-        // SAFETY: cuDNN's own types and plain numbers; of its enumerations none is read here.
+        // SAFETY: these are cuDNN's own types and plain numbers; none of its enumerations is read here.
         unsafe impl Attribute for $of {
             const TYPE: Type = Type::$type;
         }
@@ -44,7 +45,7 @@ attributes! {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place(pub(crate) u64);
 
-/// What cuDNN notes of an engine's numbers; there may be more of them than are known here.
+/// A numerical note of cuDNN on an engine; there may be more of them than are known here.
 #[repr(transparent)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Note(u32);
@@ -63,41 +64,41 @@ impl Note {
 }
 
 impl Descriptor {
-    /// Of this kind, with nothing told.
+    /// A descriptor of this kind, without attributes.
     pub(crate) fn new(kind: Kind) -> Result<Self> {
         let mut made = std::ptr::null_mut();
-        // SAFETY: there is room for the descriptor.
+        // SAFETY: there is a place for the descriptor.
         done(format_args!("descriptor"), unsafe { sys::cudnnBackendCreateDescriptor(kind, &mut made) })?;
         Ok(Self(made))
     }
 
-    /// Tells an attribute, of one value or several.
+    /// Sets an attribute to one or several values.
     pub(crate) fn with<A: Attribute>(self, name: Name, values: &[A]) -> Result<Self> {
         let (count, from) = (values.len() as i64, values.as_ptr().cast::<c_void>());
-        // SAFETY: the descriptor lives, and there are so many values of this type.
+        // SAFETY: the descriptor lives, and there are `count` values of this type.
         done(format_args!("{name:?}"), unsafe {
             sys::cudnnBackendSetAttribute(self.0, name, A::TYPE, count, from)
         })?;
         Ok(self)
     }
 
-    /// Tells an attribute that is a descriptor, which must live as long as this one.
+    /// Sets an attribute to a descriptor, which must live as long as this one.
     pub(crate) fn with_part(self, name: Name, part: &Descriptor) -> Result<Self> {
         self.with(name, &[part.0])
     }
 
-    /// Checks what was told; then it can be used, and told nothing more.
+    /// Finalizes the descriptor, which checks its attributes; it can then be used, but no longer changed.
     pub(crate) fn finish(self) -> Result<Self> {
         // SAFETY: the descriptor lives.
         done(format_args!("descriptor"), unsafe { sys::cudnnBackendFinalize(self.0) })?;
         Ok(self)
     }
 
-    /// An attribute's values, `most` at most.
+    /// The values of an attribute, at most `most`.
     pub(crate) fn get<A: Attribute + Default>(&self, name: Name, most: usize) -> Result<Vec<A>> {
         let (mut values, mut count) = (vec![A::default(); most], 0);
         let to = values.as_mut_ptr().cast::<c_void>();
-        // SAFETY: the descriptor lives, and there is room for as many values as are asked for.
+        // SAFETY: the descriptor lives, and there is room for as many values as requested.
         let status =
             unsafe { sys::cudnnBackendGetAttribute(self.0, name, A::TYPE, most as i64, &mut count, to) };
         done(format_args!("{name:?}"), status)?;
@@ -105,19 +106,19 @@ impl Descriptor {
         Ok(values)
     }
 
-    /// An attribute's descriptors, of this kind.
+    /// The descriptors of an attribute, of this kind.
     pub(crate) fn get_parts(&self, name: Name, kind: Kind) -> Result<Vec<Descriptor>> {
         let of = Type::CUDNN_TYPE_BACKEND_DESCRIPTOR;
         let (mut count, nothing) = (0, std::ptr::null_mut());
-        // SAFETY: the descriptor lives, and nothing is asked for but how many there are.
+        // SAFETY: the descriptor lives, and only the count is requested.
         done(format_args!("{name:?}"), unsafe {
             sys::cudnnBackendGetAttribute(self.0, name, of, 0, &mut count, nothing)
         })?;
-        // cuDNN fills in what is made for it.
+        // cuDNN fills in descriptors created by the caller.
         let mut parts = (0..count).map(|_| Self::new(kind)).collect::<Result<Vec<_>>>()?;
         let mut filled: Vec<sys::cudnnBackendDescriptor_t> = parts.iter().map(|it| it.0).collect();
         let (most, to) = (count, filled.as_mut_ptr().cast::<c_void>());
-        // SAFETY: the descriptor lives, and there are as many parts as are asked for.
+        // SAFETY: the descriptor lives, and there are as many parts as requested.
         done(format_args!("{name:?}"), unsafe {
             sys::cudnnBackendGetAttribute(self.0, name, of, most, &mut count, to)
         })?;
@@ -125,41 +126,42 @@ impl Descriptor {
         Ok(parts)
     }
 
-    /// An attribute's one descriptor, of this kind.
+    /// The only descriptor of an attribute, of this kind.
     pub(crate) fn get_part(&self, name: Name, kind: Kind) -> Result<Descriptor> {
         let (of, mut part, mut count) = (Type::CUDNN_TYPE_BACKEND_DESCRIPTOR, Self::new(kind)?, 0);
         let to = (&raw mut part.0).cast::<c_void>();
-        // SAFETY: the descriptor lives, and there is one part, which is filled in.
+        // SAFETY: the descriptor lives, and there is one part, which cuDNN fills in.
         done(format_args!("{name:?}"), unsafe {
             sys::cudnnBackendGetAttribute(self.0, name, of, 1, &mut count, to)
         })?;
         Ok(part)
     }
 
-    /// Asks for the work of an execution plan on what a variant pack names.
+    /// Enqueues the work of an execution plan on the memory in a variant pack.
     ///
     /// # Safety
-    /// The handle is the plan's, and the pack's addresses are of memory as large as the plan's tensors, on its device.
+    /// The handle is the plan's, and the pack's addresses point to memory as large as the plan's tensors, on
+    /// its device.
     pub(crate) unsafe fn execute(&self, handle: sys::cudnnHandle_t, pack: &Descriptor) -> Result<()> {
-        // SAFETY: the caller's promise; both descriptors live.
+        // SAFETY: guaranteed by the caller; both descriptors live.
         done(format_args!("convolution"), unsafe { sys::cudnnBackendExecute(handle, self.0, pack.0) })
     }
 }
 
 impl Drop for Descriptor {
     fn drop(&mut self) {
-        // SAFETY: made by this, and used by nobody else.
+        // SAFETY: this created the descriptor, and nothing else uses it.
         unsafe { sys::cudnnBackendDestroyDescriptor(self.0) };
     }
 }
 
-/// What cuDNN says, as an error of candle: its code, and the last words that it had.
+/// Converts a cuDNN status into a candle error with its code and cuDNN's last message.
 fn done(what: std::fmt::Arguments, status: sys::cudnnStatus_t) -> Result<()> {
     if status == sys::cudnnStatus_t::CUDNN_STATUS_SUCCESS {
         return Ok(());
     }
     let mut words: [c_char; 1024] = [0; 1024];
-    // SAFETY: there is room for as much as is asked for, and a zero at the end in any case.
+    // SAFETY: there is room for the requested length, and a terminating zero in any case.
     let words = unsafe {
         sys::cudnnGetLastErrorString(words.as_mut_ptr(), words.len() - 1);
         CStr::from_ptr(words.as_ptr()).to_string_lossy()

@@ -1,10 +1,11 @@
-// The pointwise parts of recurrent cells, in 32 bits: sums of gates, memories, output gates, blends.
+// The pointwise parts of recurrent cells, in 32 bits: sums of gates, memory updates, output gates, blends.
 //
-// A row is a pixel. Gates lie side by side in it, `width` channels each; a thread takes V channels of one.
+// A row is a pixel, in which gates of `width` channels are stored side by side; a thread handles V channels
+// of one gate.
 
 DEVICE float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 
-// Where this thread's channels are, among `count` parts of `width` channels in each row.
+// The channels of this thread, among `count` parts of `width` channels in each row.
 struct Spot {
     unsigned row, part, channel;
     bool exists;
@@ -14,7 +15,8 @@ template <int V> DEVICE Spot spot(unsigned rows, unsigned count, unsigned width)
     return {at / groups / count, at / groups % count, at % groups * V, at < rows * count * groups};
 }
 
-// What a convolution says about gates: where each of them begins in its rows, or -1 where it says nothing.
+// A convolution's contribution to gates: the offset of each gate in its rows, or -1 if it does not
+// contribute.
 struct Term {
     const float* at; // or null
     unsigned stride; // values from row to row
@@ -39,16 +41,16 @@ template <int V> DEVICE void sum_gates(const SumGates& a) {
     store<float, V>(a.sum + ((index_t)spot.row * a.gates + spot.part) * a.width + spot.channel, sum);
 }
 
-// m' = sigmoid(f + bias) m + sigmoid(i) tanh(g), or what a gradient of m' is to gates and m.
+// m' = sigmoid(f + bias) m + sigmoid(i) tanh(g), or the gradients of gates and m given that of m'.
 struct MemoryUpdate {
     const float* gates;  // (rows, count width)
     const float* memory; // (rows, width)
-    const float* d;      // (rows, width), or null: forwards
+    const float* d;      // (rows, width), or null for the forward pass
     float* to;           // (rows, width): m', or the gradient of m, which may be null
-    float* d_gates;      // (rows, count width), where there is d
-    int input, candidate, forget; // which gates; forget may be -1: nothing is forgotten
+    float* d_gates;      // (rows, count width), if there is d
+    int input, candidate, forget; // indices of gates; forget may be -1: nothing is forgotten
     float bias;
-    unsigned squash; // 0 or 1: tanh(m) stands in the place of m
+    unsigned squash; // 0 or 1: whether to use tanh(m) instead of m
     unsigned rows, width, count;
 };
 template <int V> DEVICE void memory_update(const MemoryUpdate& a) {
@@ -87,16 +89,17 @@ template <int V> DEVICE void memory_update(const MemoryUpdate& a) {
     }
 }
 
-// An output gate times tanh(y), or what its gradient is to y, to gates and to what is added to the gate.
+// An output gate times tanh(y), or the gradients of y, of the gates and of the additional term, given that of
+// the result.
 struct OpenOutput {
     const float* gates; // (rows, count width)
     const float* y;     // (rows, width)
     const float* more;  // (rows, width), or null: added to the gate
-    const float* d;     // (rows, width), or null: forwards
+    const float* d;     // (rows, width), or null for the forward pass
     float* to;          // (rows, width): the output, or the gradient of y
-    float* d_gates;     // (rows, count width), where there is d
+    float* d_gates;     // (rows, count width), if there is d
     float* d_more;      // (rows, width), or null
-    int place;          // which gate
+    int place;          // index of the gate
     unsigned kind;      // 0: sigmoid(o), 1: tanh(o), 2: sigmoid(tanh(o))
     unsigned rows, width, count;
 };
@@ -128,17 +131,17 @@ template <int V> DEVICE void open_output(const OpenOutput& a) {
     }
 }
 
-// sigmoid(gate) a + (1 - sigmoid(gate)) b, or what its gradient is to the three: each where it lies in a tensor.
+// sigmoid(gate) a + (1 - sigmoid(gate)) b, or the gradients of the three, each at its place in a tensor.
 struct Blended {
     const float* at;
     float* gradient; // of the whole tensor, or null
     unsigned stride; // values from row to row
-    unsigned offset; // where it begins in a row
+    unsigned offset; // offset in a row
 };
 struct Blend {
     Blended of[3];  // the gate, a, b
-    const float* d; // (rows, width), or null: forwards
-    float* to;      // (rows, width), where there is no d
+    const float* d; // (rows, width), or null for the forward pass
+    float* to;      // (rows, width), if there is no d
     unsigned rows, width;
 };
 template <int V> DEVICE void blend(const Blend& a) {

@@ -1,4 +1,5 @@
-//! The pointwise parts of recurrent cells on a device, in 32 bits. Tensors come [aligned](super::memory::aligned).
+//! The pointwise parts of recurrent cells on a device, in f32. Tensors must be
+//! [aligned](super::memory::aligned).
 
 use super::arguments::{Blend, Blended, MOST_GATES, MemoryUpdate, OpenOutput, SumGates, Term};
 use super::launch::{check_count, launch};
@@ -8,10 +9,10 @@ use crate::gates::{self, OutputGate};
 use candle_core::cuda_backend::cudarc::driver::DeviceRepr;
 use candle_core::{CudaDevice, CudaStorage, D, DType, Layout, Result, Shape, Tensor, bail};
 
-/// Asks for a kernel over so many parts of `width` channels in each row.
+/// Enqueues a kernel over `parts` parts of `width` channels in each row.
 ///
 /// # Safety
-/// As for [`launch`]; addresses are aligned.
+/// Same as for [`launch`]; addresses must be aligned.
 unsafe fn run<A: DeviceRepr>(
     device: &CudaDevice,
     kernel: &str,
@@ -20,7 +21,7 @@ unsafe fn run<A: DeviceRepr>(
 ) -> Result<()> {
     let at_once = if width.is_multiple_of(4) { 4 } else { 1 };
     check_count(kernel, rows * parts * width)?;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         launch(device, &CELLS, &format!("{kernel}_{at_once}"), rows * parts * width / at_once, arguments)
     }
@@ -30,13 +31,13 @@ fn room(device: &CudaDevice, values: usize) -> Result<CudaStorage> {
     allocate(device, values, DType::F32, false)
 }
 
-/// Channels of a state (.., N), and its rows.
+/// Channels of a state (.., N), and its number of rows.
 fn width_and_rows(state: &Shape) -> Result<(usize, usize)> {
     let width = state.dim(D::Minus1)?;
     Ok((width, state.elem_count() / width))
 }
 
-/// The result of `op`, of terms at these addresses.
+/// The result of `op`, with terms at these addresses.
 pub(crate) fn sum_gates(
     op: &gates::SumGates,
     device: &CudaDevice,
@@ -57,7 +58,7 @@ pub(crate) fn sum_gates(
     add(device, all, [rows, op.gates, op.width])
 }
 
-/// The gradient of one of its terms: that of the term's gates.
+/// The gradient of a term, gathered from the gradient of the sum.
 pub(crate) fn gradient_of_term(
     op: &gates::SumGates,
     term: usize,
@@ -84,7 +85,7 @@ fn add(device: &CudaDevice, terms: [Term; 3], [rows, gates, width]: [usize; 3]) 
     Ok(sum)
 }
 
-/// The result of `op`, of gates and a memory at these addresses.
+/// The result of `op`, with gates and a memory at these addresses.
 pub(crate) fn memory_update(
     op: &gates::Memory,
     device: &CudaDevice,
@@ -137,11 +138,11 @@ fn update(
         count: op.count as u32,
     };
     check_count("memory_update", rows * op.count * width)?;
-    // SAFETY: gates are (rows, count width), all else (rows, width); places are below the count.
+    // SAFETY: gates are (rows, count width), all else is (rows, width); places are below the count.
     unsafe { run(device, "memory_update", [rows, 1, width], a) }
 }
 
-/// The result of `op`, of gates, y, and perhaps what is added to the gate, at these addresses.
+/// The result of `op`, with gates, y and optionally the gate's additional term at these addresses.
 pub(crate) fn open_output(
     op: &gates::Output,
     device: &CudaDevice,
@@ -153,7 +154,7 @@ pub(crate) fn open_output(
     Ok(output)
 }
 
-/// The gradients of all of these.
+/// The gradients of gates, y and the additional term.
 pub(crate) fn output_gradients(
     op: &gates::Output,
     tensors: &[&Tensor],
@@ -197,11 +198,11 @@ fn open(
         count: op.count as u32,
     };
     check_count("open_output", rows * op.count * width)?;
-    // SAFETY: gates are (rows, count width), all else (rows, width); the place is below the count.
+    // SAFETY: gates are (rows, count width), all else is (rows, width); the place is below the count.
     unsafe { run(device, "open_output", [rows, 1, width], a) }
 }
 
-/// The result of `op`, (.., N), of tensors (.., k N) at these addresses.
+/// The result of `op`, (.., N), with tensors (.., k N) at these addresses.
 pub(crate) fn blend(
     op: &crate::blend::Blend,
     device: &CudaDevice,
@@ -225,7 +226,7 @@ pub(crate) fn blend_gradients(
     let d = aligned(d)?;
     let device = d.device().as_cuda_device()?;
     let places = tensors.iter().map(|x| at(x)).collect::<Result<Vec<_>>>()?;
-    // Gates that are none of the three have no gradient.
+    // Gates that are none of the three operands have zero gradients.
     let zeros =
         |x: &&Tensor| x.track_op().then(|| allocate(device, x.elem_count(), DType::F32, true)).transpose();
     let gradients = tensors.iter().map(zeros).collect::<Result<Vec<_>>>()?;
@@ -235,7 +236,7 @@ pub(crate) fn blend_gradients(
     Ok(gradients.map(|(gradient, x)| gradient.map(|gradient| tensor(gradient, x.shape()))).collect())
 }
 
-/// `of` are the addresses of a tensor, and of its gradient.
+/// `of` gives the addresses of a tensor and of its gradient.
 fn mix(
     op: &crate::blend::Blend,
     device: &CudaDevice,
@@ -248,6 +249,7 @@ fn mix(
         Blended { at, gradient, stride: place.stride as u32, offset: place.offset as u32 }
     });
     let a = Blend { of, d, to, rows: rows as u32, width: op.width as u32 };
-    // SAFETY: tensors have so many rows of their strides, in which gates of this width begin where they are said to.
+    // SAFETY: tensors have `rows` rows of their strides, in which the operands' gates of this width begin at
+    // the given offsets.
     unsafe { run(device, "blend", [rows, 1, op.width], a) }
 }

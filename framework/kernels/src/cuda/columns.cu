@@ -1,10 +1,11 @@
-// Matrices (rows, columns) whose rows are pixels: bias, its gradient, copies of some columns. And weights in another order.
+// Matrices (rows, columns) whose rows are pixels: adding a bias, its gradient, copies of some columns. Also
+// packing of weights.
 
 // Adds a bias (columns) to every row of y.
 template <typename T> struct AddBias {
     T* y;
     const T* bias;
-    unsigned count; // of all values
+    unsigned count; // of all values of y
     unsigned columns;
 };
 template <typename T> DEVICE void add_bias(const AddBias<T>& a) {
@@ -13,13 +14,13 @@ template <typename T> DEVICE void add_bias(const AddBias<T>& a) {
     from_float(to_float(a.y[at]) + to_float(a.bias[at % a.columns]), a.y[at]);
 }
 
-// Sums of each column of x (rows, columns) over stretches of rows: (parts, columns), in 32 bits and always in one order. A
-// thread takes V columns.
+// Sums of each column of x (rows, columns) over stretches of rows: (parts, columns), in 32 bits and always in
+// the same order. A thread handles V columns.
 template <typename T> struct ColumnSums {
     const T* x;
     float* sums;
     unsigned rows, columns;
-    unsigned stretch; // rows of a part, but for the last
+    unsigned stretch; // rows per part, except the last
     unsigned parts;
 };
 template <typename T, int V> DEVICE void column_sums(const ColumnSums<T>& a) {
@@ -42,7 +43,7 @@ template <typename T> struct CopyColumns {
     Plane<T> to;
     unsigned rows; // pixels of all images
     unsigned columns;
-    unsigned pixels; // of an image
+    unsigned pixels; // pixels per image
 };
 template <typename T> DEVICE void copy_columns(const CopyColumns<T>& a) {
     unsigned at = thread_index();
@@ -51,9 +52,9 @@ template <typename T> DEVICE void copy_columns(const CopyColumns<T>& a) {
     place(a.to, image, pixel)[column] = place(a.from, image, pixel)[column];
 }
 
-// A ConvLSTM layer's weight (outputs, all, kernel), input channels x then h, as its convolutions take it: (outputs, kernel,
-// channels), h then x then zeros, and behind that, for the first step, (outputs, kernel, first channels), x then zeros. `weight`
-// is read to pack it, and written on the way back.
+// Packs a ConvLSTM layer's weight (outputs, all, kernel), with input channels x then h, for its convolutions:
+// (outputs, kernel, channels), with h, x, zeros, followed for the first step by (outputs, kernel, first
+// channels), with x, zeros. `weight` is read to pack it, and written when unpacking.
 template <typename T> struct PackWeight {
     T* weight;
     T* packed;
@@ -70,7 +71,7 @@ template <typename T> DEVICE void pack_weight(const PackWeight<T>& a) {
     bool is_zero = channel >= hidden + x;
     a.packed[at] = is_zero ? T() : a.weight[(row / a.kernel * a.all + from) * a.kernel + row % a.kernel];
 }
-// The way back: each value of x is in two places.
+// The adjoint of packing: each value of x is in two places.
 template <typename T> DEVICE void unpack_weight(const PackWeight<T>& a) {
     unsigned x = a.all - a.hidden, at = thread_index();
     if (at >= a.outputs * a.all * a.kernel) return;
@@ -81,7 +82,7 @@ template <typename T> DEVICE void unpack_weight(const PackWeight<T>& a) {
     else from_float(to_float(packed[a.hidden + channel]) + to_float(first[channel]), a.weight[at]);
 }
 
-// Narrows what was summed in 32 bits.
+// Converts 32-bit sums to T.
 template <typename T> struct Narrow {
     const float* from;
     T* to;

@@ -1,4 +1,4 @@
-//! Devices that exchange tensors, by NCCL.
+//! Exchanges of tensors between devices, with NCCL.
 
 use super::failed;
 use super::memory::{aligned, allocate, tensor, with_address};
@@ -11,13 +11,14 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// What is said of NCCL's errors.
+/// Prefix of messages about NCCL errors.
 const NCCL: &str = "NCCL";
 
-/// What NCCL says, as an error of candle: its code, and the last words that it had.
+/// Converts an NCCL error into a candle error with its code and NCCL's last message.
 fn refused(what: &str) -> impl Fn(result::NcclError) -> candle_core::Error + '_ {
     move |result::NcclError(code)| {
-        // SAFETY: NCCL takes null for its communicator, and gives null or a text that stays until its next call.
+        // SAFETY: NCCL accepts null for the communicator, and returns null or a text that stays valid until
+        // its next call.
         let words = unsafe {
             let words = sys::ncclGetLastError(std::ptr::null_mut());
             if words.is_null() { String::new() } else { CStr::from_ptr(words).to_string_lossy().into_owned() }
@@ -26,14 +27,16 @@ fn refused(what: &str) -> impl Fn(result::NcclError) -> candle_core::Error + '_ 
     }
 }
 
-/// How often the end of an exchange is looked for: at first as often as possible, later not to keep a core busy.
+/// How to poll for the end of an exchange: at first continuously, later with pauses so as not to keep a core
+/// busy.
 const BRISK: Duration = Duration::from_millis(2);
 const NAP: Duration = Duration::from_micros(100);
 
-/// One of several devices that exchange tensors. All start the same exchanges in the same order, with tensors of one length;
-/// each waits for all. Exchanges have a stream of their own: they run beside the device's other work.
+/// One of several devices that exchange tensors. All of them must start the same exchanges in the same order,
+/// with tensors of the same length; each exchange waits for all devices. Exchanges run on a separate stream,
+/// in parallel with the device's other work.
 pub struct Communicator {
-    /// Gone after [`abort`](Self::abort).
+    /// `None` after [`abort`](Self::abort).
     link: Mutex<Option<Link>>,
     device: CudaDevice,
     stream: Arc<CudaStream>,
@@ -43,33 +46,34 @@ pub struct Communicator {
 
 /// NCCL's communicator.
 struct Link(sys::ncclComm_t);
-// SAFETY: NCCL's communicators may be used by any thread, by one at a time, and the lock around this sees to that.
+// SAFETY: NCCL's communicators may be used by any thread, but only one at a time, which the lock around this
+// ensures.
 unsafe impl Send for Link {}
 
 impl Drop for Link {
     fn drop(&mut self) {
-        // SAFETY: NCCL has made it, and nobody uses it any more. Every exchange that is wanted is over by now, so that giving
-        // the rest up is what is meant; where it fails, there is nothing left to do about it.
+        // SAFETY: NCCL created it, and nothing else uses it any more. Every exchange whose result is wanted
+        // is over by now, so aborting the rest is intended; if that fails, nothing more can be done.
         let _ = unsafe { result::comm_abort(self.0) };
     }
 }
 
-/// What is asked of all devices; f32, f64 or u8.
+/// A collective operation of all devices, on f32, f64 or u8 tensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exchange {
     /// The sum over all devices, on each of them.
     AllReduce,
-    /// The same, in the memory of the tensor that is given: nobody else may need it.
+    /// Like [`AllReduce`](Self::AllReduce), in the memory of the given tensor, which nothing else may need.
     AllReduceInPlace,
-    /// Of the sum over all devices this one's part: the length is divided evenly, in the order of ranks.
+    /// This device's part of the sum over all devices: the length is divided evenly, in the order of ranks.
     ReduceScatter,
-    /// The parts of all devices, one after the other.
+    /// The tensors of all devices, concatenated in the order of ranks.
     AllGather,
-    /// What the first device has, on each.
+    /// The first device's tensor, on each device.
     Broadcast,
 }
 
-/// An exchange under way. What it reads and writes is kept until it is over.
+/// An exchange in progress. Keeps the tensors that it reads and writes alive until it is over.
 pub struct Pending {
     _from: Tensor,
     to: Tensor,
@@ -79,28 +83,29 @@ pub struct Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        // Memory is given back in the order of the main stream, which must not come to that before the exchange is over. After
-        // an error there is nothing to wait for.
+        // Memory is freed in the order of the main stream, which must not reach that point before the
+        // exchange is over. After an error there is nothing to wait for.
         let _ = self.main.wait(&self.arrived);
     }
 }
 
 impl Communicator {
-    /// What all that will exchange tensors must know: bytes that one of them makes and hands to the others, or, where the
-    /// environment says in `NCCL_COMM_ID` where they meet, that all make.
+    /// Creates the id that all devices of a communicator share: bytes that one of them creates and passes to
+    /// the others or, if the environment variable `NCCL_COMM_ID` names a meeting point, that each of them
+    /// creates.
     ///
     /// # Errors
-    /// Where NCCL is not found, or fails.
+    /// If NCCL is not found, or fails.
     pub fn id() -> Result<Vec<u8>> {
         let id = Id::new().map_err(refused(NCCL))?;
         Ok(id.internal().iter().map(|byte| *byte as u8).collect())
     }
 
-    /// Joins the others: waits until all `world_size` of them have done the same with the same id.
+    /// Joins the other devices: waits until all `world_size` of them have called this with the same id.
     ///
     /// # Errors
-    /// Where the device is not a CUDA device, `id` is none, NCCL fails, or `check`, which is asked again and again while
-    /// others are waited for, fails. A thread then still waits for them.
+    /// If the device is not a CUDA device, `id` is not a valid id, NCCL fails, or `check` fails, which is
+    /// called repeatedly while waiting for the others. A background thread then keeps waiting for them.
     pub fn join(
         device: &Device,
         id: &[u8],
@@ -118,19 +123,19 @@ impl Communicator {
         let context = device.cuda_stream().context().clone();
         let stream = context.new_stream().map_err(failed("CUDA stream"))?;
         let (done, joined) = channel::<Result<Link>>();
-        // NCCL cannot be told to give up here, so that a thread of its own waits.
+        // NCCL cannot be interrupted here, so a separate thread waits.
         let join = move || {
             let join = || {
                 context.bind_to_thread().map_err(failed("CUDA context"))?;
                 let mut link = std::ptr::null_mut();
-                // SAFETY: the pointer is to a communicator of this function, which NCCL makes.
+                // SAFETY: the pointer is to a local communicator, which NCCL creates.
                 unsafe {
                     result::comm_init_rank(&mut link, ranks, sys::ncclUniqueId { internal: bytes }, own)
                 }
                 .map_err(refused(NCCL))?;
                 Ok(Link(link))
             };
-            // Where nobody waits any more, the communicator is dropped.
+            // If nothing waits for it any more, the communicator is dropped.
             let _ = done.send(join());
         };
         let thread = std::thread::Builder::new().name("nccl".into()).spawn(join);
@@ -145,20 +150,20 @@ impl Communicator {
         Ok(Self { link: Mutex::new(Some(link)), device, stream, rank, world_size })
     }
 
-    /// Which device this is, from 0.
+    /// The index of this device, from 0.
     pub fn rank(&self) -> usize {
         self.rank
     }
 
-    /// How many there are.
+    /// The number of devices.
     pub fn world_size(&self) -> usize {
         self.world_size
     }
 
-    /// Starts an exchange of `x`, as it is once the device has done what it was asked for so far.
+    /// Starts an exchange of `x`, with its values after all work enqueued on the device so far.
     ///
     /// # Errors
-    /// Where the tensor is elsewhere or of another type, or NCCL fails.
+    /// If the tensor is on another device or has another dtype, or NCCL fails.
     pub fn start(&self, what: Exchange, x: &Tensor) -> Result<Pending> {
         let dtype = match x.dtype() {
             DType::F32 => sys::ncclDataType_t::ncclFloat32,
@@ -182,7 +187,7 @@ impl Communicator {
             Exchange::AllReduceInPlace => from.clone(),
             _ => tensor(allocate(&self.device, len, x.dtype(), false)?, len),
         };
-        // What is read has been computed, and what is written is there, when the other stream comes to this point.
+        // When the other stream reaches this point, the source has been computed and the target is allocated.
         self.stream.join(&main).map_err(failed("CUDA stream"))?;
         let link = self.lock();
         let Some(Link(link)) = &*link else { bail!("NCCL: an earlier exchange was given up") };
@@ -190,8 +195,9 @@ impl Communicator {
             with_address(&to, |target| {
                 let (source, target) = (source as *const c_void, target as *mut c_void);
                 let (sum, stream) = (sys::ncclRedOp_t::ncclSum, self.stream.cu_stream().cast());
-                // SAFETY: both are this device's memory, of as many values as each exchange reads and writes, and `Pending`
-                // keeps it until the exchange is over. The lock sees to it that one thread alone uses the communicator.
+                // SAFETY: both are memory of this device, with as many values as each exchange reads and
+                // writes, and `Pending` keeps them alive until the exchange is over. The lock ensures that
+                // only one thread uses the communicator.
                 let started = unsafe {
                     match what {
                         Exchange::AllReduce | Exchange::AllReduceInPlace => {
@@ -213,17 +219,17 @@ impl Communicator {
         Ok(Pending { _from: from, to, arrived, main })
     }
 
-    /// What an exchange comes to.
+    /// Waits for an exchange and returns its result.
     ///
     /// # Errors
-    /// Where NCCL fails, here or at another device, or `check`, which is asked again and again while others are waited for,
-    /// fails; then no more can be exchanged.
+    /// If NCCL fails, here or on another device, or `check` fails, which is called repeatedly while waiting
+    /// for the others; no further exchanges are possible then.
     pub fn finish(&self, pending: Pending, check: &dyn Fn() -> Result<()>) -> Result<Tensor> {
         let since = Instant::now();
-        // A device whose neighbour is gone would wait for ever, and the host with it, were it not for this.
+        // If a neighbour is gone, the device would wait for ever, and without this check so would the host.
         while !pending.arrived.try_is_complete().map_err(failed(NCCL))? {
             if let Err(error) = self.check_link().and_then(|()| check()) {
-                // Before the memory that it may still write to is given back.
+                // Aborts before the memory that the exchange may still write to is freed.
                 self.lock().take();
                 return Err(error);
             }
@@ -235,17 +241,17 @@ impl Communicator {
         Ok(pending.to.clone())
     }
 
-    /// What NCCL has met with while others were waited for.
+    /// Checks for errors that NCCL encountered in the background.
     fn check_link(&self) -> Result<()> {
         let link = self.lock();
         let Some(Link(link)) = &*link else { bail!("NCCL: an earlier exchange was given up") };
         let mut state = sys::ncclResult_t::ncclSuccess;
-        // SAFETY: the communicator lives, and `state` is where its state is written to.
+        // SAFETY: the communicator lives, and its state is written to `state`.
         unsafe { sys::ncclCommGetAsyncError(*link, &mut state) }.result().map_err(refused(NCCL))?;
         state.result().map(drop).map_err(refused("NCCL, a rank is gone"))
     }
 
-    /// Ends whatever this device is waiting in, with an error.
+    /// Aborts whatever this device is waiting for, with an error.
     pub fn abort(&self) {
         self.lock().take();
     }

@@ -1,4 +1,4 @@
-//! Convolutions, and transposed ones, as ops of the graph.
+//! Convolutions and transposed convolutions as ops of the graph.
 
 use super::arguments::{AddBias, ColumnSums, Narrow};
 use super::convolution;
@@ -12,7 +12,8 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp2, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail,
 };
 
-/// A weight (outputs, inputs, height, width), as PyTorch has it, as cuDNN wants it: (outputs, height, width, inputs).
+/// Converts a weight from PyTorch's layout, (outputs, inputs, height, width), to cuDNN's: (outputs, height,
+/// width, inputs).
 pub(crate) fn channels_last(weight: &Tensor) -> Result<Tensor> {
     aligned(&weight.permute((0, 2, 3, 1))?.contiguous()?)
 }
@@ -23,7 +24,8 @@ pub(crate) fn conv2d(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, g: Geom
     convolve(x, weight, bias, g, result, false)
 }
 
-/// [`conv_transpose2d`](crate::conv_transpose2d) on a device; `g` is the convolution that it undoes, whose input is the result.
+/// [`conv_transpose2d`](crate::conv_transpose2d) on a device; `g` is the convolution that it reverses, whose
+/// input is the result.
 pub(crate) fn conv_transpose2d(
     x: &Tensor,
     weight: &Tensor,
@@ -34,7 +36,7 @@ pub(crate) fn conv_transpose2d(
     convolve(x, &channels_last(weight)?, bias, g, result, true)
 }
 
-/// The (height, width, channels) of the result are `result`'s.
+/// `result` is the (height, width, channels) of the result.
 fn convolve(
     x: &Tensor,
     weight: &Tensor,
@@ -59,10 +61,11 @@ fn convolve(
     }
 }
 
-/// A convolution, or the transposed one: what the gradient of a convolution's input is to that of its output.
+/// A convolution, or its transpose, which maps like the gradient of a convolution: from the output's to the
+/// input's.
 struct Convolution {
     g: Geometry,
-    /// Of the result.
+    /// The shape of the result.
     shape: Shape,
     transposed: bool,
 }
@@ -84,7 +87,7 @@ impl Convolution {
         }
         let y = allocate(device, self.shape.elem_count(), dtype, false)?;
         let (x, w, to) = (address_of(x, lx)?, address_of(w, lw)?, address(&y)?);
-        // SAFETY: the shapes were checked against the geometry, and y was made for it.
+        // SAFETY: the shapes were checked against the geometry, and y was allocated for it.
         unsafe {
             match self.transposed {
                 false => convolution::forward(device, &self.g, dtype, [x, w, to])?,
@@ -99,7 +102,7 @@ impl Convolution {
                 count: count as u32,
                 columns: columns as u32,
             };
-            // SAFETY: y is (count / columns, columns), and the bias (columns).
+            // SAFETY: y is (count / columns, columns), and the bias is (columns).
             unsafe {
                 launch(device, &COLUMNS, &format!("add_bias_{}", type_name(dtype)?), count, arguments)?
             };
@@ -119,7 +122,7 @@ impl Convolution {
         let of_x = |to: u64| {
             with_address(w, |w| {
                 with_address(dy, |dy| {
-                    // SAFETY: as in `run`.
+                    // SAFETY: same as in `run`.
                     unsafe {
                         match self.transposed {
                             false => convolution::backward_data(device, g, dtype, [w, dy, to]),
@@ -133,7 +136,7 @@ impl Convolution {
             with_address(x, |x| {
                 with_address(dy, |dy| {
                     let sides = if self.transposed { [dy, x, to] } else { [x, dy, to] };
-                    // SAFETY: as in `run`.
+                    // SAFETY: same as in `run`.
                     unsafe { convolution::backward_filter(device, g, dtype, sides, false) }
                 })
             })
@@ -144,23 +147,23 @@ impl Convolution {
     }
 }
 
-/// The sums over all axes but the last, in 32 bits, of the tensor's type.
+/// The sums over all axes but the last, added in 32 bits, in the tensor's dtype.
 pub(crate) fn sums_of_channels(x: &Tensor) -> Result<Tensor> {
     let (x, channels) = (aligned(x)?, x.dim(D::Minus1)?);
     let device = x.device().as_cuda_device()?;
     let sums = allocate(device, channels, x.dtype(), false)?;
     let to = address(&sums)?;
     with_address(&x, |at| {
-        // SAFETY: x is (rows, channels).
+        // SAFETY: x is (rows, channels), and there is room for the sums.
         unsafe { column_sums(device, x.dtype(), at, [x.elem_count() / channels, channels], x.dtype(), to) }
     })?;
     Ok(tensor(sums, channels))
 }
 
-/// The sums of all columns of x (rows, columns), added in 32 bits, to another type.
+/// Writes the sums of all columns of x (rows, columns), added in 32 bits, as another dtype.
 ///
 /// # Safety
-/// The addresses are of memory of this device, and of these types and sizes.
+/// The addresses point to memory of this device, with these dtypes and sizes.
 pub(crate) unsafe fn column_sums(
     device: &CudaDevice,
     of: DType,
@@ -169,10 +172,11 @@ pub(crate) unsafe fn column_sums(
     to_type: DType,
     to: u64,
 ) -> Result<()> {
-    /// Rows that a thread adds up: few enough that there are many threads.
+    /// Rows summed per thread: few, so that there are many threads.
     const STRETCH: usize = 128;
     let (mut from, mut of, mut rows) = (x, of, rows);
-    // What is read may be freed as soon as its reader is queued; it is kept to the end for simplicity.
+    // Intermediate sums could be freed once their reader is enqueued; for simplicity they are kept to the
+    // end.
     let mut held = Vec::new();
     loop {
         let parts = rows.div_ceil(STRETCH).max(1);
@@ -188,7 +192,7 @@ pub(crate) unsafe fn column_sums(
         let four = 4 * of.size_in_bytes() as u64;
         let at_once = if columns.is_multiple_of(4) && from.is_multiple_of(four) { 4 } else { 1 };
         let kernel = format!("column_sums_{}_{at_once}", type_name(of)?);
-        // SAFETY: x is (rows, columns), and the sums (parts, columns).
+        // SAFETY: x is (rows, columns), and the sums are (parts, columns).
         unsafe { launch(device, &COLUMNS, &kernel, parts * columns / at_once, arguments)? };
         held.push(sums);
         (from, of, rows) = (arguments.sums, DType::F32, parts);
@@ -197,7 +201,7 @@ pub(crate) unsafe fn column_sums(
         }
     }
     let arguments = Narrow { from, to, count: columns as u32 };
-    // SAFETY: both are (columns).
+    // SAFETY: both have `columns` values.
     unsafe {
         launch(device, &COLUMNS, &format!("narrow_{}", type_name(to_type)?), columns, arguments)?;
     }

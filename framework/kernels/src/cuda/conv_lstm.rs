@@ -18,7 +18,7 @@ use candle_core::{
 };
 use std::sync::{Mutex, PoisonError};
 
-/// [`conv_lstm`](crate::conv_lstm) on a device; shapes have been checked.
+/// [`conv_lstm`](crate::conv_lstm) on a device, for shapes that have been checked.
 pub(crate) fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Keep) -> Result<Tensor> {
     let (x, feedback) = match input {
         ConvLstmInput::Frames(x) => (x, false),
@@ -49,7 +49,7 @@ pub(crate) fn conv_lstm(input: ConvLstmInput, layers: &[ConvLstmLayer], keep: Ke
     if gradients { x.apply_op2(&parameters, op) } else { x.apply_op2_no_bwd(&parameters, &op) }
 }
 
-/// The op: input and packed parameters to the top layer's outputs.
+/// The op: maps input and packed parameters to the top layer's outputs.
 struct Op {
     roll_out: RollOut,
     gradients: bool,
@@ -84,7 +84,7 @@ impl CustomOp2 for Op {
             bail!("conv_lstm: expected {:?} values, got {sizes:?}", self.roll_out.sizes());
         }
         let y = allocate(cuda.device, shape.elem_count(), cuda.dtype, false)?;
-        // SAFETY: sizes were checked above, and y was made for them.
+        // SAFETY: the sizes were checked above, and y was allocated for them.
         let kept = unsafe {
             self.roll_out.forward(
                 &cuda,
@@ -115,7 +115,7 @@ impl CustomOp2 for Op {
         let (to_x, to_p) = (to(&dx)?, to(&dp)?);
         with_address(parameters, |parameters| {
             with_address(&aligned(&dy.to_dtype(cuda.dtype)?)?, |dy| {
-                // SAFETY: as in `cuda_fwd`; gradients are as large as what they are of.
+                // SAFETY: same as in `cuda_fwd`; each gradient is as large as its tensor.
                 unsafe { self.roll_out.backward(&cuda, kept, parameters, dy, to_x, to_p) }
             })
         })?;
@@ -124,7 +124,7 @@ impl CustomOp2 for Op {
     }
 }
 
-/// Memory of a device, and where it begins.
+/// Memory of a device, and its start address.
 struct Memory {
     _storage: CudaStorage,
     at: u64,
@@ -136,17 +136,17 @@ impl Memory {
     }
 }
 
-/// A device that computes in this type.
+/// A device, and the dtype in which it computes.
 struct Cuda<'a> {
     device: &'a CudaDevice,
     dtype: DType,
 }
 
 impl Cuda<'_> {
-    /// Runs a kernel on the channels of `pixels`: four at once where all places allow it.
+    /// Runs a kernel on the channels of `pixels`, four at a time if all addresses allow it.
     ///
     /// # Safety
-    /// As for [`launch`].
+    /// Same as for [`launch`].
     unsafe fn run<A: DeviceRepr>(
         &self,
         name: &str,
@@ -159,7 +159,7 @@ impl Cuda<'_> {
             if hidden.is_multiple_of(4) && places.iter().all(|at| at.is_multiple_of(four)) { 4 } else { 1 };
         let name = format!("{name}_{}_{at_once}", type_name(self.dtype)?);
         let count = pixels as usize * hidden as usize / at_once;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch(self.device, &GATES, &name, count, arguments) }
     }
 }
@@ -180,44 +180,44 @@ impl Operations for Cuda<'_> {
         self.dtype.size_in_bytes() as u64
     }
     fn most_values(&self) -> usize {
-        // What counts them has 31 bits.
+        // Kernels count values with 31 bits.
         1 << 30
     }
     fn threads(&self) -> usize {
-        // Three blocks, as many as the gates' kernels ask to run at once, for each multiprocessor of an H200. Of any other device
-        // as well: sums of as many parts have the same bits.
+        // Three blocks, as many as the gates' kernels request at once, for each multiprocessor of an H200.
+        // The same number is used on every device, because the number of parts affects the bits of the sums.
         3 * 132 * THREADS
     }
 
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { convolution::forward(self.device, geometry, self.dtype, [x, w, y]) }
     }
     unsafe fn backward_data(&self, geometry: &Geometry, w: u64, dy: u64, dx: u64) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { convolution::backward_data(self.device, geometry, self.dtype, [w, dy, dx]) }
     }
     unsafe fn backward_filter(&self, geometry: &Geometry, x: u64, dy: u64, dw: u64, add: bool) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { convolution::backward_filter(self.device, geometry, self.dtype, [x, dy, dw], add) }
     }
     unsafe fn gates_forward(&self, a: GatesForward) -> Result<()> {
         let places = [a.gates, a.bias, a.h[0].at, a.h[1].at, a.h[2].at];
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.run("gates_forward", [a.rows, a.hidden], &places, a) }
     }
     unsafe fn gates_backward(&self, a: GatesBackward) -> Result<()> {
         let places = [a.gates, a.bias, a.dh[0].at, a.dh[1].at, a.dh[2].at];
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.run("gates_backward", [a.parts, a.hidden], &places, a) }
     }
     unsafe fn copy_columns(&self, a: CopyColumns) -> Result<()> {
         let name = format!("copy_columns_{}", type_name(self.dtype)?);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch(self.device, &COLUMNS, &name, a.rows as usize * a.columns as usize, a) }
     }
     unsafe fn column_sums(&self, x: u64, rows: usize, columns: usize, to: u64) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { column_sums(self.device, DType::F32, x, [rows, columns], self.dtype, to) }
     }
 }

@@ -1,5 +1,5 @@
-//! Convolutions: by cuDNN, where a plan is made once a shape and pass, and workspace is used again; or by our own
-//! [`Winograd`].
+//! Convolutions: with cuDNN, with one plan per shape and pass and a reused workspace, or with this crate's
+//! [`Winograd`] kernels.
 
 use super::backend::Descriptor;
 use super::device::tf32_allowed;
@@ -17,19 +17,21 @@ use std::time::{Duration, Instant};
 
 /// cuDNN on one device.
 struct Cudnn {
-    /// Which knows the device's stream.
+    /// Bound to the device's stream.
     handle: sys::cudnnHandle_t,
     device: CudaDevice,
-    /// All that were made, about as many as there are shapes and passes. They stay, as something recorded may use them.
+    /// All plans created, about one per shape and pass. They are never dropped, because recordings may use
+    /// them.
     plans: Vec<Plan>,
-    /// Which of them is in use; where there is none, what cuDNN said last.
+    /// The index of the plan in use, or cuDNN's last error if there is no plan.
     in_use: HashMap<Key, std::result::Result<usize, String>>,
-    /// Keys whose engines have been timed, and whether Winograd was quicker than all of them.
+    /// Keys whose engines have been timed, and whether Winograd was faster than all of them.
     timed: HashMap<Key, bool>,
     workspace: Option<Arc<CudaStorage>>,
 }
 
-// SAFETY: cuDNN's handles and descriptors may be used by any thread, by one at a time, and the lock around this sees to that.
+// SAFETY: cuDNN's handles and descriptors may be used by any thread, but only one at a time, which the lock
+// around this ensures.
 unsafe impl Send for Cudnn {}
 
 type Opened = HashMap<candle_core::cuda_backend::DeviceId, Arc<Mutex<Cudnn>>>;
@@ -43,7 +45,7 @@ pub(crate) fn time_convolutions(wanted: bool) {
     TIMES.store(wanted, Ordering::Relaxed);
 }
 
-/// cuDNN on this device, whose context is this thread's afterwards.
+/// cuDNN on this device, whose context is made current on this thread.
 fn cudnn(device: &CudaDevice) -> Result<Arc<Mutex<Cudnn>>> {
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
     let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
@@ -56,7 +58,7 @@ fn cudnn(device: &CudaDevice) -> Result<Arc<Mutex<Cudnn>>> {
     Ok(cudnn)
 }
 
-/// Where convolutions of this device work now: whoever records them keeps it.
+/// The current workspace of this device's convolutions; recordings keep it alive.
 pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
     let opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     let cudnn = opened.as_ref()?.get(&device.id())?.lock().unwrap_or_else(PoisonError::into_inner);
@@ -66,35 +68,35 @@ pub(crate) fn workspace(device: &CudaDevice) -> Option<Arc<CudaStorage>> {
 /// y = x * w.
 ///
 /// # Safety
-/// The addresses are of memory of this device and type, as large as the geometry says.
+/// The addresses point to memory of this device and dtype, as large as the geometry says.
 pub(crate) unsafe fn forward(
     device: &CudaDevice,
     g: &Geometry,
     dtype: DType,
     [x, w, y]: [u64; 3],
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { compute(device, g, dtype, Pass::Forward, [x, w, y], false) }
 }
 
 /// The gradient of x.
 ///
 /// # Safety
-/// As for [`forward`].
+/// Same as for [`forward`].
 pub(crate) unsafe fn backward_data(
     device: &CudaDevice,
     g: &Geometry,
     dtype: DType,
     [w, dy, dx]: [u64; 3],
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { compute(device, g, dtype, Pass::BackwardData, [dx, w, dy], false) }
 }
 
-/// The gradient of w, put in its place or added to it.
+/// The gradient of w, overwritten or added to.
 ///
 /// # Safety
-/// As for [`forward`].
+/// Same as for [`forward`].
 pub(crate) unsafe fn backward_filter(
     device: &CudaDevice,
     g: &Geometry,
@@ -102,14 +104,14 @@ pub(crate) unsafe fn backward_filter(
     [x, dy, dw]: [u64; 3],
     add: bool,
 ) -> Result<()> {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { compute(device, g, dtype, Pass::BackwardFilter, [x, dw, dy], add) }
 }
 
-/// Asks for a pass over x, w and y, or their gradients.
+/// Enqueues a pass over x, w and y, or their gradients.
 ///
 /// # Safety
-/// As for [`forward`].
+/// Same as for [`forward`].
 unsafe fn compute(
     device: &CudaDevice,
     g: &Geometry,
@@ -122,9 +124,9 @@ unsafe fn compute(
     let mut cudnn = cudnn.lock().unwrap_or_else(PoisonError::into_inner);
     let alignments = places.map(|at| ALIGNMENT.min(1 << at.trailing_zeros().min(u64::BITS - 1)));
     let key = Key { g: *g, pass, add, dtype, alignments, tf32: tf32_allowed() };
-    // Timing computes the result over and over, which must not add up.
+    // Timing computes the result repeatedly, so it must not accumulate.
     if TIMES.load(Ordering::Relaxed) && !add && !super::is_recording() {
-        // SAFETY: the key is of this geometry; the addresses fit it, says the caller.
+        // SAFETY: the key has this geometry; the caller guarantees that the addresses fit it.
         unsafe { cudnn.time(key, places) };
     }
     if let Some(winograd) = Winograd::new(&key, places)
@@ -140,7 +142,7 @@ unsafe fn compute(
         // SAFETY: as above.
         let done = unsafe { cudnn.plans[plan].execution.execute(cudnn.handle, &pack) };
         let Err(error) = done else { return Ok(()) };
-        // An engine that could be planned may refuse to run all the same, where another does not.
+        // An engine that could be planned may still refuse to run where another one does not.
         if super::is_recording() || !cudnn.plan_another(key, plan) {
             return Err(error);
         }
@@ -151,7 +153,7 @@ impl Cudnn {
     fn new(device: &CudaDevice) -> Result<Cudnn> {
         let stream = device.cuda_stream();
         let handle = result::create_handle().map_err(failed("cuDNN"))?;
-        // SAFETY: the stream lives as long as the device, which is kept here.
+        // SAFETY: the stream lives as long as the device, which is stored here.
         unsafe { result::set_stream(handle, stream.cu_stream().cast()) }.map_err(failed("cuDNN"))?;
         Ok(Cudnn {
             handle,
@@ -163,7 +165,7 @@ impl Cudnn {
         })
     }
 
-    /// At least so many bytes for the operation that is asked for next; the one after it may use them again.
+    /// The address of at least `bytes` bytes for the next operation; the one after it may reuse them.
     fn place_to_work(&mut self, bytes: usize) -> Result<u64> {
         const ITEM: usize = size_of::<f32>();
         if bytes == 0 {
@@ -177,14 +179,14 @@ impl Cudnn {
             if super::is_recording() {
                 bail!("cuDNN wants more memory to work in than when this was rehearsed");
             }
-            // First freed, unless something recorded works there: both together may be more than there is.
+            // Freed first, unless a recording uses it: both together may not fit into memory.
             self.workspace = None;
             self.workspace = Some(Arc::new(allocate(&self.device, bytes.div_ceil(ITEM), DType::F32, false)?));
         }
         self.workspace.as_ref().map_or(Ok(0), |held| address(held))
     }
 
-    /// The plan of a pass, by its place: made for the first time, and kept.
+    /// The index of the plan for a pass, which is created on first use.
     fn plan(&mut self, key: Key) -> Result<usize> {
         if !self.in_use.contains_key(&key) {
             match Plan::new(&Target::Here(self.handle), &key, 0) {
@@ -199,7 +201,7 @@ impl Cudnn {
         })
     }
 
-    /// Makes a plan by an engine after that of this one, in whose place it is used; tells whether there is one.
+    /// Creates a plan with an engine after this plan's and uses it instead. Returns whether there is one.
     fn plan_another(&mut self, key: Key, plan: usize) -> bool {
         let another = Plan::new(&Target::Here(self.handle), &key, self.plans[plan].number);
         another.map(|plan| self.take(key, plan)).is_ok()
@@ -210,12 +212,12 @@ impl Cudnn {
         self.plans.push(plan);
     }
 
-    /// Takes the quickest of Winograd and the engines that cuDNN proposes first, once for each key.
+    /// Takes the fastest of Winograd and the first engines that cuDNN proposes; runs once for each key.
     ///
     /// # Safety
-    /// The addresses of x, w and y are of memory as large as the key says.
+    /// The addresses of x, w and y point to memory as large as the key says.
     unsafe fn time(&mut self, key: Key, places: [u64; 3]) {
-        /// Engines that are tried; those that come later are hardly ever quicker.
+        /// Number of engines to try; later ones are hardly ever faster.
         const MOST: usize = 10;
         if self.timed.contains_key(&key) {
             return;
@@ -225,7 +227,7 @@ impl Cudnn {
             let Ok(plan) = Plan::new(&Target::Here(self.handle), &key, number) else { break };
             number = plan.number;
             let Ok(pack) = self.variant_pack(plan.workspace, places) else { continue };
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             let Ok(time) = self.time_of(|| unsafe { plan.execution.execute(self.handle, &pack) }) else {
                 continue;
             };
@@ -243,7 +245,7 @@ impl Cudnn {
         }
     }
 
-    /// How long it takes, after it has run once.
+    /// The time of several runs, after one warm-up run.
     fn time_of(&self, run: impl Fn() -> Result<()>) -> Result<Duration> {
         const RUNS: usize = 3;
         let stream = self.device.cuda_stream();
@@ -256,7 +258,7 @@ impl Cudnn {
         Ok(start.elapsed())
     }
 
-    /// What a plan is executed with: the addresses of x, w and y, and so many bytes to work in.
+    /// A plan's execution arguments: the addresses of x, w and y, and a workspace of `workspace` bytes.
     fn variant_pack(&mut self, workspace: usize, places: [u64; 3]) -> Result<Descriptor> {
         plan::variant_pack(places, self.place_to_work(workspace)?)
     }

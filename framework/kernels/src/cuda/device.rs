@@ -1,4 +1,4 @@
-//! The devices of this machine.
+//! The CUDA devices of this machine.
 
 use super::failed;
 use crate::devices::CudaDevice;
@@ -24,7 +24,7 @@ fn describe(ordinal: i32) -> Result<CudaDevice> {
     let device = result::device::get(ordinal).map_err(&failed)?;
     let name = result::device::get_name(device).map_err(&failed)?;
     let attribute = |attribute| {
-        // SAFETY: the driver has just given this device.
+        // SAFETY: the driver has just returned this device.
         unsafe { result::device::get_attribute(device, attribute) }.map_err(&failed)
     };
     let major = attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
@@ -41,18 +41,20 @@ pub(crate) fn open(ordinal: usize) -> Result<Device> {
     }
     let device = Device::new_cuda_with_stream(ordinal)?;
     let cuda = device.as_cuda_device()?;
-    // SAFETY: one stream does all the work on tensors. The two others that there are, of copies up and down, wait for that one
-    // before they begin; who asks them waits for the copy before a tensor that it is of, or to, is handed on or dropped.
+    // SAFETY: one stream does all work on tensors. The two other streams, for copies up and down, wait for
+    // that one before they begin; their callers wait for the copy before the tensor involved is passed on or
+    // dropped.
     unsafe { cuda.disable_event_tracking() };
     keep_freed_memory(ordinal)?;
     Ok(device)
 }
 
-/// Lets the driver keep memory that tensors free, instead of giving it back at every wait for the device.
+/// Lets the driver keep memory freed by tensors, instead of releasing it whenever the host waits for the
+/// device.
 fn keep_freed_memory(ordinal: usize) -> Result<()> {
     let failed = failed("CUDA memory pool");
     let mut threshold = u64::MAX;
-    // SAFETY: the device exists, and the attribute is one of 64 bits.
+    // SAFETY: the device exists, and the attribute has 64 bits.
     unsafe {
         let device = result::device::get(ordinal as i32).map_err(&failed)?;
         let pool = result::device::get_default_mem_pool(device).map_err(&failed)?;
@@ -61,7 +63,7 @@ fn keep_freed_memory(ordinal: usize) -> Result<()> {
     }
 }
 
-/// The pool that this device's tensors come from.
+/// The memory pool of this device's tensors.
 fn pool(device: &Device) -> Option<sys::CUmemoryPool> {
     let stream = device.as_cuda_device().ok()?.cuda_stream();
     // SAFETY: the context's device exists.
@@ -71,16 +73,16 @@ fn pool(device: &Device) -> Option<sys::CUmemoryPool> {
 pub(crate) fn peak_memory(device: &Device) -> Option<u64> {
     let (pool, mut bytes) = (pool(device)?, 0u64);
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    // SAFETY: the attribute is one of 64 bits.
+    // SAFETY: the attribute has 64 bits.
     unsafe { result::mem_pool::get_attribute(pool, attribute, (&raw mut bytes).cast()).ok()? };
     Some(bytes + recorded_memory(device).unwrap_or(0))
 }
 
-/// The most that recorded work has held: its memory is of another pool.
+/// The peak memory of recorded work, which uses a separate pool.
 fn recorded_memory(device: &Device) -> Option<u64> {
     let (stream, mut bytes) = (device.as_cuda_device().ok()?.cuda_stream(), 0u64);
     let attribute = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;
-    // SAFETY: the context's device exists, and the attribute is one of 64 bits.
+    // SAFETY: the context's device exists, and the attribute has 64 bits.
     let asked = unsafe {
         sys::cuDeviceGetGraphMemAttribute(stream.context().cu_device(), attribute, (&raw mut bytes).cast())
     };
@@ -91,7 +93,7 @@ fn recorded_memory(device: &Device) -> Option<u64> {
 pub(crate) fn reset_peak_memory(device: &Device) {
     let (Some(pool), mut zero) = (pool(device), 0u64) else { return };
     let attribute = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
-    // SAFETY: the attribute is one of 64 bits, and 0 is what it may be set to. Failure leaves an older peak.
+    // SAFETY: the attribute has 64 bits, and may be set to 0. On failure, the older peak stays.
     let _ = unsafe { result::mem_pool::set_attribute(pool, attribute, (&raw mut zero).cast()) };
     let Ok(device) = device.as_cuda_device() else { return };
     let attribute = sys::CUgraphMem_attribute::CU_GRAPH_MEM_ATTR_USED_MEM_HIGH;

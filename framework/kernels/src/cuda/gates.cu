@@ -1,9 +1,9 @@
 // The pointwise half of a ConvLSTM cell: c' = sigmoid(f) c + sigmoid(i) tanh(g), h' = sigmoid(o) tanh(c').
 //
-// A thread takes V channels of a pixel. Gates lie as i, f, o, g, N channels each, side by side in a pixel. Arithmetic and the
-// cell's state are 32 bits wide whatever T is.
+// A thread handles V channels of a pixel. The gates of a pixel are stored as i, f, o, g, N channels each,
+// side by side. Arithmetic and the cell state are 32 bits wide for every T.
 
-// The functions of 32-bit runs are as exact as the type; half types round more than the quick ones do.
+// For float, the functions are accurate to the type; half types round more than the fast versions do.
 DEVICE float sigmoid(float x, float) { return 1.f / (1.f + expf(-x)); }
 DEVICE float tangent(float x, float) { return tanhf(x); }
 template <typename T> DEVICE float sigmoid(float x, T) {
@@ -20,7 +20,8 @@ template <typename T> DEVICE float tangent(float x, T like) { return 2.f * sigmo
 template <typename T, int V> struct Gates {
     float i[V], f[V], o[V], g[V];
 };
-// From pre-activations (rows, 4 N) without their bias (4 N), from a row and a channel on.
+// Computes them from pre-activations (rows, 4 N) without their bias, and the bias (4 N), both starting at a
+// row and channel.
 template <typename T, int V> DEVICE Gates<T, V> activated(const T* first, const T* bias, unsigned n) {
     Gates<T, V> x, b;
     load<T, V>(first, x.i);
@@ -45,11 +46,11 @@ template <typename T> struct GatesForward {
     const T* gates;        // (rows, 4 N): pre-activations without their bias
     const T* bias;         // (4 N)
     const float* c_before; // (rows, N), or null: zeros
-    float* c;              // (rows, N), or null: no step needs it
-    Plane<T> h[3];         // where h goes
+    float* c;              // (rows, N), or null if no step needs it
+    Plane<T> h[3];         // where h is written
     unsigned rows;         // pixels of all images
     unsigned hidden;       // N
-    unsigned pixels;       // of an image
+    unsigned pixels;       // pixels per image
 };
 
 template <typename T, int V> DEVICE void gates_forward(const GatesForward<T>& a) {
@@ -75,15 +76,15 @@ template <typename T, int V> DEVICE void gates_forward(const GatesForward<T>& a)
 }
 
 template <typename T> struct GatesBackward {
-    T* gates;              // (rows, 4 N): as in the forward pass; their gradients take their place
+    T* gates;              // (rows, 4 N): as in the forward pass; overwritten by their gradients
     const T* bias;         // (4 N)
     const float* c_before; // (rows, N), or null: zeros
     const float* dc;       // (rows, N): the gradient of c, or null: zeros
-    float* dc_before;      // (rows, N): where that of c_before goes, in the other's place or nowhere
+    float* dc_before;      // (rows, N): receives the gradient of c_before; may be dc itself, or null
     Plane<const T> dh[3];  // the gradient of h is the sum of these
-    float* sums;           // (parts, 4 N): those of the gates' gradients are added
+    float* sums;           // (parts, 4 N): the sums of the gates' gradients are added to these
     unsigned rows, hidden, pixels;
-    unsigned parts; // of the rows: each has every parts-th one
+    unsigned parts; // parts of the rows: each handles every parts-th row
 };
 
 template <int V> DEVICE void add(float* to, const float (&x)[V]) {
@@ -93,7 +94,8 @@ template <int V> DEVICE void add(float* to, const float (&x)[V]) {
     store<float, V>(to, sums);
 }
 
-// Gates and states are computed again, since to write and read them would take longer. A thread takes V channels of a part.
+// Gates and states are recomputed, because writing and reading them would take longer. A thread handles V
+// channels of a part.
 template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& a) {
     unsigned groups = a.hidden / V, at = thread_index();
     if (at >= a.parts * groups) return;
@@ -102,7 +104,7 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
     for (unsigned row = part; row < a.rows; row += a.parts) {
         index_t cell = (index_t)row * n + channel;
         T* first = a.gates + (index_t)row * 4 * n + channel;
-        // Nothing is computed between the reads, so that nearly all are under way before one is waited for.
+        // No read depends on a computation, so nearly all are in flight before the first one is waited for.
         Gates<T, V> x = activated<T, V>(first, a.bias + channel, n);
         float before[V], dc[V];
         for (int v = 0; v < V; v++) before[v] = dc[v] = 0.f;
@@ -111,7 +113,7 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
         unsigned image = row / a.pixels, pixel = row % a.pixels;
         float parts_of_dh[3][V];
         for (int from = 0; from < 3; from++) {
-            // Where there is none, what is read anyway.
+            // If there is no such plane, rereads memory that is read anyway.
             const T* source = a.dh[from].at ? place(a.dh[from], image, pixel) + channel : first;
             load<T, V>(source, parts_of_dh[from]);
         }
@@ -144,7 +146,7 @@ template <typename T, int V> DEVICE void gates_backward(const GatesBackward<T>& 
     add<V>(to + 3 * n, sums.g);
 }
 
-// Three blocks of a multiprocessor at once: what the host shares rows out for.
+// Three blocks per multiprocessor at once, which the host assumes when it divides the rows.
 #define KERNELS(T, V)                                                                                                          \
     extern "C" __global__ void gates_forward_##T##_##V(GatesForward<T> a) { gates_forward<T, V>(a); }                          \
     extern "C" __global__ void __launch_bounds__(256, 3) gates_backward_##T##_##V(GatesBackward<T> a) {                        \

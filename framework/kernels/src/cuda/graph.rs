@@ -1,4 +1,4 @@
-//! CUDA graphs: a stream's work, captured and launched again.
+//! CUDA graphs: a stream's work, captured once and launched repeatedly.
 
 use super::{convolution, failed};
 use candle_core::cuda_backend::cudarc::driver::sys::{
@@ -9,7 +9,8 @@ use candle_core::{CudaDevice, CudaStorage, Error, Result, bail};
 use std::cell::Cell;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
 
-/// Held with others by who asks the device for something, alone by who records: other work would be recorded too.
+/// Read-locked by threads that use a device, write-locked by a thread that records, because other work would
+/// be recorded too.
 static UNRECORDED: RwLock<()> = RwLock::new(());
 
 thread_local! {
@@ -17,7 +18,7 @@ thread_local! {
     static RECORDS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// While it lives, this thread records.
+/// Marks this thread as recording while it lives.
 struct Mark;
 
 impl Mark {
@@ -38,7 +39,8 @@ pub(crate) fn is_recording() -> bool {
     RECORDS.get()
 }
 
-/// Waits until nothing is recorded by another thread, and keeps it so; `None` where this one records.
+/// Waits until no other thread records, and prevents recording while the guard lives; `None` if this thread
+/// records.
 pub(crate) fn unrecorded() -> Option<RwLockReadGuard<'static, ()>> {
     (!is_recording()).then(|| UNRECORDED.read().unwrap_or_else(PoisonError::into_inner))
 }
@@ -46,19 +48,19 @@ pub(crate) fn unrecorded() -> Option<RwLockReadGuard<'static, ()>> {
 pub(crate) struct Graph {
     graph: CudaGraph,
     operations: usize,
-    /// Where its convolutions work.
+    /// Keeps the workspace of the graph's convolutions alive.
     _workspace: Option<Arc<CudaStorage>>,
 }
 
-// SAFETY: a graph may be used by any thread, by one at a time, and replaying is the only use that there is.
+// SAFETY: a graph may be used by any thread, but only one at a time, and its only use is replaying.
 unsafe impl Send for Graph {}
-// SAFETY: a launch only reads the graph; the driver orders launches in their stream.
+// SAFETY: a launch only reads the graph, and the driver orders launches in their stream.
 unsafe impl Sync for Graph {}
 
 impl Graph {
-    /// Does work that is to be recorded, in memory that recordings which are dropped no longer need.
+    /// Runs work that will be recorded, after returning the memory of dropped recordings to the driver.
     pub(crate) fn rehearse<T>(device: &CudaDevice, work: impl FnOnce() -> T) -> T {
-        // Only a saving: where it fails, so will the work, which says why.
+        // This only saves memory: if it fails, the work will fail too and report why.
         let _ = give_back_recorded_memory(&device.cuda_stream());
         let _uploaded = device.enable_cuda_graph_htod_cache();
         work()
@@ -72,23 +74,23 @@ impl Graph {
         let _alone = UNRECORDED.write().unwrap_or_else(PoisonError::into_inner);
         let _uploaded = device.enable_cuda_graph_htod_cache();
         give_back_memory(&stream)?;
-        // Other threads may do what is theirs, on devices of their own.
+        // Other threads may keep working on their own devices.
         let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         stream.begin_capture(mode).map_err(failed("recording a CUDA graph"))?;
         let results = {
             let _mark = Mark::set();
             work()
         };
-        // What the results hold is allocated by each replay, and stays until the next one.
+        // Memory held by the results is allocated by each replay, and stays until the next one.
         let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let ended = stream.end_capture(flags);
-        // Of what was dropped while a recording failed: nothing to do with what comes next.
+        // Clears errors from drops during a failed recording; they do not concern later work.
         let _ = stream.context().check_err();
         let results = results?;
         match finished(ended, convolution::workspace(device)) {
             Ok(graph) => Ok((results, graph)),
             Err(error) => {
-                // They were never allocated, so that nobody may free them.
+                // The results' memory was never allocated, so nothing may free it.
                 std::mem::forget(results);
                 Err(error.into())
             }
@@ -122,33 +124,33 @@ fn finished(
 fn nodes(graph: &CudaGraph) -> Result<Vec<sys::CUgraphNode>> {
     let failed = failed("CUDA graph");
     let (graph, mut count) = (graph.cu_graph(), 0);
-    // SAFETY: the graph lives, and null asks for the count alone.
+    // SAFETY: the graph lives, and a null pointer requests only the count.
     unsafe { sys::cuGraphGetNodes(graph, std::ptr::null_mut(), &mut count) }.result().map_err(&failed)?;
     let mut nodes = vec![std::ptr::null_mut(); count];
-    // SAFETY: there is room for as many as were counted.
+    // SAFETY: there is room for as many nodes as were counted.
     unsafe { sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count) }.result().map_err(&failed)?;
     nodes.truncate(count);
     Ok(nodes)
 }
 
-/// Whether a replay would copy from the host's memory, which is another's by then.
+/// Whether a replay would copy from host memory, which would have been reused by then.
 fn reads_from_host(node: sys::CUgraphNode) -> Result<bool> {
     let failed = failed("CUDA graph");
     let mut kind = CUgraphNodeType::CU_GRAPH_NODE_TYPE_EMPTY;
-    // SAFETY: a node of a graph that lives, and a place for its type.
+    // SAFETY: this is a node of a live graph, and a place for its type.
     unsafe { sys::cuGraphNodeGetType(node, &mut kind) }.result().map_err(&failed)?;
     if kind != CUgraphNodeType::CU_GRAPH_NODE_TYPE_MEMCPY {
         return Ok(false);
     }
     let mut copy = std::mem::MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
-    // SAFETY: a node that copies, and a place for what it copies.
+    // SAFETY: this is a copy node, and a place for its parameters.
     unsafe { sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()) }.result().map_err(&failed)?;
-    // SAFETY: the driver has written all of it.
+    // SAFETY: the driver has initialised all of it.
     let copy = unsafe { copy.assume_init() };
     Ok(copy.srcMemoryType == CUmemorytype::CU_MEMORYTYPE_HOST)
 }
 
-/// Gives what tensors have freed back to the driver: a recording has memory of its own.
+/// Returns memory freed by tensors to the driver, because recordings use separate memory.
 fn give_back_memory(stream: &Arc<CudaStream>) -> Result<()> {
     let failed = failed("CUDA memory pool");
     stream.synchronize().map_err(&failed)?;
@@ -162,11 +164,11 @@ fn give_back_memory(stream: &Arc<CudaStream>) -> Result<()> {
     }
 }
 
-/// Gives what recordings have freed back to the driver.
+/// Returns memory freed by recordings to the driver.
 fn give_back_recorded_memory(stream: &Arc<CudaStream>) -> Result<()> {
     let failed = failed("memory of CUDA graphs");
     stream.synchronize().map_err(&failed)?;
-    // SAFETY: the context's device exists; what is in use is not touched.
+    // SAFETY: the context's device exists; memory in use is not affected.
     unsafe { sys::cuDeviceGraphMemTrim(stream.context().cu_device()) }.result().map_err(&failed)
 }
 

@@ -1,4 +1,4 @@
-// Compiles the kernels' sources as C++ for tests: a thread of the device is a call.
+// Compiles the kernel sources as C++ for tests: each device thread is a function call.
 #include <cmath>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-//! The kernels' sources compiled as C++ and run on the processor, for tests where there is no device.
+//! The kernel sources compiled as C++ and run on the processor, for tests on machines without a device.
 
 use super::arguments::{ColumnSums, CopyColumns, GatesBackward, GatesForward};
 use super::roll_out::Operations;
@@ -10,23 +10,23 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Kernels as functions of this process. A thread of theirs is a call, and where it stands is state of the library: one
-/// call at a time.
+/// The kernels as functions of this process. Each kernel thread is a function call, and its index is state of
+/// the library, so only one call runs at a time.
 pub(crate) struct Host {
     libraries: Vec<(&'static str, Library)>,
 }
 
 struct Library(*mut c_void);
-// SAFETY: a handle of the loader, which any thread may use.
+// SAFETY: this is a loader handle, which any thread may use.
 unsafe impl Send for Library {}
 
 static LIBRARIES: OnceLock<Option<Mutex<Host>>> = OnceLock::new();
 
 impl Host {
-    /// Of a block.
+    /// Threads per block.
     pub(crate) const THREADS: usize = 32;
 
-    /// None, said aloud, where there is no C++ compiler.
+    /// The compiled kernels; `None`, with a message, if there is no C++ compiler.
     pub(crate) fn new() -> Option<&'static Mutex<Host>> {
         let compile = || {
             if Command::new("g++").arg("--version").output().is_err() {
@@ -48,7 +48,7 @@ impl Host {
     fn symbol(&self, source: &Source, name: &str) -> *mut c_void {
         let (_, library) = self.libraries.iter().find(|(known, _)| *known == source.name).unwrap();
         let symbol = CString::new(name).unwrap();
-        // SAFETY: the library is open, and stays so.
+        // SAFETY: the library is open and is never closed.
         let symbol = unsafe { libc::dlsym(library.0, symbol.as_ptr()) };
         assert!(!symbol.is_null(), "no kernel {name} in {}", source.name);
         symbol
@@ -57,9 +57,10 @@ impl Host {
     /// Runs a kernel with at least `count` threads.
     ///
     /// # Safety
-    /// The arguments are the kernel's, and their addresses those of memory of this process.
+    /// The arguments are the kernel's, and their addresses point to memory of this process.
     pub(crate) unsafe fn run<A: Copy>(&self, source: &Source, name: &str, count: usize, arguments: A) {
-        // SAFETY: the kernel takes these arguments, says the caller; `stand_at` is the shim's.
+        // SAFETY: the caller guarantees that the kernel takes these arguments; `stand_at` is defined by the
+        // shim.
         let (kernel, stand_at) = unsafe {
             (
                 std::mem::transmute::<*mut c_void, extern "C" fn(A)>(self.symbol(source, name)),
@@ -86,13 +87,13 @@ fn compile(source: &Source, dir: &Path) -> Library {
     let done = compiler.output().unwrap();
     assert!(done.status.success(), "{}: {}", source.name, String::from_utf8_lossy(&done.stderr));
     let path = CString::new(library.to_str().unwrap()).unwrap();
-    // SAFETY: a library that was made a moment ago, and that does nothing when it is opened.
+    // SAFETY: the library was compiled just now and does nothing when it is opened.
     let library = unsafe { libc::dlopen(path.as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
     assert!(!library.is_null(), "{path:?} cannot be opened");
     Library(library)
 }
 
-/// Four channels at once where all addresses allow it.
+/// Channels per kernel thread: four if all addresses allow it.
 fn width(hidden: u32, addresses: &[u64]) -> usize {
     if hidden.is_multiple_of(4) && addresses.iter().all(|at| at.is_multiple_of(16)) { 4 } else { 1 }
 }
@@ -113,17 +114,17 @@ impl Operations for Mutex<Host> {
         size_of::<f32>() as u64
     }
     fn most_values(&self) -> usize {
-        // So few that some of the tests' roll-outs are taken in parts, of one step or several.
+        // Small, so some of the tests' roll-outs are processed in parts of one step or several.
         1000
     }
     fn threads(&self) -> usize {
-        // So few that each takes several pixels.
+        // Small, so each thread handles several pixels.
         8
     }
 
     unsafe fn convolve(&self, g: &Geometry, x: u64, w: u64, y: u64) -> Result<()> {
         let (x, w, y) = (x as *const f32, w as *const f32, y as *mut f32);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             (0..g.batch * g.out_height * g.out_width * g.outputs).for_each(|i| *y.add(i) = 0.);
             products(g, |xi, wi, yi| *y.add(yi) += *x.add(xi) * *w.add(wi));
@@ -132,7 +133,7 @@ impl Operations for Mutex<Host> {
     }
     unsafe fn backward_data(&self, g: &Geometry, w: u64, dy: u64, dx: u64) -> Result<()> {
         let (w, dy, dx) = (w as *const f32, dy as *const f32, dx as *mut f32);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             (0..g.batch * g.height * g.width * g.inputs).for_each(|i| *dx.add(i) = 0.);
             products(g, |xi, wi, yi| *dx.add(xi) += *dy.add(yi) * *w.add(wi));
@@ -141,7 +142,7 @@ impl Operations for Mutex<Host> {
     }
     unsafe fn backward_filter(&self, g: &Geometry, x: u64, dy: u64, dw: u64, add: bool) -> Result<()> {
         let (x, dy, dw) = (x as *const f32, dy as *const f32, dw as *mut f32);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             if !add {
                 (0..g.outputs * g.kernel_height * g.kernel_width * g.inputs).for_each(|i| *dw.add(i) = 0.);
@@ -153,7 +154,7 @@ impl Operations for Mutex<Host> {
     unsafe fn gates_forward(&self, a: GatesForward) -> Result<()> {
         let v = width(a.hidden, &[a.gates, a.bias, a.c, a.h[0].at, a.h[1].at, a.h[2].at]);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { host.run(&GATES, &format!("gates_forward_float_{v}"), (a.rows * a.hidden) as usize / v, a) };
         Ok(())
     }
@@ -162,7 +163,7 @@ impl Operations for Mutex<Host> {
             [a.gates, a.bias, a.c_before, a.dc, a.dc_before, a.sums, a.dh[0].at, a.dh[1].at, a.dh[2].at];
         let v = width(a.hidden, &places);
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             host.run(&GATES, &format!("gates_backward_float_{v}"), (a.parts * a.hidden) as usize / v, a)
         };
@@ -170,7 +171,7 @@ impl Operations for Mutex<Host> {
     }
     unsafe fn copy_columns(&self, a: CopyColumns) -> Result<()> {
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { host.run(&COLUMNS, "copy_columns_float", (a.rows * a.columns) as usize, a) };
         Ok(())
     }
@@ -178,13 +179,13 @@ impl Operations for Mutex<Host> {
         let (rows, columns, stretch) = (rows as u32, columns as u32, rows as u32);
         let a = ColumnSums { x, sums: to, rows, columns, stretch, parts: 1 };
         let host = self.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { host.run(&COLUMNS, "column_sums_float_1", columns as usize, a) };
         Ok(())
     }
 }
 
-/// Every product of a convolution, by the places of its x, w and y.
+/// Calls `product` for every product of a convolution, with the indices into x, w and y.
 fn products(g: &Geometry, mut product: impl FnMut(usize, usize, usize)) {
     let inside = |at: usize, tap: usize, size: usize| {
         (at * g.stride + tap * g.dilation).checked_sub(g.padding).filter(|at| *at < size)

@@ -1,4 +1,4 @@
-//! Kernels of our own: compiled when they are first needed, for the device that needs them.
+//! Custom kernels, compiled on first use for the device that needs them.
 
 use super::failed;
 use super::sources::Source;
@@ -9,14 +9,14 @@ use candle_core::{CudaDevice, DType, Error, Result, bail};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
-/// Threads of a block.
+/// Threads per block.
 pub(crate) const THREADS: usize = 256;
-/// More threads, or values, than kernels count to.
+/// Kernels cannot count this many threads or values.
 const TOO_MANY: usize = 1 << 31;
 
 type Compiled = HashMap<(&'static str, DeviceId), &'static str>;
 
-/// What was compiled, by the source's name and the device: a few texts, which stay.
+/// Compiled kernels by source name and device; a few texts, never freed.
 static COMPILED: Mutex<Option<Compiled>> = Mutex::new(None);
 
 fn compiled(device: &CudaDevice, source: &Source) -> Result<&'static str> {
@@ -43,7 +43,7 @@ fn compiled(device: &CudaDevice, source: &Source) -> Result<&'static str> {
     Ok(ptx)
 }
 
-/// An error where kernels cannot count so many values.
+/// Returns an error if kernels cannot count this many values.
 pub(crate) fn check_count(kernel: &str, count: usize) -> Result<()> {
     if count >= TOO_MANY {
         bail!("{kernel}: {count} values are too many at once: lower `trainer.micro_batch_size`");
@@ -51,10 +51,11 @@ pub(crate) fn check_count(kernel: &str, count: usize) -> Result<()> {
     Ok(())
 }
 
-/// Asks for a kernel with at least `count` threads; it takes one struct, by value.
+/// Launches a kernel with at least `count` threads; its only argument is one struct, passed by value.
 ///
 /// # Safety
-/// `arguments` is the kernel's, and its addresses are those of memory that is as large as it says, on this device.
+/// `arguments` is the kernel's struct, and its addresses point to memory on this device that is as large as
+/// the struct says.
 pub(crate) unsafe fn launch<A: DeviceRepr>(
     device: &CudaDevice,
     source: &Source,
@@ -66,7 +67,7 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
     if count == 0 {
         return Ok(());
     }
-    // A module that is loaded already is found by its name; the text is needed for the first time alone.
+    // Loaded modules are found by name; the text is needed only the first time.
     let function = device.get_or_load_custom_func(kernel, source.name, compiled(device, source)?);
     let function = function.map_err(explain_loading)?;
     let blocks = count.div_ceil(THREADS) as u32;
@@ -74,12 +75,12 @@ pub(crate) unsafe fn launch<A: DeviceRepr>(
         LaunchConfig { grid_dim: (blocks, 1, 1), block_dim: (THREADS as u32, 1, 1), shared_mem_bytes: 0 };
     let mut call = function.builder();
     call.arg(&arguments);
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { call.launch(config) }.map_err(failed(kernel))?;
     Ok(())
 }
 
-/// Adds to what the driver says of compiled kernels, where it is too old for them, what to do.
+/// If the driver is too old for the compiled kernels, adds to its error what to do about it.
 fn explain_loading(error: Error) -> Error {
     if !error.to_string().contains("UNSUPPORTED_PTX_VERSION") {
         return error;
@@ -91,7 +92,7 @@ fn explain_loading(error: Error) -> Error {
     )
 }
 
-/// What kernels call a type.
+/// The name of a dtype in the kernels.
 pub(crate) fn type_name(dtype: DType) -> Result<&'static str> {
     match dtype {
         DType::F32 => Ok("float"),

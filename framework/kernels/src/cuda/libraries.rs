@@ -1,19 +1,20 @@
-//! CUDA's libraries: the driver brings none of them, and a program may have started without.
+//! Checks for the CUDA libraries: the driver includes none of them, and the program starts even if they are
+//! missing.
 
 use candle_core::cuda_backend::cudarc::{cublas, cudnn, curand, nvrtc};
 use candle_core::{Error, Result};
 
-/// Refuses to go on where one that is needed is missing.
+/// Returns an error if a required library is missing.
 pub(crate) fn require() -> Result<()> {
     let (mut version, mut part) = (0, 0);
     let major = cublas::sys::libraryPropertyType::MAJOR_VERSION;
-    // SAFETY: each writes a number or two in places that there are, and needs no device.
+    // SAFETY: each call writes one or two numbers to valid places, and needs no device.
     let found = unsafe {
         [
             ("cuBLAS", cublas::sys::cublasGetProperty(major, &mut version).result().is_ok()),
             ("cuRAND", curand::sys::curandGetVersion(&mut version).result().is_ok()),
             ("NVRTC", nvrtc::sys::nvrtcVersion(&mut version, &mut part).result().is_ok()),
-            // Instead of a version, what stands in for it where it is missing gives a status, which is smaller.
+            // If cuDNN is missing, its stub returns a status instead of a version, which is a smaller number.
             ("cuDNN 9", cudnn::sys::cudnnGetVersion() >= 90_000),
         ]
     };

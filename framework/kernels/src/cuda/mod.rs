@@ -1,8 +1,8 @@
-//! Tensors on CUDA devices: what the CPU kernels do, by cuDNN and by kernels of our own.
+//! The ops on CUDA devices, implemented with cuDNN and custom kernels.
 //!
-//! A device has one stream: its operations run in the order in which they are asked for, so that none of them waits for
-//! another, and memory may be handed from one to the next as soon as both are queued. What needs no device, the order of a
-//! roll-out and the kernels' own sources, is tested on the CPU.
+//! A device has one stream. Its operations run in the order of the calls, so none needs to wait for another,
+//! and memory can be passed from one operation to the next as soon as both are enqueued. The parts that need
+//! no device, the order of a roll-out's operations and the kernel sources, are tested on the CPU.
 
 pub(crate) mod arguments;
 #[cfg(feature = "cuda")]
@@ -59,7 +59,7 @@ pub(crate) use graph::{Graph, is_recording, unrecorded};
 #[cfg(feature = "cuda")]
 pub(crate) use memory::{address_of, aligned};
 
-/// What one of CUDA's libraries says, as an error of candle.
+/// Converts an error of a CUDA library into a candle error.
 #[cfg(feature = "cuda")]
 pub(crate) fn failed<E: std::fmt::Debug>(what: &str) -> impl Fn(E) -> candle_core::Error + '_ {
     move |error| candle_core::Error::Msg(format!("{what}: {error:?}"))

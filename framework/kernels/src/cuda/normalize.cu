@@ -1,23 +1,24 @@
-// Normalisation of (samples, pixels, channels), and the activation behind it. A value x of a group, some channels of a sample, with
-// mean m and scale s = 1 / sqrt(variance + eps), becomes act(n w + b), where n = (x - m) s. A batch's channels are groups of one
-// sample, whose pixels are those of all.
+// Normalisation of (samples, pixels, channels), with an optional activation. A value x of a group, some
+// channels of a sample, with mean m and scale s = 1 / sqrt(variance + eps), becomes act(n w + b), where n =
+// (x - m) s. For batch normalisation, all pixels of the batch are one sample, and each channel is a group.
 //
-// Sums are in 64 bits over stretches in 32, always in one order. Arithmetic is 32 bits wide whatever T is.
+// Short runs are summed in 32 bits and their sums in 64, always in the same order. Arithmetic is 32 bits wide
+// for every T.
 
 struct Sizes {
     unsigned samples, pixels, channels;
-    unsigned groups; // of a sample
+    unsigned groups; // groups per sample
 };
 
-// What values are normalised by.
+// The numbers by which values are normalised.
 struct Tables {
     const float *means, *scales; // (samples, channels): those of a channel's group
-    const float *weight, *bias;  // (channels), or, where there is a stride, of each value of a sample: (pixels, channels)
-    unsigned stride;             // from a pixel's weights to the next one's, or 0
-    unsigned then;               // 0: nothing, 1: SiLU, 2: GELU, 3: leaky ReLU
-    float slope;                 // of the last, below zero
+    const float *weight, *bias;  // (channels) or, if the stride is not 0, one per value of a sample: (pixels, channels)
+    unsigned stride;             // from one pixel's weights to the next one's, or 0
+    unsigned then;               // 0: none, 1: SiLU, 2: GELU, 3: leaky ReLU
+    float slope;                 // of leaky ReLU, below zero
 };
-// That of V channels of a sample.
+// The numbers of V channels of a sample.
 template <int V> struct Own {
     float mean[V], scale[V], weight[V], bias[V];
 };
@@ -37,15 +38,16 @@ DEVICE Point activation(float x, const Tables& tables) {
     return {x, 1.f};
 }
 
-// Two sums over parts of the pixels for each channel of each sample: of x and x^2, or, where there is dy, of the gradient u of n w + b,
-// times w where each value has its own, and of n times that. A thread takes V channels of a part.
+// Two sums over parts of the pixels for each channel of each sample: of x and x^2 or, if there is dy, of the
+// gradient u of n w + b (times w if each value has its own weight) and of n times that. A thread handles V
+// channels of a part.
 template <typename T> struct ChannelSums {
     const T* x;
     const T* dy;
-    Tables tables; // where there is dy
+    Tables tables; // used if there is dy
     Sizes sizes;
     double* sums; // (samples, parts, 2, channels)
-    unsigned stretch; // pixels of a part, but for the last
+    unsigned stretch; // pixels per part, except the last
     unsigned parts;
 };
 template <typename T, int V> DEVICE void channel_sums(const ChannelSums<T>& a) {
@@ -56,7 +58,7 @@ template <typename T, int V> DEVICE void channel_sums(const ChannelSums<T>& a) {
     if (end > a.sizes.pixels) end = a.sizes.pixels;
     index_t start = (index_t)sample * a.sizes.pixels * channels + channel;
     float pivot[V], one[V], two[V], x[V], dy[V];
-    // Squares of what is left of x lose less.
+    // Squares are more precise after the pivot is subtracted.
     load<T, V>(a.x + start + (index_t)first * channels, pivot);
     for (int v = 0; v < V; v++) one[v] = two[v] = 0.f;
     Own<V> it;
@@ -119,7 +121,7 @@ extern "C" __global__ void statistics(Statistics a) {
         squares += sums[a.sizes.channels + channel];
     }
     double mean = sum / count, variance = squares / count - mean * mean;
-    // What is not a number stays so.
+    // NaN stays NaN.
     if (variance < 0.) variance = 0.;
     a.means[at] = mean;
     a.variances[at] = variance;
@@ -129,10 +131,11 @@ extern "C" __global__ void statistics(Statistics a) {
     }
 }
 
-// From sums (samples, 2, channels) of u and n u: what is taken from the gradient of each value of a group, and what of it for each n.
+// From sums (samples, 2, channels) of u and n u: the constant that is subtracted from the gradient of each
+// value of a group, and the factor of n that is subtracted.
 struct GroupGradients {
     const double* sums;
-    const float* weight; // null where it is in the sums
+    const float* weight; // null if the sums include it
     const float* scales;
     float *shifts, *tilts; // (samples, channels)
     Sizes sizes;
@@ -173,7 +176,8 @@ extern "C" __global__ void channel_gradients(ChannelGradients a) {
     a.d_weight[channel] = (float)projected;
 }
 
-// The same where each value has a weight and a bias of its own. A thread takes V channels of a pixel, of all samples.
+// The same gradients if each value has its own weight and bias. A thread handles V channels of a pixel, over
+// all samples.
 template <typename T> struct ValueGradients {
     const T *x, *dy;
     Tables tables;
@@ -202,13 +206,14 @@ template <typename T, int V> DEVICE void value_gradients(const ValueGradients<T>
     store<float, V>(a.d_weight + place, projected);
 }
 
-// act(n w + b), or, where there is dy, the gradient of x: s w u - shift - tilt n. A thread takes V channels of a pixel.
+// act(n w + b) or, if there is dy, the gradient of x: s w u - shift - tilt n. A thread handles V channels of
+// a pixel.
 template <typename T> struct Normalize {
     const T* x;
     const T* dy;
     T* to;
     Tables tables;
-    const float *shifts, *tilts; // (samples, channels), where there is dy
+    const float *shifts, *tilts; // (samples, channels), if there is dy
     Sizes sizes;
 };
 template <typename T, int V> DEVICE void normalize(const Normalize<T>& a) {

@@ -1,4 +1,5 @@
-//! Normalisation on a device, and the activation behind it, as one op. Statistics and their sums stay there.
+//! Normalisation on a device, with an optional activation, as one op. Statistics and their sums stay on the
+//! device.
 
 use super::arguments::{
     self as arguments, AddParts, ChannelGradients, ChannelSums, GroupGradients, Sizes, Statistics, Tables,
@@ -15,7 +16,8 @@ use candle_core::{
     CpuStorage, CudaDevice, CudaStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail,
 };
 
-/// [`normalize`](crate::normalize()) on a device, whose shapes were checked: x is of any type that convolves, weight and bias f32.
+/// [`normalize`](crate::normalize()) on a device, for checked shapes: x has a dtype that convolves, weight
+/// and bias are f32.
 pub(crate) fn normalize(
     x: &Tensor,
     over: Over,
@@ -33,7 +35,7 @@ pub(crate) fn normalize(
     run(x, sizes, WeightOf::Channel, [weight, bias], eps, then)
 }
 
-/// [`SharedNorm`](crate::SharedNorm) on a device: x is (B, ..), weight and bias (..), f32.
+/// [`SharedNorm`](crate::SharedNorm) on a device: x is (B, ..), weight and bias are (..), all f32.
 pub(crate) fn normalize_states(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Result<Tensor> {
     let channels = x.dim(D::Minus1)?;
     let pixels = weight.elem_count() / channels;
@@ -41,11 +43,11 @@ pub(crate) fn normalize_states(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: 
     Ok(run(x, sizes, WeightOf::Value, [weight, bias], eps, None)?.y)
 }
 
-/// What has a weight and a bias of its own.
+/// What each weight and bias applies to.
 #[derive(Clone, Copy, PartialEq)]
 enum WeightOf {
     Channel,
-    /// Of a sample.
+    /// Each value of a sample.
     Value,
 }
 
@@ -76,7 +78,7 @@ fn run(
         sizes,
         eps,
     };
-    // SAFETY: sums are (samples, 2, channels), the rest is as large as the sizes say.
+    // SAFETY: sums are (samples, 2, channels); everything else is as large as the sizes say.
     unsafe { launch(device, &NORMALIZE, "statistics", groups, arguments)? };
     let op = Normalize { rows, weight_of, then, means: narrow_means, scales };
     let y = match [&x, &weight, &bias].into_iter().any(tracked) {
@@ -87,7 +89,7 @@ fn run(
     Ok(Normalized { y, means, variances, count })
 }
 
-/// What is normalised together, and the type of its values.
+/// The sizes of a tensor to normalise, and its dtype.
 #[derive(Clone, Copy)]
 struct Rows {
     sizes: Sizes,
@@ -95,20 +97,20 @@ struct Rows {
 }
 
 impl Rows {
-    /// Room for a number for each channel of each sample.
+    /// Memory for one number for each channel of each sample.
     fn table(&self, device: &CudaDevice) -> Result<Tensor> {
         let len = self.sizes.samples as usize * self.sizes.channels as usize;
         Ok(tensor(allocate(device, len, DType::F32, false)?, len))
     }
 
-    /// A kernel's name in this type, for as many values as a thread takes at once, and how many that are.
+    /// The name of a kernel for this dtype and number of values per thread, and that number.
     fn kernel(&self, name: &str) -> Result<(String, usize)> {
         let at_once = if self.sizes.channels.is_multiple_of(4) { 4 } else { 1 };
         Ok((format!("{name}_{}_{at_once}", type_name(self.dtype)?), at_once))
     }
 
-    /// Two sums for each channel of each sample, (samples, 2, channels) in 64 bits: of x and its square, or, where there are
-    /// gradients, of these and what else backward needs.
+    /// Two sums for each channel of each sample, (samples, 2, channels) in 64 bits: of x and its square or,
+    /// if there are gradients, the sums of them that the backward pass needs.
     fn sums(&self, device: &CudaDevice, x: u64, back: Option<(u64, Tables)>) -> Result<CudaStorage> {
         /// Pixels that a thread adds up in 32 bits.
         const STRETCH: usize = 32;
@@ -133,7 +135,7 @@ impl Rows {
         };
         let (kernel, at_once) = self.kernel("channel_sums")?;
         let threads = samples * parts * channels as usize / at_once;
-        // SAFETY: x, and dy where it is, have these sizes, and the sums a place for each part.
+        // SAFETY: x, and dy if present, have these sizes, and the sums have a place for each part.
         unsafe { launch(device, &NORMALIZE, &kernel, threads, arguments)? };
         while parts > 1 {
             let fewer = parts.div_ceil(EACH);
@@ -153,7 +155,7 @@ impl Rows {
         Ok(sums)
     }
 
-    /// Asks for every value, or, with gradients and what is taken from them, for every gradient.
+    /// Computes every value or, given gradients and the terms to subtract from them, every gradient.
     fn run(
         &self,
         device: &CudaDevice,
@@ -167,13 +169,15 @@ impl Rows {
         let arguments =
             arguments::Normalize { x, dy, to: address(&to)?, tables, shifts, tilts, sizes: self.sizes };
         let (kernel, at_once) = self.kernel("normalize")?;
-        // SAFETY: x, the result, and dy where it is, have these sizes, and tables a number for each channel of each sample.
+        // SAFETY: x, the result, and dy if present, have these sizes; tables have one number for each channel
+        // of each sample.
         unsafe { launch(device, &NORMALIZE, &kernel, count / at_once, arguments)? };
         Ok(to)
     }
 }
 
-/// The op, once the statistics are known: of the group of each channel of each sample.
+/// The op, once the statistics are known; they are stored for each channel of each sample, as those of its
+/// group.
 struct Normalize {
     rows: Rows,
     weight_of: WeightOf,
@@ -256,7 +260,8 @@ impl CustomOp3 for Normalize {
         };
         let (d_weight, d_bias) = (like(weight)?, like(bias)?);
         let to = (at(&d_weight)?, at(&d_bias)?);
-        // SAFETY: sums are (samples, 2, channels), tables (samples, channels), and the gradients as large as weight and bias.
+        // SAFETY: sums are (samples, 2, channels), tables are (samples, channels), and the gradients are as
+        // large as weight and bias.
         unsafe {
             launch(device, &NORMALIZE, "group_gradients", samples as usize * groups as usize, of_groups)?;
             match self.weight_of {

@@ -1,6 +1,6 @@
-// Updates of parameters in place, in 32 bits, and what the norm of gradients decides of them.
+// In-place parameter updates, in 32 bits, and the clipping decision based on the gradients' norm.
 
-// Many tensors at once: a block takes CHUNK values of one of them. P says where a kernel finds what belongs to a tensor.
+// Many tensors at once: a block handles CHUNK values of one of them. P holds a tensor's addresses.
 template <typename P> struct Span {
     P at;
     unsigned count; // values
@@ -12,7 +12,7 @@ template <typename P> struct Many {
 };
 enum { CHUNK = 4096 };
 
-// What a thread takes: of one tensor every blockDim.x-th value from `first` on, below `end`.
+// The values of a thread: every blockDim.x-th value of one tensor, from `first` on and below `end`.
 template <typename P> struct Own {
     P at;
     unsigned first, end;
@@ -27,21 +27,21 @@ template <typename P> DEVICE Own<P> own(const Many<P>& many) {
     return {span.at, first + threadIdx.x, end};
 }
 
-// What was decided of a step's gradients.
+// The decision on a step's gradients.
 struct Decided {
     float norm;
     float factor;
-    float max_value; // of either sign
+    float max_value; // limit of the absolute value
     float refused;   // 0 or 1
 };
 
-// What counts of a gradient's value; what is not a number stays so.
+// A gradient value after scaling and clamping; NaN stays NaN.
 DEVICE float counted(float gradient, const Decided& decided) {
     float x = gradient * decided.factor, max = decided.max_value;
     return x > max ? max : x < -max ? -max : x;
 }
 
-// Gradients as they count.
+// Gradients after scaling and clamping.
 struct CountedAt {
     const float* gradient;
     float* to;
@@ -56,11 +56,12 @@ extern "C" __global__ void counted(Counted a) {
     for (unsigned i = it.first; i < it.end; i += blockDim.x) it.at.to[i] = counted(it.at.gradient[i], decided);
 }
 
-// What a rule moves: its numbers are an R, which gives the value that follows one, given its gradient, and changes what is kept of it.
+// A parameter for a rule R, whose `step` returns the new value, given the gradient, and updates the state in
+// `kept`.
 template <typename T> struct ParamAt {
     float* param;
     const float* gradient;
-    float* kept[3]; // each null where a parameter keeps no such number: it is 0 then, and what becomes of it is forgotten
+    float* kept[3]; // null if the parameter lacks this state: it is 0 then, and discarded afterwards
     T* copy;        // or null
 };
 template <typename T, typename R> struct Update {
@@ -69,7 +70,7 @@ template <typename T, typename R> struct Update {
     const Decided* decided;
 };
 
-// The rules are those of updates/rules.rs, which says what their numbers are.
+// The rules of updates/rules.rs, which documents their numbers.
 struct Adam {
     float one_minus_beta1, beta2, one_minus_beta2, eps, of_moment, of_gradient, root_correction, l2, keep;
 };
@@ -78,7 +79,7 @@ DEVICE float step(const Adam& rule, float w, float gradient, float (&kept)[3]) {
     float g = gradient + rule.l2 * w;
     m += (g - m) * rule.one_minus_beta1;
     v = v * rule.beta2 + rule.one_minus_beta2 * g * g;
-    // What is not a number stays so.
+    // NaN stays NaN.
     largest = largest > v ? largest : v;
     return w * rule.keep - (rule.of_moment * m + rule.of_gradient * g) / (sqrtf(largest) / rule.root_correction + rule.eps);
 }
@@ -163,7 +164,7 @@ RULE(adagrad, Adagrad)
 RULE(adadelta, Adadelta)
 RULE(adamax, Adamax)
 
-// Gives half-precision copies the values that their 32-bit masters have now.
+// Copies 32-bit master values to half-precision tensors.
 template <typename T> struct PublishAt {
     const float* master;
     T* copy;
@@ -175,7 +176,7 @@ template <typename T> DEVICE void publish(const Many<PublishAt<T>>& tensors) {
 extern "C" __global__ void publish_bf16(Many<PublishAt<bf16>> tensors) { publish(tensors); }
 extern "C" __global__ void publish_f16(Many<PublishAt<f16>> tensors) { publish(tensors); }
 
-// Moves tensors a share of the way to others.
+// Moves tensors by a fraction of the way towards others.
 struct ApproachAt {
     float* x;
     const float* target;
@@ -190,7 +191,8 @@ extern "C" __global__ void approach(Approach a) {
     for (unsigned i = it.first; i < it.end; i += blockDim.x) x[i] += (it.at.target[i] - x[i]) * a.share;
 }
 
-// Each thread adds up the squares of its values, in 64 bits and always in one order: a sum for each thread of each block.
+// Each thread adds up the squares of its values, in 64 bits and always in the same order: one sum per thread
+// of each block.
 struct SquareSums {
     Many<const float*> tensors;
     double* sums;
@@ -216,24 +218,24 @@ extern "C" __global__ void sums(Sums a) {
     a.sums[part] = sum;
 }
 
-// One thread adds up the last sums and decides what becomes of the gradients whose squares they are of.
+// One thread adds up the last sums and decides on the gradients that they are from.
 struct Decide {
     const double* sums;
     Decided* decided;
-    double loss_scale;    // what the gradients were multiplied with
-    double max_norm;      // what they are scaled down to; infinite: whatever they come to
-    float max_value;      // that counts of one
-    unsigned count;       // sums
-    unsigned only_finite; // refuses others
+    double loss_scale;    // the factor by which the gradients were multiplied
+    double max_norm;      // the norm that they are scaled down to; infinite for no limit
+    float max_value;      // the largest absolute value of one
+    unsigned count;       // number of sums
+    unsigned only_finite; // whether to refuse non-finite norms
 };
 extern "C" __global__ void decide(Decide a) {
     if (thread_index() > 0) return;
     double sum = 0.;
     for (unsigned i = 0; i < a.count; i++) sum += a.sums[i];
     double norm = sqrt(sum) / a.loss_scale, share = a.max_norm / (norm + 1e-6);
-    // Where the norm is not a number, neither is the share: then gradients count whole, as they do on the host.
+    // If the norm is NaN, so is the share; gradients then count in full, as on the host.
     share = share < 1. ? share : 1.;
-    // As the host reads it: what is finite in 64 bits alone is too large as well.
+    // As the host reads it: a norm that is finite only in 64 bits is too large as well.
     float read = (float)norm;
     bool is_finite = read - read == 0.f;
     *a.decided = {read, (float)(share / a.loss_scale), a.max_value, a.only_finite && !is_finite ? 1.f : 0.f};

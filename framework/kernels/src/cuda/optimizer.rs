@@ -1,4 +1,4 @@
-//! Updates of parameters in place, and what the norm of gradients decides of them.
+//! In-place parameter updates, and the clipping decision based on the gradients' norm.
 
 use super::arguments::{
     Approach, ApproachAt, Counted, CountedAt, Decide, MOST_TENSORS, Many, ParamAt, PublishAt, SquareSums,
@@ -11,7 +11,8 @@ use crate::clipping::{Clipping, GradScale};
 use crate::updates::UpdateParam;
 use candle_core::{CudaStorage, DType, Result, Tensor, bail};
 
-/// Calls `launch` with all tensors, as many at once as a kernel takes. They come with how many values each has.
+/// Calls `launch` for all tensors, as many at a time as a kernel takes. Each tensor comes with its number of
+/// values.
 fn in_groups<P: Copy + Default>(
     tensors: Vec<(P, usize)>,
     mut launch: impl FnMut(Many<P>) -> Result<()>,
@@ -29,8 +30,8 @@ fn at_or_0(x: Option<&Tensor>) -> Result<u64> {
     x.map_or(Ok(0), at)
 }
 
-/// As a rule's [`apply`](crate::updates::Placed::apply), by one kernel for many parameters: all are f32, contiguous, and those of a
-/// parameter of one shape.
+/// Implements a rule's [`apply`](crate::updates::Placed::apply), with one kernel for many parameters: all
+/// tensors are f32 and contiguous, and those of a parameter have one shape.
 pub(crate) fn update(rule: &str, numbers: &Tensor, params: &[UpdateParam], scale: &GradScale) -> Result<()> {
     let device = numbers.device().as_cuda_device()?;
     let gradients = params.iter().map(|it| aligned(it.gradient)).collect::<Result<Vec<_>>>()?;
@@ -46,13 +47,13 @@ pub(crate) fn update(rule: &str, numbers: &Tensor, params: &[UpdateParam], scale
     let (step, decided_at) = (at(numbers)?, at(&decided)?);
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         let arguments = Update { tensors, step, decided: decided_at };
-        // SAFETY: all that belongs to a parameter has as many values, and copies are of one type, which the caller has checked;
-        // tensors are written by nobody else on the device's one stream.
+        // SAFETY: all tensors of a parameter have equally many values, and copies are of one dtype, as the
+        // caller has checked; nothing else on the device's only stream writes the tensors.
         unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, arguments) }
     })
 }
 
-/// As [`publish`](crate::updates::publish).
+/// Implements [`publish`](crate::updates::publish).
 pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
     let Some((_, first)) = pairs.first() else { return Ok(()) };
     let (device, dtype) = (first.device().as_cuda_device()?, first.dtype());
@@ -61,12 +62,12 @@ pub(crate) fn publish(pairs: &[(&Tensor, &Tensor)]) -> Result<()> {
         .iter()
         .map(|(master, copy)| Ok((PublishAt { master: at(master)?, copy: at(copy)? }, copy.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
-        // SAFETY: as in `update`; copies are of the kernel's type.
+        // SAFETY: same as in `update`; copies have the kernel's dtype.
         unsafe { launch(device, &OPTIMIZER, &kernel, tensors.blocks() * THREADS, tensors) }
     })
 }
 
-/// As [`approach`](crate::updates::approach).
+/// Implements [`approach`](crate::updates::approach).
 pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
     let Some((first, _)) = pairs.first() else { return Ok(()) };
     let device = first.device().as_cuda_device()?;
@@ -76,14 +77,14 @@ pub(crate) fn approach(pairs: &[(&Tensor, &Tensor)], share: f32) -> Result<()> {
         .zip(&targets)
         .map(|((x, _), target)| Ok((ApproachAt { x: at(x)?, target: at(target)? }, target.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
-        // SAFETY: as in `update`.
+        // SAFETY: same as in `update`.
         unsafe {
             launch(device, &OPTIMIZER, "approach", tensors.blocks() * THREADS, Approach { tensors, share })
         }
     })
 }
 
-/// Gradients as they count, by what was decided of them.
+/// Gradients after scaling and clamping, according to the decision.
 pub(crate) fn counted(gradients: &[Tensor], decided: &Tensor) -> Result<Vec<Tensor>> {
     let device = decided.device().as_cuda_device()?;
     let decided_at = at(decided)?;
@@ -101,15 +102,15 @@ pub(crate) fn counted(gradients: &[Tensor], decided: &Tensor) -> Result<Vec<Tens
         .map(|(x, to)| Ok((CountedAt { gradient: at(x)?, to: at(to)? }, x.elem_count())));
     in_groups(tensors.collect::<Result<_>>()?, |tensors| {
         let arguments = Counted { tensors, decided: decided_at };
-        // SAFETY: each gradient has as many values, f32, as there is room for, which nobody else knows yet.
+        // SAFETY: each gradient has as many f32 values as its target, which nothing else uses yet.
         unsafe { launch(device, &OPTIMIZER, "counted", tensors.blocks() * THREADS, arguments) }
     })?;
     Ok(to)
 }
 
-/// Norm, factor, largest value and refusal of gradients, as [`Clipping::decide`] decides them.
+/// Norm, factor, largest value and refusal of gradients, as [`Clipping::decide`] defines them.
 pub(crate) fn decide(clipping: &Clipping, gradients: &[Tensor]) -> Result<Tensor> {
-    /// Sums that one thread adds up.
+    /// Number of sums that one thread adds up.
     const LAST: usize = 1 << 6;
     let Clipping { loss_scale, max_norm, max_value, only_finite } = *clipping;
     let Some(first) = gradients.first() else { bail!("there is no gradient to decide of") };
@@ -132,7 +133,7 @@ pub(crate) fn decide(clipping: &Clipping, gradients: &[Tensor]) -> Result<Tensor
 
 /// The sum of the squares of all tensors' values. Waits for the device once.
 pub(crate) fn sum_squares(tensors: &[Tensor]) -> Result<f64> {
-    /// Sums that are read and added up here.
+    /// Maximum number of sums that are read and added up on the host.
     const READ: usize = 1 << 10;
     Ok(read::<f64>(&square_sums(tensors, READ)?.values)?.iter().sum())
 }
@@ -143,9 +144,10 @@ struct PartialSums {
     count: usize,
 }
 
-/// At most so many sums, and at least one, which come to the sum of the squares of all tensors' values; always in one order.
+/// Between 1 and `most` sums that add up to the sum of the squares of all tensors' values; always in the same
+/// order.
 fn square_sums(tensors: &[Tensor], most: usize) -> Result<PartialSums> {
-    /// Each thread adds up so many sums.
+    /// Number of sums that each thread adds up.
     const EACH: usize = 1 << 6;
     let Some(first) = tensors.first() else { bail!("there is no tensor to take the squares of") };
     let device = first.device().as_cuda_device()?;
@@ -164,7 +166,7 @@ fn square_sums(tensors: &[Tensor], most: usize) -> Result<PartialSums> {
     in_groups(all, |tensors| {
         let (threads, sums) = (tensors.blocks() * THREADS, to + (done * size_of::<f64>()) as u64);
         done += threads;
-        // SAFETY: the sums of each group lie behind those of the one before, one for each thread.
+        // SAFETY: the sums of each group follow those of the previous one, one for each thread.
         unsafe { launch(device, &OPTIMIZER, "square_sums", threads, SquareSums { tensors, sums }) }
     })?;
     while count > most {

@@ -9,7 +9,8 @@ use crate::conv_lstm::ConvLstmLayer;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-/// All layers' weights, one after the other, as their convolutions take them, then all biases. Differentiable.
+/// Packs the weights of all layers, one after the other, in the layout of their convolutions, then all
+/// biases. Differentiable.
 pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
     let mut parts = Vec::with_capacity(2 * layers.len());
     for ConvLstmLayer { weight, .. } in layers {
@@ -21,8 +22,8 @@ pub(crate) fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
     Tensor::cat(&parts, 0)
 }
 
-/// A weight (outputs, all, height, width), input channels x then h, to (outputs, height, width, channels), h, x, zeros, and
-/// (outputs, height, width, first channels), x, zeros, one after the other.
+/// Packs a weight (outputs, all, height, width), with input channels x then h, into (outputs, height, width,
+/// channels), with h, x, zeros, followed by (outputs, height, width, first channels), with x, zeros.
 struct Packing(Layer);
 
 impl Packing {
@@ -54,7 +55,7 @@ impl CustomOp1 for Packing {
         let (device, dtype, len) = (weight.device(), weight.dtype(), self.0.weights_len());
         let to = allocate(device, len, dtype, false)?;
         let arguments = self.arguments(address_of(weight, layout)?, address(&to)?);
-        // SAFETY: the weight is of these sizes, and there is room for as many values as are packed.
+        // SAFETY: the weight has these sizes, and there is room for all packed values.
         unsafe { launch(device, &COLUMNS, &format!("pack_weight_{}", type_name(dtype)?), len, arguments)? };
         Ok((to, Shape::from(len)))
     }
@@ -66,7 +67,7 @@ impl CustomOp1 for Packing {
         with_address(&gradient, |from| {
             let arguments = self.arguments(address(&to)?, from);
             let kernel = format!("unpack_weight_{}", type_name(dtype)?);
-            // SAFETY: as in `cuda_fwd`.
+            // SAFETY: same as in `cuda_fwd`.
             unsafe { launch(device, &COLUMNS, &kernel, weight.elem_count(), arguments) }
         })?;
         Ok(Some(tensor(to, weight.shape())))

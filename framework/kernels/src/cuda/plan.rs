@@ -1,4 +1,4 @@
-//! How cuDNN computes a convolution's passes: by which of its engines.
+//! Plans: which of cuDNN's engines computes each pass of a convolution.
 
 #[cfg(test)]
 mod tests;
@@ -11,7 +11,7 @@ use candle_core::cuda_backend::cudarc::cudnn::sys::{
 };
 use candle_core::{DType, Error, Result, bail};
 
-/// Engines that want more workspace are not taken, where there is another.
+/// Engines that need more workspace are only used if there is no other.
 const MOST_WORKSPACE: usize = 1 << 30;
 
 /// Which of a convolution's tensors is computed from the two others.
@@ -25,46 +25,46 @@ pub(crate) enum Pass {
     BackwardFilter,
 }
 
-/// What a plan is for: x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
+/// The subject of a plan: x and y (B, H, W, C), w (outputs, kernel height, kernel width, inputs / groups).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub(crate) struct Key {
     pub(crate) g: Geometry,
     pub(crate) pass: Pass,
-    /// Whether the result is added to what is there.
+    /// Whether the result is added to the existing values.
     pub(crate) add: bool,
     pub(crate) dtype: DType,
-    /// What the addresses of x, w and y are multiples of.
+    /// Powers of two that divide the addresses of x, w and y.
     pub(crate) alignments: [u64; 3],
     pub(crate) tf32: bool,
 }
 
-/// The device that plans are for.
+/// The device for which plans are made.
 pub(crate) enum Target {
-    /// That of a handle, which executes them.
+    /// The device of a handle, which executes the plans.
     Here(sys::cudnnHandle_t),
-    /// One that need not be here, by cuDNN's description: its plans are made and not executed.
+    /// A device that need not be present, by cuDNN's description: its plans are created but not executed.
     #[cfg(test)]
     Described(Descriptor),
 }
 
-/// How a pass is computed.
+/// An executable plan for a pass.
 pub(crate) struct Plan {
     pub(crate) execution: Descriptor,
-    /// Bytes.
+    /// Bytes of workspace.
     pub(crate) workspace: usize,
-    /// Which of the engines that may be used it is, from 1.
+    /// The number of its engine among the allowed engines, from 1.
     pub(crate) number: usize,
-    /// What it was made of.
+    /// Descriptors that must live as long as the plan.
     _parts: Vec<Descriptor>,
 }
 
-/// What plans call x, w and y.
+/// The ids of x, w and y in plans.
 const IDS: [i64; 3] = [1, 2, 3];
 
 impl Key {
-    /// Whether an engine of which cuDNN notes this may be used. The same bits every time: a training that goes on from a
-    /// checkpoint ends as one that was never interrupted. Inputs are taken as they are; and 32 bits are 32 bits, unless TF32 is
-    /// allowed.
+    /// Whether an engine with these notes of cuDNN may be used. Results must be bit-identical every time, so
+    /// that a run resumed from a checkpoint ends like one that was never interrupted. Inputs must not be
+    /// converted to a narrower type, and f32 must be computed in full precision unless TF32 is allowed.
     fn allows(&self, notes: &[Note]) -> bool {
         let is_whole = self.dtype == DType::F32 && !self.tf32;
         let noted = |note| notes.contains(&note);
@@ -75,15 +75,15 @@ impl Key {
 }
 
 impl Plan {
-    /// A plan by the first engine, in the order of cuDNN's heuristics, the one that they think quickest first, that `key` allows,
-    /// that can be planned, and that needs at most [`MOST_WORKSPACE`]; where all need more, the one that needs least. The first
-    /// `skipped` of the allowed engines are passed over.
+    /// A plan with the first engine, in the order of cuDNN's heuristics (expected fastest first), that `key`
+    /// allows, that can be planned, and that needs at most [`MOST_WORKSPACE`]; if all need more, the one that
+    /// needs least. The first `skipped` allowed engines are skipped.
     pub(crate) fn new(target: &Target, key: &Key, skipped: usize) -> Result<Plan> {
         let parts = operation(key)?;
         let graph = target.graph(&parts[0])?;
         let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
         let mut why = Error::Msg("it proposes none".into());
-        // The second mode's engines can do what the first one's cannot.
+        // The engines of the second mode support cases that those of the first do not.
         'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
             let listed = target.engines(&graph, mode).unwrap_or_else(|error| {
                 why = error;
@@ -106,7 +106,7 @@ impl Plan {
                             break 'found;
                         }
                     }
-                    // What is listed is not always there.
+                    // Listed engines are not always available.
                     Err(error) => why = error,
                 }
             }
@@ -131,13 +131,13 @@ impl Target {
         .finish()
     }
 
-    /// The engines that cuDNN proposes, the one that it thinks quickest first.
+    /// The engines that cuDNN proposes, the one that it expects to be fastest first.
     fn engines(&self, graph: &Descriptor, mode: Mode) -> Result<Vec<Descriptor>> {
         let heuristics = Descriptor::new(Kind::CUDNN_BACKEND_ENGINEHEUR_DESCRIPTOR)?
             .with_part(Name::CUDNN_ATTR_ENGINEHEUR_OPERATION_GRAPH, graph)?
             .with(Name::CUDNN_ATTR_ENGINEHEUR_MODE, &[mode])?;
         match self {
-            // The graph says which.
+            // The graph determines the device.
             Self::Here(_) => heuristics,
             #[cfg(test)]
             Self::Described(device) => {
@@ -148,7 +148,7 @@ impl Target {
         .get_parts(Name::CUDNN_ATTR_ENGINEHEUR_RESULTS, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR)
     }
 
-    /// What executes an engine's work, and the bytes of workspace that it needs.
+    /// The execution plan of an engine, and the bytes of workspace that it needs.
     fn execution(&self, config: &Descriptor) -> Result<(Descriptor, usize)> {
         let execution = Descriptor::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)?
             .with_part(Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG, config)?;
@@ -165,7 +165,7 @@ impl Target {
     }
 }
 
-/// What a plan is executed with: the addresses of x, w and y, and where it may work.
+/// A plan's execution arguments: the addresses of x, w and y, and of the workspace.
 pub(crate) fn variant_pack(places: [u64; 3], workspace: u64) -> Result<Descriptor> {
     Descriptor::new(Kind::CUDNN_BACKEND_VARIANT_PACK_DESCRIPTOR)?
         .with(Name::CUDNN_ATTR_VARIANT_PACK_UNIQUE_IDS, &IDS)?
@@ -174,16 +174,16 @@ pub(crate) fn variant_pack(places: [u64; 3], workspace: u64) -> Result<Descripto
         .finish()
 }
 
-/// What cuDNN notes of an engine's numbers.
+/// cuDNN's numerical notes on an engine.
 fn notes(config: &Descriptor) -> Result<Vec<Note>> {
-    /// More than there are.
+    /// More than exist.
     const MOST: usize = 32;
     config
         .get_part(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?
         .get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)
 }
 
-/// A pass as cuDNN knows it, and then what it is made of.
+/// A pass as a cuDNN operation, followed by the descriptors that it is made of.
 fn operation(key: &Key) -> Result<Vec<Descriptor>> {
     use sys::cudnnDataType_t::{CUDNN_DATA_BFLOAT16, CUDNN_DATA_FLOAT, CUDNN_DATA_HALF};
     let g = &key.g;
@@ -193,7 +193,7 @@ fn operation(key: &Key) -> Result<Vec<Descriptor>> {
         DType::BF16 => CUDNN_DATA_BFLOAT16,
         other => bail!("cuDNN: expected f32, f16 or bf16, got {other:?}"),
     };
-    // Sizes are told in the order N, C, H, W, and strides as well, which say that channels lie last.
+    // Sizes and strides are given in the order N, C, H, W; the strides express that channels are last.
     let tensor = |i: usize, dims: [usize; 4]| {
         let dims = dims.map(|size| size as i64);
         let [_, c, h, w] = dims;
@@ -206,12 +206,12 @@ fn operation(key: &Key) -> Result<Vec<Descriptor>> {
             .finish()
     };
     let x = tensor(0, [g.batch, g.inputs, g.height, g.width])?;
-    // Groups follow from the inputs that are left.
+    // cuDNN derives the number of groups from the weight's inputs.
     let w = tensor(1, [g.outputs, g.inputs / g.groups, g.kernel_height, g.kernel_width])?;
     let y = tensor(2, [g.batch, g.outputs, g.out_height, g.out_width])?;
     let both = |size: usize| [size as i64; 2];
     let convolution = Descriptor::new(Kind::CUDNN_BACKEND_CONVOLUTION_DESCRIPTOR)?
-        // Products are added in 32 bits.
+        // Products are summed in 32 bits.
         .with(Name::CUDNN_ATTR_CONVOLUTION_COMP_TYPE, &[CUDNN_DATA_FLOAT])?
         .with(
             Name::CUDNN_ATTR_CONVOLUTION_CONV_MODE,

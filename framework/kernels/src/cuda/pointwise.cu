@@ -1,14 +1,14 @@
-// Activations, value by value. Arithmetic is 32 bits wide whatever T is.
+// Pointwise activations. Arithmetic is 32 bits wide for every T.
 
 template <typename T> struct Pointwise {
     const T* x;
-    const T* d;     // the results' gradients, or null: forwards
+    const T* d;     // the results' gradients, or null for the forward pass
     T* to;          // results, or the gradients of x
     float slope;    // of leaky_relu, below zero
     unsigned count;
 };
 
-// A thread takes V values.
+// A thread handles V values.
 template <typename T, int V, Point (*AT)(float, float)> DEVICE void pointwise(const Pointwise<T>& a) {
     unsigned at = thread_index() * V;
     if (at >= a.count) return;

@@ -8,12 +8,12 @@ use crate::pointwise::Activation;
 use candle_core::backend::BackendStorage;
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor};
 
-/// An activation of contiguous values, [aligned](super::memory::aligned).
+/// Applies an activation to contiguous values that are [aligned](super::memory::aligned).
 pub(crate) fn forward(activation: Activation, x: &CudaStorage, layout: &Layout) -> Result<CudaStorage> {
     run(activation, x.device(), x.dtype(), layout.shape().elem_count(), address_of(x, layout)?, 0)
 }
 
-/// The gradient of x, from that of its activation.
+/// The gradient of x, given the gradient of its activation.
 pub(crate) fn gradient(activation: Activation, x: &Tensor, d: &Tensor) -> Result<Tensor> {
     let (device, dtype) = (x.device().as_cuda_device()?, x.dtype());
     let (x, d) = (aligned(x)?, aligned(&d.to_dtype(dtype)?)?);
@@ -22,7 +22,8 @@ pub(crate) fn gradient(activation: Activation, x: &Tensor, d: &Tensor) -> Result
     Ok(tensor(dx, x.shape()))
 }
 
-/// Forwards, or, where there are gradients `d`, backwards; all aligned.
+/// The forward pass, or the backward pass if `d`, the results' gradients, is not 0; all addresses are
+/// aligned.
 fn run(
     activation: Activation,
     device: &CudaDevice,
@@ -41,7 +42,7 @@ fn run(
     let arguments = Pointwise { x, d, to: address(&to)?, slope, count: count as u32 };
     let at_once = if count.is_multiple_of(4) { 4 } else { 1 };
     let kernel = format!("{name}_{}_{at_once}", type_name(dtype)?);
-    // SAFETY: so many values of this type lie at each address.
+    // SAFETY: `count` values of this type are at each address.
     unsafe { launch(device, &POINTWISE, &kernel, count / at_once, arguments)? };
     Ok(to)
 }

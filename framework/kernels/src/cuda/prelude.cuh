@@ -1,6 +1,8 @@
-// What every kernel needs: number types, and how many values a thread takes at once. Stands before each source.
+// What every kernel needs: number types, and loads and stores of several values per thread. Included before
+// each source.
 //
-// Sources compile by NVRTC and nvcc without a header, and as plain C++ for tests: there, `host.h` is included before.
+// The sources compile with NVRTC and nvcc without headers, and as plain C++ for tests, where `host.h` is
+// included first.
 
 typedef unsigned short bits16;
 typedef long long index_t;
@@ -19,7 +21,7 @@ DEVICE bits16 float_to_half(float x) {
 }
 DEVICE float bits_to_float(unsigned bits) { return __uint_as_float(bits); }
 DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
-// To a unit in the last place or two; a very large denominator gives 0.
+// Accurate to one or two units in the last place; a very large denominator gives 0.
 DEVICE float quotient(float a, float b) { return __fdividef(a, b); }
 #endif
 
@@ -39,7 +41,7 @@ DEVICE void from_float(float x, bf16& to) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 #else
-    // To the nearest, ties to even; what is not a number stays so.
+    // Rounds to nearest, ties to even; NaN stays NaN.
     unsigned bits = float_to_bits(x);
     unsigned rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     to.bits = (bits16)(x != x ? 0x7fffu : rounded);
@@ -47,7 +49,7 @@ DEVICE void from_float(float x, bf16& to) {
 }
 DEVICE void from_float(float x, f16& to) { to.bits = float_to_half(x); }
 
-// V values that one load or store moves.
+// V values, moved by one load or store.
 template <typename T, int V> struct alignas(sizeof(T) * V) Pack {
     T values[V];
 };
@@ -65,10 +67,11 @@ template <typename T, int V> DEVICE Pack<T, V> narrowed(const float (&x)[V]) {
 
 template <typename T, int V> DEVICE void store(T* to, const float (&x)[V]) { *(Pack<T, V>*)to = narrowed<T, V>(x); }
 
-// The number of this thread among all. Counts of threads are below 2^31; places in memory need more bits.
+// The index of this thread among all threads. Thread counts are below 2^31; memory offsets need more bits.
 DEVICE unsigned thread_index() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
-// Pixels of images within a larger tensor, or nowhere where `at` is null: values from an image, and from a pixel, to the next.
+// Pixels of images within a larger tensor, or nothing if `at` is null; the strides are in values, from image
+// to image and from pixel to pixel.
 template <typename T> struct Plane {
     T* at;
     index_t image;

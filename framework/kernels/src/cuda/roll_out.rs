@@ -1,68 +1,71 @@
-//! Roll-outs of ConvLSTM layers on a device: what is computed when, and where it lies.
+//! Roll-outs of ConvLSTM layers on a device: the order of the operations, and the memory that they use.
 //!
-//! A layer's input of a step is one tensor (B, H, W, P): its own last output, then its x, then zeros up to a multiple of 8
-//! channels, which is what tensor cores want. At the first step, where there is no last output, it is x and zeros alone. So a
-//! step of a layer is one convolution and one kernel for the gates, which writes its output where it is read next: into the
-//! inputs of its own next step, and of the layer above. Backward keeps the gates' gradients of all steps, and makes that of the
-//! weights in one convolution over the first and one over all later ones; that of the bias is added up while they are made.
+//! A layer's input of a step is one tensor (B, H, W, P): its own previous output, then its x, then zeros up
+//! to a multiple of 8 channels, as tensor cores require. At the first step, which has no previous output, it
+//! is only x and zeros. A step of a layer is therefore one convolution and one kernel for the gates, which
+//! writes its output to where it is read next: into the inputs of its own next step and of the layer above.
+//! The backward pass keeps the gates' gradients of all steps, and computes the weight gradient with one
+//! convolution for the first step and one for all later steps; the bias gradient is summed while the gates'
+//! gradients are computed.
 //!
-//! The same code runs on the processor, for tests: what a device does is behind [`Operations`].
+//! The same code runs on the processor for tests: [`Operations`] abstracts the device.
 
 use super::arguments::{CopyColumns, GatesBackward, GatesForward, Plane};
 use crate::direct::Geometry;
 use candle_core::Result;
 
-/// What a device does. All of it runs in the order in which they are asked for. "Storage" is memory of the type that is
-/// trained in, 16 or 32 bits.
+/// The operations of a device, which run in the order of the calls. "Storage" is memory of the training
+/// dtype, 16 or 32 bits per value.
 pub(crate) trait Operations {
-    /// Memory that is freed when dropped, after all that was asked for before.
+    /// Memory that is freed when dropped, after all operations enqueued before.
     type Memory;
 
-    /// So many values of the storage type, of any value or zero.
+    /// Allocates `len` values of the storage type, zeroed or uninitialised.
     fn storage(&self, len: usize, zeroed: bool) -> Result<Self::Memory>;
-    /// So many f32, of any value or zero.
+    /// Allocates `len` f32 values, zeroed or uninitialised.
     fn floats(&self, len: usize, zeroed: bool) -> Result<Self::Memory>;
-    /// Where memory begins.
+    /// The start address of memory.
     fn address(&self, memory: &Self::Memory) -> u64;
-    /// Bytes of a value of the storage type.
+    /// Bytes per value of the storage type.
     fn item(&self) -> u64;
-    /// How many values a convolution's x and y may have each.
+    /// The maximum number of values of a convolution's x and y, each.
     fn most_values(&self) -> usize;
-    /// How many threads keep it busy.
+    /// The number of threads that keep the device busy.
     fn threads(&self) -> usize;
 
-    /// y = x * w, all storage; x and y channels last, w (outputs, kernel height, kernel width, inputs).
+    /// y = x * w, all storage; x and y are channels last, w is (outputs, kernel height, kernel width,
+    /// inputs).
     ///
     /// # Safety
-    /// All addresses are of memory as large as the geometry says.
+    /// All addresses point to memory as large as the geometry says.
     unsafe fn convolve(&self, geometry: &Geometry, x: u64, w: u64, y: u64) -> Result<()>;
     /// The gradient of x.
     ///
     /// # Safety
-    /// As for `convolve`.
+    /// Same as for `convolve`.
     unsafe fn backward_data(&self, geometry: &Geometry, w: u64, dy: u64, dx: u64) -> Result<()>;
-    /// The gradient of w, put in its place or added to it.
+    /// The gradient of w, overwritten or added to.
     ///
     /// # Safety
-    /// As for `convolve`.
+    /// Same as for `convolve`.
     unsafe fn backward_filter(&self, geometry: &Geometry, x: u64, dy: u64, dw: u64, add: bool) -> Result<()>;
     /// # Safety
-    /// All addresses are of memory as large as the arguments say.
+    /// All addresses point to memory as large as the arguments say.
     unsafe fn gates_forward(&self, arguments: GatesForward) -> Result<()>;
     /// # Safety
-    /// As for `gates_forward`.
+    /// Same as for `gates_forward`.
     unsafe fn gates_backward(&self, arguments: GatesBackward) -> Result<()>;
     /// # Safety
-    /// As for `gates_forward`.
+    /// Same as for `gates_forward`.
     unsafe fn copy_columns(&self, arguments: CopyColumns) -> Result<()>;
-    /// The sums of all columns of x (rows, columns), f32, to storage.
+    /// Writes the sums of all columns of x (rows, columns), f32, to storage.
     ///
     /// # Safety
-    /// As for `gates_forward`.
+    /// Same as for `gates_forward`.
     unsafe fn column_sums(&self, x: u64, rows: usize, columns: usize, to: u64) -> Result<()>;
 }
 
-/// The sizes of a layer: its x has `inputs` channels.
+/// The sizes of a layer, whose x has `inputs` channels.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layer {
     pub(crate) inputs: usize,
@@ -71,22 +74,23 @@ pub(crate) struct Layer {
 }
 
 impl Layer {
-    /// Channels of its input of a step: h, x, zeros.
+    /// Channels of the layer's input of a step: h, x, zeros.
     pub(crate) fn channels(&self) -> usize {
         (self.hidden + self.inputs).next_multiple_of(8)
     }
-    /// Channels of its input of the first step: x, zeros.
+    /// Channels of the layer's input of the first step: x, zeros.
     pub(crate) fn first_channels(&self) -> usize {
         self.inputs.next_multiple_of(8)
     }
     fn gates(&self) -> usize {
         4 * self.hidden
     }
-    /// Values of its weight, (gates, kernel, kernel, channels).
+    /// Values of the layer's weight, (gates, kernel, kernel, channels).
     pub(crate) fn weight_len(&self) -> usize {
         self.gates() * self.kernel * self.kernel * self.channels()
     }
-    /// Values of its weight and of the first step's, (gates, kernel, kernel, first channels), which lies behind it.
+    /// Values of the layer's weight and of the first step's, (gates, kernel, kernel, first channels), which
+    /// follows it.
     pub(crate) fn weights_len(&self) -> usize {
         self.weight_len() + self.gates() * self.kernel * self.kernel * self.first_channels()
     }
@@ -94,8 +98,9 @@ impl Layer {
 
 /// The sizes of a roll-out.
 ///
-/// Its parameters are one tensor: all layers' weights, one after the other, then all biases. Its input is (B, T, H, W, C), or
-/// (B, H, W, C) with `feedback`: the first step's x; later ones' is the top layer's last output.
+/// The parameters are one tensor: the weights of all layers, one after the other, then all biases. The input
+/// is (B, T, H, W, C), or with `feedback` the first step's x, (B, H, W, C); at later steps x is the top
+/// layer's previous output.
 #[derive(Clone, Debug)]
 pub(crate) struct RollOut {
     pub(crate) batch: usize,
@@ -103,32 +108,32 @@ pub(crate) struct RollOut {
     pub(crate) width: usize,
     pub(crate) steps: usize,
     pub(crate) feedback: bool,
-    /// Whether the output is that of all steps, (B, T, H, W, N), or of the last, (B, H, W, N).
+    /// Whether the output has all steps, (B, T, H, W, N), or only the last one, (B, H, W, N).
     pub(crate) keep_all: bool,
     pub(crate) layers: Vec<Layer>,
 }
 
 impl Plane {
-    /// From one of its channels on, of which each has so many bytes.
+    /// The same pixels from a channel on; each channel has `item` bytes.
     fn from(self, item: u64, channel: usize) -> Plane {
         Plane { at: self.at + item * channel as u64, ..self }
     }
 }
 
-/// What backward needs of a forward pass.
+/// Memory of a forward pass, saved for backward.
 pub(crate) struct Kept<M> {
     layers: Vec<LayerMemory<M>>,
 }
 
-/// A layer's memory, one step after the other.
+/// A layer's memory, step after step.
 struct LayerMemory<M> {
-    /// (B, H, W, first channels): the first step's input.
+    /// (B, H, W, first channels): the input of the first step.
     first: M,
-    /// (steps - 1, B, H, W, channels): all later ones'.
+    /// (steps - 1, B, H, W, channels): the inputs of all later steps.
     inputs: M,
-    /// (steps, B, H, W, gates): pre-activations without their bias, in backward gradients.
+    /// (steps, B, H, W, gates): pre-activations without their bias; in backward, their gradients.
     gates: M,
-    /// (steps - 1, B, H, W, hidden), f32: nothing needs the last one's.
+    /// (steps - 1, B, H, W, hidden), f32; the last step's state is not needed.
     c: M,
 }
 
@@ -150,17 +155,18 @@ impl RollOut {
         let parameters = self.layers.iter().map(|layer| layer.weights_len() + layer.gates()).sum();
         [frames * self.layers[0].inputs, parameters, outputs * self.layers[self.top()].hidden]
     }
-    /// Where a layer's weight of a step begins.
+    /// The offset of a layer's weight for a step.
     fn weight(&self, index: usize, step: usize) -> usize {
         let before = self.layers[..index].iter().map(Layer::weights_len).sum::<usize>();
         before + if step == 0 { self.layers[index].weight_len() } else { 0 }
     }
-    /// Where its bias begins.
+    /// The offset of a layer's bias.
     fn bias(&self, index: usize) -> usize {
         let weights = self.layers.iter().map(Layer::weights_len).sum::<usize>();
         weights + self.layers[..index].iter().map(Layer::gates).sum::<usize>()
     }
-    /// The convolution of a layer over so many steps at once, from this one on; the first step is taken alone.
+    /// The convolution of a layer over `steps` steps at once, from `step` on; the first step is always
+    /// separate.
     fn geometry(&self, layer: &Layer, step: usize, steps: usize) -> Geometry {
         Geometry {
             batch: steps * self.batch,
@@ -178,7 +184,7 @@ impl RollOut {
             out_width: self.width,
         }
     }
-    /// A tensor (B, H, W, channels) at an address, from a channel on.
+    /// A tensor (B, H, W, channels) at an address.
     fn plane(&self, at: u64, channels: usize) -> Plane {
         Plane { at, image: (self.pixels() * channels) as i64, pixel: channels as i64 }
     }
@@ -196,7 +202,8 @@ impl RollOut {
             self.step_of(at, item, self.steps, step, channels)
         }
     }
-    /// The top layer's output of a step, in the output or in its gradient; nowhere where it is not returned.
+    /// The top layer's output of a step, in the output or in its gradient; empty if that step is not
+    /// returned.
     fn returned(&self, at: u64, item: u64, step: usize) -> Plane {
         let hidden = self.layers[self.top()].hidden;
         match self.keep_all {
@@ -205,22 +212,24 @@ impl RollOut {
             false => Plane::default(),
         }
     }
-    /// How many steps a convolution over several takes at once, where it may have so many values.
+    /// How many steps a convolution over several steps can handle at once, given the maximum number of
+    /// values.
     fn steps_at_once(&self, layer: &Layer, most_values: usize) -> usize {
         (most_values / (self.rows() * layer.channels().max(layer.gates()))).max(1)
     }
 
-    /// In how many parts of a step's pixels the gates' gradients are added up: enough for a device, and few sums to read.
+    /// The number of parts of a step's pixels over which the gates' gradients are summed: enough for a
+    /// device, but few sums to read.
     fn parts(&self, layer: &Layer, threads: usize) -> usize {
         const PIXELS: usize = 16;
-        // A thread takes four channels.
+        // A thread handles four channels.
         (self.rows() / PIXELS).max(4 * threads / layer.hidden).clamp(1, self.rows())
     }
 
-    /// The output, and, where `gradients` will be asked for, what they need.
+    /// Computes the output and, if `gradients`, returns the memory that the backward pass needs.
     ///
     /// # Safety
-    /// The addresses are of storage as large as input, parameters and output are.
+    /// The addresses point to storage as large as input, parameters and output.
     pub(crate) unsafe fn forward<E: Operations>(
         &self,
         device: &E,
@@ -230,12 +239,12 @@ impl RollOut {
         output: u64,
     ) -> Result<Option<Kept<E::Memory>>> {
         let (rows, item) = (self.rows(), device.item());
-        // Without gradients the step before is all that is needed; the state is then updated in place.
+        // Without gradients, only the previous step is needed, and the state is updated in place.
         let later = (self.steps - 1).max(1);
         let [input_slots, gate_slots, c_slots] =
             if gradients { [later, self.steps, later] } else { [2, 1, 1] };
         let memory = |layer: &Layer| -> Result<LayerMemory<E::Memory>> {
-            // Channels that are there for their number stay zero. All else is written before it is read.
+            // Padding channels stay zero. Everything else is written before it is read.
             let inputs = |slots: usize, channels: usize, used: usize| {
                 device.storage(slots * rows * channels, channels > used)
             };
@@ -247,7 +256,8 @@ impl RollOut {
             })
         };
         let memories = self.layers.iter().map(memory).collect::<Result<Vec<_>>>()?;
-        // Where a layer's input of a step has its last output, which the first step does not have, and its x.
+        // Locations, in a layer's input of a step, of the layer's previous output (absent at the first step)
+        // and of x.
         let h_of = |index: usize, step: usize| {
             let channels = self.layers[index].channels();
             let at = (step - 1) % input_slots * rows * channels;
@@ -275,7 +285,7 @@ impl RollOut {
                     columns: first.inputs as u32,
                     pixels: self.pixels() as u32,
                 };
-                // SAFETY: both lie within the input, and the first layer's inputs.
+                // SAFETY: both lie within the input and the first layer's inputs.
                 unsafe { device.copy_columns(copy)? };
             }
             for (index, layer) in self.layers.iter().enumerate() {
@@ -301,7 +311,7 @@ impl RollOut {
                 };
                 let weight = parameters + item * self.weight(index, step) as u64;
                 let input = if step == 0 { x_of(index, 0) } else { h_of(index, step) };
-                // SAFETY: all addresses are of this step and layer, within memory made for them.
+                // SAFETY: all addresses are for this step and layer, within memory allocated for them.
                 unsafe {
                     device.convolve(&self.geometry(layer, step, 1), input.at, weight, gates.gates)?;
                     device.gates_forward(gates)?;
@@ -311,11 +321,12 @@ impl RollOut {
         Ok(gradients.then_some(Kept { layers: memories }))
     }
 
-    /// The gradients of input and parameters, put at these addresses; 0 for one that is not wanted. Where there is one step alone,
-    /// zeros must be in the place of the parameters' gradient: nothing is written for later steps' weights.
+    /// Writes the gradients of input and parameters to these addresses; 0 for a gradient that is not wanted.
+    /// With a single step, the memory for the parameters' gradient must be zeroed: the weights of later steps
+    /// are not written.
     ///
     /// # Safety
-    /// The addresses are of storage as large as parameters, output and input are.
+    /// The addresses point to storage as large as parameters, output and input.
     pub(crate) unsafe fn backward<E: Operations>(
         &self,
         device: &E,
@@ -326,7 +337,8 @@ impl RollOut {
         d_parameters: u64,
     ) -> Result<()> {
         let (rows, item) = (self.rows(), device.item());
-        // Of each layer the gradient of its input of the step that was last looked at, of its state, and, in parts, of its bias.
+        // For each layer: the gradient of its input at the step processed last, of its state and, in parts,
+        // of its bias.
         let d_inputs = |layer: &Layer| device.storage(rows * layer.channels(), false);
         let d_inputs = self.layers.iter().map(d_inputs).collect::<Result<Vec<_>>>()?;
         let dc = self.layers.iter().map(|layer| device.floats(rows * layer.hidden, false));
@@ -352,8 +364,9 @@ impl RollOut {
         for step in (0..self.steps).rev() {
             for (index, layer) in self.layers.iter().enumerate().rev() {
                 let (top, last) = (index == self.top(), step + 1 == self.steps);
-                // Who read this output: the layer itself at the next step, whose gradient is still the one of that step;
-                // the layer above at this one, or the first layer at the next; and whoever has the result.
+                // The readers of this output: the layer itself at the next step, whose gradient the buffer
+                // still holds; the layer above at this step, or the first layer at the next; and the returned
+                // result.
                 let dh = [
                     if last { Plane::default() } else { d_h_of(index) },
                     match (top, self.feedback && !last) {
@@ -377,7 +390,7 @@ impl RollOut {
                     parts: parts[index] as u32,
                 };
                 let weight = parameters + item * self.weight(index, step) as u64;
-                // SAFETY: all addresses are of this step and layer, within memory made for them.
+                // SAFETY: all addresses are for this step and layer, within memory allocated for them.
                 unsafe {
                     device.gates_backward(gates)?;
                     if index > 0 || step > 0 || d_input != 0 {
@@ -395,7 +408,7 @@ impl RollOut {
                     columns: first.inputs as u32,
                     pixels: self.pixels() as u32,
                 };
-                // SAFETY: both lie within the first layer's gradient, and the input's.
+                // SAFETY: both lie within the gradients of the first layer and of the input.
                 unsafe { device.copy_columns(copy)? };
             }
         }
@@ -414,7 +427,7 @@ impl RollOut {
                 };
                 let dw = d_parameters + item * self.weight(index, from) as u64;
                 let geometry = self.geometry(layer, from, steps);
-                // SAFETY: the steps lie one after the other in memory.
+                // SAFETY: the steps are consecutive in memory.
                 unsafe { device.backward_filter(&geometry, x, gates_of(index, from), dw, from > 1)? };
             }
             let to = d_parameters + item * self.bias(index) as u64;
@@ -443,7 +456,7 @@ mod tests {
         Tensor::from_vec(values, shape, &DEVICE).unwrap()
     }
 
-    /// The parameters of layers in a roll-out's order, by candle's operations.
+    /// The parameters of layers in a roll-out's order, packed with candle's operations.
     fn pack(layers: &[ConvLstmLayer]) -> Result<Tensor> {
         let mut parts = Vec::with_capacity(3 * layers.len());
         for ConvLstmLayer { weight, .. } in layers {
@@ -468,13 +481,13 @@ mod tests {
         assert_eq!(ours.len(), expected.len(), "{name}");
         let scale = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
         let worst = ours.iter().zip(expected).fold(0f32, |worst, (a, b)| {
-            // Not a number is as bad as it gets.
+            // NaN counts as the worst error.
             if a.is_finite() { worst.max((a - b).abs()) } else { f32::INFINITY }
         });
         assert!(scale > 0. && worst <= 2e-5 * scale, "{name}: {worst:e} of {scale:e}");
     }
 
-    /// A roll-out through the kernels' sources and by the CPU's own op.
+    /// Compares a roll-out through the kernel sources with the CPU op.
     fn compare(
         host: &Mutex<Host>,
         hidden: &[usize],
@@ -556,7 +569,7 @@ mod tests {
         assert_close(&format!("{case}: output"), &y, &values(&expected));
         assert_eq!(y, y_alone, "{case}: without gradients");
         assert_close(&format!("{case}: input's gradient"), &dx, &values(of_expected.get(&x).unwrap()));
-        // The way back through the packing hands each parameter its own.
+        // The backward pass through the packing assigns each parameter its gradient.
         let dp = Tensor::from_vec(dp, packed.shape(), &DEVICE).unwrap();
         let of_packed = (packed * dp).unwrap().sum_all().unwrap().backward().unwrap();
         for (i, (weight, bias)) in parameters.iter().enumerate() {
@@ -570,7 +583,7 @@ mod tests {
     #[test]
     fn is_the_cpu_op() {
         let Some(host) = Host::new() else { return };
-        // Widths that four channels at once divide, and that they do not; one layer that reads its own output.
+        // Widths that are multiples of four channels, and others; one layer that reads its own output.
         compare(host, &[4, 8], [1, 3, 4], false, Keep::Last);
         compare(host, &[4, 8], [3, 3, 4], false, Keep::All);
         compare(host, &[8, 4], [4, 3, 4], true, Keep::All);

@@ -1,6 +1,6 @@
-//! The kernels' sources.
+//! The source code of the CUDA kernels.
 
-/// A file of kernels that are compiled together.
+/// A source of kernels that are compiled together.
 #[derive(Debug)]
 pub(crate) struct Source {
     pub(crate) name: &'static str,

@@ -1,4 +1,4 @@
-//! The kernels' sources, run on the processor, against what they should compute.
+//! Tests of the kernel sources, run on the processor, against expected results.
 
 mod cells;
 mod normalize;
@@ -23,7 +23,7 @@ use std::sync::{Mutex, PoisonError};
 
 fn run<A: Copy>(host: &Mutex<Host>, source: &Source, name: &str, count: usize, arguments: A) {
     let host = host.lock().unwrap_or_else(PoisonError::into_inner);
-    // SAFETY: the tests hand over vectors of the sizes that they name.
+    // SAFETY: the tests pass vectors of the sizes that they name.
     unsafe { host.run(source, name, count, arguments) };
 }
 
@@ -36,7 +36,7 @@ fn at<T>(values: &[T]) -> u64 {
     values.as_ptr() as u64
 }
 
-/// 16 or 32 bits.
+/// A float of 16 or 32 bits.
 trait Half: Copy {
     const NAME: &'static str;
     /// The largest error of a rounded number near 1.
@@ -89,7 +89,7 @@ fn assert_close(what: &str, ours: &[f32], expected: &[f32], tolerance: f32) {
 fn numbers_are_rounded_as_half_does() {
     let Some(host) = Host::new() else { return };
     let mut x: Vec<f32> = random(1000, 1).iter().map(|x| x * 1e4f32.powf(x.fract())).collect();
-    // Ties, the largest numbers, small ones, and what is none.
+    // Ties, the largest numbers, small ones, and NaN and infinities.
     x.extend([
         1. + 1. / 256.,
         1. + 3. / 256.,
@@ -117,7 +117,7 @@ fn numbers_are_rounded_as_half_does() {
     narrow::<f32>(host, &x);
 }
 
-/// A step of a cell and its gradients: values that are returned, in the order of the outputs.
+/// A step of a cell and its gradients: the values that are returned, in the order of the outputs.
 fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
     let (rows, pixels, hidden) = (6u32, 3u32, 8usize);
     let n = rows as usize * hidden;
@@ -125,7 +125,7 @@ fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
     let (mut gates, bias) = (narrow(random(4 * n, 2)), narrow(random(4 * hidden, 3)));
     let (before, mut c, mut dc) = (random(n, 4), vec![0f32; n], random(n, 5));
     let mut sums = vec![7f32; 4 * 4 * hidden];
-    // Two pictures of three pixels; the second output lies in wider pixels, from the fifth channel on.
+    // Two images of three pixels; the second output lies in wider pixels, from the fifth channel on.
     let (mut plain, mut wider) = (vec![T::new(0.); n], vec![T::new(0.); 3 * n]);
     let plane = |at: u64, channels: usize, first: usize| Plane {
         at: at + (first * size_of::<T>()) as u64,
@@ -165,7 +165,7 @@ fn cell<T: Half>(host: &Mutex<Host>, at_once: usize) -> Vec<f32> {
     };
     let threads = 4 * hidden / at_once;
     run(host, &GATES, &format!("gates_backward_{}_{at_once}", T::NAME), threads, backward);
-    // The first two of the four parts have two pixels, and there were sums before.
+    // The first two of the four parts have two pixels, and the sums were not zero before.
     let (gates, columns) = (wide(&gates), 4 * hidden);
     for (i, sum) in sums.iter().enumerate() {
         let pixels = (i / columns..rows as usize).step_by(4);
@@ -218,7 +218,8 @@ fn columns_are_summed_copied_and_shifted() {
     let expected: Vec<f32> = x.iter().enumerate().map(|(i, x)| x + bias[i % columns as usize]).collect();
     assert_eq!(y, expected);
 
-    // Three channels of (2, 4 pixels, 5 channels), from the second on, to the last three of (4 pixels, 2 images, 4 channels).
+    // Three channels of (2, 4 pixels, 5 channels), from the second on, to the last three of (4 pixels, 2
+    // images, 4 channels).
     let mut to = [0f32; 2 * 4 * 4];
     let arguments = CopyColumns {
         from: Plane { at: at(&x[1..]), image: 20, pixel: 5 },
@@ -237,7 +238,8 @@ fn columns_are_summed_copied_and_shifted() {
 #[test]
 fn weights_are_packed_as_convolutions_take_them() {
     let Some(host) = Host::new() else { return };
-    // (4 * 2 outputs, 3 + 2 inputs, 3 taps): h, x, then zeros up to 8 channels; and, for the first step, x and a zero.
+    // (4 * 2 outputs, 3 + 2 inputs, 3 taps): h, x, then zeros up to 8 channels; and for the first step x and
+    // a zero.
     let (outputs, all, hidden, kernel, channels, first) = (8usize, 5usize, 2usize, 3usize, 8usize, 4usize);
     let mut weight = random(outputs * all * kernel, 1);
     let mut packed = vec![7f32; outputs * kernel * (channels + first)];
@@ -259,7 +261,7 @@ fn weights_are_packed_as_convolutions_take_them() {
         assert_eq!(of_all, [of(3), of(4), of(0), of(1), of(2), 0., 0., 0.], "{i}");
         assert_eq!(of_first, [of(0), of(1), of(2), 0.], "{i}");
     }
-    // On the way back both places of x count.
+    // When unpacking, both places of x count.
     let before = std::mem::replace(&mut weight, vec![7f32; outputs * all * kernel]);
     let arguments = PackWeight { weight: weight.as_mut_ptr() as u64, ..arguments };
     run(host, &COLUMNS, "unpack_weight_float", weight.len(), arguments);
@@ -268,10 +270,10 @@ fn weights_are_packed_as_convolutions_take_them() {
     }
 }
 
-/// Three parameters: of less than a block, of several, and of one.
+/// Three parameters: less than a block, several blocks, and exactly one.
 const SIZES: [usize; 3] = [40, 10_000, 4096];
 
-/// What belongs to a parameter: as tensors on the CPU, and as it is for kernels; and what its value is copied to.
+/// The tensors of a parameter, on the CPU and as vectors for the kernels, and the copies of its value.
 struct Copied<const N: usize> {
     cpu: [Tensor; N],
     own: [Vec<f32>; N],
@@ -295,7 +297,7 @@ fn assert_same<const N: usize>(params: &[Copied<N>]) {
     }
 }
 
-/// What is decided of gradients by this norm: for kernels.
+/// The decision on gradients with this norm, in the kernels' layout.
 fn decided(clipping: &Clipping, norm: f64) -> [f32; 4] {
     let share = clipping.decide_by(norm).scale.on_cpu().unwrap();
     share.map_or([7., 7., 7., 1.], |share| [norm as f32, share.factor, share.max_value, 0.])
@@ -313,7 +315,7 @@ const ADAM: AdamStep = AdamStep {
     keep: 0.97,
 };
 
-/// Moves parameters by a rule that keeps what is `kept`, under every kind of clipping.
+/// Updates parameters by a rule that stores the states in `kept`, under every kind of clipping.
 fn moves_as_on_the_cpu<R: Rule>(host: &Mutex<Host>, rule: R, kept: [bool; MOST_STATES]) {
     let plain = Clipping::default();
     let clipped = Clipping { loss_scale: 4., max_norm: Some(1.), max_value: Some(0.06), only_finite: true };
@@ -470,7 +472,7 @@ fn a_step_is_decided_on_as_on_the_cpu() {
                 only_finite: u32::from(only_finite),
             };
             run(host, &OPTIMIZER, "decide", 1, arguments);
-            // What is finite in 64 bits alone is too large as well.
+            // A norm that is finite only in 64 bits is too large as well.
             let of_host = (sums[0] + sums[1]).sqrt() / 2.;
             let refused = only_finite && !(of_host as f32).is_finite();
             let share =
@@ -486,7 +488,7 @@ fn a_step_is_decided_on_as_on_the_cpu() {
 #[test]
 fn squares_are_summed_in_64_bits() {
     let Some(host) = Host::new() else { return };
-    // Of very different sizes, whose squares do not fit into 32 bits.
+    // Values of very different magnitudes, whose squares do not fit into 32 bits.
     let x: Vec<f32> =
         random(1000, 1).iter().enumerate().map(|(i, x)| x * 10f32.powi(i as i32 % 40 - 20)).collect();
     let tensors = Many::new(&[&x[..300], &x[300..]].map(|some| (at(some), some.len())));
@@ -525,7 +527,7 @@ fn winograds_transforms_and_products_between_them_are_convolutions() {
         let arguments = Filters { weight, transformed, outputs, inputs, turned: turned.into() };
         run(host, &WINOGRAD, kernel, (outputs * inputs) as usize, arguments);
     };
-    // Calls with the places of x, w and y of each product of the convolution by definition.
+    // Calls `product` with the indices into x, w and y for each product of the direct convolution.
     let products = |turned: bool, product: &mut dyn FnMut(usize, usize, usize)| {
         for (pixel, tap) in (0..pixels).flat_map(|pixel| (0..9).map(move |tap| (pixel, tap))) {
             let (row, column) = (pixel / width % height + tap / 3, pixel % width + tap % 3);

@@ -1,4 +1,4 @@
-//! Between the host and a device, while it computes.
+//! Copies between the host and a device while the device computes.
 
 use super::failed;
 use super::memory::{allocate, tensor};
@@ -11,7 +11,7 @@ use candle_core::{CudaDevice, DType, Device, Result, Storage, Tensor, bail};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// The streams that copy to and from a device, and memory of the host that they can use while others work.
+/// The streams that copy to and from a device, and pinned host memory for reuse.
 struct Transfers {
     up: Arc<CudaStream>,
     down: Arc<CudaStream>,
@@ -35,14 +35,15 @@ fn transfers(device: &CudaDevice) -> Result<Arc<Transfers>> {
 }
 
 impl Transfers {
-    /// Host memory for at least so many values: one that was used before and is not too large, or a new one.
+    /// Host memory for at least `len` values: a previously used one that is not too large, or a new one.
     fn staging(&self, len: usize) -> Result<PinnedHostSlice<f32>> {
         let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(fits) = idle.iter().position(|it| it.len() >= len && it.len() <= 2 * len) {
             return Ok(idle.swap_remove(fits));
         }
         drop(idle);
-        // SAFETY: written before it is read; flags 0 are memory that the processor also reads quickly.
+        // SAFETY: it is written before it is read; flags 0 request memory that the processor can also read
+        // quickly.
         let new = unsafe { self.up.context().alloc_pinned_with_flags::<f32>(len, 0) };
         new.map_err(failed("pinned memory"))
     }
@@ -52,13 +53,13 @@ impl Transfers {
     }
 }
 
-/// Who waits for it sleeps, or looks again and again, which is quicker.
+/// Records an event. Threads that wait for it sleep if `sleeps`; otherwise they poll, which is quicker.
 fn event(stream: &CudaStream, sleeps: bool) -> Result<CudaEvent> {
     stream.record_event(sleeps.then_some(CUevent_flags::CU_EVENT_BLOCKING_SYNC)).map_err(failed("CUDA event"))
 }
 
-/// A tensor of f32 on the CPU, copied to a device by a stream of its own, without making the device's work wait. Returns when
-/// the copy is done.
+/// Copies an f32 tensor on the CPU to a device on a separate stream, without making the device's work wait.
+/// Returns when the copy is done.
 pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
     let (len, transfers, main) = (x.elem_count(), transfers(device)?, device.cuda_stream());
     let mut staging = transfers.staging(len)?;
@@ -66,7 +67,8 @@ pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
         staging.as_mut_slice().map_err(failed("pinned memory"))?[..len].copy_from_slice(values);
         Ok(())
     })?;
-    // The memory is the main stream's, which frees it after its last use; it is there when that stream comes to this point.
+    // The memory belongs to the main stream, which frees it after its last use; it is available once that
+    // stream reaches this point.
     let mut to = allocate(device, len, DType::F32, false)?;
     transfers.up.join(&main).map_err(failed("CUDA stream"))?;
     let CudaStorageSlice::F32(slice) = &mut to.slice else { bail!("upload: expected f32") };
@@ -74,7 +76,7 @@ pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
         let values = staging.as_slice().map_err(failed("pinned memory"))?;
         transfers.up.memcpy_htod(&values[..len], slice)
     };
-    // Also where the copy failed: nothing may still be under way when the memory goes back.
+    // Even if the copy failed: nothing may be in flight when the memory is returned.
     let done = event(&transfers.up, true).and_then(|event| event.synchronize().map_err(failed("CUDA event")));
     copied.map_err(failed("copying to a CUDA device"))?;
     done?;
@@ -82,19 +84,20 @@ pub(crate) fn upload(x: &Tensor, device: &CudaDevice) -> Result<Tensor> {
     Ok(tensor(to, x.shape()))
 }
 
-/// As [`Download`](crate::Download), by a stream of its own.
+/// Implements [`Download`](crate::Download) on a separate stream.
 pub(crate) struct Download {
     transfers: Arc<Transfers>,
-    /// Until it is given back.
+    /// `None` once it has been returned.
     staging: Option<PinnedHostSlice<f32>>,
     done: CudaEvent,
-    /// What is read, kept: its own stream would give the memory away while another reads it.
+    /// The tensor being read, kept alive: the main stream would reuse its memory while another stream reads
+    /// it.
     source: Tensor,
 }
 
 impl Download {
     pub(crate) fn start(x: &Tensor, device: &CudaDevice) -> Result<Self> {
-        // A copy: the device may change the tensor while it is read.
+        // A copy, because the device may modify the tensor while it is read.
         let (x, transfers) = (x.detach().to_dtype(travels_as(x))?.force_contiguous()?, transfers(device)?);
         let words = x.elem_count() * x.dtype().size_in_bytes() / size_of::<f32>();
         let mut staging = transfers.staging(words)?;
@@ -105,11 +108,11 @@ impl Download {
             else {
                 bail!("download: expected a contiguous tensor on a CUDA device, got {layout:?}");
             };
-            // As many as the place has are copied, and the memory may have room for more.
+            // The copy has the length of the destination slice, and the staging memory may be larger.
             let to = &mut staging.as_mut_slice().map_err(failed("pinned memory"))?[..words];
             let copied = if x.dtype() == DType::F64 {
                 let values = storage.as_cuda_slice::<f64>()?.slice(start..end);
-                // SAFETY: two words each, which nobody computes with.
+                // SAFETY: each f64 is treated as two 32-bit words, which are only copied.
                 let Some(halves) = (unsafe { values.transmute::<f32>(words) }) else {
                     bail!("download: expected {words} words of {} values", end - start);
                 };
@@ -119,11 +122,11 @@ impl Download {
             };
             copied.map_err(failed("copying from a CUDA device"))
         };
-        // The training waits for one in each step, and by then the device has little left to do.
+        // Training waits for one download per step, at a time when the device has little work left.
         match copied.and_then(|()| event(&transfers.down, false)) {
             Ok(done) => Ok(Self { transfers, staging: Some(staging), done, source: x }),
             Err(error) => {
-                // Nothing may still be under way when the memory goes; the first error is the one to tell.
+                // Nothing may be in flight when the memory is freed; the first error is the one to report.
                 let _ = transfers.down.synchronize();
                 Err(error)
             }
@@ -151,7 +154,7 @@ impl Download {
 
 impl Drop for Download {
     fn drop(&mut self) {
-        // Also where nobody wanted the values in the end: the copy must be over before the memory on both sides goes.
+        // Even if the values are not used: the copy must be over before the memory on both sides is freed.
         let _ = self.done.synchronize();
         if let Some(staging) = self.staging.take() {
             self.transfers.give_back(staging);

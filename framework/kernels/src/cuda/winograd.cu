@@ -1,11 +1,13 @@
-// Winograd's F(4x4, 3x3) in 32 bits: y = A' [(G g G') . (B' d B)] A at the points 0, 1, -1, 2, -2 and infinity (Lavin and Gray,
-// "Fast algorithms for convolutional neural networks", 2015, section 4.3), and its adjoints.
+// Winograd's F(4x4, 3x3) in 32 bits: y = A' [(G g G') . (B' d B)] A at the points 0, 1, -1, 2, -2 and
+// infinity (Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, section 4.3), and its
+// adjoints.
 //
-// Images are (images, height, width, channels). A tile is 4x4 pixels of a convolution's output, or the 6x6 of its input that they
-// are computed from. What is transformed has 36 positions: tiles (36, tiles, channels), filters (36, outputs, inputs). A thread
-// takes one channel of a tile, or one filter of one channel.
+// Images are (images, height, width, channels). A tile is 4x4 pixels of a convolution's output, or the 6x6
+// pixels of its input from which they are computed. Transformed data has 36 positions: tiles (36, tiles,
+// channels), filters (36, outputs, inputs). A thread handles one channel of a tile, or one filter of one
+// channel.
 
-// Each transform, of a line of values.
+// Each transform, applied to one line of values.
 DEVICE void input(const float (&d)[6], float (&t)[6]) { // B' d
     float even = d[4] - 4.f * d[2], odd = d[3] - 4.f * d[1], even2 = d[4] - d[2], odd2 = d[3] - d[1];
     t[0] = 4.f * d[0] + (d[4] - 5.f * d[2]);
@@ -49,7 +51,7 @@ DEVICE void filter_adjoint(const float (&u)[6], float (&g)[3]) { // G' u
     g[2] = sum + 1.f / 6.f * sum2 + u[5];
 }
 
-// A transform of a square's rows, and then of its columns.
+// Applies a transform to a square's rows, and then to its columns.
 template <int N, int M, void (*LINE)(const float (&)[N], float (&)[M])>
 DEVICE void both_ways(const float (&x)[N][N], float (&y)[M][M]) {
     float rows[N][M];
@@ -67,7 +69,7 @@ struct Tiles {
     float* transformed;    // (36, tiles, channels)
     unsigned count;        // tiles * channels
     unsigned height, width, channels;
-    unsigned down, across; // tiles of an image
+    unsigned down, across; // tiles per image
     unsigned padding;      // zeros before an image's first pixel that belong to its first tile
 };
 
@@ -75,7 +77,7 @@ struct Tiles {
 struct Tile {
     float* image; // the channel of the image's first pixel
     float* transformed;
-    int top, left; // its first pixel
+    int top, left; // the position of its first pixel
 };
 DEVICE Tile tile_of(const Tiles& a, unsigned at) {
     unsigned channel = at % a.channels, tile = at / a.channels, row = tile / a.across % a.down;
@@ -84,11 +86,11 @@ DEVICE Tile tile_of(const Tiles& a, unsigned at) {
             (int)(4 * (tile % a.across) - a.padding)};
 }
 DEVICE bool is_inside(int at, unsigned size) { return (unsigned)at < size; }
-// From the first pixel of a tile's row on, which may be outside the image.
+// The address of the first pixel of a tile's row, which may be outside the image.
 DEVICE float* row_of(const Tiles& a, const Tile& tile, int row) {
     return tile.image + ((tile.top + row) * (int)a.width + tile.left) * (int)a.channels;
 }
-// What is outside the image is zero.
+// Pixels outside the image are zero.
 template <int N> DEVICE void load_pixels(const Tiles& a, const Tile& tile, float (&x)[N][N]) {
     for (int r = 0; r < N; r++) {
         const float* row = row_of(a, tile, r);
@@ -151,7 +153,7 @@ struct Filters {
     float* weight;      // (outputs, 3, 3, inputs)
     float* transformed; // (36, outputs, inputs)
     unsigned outputs, inputs;
-    unsigned turned;    // whether filters are turned by half a circle first, which the adjoint does not ask
+    unsigned turned;    // whether filters are rotated by 180 degrees first; ignored by the adjoint
 };
 
 extern "C" __global__ void winograd_filter(Filters a) {

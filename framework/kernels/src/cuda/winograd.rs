@@ -1,5 +1,6 @@
-//! Convolutions by 3x3 filters in 32 bits, by Winograd's F(4x4, 3x3), as on the CPU ([`crate::winograd`]): 2.25 multiplications an
-//! output instead of 9. cuDNN (9.26, told of an H200) has no such engine. Transforms are kernels of our own, products of matrices cuBLAS's.
+//! Convolutions with 3x3 filters in f32 by Winograd's F(4x4, 3x3), as on the CPU ([`crate::winograd`]): 2.25
+//! multiplications per output instead of 9. cuDNN (9.26, planning for an H200) has no such engine. The
+//! transforms are custom kernels; the matrix products use cuBLAS.
 
 use super::arguments::{Filters, Tiles};
 use super::failed;
@@ -15,24 +16,26 @@ use std::ops::Range;
 const POSITIONS: usize = 36;
 /// Outputs of a tile in each direction.
 const OUT: usize = 4;
-/// Transformed values of images at once, those of both sides of the products: 64 MB, about what a large device's cache holds.
+/// Maximum transformed values of images at a time, on both sides of the products: 64 MB, about a large
+/// device's cache.
 const MOST_VALUES: usize = 1 << 24;
 
-/// A convolution, or what is one: the gradient of a convolution's input, of turned filters and its output's gradient.
+/// A pass of a convolution. The gradient of the input is a convolution too, of the output's gradient with
+/// rotated filters.
 pub(crate) struct Winograd {
     pass: Pass,
     batch: usize,
-    /// What tiles of 6x6 are read of.
+    /// The images from which tiles of 6x6 are read.
     input: Images,
-    /// What tiles of 4x4 are of.
+    /// The images that consist of tiles of 4x4.
     output: Images,
     weight: u64,
-    /// Of the weight, (outputs, 3, 3, inputs), whichever way the pass goes.
+    /// Output channels of the weight, (outputs, 3, 3, inputs), in either direction.
     outputs: usize,
     inputs: usize,
 }
 
-/// Images, or their gradient, channels last.
+/// Images or their gradient, channels last.
 #[derive(Clone, Copy)]
 struct Images {
     at: u64,
@@ -43,27 +46,27 @@ struct Images {
     padding: usize,
 }
 
-/// A matrix at each position, row after row.
+/// One matrix per position, row by row.
 struct Matrices {
     storage: CudaStorage,
     rows: usize,
     columns: usize,
 }
 
-/// A factor: as it lies, or transposed.
+/// A factor of a product: plain or transposed.
 enum Factor<'a> {
     Plain(&'a Matrices),
     Transposed(&'a Matrices),
 }
 
 impl Winograd {
-    /// A pass over x, w and y, where it can be computed so.
+    /// A pass over x, w and y, or `None` if this algorithm cannot compute it.
     pub(crate) fn new(key: &Key, [x, w, y]: [u64; 3]) -> Option<Winograd> {
         let g = &key.g;
         let is_3x3 = (g.kernel_height, g.kernel_width) == (3, 3) && g.padding <= 2;
         let is_plain = (g.stride, g.dilation, g.groups) == (1, 1, 1);
         let is_whole = key.dtype == DType::F32 && !key.tf32;
-        // A weight's gradient that is added up over several calls is left to cuDNN.
+        // Weight gradients that accumulate over several calls are left to cuDNN.
         if !is_3x3 || !is_plain || !is_whole || key.add || g.batch == 0 {
             return None;
         }
@@ -78,20 +81,21 @@ impl Winograd {
         (it.values_of_an_image() <= MOST_VALUES).then_some(it)
     }
 
-    /// Whether it is likely to be quicker than a sum by definition. With few channels on one side, or few tiles, by a device's rates
-    /// (some 50 TFLOP/s in 32 bits, 4 TB/s), the transforms take as long as the products that they save.
+    /// Whether this is likely to be faster than the direct sum. With few channels on one side, or few tiles,
+    /// the transforms take as long as the products that they save, at a device's typical rates (some 50
+    /// TFLOP/s in f32, 4 TB/s).
     pub(crate) fn is_worth_it(&self) -> bool {
         let [down, across] = self.tiling();
         self.outputs * self.inputs >= 24 * (self.outputs + self.inputs) && self.batch * down * across >= 32
     }
 
-    /// Computes it.
+    /// Computes the pass.
     ///
     /// # Safety
-    /// The addresses are of memory of this device, as large as the key's geometry says.
+    /// The addresses point to memory of this device, as large as the key's geometry says.
     pub(crate) unsafe fn compute(&self, device: &CudaDevice) -> Result<()> {
         let filters = Matrices::new(device, self.outputs, self.inputs)?;
-        // SAFETY: the caller's promise; and what is transformed has been made for it.
+        // SAFETY: guaranteed by the caller; memory for the transforms has been allocated for them.
         unsafe {
             match self.pass {
                 Pass::Forward => self.convolve(device, &filters, false)?,
@@ -102,14 +106,14 @@ impl Winograd {
         Ok(())
     }
 
-    /// The output, forwards or on the way back.
+    /// Computes the output, in the forward or backward direction.
     ///
     /// # Safety
-    /// As for [`compute`](Self::compute).
+    /// Same as for [`compute`](Self::compute).
     unsafe fn convolve(&self, device: &CudaDevice, filters: &Matrices, back: bool) -> Result<()> {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.transform_filters(device, "winograd_filter", filters, back)? };
-        // What was an output is an input on the way back.
+        // In the backward direction, outputs act as inputs.
         let by = if back { Factor::Plain(filters) } else { Factor::Transposed(filters) };
         for part in self.parts() {
             let (input, output) = self.tiles(device, &part)?;
@@ -122,14 +126,14 @@ impl Winograd {
         Ok(())
     }
 
-    /// The weight's gradient, where `output` is that of the output.
+    /// Computes the weight gradient; `output` is the output's gradient.
     ///
     /// # Safety
-    /// As for [`compute`](Self::compute).
+    /// Same as for [`compute`](Self::compute).
     unsafe fn filter_gradient(&self, device: &CudaDevice, filters: &Matrices) -> Result<()> {
         for part in self.parts() {
             let (input, output) = self.tiles(device, &part)?;
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 self.transform(device, "winograd_input", &self.input, &part, &input)?;
                 self.transform(device, "winograd_output_adjoint", &self.output, &part, &output)?;
@@ -140,35 +144,35 @@ impl Winograd {
         unsafe { self.transform_filters(device, "winograd_filter_adjoint", filters, false) }
     }
 
-    /// Tiles of an image: down and across.
+    /// Tiles per image: down and across.
     fn tiling(&self) -> [usize; 2] {
         [self.output.height.div_ceil(OUT), self.output.width.div_ceil(OUT)]
     }
 
-    /// Transformed values of an image, of both sides.
+    /// Transformed values per image, on both sides.
     fn values_of_an_image(&self) -> usize {
         let [down, across] = self.tiling();
         POSITIONS * down * across * (self.input.channels + self.output.channels)
     }
 
-    /// Which images are transformed at once: as equally many each time as they can be.
+    /// The ranges of images to transform at a time, as equal in length as possible.
     fn parts(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let most = MOST_VALUES / self.values_of_an_image();
         let (batch, images) = (self.batch, self.batch.div_ceil(self.batch.div_ceil(most)));
         (0..batch).step_by(images).map(move |first| first..batch.min(first + images))
     }
 
-    /// Room for the tiles of some images, of both sides.
+    /// Memory for the tiles of some images, on both sides.
     fn tiles(&self, device: &CudaDevice, images: &Range<usize>) -> Result<(Matrices, Matrices)> {
         let [down, across] = self.tiling();
         let of = |side: &Images| Matrices::new(device, images.len() * down * across, side.channels);
         Ok((of(&self.input)?, of(&self.output)?))
     }
 
-    /// From some images to their tiles, or back.
+    /// Transforms some images to their tiles, or back.
     ///
     /// # Safety
-    /// As for [`compute`](Self::compute); the tiles are theirs.
+    /// Same as for [`compute`](Self::compute); the tiles belong to these images.
     unsafe fn transform(
         &self,
         device: &CudaDevice,
@@ -190,14 +194,14 @@ impl Winograd {
             across: across as u32,
             padding: all.padding as u32,
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch(device, &WINOGRAD, kernel, count, arguments) }
     }
 
-    /// From the weight, `turned` or not, to its transform, or back.
+    /// Transforms the weight, rotated if `turned`, or transforms back to the weight.
     ///
     /// # Safety
-    /// As for [`compute`](Self::compute).
+    /// Same as for [`compute`](Self::compute).
     unsafe fn transform_filters(
         &self,
         device: &CudaDevice,
@@ -212,7 +216,7 @@ impl Winograd {
             inputs: self.inputs as u32,
             turned: turned.into(),
         };
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { launch(device, &WINOGRAD, kernel, self.outputs * self.inputs, arguments) }
     }
 }
@@ -231,7 +235,7 @@ impl Factor<'_> {
         }
     }
 
-    /// Rows and columns as they count in the product.
+    /// Rows and columns as used in the product.
     fn sizes(&self) -> [usize; 2] {
         match self {
             Factor::Plain(it) => [it.rows, it.columns],
@@ -247,13 +251,13 @@ impl Factor<'_> {
     }
 }
 
-/// `to` = `a` times `b` at each position, put in its place or added to it.
+/// `to` = `a` times `b` at each position, overwritten or added to.
 fn multiply(device: &CudaDevice, a: &Factor, b: &Factor, to: &Matrices, add: bool) -> Result<()> {
     let ([rows, inner], [inner_of_b, columns]) = (a.sizes(), b.sizes());
     if inner != inner_of_b || [rows, columns] != [to.rows, to.columns] {
         bail!("winograd: {rows}x{inner} by {inner_of_b}x{columns} to {}x{}", to.rows, to.columns);
     }
-    // Where they begin, and how far it is to the next row and to the next matrix.
+    // The start address, and the strides from row to row and from matrix to matrix.
     let place = |it: &Matrices| {
         Ok::<_, candle_core::Error>((address(&it.storage)?, it.columns as i32, (it.rows * it.columns) as i64))
     };
@@ -261,8 +265,8 @@ fn multiply(device: &CudaDevice, a: &Factor, b: &Factor, to: &Matrices, add: boo
     let (alpha, beta) = (1f32, if add { 1f32 } else { 0. });
     let (blas, float) = (device.cublas_handle(), sys::cudaDataType_t::CUDA_R_32F);
     device.cuda_stream().context().bind_to_thread().map_err(failed("CUDA context"))?;
-    // SAFETY: sizes that fit, as was checked, of memory of this device that was made for them. cuBLAS counts column after column:
-    // it sees all three transposed, and so multiplies `b` by `a`.
+    // SAFETY: the sizes have been checked to fit, and the memory on this device was allocated for them.
+    // cuBLAS is column-major: it sees all three matrices transposed, so it multiplies `b` by `a`.
     let asked = unsafe {
         result::gemm_strided_batched_ex(
             *blas.handle(),
@@ -311,13 +315,13 @@ mod tests {
             for inputs in [64, 72, 128] {
                 assert!(worth([16, 64, inputs, 256]), "{pass:?}, {inputs}");
             }
-            // Making frames, the first step's x, and few tiles.
+            // The layer that produces frames, the first step's x, and few tiles.
             assert!(
                 !worth([160, 64, 64, 1]) && !worth([16, 64, 8, 256]) && !worth([1, 16, 128, 256]),
                 "{pass:?}"
             );
         }
-        // Four images of 3.5 million values each at once: as equally many as they can be.
+        // Four images of 3.5 million values each at a time; ranges as equal in length as possible.
         let parts: Vec<_> = Winograd::new(&key([18, 64, 128, 256]), [0; 3]).unwrap().parts().collect();
         assert_eq!(parts, [0..4, 4..8, 8..12, 12..16, 16..18]);
     }

@@ -5,7 +5,7 @@ use crate::buffer::Buffer;
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 
-/// Adds to db the sum over all pixels of (pixels, channels).
+/// Adds to db the sum over all pixels of dy, (pixels, channels).
 pub(crate) fn backward_bias(level: Level, dy: &[f32], db: &mut [f32]) {
     const PIXELS: usize = 1024;
     let channels = db.len();

@@ -1,8 +1,8 @@
-//! Convolution of each channel by itself, on channels-last images.
+//! Depthwise convolution, one filter per channel, on channels-last images.
 //!
-//! What some channels have in a band of an image's rows is copied to a [`Tile`] that stays in the cache, where pixels are
-//! neighbours; in the image itself they often lie a large power of two apart. All that is made of the band is made of it there,
-//! so that each image is read once, and each result written once.
+//! Each task copies some channels of a band of an image's rows to a [`Tile`] that stays in the cache, where
+//! pixels are neighbours; in the image itself they are often a large power of two apart. Everything that
+//! depends on the band is computed from the tile, so each image is read once and each result is written once.
 
 use super::{Geometry, OutputImages, halvings};
 use crate::buffer::Buffer;
@@ -12,11 +12,11 @@ use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::winograd::Images;
 use std::ops::Range;
 
-/// Floats of a tile, where that is enough for more than what a band shares with the next one.
+/// Floats per tile, if that is enough for more than the rows that neighbouring bands share.
 const TILE: usize = 48 << 10;
-/// Vectors of channels in a tile, at most: more of a pixel that lies side by side is quicker to read.
+/// Maximum vectors of channels in a tile; pixels with more contiguous channels are quicker to read.
 const VECTORS: usize = 8;
-/// Pixels whose sums are taken at once.
+/// Pixels summed at once.
 const PIXELS: usize = 8;
 /// Taps whose gradients are summed at once.
 const TAPS: usize = 5;
@@ -55,7 +55,7 @@ pub(super) fn backward_input<T: Float>(
     backward::<f32, T>(level, &upright(g), dy, Some(InputGradient { weights: &weights, dx }), None);
 }
 
-/// Adds to dw, in PyTorch's layout, the gradient of the weights.
+/// Adds the gradient of the weights to dw, in PyTorch's layout.
 pub(super) fn backward_weight<T: Float>(
     level: Level,
     g: &Geometry,
@@ -83,14 +83,14 @@ pub(crate) fn backward_depthwise<T: Float>(
     backward(level, &upright(g), dy, Some(input), Some(WeightGradients { x, dw, db }));
 }
 
-/// What the gradient of the input is made with, and where it goes.
+/// The weights for the gradient of the input, and its destination.
 #[derive(Clone, Copy)]
 struct InputGradient<'a> {
     weights: &'a Packed,
     dx: OutputImages,
 }
 
-/// What the other gradients are made with, and what they are added to.
+/// The input for the other gradients, and the gradients to add to.
 struct WeightGradients<'a, T> {
     x: Images<T>,
     dw: &'a mut [f32],
@@ -105,13 +105,13 @@ fn backward<T: Float, D: Float>(
     weight: Option<WeightGradients<T>>,
 ) {
     let bands = Bands::new(g, g.height.max(g.out_height * g.stride), 1);
-    // Later taps see earlier outputs.
+    // Later taps read earlier outputs.
     let outer_taps: Vec<isize> =
         Tile::of_outputs(g, 0..1, 0..1).taps(g, bands.vectors).map(|offset| -offset).collect();
     let inner_taps: Vec<isize> = Tile::of_inputs(g, 0..1).taps(g, bands.vectors).collect();
     let taps = g.taps();
     let row = vectors(g) * LANES;
-    // Each image's and band's own sums: of each tap, and of the outputs' gradients.
+    // Each image and band has its own sums: one row per tap, and one for the output gradients.
     let part = (taps + 1) * row;
     let mut sums = Buffer::new(if weight.is_some() { g.batch * bands.count * part } else { 0 });
     let all_sums = Shared::new(&mut sums);
@@ -123,7 +123,7 @@ fn backward<T: Float, D: Float>(
     parallel::for_each_with(bands.tasks(g), scratch, |task, scratch| {
         let of = bands.part(g, task);
         let (tile, x_tile) = scratch.split_at_mut(outer_floats);
-        // SAFETY: within the sums of this image and band.
+        // SAFETY: this is within the sums of this image and band.
         let sums = x
             .map(|x| (x, unsafe { all_sums.offset((of.image * bands.count + of.band) * part + of.channel) }));
         level.run(Backward {
@@ -145,7 +145,7 @@ fn backward<T: Float, D: Float>(
     let out = Shared::new(dw);
     parallel::for_rows(g.groups, taps, |channels| {
         for channel in channels {
-            // SAFETY: each channel belongs to one task.
+            // SAFETY: each channel belongs to exactly one task.
             let weights = unsafe { std::slice::from_raw_parts_mut(out.at(channel * taps), taps) };
             weights.iter_mut().enumerate().for_each(|(tap, w)| *w += total[tap * row + channel]);
         }
@@ -155,7 +155,8 @@ fn backward<T: Float, D: Float>(
     }
 }
 
-/// A row of pixels as the column that it also is, channels last: columns are cut into bands.
+/// Turns an image that is a single row into a column with the same memory layout, because only columns are
+/// split into bands.
 fn upright(g: &Geometry) -> Geometry {
     let is_row = (g.height, g.kernel_height, g.padding) == (1, 1, 0);
     if !is_row {
@@ -172,12 +173,12 @@ fn upright(g: &Geometry) -> Geometry {
     }
 }
 
-/// Vectors that hold all channels.
+/// Number of vectors that hold all channels.
 fn vectors(g: &Geometry) -> usize {
     g.groups.div_ceil(LANES)
 }
 
-/// Weights and bias, 16 channels at a time, zeros behind the last one.
+/// Weights and bias in blocks of 16 channels, padded with zeros after the last channel.
 struct Packed {
     /// `[vector][tap][lane]`
     taps: Buffer,
@@ -200,17 +201,17 @@ impl Packed {
     }
 }
 
-/// Images, cut so that a part's tile stays in the cache: into bands of rows, and by channels.
+/// How images are split so that each part's tile stays in the cache: into bands of rows, and by channels.
 struct Bands {
     count: usize,
-    /// Of channels.
+    /// Vectors of channels per part.
     vectors: usize,
 }
 
 impl Bands {
-    /// Of so many rows, each of which moves the kernel by `stride`.
+    /// Bands for `rows` rows, each of which moves the kernel by `stride`.
     fn new(g: &Geometry, rows: usize, stride: usize) -> Self {
-        // What a band's tile has beyond its own rows.
+        // Rows of a band's tile beyond the band's own.
         let shared = g.dilation * (g.kernel_height - 1);
         let width = g.width + 2 * g.padding + g.dilation * (g.kernel_width - 1);
         let fit = |vectors: usize| TILE / (width * LANES * vectors);
@@ -220,7 +221,7 @@ impl Bands {
         let band = fit(vectors).saturating_sub(shared).max(shared) / stride;
         Bands { count: rows.div_ceil(band.max(1)).max(1), vectors }
     }
-    /// The rows of a band, of so many in all.
+    /// The rows of a band, out of `all` rows.
     fn rows(&self, band: usize, all: usize) -> Range<usize> {
         band * all / self.count..(band + 1) * all / self.count
     }
@@ -241,27 +242,27 @@ impl Bands {
     }
 }
 
-/// What a task works on: a band of an image, and some channels.
+/// The work of one task: a band of an image, and some channels.
 #[derive(Clone, Copy)]
 struct Part {
     image: usize,
     band: usize,
     channel: usize,
     channels: usize,
-    /// Floats from a pixel of a tile to the next.
+    /// Floats from one pixel of a tile to the next.
     pixel: usize,
 }
 
 impl Part {
-    /// The first channel of each vector, from the part's own first one, and lanes.
+    /// The first channel of each vector, relative to the part's first channel, and its number of lanes.
     #[inline(always)]
     fn vectors(self) -> impl Iterator<Item = (usize, usize)> {
         (0..self.channels).step_by(LANES).map(move |first| (first, LANES.min(self.channels - first)))
     }
 }
 
-/// A part of an image, with zeros beyond the image's edges and between its pixels: rows `top ..`, columns `left ..`, some
-/// vectors of channels each.
+/// A part of an image, with zeros beyond the image's edges and between its pixels: rows from `top`, columns
+/// from `left`, and some vectors of channels per pixel.
 #[derive(Clone, Copy)]
 struct Tile {
     top: isize,
@@ -271,7 +272,7 @@ struct Tile {
 }
 
 impl Tile {
-    /// The inputs that these rows of outputs see.
+    /// The inputs that these rows of outputs read.
     fn of_inputs(g: &Geometry, rows: Range<usize>) -> Tile {
         if rows.is_empty() {
             return Tile { top: 0, left: 0, height: 0, width: 0 };
@@ -285,8 +286,8 @@ impl Tile {
         }
     }
 
-    /// The outputs that see these rows of inputs, and these rows of outputs. Neighbours are `stride` apart, so that the gradient
-    /// of the input is a convolution of stride 1.
+    /// The outputs that read these rows of inputs, and these rows of outputs. Neighbours are `stride` apart,
+    /// so the gradient of the input is a convolution of stride 1.
     fn of_outputs(g: &Geometry, inputs: Range<usize>, outputs: Range<usize>) -> Tile {
         let along = |inputs: Range<usize>, outputs: Range<usize>, kernel: usize| -> Range<isize> {
             let at = |x: usize| x as isize;
@@ -308,17 +309,18 @@ impl Tile {
         self.height * self.width
     }
 
-    /// Where each tap of a kernel is, from the first, in a tile of so many vectors.
+    /// The offset of each tap of a kernel from the first, in a tile with `vectors` vectors per pixel.
     fn taps(&self, g: &Geometry, vectors: usize) -> impl Iterator<Item = isize> + use<> {
         let (width, dilation, kernel) = (self.width, g.dilation, g.kernel_width);
         (0..g.taps())
             .map(move |tap| ((tap / kernel * width + tap % kernel) * dilation * vectors * LANES) as isize)
     }
 
-    /// Copies the part's channels of an image into the tile, its pixels `step` apart.
+    /// Copies the part's channels of an image into the tile, with pixels `step` apart.
     ///
     /// # Safety
-    /// `image` points to the first of these channels of an image of that height and width, whose pixels are `channels` apart.
+    /// `image` points to the first of these channels of an image of that height and width, whose pixels are
+    /// `channels` values apart.
     #[inline(always)]
     unsafe fn fill<S: Simd, T: Float>(
         &self,
@@ -337,7 +339,7 @@ impl Tile {
         for j in first(self.top)..end(self.top, self.height, height) {
             for i in first(self.left)..end(self.left, self.width, width) {
                 let at = |x: usize, edge: isize| ((x * step) as isize - edge) as usize;
-                // SAFETY: the pixel is one of the image's and lies in the tile.
+                // SAFETY: the pixel is inside the image and inside the tile.
                 unsafe {
                     let from = image.add((j * width + i) * channels);
                     let to = (at(j, self.top) * self.width + at(i, self.left)) * part.pixel;
@@ -351,14 +353,14 @@ impl Tile {
     }
 }
 
-/// Weights, and where in a tile each tap is.
+/// Weights, and the offset of each tap in a tile.
 #[derive(Clone, Copy)]
 struct Filters<'a> {
     weights: &'a Packed,
     taps: &'a [isize],
 }
 
-/// A band of outputs.
+/// The forward pass of a band of outputs.
 struct Forward<'a, T> {
     g: &'a Geometry,
     part: Part,
@@ -388,7 +390,8 @@ impl<T: Float> Kernel for Forward<'_, T> {
 }
 
 impl Filters<'_> {
-    /// A row of pixels, each the sum over taps of what lies there from its own place, `step` pixels from that of the one before.
+    /// Computes a row of pixels, each a weighted sum over the taps; the places that consecutive pixels read
+    /// are `step` pixels apart in the tile.
     #[inline(always)]
     unsafe fn convolve<S: Simd>(
         &self,
@@ -403,7 +406,7 @@ impl Filters<'_> {
         while i < pixels {
             let many = pixels - i >= PIXELS;
             for (first, lanes) in part.vectors() {
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe {
                     let from = (from.add(i * step * part.pixel + first), step * part.pixel);
                     let to = (to.add(i * channels + first), channels);
@@ -418,7 +421,8 @@ impl Filters<'_> {
         }
     }
 
-    /// A vector of channels of `N` pixels; of both sides the first one, and how far it is from pixel to pixel.
+    /// Computes one vector of channels of `N` pixels; `from` and `to` each give the first pixel's address and
+    /// the floats from pixel to pixel.
     #[inline(always)]
     unsafe fn block<S: Simd, const N: usize>(
         &self,
@@ -428,7 +432,7 @@ impl Filters<'_> {
         (to, to_step): (*mut f32, usize),
         add: bool,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut sums = [S::load(self.weights.bias.as_ptr().add(channel)); N];
             if add {
@@ -457,7 +461,7 @@ impl Filters<'_> {
     }
 }
 
-/// A band of inputs' gradients, and what a band of outputs adds to the weights'.
+/// The input gradients of a band, and the contribution of a band of outputs to the weight gradients.
 struct Backward<'a, T, D> {
     g: &'a Geometry,
     part: Part,
@@ -466,7 +470,7 @@ struct Backward<'a, T, D> {
     dy: Images<D>,
     input: Option<(Filters<'a>, OutputImages)>,
     sums: Option<(Images<T>, Shared)>,
-    /// Where each tap is in the tile of inputs.
+    /// Offset of each tap in the tile of inputs.
     taps: &'a [isize],
     tile: &'a mut [f32],
     x_tile: &'a mut [f32],
@@ -481,7 +485,7 @@ impl<T: Float, D: Float> Kernel for Backward<'_, T, D> {
         unsafe {
             let image = dy.data.add(part.image * dy.image + part.channel);
             tile.fill::<S, D>(data, part, image, [g.out_height, g.out_width, g.groups], g.stride);
-            // What lies in a row of the tile, from a column on.
+            // The address of a row and column of the tile.
             let at = |row: usize, column: usize| {
                 let (row, column) = (row as isize - tile.top, column as isize - tile.left);
                 data.as_ptr().offset((row * tile.width as isize + column) * part.pixel as isize)
@@ -526,12 +530,13 @@ impl<T: Float, D: Float> Kernel for Backward<'_, T, D> {
 #[derive(Clone, Copy)]
 struct Pixels {
     count: usize,
-    /// Floats from one to the next.
+    /// Floats from one pixel to the next.
     step: usize,
 }
 
 impl Pixels {
-    /// For each of some taps, the sum over pixels of the output's gradient times what the tap sees; rows of both.
+    /// For each of `N` taps, adds up over the pixels the output gradient times the input at the tap; `rows`
+    /// yields the rows of both.
     #[inline(always)]
     unsafe fn products<S: Simd, const N: usize>(
         self,
@@ -540,9 +545,9 @@ impl Pixels {
         to: *mut f32,
         row: usize,
     ) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
-            // Two sums of each hide the latency of the additions.
+            // Two sums per tap hide the latency of the additions.
             let mut sums = [[S::zero(); N]; 2];
             for (dy, x) in rows {
                 for i in 0..self.count / 2 {
@@ -569,10 +574,10 @@ impl Pixels {
         }
     }
 
-    /// The sum over pixels of the outputs' gradients.
+    /// The sum over pixels of the output gradients.
     #[inline(always)]
     unsafe fn sum<S: Simd>(self, rows: impl Iterator<Item = *const f32>, to: *mut f32) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut sum = S::zero();
             for dy in rows {
@@ -632,7 +637,7 @@ mod tests {
             assert!(in_band * columns * vectors * LANES <= TILE, "{what}");
             assert!(count == 1 || in_band >= 2 * shared, "{what}");
         }
-        // Many channels lie side by side, where the image is small.
+        // For small images, a tile has many channels.
         assert_eq!(bands([16, 16], 4096, [3, 3]).vectors, VECTORS);
         assert_eq!(bands([16, 16], 20, [3, 3]).vectors, 2);
     }

@@ -8,53 +8,54 @@ use crate::parallel::{self, Shared};
 use crate::simd::Level;
 use crate::winograd::Images;
 
-/// An image in 32 bits, with the frame of zeros that a set of passes reads beyond its edges.
+/// Images as f32, with the frame of zeros that a set of passes reads beyond their edges.
 pub(super) struct Framed {
     pub(super) data: *const f32,
-    /// Floats from an image to the next.
+    /// Floats from one image to the next.
     pub(super) image: usize,
     /// Pixels in a row.
     pub(super) width: usize,
-    /// Floats from a pixel to the next.
+    /// Floats from one pixel to the next.
     pub(super) channels: usize,
-    /// Floats from a group of channels to the next.
+    /// Floats from one group of channels to the next.
     pub(super) group: usize,
-    /// Rows above, columns to the left.
+    /// Rows of zeros above, and columns of zeros to the left.
     before: [usize; 2],
-    /// Keeps a framed copy alive; none where the image itself is wide and needs no frame.
+    /// Keeps a framed copy alive; `None` if the images are f32 already and need no frame.
     _copy: Option<Buffer>,
 }
 
-/// What taps of one row see of a pixel.
+/// The inputs that the taps of one row read for an output pixel.
 #[derive(Clone, Copy)]
 pub(super) struct TapRun {
-    /// The row of the input, from the pixel's own.
+    /// The input row, relative to the pixel's own.
     pub(super) y: isize,
     pub(super) run: Run,
 }
 
 impl TapRun {
-    /// Whether that row lies in the image, for a pixel in this row; else all that the taps see is zero.
+    /// Whether the taps of a pixel in this row read a row inside the image; otherwise they read only zeros.
     #[inline(always)]
     pub(super) fn sees(&self, row: usize, height: usize) -> bool {
         (0..height as isize).contains(&(row as isize + self.y))
     }
 }
 
-// SAFETY: read only.
+// SAFETY: the data is only read.
 unsafe impl Sync for Framed {}
-// SAFETY: read only.
+// SAFETY: the data is only read.
 unsafe impl Send for Framed {}
 
 impl Framed {
-    /// The images as they are.
+    /// The images themselves, without a frame.
     pub(super) fn plain(images: Images, width: usize, groups: usize) -> Framed {
         let Images { data, image, channels } = images;
         Framed { data, image, width, channels, group: channels / groups, before: [0, 0], _copy: None }
     }
 
-    /// A copy has each of so many groups of channels by itself, as images one after the other: then what the taps of a row see of a
-    /// group lies side by side.
+    /// Copies the images into a frame of zeros, unless they are f32 and need none. The copy stores each of
+    /// the `groups` groups of channels separately, as consecutive images, so the inputs of one group that a
+    /// row of taps reads are contiguous.
     pub(super) fn new<T: Float>(
         level: Level,
         images: Images<T>,
@@ -103,7 +104,7 @@ impl Framed {
                 out[..inside.start].fill(0.);
                 out[inside.end..].fill(0.);
             }
-            // SAFETY: the row that is copied lies inside the image.
+            // SAFETY: the row to copy lies inside the image.
             let from = unsafe {
                 let row = images.data.add(image * images.image + (row - before[0]) * width * channels);
                 std::slice::from_raw_parts(row, width * channels)
@@ -131,7 +132,7 @@ impl Framed {
         }
     }
 
-    /// The inner index of a pass: for each tap, `channels` floats; neighbours in a row joined.
+    /// The inner index of a pass: `channels` floats for each tap; neighbouring taps of a row are joined.
     pub(super) fn runs(&self, pass: &Pass, channels: usize) -> Vec<TapRun> {
         let mut runs: Vec<TapRun> = Vec::with_capacity(pass.taps.len());
         for tap in &pass.taps {
@@ -148,7 +149,7 @@ impl Framed {
         runs
     }
 
-    /// The first float of the inputs of output (j, i) of an image, before the taps.
+    /// The address of the inputs of output (j, i) of an image, before the tap offsets are added.
     #[inline(always)]
     pub(super) unsafe fn at(&self, image: usize, in_step: usize, j: usize, i: usize) -> *const f32 {
         // SAFETY: the caller stays inside the frame.

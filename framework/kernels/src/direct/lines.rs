@@ -13,11 +13,11 @@ use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 use crate::winograd::Images;
 
-/// Outputs of a row in one call: a multiple of the register block's rows.
+/// Outputs of a row per call: a multiple of the register block's rows.
 const SEGMENT: usize = 96;
-/// Multiplications that are worth a task.
+/// Minimum multiplications per task.
 const TASK_WORK: usize = 1 << 20;
-/// Tasks of a pass, where its work pays for as many.
+/// Maximum tasks of a pass, if it has enough work.
 const TASKS: usize = 128;
 
 /// Which kernel serves a shape.
@@ -49,7 +49,7 @@ pub(super) fn run_passes<T: Float>(
         && pass.count == [height, width]
         && output.images.image == height * width * output.channels
     {
-        // 1x1: all pixels are one row, of neighbours also where images of one pixel had no second one to stride to.
+        // 1x1: all pixels form one row of neighbours, even if one-pixel images had a larger step.
         pass.count = [1, batch * height * width];
         pass.step = 1;
         output.width = pass.count[1];
@@ -61,7 +61,7 @@ pub(super) fn run_passes<T: Float>(
         let depth: usize = runs.iter().map(|r| r.len).sum();
         let shape = if to < 4 && depth >= 2 * LANES * runs.len() { Shape::Dot } else { Shape::Product };
         let packed = pack(weights, pass, shape);
-        // The bias too, in whole vectors.
+        // The bias is padded to whole vectors too.
         let row_floats = packed_channels(to);
         let mut row = Buffer::zeroed(g.groups * row_floats);
         if let Some(bias) = bias {
@@ -78,7 +78,8 @@ pub(super) fn run_passes<T: Float>(
         let work = pass.count[1] * batch * pass.count[0] * depth * to * g.groups;
         let [by_lines, by_panels] =
             tasks_by((work / TASK_WORK).clamp(1, TASKS), lines, panels, |by_lines, by_panels| {
-                // Tasks of other lines read the same weights, tasks of other panels the same images.
+                // Each task along the lines reads the weights again; each task along the panels reads the
+                // images again.
                 by_lines * depth * to * g.groups
                     + by_panels.div_ceil(g.groups) * batch * height * width * from * g.groups
             });
@@ -104,28 +105,31 @@ pub(super) fn run_passes<T: Float>(
     }
 }
 
-/// Into how many tasks of lines and of panels to cut a pass: about `tasks` in all, and those that read the least.
+/// The number of tasks along lines and along panels into which to split a pass: about `tasks` in total,
+/// reading as little as possible.
 fn tasks_by(tasks: usize, lines: usize, panels: usize, read: impl Fn(usize, usize) -> usize) -> [usize; 2] {
     let cuts = halvings(tasks).map(|n| {
         let by_panels = n.min(panels);
         [(tasks / by_panels).clamp(1, lines.max(1)), by_panels]
     });
-    // Threads must end together: first of all, half as many tasks, or as many as there can be.
+    // Threads must finish together, so the first criterion is at least half of `tasks`, or as many as
+    // possible.
     let cost = |&[by_lines, by_panels]: &[usize; 2]| {
         (Reverse(tasks.min(2 * by_lines * by_panels)), read(by_lines, by_panels))
     };
     cuts.min_by_key(cost).unwrap_or([1, 1])
 }
 
-/// Input channels that are turned around at once: so many are a line of the cache.
+/// Input channels transposed at once: one cache line.
 const BLOCK: usize = 16;
 
-/// These columns of a 1x1 convolution's weights, which are a matrix, `[k][column]`; zeros behind them.
+/// Packs these columns of a 1x1 convolution's weights, which are a matrix, as `[k][column]`, padded with
+/// zeros.
 fn pack_matrix(weights: &Weights, group: usize, columns: Range<usize>, panel: &mut [f32], width: usize) {
     let (from, to) = weights.channels();
     let matrix = &weights.data[weights.geometry.weight(group, 0, 0, 0)..][..from * to];
     if weights.swapped {
-        // (from, to): as it is here.
+        // (from, to): already in the right order.
         for (line, row) in panel.chunks_exact_mut(width).zip(matrix.chunks_exact(to)) {
             let (line, behind) = line.split_at_mut(columns.len());
             line.copy_from_slice(&row[columns.clone()]);
@@ -133,7 +137,7 @@ fn pack_matrix(weights: &Weights, group: usize, columns: Range<usize>, panel: &m
         }
         return;
     }
-    // (to, from): turned around in blocks that stay in the cache.
+    // (to, from): transposed in blocks that stay in the cache.
     for first in (0..from).step_by(BLOCK) {
         let last = from.min(first + BLOCK);
         let block = &mut panel[first * width..last * width];
@@ -147,8 +151,8 @@ fn pack_matrix(weights: &Weights, group: usize, columns: Range<usize>, panel: &m
     }
 }
 
-/// Weights of a pass in the order in which its kernel reads them:
-/// product `[group][panel][k][column]`, dot `[group][output][k]`.
+/// The weights of a pass in the order in which its kernel reads them: `[group][panel][k][column]` for
+/// products, `[group][output][k]` for dot products.
 fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
     let groups = weights.geometry.groups;
     let (from, to) = weights.channels();
@@ -188,8 +192,8 @@ fn pack(weights: Weights, pass: &Pass, shape: Shape) -> Buffer {
                 if weights.geometry.taps() == 1 {
                     return pack_matrix(&weights, group, first..first + columns, panel, width);
                 }
-                // A channel's taps lie side by side in the weight, its columns here: turned around in a tile that stays in the cache,
-                // as neither side's strides do.
+                // The taps of a channel are contiguous in the weights; here columns are. They are transposed
+                // through a tile that stays in the cache, which strided accesses on either side would not.
                 let mut tile = vec![0f32; pass.taps.len() * width];
                 for i in 0..from {
                     for column in 0..columns {
@@ -214,16 +218,16 @@ struct Lines<'a> {
     framed: &'a Framed,
     output: &'a Output,
     runs: &'a [Run],
-    /// The same, with the rows that they see.
+    /// The runs with the rows that they read.
     taps: &'a [TapRun],
-    /// Of the images that the pass reads.
+    /// Height of the images that the pass reads.
     height: usize,
     depth: usize,
     shape: Shape,
     weights: &'a [f32],
     bias: &'a [f32],
     to: usize,
-    /// Of all groups, where these are products; groups, where they are dot products.
+    /// For products, panels over all groups; for dot products, groups.
     panels: Range<usize>,
     segments: usize,
     lines: Range<usize>,
@@ -232,7 +236,7 @@ struct Lines<'a> {
 impl Kernel for Lines<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: each line belongs to one task; the frame covers all that the pass reads.
+        // SAFETY: each line belongs to exactly one task; the frame covers everything that the pass reads.
         unsafe {
             match self.shape {
                 Shape::Product => self.products::<S>(),
@@ -243,13 +247,13 @@ impl Kernel for Lines<'_> {
 }
 
 impl Lines<'_> {
-    /// (input of the first pixel, its output, pixels) of a line.
+    /// Input address of the first pixel, its output address, and the number of pixels of a line.
     #[inline(always)]
     unsafe fn line(&self, line: usize) -> (*const f32, *mut f32, usize) {
         let (row, first) = (line / self.segments, line % self.segments * SEGMENT);
         let (image, j) = (row / self.pass.count[0], row % self.pass.count[0]);
         let len = SEGMENT.min(self.pass.count[1] - first);
-        // SAFETY: the line exists.
+        // SAFETY: the caller passes a line that exists.
         unsafe {
             (
                 self.framed.at(image, self.pass.in_step, j, first),
@@ -259,7 +263,7 @@ impl Lines<'_> {
         }
     }
 
-    /// The runs that see rows inside the image, and the floats of those before them.
+    /// The runs that read rows inside the image, and the number of floats in the runs before them.
     #[inline(always)]
     fn runs_inside(&self, line: usize) -> (&[Run], usize) {
         let row = line / self.segments % self.pass.count[0] * self.pass.in_step;
@@ -279,7 +283,7 @@ impl Lines<'_> {
             let width = (vectors - 2 * panel).min(2);
             let lanes = (self.to - first - (width - 1) * LANES).min(LANES);
             for line in self.lines.clone() {
-                // SAFETY: as for `run`.
+                // SAFETY: same as for `run`.
                 unsafe {
                     let (x, y, len) = self.line(line);
                     let row = group * vectors * LANES + first;
@@ -315,7 +319,7 @@ impl Lines<'_> {
             for group in self.panels.clone() {
                 for o in 0..self.to {
                     let channel = group * self.to + o;
-                    // SAFETY: as for `run`.
+                    // SAFETY: same as for `run`.
                     unsafe {
                         let (x, y, len) = self.line(line);
                         let x = x.add(group * self.framed.group);
@@ -344,7 +348,7 @@ impl Lines<'_> {
     }
 }
 
-/// The dot product of the weights with the runs of `N` pixels.
+/// The dot products of the weights with the runs of `N` pixels.
 #[inline(always)]
 unsafe fn dot<S: Simd, const N: usize>(
     runs: &[Run],
@@ -352,7 +356,7 @@ unsafe fn dot<S: Simd, const N: usize>(
     row: usize,
     mut w: *const f32,
 ) -> [f32; N] {
-    // SAFETY: the caller's promise: the runs of N pixels are readable.
+    // SAFETY: guaranteed by the caller: the runs of N pixels are readable.
     unsafe {
         let mut acc = [S::zero(); N];
         for run in runs {
@@ -386,13 +390,13 @@ mod tests {
 
     #[test]
     fn tasks_read_the_smaller_side_again() {
-        // What all tasks of a side read: weights and images of so many floats.
+        // The floats that all tasks of a side read: weights and images.
         let cut = |lines, panels, weights: usize, images: usize| {
             tasks_by(TASKS, lines, panels, |by_lines, by_panels| by_lines * weights + by_panels * images)
         };
         assert_eq!(cut(1000, 1000, 1, 1000), [TASKS, 1]);
         assert_eq!(cut(1000, 1000, 1000, 1), [1, TASKS]);
-        // At least half as many, whatever they read: threads end together.
+        // At least half as many tasks, whatever they read, so that threads finish together.
         assert_eq!(cut(6, 1000, 1, 1000), [6, 16]);
         assert_eq!(cut(6, 3, 1, 1), [6, 3]);
     }

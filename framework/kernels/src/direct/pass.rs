@@ -1,4 +1,4 @@
-//! Which outputs of a convolution, or of its gradient, see which taps.
+//! Which taps each output of a convolution, or of its gradient, reads.
 
 use super::Geometry;
 
@@ -13,7 +13,7 @@ pub(super) struct Pass {
 
 #[derive(Clone, Copy)]
 pub(super) struct Tap {
-    /// In the weights.
+    /// Index in the weights.
     pub(super) index: usize,
     pub(super) y: isize,
     pub(super) x: isize,
@@ -27,11 +27,11 @@ pub(super) fn forward_pass(g: &Geometry) -> Pass {
     Pass { origin: [0, 0], step: 1, count: [g.out_height, g.out_width], in_step: g.stride, taps }
 }
 
-/// The passes of the gradient of the input: from the outputs' side, pixel y is read by output (y + padding - tap * dilation)
-/// / stride, where that division leaves no rest.
+/// The passes of the gradient of the input: pixel y is read by output (y + padding - tap * dilation) /
+/// stride, for each tap for which this division has no remainder.
 pub(super) fn backward_passes(g: &Geometry) -> Vec<Pass> {
     let along = |phase: usize, kernel: usize| -> Vec<(usize, isize)> {
-        // Later taps see earlier outputs: in reverse, so that neighbouring outputs follow each other.
+        // Later taps read earlier outputs: reversed, so that neighbouring outputs are in ascending order.
         (0..kernel)
             .rev()
             .map(|k| (k, (phase + g.padding) as isize - (k * g.dilation) as isize))

@@ -1,8 +1,9 @@
 //! The gradient of the weights: for each pair of an input and an output, the sum over pixels of their products.
 //!
-//! With the pixels as the inner index that is a matrix product, whose rows and columns are what a pixel's taps see and its
-//! outputs, or the other way round. Blocks of pixels of both sides are packed: with the channels of most models, pixels lie a
-//! power of two apart, and few of them would fit into the cache at once.
+//! With the pixels as the inner index, this is a matrix product whose rows and columns are the inputs that a
+//! pixel's taps read and its outputs, or vice versa. Blocks of pixels of both sides are packed: with the
+//! channel counts of most models, pixels are a power of two apart, and only a few of them would fit into the
+//! cache at once.
 
 use super::frame::{Framed, TapRun};
 use super::pass::forward_pass;
@@ -16,19 +17,19 @@ use crate::winograd::Images;
 use std::cmp::Reverse;
 use std::ops::Range;
 
-/// Rows of a piece: a multiple of the register block's.
+/// Rows per piece: a multiple of the register block's rows.
 const ROWS: usize = 96;
-/// Columns of a panel: a register block's.
+/// Columns per panel: those of a register block.
 const PANEL: usize = 2 * LANES;
-/// Pieces of rows, and panels, of one task at most: it reads no more of both sides than it must, and its sums stay in the L2
-/// cache.
+/// Maximum pieces of rows, and panels, per task: a task reads no more of either side than it must, and its
+/// sums stay in the L2 cache.
 const LARGEST: [usize; 2] = [4, 8];
-/// Pixels of a block: so many that the packed operands of a register block stay in the L1 cache.
+/// Pixels per block: as many as keep the packed operands of a register block in the L1 cache.
 const BLOCK: usize = 128;
-/// Tasks of a weight gradient, where its size does not already make more.
+/// Tasks of a weight gradient, if its size does not already make more.
 const TASKS: usize = 32;
 
-/// Adds to dw, in PyTorch's layout, the gradient of the weights.
+/// Adds the gradient of the weights to dw, in PyTorch's layout.
 pub(crate) fn backward_weight<T: Float>(
     level: Level,
     g: &Geometry,
@@ -47,7 +48,7 @@ pub(crate) fn backward_weight<T: Float>(
     let outputs = [TapRun { y: 0, run: Run { offset: 0, len: to } }];
     let inputs = Operand { pixels: &x, step: pass.in_step };
     let few_outputs = to < LANES && runs.iter().any(|taps| to < taps.run.len);
-    // A 1x1 convolution's sums by output are its weights as they lie.
+    // For a 1x1 convolution, sums by output already have the layout of the weights.
     let by_output = few_outputs || (g.taps() == 1 && from >= LANES);
     let outer = Operand { pixels: &dy, step: 1 };
     let ((a, rows), (b, columns)) = if by_output {
@@ -63,7 +64,8 @@ pub(crate) fn backward_weight<T: Float>(
     let Grid { high, wide, parts } = Grid::new(g.groups, rows.len(), columns.len(), blocks);
     let (high_shares, wide_shares) = (rows.len().div_ceil(high), columns.len().div_ceil(wide));
     let pieces = g.groups * high_shares * wide_shares;
-    // Sums are stored as whole vectors: where they lie as the weights do, a row of these must hold whole ones.
+    // Sums are stored as whole vectors, so storing them in the weights' layout requires rows of whole vectors
+    // there.
     let in_place = by_output && g.taps() == 1 && from.is_multiple_of(LANES) && parts == 1;
     let mut sums = Buffer::zeroed(if in_place { 0 } else { parts * g.groups * height * width });
     let data = Shared::new(if in_place { &mut *dw } else { &mut sums });
@@ -82,7 +84,7 @@ pub(crate) fn backward_weight<T: Float>(
             by_output,
             blocks: part * blocks / parts..(part + 1) * blocks / parts,
             packed: !few_outputs,
-            // SAFETY: within what is there for the sums of the part and the group.
+            // SAFETY: this is within the sums of the part and the group.
             to: unsafe { data.offset((part * g.groups + group) * height * width) },
             height,
             row_of_c: in_place.then_some(from),
@@ -98,25 +100,25 @@ pub(crate) fn backward_weight<T: Float>(
     if by_output { total.add_by_output(g, dw) } else { total.add_by_input(g, dw) }
 }
 
-/// How the work is cut into tasks: enough for many threads, but a function of the sizes alone.
+/// How the work is split into tasks: enough for many threads, but depending only on the sizes.
 struct Grid {
-    /// Pieces of rows of a task.
+    /// Pieces of rows per task.
     high: usize,
-    /// Panels of a task.
+    /// Panels per task.
     wide: usize,
-    /// Of the pixels; each has its own sums.
+    /// Parts of the pixels; each has its own sums.
     parts: usize,
 }
 
 impl Grid {
-    /// The one that reads and writes least, of those that make enough tasks, or as many as there can be.
+    /// The grid that reads and writes least, among those with enough tasks, or with as many as possible.
     fn new(groups: usize, rows: usize, panels: usize, blocks: usize) -> Grid {
         let [mut best, [high, wide]] = [[1, 1], LARGEST];
         let cost = |[high, wide]: [usize; 2]| {
             let (down, across) = (rows.div_ceil(high), panels.div_ceil(wide));
             let parts = TASKS.div_ceil(groups * down * across).clamp(1, blocks.max(1));
             let operands = blocks * BLOCK * (rows * ROWS * across + panels * PANEL * down);
-            // A part's sums are cleared, read and added.
+            // The sums of each part are cleared, read and added.
             let sums = if parts > 1 { 3 * parts } else { 1 } * rows * ROWS * panels * PANEL;
             let tasks = TASKS.min(groups * down * across * parts);
             (Reverse(tasks), operands + sums, parts)
@@ -131,19 +133,19 @@ impl Grid {
     }
 }
 
-/// Pixels of one side of the product.
+/// The pixels of one side of the product.
 #[derive(Clone, Copy)]
 struct Operand<'a> {
     pixels: &'a Framed,
-    /// From what belongs to an output pixel to what belongs to the next one.
+    /// Pixels from the data of one output pixel to that of the next.
     step: usize,
 }
 
 impl Operand<'_> {
-    /// Of an output pixel; the values of a group.
+    /// The address of a group's values for an output pixel.
     #[inline(always)]
     unsafe fn at(&self, group: usize, [image, j, i]: [usize; 3]) -> *const f32 {
-        // SAFETY: the caller's promise: the output pixel exists.
+        // SAFETY: guaranteed by the caller: the output pixel exists.
         unsafe { self.pixels.at(image, self.step, j, i).add(group * self.pixels.group) }
     }
     #[inline(always)]
@@ -152,21 +154,21 @@ impl Operand<'_> {
     }
 }
 
-/// Some rows or columns of the sums, which lie side by side in memory.
+/// Some rows or columns of the sums, whose values are contiguous in memory.
 #[derive(Clone, Copy)]
 struct Piece {
-    /// What it is of.
+    /// The run of taps that it is a part of.
     taps: TapRun,
-    /// Of the first one's values in those of a pixel's group.
+    /// The offset of its first value among a pixel's values of the group.
     offset: usize,
-    /// Its index among all.
+    /// The index of its first row or column.
     first: usize,
     len: usize,
-    /// Its index where each piece before has whole vectors.
+    /// That index if every piece before it is padded to whole vectors.
     padded: usize,
 }
 
-/// Pieces of `longest` at most.
+/// Splits runs into pieces of at most `longest`.
 fn pieces_of(runs: &[TapRun], longest: usize) -> Vec<Piece> {
     let (mut pieces, mut first, mut padded) = (Vec::new(), 0, 0);
     for &taps in runs {
@@ -189,18 +191,18 @@ struct Sums<'a> {
     rows: &'a [Piece],
     b: Operand<'a>,
     columns: &'a [Piece],
-    /// Whether `a` are the outputs.
+    /// Whether `a` holds the outputs.
     by_output: bool,
     blocks: Range<usize>,
-    /// False where there are too few rows to pay for packing.
+    /// False if there are too few rows to make packing worthwhile.
     packed: bool,
-    /// Sums of the group: panel by panel, row by row.
+    /// Sums of the group, panel by panel, row by row.
     to: Shared,
-    /// Rows of all sums.
+    /// Number of rows of all sums.
     height: usize,
-    /// Floats from a row to the next, where the sums do not lie in panels.
+    /// Floats from one row to the next, if the sums are not stored in panels.
     row_of_c: Option<usize>,
-    /// Room for a block of the columns, and of the rows.
+    /// Scratch memory for one block of the columns and one of the rows.
     scratch: *mut f32,
 }
 
@@ -217,8 +219,8 @@ impl Kernel for Sums<'_> {
 }
 
 impl Sums<'_> {
-    /// A block's pixels whose taps are not all beyond the image's edge, as stretches of rows: the first one's image, row and
-    /// column; how many.
+    /// The pixels of a block as stretches of rows: image, row and column of the first pixel, and the count.
+    /// Rows whose taps all lie outside the image are skipped.
     #[inline(always)]
     fn stretches(&self, block: usize) -> impl Iterator<Item = ([usize; 3], usize)> + use<'_> {
         let Geometry { batch, height, stride, out_height, out_width, .. } = *self.g;
@@ -238,7 +240,7 @@ impl Sums<'_> {
     unsafe fn add_as_they_lie<S: Simd>(&self, block: usize) {
         for (pixel, len) in self.stretches(block) {
             for (row, column) in self.rows.iter().flat_map(|row| self.columns.iter().map(move |c| (row, c))) {
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe {
                     let a = self.a.at(self.group, pixel).add(row.offset);
                     let b = self.b.at(self.group, pixel).add(column.offset);
@@ -251,7 +253,7 @@ impl Sums<'_> {
     #[inline(always)]
     unsafe fn add_packed<S: Simd>(&self, block: usize) {
         let b = self.scratch;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let a = b.add(BLOCK * PANEL * self.columns.len());
             self.pack::<S>(block, self.a, self.rows, a, ROWS);
@@ -266,10 +268,10 @@ impl Sums<'_> {
         }
     }
 
-    /// Copies pieces of a block's pixels, `longest` at most: piece by piece, each pixel behind the one before. How many pixels
-    /// there are.
+    /// Copies pieces, of at most `longest` values, of a block's pixels: piece by piece, and pixel by pixel
+    /// within a piece. Returns the number of pixels.
     /// # Safety
-    /// There is room for them.
+    /// `to` has room for them.
     #[inline(always)]
     unsafe fn pack<S: Simd>(
         &self,
@@ -281,7 +283,7 @@ impl Sums<'_> {
     ) -> usize {
         let mut pixels = 0;
         for (pixel, len) in self.stretches(block) {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 let values = from.at(self.group, pixel);
                 for i in 0..len {
@@ -297,7 +299,8 @@ impl Sums<'_> {
         pixels
     }
 
-    /// Adds the products of `len` pixels; of each side the first value, and how far it is from pixel to pixel.
+    /// Adds the products of `len` pixels; for each side, the first value's address and the floats from pixel
+    /// to pixel are given.
     #[inline(always)]
     unsafe fn add<S: Simd>(
         &self,
@@ -313,7 +316,7 @@ impl Sums<'_> {
             None => (column.padded * self.height + row.first * width * LANES, width * LANES),
         };
         let lanes = column.len - (width - 1) * LANES;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let c = self.to.at(at);
             let operands = ProductTransposed { a, a_row, b, b_row, b_vector: LANES, lanes, c, c_row, width };
@@ -323,12 +326,12 @@ impl Sums<'_> {
 }
 
 /// # Safety
-/// So many floats are readable, and there is room for them.
+/// `len` floats are readable at `from` and writable at `to`.
 #[inline(always)]
 unsafe fn copy<S: Simd>(from: *const f32, to: *mut f32, len: usize) {
     for at in (0..len).step_by(LANES) {
         let lanes = LANES.min(len - at);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { S::load_lanes(from.add(at), lanes).store_lanes(to.add(at), lanes) }
     }
 }
@@ -342,20 +345,20 @@ struct Total<'a> {
 }
 
 impl Total<'_> {
-    /// A row of a panel.
+    /// One row of a panel.
     fn row(&self, group: usize, column: &Piece, row: usize) -> &[f32] {
         let padded = column.len.next_multiple_of(LANES);
         &self.sums[(group * self.width + column.padded) * self.height + row * padded..][..column.len]
     }
 
-    /// Rows are outputs, columns what their taps see.
+    /// For sums whose rows are outputs and whose columns are the inputs of the taps.
     fn add_by_output(&self, g: &Geometry, dw: &mut [f32]) {
         let (from, taps) = (g.group_inputs(), g.taps());
         let out = Shared::new(dw);
         parallel::for_rows(g.outputs, from * taps, |outputs| {
             for output in outputs {
                 let (group, row) = (output / self.height, output % self.height);
-                // SAFETY: each output belongs to one task.
+                // SAFETY: each output belongs to exactly one task.
                 let weights =
                     unsafe { std::slice::from_raw_parts_mut(out.at(output * from * taps), from * taps) };
                 for column in self.columns {
@@ -367,7 +370,7 @@ impl Total<'_> {
         });
     }
 
-    /// Rows are what the taps see, columns outputs.
+    /// For sums whose rows are the inputs of the taps and whose columns are outputs.
     fn add_by_input(&self, g: &Geometry, dw: &mut [f32]) {
         let (from, taps) = (g.group_inputs(), g.taps());
         let out = Shared::new(dw);
@@ -376,14 +379,16 @@ impl Total<'_> {
         parallel::for_each(g.groups * in_group, |task| {
             let (group, panel, chunk) = (task / in_group, task / chunks % self.columns.len(), task % chunks);
             let column = &self.columns[panel];
-            // All taps of a channel to these outputs: a tile that stays in the cache, as neither side's strides do.
+            // All taps of a channel for these outputs are gathered in a tile that stays in the cache, which
+            // strided accesses on either side would not.
             let mut tile = vec![0f32; taps * column.len];
             for i in chunk * PANEL..from.min((chunk + 1) * PANEL) {
                 for (tap, line) in tile.chunks_exact_mut(column.len).enumerate() {
                     line.copy_from_slice(self.row(group, column, tap * from + i));
                 }
                 for o in 0..column.len {
-                    // SAFETY: each weight belongs to one panel and chunk, and these to one task.
+                    // SAFETY: each weight belongs to one panel and chunk, and these belong to exactly one
+                    // task.
                     let weights = unsafe {
                         std::slice::from_raw_parts_mut(out.at(g.weight(group, column.first + o, i, 0)), taps)
                     };
@@ -404,15 +409,16 @@ mod tests {
             let Grid { high, wide, parts } = Grid::new(groups, rows, panels, blocks);
             (groups * rows.div_ceil(high) * panels.div_ceil(wide) * parts, parts)
         };
-        // 1x1 of 512 and 4096 channels, both ways, on 512 pixels; 8 groups of 32 to 64 by 11x11.
+        // 1x1 convolutions between 512 and 4096 channels, in both directions, on 512 pixels; 8 groups of 32
+        // to 64 channels, 11x11.
         for sizes in [[1, 43, 16, 4], [1, 6, 128, 4], [8, 44, 2, 4]] {
             let (tasks, parts) = tasks(sizes);
             assert!(tasks >= TASKS && parts == 1, "{sizes:?}: {tasks} tasks, {parts} parts");
         }
-        // Few weights, by many pixels and by few.
+        // Few weights, with many pixels and with few.
         assert_eq!(tasks([1, 1, 1, 1000]), (TASKS, TASKS));
         assert_eq!(tasks([1, 1, 1, 3]), (3, 3));
-        // Few pixels, and not so few weights.
+        // Few pixels, and more weights.
         assert_eq!(tasks([1, 3, 8, 1]), (24, 1));
     }
 }

@@ -1,45 +1,49 @@
-//! The rules by which optimizers move parameters, value by value, as PyTorch computes them. `cuda/optimizer.cu` has the same.
+//! The update rules of optimizers, value by value, as PyTorch computes them. `cuda/optimizer.cu` implements
+//! the same rules.
 
-/// As many numbers as a rule keeps of each value of a parameter, at most.
+/// The maximum number of state values that a rule stores per parameter value.
 pub const MOST_STATES: usize = 3;
 
-/// How a step moves a parameter's value, and what is kept of it for the next step.
+/// How a step updates a parameter value and its optimizer state.
 pub trait Rule: Copy + Send + Sync {
-    /// What its kernels are called.
+    /// The name of the rule's kernels.
     const NAME: &'static str;
 
-    /// How many numbers it has.
+    /// The number of the rule's hyperparameters.
     const NUMBERS: usize;
 
-    /// These, in the order of the kernels' struct.
+    /// The hyperparameters, in the order of the kernels' struct.
     fn numbers(&self) -> Vec<f32>;
 
-    /// The value that follows `w`, given its gradient. What is kept of it becomes what is kept of the next one; where a parameter
-    /// keeps no such number, it is 0, and what becomes of it is forgotten.
+    /// The new value of `w`, given its gradient. Updates the state `kept` in place; if a parameter lacks a
+    /// state value, it is passed as 0 and discarded afterwards.
     fn step(&self, w: f32, gradient: f32, kept: &mut [f32; MOST_STATES]) -> f32;
 }
 
-/// A step of Adam (Kingma and Ba 2015, algorithm 1), AdamW (Loshchilov and Hutter 2019, algorithm 2), NAdam (Dozat 2016) or RAdam
-/// (Liu et al. 2020, algorithm 2). Keeps both moments, and with AMSGrad (Reddi et al. 2018) the largest second one.
+/// A step of Adam (Kingma and Ba 2015, algorithm 1), AdamW (Loshchilov and Hutter 2019, algorithm 2), NAdam
+/// (Dozat 2016) or RAdam (Liu et al. 2020, algorithm 2). Stores both moments and, with AMSGrad (Reddi et al.
+/// 2018), the largest second moment.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamStep {
-    /// 1 less the decay of the first moment.
+    /// 1 - beta1, where beta1 is the decay of the first moment.
     pub one_minus_beta1: f32,
     /// The decay of the second moment.
     pub beta2: f32,
-    /// 1 less that.
+    /// 1 - beta2.
     pub one_minus_beta2: f32,
-    /// Added to the root of the second moment.
+    /// Added to the square root of the second moment.
     pub eps: f32,
-    /// Times the first moment, over the root of the second: the learning rate over the first one's correction.
+    /// Factor of the first moment in the numerator: the learning rate divided by the first moment's bias
+    /// correction.
     pub of_moment: f32,
-    /// Times the gradient, over the same: 0 but for NAdam.
+    /// Factor of the gradient in the numerator; 0 except for NAdam.
     pub of_gradient: f32,
-    /// The root of the second moment's correction, which divides that moment's root; infinite where it is left out.
+    /// Square root of the second moment's bias correction; divides that moment's root. Infinite to leave the
+    /// second moment out.
     pub root_correction: f32,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty factor: `l2` times the parameter is added to its gradient.
     pub l2: f32,
-    /// What decay leaves of the parameter itself.
+    /// Factor of the parameter itself: 1 without weight decay.
     pub keep: f32,
 }
 
@@ -58,7 +62,7 @@ impl Rule for AdamStep {
         let g = gradient + self.l2 * w;
         *m += (g - *m) * self.one_minus_beta1;
         *v = *v * self.beta2 + self.one_minus_beta2 * g * g;
-        // Neither is below 0; what is not a number stays so.
+        // Neither is below 0; NaN stays NaN.
         let second = if *largest > *v { *largest } else { *v };
         *largest = second;
         let moved = self.of_moment * *m + self.of_gradient * g;
@@ -66,18 +70,18 @@ impl Rule for AdamStep {
     }
 }
 
-/// A step of stochastic gradient descent. With momentum (Sutskever et al. 2013) keeps the last update.
+/// A step of stochastic gradient descent. With momentum (Sutskever et al. 2013), stores the last update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct SgdStep {
     /// The learning rate.
     pub lr: f32,
-    /// The share of the last update that goes on.
+    /// Factor of the last update.
     pub momentum: f32,
-    /// The share of the gradient that enters the update; 1 without momentum.
+    /// Factor of the gradient in the update; 1 without momentum.
     pub entering: f32,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty factor: `l2` times the parameter is added to its gradient.
     pub l2: f32,
-    /// Looks ahead along the momentum.
+    /// Whether to use Nesterov momentum.
     pub nesterov: bool,
 }
 
@@ -98,23 +102,23 @@ impl Rule for SgdStep {
     }
 }
 
-/// A step of RMSprop (Hinton's lecture; the centred form of Graves 2013). Keeps the mean square, with momentum the last update,
-/// centred the mean.
+/// A step of RMSprop (Hinton's lecture; the centred form of Graves 2013). Stores the mean square; with
+/// momentum also the last update; if centred also the mean.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RmspropStep {
     /// The learning rate.
     pub lr: f32,
     /// The decay of the means.
     pub alpha: f32,
-    /// 1 less that.
+    /// 1 - alpha.
     pub one_minus_alpha: f32,
-    /// Added to the root of the mean square.
+    /// Added to the square root of the mean square.
     pub eps: f32,
-    /// The share of the last update that goes on.
+    /// Factor of the last update.
     pub momentum: f32,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty factor: `l2` times the parameter is added to its gradient.
     pub l2: f32,
-    /// Divides by the standard deviation.
+    /// Whether to divide by the standard deviation instead of the root mean square.
     pub centered: bool,
 }
 
@@ -138,14 +142,14 @@ impl Rule for RmspropStep {
     }
 }
 
-/// A step of Adagrad (Duchi, Hazan and Singer 2011). Keeps the sum of squares.
+/// A step of Adagrad (Duchi, Hazan and Singer 2011). Stores the sum of squares.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdagradStep {
     /// The learning rate.
     pub lr: f32,
-    /// Added to the root of the sum.
+    /// Added to the square root of the sum.
     pub eps: f32,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty factor: `l2` times the parameter is added to its gradient.
     pub l2: f32,
 }
 
@@ -166,18 +170,18 @@ impl Rule for AdagradStep {
     }
 }
 
-/// A step of Adadelta (Zeiler 2012, algorithm 1). Keeps the mean squares of gradients and of updates.
+/// A step of Adadelta (Zeiler 2012, algorithm 1). Stores the mean squares of gradients and of updates.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdadeltaStep {
     /// The learning rate.
     pub lr: f32,
     /// The decay of both mean squares.
     pub rho: f32,
-    /// 1 less that.
+    /// 1 - rho.
     pub one_minus_rho: f32,
     /// Added to both mean squares.
     pub eps: f32,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty factor: `l2` times the parameter is added to its gradient.
     pub l2: f32,
 }
 
@@ -200,18 +204,19 @@ impl Rule for AdadeltaStep {
     }
 }
 
-/// A step of Adamax (Kingma and Ba 2015, section 7.1). Keeps the first moment and the largest gradient.
+/// A step of Adamax (Kingma and Ba 2015, section 7.1). Stores the first moment and the largest gradient.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamaxStep {
-    /// 1 less the decay of the first moment.
+    /// 1 - beta1, where beta1 is the decay of the first moment.
     pub one_minus_beta1: f32,
     /// The decay of the largest gradient.
     pub beta2: f32,
-    /// Added to a gradient's size.
+    /// Added to the gradient's absolute value.
     pub eps: f32,
-    /// Times the moment, over the largest gradient: the learning rate over the moment's correction.
+    /// Factor of the first moment over the largest gradient: the learning rate divided by the moment's bias
+    /// correction.
     pub of_moment: f32,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty factor: `l2` times the parameter is added to its gradient.
     pub l2: f32,
 }
 

@@ -1,14 +1,15 @@
 //! Both gradients, a chunk of tile rows at a time, from one transform of the output's gradient:
 //!
-//! 1. by tiles: D = A dy A', `[position][channel / 16][tile][16]`, and V of each source, `[position][tile][channel]`;
-//! 2. by positions: dU\[p\] += V\[p\]' D\[p\] and dV\[p\] = D\[p\] U\[p\]', which takes V's place. The bias's gradient is a
+//! 1. by tile: D = A dy A', `[position][channel / 16][tile][16]`, and V of each source, `[position][tile][channel]`;
+//! 2. by position: dU\[p\] += V\[p\]' D\[p\] and dV\[p\] = D\[p\] U\[p\]', which overwrites V. The bias gradient is a
 //!    by-product: one position of D is the sum of the tile;
-//! 3. by images and channels: dx += B dV B', where neighbouring tiles overlap.
+//! 3. by image and channel: dx += B dV B', where neighbouring tiles overlap.
 //!
-//! This is the adjoint of the forward pass step by step. Where the gradient of the weights is small, the batch is also cut
-//! into parts of whole images, each with its own sums: a part is the work of one thread, whose data stay in its own cache
-//! and which waits for no other; threads without a part help inside the others'. Parts and chunks are functions of the
-//! sizes alone, so that sums are taken in the same order whatever the threads.
+//! Step by step, this is the adjoint of the forward pass. If the weight gradient is small, the batch is also
+//! split into parts of whole images, each with its own sums: one thread works on a part, whose data stays in
+//! that thread's cache, without waiting for others; threads without a part help with the parts of others.
+//! Parts and chunks depend only on the sizes, so sums are computed in the same order for any number of
+//! threads.
 
 use super::filters::Panels;
 use super::forward::transform_input;
@@ -23,13 +24,14 @@ use crate::gemm::{Product, ProductTransposed, Run, Start, product, product_trans
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 
-/// Where the gradient of the output comes from.
+/// The source of the output's gradient.
 pub(crate) trait Gradient: Copy + Send + Sync {
-    /// Vectors of channels that are made together.
+    /// Vectors of channels computed together.
     const VECTORS: usize;
-    /// Writes A dy A' of a tile for the vectors of a group: positions `stride` floats apart, vectors `block` floats apart.
+    /// Writes A dy A' of a tile for the vectors of a group: positions `stride` floats apart, vectors `block`
+    /// floats apart.
     /// # Safety
-    /// `d` is writable; no other task has the same tile. Must be `#[inline(always)]`.
+    /// `d` is writable; no other task handles the same tile. Must be `#[inline(always)]`.
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, block: usize);
 }
 
@@ -45,9 +47,9 @@ pub(crate) struct Load<'a, T> {
 }
 
 impl<T: Float> Load<'_, T> {
-    /// A vector of channels of a tile's pixels.
+    /// Loads one vector of channels of a tile's pixels.
     /// # Safety
-    /// The caller has vectors.
+    /// The processor has the instructions of `S`.
     #[inline(always)]
     unsafe fn pixels<S: Simd, const OUT: usize>(&self, tile: &Tile, channel: usize) -> [[S; OUT]; OUT] {
         let lanes = LANES.min(self.channels - channel);
@@ -72,7 +74,7 @@ impl<T: Float> Gradient for Load<'_, T> {
     #[inline(always)]
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, d: *mut f32, stride: usize, _block: usize) {
         prefetch_positions::<S>(d, stride);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let d_tile = if self.kernel == 5 {
                 output_tile_adjoint_5(self.pixels::<S, OUT_5>(tile, group * LANES))
@@ -84,10 +86,10 @@ impl<T: Float> Gradient for Load<'_, T> {
     }
 }
 
-/// An input of the convolution, and what is wanted for it.
+/// An input of the convolution, and which gradients are wanted for it.
 pub(crate) struct Source<'a, T> {
     pub(crate) images: Images<T>,
-    /// The gradient of its rows of U, to add to: one for each of the [`parts`].
+    /// The gradient of its rows of U, to add to: one per part (see [`parts`]).
     pub(crate) filters: Option<&'a mut [Panels]>,
     pub(crate) input: Option<InputGradient<'a>>,
 }
@@ -96,22 +98,23 @@ pub(crate) struct Source<'a, T> {
 pub(crate) struct InputGradient<'a> {
     /// The transpose of its rows of U.
     pub(crate) filters: &'a Panels,
-    /// To add to: images as those of the input, `image` floats apart.
+    /// Added to: images with the layout of the input's, `image` floats apart.
     pub(crate) data: Shared,
     pub(crate) image: usize,
 }
 
-/// Into how many parts the batch is cut, given the channels of the sources together and of the output.
+/// The number of parts into which the batch is split, given the total channels of the sources and those of
+/// the output.
 pub(crate) fn parts(tiling: &Tiling, inputs: usize, outputs: usize) -> usize {
-    /// What the sums of all parts together may take.
+    /// Maximum size of the sums of all parts together.
     const FLOATS: usize = 2 << 20;
     let sums = POSITIONS * inputs.next_multiple_of(LANES) * outputs.next_multiple_of(LANES);
     let images = tiling.batch.div_ceil((FLOATS / sums).max(1));
     tiling.batch.div_ceil(images)
 }
 
-/// Adds the gradients that `sources` ask for, and that of the bias, in the order of the panels' columns; for the latter,
-/// `bias` has a row of whole vectors for each of the `parts`.
+/// Adds the gradients that `sources` request, and that of the bias in the order of the panels' columns;
+/// `bias` has one row of whole vectors for each of the `parts`.
 pub(crate) fn backward<T: Float, G: Gradient>(
     level: Level,
     tiling: &Tiling,
@@ -162,7 +165,7 @@ struct Part<'a, T> {
 
 struct PartSource<'a, T> {
     images: Images<T>,
-    /// The part's sums; their data are written through the pointer alone.
+    /// The part's sums; their data is only written through the pointer.
     filters: Option<(&'a Panels, Shared)>,
     input: Option<&'a InputGradient<'a>>,
 }
@@ -194,7 +197,7 @@ impl<T: Float> Part<'_, T> {
             let rows = first_row..self.rows.end.min(first_row + chunk_rows);
             let (first, tiles) = (first_row * across, rows.len() * across);
 
-            // 1. Transforms, by tiles.
+            // 1. Transforms, by tile.
             parallel::for_each(tiles.div_ceil(TASK_TILES), |task| {
                 let from = task * TASK_TILES;
                 let tiles = from..tiles.min(from + TASK_TILES);
@@ -213,7 +216,7 @@ impl<T: Float> Part<'_, T> {
                 });
             });
 
-            // 2. Products, by positions.
+            // 2. Products, by position.
             parallel::for_each(POSITIONS, |position| {
                 // SAFETY: the position exists.
                 let d = unsafe { d.at(position * d_stride) };
@@ -221,7 +224,7 @@ impl<T: Float> Part<'_, T> {
                 level.run(Products { position, tiles, d, d_block, runs, sources, v, bias });
             });
 
-            // 3. Back to pixels, by images and channels.
+            // 3. Back to pixels, by image and channel.
             for (source, v) in self.sources.iter().zip(&v) {
                 let Some(input) = source.input else { continue };
                 let blocks = source.images.channels.div_ceil(LANES);
@@ -245,23 +248,24 @@ impl<T: Float> Part<'_, T> {
     }
 }
 
-/// Tiles of the transforms in one task.
+/// Tiles per task of the transforms.
 const TASK_TILES: usize = 8;
 
-/// About how many tiles a chunk has. Large chunks read and write the weights' gradient less often, small ones leave D and V
-/// closer to the processor.
+/// Approximate number of tiles per chunk. Large chunks read and write the weight gradient less often; small
+/// ones keep D and V in closer caches.
 fn chunk_tiles(level: Level, outputs: usize, inputs: usize) -> usize {
     if level == Level::Avx512 {
-        // For one position, D and V fill half of a large second-level cache.
+        // For one position, D and V fill half of a large L2 cache.
         const FLOATS: usize = 144 << 10;
         (FLOATS / (outputs + inputs)).clamp(16, 1024)
     } else {
-        // D and V together are twice as large as the weights' gradient.
+        // D and V together are twice as large as the weight gradient.
         (2 * inputs * outputs / (inputs + outputs)).clamp(16, 1024)
     }
 }
 
-/// Floats from a tile to the next in V: long rows are moved apart, so that they do not fall into the same sets of the cache.
+/// Floats from one tile to the next in V: long rows are padded, so that they do not map to the same sets of
+/// the cache.
 fn transformed_row(channels: usize) -> usize {
     let row = channels.next_multiple_of(LANES);
     if row >= 4 * LANES { row + SPREAD } else { row }
@@ -280,7 +284,7 @@ struct Transforms<'a, T, G> {
     gradient: G,
     /// The chunk's first tile.
     first: usize,
-    /// Counted in the chunk.
+    /// Tile indices in the chunk.
     tiles: std::ops::Range<usize>,
     d: Shared,
     d_stride: usize,
@@ -295,7 +299,7 @@ impl<T: Float, G: Gradient> Kernel for Transforms<'_, T, G> {
     unsafe fn run<S: Simd>(self) {
         for i in self.tiles {
             let tile = self.tiling.tile(self.first + i);
-            // SAFETY: each tile has its own place in D and V, and belongs to one task.
+            // SAFETY: each tile has its own place in D and V, and belongs to exactly one task.
             unsafe {
                 for group in 0..self.vectors / G::VECTORS {
                     let to = self.d.at(group * G::VECTORS * self.d_block + i * LANES);
@@ -318,7 +322,7 @@ impl<T: Float, G: Gradient> Kernel for Transforms<'_, T, G> {
 struct Products<'a, T> {
     position: usize,
     tiles: usize,
-    /// Of this position.
+    /// D of this position.
     d: *const f32,
     d_block: usize,
     runs: &'a [Run],
@@ -327,13 +331,13 @@ struct Products<'a, T> {
     bias: Option<Shared>,
 }
 
-/// Tiles that a panel of D and the rows of V keep in the first-level cache.
+/// Tiles per block: a panel of D and the rows of V for this many tiles stay in the L1 cache.
 const DEPTH: usize = 128;
 
 impl<T: Float> Kernel for Products<'_, T> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
-        // SAFETY: this task alone has this position of D, V, dU; all are large enough for the chunk.
+        // SAFETY: only this task accesses this position of D, V and dU; all are large enough for the chunk.
         unsafe {
             for (source, transformed) in self.sources.iter().zip(self.v) {
                 let v = transformed.data.at(self.position * transformed.stride);
@@ -396,7 +400,7 @@ struct Scatter<'a> {
     tiling: &'a Tiling,
     /// The chunk's first tile.
     first: usize,
-    /// Of one image.
+    /// Tiles of one image.
     tiles: std::ops::Range<usize>,
     dv: Transformed,
     input: &'a InputGradient<'a>,
@@ -411,7 +415,8 @@ impl Kernel for Scatter<'_> {
         for index in self.tiles {
             let tile = self.tiling.tile(index);
             let (rows, columns) = self.tiling.inside(&tile);
-            // SAFETY: this task alone has these channels of this image, and touches only pixels inside it.
+            // SAFETY: only this task accesses these channels of this image, and it touches only pixels inside
+            // the image.
             unsafe {
                 let from = self.dv.data.at((index - self.first) * self.dv.row + self.channel);
                 let position = |r: usize, c: usize| from.add((r * IN + c) * self.dv.stride).cast_const();

@@ -1,4 +1,5 @@
-//! The weights: from PyTorch's layout to transformed panels, and the gradient of the panels back.
+//! The weights: from PyTorch's layout to transformed panels, and the gradient of the panels back to PyTorch's
+//! layout.
 
 use super::transform::{
     POSITIONS, filter_tile, filter_tile_5, filter_tile_adjoint, filter_tile_adjoint_5, load_positions,
@@ -17,14 +18,15 @@ pub(crate) struct Filters<'a> {
     pub(crate) kernel: usize,
 }
 
-/// Room for the taps of 16 filters.
+/// The taps of 16 filters.
 type Taps = [[f32; LANES]; 25];
 
-/// The order of the output channels as the kernels see it: the output at each place, or none where it is only padding.
-/// As long as a whole number of vectors.
+/// The order of the output channels in the kernels: the output at each place, or `None` for padding. Its
+/// length is a multiple of the vector size.
 pub(crate) type ColumnOrder = Vec<Option<usize>>;
 
-/// A matrix for each of the 36 positions, cut into panels of 32 columns (the last may have 16): `[panel][position][row][column]`.
+/// One matrix per position, cut into panels of 32 columns (the last may have 16):
+/// `[panel][position][row][column]`.
 #[derive(Debug)]
 pub(crate) struct Panels {
     pub(crate) data: Buffer,
@@ -48,23 +50,24 @@ impl Panels {
     pub(crate) fn width(&self, panel: usize) -> usize {
         (self.vectors - 2 * panel).min(2)
     }
-    /// Where row 0 of a position begins.
+    /// The offset of row 0 of a position.
     pub(crate) fn offset(&self, panel: usize, position: usize) -> usize {
         (2 * panel * POSITIONS + position * self.width(panel)) * self.rows * LANES
     }
 }
 
-/// Which filter stands at a row and a column of the panels.
+/// Which filter belongs to a row and a column of the panels.
 #[derive(Clone, Copy)]
 enum Place<'a> {
-    /// Rows are inputs, columns outputs in this order: for the forward product and the weights' gradient.
+    /// Rows are inputs, columns are outputs in this order: for the forward product and the weight gradient.
     InputsByOutputs(&'a [Option<usize>]),
-    /// Rows are outputs in this order, columns the inputs from here on: for the inputs' gradient.
+    /// Rows are outputs in this order, columns are inputs, given by their first and count: for the input
+    /// gradient.
     OutputsByInputs(&'a [Option<usize>], usize, usize),
 }
 
 impl Place<'_> {
-    /// The filter's place in the weights.
+    /// The index of the filter in the weights.
     #[inline(always)]
     fn filter(&self, inputs: usize, row: usize, column: usize) -> Option<usize> {
         let (output, input) = match self {
@@ -116,7 +119,7 @@ impl Filters<'_> {
     }
 }
 
-/// Rows of a panel in a task.
+/// Rows of a panel per task.
 const ROWS: usize = 16;
 
 struct Transform<'a> {
@@ -162,7 +165,7 @@ impl Kernel for Transform<'_> {
 }
 
 /// # Safety
-/// The caller has vectors.
+/// The processor has the instructions of `S`.
 #[inline(always)]
 unsafe fn load_taps<S: Simd, const K: usize>(taps: &Taps) -> [[S; K]; K] {
     // SAFETY: each tap has 16 floats.
@@ -187,7 +190,8 @@ fn store_taps<S: Simd, const K: usize>(g: [[S; K]; K], taps: &mut Taps) {
     }
 }
 
-/// Adds to the weights' gradient, (outputs, inputs, k, k), that of the panels U\[p\] for the inputs from `first` on.
+/// Adds to the weight gradient, (outputs, inputs, k, k), the gradient of the panels U\[p\], for the inputs
+/// from `first` on.
 pub(crate) fn add_filter_gradient(
     level: Level,
     panels: &Panels,
@@ -240,7 +244,7 @@ impl Kernel for Untransform<'_> {
                     if let Some(output) = self.order[column] {
                         let taps = self.kernel * self.kernel;
                         for (tap, lanes) in g.iter().take(taps).enumerate() {
-                            // SAFETY: inside the gradient; each filter belongs to one task.
+                            // SAFETY: this is inside the gradient; each filter belongs to exactly one task.
                             unsafe {
                                 *self.gradient.at((output * self.inputs + self.first + row) * taps + tap) +=
                                     lanes[lane];

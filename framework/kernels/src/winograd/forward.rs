@@ -1,11 +1,12 @@
 //! The forward pass, a block of tiles at a time:
 //!
-//! - V, `[position][channel / 16][tile][16]`: the block's inputs, transformed. Every operand of the product lies at a
-//!   constant distance from the one before, so nothing is packed again.
-//! - for each group of output channels (one or two panels): M\[p\] = V\[p\] U\[p\], `[position][tile][column]`, reading the
-//!   panels of U strictly in order; then the [`Epilogue`] takes each tile's M out of the transformed domain at once.
+//! - V, `[position][channel / 16][tile][16]`: the block's transformed inputs. Consecutive operands of the product are a
+//!   constant distance apart, so no further packing is needed.
+//! - for each group of output channels (one or two panels): M\[p\] = V\[p\] U\[p\],
+//!   `[position][tile][column]`, reading the panels of U strictly in order; then the [`Epilogue`] immediately
+//!   transforms each tile's M back.
 //!
-//! V and M stay in the second-level cache.
+//! V and M stay in the L2 cache.
 
 use super::filters::Panels;
 use super::transform::{
@@ -18,17 +19,18 @@ use crate::gemm::{Product, Run, Start, product};
 use crate::parallel::{self, Shared};
 use crate::simd::{Kernel, LANES, Level, Simd};
 
-/// What becomes of the transformed output of a tile.
+/// Consumes the transformed output of each tile.
 pub(crate) trait Epilogue: Copy + Send + Sync {
-    /// Panels of the weights that are handed over together.
+    /// Panels of the weights that are passed to [`tile`](Self::tile) together.
     const PANELS: usize;
-    /// Takes `width` vectors of channels of a tile: `m` points to position 0, the others follow `stride` floats apart.
+    /// Takes `width` vectors of channels of a tile: `m` points to position 0; the other positions are
+    /// `stride` floats apart.
     /// # Safety
-    /// `m` is readable; no other task has the same tile and group. Must be `#[inline(always)]`.
+    /// `m` is readable; no other task handles the same tile and group. Must be `#[inline(always)]`.
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, width: usize, m: *const f32, stride: usize);
 }
 
-/// The output, (batch, height, width, channels), is stored; `bias` has as many floats as there are whole vectors.
+/// Stores the output, (batch, height, width, channels); `bias` is padded to whole vectors.
 #[derive(Clone, Copy)]
 pub(crate) struct Store<'a, T> {
     pub(crate) output: Shared<T>,
@@ -41,13 +43,13 @@ pub(crate) struct Store<'a, T> {
 }
 
 impl<T: Float> Store<'_, T> {
-    /// A vector of channels of a tile's pixels.
+    /// Stores one vector of channels of a tile's pixels.
     /// # Safety
-    /// The pixels exist, and belong to this task.
+    /// The pixels exist and belong to this task only.
     #[inline(always)]
     unsafe fn pixels<S: Simd, const OUT: usize>(&self, tile: &Tile, channel: usize, y: [[S; OUT]; OUT]) {
         let lanes = LANES.min(self.channels - channel);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let bias = S::load(self.bias.as_ptr().add(channel));
             for r in 0..tile.rows {
@@ -67,7 +69,7 @@ impl<T: Float> Epilogue for Store<'_, T> {
     unsafe fn tile<S: Simd>(self, tile: &Tile, group: usize, width: usize, m: *const f32, stride: usize) {
         for vector in 0..width {
             let channel = (2 * group + vector) * LANES;
-            // SAFETY: M is readable; the tile's pixels exist, and belong to this task.
+            // SAFETY: M is readable; the tile's pixels exist and belong to this task only.
             unsafe {
                 let m = load_positions::<S>(m.add(vector * LANES), stride);
                 if self.kernel == 5 {
@@ -80,7 +82,7 @@ impl<T: Float> Epilogue for Store<'_, T> {
     }
 }
 
-/// Convolves the channels of `sources`, one after the other, with the first rows of `filters`.
+/// Convolves the channels of `sources`, one source after the other, with the first rows of `filters`.
 pub(crate) fn forward<T: Float, E: Epilogue>(
     level: Level,
     tiling: &Tiling,
@@ -123,7 +125,7 @@ pub(crate) fn forward<T: Float, E: Epilogue>(
     );
 }
 
-/// Tiles in a block, such that V and M fill most of the second-level cache (1 MiB here, less on others).
+/// Tiles per block, such that V and M fill most of the L2 cache (1 MiB here, less on other processors).
 fn block_tiles(inputs: usize, group: usize) -> usize {
     const FLOATS: usize = 200 << 10;
     (FLOATS / (POSITIONS * (inputs + group)) / 12 * 12).clamp(12, 48)
@@ -148,7 +150,8 @@ impl<T: Float, E: Epilogue> Kernel for Block<'_, T, E> {
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
         let count = self.tiles.len();
-        // SAFETY: V and M are this task's and large enough; the sources cover their images, the panels their rows.
+        // SAFETY: V and M belong to this task only and are large enough; the sources cover their images, the
+        // panels their rows.
         unsafe {
             for (i, index) in self.tiles.clone().enumerate() {
                 let tile = self.tiling.tile(index);
@@ -192,7 +195,8 @@ impl<T: Float, E: Epilogue> Kernel for Block<'_, T, E> {
     }
 }
 
-/// Transforms 16 channels (or the last few) of a tile's inputs; positions go `stride` floats apart.
+/// Transforms 16 channels (or the last few) of a tile's inputs and stores the positions `stride` floats
+/// apart.
 /// # Safety
 /// The images cover `tiling`; `to` is writable.
 #[inline(always)]
@@ -210,7 +214,7 @@ pub(super) unsafe fn transform_input<S: Simd, T: Float>(
     // SAFETY: only pixels inside the image are read.
     unsafe {
         let image = images.data.add(tile.image * images.image + channel);
-        // Outside, a coordinate wraps round to beyond the image's size.
+        // Coordinates outside the image wrap around to values beyond its size.
         let pixel = |r: usize, c: usize| {
             let y = (tile.y + r).wrapping_sub(tiling.padding);
             let x = (tile.x + c).wrapping_sub(tiling.padding);
@@ -235,5 +239,5 @@ pub(super) unsafe fn transform_input<S: Simd, T: Float>(
     }
 }
 
-/// What lies outside an image, of any type.
+/// The values outside an image, for any element type.
 static ZEROS: [f32; LANES] = [0.; LANES];

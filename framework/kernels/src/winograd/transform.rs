@@ -1,8 +1,8 @@
-//! The transforms of F(4x4, 3x3) and F(2x2, 5x5) and their adjoints, on 16 channels at once.
+//! The transforms of F(4x4, 3x3) and F(2x2, 5x5) and their adjoints, on 16 channels at a time.
 //!
 //! Interpolation points 0, 1, -1, 2, -2 and infinity (Lavin and Gray, "Fast algorithms for convolutional neural
 //! networks", 2015, section 4.3): y = A' [(G g G') . (B' d B)] A. Each matrix is applied to columns, then to rows. Both
-//! sizes have the same six points, and so the same B.
+//! sizes have the same six points, and therefore the same B.
 
 use crate::simd::Simd;
 use std::mem::MaybeUninit;
@@ -11,23 +11,24 @@ use std::mem::MaybeUninit;
 pub(crate) const POSITIONS: usize = 36;
 /// Outputs of a tile in each direction, for 3x3 filters.
 pub(crate) const OUT: usize = 4;
-/// The same, for 5x5 filters.
+/// Outputs of a tile in each direction, for 5x5 filters.
 pub(crate) const OUT_5: usize = 2;
 /// Inputs of a tile in each direction.
 pub(crate) const IN: usize = 6;
-/// The position whose output transform is a plain sum (the point 1 in both directions): its adjoint is the sum of a tile.
+/// The position whose output transform is a plain sum (the point 1 in both directions): its adjoint is the
+/// sum of a tile.
 pub(crate) const SUM_POSITION: usize = 7;
 
 #[inline(always)]
 unsafe fn k<S: Simd>(x: f32) -> S {
-    // SAFETY: the caller has vectors.
+    // SAFETY: guaranteed by the caller.
     unsafe { S::splat(x) }
 }
 
 /// B' d
 #[inline(always)]
 unsafe fn input<S: Simd>(d: [S; 6]) -> [S; 6] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let even = d[2].mul_add(k(-4.), d[4]);
         let odd = d[1].mul_add(k(-4.), d[3]);
@@ -47,7 +48,7 @@ unsafe fn input<S: Simd>(d: [S; 6]) -> [S; 6] {
 /// B t, the adjoint of `input`.
 #[inline(always)]
 unsafe fn input_adjoint<S: Simd>(t: [S; 6]) -> [S; 6] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let (sum, difference) = (t[1].add(t[2]), t[1].sub(t[2]));
         let (sum2, difference2) = (t[3].add(t[4]), t[3].sub(t[4]));
@@ -65,7 +66,7 @@ unsafe fn input_adjoint<S: Simd>(t: [S; 6]) -> [S; 6] {
 /// A' m
 #[inline(always)]
 unsafe fn output<S: Simd>(m: [S; 6]) -> [S; 4] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let (sum, difference) = (m[1].add(m[2]), m[1].sub(m[2]));
         let (sum2, difference2) = (m[3].add(m[4]), m[3].sub(m[4]));
@@ -81,7 +82,7 @@ unsafe fn output<S: Simd>(m: [S; 6]) -> [S; 4] {
 /// A y, the adjoint of `output`.
 #[inline(always)]
 unsafe fn output_adjoint<S: Simd>(y: [S; 4]) -> [S; 6] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let (even, odd) = (y[0].add(y[2]), y[1].add(y[3]));
         let even4 = y[2].mul_add(k(4.), y[0]);
@@ -93,7 +94,7 @@ unsafe fn output_adjoint<S: Simd>(y: [S; 4]) -> [S; 6] {
 /// A' m of F(2, 5)
 #[inline(always)]
 unsafe fn output_5<S: Simd>(m: [S; 6]) -> [S; 2] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let (sum, difference) = (m[1].add(m[2]), m[1].sub(m[2]));
         let (sum2, difference2) = (m[3].add(m[4]), m[3].sub(m[4]));
@@ -104,7 +105,7 @@ unsafe fn output_5<S: Simd>(m: [S; 6]) -> [S; 2] {
 /// A y, the adjoint of `output_5`.
 #[inline(always)]
 unsafe fn output_adjoint_5<S: Simd>(y: [S; 2]) -> [S; 6] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let two = k(2.);
         [y[0], y[0].add(y[1]), y[0].sub(y[1]), y[1].mul_add(two, y[0]), y[1].neg_mul_add(two, y[0]), y[1]]
@@ -114,7 +115,7 @@ unsafe fn output_adjoint_5<S: Simd>(y: [S; 2]) -> [S; 6] {
 /// G g
 #[inline(always)]
 unsafe fn filter<S: Simd>(g: [S; 3]) -> [S; 6] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let sum = g[0].add(g[2]).mul(k(-1. / 6.));
         let middle = g[1].mul(k(-1. / 6.));
@@ -127,7 +128,7 @@ unsafe fn filter<S: Simd>(g: [S; 3]) -> [S; 6] {
 /// G' u, the adjoint of `filter`.
 #[inline(always)]
 unsafe fn filter_adjoint<S: Simd>(u: [S; 6]) -> [S; 3] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let (sum, difference) = (u[1].add(u[2]).mul(k(-1. / 6.)), u[2].sub(u[1]).mul(k(1. / 6.)));
         let (sum2, difference2) = (u[3].add(u[4]), u[3].sub(u[4]));
@@ -142,7 +143,7 @@ unsafe fn filter_adjoint<S: Simd>(u: [S; 6]) -> [S; 3] {
 /// G g of F(2, 5)
 #[inline(always)]
 unsafe fn filter_5<S: Simd>(g: [S; 5]) -> [S; 6] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let even = g[0].add(g[2]).add(g[4]).mul(k(-1. / 6.));
         let odd = g[1].add(g[3]).mul(k(-1. / 6.));
@@ -155,7 +156,7 @@ unsafe fn filter_5<S: Simd>(g: [S; 5]) -> [S; 6] {
 /// G' u, the adjoint of `filter_5`.
 #[inline(always)]
 unsafe fn filter_adjoint_5<S: Simd>(u: [S; 6]) -> [S; 5] {
-    // SAFETY: there are vectors.
+    // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
     unsafe {
         let (sum, difference) = (u[1].add(u[2]).mul(k(-1. / 6.)), u[2].sub(u[1]).mul(k(1. / 6.)));
         let (sum2, difference2) = (u[3].add(u[4]), u[3].sub(u[4]));
@@ -169,15 +170,15 @@ unsafe fn filter_adjoint_5<S: Simd>(u: [S; 6]) -> [S; 5] {
     }
 }
 
-/// Applies a transform of columns in both directions: `N` to `M` values each.
+/// Applies a column transform in both directions, from `N` x `N` to `M` x `M` values.
 macro_rules! both_directions {
     ($(#[$doc:meta])* $name:ident, $one:ident, $n:literal, $m:literal) => {
         $(#[$doc])*
         /// # Safety
-        /// The caller has vectors: the processor has their instructions.
+        /// The processor has the instructions of `S`.
         #[inline(always)]
         pub(crate) unsafe fn $name<S: Simd>(x: [[S; $n]; $n]) -> [[S; $m]; $m] {
-            // SAFETY: there are vectors.
+            // SAFETY: the arguments are vectors, so the processor has the instructions of `S`.
             unsafe {
                 let zero = S::zero();
                 let mut rows = [[zero; $m]; $n];
@@ -201,10 +202,11 @@ macro_rules! both_directions {
     };
 }
 
-/// The same for the two transforms of 36 values to 36, too many for the registers: from where `load` finds them to where
-/// `store` puts them, each by row and column, with the rows between in memory that nobody clears first.
+/// Like the macro, for the two transforms from 36 to 36 values, which do not fit into the registers: values
+/// are read with `load` and written with `store`, each by row and column, and the intermediate rows are in
+/// memory that is not cleared first.
 /// # Safety
-/// As for `load` and `store`.
+/// Same as for `load` and `store`.
 #[inline(always)]
 unsafe fn both_directions<S: Simd>(
     one: impl Fn([S; 6]) -> [S; 6],
@@ -213,7 +215,7 @@ unsafe fn both_directions<S: Simd>(
 ) {
     let mut rows = MaybeUninit::<[[S; 6]; 6]>::uninit();
     let row_at = rows.as_mut_ptr().cast::<[S; 6]>();
-    // SAFETY: six rows, all written before they are read.
+    // SAFETY: all six rows are written before they are read.
     unsafe {
         for r in 0..6 {
             let x = [load(r, 0), load(r, 1), load(r, 2), load(r, 3), load(r, 4), load(r, 5)];
@@ -231,10 +233,10 @@ unsafe fn both_directions<S: Simd>(
 
 /// V = B' d B
 /// # Safety
-/// The caller has vectors.
+/// The processor has the instructions of `S`.
 #[inline(always)]
 pub(crate) unsafe fn input_tile<S: Simd>(load: impl Fn(usize, usize) -> S, store: impl Fn(usize, usize, S)) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         both_directions(
             #[inline(always)]
@@ -247,13 +249,13 @@ pub(crate) unsafe fn input_tile<S: Simd>(load: impl Fn(usize, usize) -> S, store
 
 /// dd = B dV B'
 /// # Safety
-/// The caller has vectors.
+/// The processor has the instructions of `S`.
 #[inline(always)]
 pub(crate) unsafe fn input_tile_adjoint<S: Simd>(
     load: impl Fn(usize, usize) -> S,
     store: impl Fn(usize, usize, S),
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         both_directions(
             #[inline(always)]
@@ -300,10 +302,10 @@ both_directions!(
 
 /// Loads the 36 positions of a tile, `stride` floats apart.
 /// # Safety
-/// 16 floats are readable at each.
+/// 16 floats are readable at each position.
 #[inline(always)]
 pub(crate) unsafe fn load_positions<S: Simd>(from: *const f32, stride: usize) -> [[S; 6]; 6] {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut x = [[S::zero(); 6]; 6];
         for r in 0..6 {
@@ -315,7 +317,7 @@ pub(crate) unsafe fn load_positions<S: Simd>(from: *const f32, stride: usize) ->
     }
 }
 
-/// Announces `store_positions`: far-away lines arrive while the transform is computed.
+/// Prefetches the lines for a later `store_positions`, so that they arrive while the transform is computed.
 #[inline(always)]
 pub(crate) fn prefetch_positions<S: Simd>(to: *const f32, stride: usize) {
     for position in 0..POSITIONS {
@@ -325,10 +327,10 @@ pub(crate) fn prefetch_positions<S: Simd>(to: *const f32, stride: usize) {
 
 /// Stores the 36 positions of a tile, `stride` floats apart.
 /// # Safety
-/// 16 floats are writable at each.
+/// 16 floats are writable at each position.
 #[inline(always)]
 pub(crate) unsafe fn store_positions<S: Simd>(x: [[S; 6]; 6], to: *mut f32, stride: usize) {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         for r in 0..6 {
             for c in 0..6 {

@@ -5,7 +5,7 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::{Conv2dOptions, Level};
 use rand::{Rng, SeedableRng};
 
-/// Values in -1 .. 1, a function of the shape and the seed.
+/// Values in -1 .. 1, determined by the shape and the seed.
 pub fn random(shape: &[usize], seed: u64) -> Tensor {
     let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(seed);
     let values: Vec<f32> = (0..shape.iter().product()).map(|_| rng.random_range(-1f32..1.)).collect();
@@ -20,7 +20,7 @@ pub fn double(x: &Tensor) -> Var {
     Var::from_tensor(&x.detach().to_dtype(DType::F64).unwrap()).unwrap()
 }
 
-/// Largest difference as a part of the wanted tensor's largest value.
+/// The largest difference relative to the wanted tensor's largest value.
 pub fn error(got: &Tensor, wanted: &Tensor) -> f64 {
     assert_eq!(got.dims(), wanted.dims());
     let values =
@@ -40,13 +40,13 @@ pub fn assert_close(what: &str, got: &Tensor, wanted: &Tensor) {
     assert!(e <= 1e-4, "{what}: off by {e:.2e} of the largest value");
 }
 
-/// The gradient of a variable, which must be there.
+/// The gradient of a variable; panics if there is none.
 #[track_caller]
 pub fn grad(grads: &candle_core::backprop::GradStore, x: &Var) -> Tensor {
     grads.get(x).expect("no gradient").clone()
 }
 
-/// A weighted sum as loss, so that every output has a gradient of its own.
+/// A weighted sum as the loss, so that every output has a different gradient.
 pub fn loss(y: &Tensor, seed: u64) -> Tensor {
     let w = random(y.dims(), seed).to_dtype(y.dtype()).unwrap();
     (y * w).unwrap().sum_all().unwrap()
@@ -55,13 +55,13 @@ pub fn loss(y: &Tensor, seed: u64) -> Tensor {
 /// The half types.
 pub const HALVES: [DType; 2] = [DType::BF16, DType::F16];
 
-/// The same values, rounded to a half type: a variable of that type, and one of 32 bits.
+/// The same values, rounded to a half type: a variable of that type, and one of f32.
 pub fn rounded(x: &Tensor, dtype: DType) -> (Var, Var) {
     let half = x.detach().to_dtype(dtype).unwrap();
     (var(&half), var(&half.to_dtype(DType::F32).unwrap()))
 }
 
-/// As `loss`, in f32, where what flows back has no more bits than a half type.
+/// Like `loss`, in f32; gradients that flow back have no more bits than a half type.
 pub fn rounded_loss(y: &Tensor, seed: u64, dtype: DType) -> Tensor {
     let (_, w) = rounded(&random(y.dims(), seed), dtype);
     (y.to_dtype(DType::F32).unwrap() * w.as_tensor()).unwrap().sum_all().unwrap()
@@ -120,8 +120,8 @@ pub fn cell(gates: &Tensor, c: &Tensor) -> Result<(Tensor, Tensor)> {
     Ok(((sigmoid(&g[2])? * c.tanh()?)?, c))
 }
 
-/// Rolls layers (weight, bias) over `steps` steps: of frames (B, T, H, W, C), or from a first input (B, H, W, C).
-/// All hidden states of the top layer, (B, T, H, W, N).
+/// Rolls layers (weight, bias) out over `steps` steps, from frames (B, T, H, W, C) or from a first input (B,
+/// H, W, C). Returns all hidden states of the top layer, (B, T, H, W, N).
 pub fn conv_lstm(x: &Tensor, steps: usize, layers: &[(Tensor, Tensor)]) -> Result<Tensor> {
     let frames = x.rank() == 5;
     let mut states: Vec<(Tensor, Tensor)> = Vec::new();
@@ -148,7 +148,7 @@ pub fn conv_lstm(x: &Tensor, steps: usize, layers: &[(Tensor, Tensor)]) -> Resul
     Tensor::stack(&outputs, 1)
 }
 
-/// Runs `f` with each instruction set that this processor has.
+/// Runs `f` with each instruction set supported by this processor.
 pub fn at_each_level(f: impl Fn(Level)) {
     for level in [Level::Portable, Level::Avx2, Level::Avx512] {
         if Level::force(Some(level)) {
@@ -158,13 +158,13 @@ pub fn at_each_level(f: impl Fn(Level)) {
     Level::force(None);
 }
 
-/// Values to the last bit.
+/// The values' bits.
 pub fn bits(x: &Tensor) -> Vec<u32> {
     let values = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     values.into_iter().map(f32::to_bits).collect()
 }
 
-/// Runs `f` on pools of 1, 2 and 3 threads and asserts that all give the same bits.
+/// Runs `f` on pools of 1, 2 and 3 threads and asserts that the results are bit-identical.
 pub fn same_bits_on_any_threads(f: impl Fn() -> Vec<Tensor> + Sync) {
     let run = |threads: usize| -> Vec<Vec<u32>> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();

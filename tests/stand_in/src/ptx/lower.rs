@@ -1,4 +1,4 @@
-//! From statements to what runs.
+//! Lowers parsed statements to executable steps.
 
 use super::parse::{Operand, Parsed, Space, Statement, Variable, width};
 use super::run::{Block, Fault, Stop, Thread, Wait};
@@ -7,24 +7,24 @@ use super::{Kernel, LOCAL, SHARED};
 use half::{bf16, f16};
 use std::collections::HashMap;
 
-/// What an instruction does with registers and memory.
+/// The effect of an instruction on registers and memory.
 pub(super) type Action = Box<dyn Fn(&mut Thread, &Block) -> Result<(), Fault> + Send + Sync>;
 
 pub(super) enum Step {
     Do(Action),
-    /// Goes on elsewhere.
+    /// Continues at another instruction.
     Jump(usize),
     Stop(Stop),
 }
 
 pub(super) struct Instruction {
-    /// A predicate's register, and whether it must be false.
+    /// A predicate register, and whether it must be false.
     pub(super) guard: Option<(usize, bool)>,
     pub(super) step: Step,
     pub(super) text: String,
 }
 
-/// Where a value comes from.
+/// The source of a value.
 #[derive(Clone, Copy)]
 pub(super) enum Source {
     Register(usize),
@@ -60,7 +60,7 @@ impl Source {
     }
 }
 
-/// Names and what they stand for, while a kernel is made.
+/// Names and their values while a kernel is lowered.
 struct Names<'a> {
     parameters: HashMap<String, u64>,
     variables: HashMap<String, u64>,
@@ -101,7 +101,7 @@ pub(super) fn kernel(
 
 fn instruction(statement: &Statement, names: &Names) -> Result<Instruction, String> {
     let text = statement.text.clone();
-    // What is not known is an error when it is come to: much of what stands in a text never runs.
+    // An unknown instruction is an error only when it is reached: much of a module's code never runs.
     let unknown = text.clone();
     let step = step(statement, names).unwrap_or_else(|error| {
         Step::Do(Box::new(move |_, _| Err(format!("not known to the stand-in: {unknown}: {error}").into())))
@@ -109,7 +109,7 @@ fn instruction(statement: &Statement, names: &Names) -> Result<Instruction, Stri
     Ok(Instruction { guard: statement.guard, step, text })
 }
 
-/// The types that instructions name.
+/// Dispatches on the types that instructions name.
 macro_rules! by_type {
     ($kind:expr, $T:ident, $make:expr, [$($name:literal => $type:ty),*]) => {
         match $kind {
@@ -169,15 +169,15 @@ fn three<A: Value, B: Value, C: Value, D: Value>(
     })
 }
 
-/// Integers, with their double width.
+/// Integers, with arithmetic in 128 bits.
 trait Integer: Value + Ord {
     const BITS: u32;
     fn wide(self) -> i128;
     /// The lowest bits.
     fn narrow(x: i128) -> Self;
-    /// The nearest that there is.
+    /// The nearest representable value.
     fn saturating(x: i128) -> Self;
-    /// What a device gives for a division by zero: all bits set, and all of the rest.
+    /// A device's result of a division by zero: all bits set, and for `rest` the dividend.
     fn divide(self, by: Self) -> Self;
     fn rest(self, by: Self) -> Self;
 }
@@ -226,7 +226,7 @@ fn rounding(parts: &[&str]) -> Rounding {
 }
 
 fn float_op<T: Float>(op: &str, d: usize, s: [Source; 2]) -> Result<Action, String> {
-    // In 64 bits, and rounded once: the sum and the product of two narrower numbers, and their quotient, are then right.
+    // Computed in 64 bits and rounded once, so sums, products and quotients of narrower numbers are rounded correctly.
     Ok(match op {
         "add" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide() + b.wide())),
         "sub" => two::<T, T, T>(d, s, |a, b| T::narrow(a.wide() - b.wide())),
@@ -256,7 +256,7 @@ fn float_function<T: Float>(op: &str, d: usize, a: Source) -> Result<Action, Str
     })
 }
 
-/// Both halves of 32 bits.
+/// An operation on both halves of a 32-bit register.
 fn in_halves<T: Float>(op: &str, d: usize, sources: &[Source]) -> Result<Action, String> {
     let halves = |bits: u64| [T::of(bits & 0xffff).wide(), T::of(bits >> 16 & 0xffff).wide()];
     let f: fn([f64; 3]) -> f64 = match op {
@@ -280,7 +280,7 @@ fn in_halves<T: Float>(op: &str, d: usize, sources: &[Source]) -> Result<Action,
     }))
 }
 
-/// Whether a comparison holds: of numbers whose order is known, or not where one is no number.
+/// The test for a comparison, given the order of two numbers; `None` if one of them is NaN.
 fn compares(comparison: &str) -> Result<fn(Option<std::cmp::Ordering>) -> bool, String> {
     use std::cmp::Ordering::{Equal, Greater, Less};
     Ok(match comparison {
@@ -359,7 +359,7 @@ impl Reader<'_> {
         Ok(Source::Special(special))
     }
 
-    /// An address' base and what is added.
+    /// An address's base and offset.
     fn address(&self, i: usize) -> Result<(Source, u64), String> {
         match self.at(i)? {
             Operand::Address(base, offset) => Ok((self.source_of(base)?, *offset as u64)),
@@ -367,7 +367,7 @@ impl Reader<'_> {
         }
     }
 
-    /// A register or several.
+    /// One or several destination registers.
     fn places(&self, i: usize) -> Result<Vec<Option<usize>>, String> {
         let place = |it: &Operand| match it {
             Operand::Register(number) => Ok(Some(*number)),
@@ -417,7 +417,7 @@ fn step(statement: &Statement, names: &Names) -> Result<Step, String> {
         "atom" | "red" => atomic(op == "red", &parts, &read)?,
         "mov" => moves(kind, &read)?,
         "cvta" => {
-            // A shared or own address, to one that tells so, or back.
+            // Converts a shared or local address to a generic one, or back.
             let base = match () {
                 () if parts.contains(&"shared") => SHARED,
                 () if parts.contains(&"local") => LOCAL,
@@ -484,7 +484,7 @@ fn arithmetic(op: &str, kind: &str, parts: &[&str], read: &Reader) -> Result<Act
             by_float!(kind, T, float_function::<T>(op, d, read.source(1)?)?)
         }
         (_, 3) if is_float(kind) => by_float!(kind, T, float_op::<T>(op, d, read.sources(1)?)?),
-        // Twice as wide: of as many bits as there are.
+        // The product at twice the width fits into 64 bits.
         ("mul", 3) if wide => {
             by_integer!(kind, T, two::<T, T, i64>(d, read.sources(1)?, |a, b| (a.wide() * b.wide()) as i64))
         }
@@ -567,7 +567,7 @@ fn permute(a: u32, b: u32, pick: u32) -> u32 {
     }))
 }
 
-/// Where a load or store goes: what is added to an address of this space.
+/// The base address of a load or store's memory space.
 fn space(parts: &[&str]) -> u64 {
     match () {
         () if parts.contains(&"shared") => SHARED,
@@ -604,7 +604,7 @@ fn load(parts: &[&str], read: &Reader) -> Result<Action, String> {
         let from = b.locate(t, at, bytes * places.len())?;
         for (i, place) in places.iter().enumerate() {
             if let Some(place) = place {
-                // SAFETY: `locate` found so many bytes.
+                // SAFETY: `locate` checked this many bytes.
                 t.registers[*place] =
                     value(unsafe { std::slice::from_raw_parts(from.add(i * bytes), bytes) });
             }
@@ -624,7 +624,7 @@ fn store(parts: &[&str], read: &Reader) -> Result<Action, String> {
         let to = b.locate(t, at, bytes * values.len())?;
         for (i, value) in values.iter().enumerate() {
             let value = value.get(t, b).to_le_bytes();
-            // SAFETY: `locate` found so many bytes.
+            // SAFETY: `locate` checked this many bytes.
             unsafe { to.add(i * bytes).copy_from_nonoverlapping(value.as_ptr(), bytes) };
         }
         Ok(())
@@ -667,7 +667,7 @@ fn atomic(nameless: bool, parts: &[&str], read: &Reader) -> Result<Action, Strin
         let at = base.get(t, block).wrapping_add(offset).wrapping_add(space);
         let place = block.locate(t, at, bytes)?;
         let mut old = [0; 8];
-        // SAFETY: `locate` found so many bytes.
+        // SAFETY: `locate` checked this many bytes.
         unsafe { old.as_mut_ptr().copy_from_nonoverlapping(place, bytes) };
         let old = u64::from_le_bytes(old);
         let new = f(old, a.get(t, block), b.get(t, block)).to_le_bytes();
@@ -729,7 +729,7 @@ fn set_predicate(parts: &[&str], read: &Reader) -> Result<Action, String> {
         true => by_float!(kind, T, ordering_of(a, b, |a: T, b: T| a.wide().partial_cmp(&b.wide())))?,
         false => by_integer!(kind, T, ordering_of(a, b, |a: T, b: T| Some(a.cmp(&b))))?,
     };
-    // `setp.lt.and.f32 p, a, b, c`: both.
+    // `setp.lt.and.f32 p, a, b, c` combines both conditions.
     let (with, negated) = match read.operands.get(3) {
         Some(Operand::Not(it)) => (Some(read.source_of(it)?), true),
         Some(it) => (Some(read.source_of(it)?), false),
@@ -759,7 +759,7 @@ fn ordering_of<T: Value>(a: Source, b: Source, f: fn(T, T) -> Ordering) -> Compa
     Box::new(move |t, block| f(T::of(a.get(t, block)), T::of(b.get(t, block))))
 }
 
-/// `set.eq.f16.f16 d, a, b`: 1 or all bits where it holds.
+/// `set.eq.f16.f16 d, a, b`: 1 or all bits set if the comparison holds.
 fn set(parts: &[&str], read: &Reader) -> Result<Action, String> {
     let (to, kind) = (parts[parts.len() - 2], parts[parts.len() - 1]);
     let (holds, d, [a, b]) = (compares(parts[1])?, read.destination(0)?, read.sources(1)?);
@@ -777,7 +777,7 @@ fn set(parts: &[&str], read: &Reader) -> Result<Action, String> {
     }))
 }
 
-/// What is converted.
+/// A value to convert.
 enum Number {
     Integer(i128),
     Float(f64),
@@ -808,7 +808,7 @@ fn convert(parts: &[&str], read: &Reader) -> Result<Action, String> {
         true => by_float!(from, T, of_float::<T> as fn(u64) -> Number)?,
         false => by_integer!(from, T, of_integer::<T> as fn(u64) -> Number)?,
     };
-    // To a whole number, where one is asked for.
+    // Rounds to an integer, if requested.
     let whole: fn(f64) -> f64 = match () {
         () if parts.contains(&"rni") => f64::round_ties_even,
         () if parts.contains(&"rzi") => f64::trunc,

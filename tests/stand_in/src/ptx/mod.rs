@@ -1,7 +1,7 @@
-//! PTX, NVIDIA's assembly of no particular device, run thread by thread.
+//! An interpreter for PTX, NVIDIA's device-independent assembly, that runs thread by thread.
 //!
-//! Source: "Parallel Thread Execution ISA", version 9.0. What candle's and our kernels do not use is not here, and is an error
-//! when it is come to.
+//! Source: "Parallel Thread Execution ISA", version 9.0. Instructions that candle's and this project's
+//! kernels do not use are missing, and are an error when reached.
 
 mod lower;
 mod parse;
@@ -14,15 +14,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) use run::{Grid, run};
 pub(crate) use value::to_odd;
 
-/// Where kernels see a block's shared memory, and a thread's own: addresses of any memory tell which they are of.
+/// Base addresses of a block's shared memory and of a thread's local memory; they identify the memory that an
+/// address belongs to.
 pub(crate) const SHARED: u64 = 2 << 56;
 pub(crate) const LOCAL: u64 = 3 << 56;
 
-/// A text of kernels. Each is understood when it is first asked for.
+/// A PTX module. Each kernel is parsed when it is first requested.
 pub(crate) struct Module {
-    /// The text of each kernel, from its parameters on.
+    /// The text of each kernel, starting with its parameters.
     texts: HashMap<String, String>,
-    /// Variables of all kernels' shared memory, and of the device's.
+    /// Shared variables of all kernels, and the addresses of global variables.
     shared: Vec<parse::Variable>,
     globals: HashMap<String, u64>,
     known: Mutex<HashMap<String, Arc<Kernel>>>,
@@ -31,21 +32,21 @@ pub(crate) struct Module {
 /// A kernel, ready to run.
 pub(crate) struct Kernel {
     pub(crate) name: String,
-    /// Where each parameter lies among all, and its bytes.
+    /// The offset and the size in bytes of each parameter.
     pub(crate) parameters: Vec<(usize, usize)>,
     code: Vec<lower::Instruction>,
     registers: usize,
-    /// Bytes of shared memory that it declares, and of a thread's own.
+    /// Bytes of shared memory that it declares, and of local memory per thread.
     shared: usize,
     local: usize,
     /// Whether threads wait for each other.
     collective: bool,
-    /// Whether blocks change what others do.
+    /// Whether blocks depend on each other through atomics.
     atomic: bool,
 }
 
 impl Module {
-    /// `place` puts the initial values of a variable on the device, and says where.
+    /// `place` puts a variable's initial values on the device, and returns their address.
     pub(crate) fn new(
         text: &str,
         mut place: impl FnMut(&[u8]) -> Result<u64, String>,
@@ -61,7 +62,7 @@ impl Module {
         Ok(Module { texts, shared, globals, known: Mutex::default() })
     }
 
-    /// A kernel by its name; `None` where there is none.
+    /// A kernel by its name; `None` if there is no such kernel.
     pub(crate) fn kernel(&self, name: &str) -> Option<Result<Arc<Kernel>, String>> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(kernel) = known.get(name) {

@@ -1,4 +1,4 @@
-//! From text to statements.
+//! Parses PTX text into statements.
 
 use std::collections::HashMap;
 
@@ -9,23 +9,23 @@ pub(crate) enum Space {
     Global,
 }
 
-/// Memory that has a name.
+/// A named memory region.
 #[derive(Clone, Debug)]
 pub(crate) struct Variable {
     pub(crate) space: Space,
     pub(crate) name: String,
     pub(crate) align: usize,
-    /// Zeros where the text gives no values.
+    /// Zeros if the text gives no values.
     pub(crate) initial: Vec<u8>,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Operand {
-    /// By its number.
+    /// A register's number.
     Register(usize),
-    /// Its bits.
+    /// A constant's bits.
     Immediate(u64),
-    /// A name: of a special register, a variable, a parameter or a label.
+    /// The name of a special register, a variable, a parameter or a label.
     Name(String),
     Address(Box<Operand>, i64),
     Vector(Vec<Operand>),
@@ -33,13 +33,13 @@ pub(crate) enum Operand {
     Pair(Box<Operand>, Box<Operand>),
     /// `!p`.
     Not(Box<Operand>),
-    /// A result that nobody wants, `_`.
+    /// An unused result, `_`.
     Nowhere,
 }
 
 #[derive(Debug)]
 pub(crate) struct Statement {
-    /// A predicate's register, and whether it must be false.
+    /// A predicate register, and whether it must be false.
     pub(crate) guard: Option<(usize, bool)>,
     /// `add.s32` is `["add", "s32"]`.
     pub(crate) opcode: Vec<String>,
@@ -47,13 +47,13 @@ pub(crate) struct Statement {
     pub(crate) text: String,
 }
 
-/// A kernel's text, taken apart.
+/// A parsed kernel.
 #[derive(Debug, Default)]
 pub(crate) struct Parsed {
-    /// Name, place and bytes.
+    /// Name, offset and bytes.
     pub(crate) parameters: Vec<(String, usize, usize)>,
     pub(crate) statements: Vec<Statement>,
-    /// To the number of the statement behind it.
+    /// Each label's target: the number of the statement after it.
     pub(crate) labels: HashMap<String, usize>,
     pub(crate) variables: Vec<Variable>,
     pub(crate) registers: usize,
@@ -63,7 +63,7 @@ pub(crate) struct Parsed {
 pub(crate) fn module(text: &str) -> Result<(HashMap<String, String>, Vec<Variable>), String> {
     let text = without_comments(text);
     let (mut kernels, mut variables, mut rest) = (HashMap::new(), Vec::new(), text.as_str());
-    // Whatever stands between braces at the top is a kernel, a function (which is left out) or a list of values.
+    // At the top level, braces enclose a kernel, a function (which is skipped) or a list of values.
     while let Some(end) = rest.find(['{', ';']) {
         let head = rest[..end].trim();
         if rest[end..].starts_with(';') {
@@ -88,7 +88,7 @@ fn without_comments(text: &str) -> String {
     text.lines().map(|line| line.split("//").next().unwrap_or("")).collect::<Vec<_>>().join("\n")
 }
 
-/// The place of the brace that closes the first.
+/// The position of the brace that closes the first one.
 fn closing(text: &str) -> Option<usize> {
     let mut depth = 0;
     text.bytes().position(|byte| {
@@ -97,7 +97,7 @@ fn closing(text: &str) -> Option<usize> {
     })
 }
 
-/// `.global .align 4 .b8 name[24]`, with its values.
+/// Parses `.global .align 4 .b8 name[24]` and its values.
 fn variable(head: &str, values: &str) -> Result<Option<Variable>, String> {
     let head = head.trim_end_matches('=').trim();
     let words: Vec<&str> = head.split_whitespace().collect();
@@ -126,7 +126,7 @@ fn variable(head: &str, values: &str) -> Result<Option<Variable>, String> {
     Ok(Some(variable))
 }
 
-/// Bytes of a type.
+/// The size of a type in bytes.
 pub(crate) fn width(kind: &str) -> Option<usize> {
     Some(match kind.trim_start_matches('.') {
         "u8" | "s8" | "b8" => 1,
@@ -167,7 +167,7 @@ impl<'a> Tokens<'a> {
         }
         let end = self.text.find(|c| !is_word(c)).unwrap_or(self.text.len());
         let mut word = &self.text[..end];
-        // A colon belongs to a word in `L1::evict_last`, and ends a label.
+        // A colon is part of a word in `L1::evict_last`, and ends a label.
         if word.ends_with(':') {
             word = &word[..word.len() - 1];
         }
@@ -206,7 +206,7 @@ impl<'a> Tokens<'a> {
         word.parse().map_err(|_| format!("expected a number, got {word}"))
     }
 
-    /// The rest of `.b8 name[24]`, from the name on.
+    /// Parses the rest of `.b8 name[24]`, starting with the name.
     fn variable(&mut self, space: Space, align: usize, kind: &str) -> Result<Variable, String> {
         let bytes = width(kind).ok_or_else(|| format!("{kind} is no type"))?;
         let (name, mut count) = (self.word()?, 1);
@@ -218,12 +218,12 @@ impl<'a> Tokens<'a> {
     }
 }
 
-/// Takes a kernel's text apart, from its parameters on.
+/// Parses a kernel's text, starting with its parameters.
 pub(crate) fn kernel(text: &str) -> Result<Parsed, String> {
     let mut tokens = Tokens::new(text);
     let mut kernel = Parsed::default();
     parameters(&mut tokens, &mut kernel)?;
-    // What may stand before the body: `.maxntid 1024, 1, 1`.
+    // Directives before the body, such as `.maxntid 1024, 1, 1`.
     while !tokens.eat('{') {
         tokens.next().ok_or("no body")?;
     }
@@ -234,7 +234,7 @@ pub(crate) fn kernel(text: &str) -> Result<Parsed, String> {
     Ok(kernel)
 }
 
-/// `(.param .u64 a, .param .align 8 .b8 b[96])`.
+/// Parses `(.param .u64 a, .param .align 8 .b8 b[96])`.
 fn parameters(tokens: &mut Tokens, kernel: &mut Parsed) -> Result<(), String> {
     tokens.expect('(')?;
     let mut end = 0usize;
@@ -302,7 +302,7 @@ fn statement(tokens: &mut Tokens, kernel: &mut Parsed, scopes: &mut Scopes) -> R
     Ok(())
 }
 
-/// `.reg .b32 %r<44>;` and other declarations.
+/// Parses `.reg .b32 %r<44>;` and other declarations.
 fn directive(
     word: &str,
     tokens: &mut Tokens,
@@ -325,12 +325,13 @@ fn directive(
         return tokens.expect(';');
     }
     if word.starts_with(".reg") {
-        // The type, which may be written without a space.
+        // The type may be written without a space.
         if word == ".reg" {
             tokens.word()?;
         }
         while !tokens.eat(';') {
-            // A family, `%r<44>`, is numbered as its members are met; others belong to the braces around them.
+            // Members of a family, `%r<44>`, are numbered when they occur; other registers belong to the
+            // enclosing braces.
             let name = tokens.word()?;
             if tokens.eat('<') {
                 tokens.number()?;
@@ -349,7 +350,7 @@ fn directive(
     Ok(())
 }
 
-/// The number of a register; a new one where the name is new.
+/// The number of a register; new names get a new number.
 fn register(name: &str, kernel: &mut Parsed, scopes: &mut Scopes) -> usize {
     if let Some(number) = scopes.iter().rev().find_map(|scope| scope.get(name)) {
         return *number;

@@ -1,13 +1,14 @@
-//! Runs a kernel: block after block, thread after thread, each as far as it comes alone.
+//! Runs a kernel block by block and thread by thread, each thread as far as it gets on its own.
 //!
-//! The last block and the last thread go first: who counts on the opposite, without waiting, is found out.
+//! The last block and the last thread run first, which exposes code that relies on the opposite order without
+//! waiting.
 
 use super::lower::{Source, Step};
 use super::{Kernel, LOCAL, SHARED};
 use crate::memory::{Memory, Range};
 use std::cell::{Cell, RefCell};
 
-/// What went wrong in a kernel.
+/// An error in a kernel.
 #[derive(Debug)]
 pub(crate) struct Fault(Box<str>);
 
@@ -22,26 +23,26 @@ impl From<&str> for Fault {
     }
 }
 
-/// Sizes of a launch.
+/// The dimensions of a launch.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Grid {
     pub(crate) blocks: [u32; 3],
     pub(crate) threads: [u32; 3],
-    /// Bytes of shared memory beside what the kernel declares.
+    /// Bytes of dynamic shared memory, in addition to what the kernel declares.
     pub(crate) shared: usize,
 }
 
-/// Why a thread goes no further by itself.
+/// Why a thread has stopped.
 #[derive(Clone, Copy)]
 pub(super) enum Stop {
     Done,
-    /// Until all threads of the block are here.
+    /// Waits until all threads of the block get here.
     Barrier,
-    /// Until its warp is.
+    /// Waits for threads of its warp.
     Warp(Wait),
 }
 
-/// What threads of a warp do together.
+/// A collective operation of a warp.
 #[derive(Clone, Copy)]
 pub(super) enum Wait {
     Sync {
@@ -68,7 +69,7 @@ enum State {
 pub(super) struct Thread {
     pub(super) registers: Vec<u64>,
     pub(super) index: [u32; 3],
-    /// Within its block.
+    /// Index within the block.
     pub(super) number: u32,
     at: usize,
     state: State,
@@ -81,12 +82,12 @@ pub(super) struct Block<'a> {
     pub(super) parameters: &'a [u8],
     shared: RefCell<Vec<u8>>,
     memory: &'a Memory,
-    /// Where an access was found last: the next is mostly there too.
+    /// Recently accessed ranges, which the next access is likely to hit.
     recent: [Cell<Range>; 8],
 }
 
 impl Block<'_> {
-    /// Where the host finds `bytes` bytes that a thread means by `address`.
+    /// The host address of `bytes` bytes at `address`, as this thread sees it.
     pub(super) fn locate(&self, thread: &mut Thread, address: u64, bytes: usize) -> Result<*mut u8, Fault> {
         if !address.is_multiple_of(bytes as u64) {
             return Err(format!("{bytes} bytes at {address:#x}, which is no multiple of that").into());
@@ -118,7 +119,7 @@ impl Block<'_> {
     }
 }
 
-/// Runs a kernel to its end.
+/// Runs a kernel to completion.
 pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memory) -> Result<(), String> {
     let [x, y, z] = grid.blocks;
     let threads: u32 = grid.threads.iter().product();
@@ -126,7 +127,7 @@ pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memor
         return Err(format!("{}: a launch of {grid:?}", kernel.name));
     }
     let blocks = u64::from(x) * u64::from(y) * u64::from(z);
-    // Each takes every so manieth block; one takes all where it matters who comes first.
+    // Each worker takes every n-th block; a single worker takes all if the order of blocks matters.
     let workers =
         if kernel.atomic { 1 } else { std::thread::available_parallelism().map_or(1, |it| it.get() as u64) };
     let work = |worker: u64| {
@@ -145,7 +146,7 @@ pub(crate) fn run(kernel: &Kernel, grid: Grid, parameters: &[u8], memory: &Memor
     })
 }
 
-/// Fewer threads than this are not worth a second worker.
+/// With fewer threads than this, a second worker is not worth it.
 const FEW: u64 = 4096;
 
 /// Runs some of a kernel's blocks.
@@ -182,7 +183,7 @@ fn some(
     Ok(())
 }
 
-/// All threads of a block, which wait for each other.
+/// Runs all threads of a block that wait for each other.
 fn together(kernel: &Kernel, threads: &mut [Thread], block: &Block) -> Result<(), Fault> {
     block.shared.borrow_mut().fill(0xff);
     (0u32..).zip(threads.iter_mut()).for_each(|(number, thread)| thread.start(number, block.grid));
@@ -211,7 +212,7 @@ fn together(kernel: &Kernel, threads: &mut [Thread], block: &Block) -> Result<()
     }
 }
 
-/// Lets the threads of a warp do what they wait for, once all of those that take part are there.
+/// Executes a warp's collective operations whose participants have all arrived.
 fn meet(warp: &mut [Thread], stops: &[Option<Stop>], block: &Block) -> Result<bool, Fault> {
     let mut moved = false;
     for first in 0..warp.len() {
@@ -275,7 +276,7 @@ impl Thread {
         self.local.fill(0xff);
     }
 
-    /// Goes on until it is done, or must wait.
+    /// Runs until the thread is done or must wait.
     fn go(&mut self, kernel: &Kernel, block: &Block) -> Result<Stop, Fault> {
         loop {
             let Some(instruction) = kernel.code.get(self.at) else {

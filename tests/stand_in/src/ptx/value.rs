@@ -1,8 +1,8 @@
-//! Numbers in registers: what the bits of one are, and what is made of them.
+//! Numbers in registers: their types and arithmetic.
 
 use half::{bf16, f16};
 
-/// A type of a register's lowest bits.
+/// A type stored in a register's lowest bits.
 pub(crate) trait Value: Copy + Send + Sync + 'static {
     fn of(bits: u64) -> Self;
     fn bits(self) -> u64;
@@ -14,7 +14,7 @@ macro_rules! integers {
             fn of(bits: u64) -> Self { bits as $unsigned }
             fn bits(self) -> u64 { self as u64 }
         }
-        // The sign goes on through all bits, as a load into a wider register wants it.
+        // Sign-extended, as a load into a wider register requires.
         impl Value for $signed {
             fn of(bits: u64) -> Self { bits as $signed }
             fn bits(self) -> u64 { self as i64 as u64 }
@@ -42,7 +42,7 @@ macro_rules! floats {
 }
 floats!(f32, u32; f64, u64; f16, u16; bf16, u16);
 
-/// Floating types: arithmetic in 64 bits, rounded once, is exact enough for all of them but f64, where it is f64's own.
+/// Floating types. Arithmetic in 64 bits, rounded once, is exact enough for all of them; for f64 it is f64 arithmetic.
 pub(crate) trait Float: Value {
     fn wide(self) -> f64;
     fn narrow(x: f64) -> Self;
@@ -86,7 +86,7 @@ impl Float for bf16 {
     }
 }
 
-/// Down, up, or towards zero to 32 bits; `Nearest` elsewhere.
+/// Rounding to 32 bits. All other types are rounded to nearest.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Rounding {
     Nearest,
@@ -107,8 +107,9 @@ pub(crate) fn to_f32(x: f64, rounding: Rounding) -> f32 {
     }
 }
 
-/// To 32 bits, of which the last is 1 where something was left out: so that whoever rounds further rounds as from all bits
-/// (Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums"). `from_f64` of the half types leaves bits out.
+/// Rounds to 32 bits, setting the last bit to 1 if the result is inexact, so a further rounding gives the
+/// same as from all bits (Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums").
+/// `from_f64` of the half types drops bits.
 pub(crate) fn to_odd(x: f64) -> f32 {
     let cut = to_f32(x, Rounding::Zero);
     if f64::from(cut) == x || x.is_nan() { cut } else { f32::from_bits(cut.to_bits() | 1) }

@@ -1,6 +1,7 @@
-//! Plans of cuDNN itself for devices that need not be here: it is told of them, and plans without executing.
+//! Plans by the real cuDNN for devices that need not be present: it gets their descriptions, and plans
+//! without executing.
 //!
-//! `CANDLEPOWER_TEST_CUDNN=1` says that cuDNN, 9.11 or later, is where libraries are looked for.
+//! `CANDLEPOWER_TEST_CUDNN=1` declares that cuDNN, 9.11 or later, can be loaded.
 
 use super::*;
 use crate::cuda::backend::Attribute;
@@ -9,23 +10,23 @@ use candle_core::cuda_backend::cudarc::cudnn::sys::cudnnBackendAttributeType_t a
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-// SAFETY: letters of one byte.
+// SAFETY: these are one-byte characters.
 unsafe impl Attribute for u8 {
     const TYPE: Type = Type::CUDNN_TYPE_CHAR;
 }
 
-/// What devices differ in.
+/// Properties that differ between devices.
 struct Known {
     name: &'static str,
     /// Compute capability x.y as 100 x + 10 y.
     version: u32,
     /// Multiprocessors, and the blocks and threads that each holds at once.
     processors: [u32; 3],
-    /// KiB of shared memory that a block can ask for.
+    /// Maximum shared memory of a block, in KiB.
     shared: u32,
-    /// GiB.
+    /// Memory in GiB.
     memory: u64,
-    /// MiB of second-level cache.
+    /// L2 cache in MiB.
     cache: u32,
 }
 
@@ -59,7 +60,7 @@ impl Known {
         Target::Described(told.unwrap())
     }
 
-    /// In which types it computes.
+    /// Whether the device computes in this dtype.
     fn has(&self, dtype: DType) -> bool {
         dtype != DType::BF16 || self.version >= 800
     }
@@ -71,7 +72,7 @@ const L4: Known = Known::new("NVIDIA L4", 890, [58, 24, 1536], 99, 24, 48);
 const H200: Known = Known::new("NVIDIA H200", 900, [132, 32, 2048], 227, 140, 60);
 const B200: Known = Known::new("NVIDIA B200", 1000, [148, 32, 2048], 227, 180, 126);
 
-/// Whether cuDNN is here; says so where it is not.
+/// Whether cuDNN is available; prints a message if not.
 fn is_here() -> bool {
     let is_here = std::env::var_os("CANDLEPOWER_TEST_CUDNN").is_some();
     if !is_here {
@@ -82,24 +83,24 @@ fn is_here() -> bool {
 
 const PASSES: [Pass; 3] = [Pass::Forward, Pass::BackwardData, Pass::BackwardFilter];
 
-/// On memory that lies well.
+/// A key for well-aligned memory.
 fn key(g: Geometry, pass: Pass, dtype: DType) -> Key {
     Key { g, pass, add: false, dtype, alignments: [ALIGNMENT; 3], tf32: false }
 }
 
-/// The plans by all engines that are allowed.
+/// The plans with all allowed engines.
 fn all(target: &Target, key: &Key) -> Vec<Plan> {
     let next = |last: &Plan| Plan::new(target, key, last.number).ok();
     std::iter::successors(Plan::new(target, key, 0).ok(), next).collect()
 }
 
-/// What cuDNN notes of a plan's engine.
+/// cuDNN's notes on a plan's engine.
 fn notes_of(plan: &Plan) -> Vec<Note> {
     let config = Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG;
     notes(&plan.execution.get_part(config, Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR).unwrap()).unwrap()
 }
 
-/// What cuDNN notes of the engines that it proposes first, allowed or not.
+/// cuDNN's notes on the engines that it proposes first, allowed or not.
 fn proposed(target: &Target, key: &Key) -> Vec<Vec<Note>> {
     let parts = operation(key).unwrap();
     let graph = target.graph(&parts[0]).unwrap();
@@ -112,8 +113,8 @@ fn half_precision_runs_on_tensor_cores_by_the_engine_that_comes_first() {
     if !is_here() {
         return;
     }
-    // The tutorial's layers, of 16 and 64 samples: at later steps, and where x of the first step has 64 channels; then the
-    // gradients of weights over nine steps.
+    // The tutorial's layers, with 16 and 64 samples: at later steps, and where x of the first step has 64
+    // channels; then the weight gradients over nine steps.
     let steps =
         [16, 64].map(|batch| [64, 72, 128].map(|inputs| Geometry::of_3x3(batch, 64, inputs, 256))).concat();
     let all_steps =
@@ -153,7 +154,7 @@ fn engines_that_are_not_allowed_are_passed_over() {
                 !has(&plans, Note::NONDETERMINISTIC) && !has(&plans, Note::DOWN_CONVERT_INPUTS),
                 "{pass:?}"
             );
-            // Each is another one.
+            // Each plan uses a different engine.
             assert!(plans.iter().map(|plan| plan.number).eq(1..=plans.len()), "{pass:?}");
         }
         is_any_loose |= proposed(&target, &whole).iter().any(|notes| notes.contains(&Note::NONDETERMINISTIC));
@@ -167,7 +168,7 @@ fn a_step_that_is_as_large_as_a_call_may_be_is_planned() {
         return;
     }
     let target = H200.target();
-    // 2^30 values of gates, also where the gradient is added to what is there.
+    // 2^30 gate values, also if the gradient is added to existing values.
     for add in [false, true] {
         for pass in PASSES {
             let key = Key { add, ..key(Geometry::of_3x3(1024, 64, 128, 256), pass, DType::BF16) };

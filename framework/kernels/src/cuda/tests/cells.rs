@@ -1,4 +1,4 @@
-//! The pointwise parts of recurrent cells.
+//! Tests of the pointwise parts of recurrent cells.
 
 use super::{Host, assert_close, at, random, run};
 use crate::cuda::arguments::{Blend, Blended, MOST_GATES, MemoryUpdate, OpenOutput, SumGates, Term};
@@ -10,7 +10,8 @@ const ROWS: usize = 5;
 const WIDTH: usize = 4;
 const TOLERANCE: f32 = 1e-6;
 
-/// The op's result on the CPU and, from the gradient `d` of that, the gradients of its inputs (rows, columns).
+/// The op's result on the CPU and, given the gradient `d` of the result, the gradients of its inputs (rows,
+/// columns).
 fn on_cpu(inputs: &[&[f32]], d: &[f32], op: impl Fn(&[Var]) -> Result<Tensor>) -> Vec<Vec<f32>> {
     let var = |x: &&[f32]| Var::from_slice(x, (ROWS, x.len() / ROWS), &Device::Cpu).unwrap();
     let vars: Vec<Var> = inputs.iter().map(var).collect();
@@ -129,7 +130,7 @@ fn outputs_are_opened() {
 #[test]
 fn two_are_blended_by_a_third() {
     let Some(host) = Host::new() else { return };
-    // The gate and b lie in one tensor, of which a part is neither.
+    // The gate and b are in one tensor, part of which is neither.
     let (one, a, d) = (random(ROWS * 3 * WIDTH, 1), random(ROWS * WIDTH, 2), random(ROWS * WIDTH, 3));
     let expected = on_cpu(&[&one, &a], &d, |x| blend(WIDTH, (&x[0], 2), (&x[1], 0), (&x[0], 0)));
     for at_once in [1, WIDTH] {

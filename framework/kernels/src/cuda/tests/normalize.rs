@@ -1,4 +1,4 @@
-//! Normalisation, with a weight for each channel and for each value.
+//! Tests of normalisation, with one weight per channel and per value.
 
 use super::{Half, Host, assert_close, at, random, run, wide};
 use crate::cuda::arguments::{
@@ -14,10 +14,10 @@ use std::sync::Mutex;
 const EPS: f64 = 1e-5;
 const SLOPE: f32 = 0.2;
 
-/// What is normalised: samples, pixels, channels, and groups of a sample.
+/// Sizes to normalise: samples, pixels, channels, and groups per sample.
 type Case = [usize; 4];
 
-/// The result, and the gradients of x, weight and bias, all of which come as they are in memory.
+/// The result, and the gradients of x, weight and bias, as flat vectors.
 fn on_host<T: Half>(
     host: &Mutex<Host>,
     [samples, pixels, channels, groups]: Case,
@@ -26,7 +26,7 @@ fn on_host<T: Half>(
     then: u32,
     at_once: usize,
 ) -> [Vec<f32>; 4] {
-    /// Pixels of a part, and parts that are added up.
+    /// Pixels per part.
     const FEW: usize = 3;
     let sizes = Sizes {
         samples: samples as u32,
@@ -103,7 +103,7 @@ fn on_host<T: Half>(
     [wide(&y), wide(&dx), d_weight, d_bias]
 }
 
-/// The same by the CPU's op of x (samples, pixels, channels), weight and bias.
+/// The same results by the CPU op on x (samples, pixels, channels), weight and bias.
 fn on_cpu(
     [samples, pixels, channels, _]: Case,
     [x, dy]: [Vec<f32>; 2],
