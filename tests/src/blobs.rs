@@ -1,4 +1,4 @@
-//! Moving blobs: tiny videos, every sample different, for tests of training.
+//! Moving blobs: tiny videos, each sample different, for tests of training.
 
 use candle_core::{Device, Tensor};
 use candlepower::Result;
@@ -6,9 +6,9 @@ use candlepower::batch::{Video, VideoSpec};
 use candlepower::data::{Dataset, Sample};
 use candlepower::rand::Rng;
 
-/// `samples` videos of one bright blob that moves straight on, 3 frames in, 2 out, 8x8 pixels.
+/// `samples` videos of one bright blob that moves in a straight line: 3 frames in, 2 out, 8x8 pixels.
 pub struct Blobs {
-    /// How many samples there are.
+    /// The number of samples.
     pub samples: usize,
 }
 

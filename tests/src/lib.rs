@@ -15,8 +15,8 @@ use candle_core::{DType, Device, Tensor};
 use candlepower::accelerator::Accelerator;
 use candlepower::params::Params;
 
-/// Where the models of the reference numbers run: on the CPU, or, with `CANDLEPOWER_TEST_DEVICE=cuda`, on the first CUDA
-/// device.
+/// The device for models compared with reference numbers: the CPU or, with `CANDLEPOWER_TEST_DEVICE=cuda`,
+/// the first CUDA device.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     let open = || match std::env::var("CANDLEPOWER_TEST_DEVICE").as_deref() {
@@ -26,7 +26,7 @@ pub fn device() -> Device {
     DEVICE.get_or_init(open).clone()
 }
 
-/// The folder of the fixtures: `$CANDLEPOWER_GOLDEN` where set, else the ones kept beside the tests.
+/// The folder of the fixtures: `$CANDLEPOWER_GOLDEN` if set, otherwise the one next to the tests.
 pub fn golden_dir() -> PathBuf {
     match std::env::var_os("CANDLEPOWER_GOLDEN") {
         Some(dir) => dir.into(),
@@ -34,14 +34,15 @@ pub fn golden_dir() -> PathBuf {
     }
 }
 
-/// A fixture of this project's own, by its file's name: in the folder of the fixtures where that has one, else beside the tests.
+/// The path of one of this project's own fixtures, by file name: in [`golden_dir`] if it is there, else next
+/// to the tests.
 pub fn own_fixture(name: &str) -> PathBuf {
     let given = golden_dir().join(name);
     if given.exists() { given } else { Path::new(env!("CARGO_MANIFEST_DIR")).join("golden").join(name) }
 }
 
-/// The path `part` of the folder that `variable` names, or else of `beside` in the folder `shared` beside the
-/// repository; says so where there is no such thing.
+/// The path `part` in the folder that `variable` names, or otherwise in `beside` within the folder `shared`
+/// next to the repository. Prints a message and returns `None` if it does not exist.
 pub fn outside(variable: &str, beside: &str, part: &str) -> Option<PathBuf> {
     let shared = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared").join(beside);
     let path = std::env::var_os(variable).map_or(shared, PathBuf::from).join(part);
@@ -52,7 +53,7 @@ pub fn outside(variable: &str, beside: &str, part: &str) -> Option<PathBuf> {
     Some(path)
 }
 
-/// A fixture: tensors by name, and the hyper-parameters they were made with.
+/// A fixture: tensors by name, and the hyper-parameters that produced them.
 pub struct Golden {
     /// Every tensor of the file.
     pub tensors: HashMap<String, Tensor>,
@@ -78,12 +79,12 @@ impl Golden {
         self.tensors.get(name).unwrap_or_else(|| panic!("the fixture has no tensor `{name}`"))
     }
 
-    /// A whole number among the hyper-parameters.
+    /// An integer among the hyper-parameters.
     pub fn size(&self, name: &str) -> usize {
         self.hparams[name].as_u64().unwrap_or_else(|| panic!("the fixture has no size `{name}`")) as usize
     }
 
-    /// The tensors under `prefix`, without it.
+    /// The tensors whose names start with `prefix`, with the prefix removed.
     pub fn under(&self, prefix: &str) -> HashMap<String, Tensor> {
         let strip = |(name, tensor): (&String, &Tensor)| {
             Some((name.strip_prefix(prefix)?.to_string(), tensor.clone()))
@@ -93,7 +94,7 @@ impl Golden {
 }
 
 impl Golden {
-    /// Gives a model's parameters and buffers the fixture's values; fails where the names differ.
+    /// Sets a model's parameters and buffers to the fixture's values. Panics if the names differ.
     pub fn load(&self, params: &Params) {
         for (prefix, vars) in [("param.", params.vars()), ("buffer.", params.buffers())] {
             let values = self.under(prefix);
@@ -113,12 +114,12 @@ impl Golden {
         params.roll_back_buffers().unwrap();
     }
 
-    /// Whether this parameter's gradient is nothing but rounding.
+    /// Whether this parameter's gradient is only rounding error.
     pub fn has_no_true_gradient(&self, name: &str) -> bool {
         self.hparams["zero_true_grad"].as_array().is_some_and(|names| names.iter().any(|n| n == name))
     }
 
-    /// Compares every parameter's gradient, but those that are nothing but rounding.
+    /// Compares every parameter's gradient, except those that are only rounding errors.
     #[track_caller]
     pub fn assert_gradients(&self, params: &Params, grads: &GradStore, tolerance: f64) {
         let mut compared = 0;
@@ -147,12 +148,12 @@ impl Golden {
     }
 }
 
-/// A fixture of the folder of fixtures.
+/// Opens a fixture in the folder of fixtures.
 pub fn golden(name: &str) -> Golden {
     Golden::open(&golden_dir(), name)
 }
 
-/// The largest difference, relative to the largest value that is expected.
+/// The largest difference, relative to the largest expected value.
 pub fn relative_error(actual: &Tensor, expected: &Tensor) -> f64 {
     assert_eq!(actual.dims(), expected.dims(), "shapes differ");
     let largest = |t: &Tensor| -> f64 {
@@ -164,7 +165,8 @@ pub fn relative_error(actual: &Tensor, expected: &Tensor) -> f64 {
     largest(&(actual - &expected).unwrap()) / largest(&expected).max(f64::MIN_POSITIVE)
 }
 
-/// Fails where `actual` is further than `tolerance` from `expected`, relative to the largest value expected.
+/// Panics if `actual` differs from `expected` by more than `tolerance`, relative to the largest expected
+/// value.
 #[track_caller]
 pub fn assert_close(what: &str, actual: &Tensor, expected: &Tensor, tolerance: f64) {
     let error = relative_error(actual, expected);

@@ -1,4 +1,4 @@
-//! A tiny regression with batch normalisation, whose running statistics are part of what is trained.
+//! A tiny regression with batch normalization, whose running statistics are part of the trained state.
 
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, Linear, linear};
@@ -8,10 +8,10 @@ use candlepower::prelude::*;
 
 use crate::device;
 
-/// The factor of the loss: what makes gradients overflow in fp16.
+/// A steepness at which gradients do not overflow in fp16.
 pub const CALM: f64 = 1.;
 
-/// A product, batch normalisation, a product.
+/// A linear layer, batch normalization, a linear layer.
 pub struct Normed {
     first: Linear,
     norm: BatchNorm,
@@ -20,7 +20,8 @@ pub struct Normed {
 }
 
 impl Normed {
-    /// The module with its parameters `first.*`, `norm.*` and `second.*`; its gradients are so many times as steep.
+    /// The module with its parameters `first.*`, `norm.*` and `second.*`. Its gradients are multiplied by
+    /// `steepness`.
     pub fn model(seed: u64, precision: Precision, steepness: f64) -> Model<Tensors> {
         let build = move |vb: VarBuilder| {
             Ok(Self {

@@ -1,4 +1,5 @@
-//! A tiny regression with everything that randomness can touch: augmented samples, dropout, a changing learning rate.
+//! A tiny regression that uses every source of randomness: augmented samples, dropout, a changing learning
+//! rate.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Linear, linear};
@@ -8,9 +9,9 @@ use candlepower::rand::Rng;
 
 use crate::device;
 
-/// Points on a line in four dimensions, each sample another one, with noise drawn anew in every epoch.
+/// Points on a line in four dimensions; every sample is different, with new noise in every epoch.
 pub struct Points {
-    /// How many samples there are.
+    /// The number of samples.
     pub samples: usize,
 }
 
@@ -44,9 +45,9 @@ impl Dataset for Points {
     }
 }
 
-/// The same points in turn; nobody says how many there are.
+/// The same points in order, as a stream of unknown length.
 pub struct PointStream {
-    /// How many samples there are.
+    /// The number of samples.
     pub samples: usize,
 }
 
@@ -70,7 +71,7 @@ impl Stream for PointStream {
 pub struct Dropped {
     first: Linear,
     second: Linear,
-    /// Whether the mean index is also logged as that of the epoch.
+    /// Whether the mean index is also logged for the epoch.
     logs_epochs: bool,
 }
 
@@ -80,12 +81,13 @@ impl Dropped {
         Self::in_precision(seed, Precision::Full)
     }
 
-    /// The same in another number format.
+    /// Like [`model`](Self::model), with the given number format.
     pub fn in_precision(seed: u64, precision: Precision) -> Model<Tensors> {
         Self::logging(false, seed, precision)
     }
 
-    /// The same, which also logs the mean index of each epoch, as `epoch_index`.
+    /// Like [`in_precision`](Self::in_precision), and also logs the mean index of each epoch as
+    /// `epoch_index`.
     pub fn logging_epochs(seed: u64, precision: Precision) -> Model<Tensors> {
         Self::logging(true, seed, precision)
     }
@@ -95,7 +97,7 @@ impl Dropped {
         Model::with_precision(build, seed, &device(), precision).unwrap()
     }
 
-    /// The module itself.
+    /// Builds the module itself.
     pub fn build(vb: VarBuilder) -> Result<Self> {
         let (first, second) = (linear(4, 8, vb.pp("first"))?, linear(8, 1, vb.pp("second"))?);
         Ok(Self { first, second, logs_epochs: false })

@@ -1,4 +1,4 @@
-//! A callback that writes down what it is told.
+//! A callback that records its calls.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use candle_core::Tensor;
 use candlepower::prelude::*;
 
-/// Everything that a run told, in order, a line each; clones share it.
+/// All calls of a run, in order, one line each; clones share the record.
 #[derive(Clone, Default)]
 pub struct Recorder {
     lines: Arc<Mutex<Vec<String>>>,
@@ -16,22 +16,22 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// One that asks to stop after this step.
+    /// A recorder that asks to stop after this step.
     pub fn stopping_at(step: u64) -> Self {
         Self { stop_at: Some(step), ..Default::default() }
     }
 
-    /// What was told, without the checkpoints, whose moment depends on the disk.
+    /// The recorded calls, except checkpoints, whose timing depends on the disk.
     pub fn lines(&self) -> Vec<String> {
         lock(&self.lines).clone()
     }
 
-    /// The steps of the checkpoints that were told, in order.
+    /// The steps of the reported checkpoints, in order.
     pub fn checkpoints(&self) -> Vec<u64> {
         lock(&self.checkpoints).clone()
     }
 
-    /// The metrics that were told, of training and validation.
+    /// The reported metrics of training and validation.
     pub fn records(&self) -> Vec<Record> {
         lock(&self.records).clone()
     }

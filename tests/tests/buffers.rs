@@ -1,4 +1,4 @@
-//! Buffers: part of a model's state, changed by the steps that are taken and by nothing else.
+//! Buffers: part of a model's state, changed only by the steps that are taken.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -101,7 +101,7 @@ fn a_checkpoint_holds_them_under_pytorchs_names_and_types() {
     );
     assert_eq!(saved["norm.running_mean"].dtype(), DType::F32);
     assert_eq!(saved["norm.num_batches_tracked"].to_scalar::<i64>().unwrap(), STEPS as i64);
-    // No optimizer has a memory of them, and they count as no parameter.
+    // No optimizer keeps state for them, and they do not count as parameters.
     let optimizer =
         candle_core::safetensors::load(dir.path().join("last/optimizer.safetensors"), &Device::Cpu).unwrap();
     assert!(!optimizer.is_empty() && optimizer.keys().all(|name| !name.contains("running")));
@@ -123,7 +123,8 @@ fn evaluation_leaves_them_alone_and_reads_those_of_the_last_step() {
         (buffers(&model), recorder, dir)
     };
     let (never, ..) = run(Some(Every::Steps(1000)));
-    // By the clock it is always time: between the micro-batches of a step, too, whose first half is not to be seen.
+    // With a time of zero a validation is always due, even between a step's micro-batches, whose first half
+    // it must not see.
     let (always, recorder, dir) = run(Some(Every::Time(Duration::ZERO)));
     assert_eq!(never, always);
     assert_eq!(never["norm.num_batches_tracked"], [10.], "two epochs of steps of 4, 4 and 2 samples");
@@ -152,7 +153,7 @@ fn a_step_that_fp16_tries_again_changes_them_once() {
             .unwrap();
         buffers(&model)
     };
-    // The loss scale has to fall many times before the first step can be taken. Powers of two round nothing.
+    // The loss scale must fall many times before the first step is taken. Powers of two do not round.
     let (calm, steep) = (run(CALM), run(1048576.));
     assert_eq!(calm["norm.num_batches_tracked"], [STEPS as f64]);
     for (name, values) in calm {

@@ -1,4 +1,4 @@
-//! Metrics of a whole evaluation: of all samples in their order, whichever batch and rank they were in.
+//! Metrics of a whole evaluation: over all samples in order, regardless of their batch and rank.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::Tensor;
@@ -11,7 +11,7 @@ use candlepower_tests::recorder::Recorder;
 
 type Metrics = fn(&Collected) -> Result<Vec<(String, f64)>>;
 
-/// Collects of each sample, and makes metrics of that.
+/// Collects values for each sample, and computes metrics from them.
 struct Collects {
     linear: Linear,
     collect: fn(&Tensors, &Tensor, &mut Step),
@@ -68,7 +68,7 @@ fn all_samples_come_in_their_order() {
         records[0].metrics["median"]
     };
     let expected = median(1, None);
-    // Of five ranks, some have no batch.
+    // With five ranks, some have no batch.
     for (devices, micro) in [(1, Some(1)), (2, Some(2)), (3, Some(1)), (5, None)] {
         let found = median(devices, micro);
         assert!((found - expected).abs() < 1e-5, "{devices} devices, {micro:?}: {found} for {expected}");

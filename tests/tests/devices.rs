@@ -1,4 +1,4 @@
-//! What modules are made of comes to the same on a device, or of candle's operations on the CPU, as by the CPU's kernels.
+//! Layers and losses give the same results on a device, or with candle's operations, as with the CPU kernels.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::candle_core::Var;
@@ -13,7 +13,8 @@ use candlepower_tests::{assert_close, device};
 
 const CHANNELS: usize = 6;
 
-/// Values of channels whose means and deviations differ, and are not those that running statistics start from.
+/// Values whose channels have different means and deviations, none of them those that running statistics
+/// start with.
 fn random(shape: &[usize], seed: u64, device: &Device) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let count: usize = shape.iter().product();
@@ -22,12 +23,12 @@ fn random(shape: &[usize], seed: u64, device: &Device) -> Tensor {
     Tensor::from_vec(values, shape, &Device::Cpu).unwrap().to_device(device).unwrap()
 }
 
-/// What a layer makes of a tensor, in training.
+/// A layer's forward pass in training.
 type Forward = dyn Fn(&Tensor) -> Result<Tensor>;
-/// A layer over the channels.
+/// Builds a layer over the channels.
 type Layer = fn(VarBuilder) -> Result<Box<Forward>>;
 
-/// What three batches of training make: outputs, gradients, what the buffers hold afterwards.
+/// The results of three training batches: outputs, gradients, and the buffers afterwards.
 fn trained(device: &Device, shape: &[usize], build: Layer) -> Vec<(String, Tensor)> {
     let params = Params::new(3, DType::F32, device);
     let forward = build(params.var_builder()).unwrap();
@@ -53,13 +54,13 @@ fn trained(device: &Device, shape: &[usize], build: Layer) -> Vec<(String, Tenso
 
 fn batch_norm(vb: VarBuilder) -> Result<Box<Forward>> {
     let norm = BatchNorm::new(CHANNELS, Init::Const(1.), vb)?;
-    // The second time as if the batch had come twice.
+    // The second batch counts as if it had come twice.
     let seen = std::cell::Cell::new(0);
     Ok(Box::new(move |x| norm.by_batch(x, if seen.replace(seen.get() + 1) == 1 { 2 } else { 1 })))
 }
 
 fn group_norm(vb: VarBuilder) -> Result<Box<Forward>> {
-    // Of a plain (B, C) too more than two values a group, which would be 1 and -1 whatever they were.
+    // For a plain (B, C) too, use more than two values per group: two would always become 1 and -1.
     let norm = GroupNorm::new(2, CHANNELS, vb)?;
     Ok(Box::new(move |x| norm.forward(x)))
 }
@@ -68,7 +69,7 @@ fn group_norm(vb: VarBuilder) -> Result<Box<Forward>> {
 fn normalisation_is_the_cpus() {
     let cases: [(Layer, usize); 2] = [(batch_norm, 3), (group_norm, 0)];
     for (build, buffers) in cases {
-        // A plain (B, C) too.
+        // Also for a plain (B, C).
         for shape in [&[3, 2, 7, 5, CHANNELS][..], &[11, CHANNELS]] {
             let expected = trained(&Device::Cpu, shape, build);
             for kernels in [Kernels::Reference, Kernels::Fast] {
@@ -85,7 +86,7 @@ fn normalisation_is_the_cpus() {
 
 #[test]
 fn losses_are_the_cpus() {
-    // Less than one block of threads takes, and more, in last axes that are long and short.
+    // Less than one block of threads, and more, with long and short last axes.
     for (samples, [height, width]) in [(3, [4, 6]), (2, [64, 32]), (2, [3, 3000])] {
         let shape = [samples, 3, 2, height, width];
         let [input, target, predicted] = [1, 2, 3].map(|seed| random(&shape, seed, &Device::Cpu));

@@ -1,4 +1,4 @@
-//! What happens when: the exact order of events of fit, validate, test and predict, and how far every kind of stop comes.
+//! The exact order of events of fit, validate, test and predict, and where every kind of stop ends.
 #![allow(clippy::unwrap_used)]
 
 use std::time::Duration;
@@ -30,7 +30,7 @@ fn fit(config: TrainerConfig, data: &Data<Tensors>) -> (Recorder, candlepower::t
     (recorder, outcome)
 }
 
-/// What happens in these events, written in one line.
+/// Compares events with the expected ones, which are written in one line.
 #[track_caller]
 fn assert_events(actual: &[String], expected: &str) {
     let expected: Vec<&str> = expected.split(',').map(str::trim).filter(|event| !event.is_empty()).collect();
@@ -45,7 +45,7 @@ fn the_order_of_events() {
             "start 0..6, batch 1/1, step 1, step 2, train metrics 2, step 3, batch 1/2, batch 2/2, val metrics 3, \
              step 4, train metrics 4, step 5, step 6, train metrics 6, batch 1/2, batch 2/2, val metrics 6, end 6",
         ),
-        // In mid-epoch; the end is validated although it is not due.
+        // In the middle of an epoch; the end is validated although no validation is due.
         (
             TrainerConfig { val_every: Some(Every::Steps(2)), max_steps: Some(3), ..config() },
             "start 0..3, batch 1/1, step 1, step 2, train metrics 2, batch 1/2, batch 2/2, val metrics 2, step 3, \
@@ -60,7 +60,7 @@ fn the_order_of_events() {
             },
             "start 0..6, step 1, step 2, step 3, step 4, step 5, step 6, batch 1/2, batch 2/2, val metrics 6, end 6",
         ),
-        // By the clock, inside the window of micro-batches: after the first of step 1, before its other two.
+        // By the clock, within a step's micro-batches: after the first of step 1, before the other two.
         (
             TrainerConfig {
                 val_every: Some(Every::Time(Duration::ZERO)),
@@ -70,7 +70,7 @@ fn the_order_of_events() {
                 sanity_val_batches: 0,
                 ..config()
             },
-            // A batch of validation in micro-batches as well.
+            // A validation batch is also split into micro-batches.
             "start 0..1, batch 1/3, batch 2/3, batch 3/3, val metrics 0, step 1, batch 1/3, batch 2/3, batch 3/3, \
              val metrics 1, end 1",
         ),
@@ -87,7 +87,7 @@ fn the_order_of_events() {
             TrainerConfig { fast_dev_run: 1, ..config() },
             "start 0..1, step 1, train metrics 1, batch 1/1, val metrics 1, end 1",
         ),
-        // The training data itself is validated on, first batches only.
+        // Validates on the training data itself, only on its first batches.
         (
             TrainerConfig { overfit_batches: Some(Limit::Batches(1)), log_every: 9, ..config() },
             "start 0..2, batch 1/1, step 1, batch 1/1, val metrics 1, step 2, batch 1/1, val metrics 2, end 2",
@@ -154,7 +154,7 @@ fn every_kind_of_stop_counts_right() {
     // Whichever comes first.
     assert_eq!(stopped(99, ends(Some(5), Some(1))), ([3, 1, 0, 7], StopReason::Finished));
     assert_eq!(stopped(2, ends(None, Some(2))), ([2, 0, 2, 6], callback()));
-    // Not before so many steps, or epochs.
+    // Not before this many steps, or epochs.
     assert_eq!(stopped(2, TrainerConfig { min_steps: 4, ..config() }), ([4, 1, 1, 10], callback()));
     assert_eq!(stopped(2, TrainerConfig { min_epochs: 1, ..config() }), ([3, 1, 0, 7], callback()));
     let no_time = TrainerConfig { max_time: Some(Duration::ZERO), min_steps: 2, ..config() };
@@ -172,7 +172,7 @@ fn checkpoints_are_told_of_and_named_by_their_step() {
         .callback(recorder.clone())
         .fit(&Dropped::model(1), &data())
         .unwrap();
-    // 2, 4, 6 are due; 3 was the best validation at its time.
+    // 2, 4 and 6 are due; 3 was the best validation at that time.
     assert_eq!(recorder.checkpoints(), [2, 3, 4, 6]);
     let dev_run = TrainerConfig { fast_dev_run: 2, ..config() };
     let none = tempfile::tempdir().unwrap();
@@ -192,7 +192,7 @@ fn looking_does_not_change_training() {
     assert_eq!(plain, train(config()));
     assert_eq!(plain, train(TrainerConfig { val_every: Some(Every::Steps(1)), log_every: 1, ..config() }));
     assert_eq!(plain, train(TrainerConfig { nan_guard: false, ..config() }));
-    // Inside the window of micro-batches too.
+    // Also between the micro-batches of a step.
     let micro = TrainerConfig { micro_batch_size: Some(1), val_every: Some(Every::Steps(99)), ..config() };
     let clock = TrainerConfig { val_every: Some(Every::Time(Duration::ZERO)), ..micro.clone() };
     assert_eq!(train(micro), train(clock));
@@ -212,7 +212,7 @@ fn overfitting_sees_the_same_samples_in_every_epoch() {
     assert!(validations.map(|record| record.metrics["mean_index"]).all(|mean| mean == 2.5));
 }
 
-/// A loss that is not a number from some step on.
+/// A loss that is NaN from some step on.
 struct Poisoned(candlepower::candle_nn::Linear);
 
 impl Module for Poisoned {
@@ -244,7 +244,7 @@ fn a_loss_that_is_not_a_number_ends_the_run_before_it_harms_the_weights() {
 fn a_last_batch_that_is_smaller_is_left_out_where_asked_for() {
     let config = TrainerConfig { drop_last: true, log_every: 1, sanity_val_batches: 0, ..config() };
     let (recorder, outcome) = fit(config.clone(), &data());
-    // 7 samples in batches of 3: two an epoch; validation takes all.
+    // 7 samples in batches of 3: two per epoch; validation uses all samples.
     let progress = outcome.progress;
     assert_eq!((progress.step, progress.epoch, progress.samples), (4, 2, 12));
     let validations = recorder.records().into_iter().filter(|record| record.split == Split::Val);
@@ -262,7 +262,7 @@ fn a_last_batch_that_is_smaller_is_left_out_where_asked_for() {
     );
 }
 
-/// Points that come in turn, until something goes wrong with the fifth of an epoch.
+/// A stream of points that panics at the fifth of an epoch.
 struct Panicking;
 
 impl Stream for Panicking {
@@ -294,7 +294,8 @@ fn a_stream_that_panics_ends_training_and_loses_nothing_in_silence() {
             Trainer::new(TrainerConfig { batch_size: 2, ..config() }).callback(recorder.clone());
         let error = trainer.fit(&Dropped::model(1), &data).unwrap_err().to_string();
         assert_eq!(error, "the data stream panicked; its message is above");
-        // 4 steps of the first epoch; of the second those before the fifth sample, or one less: it is looked at early.
+        // 4 steps of the first epoch, and those of the second before the fifth sample, or one fewer because
+        // samples are prefetched.
         let steps = recorder.lines().iter().filter(|line| line.starts_with("step")).count();
         assert!((4..=6).contains(&steps), "{steps}");
     }
@@ -309,7 +310,7 @@ fn a_run_whose_time_is_over_takes_no_step_when_it_is_resumed() {
         let outcome = resume.into_iter().fold(trainer, Trainer::resume).fit(&Dropped::model(1), &data());
         outcome.unwrap().progress.step
     };
-    // The first one looks at the clock after a step.
+    // The first run checks the clock after a step.
     assert_eq!(run(None), 1);
     assert_eq!(run(Some(Checkpoint::load(&dir.path().join("1")).unwrap())), 1);
 }

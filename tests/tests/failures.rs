@@ -1,4 +1,4 @@
-//! What an error, or a stop inside a validation, leaves behind: everything up to the last step, to go on from to the same bits.
+//! What an error, or a stop inside a validation, leaves behind: everything needed to resume bit-identically.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use candlepower::trainer::{Every, Outcome};
 use candlepower_tests::points::{Dropped, Points};
 use candlepower_tests::recorder::Recorder;
 
-/// Points of which, while `broken`, those cannot be read that `is_bad`.
+/// Points of which the ones that `is_bad` selects cannot be read while `broken`.
 struct Breakable {
     points: Points,
     is_bad: fn(&Sample) -> bool,
@@ -39,7 +39,8 @@ impl Dataset for Breakable {
     }
 }
 
-/// 10 samples in batches of 4: steps of 4, 4 and 2 an epoch. A plateau halves the learning rate at each validation but the first.
+/// 10 samples in batches of 4: steps of 4, 4 and 2 per epoch. A plateau halves the learning rate at every
+/// validation except the first.
 fn trainer(dir: &Path, resume: bool) -> Trainer {
     let config = TrainerConfig {
         batch_size: 4,
@@ -49,7 +50,7 @@ fn trainer(dir: &Path, resume: bool) -> Trainer {
         ..Default::default()
     };
     let plateau = Plateau { factor: 0.5, patience: 0, threshold: 1e9, absolute: true, ..Default::default() };
-    // Nothing but the end is saved otherwise.
+    // Otherwise only the end is saved.
     let checkpoints =
         CheckpointConfig { every_steps: Some(1000), keep_last: 99, keep_best: 0, ..Default::default() };
     let trainer = Trainer::new(config).seed(5).plateau(Some(plateau)).checkpoints(dir, checkpoints);
@@ -59,13 +60,13 @@ fn trainer(dir: &Path, resume: bool) -> Trainer {
     }
 }
 
-/// The files of the last checkpoint but its manifest, byte for byte.
+/// The files of the last checkpoint except its manifest, byte for byte.
 fn end(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = std::fs::read_dir(dir.join("8")).unwrap().map(Result::unwrap);
     entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
 }
 
-/// A run that breaks, with what it has said and the step that is left of it, and then goes on.
+/// A run that fails and is then resumed: its error, the last step that was saved, and the files at the end.
 fn broken_and_mended(is_bad: fn(&Sample) -> bool) -> (String, u64, BTreeMap<String, Vec<u8>>) {
     let (dir, broken) = (tempfile::tempdir().unwrap(), Arc::new(AtomicBool::new(true)));
     let data = || {
@@ -88,9 +89,9 @@ fn whole() -> BTreeMap<String, Vec<u8>> {
 
 #[test]
 fn a_sample_that_cannot_be_read_costs_no_step() {
-    // The second epoch begins with step 4; sample 3 is in one of its three.
+    // The second epoch begins with step 4; sample 3 is in one of its three steps.
     let (error, left, end) = broken_and_mended(|sample| sample.epoch == 1 && sample.index == 3);
-    // Named, of the four that were read together.
+    // Named, although four samples were read together.
     assert_eq!(error, "cannot read sample 3: the disk is gone");
     assert!((3..6).contains(&left), "{left}");
     assert!(end == whole());
@@ -98,7 +99,7 @@ fn a_sample_that_cannot_be_read_costs_no_step() {
 
 #[test]
 fn a_validation_that_fails_is_made_up_for() {
-    // Behind the batches that are tried before the first step.
+    // After the batches that are validated before the first step.
     let (error, left, end) = broken_and_mended(|sample| sample.split == Split::Val && sample.index == 12);
     assert!(error.contains("the disk is gone"), "{error}");
     assert_eq!(left, 2);
@@ -106,7 +107,7 @@ fn a_validation_that_fails_is_made_up_for() {
     assert!(end == whole());
 }
 
-/// Asks to stop, as a signal does, in the first batch of the validation after this step.
+/// Asks to stop, like a signal, in the first batch of the validation after this step.
 struct StopsInside {
     step: u64,
     now: u64,
@@ -130,7 +131,7 @@ impl Callback for StopsInside {
 #[test]
 fn a_signal_ends_a_validation_which_is_made_up_for() {
     let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
-    // Also in the one that a run ends with.
+    // Also in the validation at the end of a run.
     for step in [4, 8] {
         let (dir, signal, heard) = (tempfile::tempdir().unwrap(), OnSignal::default(), Recorder::default());
         let stops = StopsInside { step, now: 0, signal: signal.clone() };
@@ -149,7 +150,7 @@ fn a_signal_ends_a_validation_which_is_made_up_for() {
         assert_eq!(seen, [format!("val metrics {step}")]);
         let (state, files) = ("state.json", end(dir.path()));
         for (name, bytes) in whole() {
-            // That checkpoint is of before the validation.
+            // That checkpoint is from before the validation.
             assert!(
                 files[&name] == bytes || (step == 8 && ["manifest.json", state].contains(&name.as_str())),
                 "{name}"
@@ -162,7 +163,7 @@ fn a_signal_ends_a_validation_which_is_made_up_for() {
 fn a_signal_in_the_last_validation_leaves_it_to_the_next_run() {
     let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
     let (dir, signal) = (tempfile::tempdir().unwrap(), OnSignal::default());
-    // Step 3 is validated because it is the last one.
+    // Step 3 is validated because it is the last.
     let run = |resume: Option<Checkpoint>| {
         let config = TrainerConfig {
             batch_size: 4,
@@ -226,7 +227,7 @@ fn what_is_validated_is_saved_where_nothing_else_says_when() {
     let saved = |config: CheckpointConfig| {
         let (dir, heard) = (tempfile::tempdir().unwrap(), Recorder::default());
         let data = Data::new(Points { samples: 10 }).val(Points { samples: 5 }).workers(0);
-        // It diverges, so that no validation is the best but the first.
+        // Training diverges, so the first validation stays the best.
         Trainer::new(TrainerConfig { batch_size: 4, max_steps: Some(8), ..Default::default() })
             .optimizer(SgdConfig { lr: 3., ..Default::default() })
             .callback(heard.clone())
@@ -239,7 +240,7 @@ fn what_is_validated_is_saved_where_nothing_else_says_when() {
     assert_eq!(saved(CheckpointConfig { every_steps: Some(4), ..Default::default() }), [3, 4, 8]);
 }
 
-/// A module whose step is this function.
+/// A module with this function as its step.
 struct Steps<F>(Box<dyn Module<Batch = Tensors>>, F);
 
 impl<F: Fn(Tensor, &mut Step) -> Result<Tensor> + Send + Sync> Module for Steps<F> {
@@ -250,7 +251,7 @@ impl<F: Fn(Tensor, &mut Step) -> Result<Tensor> + Send + Sync> Module for Steps<
     }
 }
 
-/// What a training of 2 steps with this module comes to.
+/// Trains 2 steps with this module.
 fn train_with<F>(step: F) -> Result<Recorder>
 where
     F: Fn(Tensor, &mut Step) -> Result<Tensor> + Clone + Send + Sync + 'static,
@@ -284,7 +285,7 @@ fn a_loss_is_one_number() {
             format!("{of}: the loss has shape [2, 1]; expected a scalar, for example its mean")
         );
     }
-    // In brackets it is one, also where it is none.
+    // A tensor with axes of length 1 counts as one number, even if it is NaN.
     train_with(|loss, _| Ok(loss.reshape((1, 1))?)).unwrap();
     let nan = refusal(|loss, _| Ok((loss.reshape(1)? * f64::NAN)?));
     assert!(nan.starts_with("in step 1 the loss is NaN; the weights are still those of step 0"), "{nan}");
@@ -293,7 +294,7 @@ fn a_loss_is_one_number() {
 #[test]
 fn what_counts_for_nothing_may_be_no_number() {
     let logged = train_with(|loss, step| {
-        // In the first step there is nothing to take the mean of.
+        // In the first step there is nothing to average.
         let is_empty = step.is_training() && step.index() == 0;
         let (value, weight) = if is_empty { (f64::NAN, 0.) } else { (0.5, 3.) };
         step.log_epoch_weighted("tokens", value, weight);
@@ -348,7 +349,7 @@ fn settings_are_checked_where_there_is_no_file_too() {
     let mut nothing_at_once = Trainer::new(TrainerConfig { batch_size: 0, ..Default::default() });
     let error = nothing_at_once.validate(&Dropped::model(1), &data, Split::Val).unwrap_err().to_string();
     assert_eq!(error, "`batch_size`: expected at least 1, found 0");
-    // It goes unheard where each optimizer has a rate of its own.
+    // A plateau has no effect if every optimizer has its own one-cycle schedule.
     let cycle = candlepower::schedule::Schedule::OneCycle(candlepower::schedule::OneCycle::new(0.1, 9));
     let turn =
         TurnConfig { schedule: Some(cycle), ..TurnConfig::only(OptimizerConfig::default(), Vec::new()) };
@@ -397,12 +398,13 @@ fn what_is_compared_by_another_metric_begins_anew() {
         ..Default::default()
     };
     run(dir.path(), 3, "loss", Some(halves("loss")));
-    // The mean index of what is validated is 2 each time; all losses are below.
+    // The mean index of the validation data is always 2; all losses are below that.
     let (best, state) = run(dir.path(), 5, "mean_index", Some(halves("mean_index")));
     assert_eq!((best.step, best.value), (4, Some(2.)));
-    // Three validations of the loss, the first of which is the best, and as many halves; then the same again.
+    // Two halvings in three validations by the loss, the first being the best; one in two by the other
+    // metric.
     assert_eq!((state.lr_scale, state.plateau.best), (Some(0.125), Some(2.)));
-    // Without a plateau the learning rate is the configuration's, at once and after the next interruption.
+    // Without a plateau, the configured learning rate applies, immediately and after the next interruption.
     let (_, state) = run(dir.path(), 6, "mean_index", None);
     assert_eq!(state.lr_scale, None);
     let heard = Recorder::default();
@@ -415,7 +417,7 @@ fn what_is_compared_by_another_metric_begins_anew() {
     assert_eq!(heard.train("lr"), [1e-3]);
 }
 
-/// Fails once, when it is told of this.
+/// Fails once, at this event.
 #[derive(Clone, Default)]
 struct FailsAt {
     event: &'static str,
@@ -450,7 +452,7 @@ fn a_callback_that_fails_costs_nothing_of_the_others_memory() {
     use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
     use candlepower::precision::Precision;
     let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
-    // It counts each validation that is not better by so much, and ends none of these runs.
+    // It counts every validation that is not better by this much, and stops none of these runs.
     let early = EarlyStoppingConfig { patience: 99, min_delta: 1e9, ..Default::default() };
     let run = |dir: &Path, resume: bool, fails: FailsAt| {
         let heard = Recorder::default();

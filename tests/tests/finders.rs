@@ -1,4 +1,4 @@
-//! The finders: what they suggest is good, and the model and the trainer are as they were.
+//! The finders: their suggestions are good, and they leave the model and the trainer unchanged.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -52,7 +52,7 @@ impl Callback for Calls {
     }
 }
 
-/// The weights, the files and the calls of a training, with or without finders before it.
+/// The weights, the files and the number of calls of a training, with or without finders before it.
 fn fit(find: bool) -> (HashMap<String, Vec<u32>>, Vec<Vec<u8>>, usize) {
     let (model, data, calls) = (model(), data(), Calls::default());
     let dir = tempfile::tempdir().unwrap();
@@ -83,7 +83,7 @@ fn a_training_after_the_finders_is_the_training_without_them() {
     assert!(fit(true) == fit(false), "the finders have left a trace");
 }
 
-/// Blobs, of which one cannot be read.
+/// Blobs, one of which cannot be read.
 struct Broken;
 
 impl Dataset for Broken {
@@ -135,7 +135,7 @@ fn the_suggested_rate_learns_better_than_a_hundredth_of_it() {
     assert!(suggested < 0.9 * small, "{lr:e} leads to a loss of {suggested}, a hundredth of it to {small}");
 }
 
-/// Learns two numbers, each with an optimizer and a loss of its own.
+/// Learns two numbers, each with its own optimizer and loss.
 struct Two(Tensor, Tensor);
 
 impl Module for Two {
@@ -185,8 +185,8 @@ fn several_optimizers_keep_their_proportions_also_on_a_stream() {
     let found = trainer.find_lr(&model, &Data::stream(Ones), &test).unwrap();
     let expected = [("first", 1.), ("second", 2.), ("second: two.*", 6.)];
     assert!(found.proportions.iter().map(|(name, proportion)| (name.as_str(), *proportion)).eq(expected));
-    // From 0 the gradient of (1 - w)^2 is -2: with a rate of 0.1 the first number moves to 0.2, with 0.6 the second to
-    // 1.2. So the sum of the losses goes from 1 + 1 to 0.8^2 + 0.2^2.
+    // From 0, the gradient of (1 - w)^2 is -2: with a rate of 0.1 the first number moves to 0.2, with 0.6 the
+    // second to 1.2. So the sum of the losses goes from 1 + 1 to 0.8^2 + 0.2^2.
     let losses: Vec<f64> = found.points.iter().map(|point| point.loss).collect();
     assert!((losses[0] - 2.).abs() < 1e-6 && (losses[1] - 0.68).abs() < 1e-6, "{losses:?}");
     let search = BatchFinderConfig { max: Some(2), steps: 1, ..Default::default() };
@@ -194,7 +194,7 @@ fn several_optimizers_keep_their_proportions_also_on_a_stream() {
     assert_eq!(sizes.iter().map(|trial| trial.batch_size).collect::<Vec<_>>(), [1, 2]);
 }
 
-/// A device that holds three samples, as a GPU would say it.
+/// A device that holds three samples, and fails as a GPU does.
 struct Small(Tensor);
 
 impl Module for Small {
@@ -238,7 +238,7 @@ fn what_makes_no_sense_is_said() {
 fn in_fp16_a_rate_at_which_everything_overflows_ends_the_test_and_not_the_finding() {
     use candlepower::precision::Precision;
     use candlepower_tests::points::{Dropped, Points};
-    // Weights of SGD grow beyond what fp16 holds: no loss scale helps after that.
+    // SGD's weights grow beyond the range of fp16: after that no loss scale helps.
     let config = TrainerConfig { precision: Precision::Fp16Mixed, ..config(9) };
     let trainer = Trainer::new(config).optimizer(SgdConfig::default());
     let model = Dropped::in_precision(1, Precision::Fp16Mixed);
@@ -251,7 +251,7 @@ fn in_fp16_a_rate_at_which_everything_overflows_ends_the_test_and_not_the_findin
 fn metrics_of_epochs_are_no_points_of_the_test() {
     use candlepower::precision::Precision;
     use candlepower_tests::points::{Dropped, Points};
-    // Epochs of 3 steps: the test ends within one.
+    // Epochs have 3 steps: the test ends within one.
     let test = LrFinderConfig { steps: 10, max_lr: 1e-3, ..Default::default() };
     let model = Dropped::logging_epochs(1, Precision::Full);
     let found = Trainer::new(config(1)).find_lr(&model, &Data::new(Points { samples: 14 }), &test).unwrap();

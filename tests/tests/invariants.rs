@@ -1,4 +1,4 @@
-//! What must hold for every training: reproducible, independent of workers and micro-batches, resumable to the bit.
+//! Every training is reproducible, independent of workers and micro-batches, and resumable bit for bit.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -52,7 +52,7 @@ fn two_runs_with_one_seed_are_bit_identical_for_any_number_of_workers() {
     assert_ne!(first["model.safetensors"], run(2, 6)["model.safetensors"]);
 }
 
-/// The gradients of one step: what the momentum of SGD holds after it.
+/// The gradients of one step, read from SGD's momentum after it.
 fn gradients(batch_size: usize, micro_batch_size: Option<usize>) -> HashMap<String, Tensor> {
     let dir = tempfile::tempdir().unwrap();
     let sgd = SgdConfig { lr: 0.1, momentum: 0.9, ..Default::default() };
@@ -68,7 +68,7 @@ fn gradients(batch_size: usize, micro_batch_size: Option<usize>) -> HashMap<Stri
 fn one_batch_equals_its_micro_batches() {
     let whole = gradients(8, None);
     assert_eq!(whole.len(), model(1).params().vars().len());
-    // 3 does not divide 8: the last micro-batch is smaller and must count less.
+    // 8 is not a multiple of 3: the last micro-batch is smaller and must count less.
     for micro in [2, 3] {
         for (name, expected) in &whole {
             let error = relative_error(&gradients(8, Some(micro))[name], expected);
@@ -79,7 +79,8 @@ fn one_batch_equals_its_micro_batches() {
 
 #[test]
 fn a_resumed_run_ends_with_the_same_bits() {
-    // 20 samples in batches of 6: step 5 is the first of the second epoch, whose batches end with one of 2.
+    // 20 samples in batches of 6: step 5 is the first of the second epoch, and each epoch ends with a batch
+    // of 2.
     let trainer = |steps| Trainer::new(config(6, steps)).seed(5);
     let whole = train(trainer(9), 2);
     for stop in [1, 4, 5, 8] {
@@ -87,7 +88,7 @@ fn a_resumed_run_ends_with_the_same_bits() {
         let keep = CheckpointConfig { keep_last: 9, ..Default::default() };
         trainer(stop).checkpoints(dir.path(), keep.clone()).fit(&model(1), &data(2)).unwrap();
         let checkpoint = Checkpoint::load(&checkpoint::latest(dir.path()).unwrap().unwrap()).unwrap();
-        // Another process would start from other initial values and have other workers.
+        // Another process would start from other initial values and use other workers.
         let outcome = trainer(9).checkpoints(dir.path(), keep).resume(checkpoint).fit(&model(77), &data(1));
         assert_eq!(outcome.unwrap().progress.samples, 2 * 20 + 6);
         let resumed = files(&dir.path().join("9"));
@@ -107,13 +108,13 @@ fn a_checkpoint_of_other_batches_is_refused_and_an_old_one_is_replaced() {
     let expected =
         "the checkpoint saw 18 samples in 0 epochs and 3 steps; 20 samples in batches of 5 do not add up";
     assert!(error.starts_with(expected), "{error}");
-    // A new training into the same folder must not leave the old weights under its own step.
+    // A new training into the same folder must not keep old weights under its own step.
     let before = files(&dir.path().join("3"));
     trainer(6).fit(&model(2), &data(1)).unwrap();
     assert_ne!(before, files(&dir.path().join("3")));
 }
 
-/// Two layers; the loss sees only the first.
+/// Two layers; the loss depends only on the first.
 struct CutOff(Linear, Linear);
 
 impl Module for CutOff {
@@ -150,7 +151,7 @@ fn a_parameter_that_the_loss_does_not_reach_is_refused_by_name() {
     assert!(error.starts_with("no gradient reaches 2 of 4 parameters: cut.weight, cut.bias\n"), "{error}");
 }
 
-/// The same layers; says which parameters it does not use, and perhaps is wrong.
+/// The same layers; declares which parameters it does not use, possibly wrongly.
 struct Says(CutOff, &'static [&'static str]);
 
 impl Module for Says {
@@ -197,7 +198,7 @@ fn what_a_module_says_is_unused_needs_no_gradient_and_is_not_moved() {
     assert_eq!(error, "the module declares `gone` unused, which matches no parameter");
 }
 
-/// Says in validation how bright its input is.
+/// Logs the brightness of its input in validation.
 struct Brightness(Tensor);
 
 impl Module for Brightness {
@@ -208,7 +209,7 @@ impl Module for Brightness {
     }
 
     fn validation_step(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
-        // The mean of something that differs between samples shows whether each counts once.
+        // The mean of a value that differs between samples shows whether each counts once.
         let brightness = batch.input.mean_all()?;
         step.log("brightness", &brightness);
         Ok(brightness)

@@ -1,4 +1,4 @@
-//! What modules log, and what comes of it: names, weights, numbers, and where an error happened.
+//! What modules log, and how it is reported: names, weights, numbers, and where an error happened.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::precision::Precision;
@@ -6,7 +6,7 @@ use candlepower::prelude::*;
 use candlepower_tests::points::Points;
 use candlepower_tests::recorder::Recorder;
 
-/// Does in a step what it is told to.
+/// A module whose step is a given function.
 struct Told(Tensor, fn(&Tensor, &Tensors, &mut Step) -> Result<Tensor>);
 
 impl Module for Told {
@@ -95,7 +95,8 @@ fn numbers_and_means_over_other_things_than_samples() {
     assert_eq!((metrics["by_tokens"], metrics["tensor"]), ((30. + 20.) / 40., 1.5));
 }
 
-/// The training records of a run of 7 samples an epoch in batches of 4, whose module logs the mean index as that of epochs.
+/// The training records of a run with 7 samples per epoch in batches of 4, whose module logs the mean index
+/// per epoch.
 fn epochs(config: TrainerConfig, resume: Option<&std::path::Path>, save: &std::path::Path) -> Vec<Record> {
     use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
     use candlepower_tests::points::Dropped;
@@ -108,7 +109,7 @@ fn epochs(config: TrainerConfig, resume: Option<&std::path::Path>, save: &std::p
     recorder.records()
 }
 
-/// To six digits: what is logged are means in 32 bits.
+/// To six digits: the logged means are in 32 bits.
 fn index_of(record: &Record) -> Option<f64> {
     record.metrics.get("epoch_index").map(|mean| (mean * 1e6).round() / 1e6)
 }
@@ -116,11 +117,11 @@ fn index_of(record: &Record) -> Option<f64> {
 #[test]
 fn an_epochs_metric_is_the_mean_over_all_its_samples_when_it_is_over() {
     let dir = tempfile::tempdir().unwrap();
-    // Two steps an epoch, of which neither is one that is logged but the third.
+    // Two steps per epoch; metrics of steps are logged at steps 3 and 6.
     let config = TrainerConfig { log_every: 3, max_epochs: Some(3), ..config() };
     let records = epochs(config.clone(), None, dir.path());
     let told: Vec<_> = records.iter().map(|r| (r.step, r.epoch, index_of(r), r.metrics.len())).collect();
-    // Samples 0 to 6, each once an epoch, in batches of 4 and 3.
+    // Samples 0 to 6, each once per epoch, in batches of 4 and 3.
     let [alone, with_the_step] = [(2, 0, Some(3.), 1), (6, 2, Some(3.), 5)];
     assert_eq!(told, [alone, (3, 1, None, 4), (4, 1, Some(3.), 1), with_the_step]);
     let micro = TrainerConfig { micro_batch_size: Some(3), ..config.clone() };
@@ -129,7 +130,8 @@ fn an_epochs_metric_is_the_mean_over_all_its_samples_when_it_is_over() {
         micro.iter().map(index_of).collect::<Vec<_>>(),
         records.iter().map(index_of).collect::<Vec<_>>()
     );
-    // Two ranks have different halves of each batch. One goes on alone with what two have summed up, and two with what one has.
+    // Two ranks have different halves of each batch. One rank resumes with the sums of two, and two with the
+    // sums of one.
     let ranks = tempfile::tempdir().unwrap();
     let two = TrainerConfig { devices: 2, ..config.clone() };
     let among_two = epochs(two, None, ranks.path());
@@ -153,7 +155,7 @@ fn each_epoch_begins_anew_and_steps_that_are_refused_do_not_count() {
             CALLS.fetch_add(usize::from(step.is_training()), Ordering::Relaxed);
             step.log_epoch("at", step.index() as f64);
             step.log_epoch_weighted("of_steps", step.index() as f64, 1.);
-            // Gradients that overflow in fp16 until its scale is smaller.
+            // Gradients that overflow in fp16 until the loss scale is smaller.
             Ok((loss(w, batch)? * 10.)?)
         });
         let recorder = Recorder::default();
@@ -166,7 +168,7 @@ fn each_epoch_begins_anew_and_steps_that_are_refused_do_not_count() {
         let means = |name: &str| -> Vec<f64> {
             recorder.records().iter().filter_map(|r| r.metrics.get(name).copied()).collect()
         };
-        // Of 4 samples and of 3.
+        // Means over 4 samples and over 3.
         assert_eq!(means("at"), [3. / 7., (2. * 4. + 3. * 3.) / 7.], "{precision:?}");
         assert_eq!(means("of_steps"), [0.5, 2.5], "{precision:?}");
     }
@@ -182,7 +184,7 @@ fn training_that_ends_within_an_epoch_tells_of_its_part_and_a_longer_one_of_all(
     assert_eq!((end.step, index_of(end)), (1, Some((step.metrics["mean_index"] * 1e6).round() / 1e6)));
     let whole = epochs(up_to(2), Some(&dir.path().join("1")), again.path());
     assert_eq!(whole.iter().map(index_of).collect::<Vec<_>>(), [Some(3.)]);
-    // Where nothing is left to do, there is nothing to tell.
+    // If nothing is left to do, there is nothing to report.
     let nothing = tempfile::tempdir().unwrap();
     assert!(epochs(up_to(1), Some(&dir.path().join("1")), nothing.path()).is_empty());
 }
@@ -201,7 +203,7 @@ fn an_error_says_where_it_happened_and_in_half_precision_what_is_probable() {
     assert_eq!(in_training, "training_step, step 2: no more paper");
     let in_validation = fails(Precision::Bf16Mixed, |w, batch, step| {
         if !step.is_training() && batch.0[2].get(0)?.to_dtype(DType::F32)?.to_scalar::<f32>()? > 0. {
-            // Types that do not mix.
+            // Dtypes that cannot be mixed.
             return Ok((w + Tensor::zeros(4, DType::F32, &Device::Cpu)?)?.sum_all()?);
         }
         loss(w, batch)
@@ -229,12 +231,12 @@ fn evaluation_knows_how_far_the_weights_are_trained() {
     assert_eq!(another.validate(&model, &data, Split::Val).unwrap()["believed"], 50.);
 }
 
-/// Adds a metric to validations, and says so or not.
+/// Adds a metric to validations, and declares it or not.
 struct Adds(bool);
 
 impl Callback for Adds {
     fn on_validation_end(&mut self, record: &mut Record) -> Result<Flow> {
-        // It rises: nothing gets better.
+        // It rises, so nothing gets better.
         let value = record.step as f64;
         record.metrics.insert("f1".into(), value);
         Ok(Flow::Continue)
@@ -264,7 +266,7 @@ fn what_a_callback_adds_can_be_monitored_where_it_says_so() {
         done.map(|_| recorder.train("lr"))
     };
     let lrs = train(true).unwrap();
-    // Means over samples, which round.
+    // Means over samples, with rounding.
     let error = lrs
         .iter()
         .zip([0.1, 0.1, 0.05, 0.025])

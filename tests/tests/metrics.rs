@@ -1,11 +1,11 @@
-//! Video metrics against the numbers of OpenSTL's own code (scikit-image 0.19.3).
+//! Video metrics compared with numbers from OpenSTL's own code (scikit-image 0.19.3).
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Tensor};
 use candlepower::metrics::video::{Pixels, gaussian_ssim, mae, mse, psnr, rmse, snr, ssim};
 use candlepower_tests::{Golden, golden};
 
-/// The references average in float32, we in float64.
+/// The references average in float32, these metrics in float64.
 const TOLERANCE: f64 = 1e-6;
 
 fn cases(golden: &Golden) -> Vec<&str> {
@@ -15,7 +15,7 @@ fn cases(golden: &Golden) -> Vec<&str> {
     cases
 }
 
-/// Compares with `<case>.<name>` of the fixture, number by number.
+/// Compares with `<case>.<name>` of the fixture, value by value.
 fn check(golden: &Golden, case: &str, name: &str, actual: &[f64]) {
     let name = format!("{case}.{name}");
     let expected =
@@ -27,13 +27,13 @@ fn check(golden: &Golden, case: &str, name: &str, actual: &[f64]) {
     }
 }
 
-/// Each channel as a frame of its own.
+/// Each channel as a separate frame.
 fn channels_apart(video: &Tensor) -> Tensor {
     let (b, t, c, h, w) = video.dims5().unwrap();
     video.reshape((b, t * c, 1, h, w)).unwrap()
 }
 
-/// What is left of frames that were stored as bytes, cut off.
+/// The values of frames stored as bytes, rounded down.
 fn as_bytes(video: &Tensor) -> Tensor {
     let clipped = video.clamp(0., 1.).unwrap();
     clipped
@@ -71,7 +71,7 @@ fn metrics_agree_with_openstl() {
         check("psnr_per_frame", &ratios.values);
         check("snr", &[snr(p, t).unwrap().mean()]);
 
-        // OpenSTL's own number is of range 2: scikit-image took float frames to lie within -1 and 1.
+        // OpenSTL's own number uses a range of 2: scikit-image assumed float frames to lie within -1 and 1.
         let similar = ssim(p, t, 2.).unwrap();
         check("ssim", &[similar.mean()]);
         check("ssim_per_frame", &similar.values);
@@ -83,7 +83,8 @@ fn metrics_agree_with_openstl() {
     }
 }
 
-/// Other papers' numbers follow from ours: PredRNN clips before everything and stores bytes, SVG takes channels apart.
+/// Other papers' numbers follow from ours: PredRNN clips first and stores bytes, SVG treats channels
+/// separately.
 #[test]
 fn metrics_agree_with_predrnn_and_svg() {
     let golden = golden("metrics");

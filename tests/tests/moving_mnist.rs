@@ -1,7 +1,7 @@
-//! Moving MNIST against the original generators, and on real handwriting.
+//! Moving MNIST compared with the original generators, and on real handwriting.
 //!
-//! The fixture and the digits are images of MNIST, so they are not kept with the tests: they are looked for in
-//! `$CANDLEPOWER_GOLDEN` and `$CANDLEPOWER_DATA`, or beside the repository.
+//! The fixture and the digits are images of MNIST, so they are not kept with the tests. They are looked for
+//! in `$CANDLEPOWER_GOLDEN` and `$CANDLEPOWER_DATA`, or next to the repository.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Device, IndexOp, Tensor};
@@ -110,7 +110,7 @@ fn openstl_sequences_equal_the_original() {
     }
 }
 
-/// MNIST's 10,000 test digits, all there is: 9,000 are learned from and 1,000 are held out.
+/// MNIST's 10,000 test digits, the only ones available: 9,000 are for training, and 1,000 are held out.
 #[test]
 fn real_handwriting_is_divided_between_the_splits() {
     let Some(folder) = outside("CANDLEPOWER_DATA", "data", "mnist") else { return };
@@ -137,8 +137,9 @@ fn real_handwriting_moves_and_has_labels() {
     let batch = labelled.batch(&[0, 1, 2, 3, 4, 5].map(sample)).unwrap();
     assert_eq!(batch.label.to_vec1::<u32>().unwrap(), [7, 2, 1, 0, 4, 1]);
 
-    // The all-zero predictor's mean squared error over 400 sequences of two of these digits was measured apart from
-    // this code: 0.0493 and 0.0414, the mean square of a pixel. One such figure is good to about 1.5 %; so is ours.
+    // The all-zero predictor's mean squared error over 400 sequences of two of these digits, measured
+    // independently of this code, is 0.0493 and 0.0414: the mean square of a pixel. Such a figure is accurate
+    // to about 1.5 %, and so is ours.
     for (protocol, mean_square) in [(Protocol::Svg, 0.0493), (Protocol::Openstl, 0.0414)] {
         let config = Config { digits: folder.clone(), protocol, ..Config::default() };
         let moving = MovingMnist::open(&config, Split::Val).unwrap();

@@ -1,4 +1,4 @@
-//! Optimizers agree with PyTorch's on fixed gradients, step by step; with `CANDLEPOWER_TEST_DEVICE=cuda` on a CUDA device.
+//! Optimizers match PyTorch's on fixed gradients, step by step (on CUDA with `CANDLEPOWER_TEST_DEVICE=cuda`).
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{Tensor, Var};
@@ -7,7 +7,7 @@ use candlepower::schedule::Schedule;
 use candlepower_tests::{device, golden};
 use serde_json::Value;
 
-/// The optimizer that PyTorch calls by this name.
+/// The optimizer that has this name in PyTorch.
 fn parse(name: &str, fields: Value) -> OptimizerConfig {
     match name {
         "Adam" => OptimizerConfig::Adam(serde_json::from_value(fields).unwrap()),
@@ -60,7 +60,8 @@ fn every_configuration_of_the_fixture() {
                 let largest = |t: &Tensor| t.abs().unwrap().max_all().unwrap().to_scalar::<f32>().unwrap();
                 let expected = row(name, param);
                 let error = largest(&(var.as_tensor() - &expected).unwrap());
-                // PyTorch fuses some products and sums: one rounding less. Parameters grow to about 10 here.
+                // PyTorch fuses some products and sums, which saves one rounding. Parameters grow to about 10
+                // here.
                 let tolerance = 1e-6 * largest(&expected).max(1.);
                 assert!(error <= tolerance, "{name}, {param}, step {step}: off by {error:e}");
             }
@@ -71,7 +72,7 @@ fn every_configuration_of_the_fixture() {
 #[test]
 fn every_number_of_a_configuration_counts() {
     const GRADIENTS: [f32; 9] = [0.5, -2., 0.25, 1., -0.125, 3., 0.5, 0.75, -1.5];
-    // One parameter, 1.5 at first, after each step: by PyTorch 2.15, in 64 bits.
+    // A parameter that starts at 1.5, after each step, computed with PyTorch 2.15 in 64 bits.
     let cases = [
         (
             r#"{"adagrad": {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.2, "eps": 0.05}}"#,

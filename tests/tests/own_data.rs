@@ -1,4 +1,4 @@
-//! Radar composites and folders of frames as they really are; skipped where `$CANDLEPOWER_DATA` has none.
+//! Real radar composites and folders of frames; skipped if `$CANDLEPOWER_DATA` has none.
 #![allow(clippy::unwrap_used)]
 
 use std::path::PathBuf;
@@ -28,7 +28,8 @@ fn samples(len: usize, split: Split) -> Vec<Sample> {
     (0..len).map(|index| Sample { index, split, epoch: 0, seed: 1 }).collect()
 }
 
-/// Indices as another program (Pillow) reads them, and their rain by the law, computed apart from this code.
+/// Indices as another program (Pillow) reads them, and the rain that the law gives for them, computed
+/// independently.
 #[test]
 fn composites_have_the_values_of_the_law() {
     let Some(path) = composites() else { return };
@@ -54,7 +55,7 @@ fn composites_have_the_values_of_the_law() {
             }
         }
     }
-    // Most pixels are without rain, and about three in ten are beyond the radars.
+    // Most pixels have no rain, and about three in ten are out of the radars' range.
     let count = |index: u8| indices.iter().filter(|&&i| i == index).count();
     assert_eq!((count(0), count(255)), (226_185, 139_980));
 }
@@ -72,7 +73,7 @@ fn events_become_crops_with_rain_and_a_mask() {
         (batch.input.dims(), batch.target.dims()),
         (&[16, 6, 1, 64, 64][..], &[16, 12, 1, 64, 64][..])
     );
-    // Rain of 0.1 mm/h, averaged over four pixels, on about a fifth of the pixels or more.
+    // Rain of 0.1 mm/h, averaged over four pixels, on at least about a fifth of the pixels.
     let all = Tensor::cat(&[&batch.input, &batch.target], 1).unwrap();
     let rainy =
         all.ge(f64::from(composite::to_value(0.05))).unwrap().to_dtype(candle_core::DType::F32).unwrap();
@@ -82,7 +83,8 @@ fn events_become_crops_with_rain_and_a_mask() {
     assert_eq!(mask.dims(), [16, 18, 1, 64, 64]);
     let known = mask.mean_all().unwrap().to_scalar::<f32>().unwrap();
     assert!(known > 0.5 && known <= 1., "{known}");
-    // The last input frame of a sample is the first of the one that starts five frames later: one moving picture.
+    // A sample's last input frame is the first of the sample that starts five frames later: one continuous
+    // sequence.
     let minutes = composite::minutes(&path.join("20170131/AQC170310945F_00005.801.gif")).unwrap();
     assert_eq!(
         composite::minutes(&path.join("20170131/AQC170311300V_00005.801.gif")).unwrap() - minutes,
@@ -100,7 +102,7 @@ fn composites_are_also_a_folder_of_frames() {
         frames_out: 3,
         ..frames::Config::default()
     };
-    // Three folders are three sequences of 40 frames, one a split.
+    // Three folders are three sequences of 40 frames, one per split.
     for split in [Split::Train, Split::Val, Split::Test] {
         let data = Frames::open(&config, split).unwrap();
         assert_eq!(data.len(), 40 - 8 + 1);

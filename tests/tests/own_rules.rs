@@ -1,4 +1,4 @@
-//! Optimizers and schedules of one's own are to the trainer what Candlepower's are.
+//! Custom optimizers and schedules work in the trainer like Candlepower's own.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::candle_core::Var;
@@ -22,7 +22,7 @@ struct HeavyBallConfig {
     momentum: f64,
 }
 
-/// Gradient descent with momentum, as PyTorch's SGD.
+/// Gradient descent with momentum, like PyTorch's SGD.
 struct HeavyBall {
     config: HeavyBallConfig,
     params: Vec<(String, Var)>,
@@ -106,13 +106,13 @@ fn train(
 
 #[test]
 fn an_optimizer_of_ones_own_moves_as_the_same_one_of_ours() {
-    // fp16's first steps overflow, and are refused.
+    // The first steps in fp16 overflow and are refused.
     for precision in [Precision::Full, Precision::Bf16Mixed, Precision::Fp16Mixed] {
         let (own, ours) = (train(own(), precision, 8, None), train(ours(), precision, 8, None));
         let start = train(self::ours(), precision, 1, None);
         let off = own.iter().zip(&ours).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         let moved = ours.iter().zip(&start).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-        // In half precision a gradient that is rounded another way moves on from there.
+        // In half precision, a gradient that is rounded differently changes all later steps.
         let tolerance = if precision == Precision::Full { 1e-6 } else { 1e-2 * moved };
         assert!(moved > 0.01 && off < tolerance, "{precision:?}: off by {off:e} of {moved:e}");
     }
@@ -126,7 +126,7 @@ fn it_goes_on_from_a_checkpoint_to_the_same_bits() {
     assert_eq!(train(own(), Precision::Full, 8, Some((dir.path(), true))), whole);
 }
 
-/// Remembers a number that has no parameter's name.
+/// Keeps a number whose name contains no parameter's name.
 struct Counts(Var);
 
 impl Descend for Counts {
@@ -256,7 +256,7 @@ fn sections_of_one_kind_of_callback_are_told_apart() {
     };
     let before = waiting(read(&format!("{loss}{mse}")), Resume::No);
     assert_eq!(before["by_loss"]["by"]["monitor"], "loss");
-    // The other way round: each goes on from what it has left, and nothing is better by so much.
+    // In the opposite order: each callback resumes its own state, and no value is better by this much.
     let after = waiting(read_for(2, &format!("{mse}{loss}")), Resume::Auto);
     for name in ["by_loss", "by_mse"] {
         assert_eq!(after[name]["best"], before[name]["best"], "{name}");
@@ -288,7 +288,7 @@ fn a_model_comes_from_its_checkpoint_alone() {
     let experiment = Experiment::new(&registry, Document::parse("own.toml", text, &[]).unwrap()).unwrap();
     let report = experiment.train(&Resume::No, Vec::new()).unwrap();
     let run = report.dir.unwrap();
-    // Wherever it is now.
+    // The checkpoint can be loaded after it is moved.
     let moved = dir.path().join("moved");
     std::fs::rename(run.join("checkpoints/1"), &moved).unwrap();
     std::fs::remove_dir_all(&run).unwrap();

@@ -1,4 +1,5 @@
-//! Pictures are drawn beside the training: of the right moment, in order, before the next checkpoint, and waited for by nobody.
+//! Pictures are drawn during training: with the right values, in order, before the next checkpoint, without
+//! waiting.
 #![allow(clippy::unwrap_used)]
 
 use std::path::Path;
@@ -12,7 +13,7 @@ use candlepower::prelude::*;
 use candlepower_tests::device;
 use candlepower_tests::points::Points;
 
-/// Opened once; who comes earlier waits.
+/// Opened once; earlier callers wait.
 #[derive(Clone, Default)]
 struct Gate(Arc<(Mutex<bool>, Condvar)>);
 
@@ -28,7 +29,7 @@ impl Gate {
     }
 }
 
-/// Draws its weights as four gray pixels, behind a gate.
+/// Draws its weights as four gray pixels, once a gate is open.
 struct Painter {
     layer: Linear,
     gate: Gate,
@@ -66,7 +67,7 @@ impl Module for Painter {
 
 type Seen = Arc<Mutex<Vec<String>>>;
 
-/// Notes pictures, steps and checkpoints; opens the gate after a step.
+/// Records pictures, steps and checkpoints; opens the gate after a step.
 struct Watcher {
     seen: Seen,
     values: Arc<Mutex<Vec<Vec<f32>>>>,
@@ -107,7 +108,7 @@ fn flat(x: &Tensor) -> Vec<f32> {
     x.flatten_all().unwrap().to_vec1().unwrap()
 }
 
-/// Ten steps with a picture at every other, which nobody can draw before step `opens_at` is done.
+/// Ten steps with a picture at every second one, none of which can be drawn before step `opens_at` is done.
 fn trainer(gate: &Gate, opens_at: u64) -> (Trainer, Seen) {
     let (seen, values) = (Seen::default(), Arc::default());
     let config = TrainerConfig { batch_size: 2, max_steps: Some(10), max_epochs: None, ..Default::default() };
@@ -127,7 +128,7 @@ fn place(seen: &[String], what: &str) -> usize {
 fn training_goes_on_while_pictures_are_drawn() {
     let gate = Gate::default();
     let (mut trainer, seen) = trainer(&gate, 7);
-    // Were a picture waited for, this would never end.
+    // If training waited for a picture, this would never end.
     trainer.fit(&Painter::model(&gate, 0), &data()).unwrap();
     let seen = seen.lock().unwrap();
     let pictures: Vec<&String> = seen.iter().filter(|it| it.starts_with("picture")).collect();
@@ -161,7 +162,7 @@ fn an_error_does_not_take_the_pictures_before_it_along() {
     assert_eq!(seen.iter().filter(|it| it.starts_with("picture")).count(), 2, "{seen:?}");
 }
 
-/// Draws what its function says.
+/// Draws with a given function.
 struct Draws(Linear, fn(&mut Step, &Tensor));
 
 impl Module for Draws {

@@ -1,5 +1,5 @@
-//! Mixed precision: the loss scale follows PyTorch's, a skipped step advances nothing, masters follow an f32 run, and the
-//! tutorial's model stays close to f64.
+//! Mixed precision: the loss scale follows PyTorch's, a skipped step changes nothing, masters follow an f32
+//! run, and the tutorial's model stays close to f64.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
@@ -57,7 +57,7 @@ fn config(precision: Precision, max_steps: u64) -> TrainerConfig {
     }
 }
 
-/// A loss whose gradient is as steep as asked for.
+/// A loss with a gradient of a given steepness.
 struct Steep {
     w: Tensor,
     factor: f64,
@@ -78,14 +78,15 @@ impl Module for Steep {
 
     fn training_step(&self, batch: &Tensors, _: &mut Step) -> Result<Tensor> {
         let x = batch.0[0].mean(0)?.to_dtype(self.w.dtype())?;
-        // Wide from here on, as losses are; what flows back into fp16 is a thousandth of the loss scale, times `factor`.
+        // In f32 from here on, like losses; fp16 receives a thousandth of the loss scale, times `factor`, in
+        // the backward pass.
         Ok(((&self.w * x)?.to_dtype(DType::F32)?.sum_all()? * (1e-3 * self.factor))?)
     }
 }
 
 #[test]
 fn a_skipped_step_advances_nothing() {
-    // 2^20 / 1000 times a loss scale of 2^16 is far over 65504, fp16's largest number; at 2^5 it fits.
+    // 2^20 / 1000 times a loss scale of 2^16 is far above 65504, fp16's largest number; at 2^5 it fits.
     let run = |factor: f64| {
         let (dir, recorder) = (tempfile::tempdir().unwrap(), Recorder::default());
         let model = Steep::model(factor, Precision::Fp16Mixed);
@@ -114,11 +115,11 @@ fn a_skipped_step_advances_nothing() {
     assert_eq!(calm.3.average_updates, steep.3.average_updates);
     let lrs = steep.1.train("lr").into_iter().map(|lr| lr * 1048576.);
     assert_eq!(lrs.collect::<Vec<_>>(), [0.5, 0.25, 0.125, 0.0625]);
-    // Powers of two scale without rounding: the weights are the same to the bit.
+    // Powers of two scale without rounding: the weights are bit-identical.
     assert_eq!(calm.2, steep.2);
 }
 
-/// Stops at the validation before the first step, and at no other.
+/// Stops only at the validation before the first step.
 struct Enough;
 
 impl Callback for Enough {
@@ -130,7 +131,7 @@ impl Callback for Enough {
 
 #[test]
 fn what_a_validation_inside_a_step_asks_for_outlives_tries_that_overflow() {
-    // The clock has a validation after the first micro-batch, and then the step overflows.
+    // The clock causes a validation after the first micro-batch, and then the step overflows.
     let config = TrainerConfig {
         micro_batch_size: Some(1),
         val_every: Some(Every::Time(std::time::Duration::ZERO)),
@@ -142,7 +143,7 @@ fn what_a_validation_inside_a_step_asks_for_outlives_tries_that_overflow() {
     assert_eq!((outcome.progress.step, outcome.reason), (1, StopReason::Callback("seen enough".into())));
 }
 
-/// Two numbers, each with an optimizer, and how steep their losses are.
+/// Two numbers, each with its own optimizer, and how steep their losses are.
 struct Two([Tensor; 2], [f64; 2]);
 
 impl Module for Two {
@@ -158,10 +159,10 @@ impl Module for Two {
 fn an_optimizer_whose_gradients_overflow_sits_the_step_out_alone() {
     let build = |vb: VarBuilder| {
         let one = |name| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(1.));
-        // The second's gradient overflows at first.
+        // The second one's gradient overflows at first.
         Ok(Two([one("a")?, one("b")?], [0.5, 4096.]))
     };
-    // Of this momentum, only the first gradient of all makes a difference: it enters whole.
+    // With this momentum, only an optimizer's first gradient makes a difference: it enters whole.
     let sgd = |lr| SgdConfig { lr, momentum: 0.5, dampening: 0.5, ..Default::default() };
     let turn = |name: &str, lr| TurnConfig {
         name: name.into(),
@@ -182,10 +183,10 @@ fn an_optimizer_whose_gradients_overflow_sits_the_step_out_alone() {
         assert_eq!(outcome.progress.step, steps);
         weights(&model).into_iter().flat_map(|(_, values)| values).collect::<Vec<f32>>()
     };
-    // The first moves by 1/8 in each step. The second, by as much, only in those after 13 steps: by then the scale has fallen
-    // from 2^16 to 2^3, so that its 2^12 times the scale fits below 2^16.
+    // The first moves by 1/8 in each step. The second moves by as much, but only after 13 steps: by then the
+    // scale has fallen from 2^16 to 2^3, so its 2^12 times the scale is below 2^16.
     assert_eq!(run(13), [1. - 13. / 8., 1.]);
-    // What it sat out is none of its own steps, not even when the run is interrupted in between.
+    // Steps that it sat out do not count as its own, even if the run is interrupted in between.
     assert_eq!(run(16), [1. - 16. / 8., 1. - 3. / 8.]);
 }
 
@@ -209,7 +210,8 @@ fn a_run_that_only_skips_ends_with_a_clear_error_and_its_state() {
         let mut trainer = Trainer::new(config(precision, 4)).resume(last);
         trainer.fit(&model, &Data::new(Points { samples: 6 })).unwrap_err().to_string()
     };
-    // Who goes on with it begins to try anew, and hears the same; other precisions have no loss scale, nor its tries.
+    // A resumed run starts to try again and gets the same error; other precisions have no loss scale, and no
+    // retries.
     assert_eq!(go_on(Precision::Fp16Mixed), why);
     let why = go_on(Precision::Full);
     assert!(
@@ -256,7 +258,7 @@ fn masters_follow_an_f32_run_to_the_rounding_of_the_gradients() {
         moves.collect::<Vec<_>>()
     };
     let exact = train(Precision::Full);
-    // Some units in the last place: 2^-8 and 2^-11.
+    // A few units in the last place: 2^-8 and 2^-11.
     for (precision, tolerance) in [(Precision::Bf16Mixed, 3e-2), (Precision::Fp16Mixed, 4e-3)] {
         for ((name, expected), (_, actual)) in exact.iter().zip(train(precision)) {
             let norm = |values: &[f64]| values.iter().map(|x| x * x).sum::<f64>().sqrt();

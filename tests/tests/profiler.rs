@@ -1,4 +1,4 @@
-//! The phases of a real training, as the profiler and the trace see them.
+//! The phases of a real training, as reported by the profiler and the trace.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -57,7 +57,7 @@ fn every_phase_of_a_training_is_seen_as_often_as_it_happens() {
         ("checkpoint", saved),
     ];
     assert_eq!(calls, HashMap::from(expected));
-    // At steps 2, 4 and 6, at step 3 which is the best so far, and no step twice.
+    // At steps 2, 4 and 6, at step 3, which is the best so far, and no step twice.
     assert_eq!(saved, 4);
 
     let path = dir.path().join("trace.json");

@@ -1,4 +1,4 @@
-//! Training on several ranks is the training on one: the same samples, gradients, weights, metrics, events.
+//! Training on several ranks equals training on one: the same samples, gradients, weights, metrics, events.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::HashMap;
@@ -28,7 +28,7 @@ use candlepower_tests::points::{Dropped, PointStream, Points, weights};
 use candlepower_tests::recorder::Recorder;
 use candlepower_tests::relative_error;
 
-/// What a pass over few numbers in another order may differ by.
+/// How much a sum over a few numbers in another order may differ.
 const TOLERANCE: f64 = 1e-6;
 
 fn conv_lstm() -> Model<Video> {
@@ -77,7 +77,8 @@ fn assert_same_weights<B: Batch>(what: &str, actual: &Model<B>, expected: &Model
 
 #[test]
 fn several_ranks_train_as_one_does() {
-    // Without a size the micro-batches are the ranks' own: 4 and 3 samples on two, 2, 2, 2 and 1 on four.
+    // Without a size, each rank chooses its own micro-batches: 4 and 3 samples on two ranks, 2, 2, 2 and 1 on
+    // four.
     for micro_batch_size in [Some(2), Some(3), None] {
         let train = |devices| {
             let model = conv_lstm();
@@ -96,7 +97,8 @@ fn several_ranks_train_as_one_does() {
 
 #[test]
 fn dropout_is_the_same_and_so_is_a_stream() {
-    // A mask is a function of the micro-batch, whichever rank has it. Augmentation is one of the sample.
+    // A dropout mask is a function of the micro-batch, whichever rank has it. Augmentation is a function of
+    // the sample.
     let stream = || Data::stream(PointStream { samples: 20 });
     for data in [points as fn() -> Data<Tensors>, stream] {
         let train = |devices| {
@@ -105,7 +107,7 @@ fn dropout_is_the_same_and_so_is_a_stream() {
             model
         };
         let alone = train(1);
-        // The epoch's last step has three micro-batches: with four and with five ranks some have no part in it.
+        // The epoch's last step has three micro-batches: with four or five ranks, some have none.
         for devices in [2, 3, 4, 5] {
             assert_same_weights(&format!("{devices} ranks"), &train(devices), &alone);
         }
@@ -151,7 +153,7 @@ fn the_first_gradients_are_one_ranks_for_every_optimizer_and_clipped_alike() {
     }
 }
 
-/// Trains each rank with a trainer and a model of its own; returns what became of them.
+/// Trains each rank with its own trainer and model; returns the results of `look`.
 fn each_rank<B: Batch, T: Send>(
     world_size: usize,
     trainer: impl Fn(usize) -> Trainer + Sync,
@@ -175,7 +177,7 @@ fn all_ranks_end_with_the_same_bits() {
     for optimizer in every_optimizer() {
         for world_size in [2, 4] {
             let trainer = |_| Trainer::new(config(1, 7)).optimizer(optimizer.clone());
-            // Whatever they start from: rank 0's values count.
+            // Whatever values they start from, rank 0's are used.
             let model = |rank| Dropped::model(3 + rank as u64);
             let all = each_rank(world_size, trainer, model, points, |outcome, model| {
                 assert_eq!(outcome.unwrap().progress.samples, 20 + 20 + 7);
@@ -198,7 +200,7 @@ fn the_events_and_the_metrics_are_one_ranks() {
             .checkpoints(dir.path(), CheckpointConfig { every_steps: Some(3), ..Default::default() })
             .fit(&Dropped::model(3), &points())
             .unwrap();
-        // How far a validation is, is told for all ranks together: less often.
+        // The progress of a validation is reported for all ranks together, so less often.
         let mut lines = recorder.lines();
         lines.retain(|line| !line.starts_with("batch"));
         let folders = |dir: &Path| {
@@ -226,7 +228,7 @@ fn the_events_and_the_metrics_are_one_ranks() {
     }
 }
 
-/// Points that note which samples are asked for.
+/// Points that record which samples are requested.
 struct Asked(Points, Arc<Mutex<Vec<usize>>>);
 
 impl Dataset for Asked {
@@ -246,7 +248,8 @@ impl Dataset for Asked {
 
 #[test]
 fn evaluation_counts_every_sample_once_for_any_number_of_ranks() {
-    // 9 samples, 1, 2, 3 or 4 at once: fewer micro-batches than ranks, too; and the first two batches of 4 alone.
+    // 9 samples, 1, 2, 3 or 4 at once, also with fewer micro-batches than ranks; and only the first two
+    // batches of 4.
     for micro in [1, 2, 3, 4] {
         for limit in [None, Some(Limit::Batches(2))] {
             let mean = |devices: usize| {
@@ -307,13 +310,13 @@ fn a_run_goes_on_with_another_number_of_devices() {
         for (resumed, whole) in resumed.iter().zip(&whole) {
             assert_eq!(resumed.len(), whole.len());
             for (name, expected) in whole {
-                // Adam's first steps magnify rounding: what is divided by its own root is of any size.
+                // Adam's first steps magnify rounding: a value divided by its own root can have any size.
                 let error = relative_error(&resumed[name], expected);
                 assert!(error < 1e-4, "{first} then {second}, {name}: relative error {error:.1e}");
             }
         }
     }
-    // On as many devices the bits are the same.
+    // With the same number of devices, results are bit-identical.
     let [undisturbed, stopped] = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
     let expected = train(undisturbed.path(), 3, 8, false);
     train(stopped.path(), 3, 5, false);
@@ -378,7 +381,7 @@ fn only_rank_0_has_callbacks_and_files() {
     assert!(!recorders[0].lines().is_empty() && recorders[1].lines().is_empty());
 }
 
-/// Points whose sample 13 ends badly.
+/// Points whose sample 13 fails.
 struct Bad {
     how: fn() -> Result<()>,
 }
@@ -397,7 +400,7 @@ impl Dataset for Bad {
     }
 }
 
-/// Makes a step of its own of everything that a rank can meet.
+/// A module whose step calls a given function, to cause anything that a rank can encounter.
 struct Steps(Tensor, fn(&Tensors, &Step) -> Result<()>);
 
 impl Steps {
@@ -415,7 +418,7 @@ impl Module for Steps {
     }
 }
 
-/// Whether a micro-batch holds sample 13, which is on one rank alone.
+/// Whether a micro-batch holds sample 13, which only one rank has.
 fn holds_13(batch: &Tensors) -> bool {
     batch.0[2].to_dtype(DType::F32).unwrap().to_vec1::<f32>().unwrap().contains(&13.)
 }
@@ -438,7 +441,7 @@ fn a_rank_that_fails_ends_all_and_is_named() {
     };
     let text = error(&Steps::model(panics), points(), 4);
     assert!(text.contains("it panicked: sample 13 is unlucky"), "{text}");
-    // What is wrong on all ranks is said as by one alone.
+    // An error on all ranks is reported like that of a single one.
     let config = |devices| TrainerConfig { precision: Precision::Bf16Mixed, ..config(devices, 1) };
     let wrong = |devices| {
         let mut trainer = Trainer::new(config(devices));
@@ -507,7 +510,7 @@ fn a_loss_that_is_not_a_number_on_one_rank_stops_all_before_the_weights_move() {
 
 #[test]
 fn an_overflow_on_one_rank_is_one_for_all() {
-    /// Its gradient is far over fp16's largest number where the loss scale is large, in one micro-batch alone.
+    /// Its gradient is far above fp16's largest number if the loss scale is large, in only one micro-batch.
     struct Steep(Tensor);
     impl Module for Steep {
         type Batch = Tensors;
@@ -579,7 +582,7 @@ fn a_parameter_without_gradient_is_refused_by_name_also_where_a_rank_has_no_samp
     }
     let build = |vb: VarBuilder| Ok(Unused([vb.get(4, "lonely")?, vb.get(5, "large")?, vb.get(1, "small")?]));
     let model = Model::new(build, 0, &Device::Cpu).unwrap();
-    // One micro-batch for two or three ranks; of two, the second is the owner of `lonely` and `small`.
+    // One micro-batch for two or three ranks; with two, the second owns `lonely` and `small`.
     for (devices, distributed, all) in
         [(3, DistributedConfig::default(), 3), (2, sharded(), 2), (3, sharded(), 1)]
     {
@@ -597,7 +600,7 @@ fn sharded() -> DistributedConfig {
 
 #[test]
 fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
-    /// Notes how many bytes the optimizer has on its rank.
+    /// Records how many bytes of optimizer state its rank has.
     #[derive(Clone, Default)]
     struct Bytes(Arc<Mutex<Vec<usize>>>);
     impl Callback for Bytes {
@@ -642,13 +645,13 @@ fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
         };
         let (whole, shared) = (run(&DistributedConfig::default()), run(&sharded()));
         assert_eq!(whole.0, shared.0, "{optimizer:?}");
-        // Together as much as one rank had; 32 + 8 and 8 + 1 numbers are as even as whole tensors can be. (NAdam has another
-        // number for each.)
+        // Together as much as one rank had; 32 + 8 and 8 + 1 numbers are as even as whole tensors can be
+        // divided. (NAdam has one more number for each.)
         let one = whole.1[0];
         assert_eq!((whole.1[1], shared.1.iter().sum::<usize>()), (one, one), "{optimizer:?}");
         assert!(shared.1.iter().max().unwrap() * 49 <= one * 40, "{optimizer:?}");
     }
-    // The tutorial's module is shared out more evenly.
+    // The tutorial's module is divided more evenly.
     let bytes = Bytes::default();
     let trainer = |_| Trainer::new(config(1, 1)).distributed(sharded()).callback(bytes.clone());
     let blobs = || Data::new(Blobs { samples: 8 });
@@ -710,7 +713,7 @@ fn ranks_that_share_the_optimizer_clip_alike_and_show_gradients_to_who_wants_the
             (model, gradients.0.lock().unwrap().clone())
         };
         let (alone, expected) = train(1, DistributedConfig::default());
-        // They are seen as they are taken.
+        // Callbacks see clipped gradients.
         for gradients in &expected {
             let all = gradients.iter().map(|x| x.flatten_all().unwrap()).collect::<Vec<_>>();
             let all = Tensor::cat(&all, 0).unwrap().to_vec1::<f32>().unwrap();
@@ -781,7 +784,7 @@ fn processes_that_only_devices_connect_are_refused_on_the_cpu_before_anything_is
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }
 
-/// Ranks that tell when gradients go on their way.
+/// Ranks that report when gradients are sent.
 struct Watched {
     ranks: Arc<Threads>,
     on_their_way: crossbeam_channel::Sender<usize>,
@@ -822,7 +825,7 @@ impl Collective for Watched {
 fn gradients_are_on_their_way_while_the_backward_pass_goes_on() {
     /// More than a bucket of 25 MB.
     const LARGE: usize = 7 << 20;
-    /// Lets the backward pass go on when the gradients of the last layer have left.
+    /// Blocks the backward pass until the gradients of the last layer have been sent.
     struct Gate(crossbeam_channel::Receiver<usize>);
     impl candle_core::CustomOp1 for Gate {
         fn name(&self) -> &'static str {
@@ -845,7 +848,7 @@ fn gradients_are_on_their_way_while_the_backward_pass_goes_on() {
     struct Layers {
         first: Tensor,
         last: Tensor,
-        /// Of the micro-batches, only the last may send anything.
+        /// Only the last micro-batch may send anything.
         gate: crossbeam_channel::Receiver<usize>,
         batches: std::sync::atomic::AtomicUsize,
     }
@@ -874,7 +877,7 @@ fn gradients_are_on_their_way_while_the_backward_pass_goes_on() {
                     Ok(Layers { first, last, gate: gate.clone(), batches })
                 };
                 let model = Model::new(build, 0, &Device::Cpu).unwrap();
-                // Two micro-batches a rank.
+                // Two micro-batches per rank.
                 let config = TrainerConfig { batch_size: 8, ..config(1, 1) };
                 let ranks = Arc::new(Watched { ranks: Arc::new(ranks), on_their_way });
                 Trainer::new(config).optimizer(sgd()).ranks(ranks).fit(&model, &points()).unwrap();
@@ -887,7 +890,7 @@ fn gradients_are_on_their_way_while_the_backward_pass_goes_on() {
 #[test]
 fn a_sharded_run_saves_everything_and_goes_on_with_any_number_of_devices() {
     goes_on_with_any_number_of_devices(AdamConfig { lr: 0.01, ..Default::default() }.into());
-    // Keeps one number beside what is as large as a parameter.
+    // Keeps one number in addition to state that is as large as a parameter.
     goes_on_with_any_number_of_devices(OptimizerConfig::Nadam(Default::default()));
 }
 
@@ -912,7 +915,7 @@ fn goes_on_with_any_number_of_devices(optimizer: OptimizerConfig) {
         train(dir.path(), 2, first, 5, false);
         assert_eq!(train(dir.path(), 2, second, 8, true), expected);
     }
-    // On three, and then alone: to rounding.
+    // On three devices, and then on one: equal up to rounding.
     let dir = tempfile::tempdir().unwrap();
     train(dir.path(), 3, sharded(), 5, false);
     train(dir.path(), 1, sharded(), 8, true);
@@ -925,7 +928,7 @@ fn goes_on_with_any_number_of_devices(optimizer: OptimizerConfig) {
     }
 }
 
-/// Learns a slope, and keeps the mean of what it has seen, and in how many micro-batches.
+/// Learns a slope, and keeps the mean of its inputs and the number of micro-batches.
 struct Running {
     slope: Tensor,
     mean: Buffer,
@@ -960,8 +963,8 @@ impl Module for Running {
 
 #[test]
 fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
-    // 5 samples in turn, batches of 3 and of 2, micro-batches of 2: in the first step 0 and 1 on the first rank, 2 on the
-    // second, none on the third; in the second step 3 and 4 on the first alone.
+    // 5 samples in order, batches of 3 and 2, micro-batches of 2: in the first step, 0 and 1 on the first
+    // rank, 2 on the second, none on the third; in the second step, 3 and 4 on the first rank only.
     let config = TrainerConfig {
         batch_size: 3,
         overfit_batches: Some(Limit::Batches(2)),
@@ -980,6 +983,7 @@ fn buffers_are_the_ranks_mean_by_samples_and_the_same_everywhere() {
             (buffers[0].1.to_vec1::<f32>().unwrap()[0], buffers[1].1.to_vec1::<i64>().unwrap()[0])
         },
     );
-    // After the first step 0.25 and 1, together (2 * 0.25 + 1) / 3 = 0.5, on which the second goes on: (0.5 + 3.5) / 2.
+    // After the first step 0.25 and 1, combined to (2 * 0.25 + 1) / 3 = 0.5, from which the second continues:
+    // (0.5 + 3.5) / 2.
     assert_eq!(all, [(2., 2); 3]);
 }

@@ -1,5 +1,6 @@
-//! Training steps that a CUDA device records and replays are, to the bit, those that run as they come. Needs a device, with
-//! `CANDLEPOWER_TEST_DEVICE=cuda`; without, each test says so and passes.
+//! Training steps that a CUDA device records and replays are bit-identical to those that run normally. Needs
+//! a device, with `CANDLEPOWER_TEST_DEVICE=cuda`; without one, each test prints that it is skipped and
+//! passes.
 #![allow(clippy::unwrap_used)]
 
 use std::fmt::Debug;
@@ -20,7 +21,7 @@ use candlepower_tests::recorder::Recorder;
 use tracing::field::{Field, Visit};
 use tracing_subscriber::layer::{Context, SubscriberExt};
 
-/// One test at a time: while one records, nobody else may use the device.
+/// One test at a time: while one records, no other may use the device.
 fn turn() -> Option<MutexGuard<'static, ()>> {
     static TURN: Mutex<()> = Mutex::new(());
     if !device().is_cuda() {
@@ -30,7 +31,7 @@ fn turn() -> Option<MutexGuard<'static, ()>> {
     Some(TURN.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
-/// Keeps what is logged.
+/// Collects log messages.
 #[derive(Clone, Default)]
 struct Words(Arc<Mutex<String>>);
 
@@ -48,7 +49,7 @@ impl Visit for Words {
     }
 }
 
-/// What a training came to: parameters and optimizer as bytes, metrics as bits.
+/// The result of a training: parameters and optimizer as bytes, metrics as bits.
 struct Trained {
     files: [Vec<u8>; 2],
     metrics: Vec<(u64, String, u64)>,
@@ -83,12 +84,12 @@ fn train<B: Batch>(
     (Trained { files, metrics: bits, loss_scale }, said)
 }
 
-/// Adam whose rate is another in each step.
+/// Adam with a rate that changes in each step.
 fn adam() -> OptimizerConfig {
     AdamConfig { lr: 0.01, ..Default::default() }.into()
 }
 
-/// Trains with and without recording; returns what was said with it, and the loss scale at the end.
+/// Trains with and without recording; returns the log messages with it, and the loss scale at the end.
 fn compare<B: Batch>(
     case: &str,
     config: TrainerConfig,
@@ -105,8 +106,9 @@ fn compare<B: Batch>(
     (said, recorded.loss_scale)
 }
 
-/// 10 samples in batches of 4. In micro-batches of 3 there are ones of 3, 1 and 2; in micro-batches of 2, two of each batch are
-/// alike, and the last batch's, which is a step of its own, counts for twice as much.
+/// 10 samples in batches of 4. Micro-batches of at most 3 have 3, 1 and 2 samples. With micro-batches of 2,
+/// the two of a full batch are alike, and the one of the last batch, which is a whole step, counts twice as
+/// much.
 fn config(micro_batch_size: usize) -> TrainerConfig {
     TrainerConfig {
         batch_size: 4,
@@ -132,7 +134,8 @@ fn recorded_steps_are_those_that_run_as_they_come() {
             let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
             Model::with_precision(build, 1, &device(), precision).unwrap()
         };
-        // How many kinds of passes are recorded, and how many of whole steps. The last batch's come every third step.
+        // How many kinds of passes are recorded, and how many of whole steps. The last batch of an epoch is
+        // every third step.
         for (micro_batch_size, passes, steps) in [(3, 2, 1), (2, 1, 1), (4, 0, 2)] {
             let case = format!("{precision:?}, micro-batches of {micro_batch_size}");
             let config = TrainerConfig { precision, ..config(micro_batch_size) };
@@ -157,7 +160,7 @@ fn so_are_those_whose_convolutions_are_winograds() {
         };
         Model::new(build, 1, &device()).unwrap()
     };
-    // Eight images are tiles enough for it.
+    // Eight images give enough tiles for Winograd convolutions.
     let config = TrainerConfig { batch_size: 8, max_steps: Some(6), ..config(8) };
     let (said, _) = compare("32 channels", config, &adam(), model, &data());
     assert_eq!(said.matches("a training step: recorded as a CUDA graph").count(), 2, "{said}");
@@ -194,7 +197,7 @@ fn the_update_of_every_optimizer_is_part_of_the_recording() {
 #[test]
 fn what_is_logged_is_as_it_was_before_the_update() {
     let Some(_turn) = turn() else { return };
-    // The parameter itself, of one value, which the update moves in place.
+    // The parameter itself, with one value, which the update moves in place.
     struct Told(Tensor);
     impl Module for Told {
         type Batch = Video;
@@ -220,7 +223,7 @@ fn recorded_steps_that_overflow_are_tried_again() {
     assert!(said.contains("a training step: recorded as"), "{said}");
 }
 
-/// One parameter, and a habit.
+/// A module with one parameter and a given habit.
 struct Habit(Tensor, fn(&Tensor, &Step) -> Result<Tensor>);
 
 impl Module for Habit {

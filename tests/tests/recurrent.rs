@@ -1,4 +1,4 @@
-//! The recurrent models agree with PyTorch's: predictions under a mask and without one, loss, and all gradients.
+//! The recurrent models match PyTorch's: predictions with and without a mask, loss, and all gradients.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Tensor};
@@ -15,7 +15,7 @@ use candlepower_models::{conv_lstm_stack::ConvLstmLayers, mim::MimLayers};
 use candlepower_models::{predrnn::PredRnnLayers, predrnn_pp::CausalLayers};
 use candlepower_tests::{Golden, assert_close, device, golden, golden_dir};
 
-/// The suggested tolerances of outputs and gradients, relative to a tensor's largest value.
+/// The suggested tolerances for outputs and gradients, relative to a tensor's largest value.
 const OUTPUT: f64 = 2e-5;
 const LOSS: f64 = 2e-6;
 const GRADIENT: f64 = 1e-4;
@@ -46,7 +46,7 @@ fn spec(golden: &Golden) -> VideoSpec {
     }
 }
 
-/// The fixture's model with the fixture's parameters, all of them, and no others.
+/// The fixture's model with all of the fixture's parameters, and no others.
 fn model<S: Stack>(golden: &Golden, config: &S::Config, dtype: DType) -> (Recurrent<S>, Params) {
     let params = Params::new(0, dtype, &device());
     let model = Recurrent::<S>::build(config, &spec(golden), params.var_builder()).unwrap();
@@ -60,7 +60,7 @@ fn model<S: Stack>(golden: &Golden, config: &S::Config, dtype: DType) -> (Recurr
     (model, params)
 }
 
-/// The fixture's mask: one draw for each sample and frame.
+/// The fixture's mask: one draw per sample and frame.
 fn mask(golden: &Golden) -> Mask {
     let draws = golden.get("in.mask").flatten_from(2).unwrap();
     if draws.elem_count() == 0 {
@@ -129,7 +129,7 @@ fn agrees<S: Stack>(name: &str, config: impl Fn(&Golden) -> S::Config) {
 /// The fixture's predictions as frames (B, T, C, H, W).
 fn next_frames(golden: &Golden) -> Tensor {
     let frames = golden.get("out.next_frames");
-    // MAU's are frames already.
+    // MAU's predictions are frames already.
     if golden.hparams["model"] == "mau" {
         return frames.clone();
     }
@@ -137,7 +137,7 @@ fn next_frames(golden: &Golden) -> Tensor {
     candlepower::nn::depth_to_space(&folded, golden.size("patch_size")).unwrap()
 }
 
-/// The patterns of [`Module::unused`] fit exactly these parameters.
+/// Asserts that the patterns of [`Module::unused`] match exactly these parameters.
 fn says_what_is_unused<S: Stack>(model: &Recurrent<S>, params: &Params, expected: &[String]) {
     let fits =
         |name: &String| model.unused().iter().any(|pattern| wildmatch::WildMatch::new(pattern).matches(name));
@@ -180,7 +180,7 @@ fn e3d_lstm_agrees() {
     for name in ["openstl_e3dlstm", "openstl_e3dlstm_ln"] {
         agrees::<EideticLayers>(name, |golden| {
             let RecurrentConfig { hidden, patch, layer_norm, .. } = recurrent(golden);
-            // The reference does not look at its own `filter_size`.
+            // The reference ignores its own `filter_size`.
             let weight = golden.get("param.cell_list.0.conv_x.0.conv3d.weight");
             let kernel = *weight.dims().last().unwrap();
             E3dLstmConfig { hidden, kernel, patch, layer_norm, ..Default::default() }
@@ -229,7 +229,7 @@ fn sampling_agrees_at_every_step() {
         for (list, actual) in
             [("scheduled_sampling_eta", linear.at(step)), ("reverse_r_eta", given), ("reverse_eta", beyond)]
         {
-            // The reference adds its rate up, step by step.
+            // The reference adds up its rate step by step.
             assert!((actual - expected(list)).abs() < 1e-11, "{list} at {step}: {actual}");
         }
         let all = Sampling::Reverse(reverse.clone()).probabilities(step, 3, 4);

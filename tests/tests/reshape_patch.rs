@@ -1,4 +1,4 @@
-//! Folding patches into channels agrees with the reference, and unfolding undoes it.
+//! Folding patches into channels matches the reference, and unfolding reverses it.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::nn::{depth_to_space, space_to_depth};

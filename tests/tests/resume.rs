@@ -1,5 +1,5 @@
-//! A run that was interrupted anywhere ends with the bits of one that was not: weights, optimizer, averages, callbacks'
-//! memory, metrics and the order of samples.
+//! A run that was interrupted anywhere ends bit-identically to one that was not: weights, optimizer,
+//! averages, callbacks' state, metrics and the order of samples.
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
@@ -16,7 +16,8 @@ use candlepower::trainer::{Every, Limit, Outcome};
 use candlepower_tests::points::{Dropped, PointStream, Points};
 use candlepower_tests::recorder::Recorder;
 
-/// 10 samples in batches of 4: steps of 4, 4 and 2 an epoch, 8 steps in all, so that a run ends in mid-epoch.
+/// 10 samples in batches of 4: steps of 4, 4 and 2 per epoch, and 8 steps in total, so a run ends in
+/// mid-epoch.
 const STEPS: u64 = 8;
 
 fn config() -> TrainerConfig {
@@ -31,7 +32,7 @@ fn stream(workers: usize) -> Data<Tensors> {
     Data { val: data(0).val, ..Data::stream(PointStream { samples: 10 }) }.workers(workers)
 }
 
-/// What is trained, and on what, for as many steps as are asked for.
+/// A trainer for a configuration, with its data and precision.
 struct Case {
     name: &'static str,
     precision: Precision,
@@ -40,7 +41,7 @@ struct Case {
 }
 
 fn early_stopping() -> EarlyStopping {
-    // It never stops these runs, but what it remembers changes with every validation.
+    // It never stops these runs, but its state changes with every validation.
     let config = EarlyStoppingConfig { patience: 100, min_delta: 1e-3, ..Default::default() };
     EarlyStopping::watch(&config).unwrap()
 }
@@ -132,7 +133,7 @@ fn checkpoints() -> CheckpointConfig {
     CheckpointConfig { every_steps: Some(1), keep_last: 99, ..Default::default() }
 }
 
-/// The training metrics of steps after `step`, in order, by their bits. `mean_index` shows the order of samples.
+/// The training metrics of steps after `step`, in order, as bits. `mean_index` shows the order of samples.
 fn metrics(recorder: &Recorder, step: u64) -> Vec<(u64, String, u64)> {
     let records = recorder.records().into_iter();
     let later = records.filter(|record| record.split == Split::Train && record.step > step);
@@ -154,7 +155,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
         for step in 1..STEPS {
             let checkpoint = Checkpoint::load(&dir.path().join(step.to_string())).unwrap();
             let (again, resumed) = (tempfile::tempdir().unwrap(), Recorder::default());
-            // Another process starts from other initial values and may have other workers.
+            // Another process starts from other initial values and may use other workers.
             let outcome = trainer(config())
                 .seed(5)
                 .callback(resumed.clone())
@@ -176,7 +177,7 @@ fn a_run_goes_on_from_any_step_to_the_same_bits() {
     }
 }
 
-/// Fails in the middle of a step's micro-batches, as a process that is killed there.
+/// Fails among a step's micro-batches, like a process that is killed there.
 struct Broken(Points);
 
 impl Dataset for Broken {
@@ -189,7 +190,7 @@ impl Dataset for Broken {
     fn spec(&self) {}
 
     fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
-        // The second epoch's sample 3 is somewhere inside an accumulation window or another.
+        // Sample 3 of the second epoch is somewhere among a step's micro-batches.
         if samples.iter().any(|sample| sample.epoch == 1 && sample.index == 3) {
             return Err(Error::msg("the disk is gone"));
         }
@@ -223,11 +224,11 @@ fn a_run_that_died_in_mid_accumulation_goes_on_to_the_same_bits() {
 fn a_run_that_failed_goes_on_to_the_same_bits_in_every_combination() {
     for Case { name, precision, data: of, trainer } in cases() {
         if of(0).train.len().is_none() {
-            continue; // It has no samples by number, of which one could be bad.
+            continue; // A stream has no samples by number, so none can be bad.
         }
         let run = |dir: &Path, data: Data<Tensors>, resume: Option<Checkpoint>| {
             let config = TrainerConfig { precision, ..config() };
-            // What is validated, and what an error leaves, are the only checkpoints.
+            // Checkpoints are saved only after validations and after an error.
             let trainer = trainer(config).seed(5).checkpoints(dir, CheckpointConfig::default());
             let seed = if resume.is_some() { 77 } else { 1 };
             let mut trainer = resume.into_iter().fold(trainer, Trainer::resume);
@@ -256,7 +257,7 @@ fn a_run_that_failed_goes_on_to_the_same_bits_in_every_combination() {
     }
 }
 
-/// Remembers how many steps it has seen.
+/// Remembers the number of steps that it has seen.
 struct Counter(u64);
 
 impl Callback for Counter {
@@ -334,7 +335,7 @@ impl Callback for Numbers {
 
 #[test]
 fn numbers_come_back_to_the_last_bit() {
-    // Readers of JSON that are in a hurry give the first of these another last bit.
+    // Some fast JSON readers get the last bit of the first number wrong.
     let mut numbers = vec![1.8632589340209962, f64::MIN_POSITIVE, 1. / 3.];
     numbers.extend((1..2000).map(|i| (f64::from(i) * 0.7).sin() / f64::from(i)));
     let dir = tempfile::tempdir().unwrap();
@@ -352,7 +353,7 @@ fn numbers_come_back_to_the_last_bit() {
     assert!(before == run(2, &[], Some(checkpoint)));
 }
 
-/// Trains in a folder, on from the checkpoint of a step where one is named.
+/// Trains in a folder, resuming from the checkpoint of a step if one is given.
 fn go_on(dir: &Path, from: Option<u64>, keep_last: usize, trainer: Trainer) -> Outcome {
     let every = CheckpointConfig { keep_last, every_steps: Some(1), ..Default::default() };
     let checkpoint = from.map(|step| Checkpoint::load(&dir.join(step.to_string())).unwrap());
@@ -367,7 +368,7 @@ fn up_to(max_steps: u64) -> TrainerConfig {
 #[test]
 fn a_longer_run_does_not_know_where_a_shorter_one_ended() {
     let (whole, halves) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    // Epochs have 3 steps: the shorter run validates after 4, where the longer one does not.
+    // Epochs have 3 steps: the shorter run validates after step 4, where the longer one does not.
     let train = |dir: &Path, steps, resumes| {
         let plateau = Plateau { factor: 0.5, patience: 0, threshold: 0.5, ..Default::default() };
         let mut trainer = Trainer::new(up_to(steps))
@@ -410,7 +411,7 @@ fn the_best_validation_may_be_the_one_that_a_run_ended_with() {
 fn a_run_that_goes_back_keeps_its_own_checkpoints_and_the_old_ones_under_other_names() {
     let dir = tempfile::tempdir().unwrap();
     go_on(dir.path(), None, 9, Trainer::new(up_to(6)));
-    // What a process has left that was killed while it wrote.
+    // Left behind by a process that was killed while writing.
     std::fs::create_dir(dir.path().join(".7.tmp")).unwrap();
     go_on(dir.path(), Some(2), 2, Trainer::new(up_to(4)));
     let mut names: Vec<String> = std::fs::read_dir(dir.path())
@@ -424,10 +425,10 @@ fn a_run_that_goes_back_keeps_its_own_checkpoints_and_the_old_ones_under_other_n
     assert_eq!(names, ["3", "3.old", "4", "4.old", "5.old", "6.old", "last", "validations.json"]);
     assert_eq!(std::fs::read_link(dir.path().join("last")).unwrap(), Path::new("4"));
     assert_eq!(candlepower::checkpoint::latest(dir.path()).unwrap(), Some(dir.path().join("4")));
-    // Going back once more keeps what was kept.
+    // Going back once more keeps what was set aside before.
     go_on(dir.path(), Some(3), 9, Trainer::new(up_to(4)));
     assert!(dir.path().join("4.old").exists() && dir.path().join("4.old2").exists());
-    // A training from the start, in a folder that has been used.
+    // A training from the start, in a folder that is already in use.
     go_on(dir.path(), None, 9, Trainer::new(up_to(1)));
     assert_eq!(candlepower::checkpoint::latest(dir.path()).unwrap(), Some(dir.path().join("1")));
 }
@@ -487,11 +488,11 @@ fn a_stream_cannot_go_on_behind_its_end() {
 fn a_run_whose_last_validation_never_came_has_it_when_it_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     go_on(dir.path(), None, 9, Trainer::new(up_to(4)));
-    // One that goes back and comes to the same end validates there.
+    // A run that goes back and reaches the same end validates there.
     let recorder = Recorder::default();
     go_on(dir.path(), Some(2), 9, Trainer::new(up_to(4)).callback(recorder.clone()));
     assert!(recorder.records().iter().any(|record| record.split == Split::Val && record.step == 4));
-    // As if it had been killed while it validated, after its checkpoint.
+    // As if it had been killed while validating, after its checkpoint.
     std::fs::remove_file(dir.path().join("validations.json")).unwrap();
     let recorder = Recorder::default();
     go_on(dir.path(), Some(4), 9, Trainer::new(up_to(4)).callback(recorder.clone()));

@@ -1,4 +1,4 @@
-//! Schedules agree with PyTorch's, step by step.
+//! Schedules match PyTorch's, step by step.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::prelude::*;
@@ -8,7 +8,7 @@ use candlepower_tests::points::{Dropped, Points};
 use candlepower_tests::recorder::Recorder;
 use serde_json::Value;
 
-/// The schedule that PyTorch calls by this name, with PyTorch's names of arguments.
+/// The schedule that has this name in PyTorch, with PyTorch's argument names.
 fn schedule(name: &str, args: &Value, base_lr: f64) -> Option<Schedule> {
     let number = |key: &str| args[key].as_f64().unwrap_or_else(|| panic!("{name} has no `{key}`: {args}"));
     let or = |key: &str, default: f64| args[key].as_f64().unwrap_or(default);
@@ -123,8 +123,8 @@ fn every_schedule_of_the_fixture() {
     }
 }
 
-/// `ReduceLROnPlateau` takes `best * (1 - threshold)`, or `best * (1 + threshold)`, for the value to be beaten: below zero a step
-/// back is within it.
+/// `ReduceLROnPlateau` compares with `best * (1 - threshold)` or `best * (1 + threshold)`: below zero, this
+/// accepts values that are slightly worse.
 #[test]
 fn below_zero_a_share_of_the_best_is_a_step_back() {
     let after = |maximize, metrics: [f64; 2]| {
@@ -148,7 +148,7 @@ fn a_metric_that_is_not_a_number_is_no_progress() {
 #[test]
 fn epochs_are_counted_where_they_are_asked_for() {
     let heard = Recorder::default();
-    // 10 samples in batches of 4: three steps an epoch.
+    // 10 samples in batches of 4: three steps per epoch.
     let config = TrainerConfig { batch_size: 4, max_steps: Some(8), log_every: 1, ..Default::default() };
     Trainer::new(config)
         .optimizer(SgdConfig { lr: 0.4, ..Default::default() })

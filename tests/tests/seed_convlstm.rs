@@ -1,4 +1,4 @@
-//! The tutorial's model agrees with PyTorch: output, loss, gradients, and three steps of three optimizers.
+//! The tutorial's model matches PyTorch: output, loss, gradients, and three steps of three optimizers.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{DType, Tensor, Var};
@@ -83,7 +83,7 @@ fn optimizer_agrees(run: &str, parse: fn(Value) -> OptimizerConfig) {
         let frames = model.forward(start.get("in.x")).unwrap();
         candlepower::nn::mse(&frames, &target(&start)).unwrap()
     };
-    // Where the reference's own precisions differ by more, that is what its numbers say.
+    // Tolerate the differences between the reference's own precisions, if they are larger.
     let noise = golden.hparams["max_abs_param_diff_f32_vs_f64_after_steps"][run].as_f64().unwrap_or(0.);
     let tolerance = (3. * noise as f32).max(1e-6);
     let expected_losses = golden.get(&format!("{run}.losses")).to_vec1::<f64>().unwrap();

@@ -1,4 +1,4 @@
-//! SimVP with both translators, and TAU, agree with OpenSTL: outputs, losses, gradients, running statistics.
+//! SimVP with both translators, and TAU, match OpenSTL: outputs, losses, gradients, running statistics.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::params::Params;
@@ -50,7 +50,7 @@ fn tau_config(golden: &Golden) -> TauConfig {
     }
 }
 
-/// Frames of a module's build, in training or not.
+/// A module's frames, for training or not.
 type Forward<M> = fn(&M, &Tensor, Option<&mut ChaCha8Rng>) -> Result<Tensor>;
 
 fn agrees<M>(
@@ -119,7 +119,7 @@ fn the_loss_that_is_trained_is_the_fixtures() {
     let model = Model::build::<Tau>(&config, &spec, 0, &device()).unwrap();
     golden.load(model.params());
     let batch = Video::new(golden.get("in.x").clone(), golden.get("target").clone());
-    // The training build normalises by the batch only in training; a step for evaluation cannot ask for that, a trainer can.
+    // Only a training step normalizes by the batch; an evaluation step cannot request that, so use a trainer.
     let dir = tempfile::tempdir().unwrap();
     let recorder = candlepower_tests::recorder::Recorder::default();
     let trainer =
@@ -137,7 +137,7 @@ fn the_loss_that_is_trained_is_the_fixtures() {
     }
 }
 
-/// A dataset of one batch, in its order.
+/// A dataset of one batch, in order.
 struct One(Video, VideoSpec);
 
 impl Dataset for One {

@@ -1,4 +1,4 @@
-//! SVG-LP agrees with the authors' code: a training step with given noise, three steps of Adam, a drawn future.
+//! SVG-LP matches the authors' code: a training step with given noise, three steps of Adam, generated frames.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::candle_core::Tensor;
@@ -44,7 +44,7 @@ fn model(golden: &Golden) -> (SvgLp, Params) {
     (model, params)
 }
 
-/// The fixture has (T, B, C, H, W).
+/// Converts from the fixture's axes (T, B, C, H, W).
 fn batch_first(x: &Tensor) -> Tensor {
     x.transpose(0, 1).unwrap().contiguous().unwrap()
 }
@@ -113,7 +113,8 @@ fn three_steps_of_adam_agree() {
     }
     let after = golden.under(&format!("adam.step{steps}."));
     assert!(!after.is_empty());
-    // Adam's first steps are signs of gradients: where rounding decides of one, the reference's own precisions differ, too.
+    // Adam's first steps are signs of gradients. If rounding decides a sign, the reference's own precisions
+    // differ, too.
     let noise = golden.hparams["max_abs_param_diff_f32_vs_f64_after_adam3"].as_f64().unwrap_or(0.);
     let tolerance = (10. * noise as f32).max(5e-5);
     for (name, var) in vars.iter().filter(|(name, _)| !golden.has_no_true_gradient(name)) {
@@ -130,7 +131,7 @@ fn a_drawn_future_agrees_and_leaves_the_running_statistics() {
     let spec = spec(&golden);
     let frames = batch_first(golden.get("in.x"));
     let input = frames.narrow(1, 0, spec.frames_in).unwrap();
-    // The latent variables of the input are inferred, the others guessed.
+    // The latent variables of the input are inferred, the others are drawn from the prior.
     let mut steps = noise(&golden, "gen.eps_posterior");
     let guessed = noise(&golden, "gen.eps_prior");
     let inferred = spec.frames_in - 1;
@@ -142,7 +143,7 @@ fn a_drawn_future_agrees_and_leaves_the_running_statistics() {
     for (name, var) in params.buffers() {
         assert_close(&name, &var, golden.get(&format!("buffer.{name}")), 0.);
     }
-    // By the running statistics it is another, and one sample alone has no other way.
+    // With the running statistics the result differs, and for a single sample nothing else is possible.
     let by_running =
         |x: &Tensor, steps: &[Tensor], mode| model.generate(x, spec.frames_out, steps, mode).unwrap();
     let running = by_running(&input, &steps, Statistics::Running);
@@ -174,6 +175,6 @@ fn what_nobody_knows_has_no_error() {
     };
     let (all, none) = (loss(None), loss(Some(0.)));
     assert!((loss(Some(1.)) - all).abs() < 1e-5 * all.abs(), "{} for {all}", loss(Some(1.)));
-    // What is left is the divergence.
+    // The rest is the divergence.
     assert!(none < 0.9 * all, "{none} of {all}");
 }

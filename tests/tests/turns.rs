@@ -1,4 +1,4 @@
-//! Several optimizers that take turns, groups, averages and plateaus inside a real training.
+//! Several optimizers that take turns, groups, averages and plateaus in a real training.
 #![allow(clippy::unwrap_used)]
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
@@ -80,7 +80,7 @@ fn an_optimizer_may_take_its_turn_in_every_other_step() {
         let state = Checkpoint::load(&dir.path().join("3")).unwrap().state().clone();
         assert_eq!((state.optimizer_steps["a"], state.optimizer_steps["b"]), (1, 3));
     }
-    // Where another one sits out, nothing has moved before a gradient that is no number.
+    // If another optimizer sits out, nothing has moved before a gradient that is not finite.
     let build = |vb: VarBuilder| {
         let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
         Ok(Duel { a: start("a", 0.)?, b: start("b", f64::INFINITY)? })
@@ -104,7 +104,7 @@ fn an_optimizer_may_take_its_turn_in_every_other_step() {
 
 #[test]
 fn optimizers_take_turns_and_move_their_own_parameters_alone() {
-    // All these numbers are numbers of half precision, too.
+    // All these numbers are exact in half precision, too.
     for (micro_batch_size, precision) in
         [(None, Precision::Full), (Some(1), Precision::Full), (None, Precision::Bf16Mixed)]
     {
@@ -163,7 +163,7 @@ fn what_is_validated_and_predicted_with_is_the_average() {
     let checkpoint = Checkpoint::load(&dir.path().join("last")).unwrap();
     checkpoint.restore_for_evaluation(&fresh.params().vars()).unwrap();
     assert_eq!(validate(&fresh), told);
-    // So has the model, once it is trained; training goes on with the weights themselves.
+    // The model has the average, too, once it is trained; training itself continues with the weights.
     assert_eq!(validate(&model), told);
     assert_eq!(weights(&fresh), weights(&model));
     checkpoint.restore_params(&fresh.params().vars()).unwrap();
@@ -200,7 +200,8 @@ fn a_plateau_lowers_the_learning_rate_of_every_optimizer_by_hand() {
         .callback(recorder.clone())
         .fit(&Dropped::model(1), &data())
         .unwrap();
-    // Validation 1 is the best; 2 is borne; 3 halves; 4 is borne; 5 halves again. Each acts on the step after it.
+    // Validation 1 is the best; 2 is tolerated; 3 halves; 4 is tolerated; 5 halves again. Each affects the
+    // step after it.
     assert_eq!(recorder.train("lr/first"), [0.5, 0.5, 0.5, 0.25, 0.25, 0.125]);
     assert_eq!(recorder.train("lr/second"), [0.25, 0.25, 0.25, 0.125, 0.125, 0.0625]);
 }

@@ -1,4 +1,5 @@
-//! A loss that is the mean of other things than samples adds up over micro-batches, ranks and validation batches.
+//! Losses that average over other things than samples add up over micro-batches, ranks and validation
+//! batches.
 #![allow(clippy::unwrap_used)]
 
 use candle_core::{D, Tensor};
@@ -9,10 +10,10 @@ use candlepower_tests::points::{Points, weights};
 use candlepower_tests::recorder::Recorder;
 use candlepower_tests::{device, relative_error};
 
-/// The mean error over things, of which sample `i` has `i % 4`: some have none.
+/// The mean error over things. Sample `i` has `i % 4` of them, so some have none.
 struct Things {
     linear: Linear,
-    /// Whether it says so in this step, by its number.
+    /// Whether it reports their number in the step with this number.
     says_so: fn(u64) -> bool,
 }
 
@@ -37,7 +38,7 @@ fn model(says_so: fn(u64) -> bool) -> Model<Tensors> {
     Model::new(build, 1, &device()).unwrap()
 }
 
-/// 11 samples in batches of 5: the last batch has one sample, so that there are ranks without any.
+/// 11 samples in batches of 5: the last batch has one sample, so some ranks have none.
 fn data() -> Data<Tensors> {
     Data::new(Points { samples: 11 }).val(Points { samples: 7 }).workers(0)
 }
@@ -59,7 +60,7 @@ fn trained(config: TrainerConfig, shard: Shard, says_so: fn(u64) -> bool) -> Res
 #[test]
 fn a_loss_over_things_is_that_of_one_batch_of_all() {
     let always = |_| true;
-    // Clipped, a gradient that is too large would be none.
+    // With clipping, too large a gradient would go unnoticed.
     for clip_norm in [None, Some(0.5)] {
         let whole = TrainerConfig { clip_norm, ..Default::default() };
         let (expected, losses) = trained(whole.clone(), Shard::None, always).unwrap();
@@ -99,7 +100,7 @@ fn who_weighs_losses_does_so_always() {
 
 #[test]
 fn a_loss_that_is_the_mean_of_less_than_nothing_is_refused() {
-    /// Weighs its loss by this.
+    /// Weighs its loss by this number.
     struct Weighs(Linear, f64);
     impl Module for Weighs {
         type Batch = Tensors;

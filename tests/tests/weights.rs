@@ -1,4 +1,4 @@
-//! Weights that PyTorch has saved are read (`tests/weights/make.py` wrote them), and a training starts from them.
+//! Weights saved by PyTorch are read (`tests/weights/make.py` wrote them), and a training starts from them.
 #![allow(clippy::unwrap_used)]
 
 use std::io::{Cursor, Read, Write};
@@ -16,12 +16,12 @@ fn init(file: &str) -> InitConfig {
     InitConfig::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("weights").join(file))
 }
 
-/// Of the network in `make.py`.
+/// The parameters of the network in `make.py`.
 fn params() -> Params {
     with_norm().0
 }
 
-/// The same, and its normalisation as training sees it.
+/// Like [`params`], and its normalization layer.
 fn with_norm() -> (Params, BatchNorm) {
     let params = Params::new(0, DType::F32, &device());
     let vb = params.var_builder();
@@ -42,7 +42,7 @@ fn pytorchs_and_lightnings_files_are_read() {
     for file in ["state_dict.pth", "lightning.ckpt"] {
         let (params, norm) = with_norm();
         init(file).apply(&params).unwrap();
-        // Statistics are those of the file at once, for training too.
+        // The file's statistics apply immediately, also for training.
         let normalized =
             values(&norm.by_running(&Tensor::zeros((1, 3), DType::F32, &device()).unwrap()).unwrap());
         for (n, y) in (0..3).map(f64::from).zip(normalized) {
@@ -88,7 +88,7 @@ fn damaged_files_are_errors_and_nothing_worse() {
             let mut bytes = whole.clone();
             bytes[i] ^= 0x55;
             std::fs::write(&file, bytes).unwrap();
-            // A flipped name or number may still be read.
+            // A file with a flipped name or number may still be readable.
             let _ = Weights::read(&file);
         }
         for len in (0..whole.len()).step_by(97) {
@@ -98,7 +98,7 @@ fn damaged_files_are_errors_and_nothing_worse() {
     }
 }
 
-/// An archive of PyTorch's with other bytes for what describes its tensors, in a file that is whole.
+/// An archive of PyTorch's with changed bytes in the description of its tensors, in an otherwise intact file.
 fn described_by(archive: &[u8], change: impl Fn(&mut Vec<u8>)) -> Vec<u8> {
     let mut from = zip::ZipArchive::new(Cursor::new(archive)).unwrap();
     let mut to = zip::ZipWriter::new(Cursor::new(Vec::new()));
@@ -137,7 +137,7 @@ fn what_describes_tensors_wrongly_is_an_error_and_nothing_worse() {
             errors += &read.map_or_else(|error| error.to_string(), |_| String::new());
         }
     }
-    // Of sizes that are larger than what is kept, and of what candle's reader stumbles over.
+    // Sizes larger than the stored values, and input that candle's reader fails on.
     assert!(errors.contains("values stored for it"), "{errors}");
     assert!(errors.contains("it is not in PyTorch's format"), "{errors}");
 }

@@ -1,4 +1,4 @@
-//! The files of a checkpoint: written whole or not at all, and checked before they are read.
+//! The files of a checkpoint: written completely or not at all, and verified before they are read.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -15,10 +15,10 @@ use crate::whole_file::{PARTIAL, write_whole};
 
 const MANIFEST: &str = "manifest.json";
 const VALIDATIONS: &str = "validations.json";
-/// What is not a checkpoint yet, and never becomes one where its writer was killed.
+/// Marks a folder that is not a checkpoint yet, and never becomes one if its writer was killed.
 const UNFINISHED: &str = ".tmp";
 
-/// What the manifest says of one file.
+/// A file's entry in the manifest.
 #[derive(Debug, Serialize, Deserialize)]
 struct Entry {
     bytes: u64,
@@ -29,7 +29,7 @@ fn sha256(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Writes the folder `target` with these files and their manifest: beside it first, then renamed.
+/// Writes the folder `target` with these files and their manifest: under a temporary name, then renamed.
 pub(super) fn write(target: &Path, contents: &[(&str, Vec<u8>)]) -> Result<()> {
     let parent = target.parent().unwrap_or(Path::new("."));
     let name = target.file_name().unwrap_or_default().to_string_lossy();
@@ -61,7 +61,7 @@ pub(super) fn write(target: &Path, contents: &[(&str, Vec<u8>)]) -> Result<()> {
     remove(&before)
 }
 
-/// Whether every file of a checkpoint is there with the size and the hash that its manifest says.
+/// Verifies that every file of a checkpoint has the size and the hash in its manifest.
 pub(super) fn verify(path: &Path) -> Result<()> {
     let manifest = path.join(MANIFEST);
     let bytes = fs::read(&manifest).map_err(Error::file(&manifest))?;
@@ -90,10 +90,10 @@ fn steps(dir: &Path) -> Vec<u64> {
     steps
 }
 
-/// The newest good checkpoint in the folder `dir`; damaged ones are told of and passed over. None where there is no checkpoint.
+/// The newest intact checkpoint in `dir`, or `None` without checkpoints. Skips damaged ones with a warning.
 ///
 /// # Errors
-/// Where there are checkpoints, and all of them are damaged.
+/// If there are checkpoints, but all of them are damaged.
 pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     let mut newest = None;
     for path in steps(dir).into_iter().rev().map(|step| dir.join(step.to_string())) {
@@ -107,15 +107,15 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     }
 }
 
-/// What a folder of checkpoints says of the run's validations: some come after the checkpoint of their step.
+/// A checkpoint folder's record of the run's validations: some come after the checkpoint of their step.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub(super) struct Validations {
-    /// The best, the best first.
+    /// The best validations, best first.
     pub(super) best: Vec<Best>,
-    /// By what.
+    /// The criterion for `best`.
     pub(super) best_by: Option<Criterion>,
-    /// The step at which the run has ended, its last validation included.
+    /// The step at which the run ended, after its last validation.
     pub(super) ended_at: Option<u64>,
 }
 
@@ -136,8 +136,9 @@ impl Validations {
     }
 }
 
-/// Clears the way for a run that has taken `done` steps: what was never finished goes, and checkpoints of steps that it will take
-/// again get other names, so that they are neither mistaken for its own nor lost. Returns what they are called now.
+/// Prepares the folder for a run that has taken `done` steps: deletes unfinished files, and renames
+/// checkpoints of steps that the run will take again, so they are neither mistaken for its own nor lost.
+/// Returns their new paths.
 pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name();
@@ -149,7 +150,7 @@ pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
     let mut aside = Vec::new();
     for step in steps(dir).into_iter().filter(|step| done.is_none_or(|done| *step > done)) {
         let path = dir.join(step.to_string());
-        // One that was set aside before keeps its name.
+        // Checkpoints that were set aside earlier keep their names.
         let names = std::iter::once(format!("{step}.old")).chain((2..).map(|n| format!("{step}.old{n}")));
         let Some(name) = names.map(|name| dir.join(name)).find(|name| !name.exists()) else { continue };
         fs::rename(&path, &name).map_err(Error::file(&path))?;
@@ -158,7 +159,7 @@ pub(super) fn set_aside(dir: &Path, done: Option<u64>) -> Result<Vec<PathBuf>> {
     Ok(aside)
 }
 
-/// Points a link in `dir` to the checkpoint folder `step`, replacing the old link in one move.
+/// Points a link in `dir` to the checkpoint folder `step`, replacing an old link atomically.
 pub(super) fn link(dir: &Path, name: &str, step: &Path) -> Result<()> {
     let (link, beside) = (dir.join(name), dir.join(format!(".{name}{UNFINISHED}")));
     remove(&beside)?;
@@ -170,7 +171,7 @@ pub(super) fn link(dir: &Path, name: &str, step: &Path) -> Result<()> {
     sync(dir)
 }
 
-/// Removes a link, where there is one.
+/// Removes a link, if it exists.
 pub(super) fn unlink(dir: &Path, name: &str) -> Result<()> {
     let link = dir.join(name);
     if link.is_symlink() { remove(&link) } else { Ok(()) }
@@ -195,7 +196,7 @@ fn remove(path: &Path) -> Result<()> {
     gone.map_err(Error::file(path))
 }
 
-/// Makes the names in a folder durable.
+/// Makes the entries of a folder durable.
 fn sync(dir: &Path) -> Result<()> {
     #[cfg(unix)]
     File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::file(dir))?;

@@ -1,9 +1,10 @@
-//! Checkpoints: everything a run needs to go on as if it had never stopped.
+//! Checkpoints: everything a run needs to continue as if it had never stopped.
 //!
-//! A checkpoint is a folder named after its step. It is written beside its place, synced, and renamed, so at every
-//! instant each folder `<step>/` is complete. Its manifest holds the size and the hash of every file; a checkpoint
-//! that does not agree with its manifest is not loaded. Beside the folders, `last` and `best` are links, `validations.json`
-//! says which validations were the best, and `<step>.old/` is what a run that went back has found.
+//! A checkpoint is a folder named after its step. It is written under a temporary name, synced, and renamed,
+//! so each folder `<step>/` is complete at any time. Its manifest holds the size and the hash of every file;
+//! a checkpoint that does not match its manifest is not loaded. Next to the folders, `last` and `best` are
+//! links, `validations.json` records the best validations, and `<step>.old/` is a checkpoint set aside by a
+//! run that resumed from an earlier step.
 
 mod files;
 mod saver;
@@ -37,21 +38,22 @@ const STATE: &str = "state.json";
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
-    /// Saves every so many steps. Without it and `every_time`, each step is saved that is validated, or, without validation data, that
-    /// ends an epoch. The end of training, the best validations, and what came before an error are saved in any case.
+    /// Steps between checkpoints. Without this and `every_time`, every validated step is saved or, without
+    /// validation data, the last step of every epoch. The end of training, the best validations, and the
+    /// progress before an error are always saved.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub every_steps: Option<u64>,
-    /// Saves every so often by the clock, as `"10 min"`.
+    /// Time between checkpoints, for example `"10 min"`.
     #[serde(default, with = "duration", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub every_time: Option<Duration>,
-    /// How many of the newest checkpoints stay on disk; the best ones stay besides.
+    /// Number of newest checkpoints to keep, in addition to the best ones.
     pub keep_last: usize,
-    /// How many of the best checkpoints stay on disk.
+    /// Number of best checkpoints to keep.
     pub keep_best: usize,
-    /// The validation metric that says what is best.
+    /// Validation metric that determines the best checkpoints.
     pub monitor: String,
-    /// Whether the largest value of that metric is the best; else the smallest.
+    /// Whether larger values of that metric are better; otherwise smaller ones are.
     pub maximize: bool,
 }
 
@@ -69,7 +71,7 @@ impl Default for CheckpointConfig {
 }
 
 impl CheckpointConfig {
-    /// Refuses values that would lose the run.
+    /// Refuses invalid settings.
     pub fn check(&self) -> Result<()> {
         if self.keep_last == 0 {
             return Err(Error::setting("keep_last", "expected at least 1, found 0"));
@@ -81,43 +83,43 @@ impl CheckpointConfig {
     }
 }
 
-/// What a run remembers besides tensors.
+/// The state of a run, apart from tensors.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct State {
     /// How far training had come.
     pub progress: Progress,
-    /// Whether the validation that is due after this step is still to come: it was interrupted, or failed.
+    /// Whether the run still owes the validation that is due after this step: it was interrupted, or failed.
     pub owes_validation: bool,
-    /// The run's seed: order, augmentation and noise depend on it.
+    /// The run's seed for the order of samples, augmentation and noise.
     pub seed: u64,
-    /// The best validations so far, the best first.
+    /// The best validations so far, best first.
     pub best: Vec<Best>,
-    /// By what they are the best.
+    /// The criterion for `best`.
     pub best_by: Option<Criterion>,
-    /// The share of the learning rate that a plateau has left; 1 without one.
+    /// The plateau's factor on the learning rate; absent without a plateau.
     pub lr_scale: Option<f64>,
-    /// What the plateau remembers.
+    /// The plateau's state.
     pub plateau: PlateauState,
-    /// What it watches.
+    /// The criterion that the plateau watches.
     pub plateau_of: Option<Criterion>,
-    /// The loss scale of fp16.
+    /// The fp16 loss scale.
     pub loss_scale: Option<LossScale>,
-    /// The steps that each optimizer has taken, by its name.
+    /// The number of steps that each optimizer has taken, by name.
     pub optimizer_steps: IndexMap<String, u64>,
-    /// How many updates the average of the weights has had.
+    /// The number of updates of the weight average.
     pub average_updates: u64,
-    /// Seconds of training, where the run's length is limited by them.
+    /// Seconds of training, if `max_time` limits the run.
     pub seconds: Option<f64>,
-    /// What each rank has summed up of the metrics of an epoch that goes on: name, sum and weight, as their bits.
+    /// Each rank's sums of the metrics of an unfinished epoch: name, sum and weight, as their bits.
     pub epoch_metrics: Vec<Sums>,
-    /// What each callback remembers, by its name.
+    /// The state of each callback, by name.
     pub callbacks: IndexMap<String, serde_json::Value>,
-    /// What was trained, and on what, where a configuration says that.
+    /// What was trained on which data, if there is a configuration.
     pub origin: Option<Origin>,
 }
 
-/// What a run is: enough to predict with its weights where its data is not.
+/// The origin of a run: enough to predict with its weights without access to its data.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
     /// The configuration, as TOML with every default written out.
@@ -126,24 +128,24 @@ pub struct Origin {
     pub spec: serde_json::Value,
 }
 
-/// A validation that is among the best.
+/// One of the best validations.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Best {
-    /// The step it was at.
+    /// The step of the validation.
     pub step: u64,
-    /// The monitored metric; absent where it was not a number.
+    /// The monitored metric; absent if it was NaN.
     pub value: Option<f64>,
 }
 
-/// What a checkpoint is made of: copies, so that training goes on while they are written.
+/// The contents of a checkpoint: copies, so training continues while they are written.
 pub struct Snapshot {
-    /// Files of tensors: name, and tensors by name.
+    /// The tensor files: file name, and tensors by name.
     tensors: Vec<(&'static str, Vec<(String, Tensor)>)>,
     state: State,
 }
 
 impl Snapshot {
-    /// Copies the model's parameters and buffers, optimizer state, and averages (where there are any).
+    /// Copies the model's parameters and buffers, the optimizer state, and the averages, if there are any.
     pub fn take(
         model: &[(String, Var)],
         optimizer: &[(String, Var)],
@@ -166,7 +168,7 @@ impl Snapshot {
         Ok(Self { tensors, state })
     }
 
-    /// Writes the checkpoint of this step into the folder `dir`, whole or not at all; returns its path.
+    /// Writes this checkpoint into the folder `dir`, completely or not at all; returns its path.
     pub fn write(&self, dir: &Path) -> Result<PathBuf> {
         let target = dir.join(self.state.progress.step.to_string());
         let mut contents = Vec::new();
@@ -190,7 +192,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint folder, after checking it against its manifest.
+    /// Reads a checkpoint folder after verifying it against its manifest.
     pub fn load(path: &Path) -> Result<Self> {
         files::verify(path)?;
         let tensors = |file: &str| {
@@ -207,24 +209,24 @@ impl Checkpoint {
         })
     }
 
-    /// What the run remembered besides tensors.
+    /// The run's state, apart from tensors.
     pub fn state(&self) -> &State {
         &self.state
     }
 
-    /// Gives these parameters and buffers, [`Params::state_dict`](crate::params::Params::state_dict), the checkpoint's
-    /// values.
+    /// Sets these parameters and buffers, [`Params::state_dict`](crate::params::Params::state_dict), to the
+    /// checkpoint's values.
     pub fn restore_params(&self, params: &[(String, Var)]) -> Result<()> {
         self.copy("parameter", &self.params, params)
     }
 
-    /// Gives these parameters and buffers the values that evaluation and prediction use: the averages, where the run kept
-    /// some.
+    /// Sets these parameters and buffers to the values for evaluation and prediction: the averages, if the
+    /// run kept any.
     pub fn restore_for_evaluation(&self, params: &[(String, Var)]) -> Result<()> {
         self.copy("parameter", &self.evaluated(), params)
     }
 
-    /// The values that evaluation and prediction use, by name.
+    /// The values for evaluation and prediction, by name.
     pub(crate) fn evaluated(&self) -> HashMap<String, Tensor> {
         let mut values = self.params.clone();
         if self.state.average_updates > 0 {
@@ -233,7 +235,7 @@ impl Checkpoint {
         values
     }
 
-    /// Gives this optimizer the checkpoint's values.
+    /// Sets this optimizer state to the checkpoint's values.
     pub(crate) fn restore_optimizer(&self, optimizer: &[(String, Var)]) -> Result<()> {
         let differences = values::differences(&self.optimizer, optimizer);
         if !differences.is_empty() {
@@ -247,7 +249,7 @@ impl Checkpoint {
         values::copy(&self.optimizer, optimizer)
     }
 
-    /// Gives these averages the checkpoint's values; without any there, they stay and count as none.
+    /// Sets these averages to the checkpoint's values. If it has none, nothing changes.
     pub(crate) fn restore_average(&self, average: &mut Average) -> Result<()> {
         if let Some(saved) = &self.average {
             self.copy("averaged parameter", saved, average.averages())?;
@@ -256,7 +258,7 @@ impl Checkpoint {
         Ok(())
     }
 
-    /// Copies `saved` into `vars` where both hold the same names with the same shapes; nothing is copied otherwise.
+    /// Copies `saved` into `vars`. If their names or shapes differ, copies nothing and returns an error.
     fn copy(&self, what: &str, saved: &HashMap<String, Tensor>, vars: &[(String, Var)]) -> Result<()> {
         let differences = values::differences(saved, vars);
         if !differences.is_empty() {
@@ -271,7 +273,7 @@ impl Checkpoint {
     }
 }
 
-/// Tensors as the bytes of a safetensors file; sorted by name, so equal states are equal files.
+/// Tensors as the bytes of a safetensors file, sorted by name, so equal states give equal files.
 fn serialize(tensors: &[(String, Tensor)]) -> Result<Vec<u8>> {
     let views = tensors.iter().map(|(name, tensor)| (name, tensor));
     safetensors::serialize(views, None).map_err(|error| Error::msg(error.to_string()))

@@ -1,4 +1,4 @@
-//! When a checkpoint is due, which ones stay, and writing them while training goes on.
+//! Decides when a checkpoint is due and which ones to keep, and writes them while training goes on.
 
 use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
@@ -10,12 +10,12 @@ use super::{Best, CheckpointConfig, Snapshot, State, files};
 use crate::error::{Error, Result};
 use crate::metrics::Criterion;
 
-/// Saves the checkpoints of one run. A snapshot is copied at once and written by a thread of its own.
+/// Saves the checkpoints of one run. A snapshot is copied immediately and written by a separate thread.
 pub(crate) struct Saver {
     dir: PathBuf,
     config: CheckpointConfig,
     best: Vec<Best>,
-    /// The step at which the run has ended before, its last validation included.
+    /// The step at which the run has already ended, after its last validation.
     ended_at: Option<u64>,
     /// The step of the newest checkpoint.
     saved: Option<u64>,
@@ -24,7 +24,7 @@ pub(crate) struct Saver {
 }
 
 impl Saver {
-    /// Saves into `dir`; goes on from the checkpoint that `resumed` is the state of.
+    /// Saves into `dir`, continuing from the checkpoint with the state `resumed`.
     pub(crate) fn new(dir: &Path, config: &CheckpointConfig, resumed: Option<&State>) -> Self {
         let mut saver = Self {
             dir: dir.to_path_buf(),
@@ -39,17 +39,17 @@ impl Saver {
             if !saver.take(&state.best, state.best_by.as_ref()) {
                 tracing::warn!("`checkpoint.monitor` has changed: the list of best validations starts over");
             }
-            // A validation at a run's very end comes after its checkpoint: the folder knows of it.
+            // The validation at the end of a run comes after its checkpoint, so it is recorded in the folder.
             let Validations { mut best, best_by, ended_at } = Validations::read(dir);
             best.retain(|best| best.step <= state.progress.step);
             saver.take(&best, best_by.as_ref());
-            // A run that goes back has yet to come to its end.
+            // A run resumed from an earlier step has yet to reach its end.
             saver.ended_at = ended_at.filter(|step| *step == state.progress.step);
         }
         saver
     }
 
-    /// Makes its folder ready, where this run is sure to train: see [`files::set_aside`].
+    /// Prepares the folder once this run is certain to train: see [`files::set_aside`].
     pub(crate) fn begin(&self) -> Result<()> {
         let aside = files::set_aside(&self.dir, self.saved)?;
         if !aside.is_empty() {
@@ -60,19 +60,19 @@ impl Saver {
             let step = step.map(|step| step.to_string()).filter(|step| self.dir.join(step).exists());
             match step {
                 Some(step) => files::link(&self.dir, link, Path::new(&step))?,
-                // It led to what is set aside, or was the best by another metric.
+                // It pointed to a checkpoint that is now set aside, or that was the best by another metric.
                 None => files::unlink(&self.dir, link)?,
             }
         }
         Ok(())
     }
 
-    /// Whether a run has ended at `step` before, its last validation included.
+    /// Whether a run has already ended at `step`, after its last validation.
     pub(crate) fn has_ended_at(&self, step: u64) -> bool {
         self.ended_at == Some(step)
     }
 
-    /// Writes down that a run has ended at `step`, its last validation included.
+    /// Records that a run has ended at `step`, after its last validation.
     pub(crate) fn end(&mut self, step: u64) -> Result<()> {
         self.ended_at = Some(step);
         self.validations().write(&self.dir)
@@ -83,7 +83,7 @@ impl Saver {
         Validations { best: self.best.clone(), best_by, ended_at: self.ended_at }
     }
 
-    /// By what validations are the best.
+    /// The criterion for the best validations.
     pub(crate) fn criterion(&self) -> Criterion {
         Criterion::new(&self.config.monitor, self.config.maximize)
     }
@@ -93,7 +93,7 @@ impl Saver {
         &self.best
     }
 
-    /// Whether a checkpoint of `step` is due: by its number, by the clock, or, without either, because it `is_validated`.
+    /// Whether a checkpoint of `step` is due: by number, by time or, without either, if it `is_validated`.
     pub(crate) fn is_due(&self, step: u64, is_validated: bool) -> bool {
         match (self.config.every_steps, self.config.every_time) {
             (None, None) => is_validated,
@@ -109,24 +109,24 @@ impl Saver {
         self.saved == Some(step)
     }
 
-    /// Puts a validation in its place among the best; false where it is not one of them. Of equal values the earlier one
-    /// is better; what is not a number is worse than all others.
+    /// Ranks a validation; returns whether it is among the best. Of equal values, the earlier one is better;
+    /// NaN is worse than all other values.
     pub(crate) fn rank(&mut self, step: u64, value: f64) -> bool {
         let best = Best { step, value: Some(value).filter(|value| !value.is_nan()) };
         self.place(best);
         self.best.contains(&best)
     }
 
-    /// Puts these among the best, where they are the best `by` the same; false where they are not.
+    /// Adds these to the best validations, if they were ranked `by` the same criterion; returns whether so.
     fn take(&mut self, best: &[Best], by: Option<&Criterion>) -> bool {
         let goes_on = self.criterion().goes_on(by);
         best.iter().filter(|_| goes_on).for_each(|best| self.place(*best));
         goes_on
     }
 
-    /// Puts it among the best, where it is one of them.
+    /// Adds it to the best validations, if it is among them.
     fn place(&mut self, best: Best) {
-        // Mid-step validations by the clock may come to the same step again: the newer one counts.
+        // Validations by the clock within a step can come to the same step again: the newer one counts.
         self.best.retain(|other| other.step != best.step);
         self.best.push(best);
         let sign = if self.config.maximize { -1. } else { 1. };
@@ -138,8 +138,9 @@ impl Saver {
         self.best.truncate(self.config.keep_best);
     }
 
-    /// Takes a checkpoint: waits for the one before to be on disk, and leaves the writing to another thread. Without a
-    /// snapshot, the links and what stays are brought up to date. Returns the checkpoint before.
+    /// Takes a checkpoint: waits for the previous one to be on disk, and leaves the writing to another
+    /// thread. Without a snapshot, only updates the links and deletes old checkpoints. Returns the previous
+    /// checkpoint.
     pub(crate) fn save(&mut self, snapshot: Option<Snapshot>) -> Result<Option<PathBuf>> {
         let before = self.finish()?;
         if let Some(snapshot) = &snapshot {
@@ -155,7 +156,7 @@ impl Saver {
             if let Some(step) = path.as_deref().and_then(Path::file_name) {
                 files::link(&dir, "last", Path::new(step))?;
             }
-            // The best may not be on disk any more when a run is continued in another folder.
+            // The best checkpoint may not be on disk if a run is continued in another folder.
             if let Some(step) = best.first().map(u64::to_string).filter(|step| dir.join(step).exists()) {
                 files::link(&dir, "best", Path::new(&step))?;
             }
@@ -165,7 +166,7 @@ impl Saver {
         Ok(before)
     }
 
-    /// The checkpoint that has come to be complete since the last call, if any; does not wait.
+    /// The checkpoint completed since the last call, if any. Does not wait.
     pub(crate) fn poll(&mut self) -> Result<Option<PathBuf>> {
         match self.writing.as_ref().is_some_and(JoinHandle::is_finished) {
             true => self.finish(),
@@ -173,7 +174,7 @@ impl Saver {
         }
     }
 
-    /// Waits until what was taken is on disk.
+    /// Waits until the last checkpoint is on disk, and returns its path.
     pub(crate) fn finish(&mut self) -> Result<Option<PathBuf>> {
         let Some(writing) = self.writing.take() else { return Ok(None) };
         writing.join().unwrap_or_else(|_| Err(Error::msg("saving a checkpoint failed; the message is above")))
@@ -182,7 +183,7 @@ impl Saver {
 
 impl Drop for Saver {
     fn drop(&mut self) {
-        // After an error elsewhere: what was taken is still worth having, and that error is the one to tell.
+        // After an error elsewhere, still finish the checkpoint, but report that error.
         let _ = self.finish();
     }
 }
@@ -209,7 +210,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let config = CheckpointConfig { keep_last: 2, keep_best: 2, ..Default::default() };
         let mut saver = saver(dir.path(), config);
-        // A metric that is not a number is worse than any that is one.
+        // NaN is worse than any number.
         let losses = [(1, 3.), (2, 1.), (3, f64::NAN), (4, 2.), (5, 2.), (6, 9.)];
         for (step, loss) in losses {
             let best = saver.rank(step, loss);

@@ -1,4 +1,4 @@
-//! Values by name, and the variables that they are for.
+//! Named tensors, and the variables that they are for.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use candle_core::{Tensor, Var};
 
 use crate::error::Result;
 
-/// How tensors differ from those that are wanted, in names and shapes, a line each.
+/// The differences in names and shapes between known tensors and wanted variables, one per line.
 pub(crate) fn differences(known: &HashMap<String, Tensor>, wanted: &[(String, Var)]) -> Vec<String> {
     let mut lines = Vec::new();
     for (name, var) in wanted {
@@ -37,7 +37,7 @@ pub(crate) fn listed(mut lines: Vec<String>) -> String {
     lines.join("\n  ")
 }
 
-/// Gives variables the values of the tensors that have their names, in their own type.
+/// Copies tensors into the variables with their names, converted to the variables' dtype.
 pub(crate) fn copy(known: &HashMap<String, Tensor>, vars: &[(String, Var)]) -> Result<()> {
     for (name, var) in vars {
         if let Some(tensor) = known.get(name) {

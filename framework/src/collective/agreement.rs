@@ -1,4 +1,4 @@
-//! Whether all ranks are about to train the same thing.
+//! Checks that all ranks are about to train the same thing.
 
 use candle_core::Var;
 use sha2::{Digest, Sha256};
@@ -6,11 +6,11 @@ use sha2::{Digest, Sha256};
 use super::Collective;
 use crate::error::{Error, Result};
 
-/// What all ranks must have in common: a line each, of what is configured and of every parameter.
+/// What all ranks must have in common: one line per setting, and one per parameter.
 pub(crate) struct Identity(Vec<String>);
 
 impl Identity {
-    /// Of a configuration, a setting a line, and parameters.
+    /// From a configuration, one setting per line, and parameters.
     pub(crate) fn new(configuration: &str, params: &[(String, Var)]) -> Self {
         let settings = configuration.lines().map(str::to_string);
         let params = params.iter().map(|(name, var)| format!("parameter `{name}` of shape {:?}", var.dims()));
@@ -22,7 +22,8 @@ impl Identity {
     }
 }
 
-/// Refuses to train where ranks differ, and says which does, and in what. In the usual case 32 bytes of each rank travel.
+/// Refuses to train if ranks differ, and reports which rank differs, and how. Usually only 32 bytes per rank
+/// are exchanged.
 pub(crate) fn check(ranks: &dyn Collective, own: &Identity) -> Result<()> {
     if ranks.is_alone() {
         return Ok(());

@@ -11,54 +11,55 @@ use super::{Collective, Environment, Processes, Solo, Starter};
 use crate::error::{Error, Result};
 use crate::trainer::duration;
 
-/// Fields of `[distributed]`. How many devices a machine has is `trainer.devices`.
+/// Fields of `[distributed]`. The number of devices per machine is `trainer.devices`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct DistributedConfig {
-    /// What carries the ranks' traffic.
+    /// Transport between ranks.
     pub backend: Backend,
-    /// On how many machines `candlepower launch` trains, with `trainer.devices` on each.
+    /// Number of machines that `candlepower launch` trains on, with `trainer.devices` on each.
     pub nodes: usize,
-    /// Where the first machine can be reached by the others, as `"HOST:PORT"`. Default: what the environment says.
+    /// Address of the first machine for the others, as `"HOST:PORT"`. Default: from the environment.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub master: Option<String>,
-    /// What ranks share out besides the samples.
+    /// What to divide among ranks, besides the samples.
     pub shard: Shard,
-    /// A rank that the others have waited for so long counts as failed, as does a launched run that has made no step for
-    /// so long, as `"10 min"`.
+    /// Time, for example `"10 min"`, after which a rank that the others wait for counts as failed, as does a
+    /// launched run that makes no step.
     #[serde(with = "duration", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub hang_timeout: Option<Duration>,
-    /// How often `candlepower launch` starts a failed run again, from its last good checkpoint.
+    /// Maximum restarts of a failed run by `candlepower launch`, from its last good checkpoint.
     pub max_restarts: u32,
-    /// With how few devices `candlepower launch` may go on: a run that fails twice without a new checkpoint between goes on
-    /// with one device less. Default: as many as `trainer.devices`.
+    /// Minimum number of devices for `candlepower launch`: a run that fails twice without a new checkpoint in
+    /// between continues with one device fewer. Default: `trainer.devices`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub min_devices: Option<usize>,
 }
 
-/// What carries the ranks' traffic.
+/// Transport between ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// Between processes that were started together MPI, or NCCL where there is no MPI; in one process threads.
+    /// Between processes started together: MPI, or NCCL without MPI. In one process: threads.
     Auto,
-    /// The memory of one process: a thread for each device.
+    /// Shared memory of one process, with one thread per device.
     Threads,
-    /// MPI: a process for each device. Needs the feature `mpi`.
+    /// MPI, with one process per device. Needs the feature `mpi`.
     Mpi,
-    /// NCCL alone, between the CUDA devices of processes that `torchrun`, a PyTorchJob, `srun`, or `candlepower launch` on each
-    /// machine has started: one process a device, or one a machine. Needs the feature `cuda`.
+    /// NCCL without MPI, between CUDA devices of processes started by `torchrun`, a PyTorchJob, `srun`, or
+    /// `candlepower launch` on each machine: one process per device, or one per machine. Needs the feature
+    /// `cuda`.
     Nccl,
 }
 
-/// What ranks share out besides the samples.
+/// What to divide among ranks, besides the samples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Shard {
     /// Nothing: each rank holds everything.
     None,
-    /// The optimizer's state (ZeRO-1, Rajbhandari et al. 2020, section 5.1): each rank updates a part of the parameters.
+    /// The optimizer state (ZeRO-1, Rajbhandari et al. 2020, section 5.1): each rank updates some parameters.
     Optimizer,
 }
 
@@ -76,16 +77,16 @@ impl Default for DistributedConfig {
     }
 }
 
-/// Whether this program can speak MPI.
+/// Whether this program was built with MPI.
 const BUILT_WITH_MPI: bool = cfg!(feature = "mpi");
 
-/// The environment variable in which NCCL looks for the place where its ranks meet.
+/// The environment variable that tells NCCL where its ranks meet.
 pub const MEETING_PLACE: &str = "NCCL_COMM_ID";
 
 impl DistributedConfig {
     const HANG_TIMEOUT: Duration = Duration::from_secs(600);
 
-    /// Refuses values that no ranks could work with.
+    /// Refuses invalid settings.
     pub fn check(&self) -> Result<()> {
         if self.hang_timeout.is_some_and(|timeout| timeout.is_zero()) {
             return Err(Error::setting("hang_timeout", "expected a time above 0"));
@@ -121,13 +122,14 @@ impl DistributedConfig {
         Ok(())
     }
 
-    /// How long a rank, or a step, is waited for.
+    /// How long to wait for a rank, or for a step.
     pub fn patience(&self) -> Duration {
         self.hang_timeout.unwrap_or(Self::HANG_TIMEOUT)
     }
 
-    /// What must be in `NCCL_COMM_ID` when this process joins the others, and is not: then start it anew with that, as NCCL reads
-    /// where its ranks meet from the environment. Nothing where another backend carries the traffic.
+    /// The value that `NCCL_COMM_ID` must have when this process joins the others, if it is not set. Restart
+    /// the process with it: NCCL reads from the environment where its ranks meet. `None` if another backend
+    /// is used.
     pub fn meeting_place(&self) -> Result<Option<String>> {
         let Some(environment) = Environment::read()? else { return Ok(None) };
         if std::env::var_os(MEETING_PLACE).is_some() || self.carrier(&environment) != Backend::Nccl {
@@ -144,13 +146,14 @@ impl DistributedConfig {
         self.master.clone().or(master).ok_or_else(nowhere).map(Some)
     }
 
-    /// What carries the traffic between processes that were started together.
+    /// The transport between processes that were started together.
     fn carrier(&self, environment: &Environment) -> Backend {
         carrier(self.backend, environment.starter, BUILT_WITH_MPI, BUILT_WITH_CUDA)
     }
 
-    /// This process among those that were started together: by `mpirun`, `srun`, or whatever sets the variables that
-    /// [`Environment`] knows. Of those that NCCL connects, see [`meeting_place`](Self::meeting_place) before.
+    /// Joins the processes that were started together: by `mpirun`, `srun`, or any program that sets the
+    /// variables known to [`Environment`]. If NCCL connects them, see [`meeting_place`](Self::meeting_place)
+    /// first.
     pub fn join(&self) -> Result<Arc<dyn Collective>> {
         let environment = Environment::read()?;
         #[cfg(feature = "mpi")]
@@ -162,7 +165,7 @@ impl DistributedConfig {
             Some(environment) if self.carrier(&environment) == Backend::Nccl => {
                 Ok(Arc::new(Processes::new(&environment)))
             }
-            // Each would train on its own, and all would write the same files.
+            // Each process would train by itself, and all would write the same files.
             Some(Environment { starter, rank, world_size, .. }) => Err(Error::msg(format!(
                 "this process is rank {rank} of {world_size} ({}), and cannot communicate with the others: build it with \
                  `--features mpi`, or for CUDA devices with `--features cuda`, and leave `distributed.backend` at \"auto\"; or \
@@ -195,10 +198,10 @@ impl DistributedConfig {
     }
 }
 
-/// What carries the traffic between processes that `starter` has started.
+/// The transport between processes that `starter` has started.
 fn carrier(backend: Backend, starter: Starter, mpi: bool, cuda: bool) -> Backend {
     match backend {
-        // What `torchrun` starts has no MPI between its processes.
+        // MPI does not connect the processes that `torchrun` starts.
         Backend::Auto if cuda && (starter == Starter::Torch || !mpi) => Backend::Nccl,
         Backend::Auto if mpi => Backend::Mpi,
         Backend::Auto => Backend::Threads,

@@ -1,4 +1,4 @@
-//! Who this process is among those that were started together: what their starter says in environment variables.
+//! This process's rank among processes started together, from environment variables set by their starter.
 
 use crate::error::{Error, Result};
 
@@ -11,7 +11,7 @@ pub enum Starter {
     Pmi,
     /// SLURM's `srun`.
     Slurm,
-    /// `torchrun`, a Kubernetes PyTorchJob, and whatever else sets `RANK` and `WORLD_SIZE`.
+    /// `torchrun`, a Kubernetes PyTorchJob, and anything else that sets `RANK` and `WORLD_SIZE`.
     Torch,
 }
 
@@ -26,7 +26,7 @@ impl Starter {
         }
     }
 
-    /// The variables of rank and world size, and of the same on this machine.
+    /// The variables for rank and world size, overall and on this machine.
     fn variables(self) -> [&'static str; 4] {
         match self {
             Starter::OpenMpi => [
@@ -36,7 +36,7 @@ impl Starter {
                 "OMPI_COMM_WORLD_LOCAL_SIZE",
             ],
             Starter::Pmi => ["PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"],
-            // A batch script has SLURM_PROCID and SLURM_NTASKS, too, and is no task of its own: only a step counts.
+            // A batch script has SLURM_PROCID and SLURM_NTASKS too, but is no task: only a step counts.
             Starter::Slurm => {
                 ["SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"]
             }
@@ -45,30 +45,31 @@ impl Starter {
     }
 }
 
-/// This process among those that were started together.
+/// This process as one of several that were started together.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Environment {
     /// What started them.
     pub starter: Starter,
-    /// Which of them this is, from 0.
+    /// This process's rank, from 0.
     pub rank: usize,
-    /// How many there are.
+    /// The number of processes.
     pub world_size: usize,
-    /// Which of those on this machine, where that is said.
+    /// This process's rank on this machine, if known.
     pub local_rank: Option<usize>,
-    /// How many of them are on this machine, where that is said.
+    /// The number of processes on this machine, if known.
     pub local_size: Option<usize>,
-    /// Where the first of them can be reached, as `HOST:PORT`, where that is said.
+    /// The address of the first process, as `HOST:PORT`, if known.
     pub master: Option<String>,
 }
 
 impl Environment {
-    /// What this process's variables say; nothing where it was started alone.
+    /// Reads this process's environment variables. `None` if the process was started alone.
     pub fn read() -> Result<Option<Self>> {
         Self::from_variables(|name| std::env::var(name).ok())
     }
 
-    /// The same for given variables. `mpirun` inside of `srun` or of a Kubernetes pod counts before what it is inside of.
+    /// Like [`read`](Self::read), for the given variables. `mpirun` takes precedence over the `srun` or
+    /// Kubernetes pod that it runs in.
     pub fn from_variables(variable: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         for starter in [Starter::OpenMpi, Starter::Pmi, Starter::Slurm, Starter::Torch] {
             let [rank, world_size, local_rank, local_size] = starter.variables();
@@ -79,7 +80,7 @@ impl Environment {
                     "the environment variables contradict each other: {rank} is {own}, {world_size} is {size}"
                 )));
             }
-            // A pod of a PyTorchJob is a machine of its own, with one process.
+            // A pod of a PyTorchJob is a separate machine, with one process.
             let alone = |value| (starter == Starter::Torch).then_some(value);
             let found = Self {
                 starter,
@@ -95,21 +96,21 @@ impl Environment {
     }
 }
 
-/// The number that a variable's text is, or begins with: SLURM writes `4(x2),3` for four tasks on each of two machines and
-/// three on another.
+/// Parses the number that a variable's text is, or begins with: SLURM writes `4(x2),3` for four tasks on each
+/// of two machines and three on another.
 fn number(name: &str, text: &str) -> Result<usize> {
     let digits = text.trim().split(['(', ',']).next().unwrap_or_default();
     let wrong = |_| Error::msg(format!("the environment variable {name} is `{text}`: expected a number"));
     digits.parse().map_err(wrong)
 }
 
-/// `torchrun` itself listens at `MASTER_PORT`; the port after it is ours.
+/// `torchrun` itself listens on `MASTER_PORT`, so the port after it is used.
 const PORT_AFTER: usize = 1;
-/// The port where nobody says one: the one after PyTorch's.
+/// The port if none is specified: the one after PyTorch's default.
 const PORT: usize = 29501;
 
-/// Where the first process can be reached: what `MASTER_ADDR` and `MASTER_PORT` say, or the first of SLURM's machines, at a
-/// port that jobs are unlikely to share.
+/// The address of the first process: from `MASTER_ADDR` and `MASTER_PORT`, or the first of SLURM's machines,
+/// with a port that jobs are unlikely to share.
 fn master(starter: Starter, variable: impl Fn(&str) -> Option<String>) -> Result<Option<String>> {
     if let Some(host) = variable("MASTER_ADDR") {
         let port = variable("MASTER_PORT").map(|text| number("MASTER_PORT", &text)).transpose()?;
@@ -120,7 +121,7 @@ fn master(starter: Starter, variable: impl Fn(&str) -> Option<String>) -> Result
     Ok(nodes.map(|nodes| format!("{}:{}", first_host(&nodes), 20_000 + job % 10_000)))
 }
 
-/// The first of SLURM's list of machines: `node[07-09,12],login` begins with `node07`.
+/// The first machine of SLURM's list: `node[07-09,12],login` begins with `node07`.
 fn first_host(nodes: &str) -> String {
     let end = nodes.find([',', '[']).unwrap_or(nodes.len());
     let (prefix, rest) = nodes.split_at(end);
@@ -156,11 +157,11 @@ mod tests {
                 master: None,
             };
             assert_eq!(found.unwrap().unwrap(), expected);
-            // Nothing is known of the machine; a pod has one process.
+            // Nothing is known about the machine; a pod has one process.
             let pod = starter == Starter::Torch;
             let found = read(&[(rank, "0"), (size, "2")]).unwrap().unwrap();
             assert_eq!((found.local_rank, found.local_size), (pod.then_some(0), pod.then_some(1)));
-            // One alone is alone.
+            // A single process counts as alone.
             assert_eq!(read(&[(rank, "0"), (size, "1")]).unwrap(), None);
         }
         assert_eq!(read(&[]).unwrap(), None);
@@ -199,7 +200,7 @@ mod tests {
         let found = read(&[mpi.as_slice(), &slurm].concat()).unwrap().unwrap();
         assert_eq!((found.starter, found.rank), (Starter::OpenMpi, 1));
         assert_eq!(read(&slurm).unwrap().unwrap().starter, Starter::Slurm);
-        // A batch script, before any `srun`.
+        // In a batch script, before any `srun`.
         assert_eq!(read(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "4")]).unwrap(), None);
     }
 

@@ -1,18 +1,18 @@
-//! The first failure among ranks, written down for whoever supervises them.
+//! Records the first failure among ranks for their supervisor.
 
 use std::fs::OpenOptions;
 use std::io::Write;
 
-/// The environment variable that names the file which the first rank that fails makes: `rank 1: why`. Under
-/// `candlepower launch` it is set.
+/// The environment variable with the path of the file that the first failing rank creates: `rank 1: why`.
+/// `candlepower launch` sets it.
 pub const FAILURE_FILE: &str = "CANDLEPOWER_FAILURE_FILE";
 
-/// Writes into the failure file that `rank` has failed, where nobody has come before.
+/// Records in the failure file that `rank` has failed, unless another rank was first.
 pub(crate) fn report(rank: usize, why: &str) {
     let Some(path) = std::env::var_os(FAILURE_FILE) else { return };
-    // What cannot be written is said by the error that follows; the failure itself matters more.
+    // Write errors are ignored: the error that follows reports the failure, which matters more.
     if let Ok(mut file) = OpenOptions::new().write(true).create_new(true).open(path) {
-        // At once, as somebody may be waiting for it.
+        // All at once, because a supervisor may be waiting for it.
         let _ = file.write_all(format!("rank {rank}: {why}").as_bytes());
     }
 }

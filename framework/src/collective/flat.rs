@@ -1,4 +1,4 @@
-//! Many tensors in few operations: they are laid one behind the other in flat buckets.
+//! Operations on many tensors at once: they are concatenated into flat buckets.
 
 use std::ops::Range;
 
@@ -7,21 +7,22 @@ use candle_core::{Shape, Tensor};
 use super::Collective;
 use crate::error::Result;
 
-/// Numbers in a bucket, about: large enough that an operation's start costs nothing, small enough that the copies of a
-/// bucket do not matter beside the parameters (25 MB of f32, as in Li et al. 2020, section 3.2.3).
+/// Approximate number of elements per bucket: large enough that starting an operation costs nothing, small
+/// enough that copying a bucket is negligible next to the parameters (25 MB of f32, as in Li et al. 2020,
+/// section 3.2.3).
 const BUCKET: usize = 25 << 18;
 
-/// The sums over all ranks of these tensors, in the same shapes. All are of one type.
+/// The sums of these tensors over all ranks, in the same shapes. All have the same dtype.
 pub(crate) fn all_reduce(ranks: &dyn Collective, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
     in_buckets(tensors, BUCKET, |bucket| ranks.all_reduce(bucket))
 }
 
-/// Rank 0's values of these tensors, in the same shapes. All are of one type.
+/// Rank 0's values of these tensors, in the same shapes. All have the same dtype.
 pub(crate) fn broadcast(ranks: &dyn Collective, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
     in_buckets(tensors, BUCKET, |bucket| ranks.broadcast(bucket))
 }
 
-/// What `operation` makes of all tensors, bucket by bucket. A bucket is full with `size` numbers.
+/// Applies `operation` to all tensors, bucket by bucket. A bucket is full at `size` elements.
 fn in_buckets(
     tensors: &[Tensor],
     size: usize,
@@ -36,12 +37,12 @@ fn in_buckets(
     Ok(done)
 }
 
-/// Which of the tensors with so many numbers each share a bucket, in their order.
+/// Divides tensors with these numbers of elements into buckets, in order.
 pub(crate) fn buckets(sizes: &[usize]) -> Vec<Range<usize>> {
     buckets_of(sizes, BUCKET)
 }
 
-/// A bucket is full with `size` numbers; it holds at least one tensor.
+/// A bucket is full at `size` elements; it holds at least one tensor.
 fn buckets_of(sizes: &[usize], size: usize) -> Vec<Range<usize>> {
     let (mut buckets, mut first, mut numbers) = (Vec::new(), 0, 0);
     for (i, own) in sizes.iter().enumerate() {
@@ -54,19 +55,19 @@ fn buckets_of(sizes: &[usize], size: usize) -> Vec<Range<usize>> {
     buckets
 }
 
-/// One behind the other.
+/// Concatenates the tensors, flattened.
 pub(crate) fn pack(tensors: &[Tensor]) -> Result<Tensor> {
     let flat = tensors.iter().map(Tensor::flatten_all).collect::<candle_core::Result<Vec<_>>>()?;
     Ok(Tensor::cat(&flat, 0)?)
 }
 
-/// Tensors of these shapes, which lie one behind the other.
+/// Splits a flat tensor into tensors of these shapes.
 pub(crate) fn unpack<'s>(flat: &Tensor, shapes: impl Iterator<Item = &'s Shape>) -> Result<Vec<Tensor>> {
     let mut from = 0;
     let each = shapes.map(|shape| {
         let len = shape.elem_count();
         from += len;
-        // A copy, and not a view: optimizers and candle's operations are quickest on a storage of one's own.
+        // A copy, not a view: optimizers and candle's operations are fastest on separate storage.
         Ok(flat.narrow(0, from - len, len)?.reshape(shape)?.copy()?)
     });
     each.collect()

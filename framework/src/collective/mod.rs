@@ -1,8 +1,8 @@
-//! Ranks that train together: what they must be able to do with each other ([`Collective`]), and who they are.
+//! Ranks that train together: the operations between them ([`Collective`]), and its implementations.
 //!
-//! A rank is one replica of the model on one device. Whatever it cannot know alone (the gradient of the whole batch,
-//! metrics over all samples, whether to stop) it learns through a collective operation, which all ranks call in the same
-//! order.
+//! A rank is one replica of the model on one device. Anything that it cannot know by itself (the gradient of
+//! the whole batch, metrics over all samples, whether to stop) comes from a collective operation, which all
+//! ranks call in the same order.
 
 mod agreement;
 mod config;
@@ -37,64 +37,65 @@ pub use threads::Threads;
 
 use crate::error::{Error, Result};
 
-/// Waits for an operation that has begun, and returns what it comes to.
+/// Waits for a started operation and returns its result.
 pub type Started = Box<dyn FnOnce() -> Result<Tensor> + Send>;
 
-/// What ranks can do together. Every rank calls the same operations in the same order, with tensors of one length.
+/// Operations between ranks. Every rank calls the same operations in the same order, with tensors of the same
+/// length.
 ///
-/// Tensors are flat, (n); f32 and f64 are added, u8 can be gathered and broadcast besides. An operation returns the same
-/// bits on all ranks that it promises the same values. Where a rank has failed, the others get an error instead of
-/// waiting for it.
+/// Tensors are flat, (n). f32 and f64 can be summed; u8 can only be gathered and broadcast. Values that an
+/// operation promises to be the same on all ranks are bit-identical. If a rank has failed, the others get an
+/// error instead of waiting for it.
 pub trait Collective: Send + Sync {
-    /// Which rank this is, from 0.
+    /// This rank's number, from 0.
     fn rank(&self) -> usize;
 
-    /// How many ranks there are.
+    /// The number of ranks.
     fn world_size(&self) -> usize;
 
-    /// How many of them share this machine's processors.
+    /// The number of ranks that share this machine's processors.
     fn ranks_here(&self) -> usize {
         self.world_size()
     }
 
-    /// The sum over all ranks, on each of them.
+    /// The sum over all ranks, on every rank.
     fn all_reduce(&self, flat: &Tensor) -> Result<Tensor>;
 
-    /// Begins with the sum over all ranks, whose memory may be that of `flat`, and returns what waits for it. Until then
-    /// nothing else is exchanged but more of these, in the same order on all ranks. Where a collective cannot do that beside
-    /// other work, the sum is there at once.
+    /// Starts the sum over all ranks, which may reuse the memory of `flat`, and returns a function that waits
+    /// for it. Until then, only more of these sums may be started, in the same order on all ranks. A
+    /// collective that cannot do this in the background computes the sum immediately.
     fn start_all_reduce(self: Arc<Self>, flat: Tensor) -> Result<Started> {
         let sum = self.all_reduce(&flat)?;
         Ok(Box::new(move || Ok(sum)))
     }
 
-    /// Of the sum over all ranks this rank's part: the length is divided evenly, in the order of ranks.
+    /// This rank's part of the sum over all ranks: the length is divided evenly, in the order of ranks.
     fn reduce_scatter(&self, flat: &Tensor) -> Result<Tensor>;
 
-    /// The parts of all ranks, one after the other; they are equally long.
+    /// The parts of all ranks, concatenated in the order of ranks. All parts have the same length.
     fn all_gather(&self, part: &Tensor) -> Result<Tensor>;
 
-    /// What rank 0 has, on each rank.
+    /// Rank 0's values, on every rank.
     fn broadcast(&self, flat: &Tensor) -> Result<Tensor>;
 
-    /// Waits until all ranks have come here.
+    /// Waits until all ranks have reached this call.
     fn barrier(&self) -> Result<()>;
 
-    /// An error where a rank is known to have failed; waits for nobody.
+    /// Returns an error if a rank is known to have failed. Does not wait.
     fn check_ranks(&self) -> Result<()> {
         Ok(())
     }
 
-    /// Where nothing but their devices connects the ranks' processes: those processes. They can exchange nothing yet.
+    /// The processes of the ranks, if only their devices connect them. They cannot exchange anything yet.
     fn processes(&self) -> Option<&Processes> {
         None
     }
 
-    /// Tells the others that this rank is out, and why: whatever they wait for fails.
+    /// Notifies the other ranks that this one has failed, and why: operations that they wait for fail.
     fn abort(&self, why: &str);
 }
 
-/// One rank alone: every operation returns what it is given.
+/// A single rank: every operation returns its input.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Solo;
 
@@ -131,7 +132,7 @@ impl Collective for Solo {
 }
 
 impl dyn Collective + '_ {
-    /// On how many of a machine's devices this process trains, a rank on each.
+    /// On how many of a machine's devices this process trains, with one rank on each.
     pub(crate) fn devices_here(&self, of_machine: usize) -> usize {
         match self.processes() {
             Some(processes) => processes.devices(of_machine),
@@ -145,7 +146,7 @@ impl dyn Collective + '_ {
         self.world_size() == 1
     }
 
-    /// What each rank says, in their order: bytes of any length.
+    /// Every rank's bytes, of any length, in the order of ranks.
     pub(crate) fn gather_bytes(&self, own: &[u8]) -> Result<Vec<Vec<u8>>> {
         let lengths = self.gather_numbers(&[own.len() as f64])?;
         let longest = lengths.iter().map(|length| length[0] as usize).max().unwrap_or(0).max(1);
@@ -156,13 +157,13 @@ impl dyn Collective + '_ {
         Ok(all.chunks(longest).zip(&lengths).map(cut).collect())
     }
 
-    /// The numbers of each rank, in their order: equally many of each, at least one.
+    /// Every rank's numbers, in the order of ranks. Each rank passes equally many, at least one.
     pub(crate) fn gather_numbers(&self, own: &[f64]) -> Result<Vec<Vec<f64>>> {
         let all = self.all_gather(&Tensor::new(own, &Device::Cpu)?)?.to_vec1::<f64>()?;
         Ok(all.chunks(own.len()).map(<[_]>::to_vec).collect())
     }
 
-    /// What rank 0 says, on each rank: bytes of any length.
+    /// Rank 0's bytes, of any length, on every rank.
     pub(crate) fn broadcast_bytes(&self, own: &[u8]) -> Result<Vec<u8>> {
         let length = Tensor::new(&[own.len() as f64], &Device::Cpu)?;
         let length = self.broadcast(&length)?.to_vec1::<f64>()?[0] as usize;
@@ -174,7 +175,7 @@ impl dyn Collective + '_ {
         Ok(bytes)
     }
 
-    /// What rank 0 has decided.
+    /// Rank 0's decision, on every rank.
     pub(crate) fn decide(&self, own: bool) -> Result<bool> {
         if self.is_alone() {
             return Ok(own);
@@ -184,7 +185,7 @@ impl dyn Collective + '_ {
     }
 }
 
-/// The bounds of `rank`'s part of `len` things, or an error where they cannot be divided evenly.
+/// The start and length of `rank`'s part of `len` elements, or an error if they cannot be divided evenly.
 fn even_part(len: usize, rank: usize, world_size: usize) -> Result<(usize, usize)> {
     if !len.is_multiple_of(world_size) {
         return Err(Error::msg(format!("{len} numbers cannot be divided evenly among {world_size} ranks")));
@@ -193,7 +194,7 @@ fn even_part(len: usize, rank: usize, world_size: usize) -> Result<(usize, usize
     Ok((rank * part, part))
 }
 
-/// Refuses what a sum over ranks is not defined for.
+/// Refuses tensors that cannot be summed over ranks.
 fn check_addable(flat: &Tensor) -> Result<()> {
     match (flat.dtype(), flat.rank()) {
         (DType::F32 | DType::F64, 1) => Ok(()),

@@ -17,8 +17,8 @@ use crate::error::{Error, Result};
 
 /// This process as one of those that `mpirun` or `srun` has started.
 ///
-/// MPI is called from one thread, which is all that every MPI is sure to allow; the ranks' own threads ask it. When this is
-/// dropped, MPI is told that the process is done with it, which waits for the others.
+/// MPI is called from a single thread, because not every MPI allows more; the ranks' own threads send their
+/// calls to it. Dropping this finalizes MPI, which waits for the other processes.
 pub struct Mpi {
     rank: usize,
     world_size: usize,
@@ -26,15 +26,15 @@ pub struct Mpi {
     patience: Duration,
     calls: Sender<Call>,
     thread: Mutex<Option<JoinHandle<()>>>,
-    /// MPI is not to be waited for any more.
+    /// Set once MPI must not be waited for any more.
     failed: AtomicBool,
 }
 
-/// Something to be done by the thread that may call MPI.
+/// Work for the thread that may call MPI.
 type Call = Box<dyn FnOnce(&SimpleCommunicator) + Send>;
 
 impl Mpi {
-    /// Joins the others. A rank that is waited for longer than `patience` counts as failed. A process can do it once.
+    /// Joins the other processes, at most once. A rank waited for longer than `patience` counts as failed.
     pub fn join(patience: Duration) -> Result<Self> {
         let (calls, to_do): (Sender<Call>, Receiver<Call>) = unbounded();
         let (ready, place) = bounded(1);
@@ -54,7 +54,7 @@ impl Mpi {
         Ok(Self { rank, world_size, ranks_here, patience, calls, thread, failed: AtomicBool::new(false) })
     }
 
-    /// What MPI's thread makes of this call.
+    /// Runs a call on the MPI thread and returns its result.
     fn call<T: Send + 'static>(
         &self,
         call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
@@ -62,13 +62,13 @@ impl Mpi {
         self.wait(&self.ask(call)?)
     }
 
-    /// Asks MPI's thread for a call; what it makes of it comes by the channel.
+    /// Sends a call to the MPI thread; its result arrives through the channel.
     fn ask<T: Send + 'static>(
         &self,
         call: impl FnOnce(&SimpleCommunicator) -> T + Send + 'static,
     ) -> Result<Receiver<T>> {
         let (done, result) = bounded(1);
-        // Nobody listens any more only where the others have been waited for too long.
+        // Nobody receives the result if waiting for the other ranks has timed out.
         let call = Box::new(move |world: &SimpleCommunicator| drop(done.send(call(world))));
         self.calls.send(call).map_err(|_| gone())?;
         Ok(result)
@@ -85,7 +85,7 @@ impl Mpi {
         })
     }
 
-    /// What MPI's thread makes of a tensor's values.
+    /// Runs an operation on a tensor's values on the MPI thread.
     fn on_values<T: WithDType + Equivalence>(
         &self,
         flat: &Tensor,
@@ -95,7 +95,7 @@ impl Mpi {
         tensor(self.call(move |world| operation(world, values))?, flat.device())
     }
 
-    /// Begins with the sum over all ranks.
+    /// Starts the sum over all ranks.
     fn start_sum<T: WithDType + Equivalence + Default>(self: Arc<Self>, flat: &Tensor) -> Result<Started> {
         let (values, device, world_size) = (flat.to_vec1::<T>()?, flat.device().clone(), self.world_size);
         let sum = self.ask(move |world| sum_over_ranks(world, values, world_size))?;
@@ -112,8 +112,8 @@ fn tensor<T: WithDType>(values: Vec<T>, device: &Device) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, len, &Device::Cpu)?.to_device(device)?)
 }
 
-/// The sum over all ranks, made of the two operations that together are sure to give the same bits everywhere: each sum is
-/// added on one rank.
+/// The sum over all ranks, as a reduce-scatter and an all-gather, which together guarantee bit-identical
+/// results: each element is summed on one rank.
 fn sum_over_ranks<T: Equivalence + Clone + Default>(
     world: &SimpleCommunicator,
     mut values: Vec<T>,
@@ -127,7 +127,7 @@ fn sum_over_ranks<T: Equivalence + Clone + Default>(
     values
 }
 
-/// Of the sum over all ranks this rank's part.
+/// This rank's part of the sum over all ranks.
 fn sum_of_part<T: Equivalence + Clone + Default>(
     world: &SimpleCommunicator,
     values: &[T],
@@ -138,7 +138,7 @@ fn sum_of_part<T: Equivalence + Clone + Default>(
     sums
 }
 
-/// A call with the values of a tensor of any type that travels between ranks.
+/// Runs an operation on the values of a tensor of any dtype that ranks can exchange.
 macro_rules! of_any_type {
     ($self:ident, $flat:ident, $operation:expr) => {
         match $flat.dtype() {
@@ -210,7 +210,7 @@ impl Collective for Mpi {
         self.call(|world| world.barrier())
     }
 
-    /// Ends the processes of all ranks, this one included: MPI knows no other way to let the others go.
+    /// Ends the processes of all ranks, including this one: MPI has no other way to release the others.
     fn abort(&self, why: &str) {
         report(self.rank, why);
         tracing::error!("rank {} failed: {why}", self.rank);
@@ -218,7 +218,7 @@ impl Collective for Mpi {
             let _ = self.calls.send(Box::new(|world: &SimpleCommunicator| {
                 world.abort(1);
             }));
-            // It does not come back from that.
+            // MPI ends this process in the meantime.
             std::thread::sleep(Duration::from_secs(1));
         }
     }
@@ -226,7 +226,7 @@ impl Collective for Mpi {
 
 impl Drop for Mpi {
     fn drop(&mut self) {
-        // Without a call to wait for, the thread ends, and MPI with it. One that still waits for a failed rank is left.
+        // Without a sender, the thread ends and finalizes MPI. If it waits for a failed rank, leave it.
         self.calls = unbounded().0;
         let thread = self.thread.lock().map(|mut thread| thread.take());
         if let (false, Ok(Some(thread))) = (self.failed.load(Ordering::Relaxed), thread) {

@@ -1,4 +1,4 @@
-//! Ranks on CUDA devices: NCCL carries what they exchange.
+//! Ranks on CUDA devices, connected by NCCL.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,20 +9,20 @@ use candlepower_kernels::{Communicator, Exchange};
 use super::{Collective, MEETING_PLACE, Processes, Started, check_addable, even_part, report};
 use crate::error::{Error, Result};
 
-/// One of several ranks, each on a CUDA device of its own.
+/// One of several ranks, each on its own CUDA device.
 pub struct Nccl {
     communicator: Communicator,
     device: Device,
-    /// The ranks that can also be reached without NCCL: threads of this process, or by MPI. By them a rank hears of another that
-    /// has failed.
+    /// The ranks that can also be reached without NCCL: threads of this process, or through MPI. Through them
+    /// a rank learns that another has failed.
     near: Arc<dyn Collective>,
     ranks_here: usize,
-    /// How long a rank is waited for.
+    /// How long to wait for a rank.
     patience: Duration,
 }
 
 impl Nccl {
-    /// Joins ranks that have found each other as threads or by MPI; all of them must come here.
+    /// Joins ranks that are already connected as threads or through MPI. All of them must call this.
     pub fn join(near: Arc<dyn Collective>, device: &Device, patience: Duration) -> Result<Self> {
         let own = if near.rank() == 0 { Communicator::id()? } else { Vec::new() };
         let id = near.broadcast_bytes(&own)?;
@@ -30,7 +30,7 @@ impl Nccl {
         Self::with_id(&id, near, place, device, patience)
     }
 
-    /// Joins the ranks of other processes at the place that the environment names; all of them must come here.
+    /// Joins ranks of other processes at the place set in the environment. All of them must call this.
     pub fn meet(processes: &Processes, device: &Device, patience: Duration) -> Result<Self> {
         if std::env::var_os(MEETING_PLACE).is_none() {
             return Err(Error::msg(format!(
@@ -59,7 +59,7 @@ impl Nccl {
         self.near.world_size() == self.world_size()
     }
 
-    /// What becomes of a tensor: of one on the CPU as its own collective does it, where that reaches all.
+    /// Exchanges a tensor; on the CPU, with `nearby` instead of NCCL, if that reaches all ranks.
     fn exchange(
         &self,
         what: Exchange,
@@ -75,7 +75,7 @@ impl Nccl {
     }
 }
 
-/// Fails where a rank is known to have failed, or is waited for too long from now on.
+/// A check that fails if a rank is known to have failed, or once `patience` has passed from now.
 fn patient(
     near: &Arc<dyn Collective>,
     rank: usize,
@@ -145,7 +145,7 @@ impl Collective for Nccl {
     }
 
     fn abort(&self, why: &str) {
-        // First, by its number among all ranks: those nearby know only of each other.
+        // Report first, with the rank among all ranks: nearby ranks are numbered only among themselves.
         report(self.rank(), why);
         self.near.abort(why);
         self.communicator.abort();

@@ -1,4 +1,4 @@
-//! Ranks of several processes that only their CUDA devices connect.
+//! Ranks of several processes that are connected only by their CUDA devices.
 
 use std::sync::Arc;
 
@@ -7,45 +7,45 @@ use candle_core::Tensor;
 use super::{Collective, Environment, Solo, Threads, report};
 use crate::error::{Error, Result};
 
-/// This process among several that `torchrun`, a PyTorchJob, `srun` or `candlepower launch` has started: each has as many ranks
-/// as it has devices.
+/// One of several processes started by `torchrun`, a PyTorchJob, `srun` or `candlepower launch`. Each process
+/// has as many ranks as devices.
 ///
-/// Ranks know at once who they are. What they exchange goes by NCCL, so nothing can be exchanged before each has its device:
-/// `Nccl`, of the feature `cuda`, is what becomes of them then.
+/// Ranks know their numbers immediately. They exchange data through NCCL, so nothing can be exchanged before
+/// each rank has its device; `Nccl`, of the feature `cuda`, then takes over.
 pub struct Processes {
     index: usize,
     count: usize,
-    /// How many of the processes are on this machine.
+    /// The number of processes on this machine.
     here: usize,
-    /// The ranks of this process among themselves.
+    /// Connects the ranks of this process.
     near: Arc<dyn Collective>,
 }
 
 impl Processes {
-    /// What the environment says, with one rank in this process.
+    /// The process that the environment describes, with one rank.
     pub fn new(environment: &Environment) -> Self {
         let Environment { rank, world_size, local_size, .. } = *environment;
         Self { index: rank, count: world_size, here: local_size.unwrap_or(1), near: Arc::new(Solo) }
     }
 
-    /// The same with as many ranks in each process; this is one of them.
+    /// The same process if each process has as many ranks as there are threads; this is one of them.
     pub(crate) fn with(&self, rank: Arc<Threads>) -> Self {
         Self { near: rank, ..*self }
     }
 
-    /// On how many of a machine's devices this process trains: all, unless others are there for them.
+    /// On how many of a machine's devices this process trains: all, unless other processes use the rest.
     pub(crate) fn devices(&self, of_machine: usize) -> usize {
         if self.here > 1 { 1 } else { of_machine }
     }
 
-    /// The ranks of this process among themselves.
+    /// Connects the ranks of this process.
     #[cfg(feature = "cuda")]
     pub(super) fn near(&self) -> Arc<dyn Collective> {
         self.near.clone()
     }
 }
 
-/// What is wrong where such processes have no devices that NCCL connects.
+/// The error message if such processes have no CUDA devices for NCCL to connect.
 pub(crate) const NCCL_ALONE: &str = "NCCL alone connects these processes, and it connects CUDA devices: expected \"cuda\" and a device \
     for each rank, or for the CPU `distributed.backend = \"mpi\"`";
 
@@ -95,7 +95,7 @@ impl Collective for Processes {
     }
 
     fn abort(&self, why: &str) {
-        // First, by its number among all ranks: the ranks of this process know only of each other.
+        // Report first, with the rank among all ranks: `near` only numbers this process's ranks.
         report(self.rank(), why);
         self.near.abort(why);
     }
@@ -128,7 +128,7 @@ mod tests {
             }
         }
         assert_eq!(ranks, [0, 1, 2, 3, 4, 5]);
-        // One process a device: others are there for the other devices.
+        // One process per device: other processes use the other devices.
         let shared = process(1, Some(3));
         assert_eq!(
             (shared.devices(4), shared.rank(), shared.world_size(), shared.ranks_here()),

@@ -1,12 +1,12 @@
-//! Sharing out the optimizer's state among ranks (ZeRO-1, Rajbhandari et al. 2020, section 5.1): each parameter has an owner,
-//! which alone keeps its moments and updates it.
+//! Divides the optimizer state among ranks (ZeRO-1, Rajbhandari et al. 2020, section 5.1): each parameter has
+//! an owner, and only the owner keeps its moments and updates it.
 
 use candle_core::{DType, Device, Tensor, Var};
 
 use super::{Collective, pack, unpack};
 use crate::error::{Error, Result};
 
-/// Which rank owns each of these parameters: the largest first, each to the rank that owns least so far.
+/// The owner of each of these parameters: largest first, each goes to the rank that owns least so far.
 pub(crate) fn owners(params: &[(String, Var)], world_size: usize) -> Vec<usize> {
     let mut by_size: Vec<usize> = (0..params.len()).collect();
     by_size.sort_by_key(|i| std::cmp::Reverse(params[*i].1.elem_count()));
@@ -19,12 +19,12 @@ pub(crate) fn owners(params: &[(String, Var)], world_size: usize) -> Vec<usize> 
     owners
 }
 
-/// Parameters that are shared out, and what ranks can do with a tensor for each of them.
+/// Parameters divided among ranks, and exchanges of one tensor per parameter.
 pub(crate) struct Shares<'a> {
     ranks: &'a dyn Collective,
     params: &'a [(String, Var)],
     owners: &'a [usize],
-    /// Numbers of the rank that owns most. All ranks' parts are as long, with zeros at their ends.
+    /// Number of elements of the rank that owns most. All ranks' parts are padded with zeros to this length.
     longest: usize,
 }
 
@@ -35,23 +35,23 @@ impl<'a> Shares<'a> {
         shares
     }
 
-    /// Which parameters are a rank's, in their order.
+    /// The parameters that a rank owns, in order.
     fn of(&self, rank: usize) -> impl Iterator<Item = usize> {
         (0..self.params.len()).filter(move |i| self.owners[*i] == rank)
     }
 
-    /// How many numbers they are.
+    /// The number of elements that a rank owns.
     fn len(&self, rank: usize) -> usize {
         self.of(rank).map(|i| self.params[i].1.elem_count()).sum()
     }
 
-    /// A rank's tensors, one behind the other.
+    /// A rank's tensors, concatenated and padded.
     fn part(&self, rank: usize, tensors: &[Tensor], dtype: DType, device: &Device) -> Result<Tensor> {
         let padding = Tensor::zeros(self.longest - self.len(rank), dtype, device)?;
         pack(&[tensors, &[padding]].concat())
     }
 
-    /// Of a tensor for each parameter the sums over all ranks of those that this rank owns.
+    /// Sums one tensor per parameter over all ranks; returns the sums for the parameters that this rank owns.
     pub(crate) fn reduce(&self, tensors: &[Tensor]) -> Result<Vec<Tensor>> {
         let Some(first) = tensors.first() else { return Ok(Vec::new()) };
         let part = |rank| {
@@ -63,7 +63,7 @@ impl<'a> Shares<'a> {
         unpack(&sums, self.of(self.ranks.rank()).map(|i| self.params[i].1.shape()))
     }
 
-    /// A tensor for each parameter, of which the owner has the values; `own` are this rank's. They share their memory.
+    /// Gathers one tensor per parameter from their owners; `own` are this rank's. The results share memory.
     pub(crate) fn gather(&self, own: &[Tensor]) -> Result<Vec<Tensor>> {
         let Some((_, first)) = self.params.first() else { return Ok(Vec::new()) };
         let part = self.part(self.ranks.rank(), own, first.dtype(), first.device())?;
@@ -77,7 +77,7 @@ impl<'a> Shares<'a> {
         each.collect()
     }
 
-    /// Gives every rank the values that each parameter has on its owner.
+    /// Sets each parameter on every rank to its owner's values.
     pub(crate) fn publish(&self) -> Result<()> {
         let own: Vec<Tensor> =
             self.of(self.ranks.rank()).map(|i| self.params[i].1.as_detached_tensor()).collect();
@@ -90,8 +90,8 @@ impl<'a> Shares<'a> {
     }
 }
 
-/// The state of all ranks' optimizers, by name, of which each rank keeps a part. For saving, and for resuming: then all of it is on
-/// rank 0, in the memory of the CPU, as a device may have no room for it.
+/// The optimizer state of all ranks, by name, of which each rank keeps a part. For saving and resuming, all
+/// of it is on rank 0, in CPU memory, because a device may have no room for it.
 pub(crate) struct Whole {
     /// Name, shape and owner of every tensor, in the order of ranks.
     parts: Vec<(String, Vec<usize>, usize)>,
@@ -99,7 +99,7 @@ pub(crate) struct Whole {
 }
 
 impl Whole {
-    /// What there is on all ranks; `own` is this one's part.
+    /// The state on all ranks; `own` is this rank's part.
     pub(crate) fn new(ranks: &dyn Collective, own: &[(String, Var)]) -> Result<Self> {
         let shapes: Vec<(&str, &[usize])> =
             own.iter().map(|(name, var)| (name.as_str(), var.dims())).collect();
@@ -113,7 +113,7 @@ impl Whole {
         Ok(Self { parts, own: own.iter().map(|(_, var)| var.clone()).collect() })
     }
 
-    /// Room for all of it on rank 0; on the others none.
+    /// Zeros in the shapes of the whole state on rank 0; nothing on the other ranks.
     pub(crate) fn room(&self, ranks: &dyn Collective) -> Result<Vec<(String, Var)>> {
         let zeros = |(name, shape, _): &(String, Vec<usize>, usize)| {
             Ok((name.clone(), Var::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))
@@ -121,10 +121,10 @@ impl Whole {
         self.parts.iter().filter(|_| ranks.rank() == 0).map(zeros).collect()
     }
 
-    /// All of it on rank 0; on the others nothing.
+    /// The whole state on rank 0; nothing on the other ranks.
     pub(crate) fn gather(&self, ranks: &dyn Collective) -> Result<Vec<(String, Var)>> {
         let all = self.room(ranks)?;
-        // A tensor of each rank at a time.
+        // One tensor of each rank at a time.
         for turn in 0.. {
             let now: Vec<Option<usize>> =
                 (0..ranks.world_size()).map(|rank| self.of(rank).nth(turn)).collect();
@@ -145,7 +145,7 @@ impl Whole {
         Ok(all)
     }
 
-    /// Gives each rank its part of what rank 0 has.
+    /// Sends each rank its part of rank 0's state.
     pub(crate) fn scatter(&self, ranks: &dyn Collective, all: &[(String, Var)]) -> Result<()> {
         let mut own = self.own.iter();
         for (i, (.., owner)) in self.parts.iter().enumerate() {
@@ -163,12 +163,12 @@ impl Whole {
         Ok(())
     }
 
-    /// How many numbers a tensor has.
+    /// The number of elements of a tensor.
     fn len(&self, i: usize) -> usize {
         self.parts[i].1.iter().product()
     }
 
-    /// Which tensors are a rank's.
+    /// The tensors that a rank keeps.
     fn of(&self, rank: usize) -> impl Iterator<Item = usize> {
         (0..self.parts.len()).filter(move |i| self.parts[*i].2 == rank)
     }
@@ -181,7 +181,7 @@ mod tests {
     use super::super::Threads;
     use super::*;
 
-    /// What each of three ranks makes of five parameters, of which the third rank owns none.
+    /// Runs `work` on three ranks with five parameters, of which the third rank owns none.
     fn on_ranks<T: Send>(work: impl Fn(&Shares, usize) -> T + Sync) -> Vec<T> {
         let owners = [1, 0, 0, 1, 0];
         let shapes: [&[usize]; 5] = [&[2, 2], &[3], &[], &[1], &[2]];
@@ -200,7 +200,7 @@ mod tests {
         })
     }
 
-    /// The shape of a tensor, and its first number.
+    /// The shape of a tensor, and its first element.
     fn first(tensor: &Tensor) -> (Vec<usize>, f32) {
         (tensor.dims().to_vec(), tensor.flatten_all().unwrap().to_vec1().unwrap()[0])
     }
@@ -211,7 +211,7 @@ mod tests {
             let all: Vec<Tensor> = shares.params.iter().map(|(_, var)| var.as_detached_tensor()).collect();
             shares.reduce(&all).unwrap().iter().map(first).collect::<Vec<_>>()
         });
-        // 0 + 10 + 20 is in every sum, and three times the parameter's own number.
+        // Every sum contains 0 + 10 + 20, and three times the parameter's index.
         let expected = [
             vec![(vec![3], 33.), (vec![], 36.), (vec![2], 42.)],
             vec![(vec![2, 2], 30.), (vec![1], 39.)],
@@ -233,7 +233,7 @@ mod tests {
             .iter()
             .map(|size| (size.to_string(), Var::zeros(*size, DType::F32, &Device::Cpu).unwrap()))
             .collect();
-        // 100 | 60, 50 | then 40 to 100's rank, 10 and 1 to the other's.
+        // 100 to rank 0, 60 and 50 to rank 1, then 40 to rank 0, and 10 and 1 to rank 1.
         assert_eq!(owners(&params, 2), [0, 1, 0, 1, 1, 1]);
         assert_eq!(owners(&params, 1), [0; 6]);
         assert_eq!(owners(&params[..1], 3), [0]);

@@ -11,38 +11,39 @@ use crate::error::{Error, Result};
 
 /// One of several ranks that are threads of one process, each with a replica of the model.
 ///
-/// All operations are made of one: every rank lays a tensor down, and when all have, each takes all of them. Sums are
-/// added in the order of ranks, each rank adding a part of them, so that all get the same bits.
+/// All operations are built on one: every rank deposits a tensor, and once all have, each takes all of them.
+/// Sums are added in the order of ranks, each rank adding a part, so the results are bit-identical on all
+/// ranks.
 pub struct Threads {
     rank: usize,
     world_size: usize,
-    /// How long a rank is waited for.
+    /// How long to wait for a rank.
     patience: Duration,
-    /// Who hears that a rank hangs: the thread that hangs cannot tell, and may never end.
+    /// Logs that a rank hangs: the hanging thread cannot report it, and may never end.
     listener: Dispatch,
     table: Arc<Table>,
 }
 
-/// Where tensors are laid down.
+/// Where ranks deposit tensors.
 struct Table {
     state: Mutex<State>,
     changed: Condvar,
 }
 
 struct State {
-    /// What each rank has laid down in this round.
+    /// The tensors that ranks have deposited in this round.
     laid: Vec<Option<Tensor>>,
-    /// Everything of the last complete round.
+    /// All tensors of the last complete round.
     taken: Arc<Vec<Tensor>>,
-    /// How many rounds are complete.
+    /// The number of complete rounds.
     round: u64,
     /// The first rank that failed, and why.
     failed: Option<(usize, String)>,
 }
 
 impl Threads {
-    /// So many ranks, in their order, one for each thread. A rank that the others have waited for longer than `patience`
-    /// counts as failed.
+    /// Creates `world_size` ranks, in order, one for each thread. A rank that the others have waited for
+    /// longer than `patience` counts as failed.
     pub fn new(world_size: usize, patience: Duration) -> Vec<Self> {
         let state = State { laid: vec![None; world_size], taken: Arc::default(), round: 0, failed: None };
         let table = Arc::new(Table { state: Mutex::new(state), changed: Condvar::new() });
@@ -57,9 +58,9 @@ impl Threads {
         self.table.lock().failed.clone()
     }
 
-    /// Lays a tensor down and returns those of all ranks, in their order.
+    /// Deposits a tensor and returns those of all ranks, in order.
     fn exchange(&self, own: &Tensor) -> Result<Arc<Vec<Tensor>>> {
-        // A copy: the caller may write to its own while others still read.
+        // A copy: the caller may overwrite its tensor while others still read it.
         let own = own.copy()?;
         let mut state = self.table.lock();
         self.check(&state)?;
@@ -79,11 +80,11 @@ impl Threads {
             let woken = self.table.changed.wait_timeout(state, left);
             state = woken.unwrap_or_else(PoisonError::into_inner).0;
         }
-        // The next round cannot be complete before this rank has laid something down for it.
+        // The next round cannot be complete before this rank has deposited a tensor for it.
         Ok(state.taken.clone())
     }
 
-    /// An error where some rank has failed.
+    /// Returns an error if a rank has failed.
     fn check(&self, state: &State) -> Result<()> {
         match &state.failed {
             Some((rank, why)) => Err(Error::msg(format!("rank {rank} failed: {why}"))),
@@ -91,7 +92,7 @@ impl Threads {
         }
     }
 
-    /// Blames the first rank that has laid nothing down.
+    /// Marks the first rank that has deposited nothing as failed.
     fn out_of_patience(&self, mut state: MutexGuard<'_, State>) -> Error {
         let late = state.laid.iter().position(Option::is_none).unwrap_or(self.rank);
         let why =
@@ -104,7 +105,7 @@ impl Threads {
         Error::msg(format!("rank {late} failed: {why}"))
     }
 
-    /// The sum of this rank's part of all tensors.
+    /// Sums this rank's part of all tensors.
     fn sum_of_part(&self, all: &[Tensor]) -> Result<Tensor> {
         let (from, len) = even_part(all[0].elem_count(), self.rank, self.world_size)?;
         let mut sum = all[0].narrow(0, from, len)?;
@@ -149,7 +150,7 @@ impl Collective for Threads {
 
     fn broadcast(&self, flat: &Tensor) -> Result<Tensor> {
         let all = self.exchange(flat)?;
-        // Its own copy: all ranks may write to what they get.
+        // A separate copy, because every rank may write to its result.
         Ok(all[0].copy()?)
     }
 
@@ -182,7 +183,7 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(60);
 
-    /// What each of `n` ranks makes of its handle.
+    /// Runs `work` on each of `n` ranks.
     fn on_ranks<T: Send>(n: usize, patience: Duration, work: impl Fn(&Threads) -> T + Sync) -> Vec<T> {
         let ranks = Threads::new(n, patience);
         std::thread::scope(|scope| {
@@ -222,7 +223,7 @@ mod tests {
 
     #[test]
     fn sums_have_the_same_bits_on_all_ranks_and_in_every_run() {
-        // 1,001 numbers of very different sizes: the order of additions would show.
+        // 1,001 numbers of very different magnitudes: a different order of additions would show.
         let run = || {
             on_ranks(4, PATIENCE, |c| {
                 let mut rng = seed::generator(c.rank() as u64, [1, 2, 3]);
@@ -239,7 +240,7 @@ mod tests {
 
     #[test]
     fn what_a_rank_gets_is_its_own() {
-        // Rank 0 writes to what it broadcast, and to what it got, while rank 1 may still read.
+        // Rank 0 writes to what it broadcast and to what it received, while rank 1 may still be reading.
         let results = on_ranks(2, PATIENCE, |c| {
             let own = candle_core::Var::new(&[c.rank() as f32 + 1.], &Device::Cpu).unwrap();
             let got = candle_core::Var::from_tensor(&c.broadcast(own.as_tensor()).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! A parsed configuration file with its `--set` overrides, every value still knowing its place.
+//! A parsed configuration file with its `--set` overrides; every value keeps its location.
 
 use std::ops::Range;
 use std::path::Path;
@@ -11,15 +11,15 @@ use super::error::ConfigError;
 use super::wording::{in_our_words, read};
 use crate::error::{Error, Result};
 
-/// A TOML document and the overrides laid over it.
+/// A TOML document with overrides applied to it.
 ///
-/// Overrides are parsed as if they stood behind the file's end, so one range of bytes says for every value whether
-/// it came from the file or from which `--set`. The parsed tables borrow from the text, so they are made anew for
-/// each section that is read; a configuration is small.
+/// Overrides are parsed as if they followed the end of the file, so a value's byte range tells whether it
+/// came from the file or from which `--set`. The parsed tables borrow from the text, so they are rebuilt for
+/// each section that is read; configurations are small.
 pub struct Document {
     origin: String,
     text: String,
-    /// As they were given, and as they are parsed.
+    /// Overrides as they were given, and as they are parsed.
     sets: Vec<(String, String)>,
 }
 
@@ -28,11 +28,11 @@ pub struct Document {
 pub struct Named {
     /// The type's name.
     pub name: String,
-    /// Where the name stands.
+    /// The location of the name.
     pub span: Option<Range<usize>>,
-    /// The section, in the document: `module`, or `optimizers.generator`.
+    /// The path of the section in the document: `module`, or `optimizers.generator`.
     section: String,
-    /// The keys of the section that are not the type's own.
+    /// Keys of the section that are not fields of the type.
     taken: Vec<&'static str>,
 }
 
@@ -44,7 +44,7 @@ impl Named {
 }
 
 impl Document {
-    /// Reads a file and lays `--set section.key=value` overrides over it.
+    /// Reads a file and applies `--set section.key=value` overrides to it.
     pub fn read(path: &Path, sets: &[String]) -> Result<Self> {
         let origin = path.display().to_string();
         let text = std::fs::read_to_string(path).map_err(|error| {
@@ -66,7 +66,7 @@ impl Document {
         Ok(document)
     }
 
-    /// The file with all overrides.
+    /// The file with all overrides applied.
     fn root(&self) -> Result<DeTable<'_>> {
         let mut root = self.table_of(&self.text)?;
         for (_, padded) in &self.sets {
@@ -82,7 +82,7 @@ impl Document {
         Ok(table?.into_inner())
     }
 
-    /// An override with spaces in front, so that its places lie behind everything before it.
+    /// An override padded with leading spaces, so its locations come after everything before it.
     fn pad(&self, set: &str) -> Result<String> {
         let wrong = |message: &str| {
             ConfigError::at("--set", set, 0..set.len(), message.to_string()).hint(Some(
@@ -93,25 +93,24 @@ impl Document {
         if !key.contains('.') {
             return Err(wrong("an override names a section and a key").into());
         }
-        // What is not a TOML value is a string: shells eat quotes, and paths are common.
+        // Anything that is not a TOML value is a string: shells strip quotes, and paths are common.
         let quoted = || format!("{key}={}", toml::Value::String(value.trim().to_string()));
         let text = if DeTable::parse(set).is_ok() { set.to_string() } else { quoted() };
         DeTable::parse(&text).map_err(|error| wrong(error.message()))?;
         Ok(" ".repeat(self.end()) + &text)
     }
 
-    /// Where the next override's places start.
+    /// Where the locations of the next override start.
     fn end(&self) -> usize {
         self.sets.iter().fold(self.text.len() + 1, |end, (set, _)| end + set.len() + 1)
     }
 
-    /// The fields of a section; an absent section is an empty one. `callbacks.ema` is the section of that name in
-    /// another.
+    /// Reads the fields of a section; a missing section is empty. `callbacks.ema` is a nested section.
     pub fn section<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         self.deserialize(name, &[])
     }
 
-    /// A section that names a type. `default` is the type where the section has no `name`.
+    /// Reads a section that names a type. `default` is the type if the section has no `name`.
     pub fn named(&self, section: &str, default: Option<&str>) -> Result<Named> {
         let mut root = self.root()?;
         let (mut fields, _) = self.table(&mut root, section)?;
@@ -142,13 +141,13 @@ impl Document {
         })
     }
 
-    /// The type's own fields of a named section.
+    /// Reads the fields of a named section that are the type's own.
     pub fn fields<T: DeserializeOwned>(&self, named: &Named) -> Result<T> {
         self.deserialize(&named.section, &named.taken)
     }
 
-    /// A section whose name chooses a variant of the enum `T`, and whose fields are that variant's. `what` the variants
-    /// are is for errors.
+    /// Reads a section whose name selects a variant of the enum `T`, and whose fields are that variant's.
+    /// `what` describes the variants in errors.
     pub fn variant<T: DeserializeOwned>(&self, named: &Named, what: &str) -> Result<T> {
         let mut root = self.root()?;
         let (mut fields, place) = self.table(&mut root, &named.section)?;
@@ -167,7 +166,7 @@ impl Document {
         })
     }
 
-    /// A section's table, taken out of the document, and its place.
+    /// A section's table, removed from the document, and its location.
     fn table<'t>(&self, root: &mut DeTable<'t>, name: &str) -> Result<(DeTable<'t>, Option<Range<usize>>)> {
         let (outer, inner) = name.split_once('.').unwrap_or((name, ""));
         let Some(value) = root.remove(outer) else { return Ok((DeTable::new(), None)) };
@@ -195,7 +194,7 @@ impl Document {
         })
     }
 
-    /// Whether a section is written.
+    /// Whether a section is present.
     pub fn has(&self, section: &str) -> Result<bool> {
         Ok(self.table(&mut self.root()?, section)?.1.is_some())
     }
@@ -210,7 +209,7 @@ impl Document {
         Ok(names)
     }
 
-    /// Refuses sections that nobody reads.
+    /// Refuses unknown sections.
     pub fn check_sections(&self, known: &[&str]) -> Result<()> {
         let root = self.root()?;
         match root.keys().find(|key| !known.contains(&key.get_ref().as_ref())) {
@@ -224,7 +223,7 @@ impl Document {
         }
     }
 
-    /// Gives an [`Error::Setting`] of a section its place in the file; other errors pass.
+    /// Adds the location in the file to an [`Error::Setting`] of a section; returns other errors unchanged.
     pub fn place(&self, section: &str, error: Error) -> Error {
         match error {
             Error::Setting { key, message } => {
@@ -235,7 +234,7 @@ impl Document {
         }
     }
 
-    /// Where a key of a section stands; the section itself where the key is not written.
+    /// The location of a key in a section, or of the section if the key is not present.
     fn locate(&self, section: &str, key: &str) -> Option<Range<usize>> {
         let root = self.root().ok()?;
         let mut names = section.split('.');
@@ -251,7 +250,7 @@ impl Document {
         Some(value.map_or_else(|| table.span(), Spanned::span))
     }
 
-    /// An error at a place of this document.
+    /// An error at a location in this document.
     pub fn error_at(&self, span: Option<Range<usize>>, message: String) -> ConfigError {
         let Some(span) = span else { return ConfigError::missing(&self.origin, message) };
         let mut start = self.text.len() + 1;
@@ -270,7 +269,7 @@ impl Document {
     }
 }
 
-/// The table of a section that was read with [`Document::variant`]: the variant's fields, and its name.
+/// Reverses [`Document::variant`]: the table of the variant's fields and its name.
 pub(crate) fn untag<T: serde::Serialize>(variant: &T) -> Result<toml::Table> {
     let tagged = toml::Value::try_from(variant).map_err(|error| Error::msg(error.to_string()))?;
     let entry = tagged.try_into::<toml::Table>().ok().and_then(|table| table.into_iter().next());
@@ -280,12 +279,12 @@ pub(crate) fn untag<T: serde::Serialize>(variant: &T) -> Result<toml::Table> {
     Ok(fields)
 }
 
-/// Lays `over` on `base`: tables key by key, everything else whole.
+/// Merges `over` into `base`: tables key by key, other values as a whole.
 fn merge<'t>(base: &mut DeTable<'t>, over: DeTable<'t>) {
     for (key, value) in over {
         match (base.get_mut(key.get_ref().as_ref()).map(Spanned::get_mut), value.get_ref()) {
             (Some(DeValue::Table(old)), DeValue::Table(new)) => merge(old, new.clone()),
-            // Removed first, so that the key too gets its new place.
+            // Removed first, so the key gets its new location too.
             _ => {
                 base.remove(key.get_ref().as_ref());
                 base.insert(key, value);
@@ -294,15 +293,15 @@ fn merge<'t>(base: &mut DeTable<'t>, over: DeTable<'t>) {
     }
 }
 
-/// `a`, `b` and `c` for a list of names.
+/// A list of names as "`a`, `b`, `c`".
 pub(crate) fn quoted_list<S: AsRef<str>>(names: &[S]) -> String {
     let quoted: Vec<String> = names.iter().map(|name| format!("`{}`", name.as_ref())).collect();
     quoted.join(", ")
 }
 
-/// The known name that was probably meant.
+/// A hint with the known name that was probably meant.
 pub(crate) fn did_you_mean<S: AsRef<str>>(name: &str, known: &[S]) -> Option<String> {
-    // The first forgives what is missing at the end, the second tells an `s` there from a letter that is wrong.
+    // The first measure tolerates a missing ending, the second tells an extra `s` from a wrong letter.
     let begins_alike = |known: &S| strsim::jaro_winkler(name, known.as_ref());
     let likeness =
         |known: &S| begins_alike(known) + strsim::normalized_damerau_levenshtein(name, known.as_ref());
@@ -310,7 +309,7 @@ pub(crate) fn did_you_mean<S: AsRef<str>>(name: &str, known: &[S]) -> Option<Str
     (begins_alike(best) > 0.8).then(|| format!("did you mean `{}`?", best.as_ref()))
 }
 
-/// The same for serde's "unknown field `a`, expected one of `b`, `c`".
+/// Like [`did_you_mean`], for serde's "unknown field `a`, expected one of `b`, `c`".
 fn did_you_mean_in(message: &str) -> Option<String> {
     let (unknown, expected) = message.strip_prefix("unknown ")?.split_once(", expected ")?;
     let names =
@@ -320,7 +319,7 @@ fn did_you_mean_in(message: &str) -> Option<String> {
     did_you_mean(unknown.first()?, &names(expected)).or_else(lightning)
 }
 
-/// The configuration files beside a path that does not exist.
+/// A hint with the configuration file next to a missing path that was probably meant.
 fn neighbours(path: &Path) -> Option<String> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let entries =

@@ -1,4 +1,4 @@
-//! A configuration error that shows the place: file, line, column, the line itself, and what was expected.
+//! A configuration error that shows its location: file, line, column, the line itself, and what was expected.
 
 use std::fmt;
 use std::ops::Range;
@@ -6,15 +6,15 @@ use std::ops::Range;
 /// What is wrong with a configuration, and where.
 #[derive(Debug)]
 pub struct ConfigError {
-    /// The file, or the `--set` option, that the place is in.
+    /// The file, or the `--set` option, that contains the error.
     pub origin: String,
-    /// Line and column, from 1. Absent for what is missing altogether.
+    /// Line and column, from 1. Absent if something is missing.
     pub place: Option<(usize, usize)>,
     /// The line itself, and which of its columns to underline.
     pub line: Option<(String, Range<usize>)>,
     /// What is wrong, and what was expected.
     pub message: String,
-    /// What to do about it, where there is a good guess.
+    /// What to do about it, if there is a good guess.
     pub hint: Option<String>,
 }
 
@@ -36,12 +36,12 @@ impl ConfigError {
         }
     }
 
-    /// An error about something that is not in the file.
+    /// An error about something missing from the file.
     pub fn missing(origin: &str, message: String) -> Self {
         Self { origin: origin.to_string(), place: None, line: None, message, hint: None }
     }
 
-    /// Adds what to do about it.
+    /// Sets the hint about what to do.
     pub fn hint(mut self, hint: Option<String>) -> Self {
         self.hint = hint;
         self

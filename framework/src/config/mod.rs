@@ -1,5 +1,5 @@
-//! Configuration files: TOML with the place of every value kept, so that an error can show it; and the registry that
-//! gives the names in it a meaning.
+//! Configuration files: TOML that keeps the location of every value for error messages, and the registry that
+//! resolves the names in it.
 
 mod document;
 mod error;

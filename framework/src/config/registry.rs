@@ -1,4 +1,4 @@
-//! The registry: which module, dataset or callback a name in a configuration stands for.
+//! The registry: which module, dataset, callback or optimizer a name in a configuration stands for.
 
 use std::any::Any;
 use std::marker::PhantomData;
@@ -20,7 +20,7 @@ use crate::experiment::{Job, Pair};
 use crate::module::{Build, Module};
 use crate::optim::{Descend, OptimizerConfig};
 
-/// The modules, datasets and callbacks that configurations can name.
+/// The modules, datasets, callbacks and optimizers that configurations can name.
 ///
 /// ```
 /// # use candlepower::prelude::*;
@@ -35,7 +35,7 @@ pub struct Registry {
     optimizers: IndexMap<&'static str, OwnEntry>,
 }
 
-/// The name of an optimizer of one's own: how its section is read, and what it may hold.
+/// A custom optimizer: how to read its section, and the schema of that section.
 struct OwnEntry {
     parse: fn(&Document, &Named) -> Result<OptimizerConfig>,
     schema: fn() -> serde_json::Value,
@@ -93,7 +93,7 @@ impl Registry {
         self
     }
 
-    /// The optimizer that a section names: one of these, or one of Candlepower's.
+    /// The optimizer that a section names: a registered one, or one of Candlepower's.
     pub(crate) fn read_optimizer(&self, document: &Document, named: &Named) -> Result<OptimizerConfig> {
         match self.optimizers.get(named.name.as_str()) {
             Some(own) => (own.parse)(document, named),
@@ -101,7 +101,7 @@ impl Registry {
         }
     }
 
-    /// The modules and datasets that meet in the batch `B`.
+    /// The modules and datasets with the batch type `B`.
     fn family<B: Batch>(&mut self) -> &mut Family<B> {
         let known = self.families.iter().position(|family| (**family).as_any().is::<Family<B>>());
         let index = known.unwrap_or_else(|| {
@@ -114,7 +114,7 @@ impl Registry {
         }
     }
 
-    /// What the sections `[module]` and `[data]` ask for, checked as far as it can be without reading data.
+    /// The job described by `[module]` and `[data]`, checked as far as possible without reading data.
     pub(crate) fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>> {
         let names = |of: fn(&dyn AnyFamily) -> Vec<&'static str>| -> Vec<&'static str> {
             self.families.iter().flat_map(|family| of(&**family)).collect()
@@ -138,7 +138,7 @@ impl Registry {
         family.job(document, module, data)
     }
 
-    /// What the sections in `[callbacks]` ask for: name and recipe, in the order in which they are written.
+    /// The callbacks described by the sections in `[callbacks]`: names and recipes, in written order.
     pub(crate) fn callbacks(&self, document: &Document) -> Result<Vec<(String, Box<dyn CallbackRecipe>)>> {
         let recipe = |(name, span): (String, Range<usize>)| {
             let Some(entry) = self.callbacks.get(name.as_str()) else {
@@ -167,7 +167,7 @@ impl Registry {
         [all(|family| family.module_schemas()), all(|family| family.dataset_schemas())]
     }
 
-    /// JSON Schemas of the optimizers by their names.
+    /// JSON Schemas of the optimizers, by name.
     pub(crate) fn optimizer_schemas(&self) -> Schemas {
         let own = self.optimizers.iter().map(|(name, own)| (name.to_string(), (own.schema)()));
         let ours = variants_of::<OptimizerConfig>().into_iter();
@@ -175,26 +175,26 @@ impl Registry {
     }
 }
 
-/// "unknown module `a`, expected one of `b`, `c`", at the place of the name.
+/// The error "unknown module `a`, expected one of `b`, `c`", at the location of the name.
 fn unknown_name(document: &Document, named: &Named, what: &str, known: &[&str]) -> Error {
     let message = format!("unknown {what} `{}`, expected one of {}", named.name, quoted_list(known));
     document.error_at(named.span.clone(), message).hint(did_you_mean(&named.name, known)).into()
 }
 
-/// Makes modules from settings that have been read.
+/// Builds modules from parsed settings.
 pub(crate) trait ModuleRecipe<B: Batch>: Send + Sync {
     fn build(&self, spec: &B::Spec, vb: VarBuilder) -> Result<Box<dyn Module<Batch = B>>>;
     fn settings(&self) -> Result<toml::Table>;
 }
 
-/// Opens datasets, and reads what is to be predicted from as theirs, by settings that have been read.
+/// Opens datasets, and reads inputs to predict from, with parsed settings.
 pub(crate) trait DataRecipe<B: Batch>: Send + Sync {
     fn open(&self, split: Split) -> Result<Source<B>>;
     fn read(&self, spec: &B::Spec, input: &Path) -> Result<B>;
     fn settings(&self) -> Result<toml::Table>;
 }
 
-/// Makes callbacks from settings that have been read.
+/// Creates callbacks from parsed settings.
 pub(crate) trait CallbackRecipe: Send + Sync {
     fn make(&self) -> Result<Box<dyn Callback>>;
     fn settings(&self) -> Result<toml::Table>;
@@ -253,22 +253,22 @@ impl<C: Watch> CallbackRecipe for FromConfig<C, C::Config> {
     }
 }
 
-/// A name's meaning: how its section is read, and what it may hold. `R` is a recipe.
+/// A registered name: how to read its section, and the schema of that section. `R` is a recipe.
 struct Entry<R: ?Sized> {
     parse: fn(&Document, &Named) -> Result<Box<R>>,
     schema: fn() -> serde_json::Value,
 }
 
-/// The modules and datasets of one kind of batch: any of these modules learns from any of these datasets.
+/// The modules and datasets of one batch type: any of these modules can learn from any of these datasets.
 struct Family<B: Batch> {
     modules: IndexMap<&'static str, Entry<dyn ModuleRecipe<B>>>,
     datasets: IndexMap<&'static str, Entry<dyn DataRecipe<B>>>,
 }
 
-/// JSON Schemas by the names that select them.
+/// JSON Schemas, by the names that select them.
 type Schemas = Vec<(String, serde_json::Value)>;
 
-/// A family whose batch is not known where it is used.
+/// A family of any batch type.
 trait AnyFamily: Send + Sync {
     fn as_any(&self) -> &dyn Any;
     fn as_any_mut(&mut self) -> &mut dyn Any;

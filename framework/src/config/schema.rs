@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Value, json};
 
-/// A type's schema. What it refers to stands where it is used: schemas are put together, and none has a place for definitions.
+/// A type's schema. Subschemas are inlined: schemas get combined, and there is no place for definitions.
 pub(crate) fn schema_of<T: JsonSchema>() -> Value {
     let settings = SchemaSettings::draft2020_12().with(|settings| {
         settings.inline_subschemas = true;
@@ -13,7 +13,7 @@ pub(crate) fn schema_of<T: JsonSchema>() -> Value {
     settings.into_generator().into_root_schema_for::<T>().to_value()
 }
 
-/// The schemas of an enum's variants by their names.
+/// The schemas of an enum's variants, by name.
 pub(crate) fn variants_of<T: JsonSchema>() -> Vec<(String, Value)> {
     let variants = schema_of::<T>()["oneOf"].take();
     let variant = |tagged: &Value| {
@@ -23,7 +23,8 @@ pub(crate) fn variants_of<T: JsonSchema>() -> Vec<(String, Value)> {
     variants.as_array().into_iter().flatten().filter_map(variant).collect()
 }
 
-/// A section that one of these names, with the fields that each of them takes. Without a name `default` is meant, where there is one.
+/// The schema of a section that names one of these variants and has its fields. `default` is the variant of a
+/// section without a name, if that is allowed.
 pub(crate) fn named(variants: Vec<(String, Value)>, default: Option<&str>) -> Value {
     let variant = |(name, mut fields): (String, Value)| {
         if default != Some(&name) {
@@ -35,7 +36,7 @@ pub(crate) fn named(variants: Vec<(String, Value)>, default: Option<&str>) -> Va
     json!({"type": "object", "anyOf": variants.into_iter().map(variant).collect::<Vec<_>>()})
 }
 
-/// Says that a section needs a field.
+/// Marks a field of a section as required.
 pub(crate) fn require(section: &mut Value, field: &str) {
     match section["required"].as_array_mut() {
         Some(required) => required.push(field.into()),

@@ -1,4 +1,4 @@
-//! Reading a value; and what serde and toml say of a wrong one, in the words of those who write configurations.
+//! Reads values, and rewords the errors of serde and toml for users who write configurations.
 
 use std::ops::Range;
 
@@ -6,20 +6,20 @@ use serde::de::DeserializeOwned;
 use toml::Spanned;
 use toml::de::{DeValue, ValueDeserializer};
 
-/// Why a value is refused, and where it is wrong.
+/// Why a value is refused, and where the error is.
 pub(super) struct Refusal {
     pub(super) message: String,
     pub(super) span: Option<Range<usize>>,
 }
 
-/// What a value says.
+/// Reads a value.
 pub(super) fn read<T: DeserializeOwned>(value: Spanned<DeValue>) -> Result<T, Refusal> {
     let of = |value: &Spanned<DeValue>| T::deserialize(ValueDeserializer::from(value.clone()));
     let error = match of(&value) {
         Ok(read) => return Ok(read),
         Err(error) => error,
     };
-    // Where one of several words belongs, toml does not name them for what is no text: it does for one that is.
+    // If one of several words is expected, toml lists them for a wrong string, but not for other types.
     if error.message() == "wanted string or table"
         && let Some(span) = error.span()
         && let (quoted, Some(text)) = quote(value, &span)
@@ -37,7 +37,7 @@ fn refusal(error: toml::de::Error) -> Refusal {
     Refusal { message: in_plain_words(error.message()), span: error.span() }
 }
 
-/// The same value with a text in place of the number or the truth value at `span`; and the text.
+/// The same value with a string in place of the number or boolean at `span`, and that string.
 fn quote<'t>(value: Spanned<DeValue<'t>>, span: &Range<usize>) -> (Spanned<DeValue<'t>>, Option<String>) {
     let (at, inner) = (value.span(), value.into_inner());
     let text = match &inner {
@@ -65,7 +65,7 @@ fn quote<'t>(value: Spanned<DeValue<'t>>, span: &Range<usize>) -> (Spanned<DeVal
     (Spanned::new(at, inner), found)
 }
 
-/// A message of serde's, without names of Rust's types.
+/// Rewords a message of serde's without the names of Rust types.
 fn in_plain_words(message: &str) -> String {
     if let Some(rest) = message.strip_prefix("unknown variant ") {
         return format!("unknown value {rest}");
@@ -78,7 +78,7 @@ fn in_plain_words(message: &str) -> String {
     format!("expected {}, found {}", wanted(expected), present(found))
 }
 
-/// What was expected.
+/// Describes what was expected.
 fn wanted(expected: &str) -> String {
     let count = expected.strip_prefix("an array of length ").or(expected.strip_prefix("a tuple of size "));
     if let Some(count) = count {
@@ -101,7 +101,7 @@ fn wanted(expected: &str) -> String {
     .to_string()
 }
 
-/// What was found.
+/// Describes what was found.
 fn present(found: &str) -> &str {
     match found {
         "map" => "a table",
@@ -113,7 +113,7 @@ fn present(found: &str) -> &str {
     }
 }
 
-/// What is meant by a field that PyTorch Lightning has, or that has another name there.
+/// A hint for a field of PyTorch Lightning that is different here.
 pub(super) fn in_our_words(field: &str) -> Option<&'static str> {
     Some(match field {
         "accumulate_grad_batches" => {
@@ -189,7 +189,7 @@ mod tests {
             ("share = [1]", "expected a number, found a list"),
             ("share = { a = 1 }", "expected a number, found a table"),
             ("precision = \"half\"", &format!("unknown value `half`, {precisions}")),
-            // Lightning's way to say it.
+            // As in Lightning.
             ("precision = 16", &format!("unknown value `16`, {precisions}")),
             ("precision = 32", "expected a string: \"32\""),
             ("inner = { precision = 32 }", "expected a string: \"32\""),

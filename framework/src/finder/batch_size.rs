@@ -1,4 +1,4 @@
-//! The batch-size finder: real training steps, timed, with twice the batch each time.
+//! The batch-size finder: times real training steps, doubling the batch size each time.
 
 use candle_core::Device;
 use serde::Serialize;
@@ -11,51 +11,51 @@ use crate::memory;
 use crate::module::Model;
 use crate::trainer::Trainer;
 
-/// Gains in speed up to this share count as none.
+/// Speed gains up to this share are ignored.
 const SAME_SPEED: f64 = 0.05;
-/// Doublings without a gain in speed that end the search.
+/// Number of doublings without a speed gain that ends the search.
 const PATIENCE: usize = 2;
-/// The share of the available memory that may be used where no limit is set.
+/// Share of the available memory that may be used if no limit is set.
 const MEMORY_SHARE: f64 = 0.8;
 
-/// How batch sizes are tried.
+/// Settings of the batch-size search.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BatchFinderConfig {
-    /// The first batch size; each later one is twice as large.
+    /// First batch size; each later one is twice as large.
     pub start: usize,
-    /// The largest that is tried. Default, and never more: as many samples as there are.
+    /// Largest batch size to try. Default, and upper bound: the number of samples.
     pub max: Option<usize>,
-    /// Steps that are timed at each size, after a warm-up.
+    /// Steps to time at each size, after a warm-up.
     pub steps: u64,
-    /// The memory that training may take on a CPU, in 10^6 bytes. Default: 80 % of what is available, also to the
-    /// process's control group.
+    /// Memory that training may use on a CPU, in 10^6 bytes. Default: 80 % of the memory available, also to
+    /// the process's control group.
     pub memory_mb: Option<f64>,
 }
 
-/// How one batch size did.
+/// Results of one batch size.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BatchTrial {
-    /// Samples of one step.
+    /// Samples per step.
     pub batch_size: usize,
     /// Median time of a step, in milliseconds.
     pub ms_per_step: f64,
-    /// At that median.
+    /// Samples per second at that median.
     pub samples_per_second: f64,
-    /// The most memory that the steps took beyond what the process had held before the search, in 10^6 bytes; known on
-    /// Linux, of training on the CPU.
+    /// Peak memory of the steps beyond what the process held before the search, in 10^6 bytes. Only known on
+    /// Linux, for training on the CPU.
     pub memory_mb: Option<f64>,
 }
 
-/// What the search found.
+/// The result of the search.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BatchFinding {
-    /// Every size that was tried and fits, in rising order.
+    /// All sizes that were tried and fit, in increasing order.
     pub trials: Vec<BatchTrial>,
-    /// The smallest whose speed, in samples per second, is within 5 % of the best: larger ones cost memory for nothing.
+    /// The smallest size within 5 % of the best speed in samples per second: larger ones only cost memory.
     pub suggestion: usize,
-    /// The largest that was tried and fits.
+    /// The largest size that was tried and fits.
     pub largest: usize,
-    /// Why none larger was tried.
+    /// Why no larger size was tried.
     pub ended: String,
 }
 
@@ -66,7 +66,7 @@ impl Default for BatchFinderConfig {
 }
 
 impl BatchFinderConfig {
-    /// Refuses values that nothing can be tried with.
+    /// Refuses invalid settings.
     pub fn check(&self) -> Result<()> {
         let Self { start, max, steps, memory_mb } = *self;
         if start == 0 || steps == 0 {
@@ -87,11 +87,12 @@ impl BatchFinderConfig {
 }
 
 impl Trainer {
-    /// Times training steps at one batch size after the other, each twice as large, until a larger one would be of no
-    /// use, or would not fit.
+    /// Times training steps at one batch size after another, each twice as large, until a larger one would
+    /// not help or would not fit.
     ///
-    /// What is found is what a device best takes at once: `micro_batch_size` plays no part, and can be set to it where
-    /// `batch_size` is to stay. The model's weights are put back, and this trainer is left alone.
+    /// The result is how many samples a device best processes at once. `micro_batch_size` is ignored; set it
+    /// to the result if `batch_size` should stay the same. The model's weights are restored, and this trainer
+    /// is unchanged.
     pub fn find_batch_size<B: Batch>(
         &self,
         model: &Model<B>,
@@ -107,7 +108,7 @@ impl Trainer {
         }
         let max = config.max.unwrap_or(samples).min(samples);
         let on_cpu = matches!(model.params().device(), Device::Cpu);
-        // What earlier work has left for the next one would hide what the first steps take.
+        // Memory cached by earlier work would hide what the first steps need.
         candlepower_kernels::release_scratch();
         let held = memory::resident().filter(|_| on_cpu);
         let limit = config.memory_mb.or_else(|| Some(MEMORY_SHARE * megabytes(memory::available()?)));
@@ -149,7 +150,7 @@ impl Trainer {
     ) -> Result<BatchTrial> {
         let mut trainer = self.trial(steps);
         (trainer.config.batch_size, trainer.config.micro_batch_size) = (batch_size, None);
-        // What one device best takes at once.
+        // The best size for a single device is wanted.
         trainer.config.devices = 1;
         memory::reset_peak();
         let timed = bench::measure(&trainer, model, data, steps, Pass::Training)?;
@@ -170,7 +171,7 @@ impl BatchFinding {
     }
 }
 
-/// Why twice the last batch is not to be tried; none where it is. `limit` is in 10^6 bytes.
+/// Why twice the last batch size is not tried; `None` if it is. `limit` is in 10^6 bytes.
 fn reason_to_end(trials: &[BatchTrial], max: usize, limit: Option<f64>) -> Option<String> {
     let last = trials.last()?;
     let next = 2 * last.batch_size;
@@ -178,7 +179,7 @@ fn reason_to_end(trials: &[BatchTrial], max: usize, limit: Option<f64>) -> Optio
         return Some(format!("twice as many would exceed {max}"));
     }
     if let (Some(memory), Some(limit)) = (last.memory_mb, limit) {
-        // A line through the last two sizes, and through nothing before the first.
+        // Extrapolates a line through the last two sizes or, after the first size, through the origin.
         let before = trials.iter().rev().nth(1);
         let (size, held) = before.map_or((0, 0.), |t| (t.batch_size, t.memory_mb.unwrap_or(0.)));
         let each = (memory - held).max(0.) / (last.batch_size - size) as f64;
@@ -196,7 +197,7 @@ fn reason_to_end(trials: &[BatchTrial], max: usize, limit: Option<f64>) -> Optio
     None
 }
 
-/// Samples a second of the fastest.
+/// The speed of the fastest trial, in samples per second.
 fn fastest(trials: &[BatchTrial]) -> f64 {
     trials.iter().map(|trial| trial.samples_per_second).fold(0., f64::max)
 }
@@ -209,7 +210,7 @@ fn megabytes(bytes: u64) -> f64 {
 mod tests {
     use super::*;
 
-    /// Trials of sizes 1, 2, 4, ... with these speeds and memories.
+    /// Trials of sizes 1, 2, 4, ... with these speeds and memory sizes.
     fn trials(results: &[(f64, f64)]) -> Vec<BatchTrial> {
         let trial = |(i, &(samples_per_second, memory_mb)): (usize, &(f64, f64))| {
             let batch_size = 1 << i;
@@ -223,10 +224,10 @@ mod tests {
     fn memory_is_foreseen_along_a_line() {
         let tried = trials(&[(10., 100.), (20., 120.), (40., 160.)]);
         let why = |n: usize, limit: f64| reason_to_end(&tried[..n], 100, Some(limit));
-        // 20 MB a sample: 8 samples need 160 + 4 * 20.
+        // 20 MB per sample: 8 samples need 160 + 4 * 20.
         assert_eq!(why(3, 241.), None);
         assert_eq!(why(3, 239.).unwrap(), "a batch of 8 would need about 240 MB of the 239 MB there are");
-        // Nothing is known before the first but that no sample needs no memory.
+        // After the first size, the line starts at no memory for no samples.
         assert_eq!(why(1, 201.), None);
         assert_eq!(why(1, 199.).unwrap(), "a batch of 2 would need about 200 MB of the 199 MB there are");
         assert_eq!(reason_to_end(&tried, 100, None), None);

@@ -15,48 +15,49 @@ use crate::plot::{Axis, Plot};
 use crate::schedule::Schedule;
 use crate::trainer::Trainer;
 
-/// Fewer steps say nothing.
+/// Minimum number of steps for a suggestion.
 const FEWEST: usize = 16;
-/// A fall is clear of noise when it is this many times its standard error. Of simulated tests that are nothing but noise,
-/// 2 % of those with 100 steps and 1 % of those with 400 show such a fall somewhere; with 30 steps it is 9 %.
+/// A fall stands out from noise if it is this many times its standard error. In simulated tests of pure
+/// noise, such a fall occurs somewhere in 2 % of those with 100 steps and 1 % of those with 400; with 30
+/// steps, in 9 %.
 const CLEAR: f64 = 4.;
-/// The test ends when the smoothed loss is this many times its lowest.
+/// The test ends when the smoothed loss reaches this many times its lowest value.
 const EXPLODED: f64 = 4.;
 
-/// How the learning-rate test goes.
+/// Settings of the learning-rate test.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LrFinderConfig {
-    /// Optimizer steps, a learning rate each.
+    /// Optimizer steps, each with its own learning rate.
     pub steps: u64,
-    /// The learning rate of the first step.
+    /// Learning rate of the first step.
     pub min_lr: f64,
-    /// The learning rate of the last step; each is larger than the one before by the same factor.
+    /// Learning rate of the last step. Each rate is larger than the previous one by the same factor.
     pub max_lr: f64,
-    /// The test ends when the exponential average of the loss is four times its lowest: the share of the old average
-    /// that stays in each step.
+    /// Share of the old exponential average of the loss that is kept in each step. The test ends when the
+    /// average reaches four times its lowest value.
     pub beta: f64,
 }
 
 /// One step of the test.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct LrPoint {
-    /// The learning rate, of the first optimizer where there are several.
+    /// The learning rate; that of the first optimizer if there are several.
     pub lr: f64,
-    /// The step's loss, the sum over all optimizers.
+    /// The step's loss, summed over all optimizers.
     pub loss: f64,
-    /// The same without most of the noise: the value here of the straight line through the losses nearby, over the
-    /// rate's logarithm. Unlike an average over the past it does not lag behind. What the loss explodes to counts as
-    /// the highest of the first half.
+    /// The loss without most of the noise: the value at this point of a straight line through the nearby
+    /// losses, over the logarithm of the rate. Unlike an average over the past, it does not lag behind.
+    /// Losses in an explosion are capped at the highest loss of the first half.
     pub smoothed: f64,
 }
 
-/// What the test found.
+/// The result of the test.
 #[derive(Debug, Clone, Serialize)]
 pub struct LrFinding {
-    /// The steps, until the loss had grown to four times its lowest or was not finite.
+    /// The steps, until the loss reached four times its lowest value or was not finite.
     pub points: Vec<LrPoint>,
-    /// Every learning rate that is configured, over the first optimizer's: by the name of the optimizer, and of the
-    /// group of parameters where one has its own. The test moves all of them in these proportions.
+    /// Every configured learning rate divided by the first optimizer's, by the name of the optimizer, and of
+    /// the parameter group if it has its own rate. The test changes all rates in these proportions.
     pub proportions: IndexMap<String, f64>,
 }
 
@@ -67,7 +68,7 @@ impl Default for LrFinderConfig {
 }
 
 impl LrFinderConfig {
-    /// Refuses values that no test can be made with.
+    /// Refuses invalid settings.
     pub fn check(&self) -> Result<()> {
         let Self { steps, min_lr, max_lr, beta } = *self;
         if steps < 2 {
@@ -87,18 +88,18 @@ impl LrFinderConfig {
         Ok(())
     }
 
-    /// The factor of each step.
+    /// Multiplies the rate by the same factor in each step.
     fn schedule(&self) -> Schedule {
         Schedule::Exponential { gamma: (self.max_lr / self.min_lr).powf(1. / (self.steps - 1) as f64) }
     }
 }
 
 impl Trainer {
-    /// Trains some steps with a learning rate that grows from next to nothing until the loss explodes, to see where it
-    /// falls fastest (Smith 2017, section 3.3).
+    /// Trains some steps with a learning rate that grows from almost zero until the loss explodes, to see
+    /// where it falls fastest (Smith 2017, section 3.3).
     ///
-    /// It starts from the model's weights as they are, puts them back, and leaves this trainer alone. With several
-    /// optimizers and groups, all rates grow in proportion.
+    /// Starts from the model's current weights, restores them afterwards, and leaves this trainer unchanged.
+    /// With several optimizers or groups, all rates grow in proportion.
     pub fn find_lr<B: Batch>(
         &self,
         model: &Model<B>,
@@ -132,12 +133,12 @@ impl Trainer {
     }
 }
 
-/// Hands out (learning rate, loss) of each step; ends the test when the loss explodes.
+/// Sends the learning rate and loss of each step; ends the test when the loss explodes.
 struct Recorder {
     config: LrFinderConfig,
-    /// The names of the losses that are summed.
+    /// The names of the losses to sum.
     losses: Vec<String>,
-    /// Before the correction for its start.
+    /// Before bias correction.
     average: f64,
     lowest: f64,
     points: Sender<(f64, f64)>,
@@ -146,20 +147,20 @@ struct Recorder {
 impl Callback for Recorder {
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
         let losses = self.losses.iter().map(|name| record.metrics.get(name));
-        // An epoch's metrics may come alone.
+        // An epoch's metrics may come without these.
         let Some(loss) = losses.sum::<Option<f64>>() else { return Ok(Flow::Continue) };
         if !loss.is_finite() {
             return Ok(Flow::Stop(StopReason::Callback("the loss is not finite".into())));
         }
         let LrFinderConfig { beta, min_lr, .. } = self.config;
         self.average = beta * self.average + (1. - beta) * loss;
-        // The first averages would else be too near to zero (Kingma and Ba 2015, section 3).
+        // Bias correction: the first averages would be too close to zero (Kingma and Ba 2015, section 3).
         let smoothed = self.average / (1. - beta.powi(record.step as i32));
         let lr = self.config.schedule().at(record.step - 1, min_lr).lr;
-        // Nobody listens only after the test has failed.
+        // The receiver is gone only if the test has failed.
         let _ = self.points.send((lr, loss));
         self.lowest = self.lowest.min(smoothed);
-        // For a loss below zero, too, this is growth.
+        // This also detects growth of a negative loss.
         if smoothed > self.lowest + (EXPLODED - 1.) * self.lowest.abs() {
             return Ok(Flow::Stop(StopReason::Callback("the loss explodes".into())));
         }
@@ -189,8 +190,7 @@ impl LrFinding {
         self.points.iter().map(|point| (point.lr, point.loss)).collect()
     }
 
-    /// The learning rate at which the loss falls fastest, seen over the logarithm of the rate; an error says why there
-    /// is none.
+    /// The learning rate at which the loss falls fastest over the rate's logarithm, or why there is none.
     pub fn suggestion(&self) -> Result<f64> {
         Ok(self.steepest()?.lr)
     }
@@ -209,7 +209,7 @@ impl LrFinding {
                 first.lr
             )));
         }
-        // At the edges there is too little on one side.
+        // At the edges there are too few points on one side.
         let inside = reach(steps)..steps - reach(steps);
         let lines = self.points.iter().zip(lines(&self.losses())).take(inside.end).skip(inside.start);
         let falling = lines.filter(|(_, line)| line.slope < 0. && -line.slope >= CLEAR * line.error);
@@ -224,13 +224,13 @@ impl LrFinding {
         })
     }
 
-    /// The loss over the learning rate, the suggestion marked.
+    /// Plots the loss over the learning rate, with the suggestion marked.
     pub fn plot(&self) -> Plot {
         let losses = self.losses();
         let (low, high) = (lowest(&losses), highest_before_explosion(&losses));
         let mut y = Axis::linear("loss");
         if high > low {
-            // What the loss explodes to would flatten all that is worth seeing.
+            // The losses of the explosion would flatten the interesting part.
             let room = 0.05 * (high - low);
             y = y.range(low - room..high + 3. * room);
         }
@@ -253,12 +253,12 @@ fn highest_before_explosion(losses: &[(f64, f64)]) -> f64 {
     losses[..losses.len().div_ceil(2)].iter().map(|(_, loss)| *loss).fold(f64::NEG_INFINITY, f64::max)
 }
 
-/// How many points before a point, and after it, are near: a tenth of all, at least three.
+/// Number of points before a point, and after it, that are near: a tenth of all, at least three.
 fn reach(points: usize) -> usize {
     (points / 10).max(3)
 }
 
-/// The straight line nearest to points, in least squares.
+/// The least-squares line through points.
 #[derive(Debug)]
 struct Line {
     x: f64,
@@ -268,7 +268,7 @@ struct Line {
     error: f64,
 }
 
-/// For each of the points (learning rate, loss) the line through those nearby, over the rate's logarithm.
+/// For each point (learning rate, loss), the line through the nearby points, over the logarithm of the rate.
 fn lines(losses: &[(f64, f64)]) -> Vec<Line> {
     let (highest, reach) = (highest_before_explosion(losses), reach(losses.len()));
     let capped: Vec<(f64, f64)> = losses.iter().map(|(lr, loss)| (lr.ln(), loss.min(highest))).collect();
@@ -297,7 +297,7 @@ mod tests {
     use super::*;
     use crate::data::Split;
 
-    /// A finding of these losses, at rates from 1e-6 up by a fifth of a decade each.
+    /// A finding with these losses, at rates that rise from 1e-6 by a fifth of a decade each.
     fn finding(losses: &[f64]) -> LrFinding {
         let rates = (0..).map(|i| 10f64.powf(-6. + 0.2 * i as f64));
         LrFinding::new(&rates.zip(losses.iter().copied()).collect::<Vec<_>>(), IndexMap::new())
@@ -305,7 +305,7 @@ mod tests {
 
     #[test]
     fn a_line_by_hand() {
-        // Means 4/3 and 2; the line is off by -1/7, 3/14 and -1/14.
+        // The means are 4/3 and 2; the points are off the line by -1/7, 3/14 and -1/14.
         let line = Line::through(&[(0., 1.), (1., 2.), (3., 3.)]);
         let expected = [9. / 14., 3f64.sqrt() / 14., 2. - 4. / 3. * 9. / 14.];
         for (found, expected) in [line.slope, line.error, line.at(0.)].into_iter().zip(expected) {
@@ -315,16 +315,16 @@ mod tests {
 
     #[test]
     fn the_steepest_fall_by_hand() {
-        // Falls from 5 to 1, alike before and after point 15. Over seven points the slope is the sum of -3y, -2y, ... 3y
-        // over 28: -19.8 around point 15, -18.2 around those beside it.
+        // Falls from 5 to 1, symmetrically around point 15. Over seven points the slope is the sum of -3y,
+        // -2y, ... 3y over 28; the sum is -19.8 around point 15, -18.2 around its neighbors.
         let mut losses = vec![5.; 12];
         losses.extend([4.9, 4.6, 4., 3., 2., 1.4, 1.1, 1., 1., 1., 1., 1., 1., 2., 4., 8.]);
         let found = finding(&losses);
         assert_eq!(found.suggestion().unwrap(), found.points[15].lr);
         assert!((found.points[15].lr / 1e-3 - 1.).abs() < 1e-9);
-        // The line around point 15 passes through the mean, which is 3 there.
+        // The line around point 15 passes through the mean, 3.
         assert!((found.points[15].smoothed - 3.).abs() < 1e-12);
-        // A single step that falls deeper is noise.
+        // A single step with a deeper fall is noise.
         losses[8] = -10.;
         let noisy = finding(&losses);
         assert_eq!(noisy.suggestion().unwrap(), noisy.points[15].lr);
@@ -343,13 +343,13 @@ mod tests {
         );
         let never = "the loss never fell clearly between the learning rates 1.0e-6 and 1.0e-2: if it falls at all, noise hides it. Take more steps, for example 84, or check that the model learns";
         assert_eq!(error(&[1.; 21]), never);
-        // Falls by 0.02 in each step, and jumps by 1 up and down.
+        // Falls by 0.02 in each step, and jumps up and down by 1.
         let noisy: Vec<f64> = (0..21).map(|i| 0.5 * (-1f64).powi(i) - 0.02 * i as f64).collect();
         assert_eq!(error(&noisy), never);
         assert!(finding(&noisy).plot().svg().is_ok());
     }
 
-    /// What a recorder hands out of these losses, with beta 0.5, and after how many it stops.
+    /// The points that a recorder sends for these losses, with beta 0.5, and after how many losses it stops.
     fn record(losses: &[f64]) -> (Vec<(f64, f64)>, Option<usize>) {
         let (points, receiver) = channel();
         let config = LrFinderConfig { steps: 5, min_lr: 1e-4, max_lr: 1., beta: 0.5 };
@@ -376,7 +376,7 @@ mod tests {
         }
         let (points, stop) = record(&[1., f64::NAN, 1.]);
         assert_eq!((points.len(), stop), (1, Some(2)));
-        // Below zero, too, growth is an explosion, and a fall is none.
+        // Below zero, growth is an explosion too, and a fall is not.
         assert_eq!(record(&[-1., -2., -30., -40.]).1, None);
         assert_eq!(record(&[-1., -1., 6., 6.]).1, Some(3));
     }

@@ -1,4 +1,4 @@
-//! Finders: they train a little to find a good setting, and leave the model and the trainer as they found them.
+//! Finders: they train briefly to find a good setting, and leave the model and the trainer unchanged.
 
 mod batch_size;
 mod learning_rate;

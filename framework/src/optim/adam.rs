@@ -13,11 +13,11 @@ use crate::schedule::{Rates, Schedule};
 pub struct AdamConfig {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of the first and the second moment.
+    /// Decay rates of the first and the second moment.
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty: this times the parameter is added to its gradient.
     pub weight_decay: f64,
     /// Divide by the largest second moment so far (Reddi et al. 2018).
     pub amsgrad: bool,
@@ -29,11 +29,11 @@ pub struct AdamConfig {
 pub struct AdamWConfig {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of the first and the second moment.
+    /// Decay rates of the first and the second moment.
     pub betas: [f64; 2],
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Times the learning rate: the share of every parameter that is taken away at each step.
+    /// Decoupled weight decay: each step removes the share `lr * weight_decay` of every parameter.
     pub weight_decay: f64,
     /// Divide by the largest second moment so far (Reddi et al. 2018).
     pub amsgrad: bool,
@@ -51,15 +51,15 @@ impl Default for AdamWConfig {
     }
 }
 
-/// How much of a parameter is taken away, and where.
+/// Weight decay, and what it applies to.
 enum Decay {
-    /// As a part of the gradient, so it passes through the moments.
+    /// Added to the gradient, so it passes through the moments.
     Gradient(f64),
-    /// From the parameter itself, times the learning rate.
+    /// Subtracted from the parameter itself, times the learning rate.
     Parameter(f64),
 }
 
-/// Of both.
+/// The numbers of step `t` for Adam and AdamW.
 fn step(betas: [f64; 2], eps: f64, decay: Decay, t: u64, rates: Rates) -> AdamStep {
     let Rates { lr, momentum } = rates;
     let (beta1, beta2) = (momentum.unwrap_or(betas[0]), betas[1]);
@@ -80,7 +80,7 @@ fn step(betas: [f64; 2], eps: f64, decay: Decay, t: u64, rates: Rates) -> AdamSt
     }
 }
 
-/// What a mean of `t` values that decays by `beta` from zero on is divided by.
+/// Bias correction: the divisor for a running mean of `t` values that starts at zero and decays by `beta`.
 pub(super) fn correction(beta: f64, t: u64) -> f64 {
     1. - beta.powf(t as f64)
 }

@@ -13,9 +13,9 @@ use crate::schedule::{Rates, Schedule};
 pub struct AdagradConfig {
     /// Learning rate.
     pub lr: f64,
-    /// The learning rate of step t is divided by `1 + t * lr_decay`.
+    /// Divide the learning rate of step t, counted from 0, by `1 + t * lr_decay`.
     pub lr_decay: f64,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty: this times the parameter is added to its gradient.
     pub weight_decay: f64,
     /// Added to the root of the sum of squares.
     pub eps: f64,
@@ -33,11 +33,11 @@ impl Default for AdagradConfig {
 pub struct AdadeltaConfig {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of both mean squares.
+    /// Decay rate of both mean squares.
     pub rho: f64,
     /// Added to both mean squares.
     pub eps: f64,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty: this times the parameter is added to its gradient.
     pub weight_decay: f64,
 }
 

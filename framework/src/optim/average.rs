@@ -1,4 +1,4 @@
-//! Averages of the weights over training: evaluated and saved beside the weights that are trained.
+//! Averages of the weights over training, evaluated and saved alongside the trained weights.
 
 use candle_core::{Tensor, Var};
 use candlepower_kernels::updates::approach;
@@ -7,14 +7,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
-/// The `[average]` section: which average of the weights is evaluated and used for prediction. Absent: none.
+/// The `[average]` section: the average of the weights to use for evaluation and prediction. Default: none.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AverageConfig {
     /// The exponential moving average (Polyak and Juditsky 1992, with exponential weights).
     Ema(EmaConfig),
-    /// Stochastic weight averaging: the plain mean (Izmailov et al. 2018). Give it a learning rate that stays up, for
-    /// example with `[schedule]` `sequence`.
+    /// Stochastic weight averaging: the plain mean (Izmailov et al. 2018). Use it with a learning rate that
+    /// stays high, for example with `[schedule]` `sequence`.
     Swa(SwaConfig),
 }
 
@@ -22,11 +22,11 @@ pub enum AverageConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EmaConfig {
-    /// The share of the old average that stays at each update.
+    /// Share of the old average that is kept at each update.
     pub decay: f64,
     /// Steps between two updates.
     pub every_steps: u64,
-    /// The step after which averaging starts.
+    /// Step after which averaging starts.
     pub start_step: u64,
 }
 
@@ -34,9 +34,9 @@ pub struct EmaConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct SwaConfig {
-    /// The step after which averaging starts, about three quarters of the run.
+    /// Step after which averaging starts; about three quarters of the run.
     pub start_step: u64,
-    /// Steps between two updates, about an epoch.
+    /// Steps between two updates; about one epoch.
     pub every_steps: u64,
 }
 
@@ -47,7 +47,7 @@ impl Default for EmaConfig {
 }
 
 impl AverageConfig {
-    /// Refuses values that average nothing.
+    /// Refuses invalid settings.
     pub fn check(&self) -> Result<()> {
         if self.rhythm().1 == 0 {
             return Err(Error::setting("every_steps", "expected at least 1, found 0"));
@@ -61,7 +61,7 @@ impl AverageConfig {
         }
     }
 
-    /// After which step it starts, and how many steps lie between two updates.
+    /// The step after which averaging starts, and the number of steps between two updates.
     fn rhythm(&self) -> (u64, u64) {
         match self {
             Self::Ema(EmaConfig { start_step, every_steps, .. })
@@ -75,7 +75,7 @@ pub(crate) struct Average {
     config: AverageConfig,
     params: Vec<(String, Var)>,
     averages: Vec<(String, Var)>,
-    /// How many updates there were; at 0 the average says nothing.
+    /// Number of updates so far. At 0 there is no average yet.
     pub(crate) updates: u64,
 }
 
@@ -86,12 +86,12 @@ impl Average {
         Ok(Self { config: config.clone(), params: params.to_vec(), averages, updates: 0 })
     }
 
-    /// The averages by the parameters' names; writing to them restores them.
+    /// The averages by parameter name; writing to them restores them.
     pub(crate) fn averages(&self) -> &[(String, Var)] {
         &self.averages
     }
 
-    /// Takes the weights after `step` steps in, where it is time.
+    /// Updates the averages with the weights after `step` steps, if an update is due.
     pub(crate) fn update(&mut self, step: u64) -> Result<()> {
         let (start, every) = self.config.rhythm();
         if step <= start || !(step - start).is_multiple_of(every) {
@@ -115,7 +115,7 @@ impl Average {
         Ok(())
     }
 
-    /// Puts the averages in the parameters' place, where there are any.
+    /// Copies the averages into the parameters, if there are any.
     pub(crate) fn take_over(&self, publish: impl Fn() -> Result<()>) -> Result<()> {
         if self.updates == 0 {
             return Ok(());
@@ -126,8 +126,8 @@ impl Average {
         publish()
     }
 
-    /// Runs `work` with the averages in the parameters' place, where there are any, and puts the weights back. `publish`
-    /// hands new values on to the module.
+    /// Runs `work` with the averages in place of the parameters, if there are any, then restores the weights.
+    /// `publish` passes new values on to the module.
     pub(crate) fn in_place<T>(
         average: Option<&Self>,
         publish: impl Fn() -> Result<()>,
@@ -152,7 +152,7 @@ mod tests {
 
     use super::*;
 
-    /// The average after each of these weights, one a step.
+    /// The average after each of these weights, one weight per step.
     fn averages(config: AverageConfig, weights: &[f32]) -> Vec<f32> {
         let param = Var::new(&[0f32], &Device::Cpu).unwrap();
         let mut average = Average::new(&config, &[("w".into(), param.clone())]).unwrap();
@@ -170,7 +170,7 @@ mod tests {
     #[test]
     fn ema_by_hand() {
         let config = EmaConfig { decay: 0.75, start_step: 1, every_steps: 1 };
-        // Before the start the weights themselves; then 8, 8 + (4 - 8) / 4 = 7, 7 + (11 - 7) / 4 = 8.
+        // Before the start, the weights themselves; then 8, 8 + (4 - 8) / 4 = 7, 7 + (11 - 7) / 4 = 8.
         assert_eq!(averages(AverageConfig::Ema(config), &[3., 8., 4., 11.]), [3., 8., 7., 8.]);
     }
 

@@ -1,4 +1,4 @@
-//! Optimizers: PyTorch's update rules, in place, over all parameters in one pass.
+//! Optimizers: PyTorch's update rules, applied in place to all parameters in one pass.
 
 mod adam;
 mod adaptive;
@@ -32,33 +32,34 @@ use crate::schedule::{Rates, Schedule};
 
 /// A rule that moves parameters against their gradients.
 pub trait Optimizer: Send {
-    /// Takes in the numbers of step `t`: its `rates`, from the schedule. `t` counts from 1 the steps that this optimizer has
-    /// taken, so that of one that is refused comes again.
+    /// Sets the numbers of step `t`: `rates` come from the schedule. `t` counts the steps that this optimizer
+    /// has taken, from 1, so the number of a refused step comes again.
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()>;
 
-    /// Moves every parameter, with its copy, by so much of its gradient as `scale` says, or, where that refuses the step, none.
-    /// `gradients` are in the order of the parameters. Asks nothing of the host, where parameters are on a device: it can be
-    /// recorded, and replayed after [`prepare`](Self::prepare) with other numbers.
+    /// Moves every parameter and its copy by its gradient, clipped as `scale` decides, or none if it refuses
+    /// the step. `gradients` are in the order of the parameters. With parameters on a device, it needs
+    /// nothing from the host: it can be recorded, and replayed after [`prepare`](Self::prepare) with other
+    /// numbers.
     fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()>;
 
-    /// Hears that the step which was prepared has been taken.
+    /// Called after the prepared step has been taken.
     fn commit(&mut self) -> Result<()> {
         Ok(())
     }
 
-    /// What it remembers between steps, by name. The tensors share memory with the optimizer: writing to them
-    /// restores it.
+    /// The state kept between steps, by name. The tensors share memory with the optimizer: writing to them
+    /// restores the state.
     fn state(&self) -> Vec<(String, Var)>;
 }
 
-/// A parameter as optimizers know it.
+/// A parameter as seen by optimizers.
 #[derive(Debug, Clone)]
 pub struct Param {
-    /// Its name.
+    /// The parameter's name.
     pub name: String,
-    /// What is moved: in 32 bits.
+    /// The values that are moved, in f32.
     pub master: Var,
-    /// What the module computes with in half precision, where it does: it follows the master.
+    /// The module's half-precision copy, if it has one; it follows the master.
     pub copy: Option<Var>,
 }
 
@@ -68,7 +69,7 @@ impl From<(String, Var)> for Param {
     }
 }
 
-/// The `[optimizer]` section: which optimizer, and its own fields.
+/// The `[optimizer]` section: the kind of optimizer, and its fields.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum OptimizerConfig {
@@ -90,16 +91,17 @@ pub enum OptimizerConfig {
     Nadam(MomentsConfig),
     /// RAdam (Liu et al. 2020).
     Radam(RadamConfig),
-    /// One of the user's own ([`Descend`]), which has a name where a [`Registry`](crate::config::Registry) knows it.
+    /// A custom optimizer ([`Descend`]). Configurations can name it if it is in a
+    /// [`Registry`](crate::config::Registry).
     #[serde(skip)]
     Own(OwnOptimizer),
 }
 
 impl OptimizerConfig {
-    /// An optimizer of one's own; `name` is for people.
+    /// A custom optimizer; `name` is what messages and configurations call it.
     ///
     /// # Errors
-    /// Where the optimizer refuses its settings.
+    /// If the optimizer refuses its settings.
     pub fn own<O: Descend>(name: &str, config: O::Config) -> Result<Self> {
         OwnOptimizer::new::<O>(name, config).map(Self::Own)
     }
@@ -125,7 +127,7 @@ impl OptimizerConfig {
         }
     }
 
-    /// The same rule with another learning rate or weight decay.
+    /// The same rule with a different learning rate or weight decay.
     fn with(&self, new_lr: Option<f64>, decay: Option<f64>) -> Self {
         let mut config = self.clone();
         let (lr, weight_decay) = config.rates();
@@ -134,7 +136,7 @@ impl OptimizerConfig {
         config
     }
 
-    /// Refuses values that no optimizer can work with.
+    /// Refuses settings that no optimizer can work with.
     pub fn check(&self) -> Result<()> {
         let lr = self.lr();
         if !(lr.is_finite() && lr >= 0.) {
@@ -171,13 +173,13 @@ impl OptimizerConfig {
                     return Err(Error::setting("nesterov", "needs a momentum above 0 and no dampening"));
                 }
             }
-            // It has been made once.
+            // Checked when it was created.
             Self::Own(_) => {}
         }
         Ok(())
     }
 
-    /// The optimizer of these parameters, whose rates will come from this schedule.
+    /// Builds the optimizer of these parameters. Its rates will come from `schedule`.
     pub fn build(&self, params: &[Param], schedule: &Schedule) -> Result<Box<dyn Optimizer>> {
         Ok(match self {
             Self::Adam(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
@@ -258,12 +260,12 @@ mod tests {
         let gradients = [Tensor::new(&[0.5f32, -2., 0.25], &Device::Cpu).unwrap()];
         let scaled = [(&gradients[0] * 4.).unwrap()];
         for config in every_rule() {
-            // So many steps; then parameter, copy and state.
+            // Takes this many steps; returns parameter, copy and state.
             let run = |steps: u64, gradients: &[Tensor], clipping: Clipping| {
                 let master = Var::new(&[1f32, 2., -3.], &Device::Cpu).unwrap();
                 let copy = Var::zeros(3, DType::BF16, &Device::Cpu).unwrap();
                 let param = Param { name: "w".into(), master: master.clone(), copy: Some(copy.clone()) };
-                // Beside parameters that the module keeps in 32 bits.
+                // Next to parameters that the module keeps in f32.
                 let whole = || {
                     let master = Var::new(&[1f32], &Device::Cpu).unwrap();
                     Param { name: "whole".into(), master, copy: None }

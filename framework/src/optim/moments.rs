@@ -1,4 +1,5 @@
-//! Adamax (Kingma and Ba 2015, section 7.1), NAdam (Dozat 2016) and RAdam (Liu et al. 2020, algorithm 2), as PyTorch computes them.
+//! Adamax (Kingma and Ba 2015, section 7.1), NAdam (Dozat 2016) and RAdam (Liu et al. 2020, algorithm 2), as PyTorch
+//! computes them.
 
 use candle_core::{DType, Device, Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
@@ -18,11 +19,11 @@ use crate::schedule::{Rates, Schedule};
 pub struct MomentsConfig {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of the first and the second moment.
+    /// Decay rates of the first and the second moment.
     pub betas: [f64; 2],
     /// Added to the denominator.
     pub eps: f64,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty: this times the parameter is added to its gradient.
     pub weight_decay: f64,
 }
 
@@ -38,11 +39,11 @@ impl Default for MomentsConfig {
 pub struct RadamConfig {
     /// Learning rate.
     pub lr: f64,
-    /// Decay of the first and the second moment.
+    /// Decay rates of the first and the second moment.
     pub betas: [f64; 2],
     /// Added to the denominator.
     pub eps: f64,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty: this times the parameter is added to its gradient.
     pub weight_decay: f64,
 }
 
@@ -52,7 +53,7 @@ impl Default for RadamConfig {
     }
 }
 
-/// Adam on the largest gradient.
+/// Adam with the infinity norm of the gradients in place of the second moment.
 pub(super) struct Adamax(pub(super) MomentsConfig);
 
 impl Recipe for Adamax {
@@ -90,11 +91,11 @@ impl Recipe for RadamConfig {
         let length = longest - 2. * t as f64 * beta2.powf(t as f64) / correction(beta2, t);
         let plain = AdamStep { of_moment: of_moment as f32, ..plain_step([beta1, beta2], eps, weight_decay) };
         if length <= 5. {
-            // A denominator of 1.
+            // Makes the denominator 1.
             return AdamStep { root_correction: f32::INFINITY, eps: 1., ..plain };
         }
         let rectified = (length - 4.) * (length - 2.) * longest / ((longest - 4.) * (longest - 2.) * length);
-        // Here eps is added to the root before its correction.
+        // RAdam adds eps to the root before correcting it.
         let of_moment = of_moment * rectified.sqrt() * correction(beta2, t).sqrt();
         AdamStep { of_moment: of_moment as f32, ..plain }
     }
@@ -102,7 +103,7 @@ impl Recipe for RadamConfig {
 
 const BOTH_MOMENTS: [Option<&str>; MOST_STATES] = [Some("exp_avg"), Some("exp_avg_sq"), None];
 
-/// A step that moves nothing yet, and corrects nothing.
+/// A step that moves nothing yet, without bias correction.
 fn plain_step([beta1, beta2]: [f64; 2], eps: f64, weight_decay: f64) -> AdamStep {
     AdamStep {
         one_minus_beta1: (1. - beta1) as f32,
@@ -117,23 +118,23 @@ fn plain_step([beta1, beta2]: [f64; 2], eps: f64, weight_decay: f64) -> AdamStep
     }
 }
 
-/// Adam with Nesterov's look ahead.
+/// Adam with Nesterov momentum.
 pub(super) struct Nadam {
     ruled: Ruled<LookAhead>,
-    /// The product of the momenta of all steps that were taken. It is kept, as a schedule may change beta1 from step to step; by
-    /// the name of each parameter, as PyTorch does.
+    /// Product of the momenta of all steps taken. Stored, because a schedule may change beta1 from step to
+    /// step; under the name of each parameter, as in PyTorch.
     product: Var,
     names: Vec<String>,
 }
 
 struct LookAhead {
     config: MomentsConfig,
-    /// Of the momenta of all steps up to the one that is prepared.
+    /// Product of the momenta of all steps up to the prepared one.
     product: f64,
 }
 
 impl LookAhead {
-    /// The momentum of step `t`: it warms up.
+    /// The momentum of step `t`; it warms up.
     fn momentum(&self, t: u64, rates: Rates) -> f64 {
         let beta1 = rates.momentum.unwrap_or(self.config.betas[0]);
         beta1 * (1. - 0.5 * 0.96f64.powf(t as f64 * 0.004))
@@ -163,7 +164,7 @@ impl Recipe for LookAhead {
 impl Nadam {
     pub(super) fn new(params: &[Param], config: &MomentsConfig, schedule: &Schedule) -> Result<Self> {
         let ruled = Ruled::new(params, LookAhead { config: config.clone(), product: 1. }, schedule)?;
-        // With all else that an optimizer keeps: ranks exchange it together.
+        // On the same device as the rest of the state: ranks exchange it all together.
         let device = params.first().map_or(&Device::Cpu, |it| it.master.device());
         let names = params.iter().map(|it| format!("mu_product.{}", it.name)).collect();
         Ok(Self { ruled, product: Var::ones(1, DType::F32, device)?, names })
@@ -209,7 +210,8 @@ mod tests {
         let guarded = Clipping { only_finite: true, ..Default::default() };
         let (mut expected, mut m, mut v, mut product) = (1f64, 0., 0., 1.);
         let lr = 0.1;
-        // By PyTorch's lines, with another beta1 in each step. The second step is refused first, and changes nothing.
+        // As in PyTorch, with a different beta1 in each step. The second step is first refused, changing
+        // nothing.
         for (t, beta1, gradient) in [(1, 0.95, 0.5), (2, 0.9, f64::NAN), (2, 0.9, -2.), (3, 0.85, 0.25)] {
             nadam.prepare(t, Rates { momentum: Some(beta1), ..lr.into() }).unwrap();
             let gradients = [Tensor::new(&[gradient as f32], &Device::Cpu).unwrap()];

@@ -1,4 +1,4 @@
-//! Optimizers of one's own.
+//! Custom optimizers.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -13,14 +13,14 @@ use crate::data::Settings;
 use crate::error::{Error, Result};
 use crate::schedule::Rates;
 
-/// An optimizer of one's own, made from its own section of the configuration file: [`Registry::optimizer`] gives it a name, and
-/// in code it is [`OptimizerConfig::own`].
+/// A custom optimizer, created from its own section of the configuration file. [`Registry::optimizer`] gives
+/// it a name; in code, use [`OptimizerConfig::own`].
 ///
-/// Gradients come clipped and without a loss scale, in 32 bits as the parameters; a step that must not be taken does not come at
-/// all. What a step computes may be any of candle's operations: on a device it waits for nothing but the word whether the step is
-/// to be taken.
+/// Gradients arrive clipped, without a loss scale, and in f32 like the parameters. Refused steps do not
+/// arrive at all. A step may use any candle operations: on a device, it waits only for the decision whether
+/// to take the step.
 ///
-/// Lion (Chen et al. 2023), whose steps are signs:
+/// Example: Lion (Chen et al. 2023), whose updates are signs:
 ///
 /// ```
 /// use candlepower::candle_core::Var;
@@ -86,27 +86,28 @@ use crate::schedule::Rates;
 /// [`Registry::optimizer`]: crate::config::Registry::optimizer
 /// [`OptimizerConfig::own`]: super::OptimizerConfig::own
 pub trait Descend: Send + Sized + 'static {
-    /// The fields of its section.
+    /// The fields of its configuration section.
     type Config: Settings + Clone;
 
-    /// Its learning rate and, where it has one, its weight decay: groups of parameters may have others of their own.
+    /// The learning rate and, if there is one, the weight decay. Parameter groups may have their own.
     fn rates(config: &mut Self::Config) -> (&mut f64, Option<&mut f64>);
 
-    /// Makes the optimizer of these parameters, f32; of a group's, where there are groups; and of none, when a configuration is
-    /// tried. Values that do not fit are an [`Error::Setting`](crate::Error::Setting).
+    /// Creates the optimizer of these f32 parameters: those of one group if there are groups, or none to
+    /// check a configuration. For invalid settings, returns an [`Error::Setting`](crate::Error::Setting).
     fn of(config: &Self::Config, params: &[(String, Var)]) -> Result<Self>;
 
-    /// Moves every parameter by its gradient, in place, at these rates. `t` counts from 1 the steps that are taken.
+    /// Moves every parameter by its gradient, in place, at these rates. `t` counts the steps taken, from 1.
     fn step(&mut self, t: u64, rates: Rates, gradients: &[Tensor]) -> Result<()>;
 
-    /// What it remembers between steps, by names that have the parameters' in them: a checkpoint keeps it, and restores it by writing to these variables. Whatever is
-    /// not in them, and is no function of the step's number, makes a resumed run another one.
+    /// State kept between steps, under names that contain the parameters' names. Checkpoints save it and
+    /// restore it by writing to these variables. Any other state that is not a function of the step number
+    /// makes a resumed run differ.
     fn state(&self) -> Vec<(String, Var)>;
 }
 
-/// What of an optimizer of one's own is the same for all: which steps are taken, and the copies in half precision.
+/// The part shared by all custom optimizers: refused steps, and copies in half precision.
 struct Descending<O> {
-    /// Steps are asked for by reference.
+    /// In a mutex because steps are taken through `&self`.
     optimizer: Mutex<O>,
     params: Vec<Param>,
     step: (u64, Rates),
@@ -138,18 +139,18 @@ impl<O: Descend> Optimizer for Descending<O> {
     }
 }
 
-/// The configuration of an optimizer whose type is not known here.
+/// The configuration of a custom optimizer of any type.
 #[derive(Clone)]
 pub struct OwnOptimizer {
     name: String,
     pub(super) lr: f64,
     pub(super) weight_decay: f64,
-    /// Whether the rule knows a weight decay.
+    /// Whether the rule has a weight decay.
     pub(super) decays: bool,
     recipe: Arc<dyn Recipe>,
 }
 
-/// What the type of an optimizer does for its configuration, once it has these rates.
+/// Operations on a custom optimizer's configuration. `rates` are its learning rate and weight decay.
 trait Recipe: Send + Sync {
     fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn Optimizer>>;
     fn table(&self, rates: [f64; 2]) -> Result<toml::Table>;
@@ -182,7 +183,7 @@ impl<O: Descend> Recipe for Of<O> {
 }
 
 impl OwnOptimizer {
-    /// An `O` of these settings. Settings that it refuses are refused now.
+    /// An `O` with these settings. Settings that it refuses are refused here.
     pub(super) fn new<O: Descend>(name: &str, mut config: O::Config) -> Result<Self> {
         O::of(&config, &[])?;
         let (lr, weight_decay) = O::rates(&mut config);
@@ -195,7 +196,7 @@ impl OwnOptimizer {
         self.recipe.build([self.lr, self.weight_decay], params)
     }
 
-    /// Its section, as it would be written.
+    /// Its configuration section.
     pub(crate) fn table(&self) -> Result<toml::Table> {
         let mut table = self.recipe.table([self.lr, self.weight_decay])?;
         table.insert("name".into(), self.name.clone().into());

@@ -19,7 +19,7 @@ pub struct RmspropConfig {
     pub eps: f64,
     /// Times the parameter, added to its gradient.
     pub weight_decay: f64,
-    /// Share of the last update that goes on.
+    /// Momentum factor.
     pub momentum: f64,
     /// Divide by the standard deviation instead of the root mean square.
     pub centered: bool,

@@ -1,4 +1,4 @@
-//! Optimizers that are a rule of the kernels: their parameters, what is kept of each, and the numbers of each step.
+//! Optimizers that use an update rule of the kernels: their parameters, state, and the numbers of each step.
 
 use candle_core::{DType, Device, Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
@@ -8,19 +8,19 @@ use super::{Optimizer, Param};
 use crate::error::Result;
 use crate::schedule::{Rates, Schedule};
 
-/// What a configuration makes of a rule.
+/// Turns a configuration into an update rule.
 pub(super) trait Recipe: Send {
-    /// The rule, with the numbers of a step.
+    /// The rule with the numbers of one step.
     type Step: Rule;
 
-    /// Names for what is kept of each parameter, in the rule's order; none: it is not.
+    /// Names of the state tensors kept for each parameter, in the rule's order; `None` if one is not kept.
     fn kept(&self, schedule: &Schedule) -> [Option<&'static str>; MOST_STATES];
 
-    /// The step number `t`, counted from 1.
+    /// The rule for step number `t`, counted from 1.
     fn step(&self, t: u64, rates: Rates) -> Self::Step;
 }
 
-/// Parameters that a rule moves, all by the same numbers.
+/// Parameters moved by one rule, all with the same numbers.
 pub(super) struct Ruled<C: Recipe> {
     pub(super) recipe: C,
     params: Vec<Param>,
@@ -28,7 +28,7 @@ pub(super) struct Ruled<C: Recipe> {
     numbers: Placed<C::Step>,
 }
 
-/// One kind of what is kept: a tensor for each parameter, zeros at first.
+/// One kind of state: a tensor for each parameter, initially zeros.
 struct Kept {
     name: &'static str,
     vars: Vec<Var>,

@@ -13,11 +13,11 @@ use crate::schedule::{Rates, Schedule};
 pub struct SgdConfig {
     /// Learning rate.
     pub lr: f64,
-    /// Share of the last update that goes on.
+    /// Momentum factor.
     pub momentum: f64,
     /// Share of the gradient that does not enter the momentum.
     pub dampening: f64,
-    /// Times the parameter, added to its gradient.
+    /// L2 penalty: this times the parameter is added to its gradient.
     pub weight_decay: f64,
     /// Look ahead along the momentum (Nesterov).
     pub nesterov: bool,
@@ -39,7 +39,7 @@ impl Recipe for SgdConfig {
 
     fn step(&self, t: u64, rates: Rates) -> SgdStep {
         let momentum = rates.momentum.unwrap_or(self.momentum);
-        // The first gradient enters whole: there is no update yet that it could dampen.
+        // The first gradient enters whole: there is no earlier update yet.
         let entering = if t == 1 || momentum == 0. { 1. } else { 1. - self.dampening };
         SgdStep {
             lr: rates.lr as f32,

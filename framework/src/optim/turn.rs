@@ -1,4 +1,4 @@
-//! Which optimizer moves which parameters: groups with rates of their own, and optimizers that take turns.
+//! Which optimizer moves which parameters: groups with their own rates, and optimizers that take turns.
 
 use std::collections::HashSet;
 
@@ -17,29 +17,29 @@ use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::schedule::{Interval, Rates, Schedule};
 
-/// Parameters that are moved in their own way: an entry of `groups` of an optimizer's section.
+/// Parameters with their own settings: an entry of `groups` in an optimizer's section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GroupConfig {
-    /// Which parameters, by name: `*` stands for any text, `?` for any letter, as in `encoder.*`. A parameter belongs to
-    /// the first group whose pattern fits.
+    /// Parameters by name: `*` matches any text, `?` any character, as in `encoder.*`. A parameter belongs to
+    /// the first group whose pattern matches.
     pub params: String,
-    /// Their learning rate; through the whole schedule it keeps its ratio to the optimizer's. Default: the optimizer's.
+    /// Learning rate; its ratio to the optimizer's stays the same on any schedule. Default: the optimizer's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lr: Option<f64>,
-    /// Their weight decay. Default: the optimizer's.
+    /// Weight decay. Default: the optimizer's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
-    /// They are never moved, and need no gradient.
+    /// Never move these parameters. They need no gradient.
     #[serde(default)]
     pub frozen: bool,
 }
 
-/// One of several optimizers, each with parameters of its own: a section `[optimizers.NAME]`.
+/// One of several optimizers, each with its own parameters: a section `[optimizers.NAME]`.
 ///
-/// In each step they take turns in the order in which they are written: for each, the module's `training_step` is
-/// called with [`Step::optimizer`](crate::module::Step::optimizer) saying whose turn it is, and the gradient of the loss
-/// that it returns moves that optimizer's parameters alone.
+/// In each step they take turns in the order in which they are written. For each, `training_step` is called
+/// with [`Step::optimizer`](crate::module::Step::optimizer) returning whose turn it is, and the gradient of
+/// the returned loss moves only that optimizer's parameters.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TurnConfig {
     /// Its name, for the module and the logs.
@@ -48,21 +48,22 @@ pub struct TurnConfig {
     pub params: String,
     /// Its rule.
     pub optimizer: OptimizerConfig,
-    /// Parameters that it moves in another way.
+    /// Parameters with their own settings.
     pub groups: Vec<GroupConfig>,
-    /// Its schedule; absent: the run's.
+    /// Its schedule. Default: the run's.
     pub schedule: Option<Schedule>,
-    /// It takes its turn in every so many steps: 1 is each. In the others its parameters stay, and count as no step of its rule.
+    /// Number of steps per turn; 1 means every step. In other steps its parameters stay, and its rule counts
+    /// no step.
     pub every: u64,
 }
 
 impl TurnConfig {
-    /// The only optimizer, of all parameters.
+    /// A single optimizer for all parameters.
     pub fn only(optimizer: OptimizerConfig, groups: Vec<GroupConfig>) -> Self {
         Self { name: "optimizer".into(), params: "*".into(), optimizer, groups, schedule: None, every: 1 }
     }
 
-    /// Refuses what no parameters could make right.
+    /// Refuses settings that are invalid for any parameters.
     pub fn check(&self) -> Result<()> {
         self.optimizer.check()?;
         if self.every == 0 {
@@ -92,7 +93,7 @@ impl TurnConfig {
         self.schedule.as_ref().map_or(Ok(()), Schedule::check)
     }
 
-    /// Refuses optimizers of which there are steps that none takes.
+    /// Refuses optimizers if none of them takes its turn in every step.
     pub fn check_together(all: &[Self]) -> Result<()> {
         match all.iter().any(|config| config.every == 1) {
             true => Ok(()),
@@ -103,7 +104,7 @@ impl TurnConfig {
         }
     }
 
-    /// The same with every learning rate times `factor`, moved by the run's schedule.
+    /// A copy with every learning rate multiplied by `factor`, using the run's schedule.
     pub(crate) fn scaled(&self, factor: f64) -> Self {
         let scale = |group: &GroupConfig| GroupConfig { lr: group.lr.map(|lr| lr * factor), ..group.clone() };
         Self {
@@ -118,17 +119,17 @@ impl TurnConfig {
 /// An optimizer with the parameters that it moves.
 pub(crate) struct Turn {
     pub(crate) name: String,
-    /// Those that are not frozen, group after group.
+    /// The parameters that are neither frozen nor unused, group by group.
     pub(crate) params: Vec<(String, Var)>,
-    /// The variables that gradients are of, in the same order.
+    /// The variables that gradients are computed for, in the same order.
     pub(crate) working: Vec<Var>,
-    /// Which rank moves each of them; none: every rank moves all.
+    /// The rank that moves each parameter; `None` if every rank moves all of them.
     owners: Option<Vec<usize>>,
-    /// Those that the module says it does not use, with the variables of their gradients.
+    /// Parameters that the module declares unused, with the variables of their gradients.
     pub(crate) unused: Vec<(String, Var)>,
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
-    /// The steps it has taken: those that its gradients' overflow made it sit out do not count.
+    /// Steps taken, without those that it sat out because its gradients overflowed.
     pub(crate) steps: u64,
     schedule: Schedule,
     every: u64,
@@ -136,18 +137,19 @@ pub(crate) struct Turn {
 }
 
 struct Group {
-    /// How many of the parameters that this rank moves, in order, are this group's.
+    /// How many of the parameters that this rank moves, in order, belong to this group.
     len: usize,
-    /// Of those parameters.
+    /// The optimizer of those parameters.
     optimizer: Box<dyn Optimizer>,
-    /// Its learning rate over the optimizer's.
+    /// Its learning rate divided by the optimizer's.
     ratio: f64,
 }
 
 impl Turn {
-    /// Shares out parameters among optimizers and their groups. Every parameter needs exactly one optimizer, and every
-    /// pattern must fit a parameter. Nobody moves what is `unused`: see [`Module::unused`](crate::module::Module::unused).
-    /// Where the ranks `shard` the optimizers' states, each moves a part of the parameters.
+    /// Distributes parameters among optimizers and their groups. Every parameter needs exactly one optimizer,
+    /// and every pattern must match a parameter. `unused` parameters are not moved: see
+    /// [`Module::unused`](crate::module::Module::unused). If the ranks `shard` the optimizer state, each
+    /// moves a part of the parameters.
     pub(crate) fn share(
         configs: &[TurnConfig],
         schedule: &Schedule,
@@ -242,7 +244,7 @@ impl Turn {
             Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, every, groups };
         let mut names = HashSet::new();
         match turn.state().into_iter().find(|(name, _)| !names.insert(name.clone())) {
-            // A checkpoint would keep one of them.
+            // A checkpoint would keep only one of them.
             Some((name, _)) => Err(Error::msg(format!(
                 "optimizer `{}` has two states named `{name}`: give each a name of its own",
                 config.name
@@ -251,12 +253,12 @@ impl Turn {
         }
     }
 
-    /// Whether it takes its turn in step number `step`, from 1.
+    /// Whether it takes its turn in step number `step`, counted from 1.
     pub(crate) fn is_due(&self, step: u64) -> bool {
         step.is_multiple_of(self.every)
     }
 
-    /// The rates of the step after this progress; `scale` is what a plateau has left of the learning rate.
+    /// The rates of the step after this progress; `scale` is the plateau's factor on the learning rate.
     pub(crate) fn rates(&self, progress: &Progress, scale: f64) -> Rates {
         let t = match self.schedule.interval() {
             Interval::Step => progress.step,
@@ -265,7 +267,7 @@ impl Turn {
         self.schedule.at(t, if scale == 1. { self.lr } else { self.lr * scale })
     }
 
-    /// Which rank moves each of the parameters, where ranks share that out.
+    /// The rank that moves each parameter, if ranks share the optimizer state.
     pub(crate) fn owners(&self) -> Option<&[usize]> {
         self.owners.as_deref()
     }
@@ -284,15 +286,16 @@ impl Turn {
         self.owners.as_ref().is_none_or(|owners| owners[param] == ranks.rank())
     }
 
-    /// Takes in the numbers of its next step.
+    /// Sets the numbers of its next step.
     pub(crate) fn prepare(&mut self, rates: Rates) -> Result<()> {
         let t = self.steps + 1;
         let mut groups = self.groups.iter_mut();
         groups.try_for_each(|it| it.optimizer.prepare(t, Rates { lr: rates.lr * it.ratio, ..rates }))
     }
 
-    /// Moves the parameters that this rank moves, which `gradients` are of, where `scale` takes the step. What modules compute
-    /// with follows. Where ranks share out the work, each then hears of all values.
+    /// Moves the parameters of this rank by `gradients`, unless `scale` refuses the step, and updates the
+    /// values that modules compute with. If ranks share the optimizer state, every rank then receives all
+    /// values.
     pub(crate) fn step(&self, gradients: &[Tensor], scale: &GradScale, ranks: &dyn Collective) -> Result<()> {
         let mut rest = gradients;
         for group in &self.groups {
@@ -308,13 +311,13 @@ impl Turn {
         Ok(publish(&copies.map(|(_, (master, working))| (master, working.as_tensor())).collect::<Vec<_>>())?)
     }
 
-    /// Counts the step that was prepared, which has been taken.
+    /// Counts the prepared step as taken.
     pub(crate) fn commit(&mut self) -> Result<()> {
         self.steps += 1;
         self.groups.iter_mut().try_for_each(|group| group.optimizer.commit())
     }
 
-    /// What the optimizer remembers on this rank, by name.
+    /// The optimizer's state on this rank, by name.
     pub(crate) fn state(&self) -> Vec<(String, Var)> {
         self.groups.iter().flat_map(|group| group.optimizer.state()).collect()
     }
@@ -324,7 +327,7 @@ fn fits(pattern: &str, name: &str) -> bool {
     WildMatch::new(pattern).matches(name)
 }
 
-/// Takes the parameters whose names fit out of `from`.
+/// Removes the parameters whose names match from `from` and returns them.
 fn take(pattern: &str, from: &mut Vec<(String, Var)>) -> Vec<(String, Var)> {
     let (taken, left) = from.drain(..).partition(|(name, _)| fits(pattern, name));
     *from = left;
@@ -388,7 +391,7 @@ mod tests {
         let gradients = vec![Tensor::new(&[1f32], &Device::Cpu).unwrap(); 3];
         turn.prepare(turn.rates(&Progress { step: 1, ..Progress::default() }, 1.)).unwrap();
         turn.step(&gradients, &GradScale::default(), &Solo).unwrap();
-        // The schedule has halved 0.1 to 0.05; decay adds half the parameter to the gradient.
+        // The schedule has halved 0.1 to 0.05; weight decay adds half the parameter to the gradient.
         let value = |i: usize| all.vars()[i].1.to_vec1::<f32>().unwrap()[0];
         assert_eq!([value(0), value(1), value(2), value(3)], [1. - 0.05 * 1.5, 1. - 0.005, 1. - 0.05, 1.]);
     }
@@ -415,7 +418,7 @@ mod tests {
                 }
                 1. - all.vars()[0].1.to_vec1::<f32>().unwrap()[0]
             };
-            // Both move by the gradient's sign; the second update has half of the first in it.
+            // Both move by the gradient's sign; the second update includes half of the first.
             let cycle = |cycle_momentum| {
                 let (start_divisor, momentum) = (1., [0.5, 0.5]);
                 Schedule::OneCycle(OneCycle {

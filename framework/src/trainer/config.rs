@@ -12,101 +12,101 @@ use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::precision::Precision;
 
-/// The most threads, and the most devices, that a run may ask for.
+/// Maximum number of threads, and of devices, that a run may ask for.
 const MOST: usize = 4096;
 
 /// Fields of `[trainer]`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainerConfig {
-    /// Samples of one optimizer step, over all devices.
+    /// Samples per optimizer step, over all devices.
     pub batch_size: usize,
-    /// Samples that one device takes at once; a step then adds up several micro-batches. Default: the batch divided by the
-    /// devices.
+    /// Samples that one device processes at once; a step accumulates gradients over several micro-batches.
+    /// Default: `batch_size` divided by the number of devices.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub micro_batch_size: Option<usize>,
-    /// Ends training after this many optimizer steps.
+    /// End training after this many optimizer steps.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_steps: Option<u64>,
-    /// Ends training after this many passes over the data.
+    /// End training after this many passes over the data.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_epochs: Option<u64>,
-    /// Ends training after this time, as `"2h 30m"`; what went before an interruption counts.
+    /// End training after this time, for example `"2h 30m"`. Time before an interruption counts.
     #[serde(default, with = "duration", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub max_time: Option<Duration>,
-    /// Neither a callback nor `max_time` ends training before this many optimizer steps.
+    /// Minimum number of optimizer steps before a callback or `max_time` may end training.
     pub min_steps: u64,
-    /// Neither a callback nor `max_time` ends training before this many passes over the data.
+    /// Minimum number of passes over the data before a callback or `max_time` may end training.
     pub min_epochs: u64,
-    /// How many batches of an epoch are trained on: a count or a share. Default: all.
+    /// Training batches per epoch: a count or a share. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_train_batches: Option<Limit>,
-    /// How many batches a validation takes: a count or a share; 0: no validation. Default: all.
+    /// Batches per validation: a count or a share; 0: no validation. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_val_batches: Option<Limit>,
-    /// How many batches a test takes: a count or a share. Default: all.
+    /// Batches per test: a count or a share. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_test_batches: Option<Limit>,
-    /// How many batches of a dataset are predicted from: a count or a share. Default: all.
+    /// Batches of a dataset to predict from: a count or a share. Default: all.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_predict_batches: Option<Limit>,
-    /// When to validate: `500` steps, `"2 epochs"`, `"0.25 epochs"`, `"30 min"`. By the clock also between the
-    /// micro-batches of a step. Default: after every epoch. The end of training is validated in any case.
+    /// When to validate: `500` steps, `"2 epochs"`, `"0.25 epochs"`, `"30 min"`. A time also applies between
+    /// the micro-batches of a step. Default: after every epoch. Training also ends with a validation, unless
+    /// it is interrupted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub val_every: Option<Every>,
-    /// Batches that are validated before the first step, so that what is broken there is found now and not after an
-    /// epoch. 0: none.
+    /// Batches to validate before the first step, to find errors in validation early. 0: none.
     pub sanity_val_batches: usize,
-    /// Tries everything out: so many steps, so many batches of validation, no files. 0: off.
+    /// Try everything out with this many steps, this many batches per validation, and no files. 0: off.
     pub fast_dev_run: usize,
-    /// Trains, and validates, on these few batches of the training data, every epoch the same: a model that cannot
-    /// learn them by heart has a bug. A count or a share; absent: off.
+    /// Train and validate on these few batches of the training data, the same in every epoch: a model that
+    /// cannot memorize them has a bug. A count or a share. Default: off.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub overfit_batches: Option<Limit>,
-    /// Ends training before a step whose gradients are not numbers, saves, and names the first bad loss or gradient.
+    /// Stop before a step with non-finite gradients, save, and name the first non-finite loss or gradient.
     pub nan_guard: bool,
-    /// Scales the gradients so that their global norm is at most this.
+    /// Maximum global norm of the gradients; larger gradients are scaled down to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_norm: Option<f64>,
-    /// Clamps every gradient to at most this.
+    /// Clamp every gradient element to `[-clip_value, clip_value]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clip_value: Option<f64>,
-    /// Number format of the computation.
+    /// Number format of computations.
     pub precision: Precision,
-    /// What the computation runs on.
+    /// Kind of device to compute on.
     pub accelerator: Accelerator,
-    /// How exactly CUDA devices compute with 32-bit numbers.
+    /// Precision of 32-bit matrix products and convolutions on CUDA devices.
     pub float32_matmul_precision: MatmulPrecision,
-    /// Replicas of the model, one a device.
+    /// Number of model replicas, one per device.
     pub devices: usize,
-    /// CPU threads of the computation. Default: one a core.
+    /// CPU threads for computation. Default: one per core.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub threads: Option<usize>,
-    /// Which implementation of convolutions and recurrent cells runs.
+    /// Implementation of convolutions and recurrent cells.
     pub kernels: Kernels,
-    /// Records a training step on a CUDA device once, and replays it in all others: one call starts all its operations. The
-    /// numbers are the same. With several micro-batches it is the passes alone. The recording has memory of its own, beside what
-    /// other steps use. Where a step cannot be recorded, a warning says why, and
-    /// training goes on without.
+    /// Record a training step once on a CUDA device, and replay it in all other steps: one call starts all
+    /// its operations. The results are the same. With several micro-batches, only the forward and backward
+    /// passes are recorded. A recording uses its own memory, in addition to that of other steps. If a step
+    /// cannot be recorded, a warning says why and training continues without recording.
     pub cuda_graph: bool,
-    /// On a CUDA device: when a shape first comes, times up to ten of cuDNN's engines for it and keeps the quickest (PyTorch's
-    /// `cudnn.benchmark`). Worth it where shapes stay the same. Another run may pick others, so that a resumed run is not the same
-    /// to the bit.
+    /// On a CUDA device, time up to ten cuDNN engines the first time a shape occurs and keep the fastest
+    /// (PyTorch's `cudnn.benchmark`). Useful if shapes stay the same. Another run may choose other engines,
+    /// so a resumed run is not bit-identical.
     pub benchmark: bool,
-    /// Leaves out an epoch's last batch where it is smaller than the others (PyTorch's `drop_last`).
+    /// Drop an epoch's last batch if it is smaller than the others (PyTorch's `drop_last`).
     pub drop_last: bool,
-    /// Logs training metrics every so many steps.
+    /// Steps between two logs of training metrics.
     pub log_every: u64,
 }
 
-/// Which implementation of convolutions and recurrent cells runs.
+/// Implementation of convolutions and recurrent cells.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Kernels {
-    /// Our own where the device and the type have one.
+    /// Candlepower's own kernels where the device and dtype have one.
     Fast,
-    /// Plain candle operations: slow, simple, for comparison.
+    /// Plain candle operations: slow and simple, for comparison.
     Reference,
 }
 
@@ -146,7 +146,7 @@ impl Default for TrainerConfig {
 }
 
 impl TrainerConfig {
-    /// Refuses values that cannot be trained with.
+    /// Refuses settings that cannot be used for training.
     pub fn check(&self) -> Result<()> {
         self.check_sizes()?;
         for (key, value) in [("clip_norm", self.clip_norm), ("clip_value", self.clip_value)] {
@@ -170,7 +170,7 @@ impl TrainerConfig {
         Ok(())
     }
 
-    /// Refuses values that nothing can be computed with, be it an evaluation alone.
+    /// Refuses settings that cannot be used for any computation, including evaluation.
     pub(crate) fn check_sizes(&self) -> Result<()> {
         let at_least_one = [
             ("batch_size", Some(self.batch_size as u64)),
@@ -184,7 +184,7 @@ impl TrainerConfig {
         if let Some((key, _)) = at_least_one.iter().find(|(_, value)| *value == Some(0)) {
             return Err(Error::setting(*key, "expected at least 1, found 0"));
         }
-        // More would come to nothing but a machine that is out of memory.
+        // More would only exhaust the machine's memory.
         let at_most = [("threads", self.threads.unwrap_or(1)), ("devices", self.devices)];
         if let Some((key, value)) = at_most.iter().find(|(_, value)| *value > MOST) {
             return Err(Error::setting(*key, format!("expected at most {MOST}, found {value}")));
@@ -196,7 +196,7 @@ impl TrainerConfig {
         Ok(())
     }
 
-    /// What a try-out does: few steps, few batches of validation; all else as it is.
+    /// Applies `fast_dev_run`: few steps and few batches per pass; everything else is unchanged.
     pub(crate) fn resolve_fast_dev_run(&mut self) {
         if self.fast_dev_run > 0 {
             let few = Some(Limit::Batches(self.fast_dev_run));
@@ -216,7 +216,7 @@ impl TrainerConfig {
         }
     }
 
-    /// How many batches a pass over a split outside training takes.
+    /// The limit on batches of an evaluation on a split.
     pub(crate) fn evaluation_limit(&self, split: Split) -> Option<Limit> {
         match split {
             Split::Train => None,
@@ -225,8 +225,8 @@ impl TrainerConfig {
         }
     }
 
-    /// How many samples, of `len` where that is known, so many batches are. They are training's: a limit means the same however
-    /// many samples a device takes at once.
+    /// Number of samples in the batches that `limit` allows, out of `len` samples if known. These are batches
+    /// of `batch_size`, so a limit means the same for any micro-batch size.
     pub(crate) fn samples_of(&self, limit: Option<Limit>, len: Option<usize>) -> Result<usize> {
         let all = len.unwrap_or(usize::MAX);
         match limit {
@@ -240,13 +240,13 @@ impl TrainerConfig {
         }
     }
 
-    /// Whether training has come to its configured end. One that lasts `max_time` alone has none.
+    /// Whether training has reached its configured number of steps or epochs. `max_time` is not checked here.
     pub(crate) fn is_finished(&self, progress: &Progress) -> bool {
         self.max_steps.is_some_and(|steps| progress.step >= steps)
             || self.max_epochs.is_some_and(|epochs| progress.epoch >= epochs)
     }
 
-    /// The step that ends training, where it is known before.
+    /// The last step of training, if it is known in advance.
     pub(crate) fn last_step(&self, steps_per_epoch: Option<u64>) -> Option<u64> {
         let by_epochs =
             self.max_epochs.zip(steps_per_epoch).map(|(epochs, steps)| epochs.saturating_mul(steps));

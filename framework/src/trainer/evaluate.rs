@@ -1,4 +1,4 @@
-//! Evaluation and prediction: every sample of a source exactly once over all ranks, or its first batches.
+//! Evaluation and prediction: every sample of a source, or of its first batches, exactly once over all ranks.
 
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::metrics::{Collected, Means};
 use crate::module::{Metric, Model, Step, TAKEN};
 
-/// Batches that each worker may be ahead of an evaluation.
+/// Batches that each worker may prefetch during an evaluation.
 const AHEAD: usize = 2;
 
-/// The batches of a pass, and how many there are, where that is known.
+/// The batches of a pass, and their number if it is known.
 fn batches<B: Batch>(
     trainer: &Trainer,
     source: &Source<B>,
@@ -33,15 +33,15 @@ fn batches<B: Batch>(
     Ok((Loader::new(jobs, workers, workers * AHEAD, device), total))
 }
 
-/// What an evaluation came to.
+/// The result of an evaluation.
 pub(super) enum Evaluated {
-    /// The metrics of all of it, and what callbacks have asked for.
+    /// The metrics of the whole pass, and what callbacks asked for.
     Complete(IndexMap<String, f64>, Flow),
-    /// A signal has ended it.
+    /// A signal ended it early.
     Stopped(StopReason),
 }
 
-/// The metrics of `model` on `source`; pictures of the first batch where they are due.
+/// Evaluates `model` on `source`; takes pictures of the first batch if they are due.
 #[expect(clippy::too_many_arguments, reason = "what is evaluated, on what, and for whom")]
 pub(super) fn evaluate<B: Batch>(
     trainer: &mut Trainer,
@@ -76,7 +76,7 @@ pub(super) fn evaluate<B: Batch>(
         }
         trainer.take_pictures(progress.step, pass.split, pictures)?;
         trainer.show_ready_pictures()?;
-        // The other ranks are about as far.
+        // The other ranks are assumed to be about as far.
         let done = (i + share.of).min(total.unwrap_or(usize::MAX));
         flow = flow.or(trainer.ask(|callback| callback.on_validation_batch(done, total))?);
         if let Flow::Stop(signal @ StopReason::Signal(_)) = &flow
@@ -93,7 +93,7 @@ pub(super) fn evaluate<B: Batch>(
     Ok(Evaluated::Complete(metrics, flow))
 }
 
-/// Adds a module's metrics of everything to those that are means.
+/// Adds the metrics that a module computes over all samples to the means.
 fn add_metrics(metrics: &mut IndexMap<String, f64>, more: Vec<(String, f64)>) -> Result<()> {
     for (name, value) in more {
         if TAKEN.contains(&name.as_str()) || metrics.contains_key(&name) {
@@ -106,7 +106,7 @@ fn add_metrics(metrics: &mut IndexMap<String, f64>, more: Vec<(String, f64)>) ->
     Ok(())
 }
 
-/// A loss without axes, whatever axes of length 1 a module gave it.
+/// The loss without axes; modules may return it with axes of length 1.
 pub(super) fn one_number(loss: &Tensor) -> Result<Tensor> {
     if loss.elem_count() != 1 {
         let shape = loss.dims();
@@ -117,12 +117,12 @@ pub(super) fn one_number(loss: &Tensor) -> Result<Tensor> {
     Ok(loss.reshape(())?)
 }
 
-/// A module's error on batch number `i`, from 0, with what is probably wrong.
+/// Adds the function, the batch (`i` counts from 0) and the probable cause to a module's error.
 fn in_batch(trainer: &Trainer, function: &str, i: usize, error: Error) -> Error {
     trainer.config.precision.explain(error.within(&format!("{function}, batch {}", i + 1)))
 }
 
-/// Hands what `model` predicts from each batch of `source` to the callbacks; returns how many batches there were.
+/// Passes what `model` predicts from each batch of `source` to the callbacks; returns the number of batches.
 pub(super) fn predict<B: Batch>(
     trainer: &mut Trainer,
     model: &Model<B>,

@@ -1,4 +1,4 @@
-//! The one training loop of the project: `run` and `step`, top to bottom.
+//! The training loop: see `run` and `step`.
 
 mod backprop;
 mod log;
@@ -37,7 +37,7 @@ use refuse::Refusal;
 use replays::Replays;
 use update::Update;
 
-/// The module with taps on its parameters, by which ranks hear of gradients while the backward pass goes on.
+/// The module with taps on its parameters, which report gradients to the ranks during the backward pass.
 struct Tapped<B: Batch> {
     module: Box<dyn Module<Batch = B>>,
     taps: Taps<Reduction>,
@@ -47,56 +47,56 @@ struct Tapped<B: Batch> {
 pub(super) struct Fit<'a, B: Batch> {
     trainer: &'a mut Trainer,
     ranks: Arc<dyn Collective>,
-    /// Whether each rank keeps a part of the optimizer's state.
+    /// Whether each rank keeps only a part of the optimizer state.
     sharded: bool,
     model: &'a Model<B>,
-    /// What trains on one of several ranks.
+    /// The tapped training module, if there are several ranks.
     tapped: Option<Tapped<B>>,
     replays: Replays<B>,
     workers: usize,
-    /// What is validated on: the source, the split it counts as, its batches.
+    /// The validation source, the split it counts as, and the limit on its batches.
     val: Option<(Source<B>, Split, Option<Limit>)>,
     /// The optimizers, in the order of their turns.
     turns: Vec<Turn>,
-    /// The parameters of all turns, in their order.
+    /// The parameters of all turns, in the same order.
     trained: Vec<(String, Var)>,
     average: Option<Average>,
     micro_batches: Loader<B>,
-    /// The micro-batches of this step, where a second optimizer, or another try, needs them again.
+    /// This step's micro-batches, kept if a second optimizer or another attempt needs them again.
     kept: Vec<Arc<Loaded<B>>>,
     steps_per_epoch: Option<u64>,
     progress: Progress,
-    /// What the module has logged for the end of the epoch.
+    /// Metrics that the module has logged for the end of the epoch.
     epoch_means: Means,
-    /// The last validation: the step it was at, and its metrics.
+    /// The last validation: its step and its metrics.
     validation: Option<(u64, IndexMap<String, f64>)>,
     validated_at: Instant,
-    /// What is remembered from before a validation that is not complete.
+    /// State from before a validation that is not complete.
     before_validation: Option<Before>,
-    /// What the plateau has left of the learning rate.
+    /// The plateau's factor on the learning rate.
     lr_scale: f64,
     plateau: PlateauState,
-    /// Of each optimizer, once that is known: whether the module says what its loss is the mean of.
+    /// For each optimizer, once known: whether the module weighs its loss (`Step::weigh_loss`).
     weighs: Vec<Option<bool>>,
-    /// How many things the losses of this turn are the mean of, for each of its samples; 1 where these are samples.
+    /// How many things the losses of this turn average over, per sample; 1 if they average over samples.
     things_per_sample: f64,
-    /// Of fp16 alone.
+    /// Only set for fp16.
     loss_scale: Option<LossScale>,
-    /// Of each optimizer: how often in a row its gradients have overflowed.
+    /// For each optimizer: how many times in a row its gradients have overflowed.
     overflows: Vec<u32>,
-    /// What a validation before or inside the step has asked for: that is for when the step is taken.
+    /// What a validation before or inside the step asked for; handled once the step is taken.
     asked: Flow,
     saver: Option<Saver>,
-    /// Whether a step is under way that has moved parameters, or may have.
+    /// Whether the current step has moved parameters, or may have.
     is_moving: bool,
-    /// Whether the run that is resumed did not come to the validation that was due.
+    /// Whether the resumed run still owes a validation that was due.
     owed: bool,
-    /// Since when this attempt runs, and how long those before it ran.
+    /// When this attempt started, and how many seconds earlier attempts trained.
     started: Instant,
     seconds_before: f64,
 }
 
-/// What a validation changes; a checkpoint that owes one is of before it.
+/// State that a validation changes. A checkpoint that owes a validation stores the state from before it.
 #[derive(Clone)]
 struct Before {
     callbacks: IndexMap<String, serde_json::Value>,
@@ -104,35 +104,35 @@ struct Before {
     lr_scale: f64,
 }
 
-/// What is gathered over the micro-batches and the optimizers of a step.
+/// What is gathered over the micro-batches and optimizers of a step.
 #[derive(Default)]
 struct Tally {
     /// The samples of the step.
     samples: usize,
-    /// Whether they were the last of their epoch.
+    /// Whether they are the last samples of their epoch.
     ends_epoch: bool,
-    /// Those that this rank has had in this turn.
+    /// Samples that this rank has processed in this turn.
     own_samples: usize,
-    /// What is logged, in steps after which it is read.
+    /// Logged metrics; only in steps after which they are read.
     means: Option<Means>,
-    /// What is logged when the epoch is over.
+    /// Metrics logged at the end of the epoch.
     epoch_means: Means,
-    /// Of this rank's micro-batches, for this optimizer, with their numbers.
+    /// Numbers and losses of this rank's micro-batches in this turn.
     losses: Vec<(usize, Tensor)>,
-    /// Of the optimizers that have had their turn, in the order of the trained parameters.
+    /// Gradients of the optimizers that have had their turn, in the order of the trained parameters.
     gradients: Vec<Tensor>,
 }
 
-/// What a step came to.
+/// The result of a step.
 enum Stepped {
     /// The parameters have moved.
     Moved(Box<Tally>),
-    /// They have not.
+    /// The parameters have not moved.
     Refused(Refusal),
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// Trains; what came before an error is saved.
+    /// Trains. After an error, saves the progress made before it.
     pub(super) fn run(&mut self) -> Result<Outcome> {
         self.train().map_err(|error| {
             self.save_after_error();
@@ -140,7 +140,7 @@ impl<B: Batch> Fit<'_, B> {
         })
     }
 
-    /// Steps until the last one or a stop; then a validation and a checkpoint of that very step.
+    /// Takes steps until the last one or a stop, then validates and saves that step.
     fn train(&mut self) -> Result<Outcome> {
         self.start()?;
         let begun_at = self.progress.step;
@@ -160,7 +160,7 @@ impl<B: Batch> Fit<'_, B> {
                 Stepped::Refused(Refusal::Hopeless(why)) => Flow::Stop(StopReason::Failed(why)),
             };
         };
-        // Who interrupts a run wants its state saved, not minutes of validation.
+        // An interrupted or failed run saves its state without spending minutes on validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
             if self.progress.step > begun_at {
                 self.log_part_of_epoch()?;
@@ -188,7 +188,7 @@ impl<B: Batch> Fit<'_, B> {
         Ok(Outcome { progress, validation, best, reason })
     }
 
-    /// Does what is due now, tells the callbacks what is planned, and tries a few batches of the validation.
+    /// Runs the deferred work, reports the plan to the callbacks, and validates a few batches.
     fn start(&mut self) -> Result<()> {
         if let Some(work) = self.trainer.when_ready.take() {
             work(self.trainer)?;
@@ -219,13 +219,13 @@ impl<B: Batch> Fit<'_, B> {
         Ok(())
     }
 
-    /// Makes up for the validation that the run which is resumed did not come to.
+    /// Runs the validation that the resumed run still owed.
     fn catch_up(&mut self) -> Result<Flow> {
         let flow = if std::mem::take(&mut self.owed) { self.validate()? } else { Flow::Continue };
         Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds_before)), false)?.0)
     }
 
-    /// A stop, where so many seconds of training are as many as there may be.
+    /// A stop, if `seconds` of training have reached `max_time`.
     fn time_is_over(&self, seconds: f64) -> Flow {
         match self.trainer.config.max_time {
             Some(limit) if seconds >= limit.as_secs_f64() => {
@@ -236,11 +236,11 @@ impl<B: Batch> Fit<'_, B> {
         }
     }
 
-    /// One optimizer step: for each optimizer the gradient of the mean loss over a batch, and the move against it.
+    /// One optimizer step: each optimizer moves its parameters against the gradient of a batch's mean loss.
     fn step(&mut self) -> Result<Stepped> {
         let done = self.progress.step;
         let mut tally = Tally::default();
-        // Nobody reads the others; the first shows whether what the module logs can be read at all.
+        // Other steps' metrics are not read. The first step's show early whether they can be read.
         if done == 0 || (done + 1).is_multiple_of(self.trainer.config.log_every) {
             tally.means = Some(Means::default());
         }
@@ -252,7 +252,7 @@ impl<B: Batch> Fit<'_, B> {
             let rates = self.turns[turn].rates(&self.progress, self.lr_scale);
             self.turns[turn].prepare(rates)?;
             let is_first = !self.is_moving;
-            // Gradients that are not finite move nothing; `refuse` then says why, and what follows.
+            // Non-finite gradients move nothing; `refuse` then reports why, and whether training can go on.
             let Update { gradients, norm } = self.update(turn, &mut tally)?;
             let refusal = self.refuse(turn, is_first, norm, &gradients, &tally)?;
             if refusal.is_some() {
@@ -264,7 +264,7 @@ impl<B: Batch> Fit<'_, B> {
                     self.is_moving = false;
                     return Ok(Stepped::Refused(refusal));
                 }
-                // Others have moved already, so nothing can be taken back: this one sits the step out, as in PyTorch, ...
+                // Others have moved already, which cannot be undone: this one sits out, as in PyTorch, ...
                 Some(Refusal::Overflow) => continue,
                 // ... or ends the run, whose last checkpoint is still good.
                 Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
@@ -289,7 +289,7 @@ impl<B: Batch> Fit<'_, B> {
         Ok(Stepped::Moved(Box::new(tally)))
     }
 
-    /// What is due after a step: telling, logging, validating, saving.
+    /// Does what is due after a step: callbacks, logging, validation, saving.
     fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
         let end = StepEnd { progress, params: &self.trained, gradients: &tally.gradients };
@@ -312,8 +312,8 @@ impl<B: Batch> Fit<'_, B> {
         Ok(flow)
     }
 
-    /// The micro-batch number `index` of this step: from the loader, or, where a second optimizer or another try needs it
-    /// again, the one that was kept.
+    /// Micro-batch number `index` of this step: the kept one if a second optimizer or another attempt needs
+    /// it again, otherwise the loader's next.
     fn micro_batch(&mut self, index: usize) -> Result<Arc<Loaded<B>>> {
         if let Some(kept) = self.kept.get(index) {
             return Ok(kept.clone());
@@ -327,21 +327,21 @@ impl<B: Batch> Fit<'_, B> {
         Ok(loaded)
     }
 
-    /// Adds to a device's error, where its memory is full, what to change.
+    /// Adds advice on what to change to an error about a device that is out of memory.
     fn explain_memory(&self, error: Error) -> Error {
         let config = &self.trainer.config;
         let share = config.batch_size.div_ceil(self.ranks.world_size());
         memory::explain(error, config.micro_batch_size.unwrap_or(share))
     }
 
-    /// Whether training may end for this reason already.
+    /// Whether training may already end for this reason.
     fn may_stop(&self, reason: &StopReason) -> bool {
         let config = &self.trainer.config;
         let early = self.progress.step < config.min_steps || self.progress.epoch < config.min_epochs;
         !(early && matches!(reason, StopReason::Callback(_)))
     }
 
-    /// Seconds of training, those before an interruption included.
+    /// Seconds of training, including those before an interruption.
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }

@@ -1,4 +1,4 @@
-//! Pictures on their way to the callbacks: from the device, and through drawing and encoding, while training goes on.
+//! Pictures on their way to the callbacks: copied from the device, drawn and encoded while training goes on.
 
 use std::collections::VecDeque;
 use std::thread::{Builder, JoinHandle};
@@ -12,16 +12,16 @@ use crate::data::Split;
 use crate::error::{Error, Result};
 use crate::module::{Draw, Sketch};
 
-/// How many pictures may be on their way: where more are asked for than can be drawn, training waits.
+/// Maximum number of pending pictures. Training waits if more are requested than can be drawn.
 const MOST: usize = 8;
 
-/// Pictures that were asked for and that nobody has seen yet, in the order in which they were asked for.
+/// Pictures that were requested but not shown yet, in the order of the requests.
 #[derive(Default)]
 pub(super) struct Gallery {
     coming: VecDeque<Coming>,
 }
 
-/// A picture that is still to be seen.
+/// A pending picture.
 struct Coming {
     step: u64,
     split: Split,
@@ -29,18 +29,18 @@ struct Coming {
     stage: Stage,
 }
 
-/// How far it is.
+/// The stage of a pending picture.
 enum Stage {
-    /// What it is of is on its way to the host.
+    /// Its tensors are being copied to the host.
     Copying { of: Vec<Download>, draw: Draw },
-    /// A thread draws it. That does not ask the device for anything, which only the thread that trains may do.
+    /// A thread draws it. That thread does not use the device, because only the training thread may.
     Drawing(JoinHandle<Result<Picture>>),
-    /// It will not be drawn.
+    /// Drawing it failed.
     Failed(Error),
 }
 
 impl Gallery {
-    /// Takes in a picture of the tensors' values now, at a step and of a split.
+    /// Adds a picture of the tensors' current values, for a step and a split.
     pub(super) fn add(&mut self, step: u64, split: Split, sketch: Sketch) -> Result<()> {
         let Sketch { name, of, draw } = sketch;
         let of = of.iter().map(Download::start).collect::<candle_core::Result<_>>()?;
@@ -48,7 +48,7 @@ impl Gallery {
         Ok(())
     }
 
-    /// The next picture, if it is ready; waits only where too many are on their way.
+    /// The next picture, if it is ready; waits only if too many are pending.
     pub(super) fn next_ready(&mut self) -> Option<Result<Picture>> {
         self.draw(|of| of.iter().all(|download| download.is_done().unwrap_or(true)));
         let is_next = self.coming.len() > MOST || self.coming.front().is_some_and(Coming::is_over);
@@ -61,12 +61,12 @@ impl Gallery {
             return None;
         }
         let _phase = phase!("pictures");
-        // All at once, not one after the other.
+        // Start drawing all of them, rather than one after the other.
         self.draw(|_| true);
         self.coming.pop_front().map(Coming::finish)
     }
 
-    /// Hands what has been copied, or what is `wanted` in any case, to threads that draw.
+    /// Passes the tensors that have been copied, or that are `wanted` in any case, to threads that draw.
     fn draw(&mut self, wanted: impl Fn(&[Download]) -> bool) {
         let draw = |it: Coming| match &it.stage {
             Stage::Copying { of, .. } if wanted(of) => it.draw(),
@@ -111,7 +111,7 @@ impl Coming {
         }
     }
 
-    /// The picture, which was handed to a thread; waits for that.
+    /// Waits for the thread that draws the picture.
     fn finish(self) -> Result<Picture> {
         let picture = match self.stage {
             Stage::Drawing(drawing) => {
@@ -150,7 +150,7 @@ mod tests {
     fn pictures_come_in_order_while_others_are_drawn_and_of_the_values_they_were_asked_for() {
         let pixels = Var::new(&[[[0.25f32, 0.75]]], &Device::Cpu).unwrap();
         let mut gallery = Gallery::default();
-        // The first waits to be told.
+        // The first picture waits for a message.
         let (tell, told) = mpsc::channel::<()>();
         let told = Mutex::new(told);
         let slow = move |x: &[Tensor]| {
@@ -197,7 +197,7 @@ mod tests {
         gallery.add(1, Split::Train, sketch("last", &x, good)).unwrap();
         let all = all(&mut gallery);
         let said = |i: usize| all[i].as_ref().err().map(ToString::to_string).unwrap_or_default();
-        // Whatever the type that was drawn.
+        // Whatever dtype was drawn.
         assert_eq!(all[0].as_ref().unwrap().pixels.dtype(), candle_core::DType::F32);
         assert!(said(1).starts_with("picture `flat`: a picture is a tensor (C, H, W)"), "{}", said(1));
         assert_eq!(said(2), "picture `lost`: drawing it failed; the message is above");

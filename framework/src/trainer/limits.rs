@@ -1,4 +1,4 @@
-//! How much and how often: values of `[trainer]` that may be counts, shares or times.
+//! How much and how often: values of `[trainer]` that can be counts, shares or times.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -10,17 +10,17 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::callback::Progress;
 
-/// How many batches of a pass are taken: a whole number counts them, a fraction up to 1.0 is their share.
+/// How many batches of a pass to use: an integer is a count, a fraction up to 1.0 is a share.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Limit {
-    /// At most this many; 0 leaves the pass out.
+    /// At most this many; 0 skips the pass.
     Batches(usize),
-    /// This share of them, rounded down, at least one; 0.0 leaves the pass out.
+    /// This share of the batches, rounded down, but at least one; 0.0 skips the pass.
     Share(f64),
 }
 
 impl Limit {
-    /// How many of `batches` are taken.
+    /// The number of batches to use, out of `batches`.
     pub fn of(self, batches: usize) -> usize {
         match self {
             Self::Batches(n) => n.min(batches),
@@ -30,23 +30,23 @@ impl Limit {
     }
 }
 
-/// Products of shares that are whole numbers in truth come out a little below them.
+/// Makes up for products that should be whole numbers but come out slightly below.
 const ROUNDING: f64 = 1e-9;
 
 /// How often something happens: `500` or `"500 steps"`, `"2 epochs"`, `"0.25 epochs"`, `"30 min"`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Every {
-    /// Every so many optimizer steps.
+    /// Every this many optimizer steps.
     Steps(u64),
-    /// Every so many passes over the data; fractions are moments within a pass.
+    /// Every this many passes over the data; a fraction is a point within a pass.
     Epochs(f64),
-    /// Every so often by the clock.
+    /// Every time this much time has passed.
     Time(Duration),
 }
 
 impl Every {
-    /// Whether the step that led to `progress` is one at which this is due; by the clock, `waited` is the time since it
-    /// last happened. `steps_per_epoch` is not known of streams: only whole epochs can be asked of them.
+    /// Whether this is due after the step that led to `progress`; by the clock, `waited` is the time since it
+    /// last happened. `steps_per_epoch` is unknown for streams, which therefore only support whole epochs.
     pub(crate) fn is_due(
         self,
         progress: &Progress,
@@ -182,7 +182,7 @@ impl JsonSchema for Every {
     }
 }
 
-/// A length of time, written as `"2h 30m"`.
+/// A duration, written like `"2h 30m"`.
 pub(crate) mod duration {
     use super::*;
 
@@ -215,7 +215,7 @@ mod tests {
             [Limit::Batches(3).of(10), Limit::Batches(30).of(10), Limit::Batches(0).of(10)],
             [3, 10, 0]
         );
-        // 0.3 * 10 is a little over 3 in floating point, 0.29 * 100 a little below 29.
+        // In floating point, 0.3 * 10 is slightly above 3, and 0.29 * 100 is slightly below 29.
         let shares = [(0.3, 10), (0.29, 100), (0.01, 10), (1., 7), (0., 7)];
         assert_eq!(shares.map(|(share, n)| Limit::Share(share).of(n)), [3, 29, 1, 7, 0]);
     }

@@ -1,4 +1,4 @@
-//! The trainer: what a user configures, and the one loop that it runs.
+//! The trainer: what the user configures, and the training loop that it runs.
 
 mod config;
 mod evaluate;
@@ -36,7 +36,7 @@ use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 pub use crate::precision::Precision;
 use crate::schedule::{Plateau, Schedule};
 
-/// A part of the loop as a span of `tracing`, for the profiler. Without a subscriber it costs a few nanoseconds.
+/// Opens a `tracing` span for a part of the loop. Without a subscriber it costs a few nanoseconds.
 macro_rules! phase {
     ($name:literal) => {
         tracing::debug_span!(target: "candlepower::phase", $name).entered()
@@ -44,7 +44,7 @@ macro_rules! phase {
 }
 pub(crate) use phase;
 
-/// Trains any [`Model`] on any [`Data`] of the same batch.
+/// Trains any [`Model`] on any [`Data`] with the same batch type.
 ///
 /// ```no_run
 /// # use candlepower::prelude::*;
@@ -63,29 +63,29 @@ pub struct Trainer {
     checkpoint: CheckpointConfig,
     checkpoint_dir: Option<PathBuf>,
     distributed: DistributedConfig,
-    /// This trainer's rank among those that train together.
+    /// This trainer's rank among all ranks that train together.
     ranks: Arc<dyn Collective>,
-    /// What is configured, a setting a line, where that is known in more detail than here.
+    /// The configuration, one setting per line, if it is known in more detail than here.
     description: Option<String>,
-    /// What it trains, and on what, where that is configured.
+    /// What is trained on which data, if that is configured.
     origin: Option<Origin>,
     seed: u64,
     image_every: u64,
     callbacks: Vec<Named>,
     gallery: Gallery,
     resume: Option<Checkpoint>,
-    /// How far the weights that it evaluates have been trained.
+    /// Progress of the training that produced the weights to evaluate.
     progress: Progress,
     when_ready: Option<WhenReady>,
-    /// The threads of the computation, as many as were wanted last.
+    /// The compute threads; rebuilt when their number changes.
     pool: Option<Arc<ThreadPool>>,
 }
 
-/// A callback with its names.
+/// A callback and its names.
 struct Named {
-    /// That of its kind, or of its section in a configuration.
+    /// The name of its kind, or of its section in a configuration.
     section: String,
-    /// The one under which checkpoints keep its state: of several with one name, the second has `.2` behind it.
+    /// The name of its state in checkpoints. The second callback with a section name gets the suffix `.2`.
     key: String,
     callback: Box<dyn Callback>,
 }
@@ -104,24 +104,24 @@ impl DerefMut for Named {
     }
 }
 
-/// What is due once it is sure that a training can begin.
+/// Work that runs once it is certain that training can begin.
 type WhenReady = Box<dyn FnOnce(&mut Trainer) -> Result<()> + Send>;
 
 /// How a run ended.
 #[derive(Debug)]
 pub struct Outcome {
-    /// How far it came.
+    /// How far training came.
     pub progress: Progress,
-    /// The metrics of the last validation, where there was one.
+    /// Metrics of the last validation, if there was one.
     pub validation: Option<IndexMap<String, f64>>,
-    /// The best of all validations, by `monitor` in `[checkpoint]`, where checkpoints are kept.
+    /// The best validation so far, by `monitor` in `[checkpoint]`, if checkpoints are saved.
     pub best: Option<Best>,
-    /// Why it ended.
+    /// Why the run ended.
     pub reason: StopReason,
 }
 
 impl Trainer {
-    /// A trainer with Adam, no callbacks, and no files.
+    /// A trainer with Adam, without callbacks and without files.
     pub fn new(config: TrainerConfig) -> Self {
         Self {
             config,
@@ -151,53 +151,54 @@ impl Trainer {
         self.optimizer_with_groups(config, Vec::new())
     }
 
-    /// Sets the optimizer, and which parameters it moves in ways of their own.
+    /// Sets the optimizer, and groups of parameters with their own settings.
     pub fn optimizer_with_groups(self, config: impl Into<OptimizerConfig>, groups: Vec<GroupConfig>) -> Self {
         self.optimizers(vec![TurnConfig::only(config.into(), groups)])
     }
 
-    /// Sets several optimizers, which take turns in every step.
+    /// Sets several optimizers, which take turns in each step.
     pub fn optimizers(mut self, turns: Vec<TurnConfig>) -> Self {
         self.turns = turns;
         self
     }
 
-    /// Evaluates, and saves, an average of the weights besides the weights; after training the model has it.
+    /// Keeps an average of the weights: validations use it, checkpoints save it alongside the weights, and
+    /// the model holds it after training.
     pub fn average(mut self, average: Option<AverageConfig>) -> Self {
         self.average = average;
         self
     }
 
-    /// Sets how the learning rate moves from step to step.
+    /// Sets the learning rate schedule.
     pub fn schedule(mut self, schedule: Schedule) -> Self {
         self.schedule = schedule;
         self
     }
 
-    /// Lowers the learning rate, besides what the schedule does, when the validation loss stops falling.
+    /// Lowers the learning rate, in addition to the schedule, when a validation metric stops improving.
     pub fn plateau(mut self, plateau: Option<Plateau>) -> Self {
         self.plateau = plateau;
         self
     }
 
-    /// Sets the seed that order, augmentation and noise depend on.
+    /// Sets the seed for the order of samples, augmentation and noise.
     pub fn seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
-    /// Adds a callback; callbacks are called in the order in which they were added.
+    /// Adds a callback. Callbacks are called in the order in which they were added.
     pub fn callback(self, callback: impl Callback + 'static) -> Self {
         self.boxed_callback(Box::new(callback))
     }
 
-    /// The same for a callback whose type is not known.
+    /// Like [`callback`](Self::callback), for a boxed callback.
     pub fn boxed_callback(self, callback: Box<dyn Callback>) -> Self {
         let name = callback.name();
         self.named_callback(name, callback)
     }
 
-    /// The same under a name of its section's.
+    /// Like [`boxed_callback`](Self::boxed_callback), under the name of its section.
     pub(crate) fn named_callback(mut self, name: &str, callback: Box<dyn Callback>) -> Self {
         let same = |named: &&Named| named.section == name;
         let name = name.to_string();
@@ -209,7 +210,7 @@ impl Trainer {
         self
     }
 
-    /// Asks modules for pictures every so many steps; 0: never.
+    /// Requests pictures from modules every `steps` steps; 0 means never.
     pub fn image_every(mut self, steps: u64) -> Self {
         self.image_every = steps;
         self
@@ -222,36 +223,35 @@ impl Trainer {
         self
     }
 
-    /// Goes on from a checkpoint instead of from the start.
+    /// Resumes from a checkpoint instead of starting at step 0.
     pub fn resume(mut self, checkpoint: Checkpoint) -> Self {
         self.resume = Some(checkpoint);
         self
     }
 
-    /// Says how far the weights that it validates and predicts with have been trained: for modules that ask
-    /// [`Step::index`]. After [`fit`](Self::fit) it knows.
+    /// Sets how far the weights used for validation and prediction have been trained, for modules that use
+    /// [`Step::index`]. [`fit`](Self::fit) sets this by itself.
     pub fn trained(mut self, progress: Progress) -> Self {
         self.progress = progress;
         self
     }
 
-    /// Sets how ranks work together.
+    /// Sets how several ranks train together.
     pub fn distributed(mut self, config: DistributedConfig) -> Self {
         self.distributed = config;
         self
     }
 
-    /// Trains as one rank of several that are there already, for example processes. Rank 0 alone resumes, writes files and
-    /// has callbacks, but for those that want to be asked [everywhere](Callback::on_every_rank).
+    /// Trains as one of several existing ranks, for example processes. Only rank 0 resumes, writes files and
+    /// has callbacks, except for callbacks that run [on every rank](Callback::on_every_rank).
     ///
-    /// Without it, `devices` in the configuration makes as many ranks of this process.
+    /// Without it, `devices` in the configuration starts that many ranks in this process.
     pub fn ranks(mut self, ranks: Arc<dyn Collective>) -> Self {
         self.ranks = ranks;
         self
     }
 
-    /// A trainer that takes `steps` of this one's steps from the start and does nothing else: it validates nothing,
-    /// writes nothing, and nobody watches it.
+    /// A trainer for this trainer's first `steps` steps and nothing else: no validation, files or callbacks.
     pub(crate) fn trial(&self, steps: u64) -> Trainer {
         let config = TrainerConfig {
             max_steps: Some(steps),
@@ -261,7 +261,7 @@ impl Trainer {
             min_epochs: 0,
             limit_train_batches: self.config.overfit_batches.or(self.config.limit_train_batches),
             limit_val_batches: Some(Limit::Batches(0)),
-            // It would also validate.
+            // Would also validate.
             overfit_batches: None,
             fast_dev_run: 0,
             nan_guard: false,
@@ -276,7 +276,7 @@ impl Trainer {
             .seed(self.seed)
     }
 
-    /// The trainer of another rank that is at rank 0's side: the same training, and nobody watches it.
+    /// The trainer of another rank in rank 0's process: the same training, without callbacks.
     fn replica(&self, ranks: Arc<dyn Collective>) -> Trainer {
         let mut replica = Trainer::new(self.config.clone())
             .optimizers(self.turns.clone())
@@ -291,13 +291,13 @@ impl Trainer {
         replica
     }
 
-    /// Adds a callback to those that there are.
+    /// Adds a callback after the existing ones.
     pub(crate) fn add(&mut self, callback: impl Callback + 'static) {
         let name = callback.name().to_string();
         self.callbacks.push(Named { key: name.clone(), section: name, callback: Box::new(callback) });
     }
 
-    /// Sets what is due once it is sure that training can begin, where it is to: what it writes over is still needed till then.
+    /// Sets work to run once training is certain to begin. Files that it overwrites are needed until then.
     pub(crate) fn when_ready(
         mut self,
         work: impl FnOnce(&mut Trainer) -> Result<()> + Send + 'static,
@@ -306,19 +306,19 @@ impl Trainer {
         self
     }
 
-    /// Sets what ranks must agree on before they train.
+    /// Sets the configuration that ranks must agree on before they train.
     pub(crate) fn described(mut self, configuration: String) -> Self {
         self.description = Some(configuration);
         self
     }
 
-    /// Sets what checkpoints say that was trained, and on what.
+    /// Sets what checkpoints record about what was trained on which data.
     pub(crate) fn origin(mut self, origin: Origin) -> Self {
         self.origin = Some(origin);
         self
     }
 
-    /// Everything that ranks must agree on before they train, a line each.
+    /// Everything that ranks must agree on before they train, one setting per line.
     fn configuration(&self) -> String {
         if let Some(description) = &self.description {
             return description.clone();
@@ -331,11 +331,12 @@ impl Trainer {
         )
     }
 
-    /// Trains until the configured end, a callback's stop, or an error. Each call begins at step 0, with the weights that the model has,
-    /// unless it [resumes](Self::resume).
+    /// Trains until the configured end, a callback's stop, or an error. Each call begins at step 0 with the
+    /// model's current weights, unless it [resumes](Self::resume).
     ///
     /// # Errors
-    /// Also where training is of no use any more, as after a loss that is not a number: what came before it is saved.
+    /// Also if training cannot usefully continue, for example after a loss that is not finite; the progress
+    /// before that is saved.
     pub fn fit<B: Batch>(&mut self, model: &Model<B>, data: &Data<B>) -> Result<Outcome> {
         let outcome = self.fit_as_far_as_it_goes(model, data)?;
         match outcome.reason {
@@ -344,7 +345,8 @@ impl Trainer {
         }
     }
 
-    /// The same for whom it is no error that training is of no use any more.
+    /// Like [`fit`](Self::fit), but ends with [`StopReason::Failed`] instead of an error if training cannot
+    /// usefully continue.
     pub(crate) fn fit_as_far_as_it_goes<B: Batch>(
         &mut self,
         model: &Model<B>,
@@ -366,7 +368,8 @@ impl Trainer {
         }
     }
 
-    /// The metrics of a model on a split, every sample counted once. Callbacks see them as a validation's.
+    /// Computes a model's metrics on a split, counting every sample once. Callbacks receive them as a
+    /// validation's.
     pub fn validate<B: Batch>(
         &mut self,
         model: &Model<B>,
@@ -397,8 +400,8 @@ impl Trainer {
         })
     }
 
-    /// Predicts from every sample of a split and hands the predictions to
-    /// [`Callback::on_prediction`]; returns how many batches there were.
+    /// Predicts from a split, up to `limit_predict_batches`, and passes the predictions to
+    /// [`Callback::on_prediction`]. Returns the number of batches.
     pub fn predict_split<B: Batch>(
         &mut self,
         model: &Model<B>,
@@ -410,13 +413,14 @@ impl Trainer {
         self.in_pool(|trainer| evaluate::predict(trainer, model, &source, pass, data.workers))
     }
 
-    /// What a model predicts from one batch, on the CPU.
+    /// A model's prediction from one batch, on the CPU.
     pub fn predict<B: Batch>(&mut self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         self.in_pool(|trainer| trainer.predicted(model, batch))
     }
 
-    /// How what a model predicts from a split, or from as many batches of it as are evaluated, compares, by lead time, with predictors
-    /// that learn nothing. None where the batches have no such thing, for streams, and where no batch is evaluated.
+    /// Compares a model's predictions on a split, or on as many of its batches as are evaluated, by lead
+    /// time, with predictors that learn nothing. `None` if the batch type has no such comparison, for
+    /// streams, and if no batch is evaluated.
     pub fn compare<B: Batch>(
         &mut self,
         model: &Model<B>,
@@ -443,7 +447,7 @@ impl Trainer {
         predicted(model, batch, &mut Step::evaluation(self.progress.step, 0, self.seed, false))
     }
 
-    /// Takes in what a module wants to be drawn, where there is somebody to look at it.
+    /// Adds the pictures that a module wants drawn, if there are callbacks to show them to.
     fn take_pictures(&mut self, step: u64, split: Split, pictures: Vec<Sketch>) -> Result<()> {
         if self.callbacks.is_empty() {
             return Ok(());
@@ -451,7 +455,7 @@ impl Trainer {
         pictures.into_iter().try_for_each(|picture| self.gallery.add(step, split, picture))
     }
 
-    /// Shows the pictures that are drawn by now.
+    /// Shows the pictures that are ready.
     fn show_ready_pictures(&mut self) -> Result<()> {
         while let Some(picture) = self.gallery.next_ready() {
             self.show(&picture?)?;
@@ -459,7 +463,7 @@ impl Trainer {
         Ok(())
     }
 
-    /// Shows all pictures; waits for them.
+    /// Shows all pictures, waiting for each.
     fn show_all_pictures(&mut self) -> Result<()> {
         while let Some(picture) = self.gallery.next() {
             self.show(&picture?)?;
@@ -467,7 +471,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// After an error, which is the one to tell: shows what can be shown, as it may show where the error comes from.
+    /// Shows the remaining pictures after an error, because they may show its cause. Ignores further errors:
+    /// the first one is the one to report.
     fn show_what_is_left(&mut self) {
         while let Some(picture) = self.gallery.next() {
             let _ = picture.and_then(|picture| self.show(&picture));
@@ -478,7 +483,7 @@ impl Trainer {
         self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
     }
 
-    /// Asks every callback; one that wants to stop is enough.
+    /// Asks every callback; a single one that wants to stop is enough.
     fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
         let mut flow = Flow::Continue;
         for callback in &mut self.callbacks {
@@ -487,12 +492,12 @@ impl Trainer {
         Ok(flow)
     }
 
-    /// What each callback remembers, by its key.
+    /// The state of each callback, by its key.
     fn callback_states(&self) -> IndexMap<String, serde_json::Value> {
         self.callbacks.iter().filter_map(|named| Some((named.key.clone(), named.state()?))).collect()
     }
 
-    /// Hands the callbacks what a checkpoint remembers of them.
+    /// Restores the callbacks' state from a checkpoint.
     fn restore_callbacks(&mut self, state: Option<&State>) -> Result<()> {
         let Some(state) = state else { return Ok(()) };
         let mut kept = state.callbacks.clone();
@@ -509,8 +514,8 @@ impl Trainer {
         Ok(())
     }
 
-    /// Runs in a thread pool of the configured size. Its threads have large stacks: candle's backward pass walks the
-    /// graph recursively, and an unrolled recurrence is deeper than the usual stack.
+    /// Runs `work` in a thread pool of the configured size. Its threads have large stacks: candle's backward
+    /// pass walks the graph recursively, and an unrolled recurrence is deeper than the usual stack allows.
     pub(crate) fn in_pool<T: Send>(
         &mut self,
         work: impl FnOnce(&mut Trainer) -> Result<T> + Send,
@@ -521,27 +526,27 @@ impl Trainer {
         accelerator::set_matmul_precision(self.config.float32_matmul_precision);
         accelerator::set_benchmark(self.config.benchmark);
         let threads = self.config.threads.or(std::thread::available_parallelism().ok().map(usize::from));
-        // Ranks side by side share the processor's cores.
+        // Ranks on the same machine share its cores.
         let threads = threads.map_or(0, |threads| (threads / self.ranks.ranks_here()).max(1));
         let kernels = self.config.kernels;
         let before = self.pool.take().filter(|pool| pool.current_num_threads() == threads);
         let pool = before.map_or_else(|| compute_threads(threads), Ok)?;
         self.pool = Some(pool.clone());
-        // Who listens to this thread's spans and messages listens to the pool's thread that takes its place.
+        // The pool's thread acts for this thread, so it uses this thread's tracing dispatcher.
         let listener = dispatcher::get_default(Dispatch::clone);
         pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
     }
 }
 
-/// So many threads to compute with; 0: as many as there are cores.
+/// A pool of this many compute threads; 0 means one per core.
 fn compute_threads(threads: usize) -> Result<Arc<ThreadPool>> {
-    const STACK: usize = 256 << 20; // Reserved, not used: pages are touched as the recursion needs them.
+    const STACK: usize = 256 << 20; // Reserved, not used: pages are committed as the recursion needs them.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
     let pool = pool.thread_name(|i| format!("compute-{i}")).build();
     Ok(Arc::new(pool.map_err(|error| Error::msg(format!("cannot start the compute threads: {error}")))?))
 }
 
-/// What a model predicts from one batch, on the CPU.
+/// A model's prediction from one batch, on the CPU.
 pub(crate) fn predicted<B: Batch>(model: &Model<B>, batch: &B, step: &mut Step) -> Result<Tensor> {
     let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
     let prediction = model.evaluation().predict_step(&batch, step)?.to_dtype(DType::F32)?;

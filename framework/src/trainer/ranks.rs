@@ -1,4 +1,4 @@
-//! Training on several ranks: a thread for each, or this process as one of them; and what they agree on.
+//! Training on several ranks, as threads or with this process as one of them, and what the ranks agree on.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -37,7 +37,8 @@ pub(super) fn fit_as_rank<B: Batch>(
         trainer.in_pool(|trainer| {
             trainer.gallery = Gallery::default();
             trainer.ranks = on_devices(&ranks, model.params().device(), trainer.distributed.patience())?;
-            // Told before what the run holds is put away, which may take its time: others wait.
+            // Notify the other ranks, which are waiting, before dropping the run's state, which may take a
+            // while.
             let outcome = Fit::new(trainer, model, data)
                 .and_then(|mut fit| fit.run().inspect_err(|error| ranks.abort(&error.to_string())));
             if outcome.is_err() {
@@ -51,13 +52,13 @@ pub(super) fn fit_as_rank<B: Batch>(
     if ranks.world_size() == 1 {
         return trained();
     }
-    // The others would wait for ever for a rank that ends in any way but together with them.
+    // The others would wait forever for a rank that ends in any way other than together with them.
     let result = catch_unwind(AssertUnwindSafe(trained))
         .unwrap_or_else(|panic| Err(Error::msg(format!("it panicked: {}", text_of(&*panic)))));
     result.inspect_err(|error| ranks.abort(&error.to_string()))
 }
 
-/// The same ranks, able to exchange what lies on their devices.
+/// The same ranks, able to exchange tensors on their devices.
 fn on_devices(
     ranks: &Arc<dyn Collective>,
     device: &Device,
@@ -74,8 +75,8 @@ fn on_devices(
     Ok(ranks.clone())
 }
 
-/// Trains on so many ranks of this process, each a thread with a replica of the model. The first is this very trainer with
-/// this very model.
+/// Trains on `devices` ranks of this process, each a thread with a replica of the model. The first rank is
+/// this trainer with this model.
 pub(super) fn fit_on_threads<B: Batch>(
     trainer: &mut Trainer,
     model: &Model<B>,
@@ -97,7 +98,8 @@ pub(super) fn fit_on_threads<B: Batch>(
     });
     let others: Vec<(Trainer, Model<B>)> = others.collect::<Result<_>>()?;
     trainer.ranks = among_all(first.clone());
-    // What rank 0 says is enough to hear. A dispatcher that tracing knows of: for none, it would think that nobody listens anywhere.
+    // Only rank 0 logs. This dispatcher is registered with tracing; with `Dispatch::none()` tracing would
+    // assume that there are no subscribers anywhere.
     let silence = Dispatch::new(NoSubscriber::new());
     let mut results: Vec<Result<Outcome>> = std::thread::scope(|scope| {
         let rank = |(mut trainer, model): (Trainer, Model<B>)| {
@@ -112,7 +114,7 @@ pub(super) fn fit_on_threads<B: Batch>(
         [first].into_iter().chain(others).collect()
     });
     trainer.ranks = processes;
-    // Rank 0 ends with its own error, or with what it heard of the rank that failed first.
+    // Rank 0 ends with its own error, or with that of the rank that failed first.
     let outcome = results.swap_remove(0)?;
     match first.failure() {
         Some((rank, why)) => Err(Error::msg(format!("rank {rank} failed: {why}"))),
@@ -120,7 +122,7 @@ pub(super) fn fit_on_threads<B: Batch>(
     }
 }
 
-/// The state of the checkpoint that rank 0 goes on from, on all ranks.
+/// Sends the state of the checkpoint that rank 0 resumes from to all ranks.
 pub(super) fn agree_on_state(ranks: &dyn Collective, own: Option<&State>) -> Result<Option<State>> {
     if ranks.is_alone() {
         return Ok(own.cloned());
@@ -129,12 +131,12 @@ pub(super) fn agree_on_state(ranks: &dyn Collective, own: Option<&State>) -> Res
     serde_json::from_slice(&ranks.broadcast_bytes(&text)?).map_err(Error::content("state"))
 }
 
-/// Gives these variables rank 0's values.
+/// Sets these variables to rank 0's values.
 pub(super) fn same_as_rank_0(ranks: &dyn Collective, vars: &[(String, Var)]) -> Result<()> {
     if ranks.is_alone() {
         return Ok(());
     }
-    // Types that ranks do not exchange, as a count of batches has, are numbers that f64 holds.
+    // Ranks cannot exchange other dtypes, for example that of a batch count; f64 holds their values.
     let (plain, others): (Vec<Var>, Vec<Var>) =
         vars.iter().map(|(_, var)| var.clone()).partition(|var| var.dtype() == DType::F32);
     for (vars, dtype) in [(plain, DType::F32), (others, DType::F64)] {
@@ -147,8 +149,8 @@ pub(super) fn same_as_rank_0(ranks: &dyn Collective, vars: &[(String, Var)]) -> 
     Ok(())
 }
 
-/// Gives the model's buffers their mean over the ranks, weighted by the samples that each has had in this step: a rank
-/// without any has learned nothing about them.
+/// Averages the model's buffers over the ranks, weighted by the samples that each rank had in this step: a
+/// rank without samples has learned nothing about them.
 pub(super) fn average_buffers(ranks: &dyn Collective, params: &Params, own_samples: usize) -> Result<()> {
     let buffers = params.buffers();
     if ranks.is_alone() || buffers.is_empty() {
@@ -168,8 +170,8 @@ pub(super) fn average_buffers(ranks: &dyn Collective, params: &Params, own_sampl
     params.roll_back_buffers()
 }
 
-/// What all ranks together come to after a step: the first that wants to stop is enough. With it, whether any wants to
-/// save.
+/// Combines the flows of all ranks after a step: the first rank that wants to stop is enough. Also returns
+/// whether any rank wants to save.
 pub(super) fn agree_on_flow(ranks: &dyn Collective, own: Flow, saves: bool) -> Result<(Flow, bool)> {
     if ranks.is_alone() {
         return Ok((own, saves));
@@ -186,7 +188,7 @@ pub(super) fn agree_on_flow(ranks: &dyn Collective, own: Flow, saves: bool) -> R
     let flow = |(rank, numbers): (usize, &Vec<f64>)| {
         let why = format!("rank {rank} asked for it");
         match numbers[0] as u8 {
-            // Its own reason, word for word.
+            // This rank's own reason, unchanged.
             _ if rank == ranks.rank() => own.clone(),
             0 => Flow::Continue,
             1 => Flow::Stop(StopReason::Finished),
@@ -198,7 +200,7 @@ pub(super) fn agree_on_flow(ranks: &dyn Collective, own: Flow, saves: bool) -> R
     Ok((all.iter().enumerate().map(flow).fold(Flow::Continue, Flow::or), saves))
 }
 
-/// What a panic said.
+/// The message of a panic.
 fn text_of(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(|text| text.to_string());
     text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "without a word".into())

@@ -11,22 +11,22 @@ use super::{Pictures, SHOWN_SAMPLES};
 use crate::error::{Error, Result};
 use crate::picture::{self, Canvas, Frames};
 
-/// Hundredths of a second that a frame is shown: about 8 frames a second.
+/// Time per frame in hundredths of a second: about 8 frames per second.
 const DELAY: u16 = 12;
-/// Frames are magnified to at least this many pixels on their longer side.
+/// Frames are magnified so their longer side has at least this many pixels.
 const LEAST_SIDE: usize = 192;
-/// Pixels around each sample: dark while it plays its input, bright while it plays what was predicted.
+/// Pixels around each sample: dark while it plays its input, bright while it plays its prediction.
 const BORDER: usize = 4;
 const INPUT_BORDER: [f32; 3] = [0.25; 3];
 const PREDICTION_BORDER: [f32; 3] = [1., 0.55, 0.];
-/// Samples side by side before the next row begins.
+/// Number of samples per row.
 const COLUMNS: usize = 4;
 
-/// The frames of a file, at most `limit`.
+/// Reads the frames of a file, at most `limit`.
 pub(super) fn read(path: &Path, limit: usize) -> Result<Pictures> {
     let mut options = DecodeOptions::new();
     options.set_color_output(ColorOutput::RGBA);
-    // A frame that reaches over the edge of the screen is refused instead of painted outside.
+    // Refuse a frame that extends beyond the screen, instead of painting outside.
     options.check_frame_consistency(true);
     let mut decoder = open(path, options)?;
     let mut screen = Screen::new(decoder.width().into(), decoder.height().into());
@@ -55,7 +55,7 @@ pub(super) fn size(path: &Path) -> Result<[usize; 2]> {
     Ok([decoder.height().into(), decoder.width().into()])
 }
 
-/// How many frames a file has.
+/// The number of frames in a file.
 pub(super) fn count(path: &Path) -> Result<usize> {
     let mut options = DecodeOptions::new();
     options.skip_frame_decoding(true);
@@ -81,9 +81,9 @@ fn unreadable(path: &Path) -> impl Fn(DecodingError) -> Error {
     }
 }
 
-/// What a viewer shows: frames of an animation may cover a part of it and let the rest show through. Starts black.
+/// The image that a viewer shows: a frame may cover only a part of it, or let it show through. Starts black.
 struct Screen {
-    /// Red, green, blue, row after row.
+    /// Red, green, blue, row by row.
     pixels: Vec<u8>,
     height: usize,
     width: usize,
@@ -105,7 +105,7 @@ impl Screen {
     }
 }
 
-/// The animation as the bytes of a file.
+/// Encodes the animation as the bytes of a file.
 pub(super) fn bytes(input: &Tensor, prediction: &Tensor) -> Result<Vec<u8>> {
     let (input, prediction) = Frames::before_and_after(input, prediction)?;
     let factor = picture::magnification(input.height.max(input.width), LEAST_SIDE);
@@ -134,8 +134,8 @@ pub(super) fn bytes(input: &Tensor, prediction: &Tensor) -> Result<Vec<u8>> {
         }
         let (_, _, mut rgb) = picture::to_rgb8(&canvas.into_tensor()?)?;
         if input.channels == 1 {
-            // 128 grays and a border fit into a palette of 256 colours as they are; with more, the encoder would choose
-            // each frame's palette anew, and the animation would flicker.
+            // 128 grays and a border fit into a palette of 256 colours unchanged. With more, the encoder
+            // would choose a new palette for each frame, and the animation would flicker.
             rgb.iter_mut().for_each(|byte| *byte = *byte & !1 | *byte >> 7);
         }
         let mut frame = Frame::from_rgb(gif_width, gif_height, &rgb);
@@ -170,7 +170,8 @@ mod tests {
 
     #[test]
     fn an_animation_plays_input_then_prediction() {
-        // Five samples: a row of four, and a row of one. Sample n is n/10 bright, its prediction 0.5 more.
+        // Five samples: a row of four and a row of one. Sample n has brightness n/10, and its prediction 0.5
+        // more.
         let shade = |shift: f64| {
             let samples = Tensor::arange(0f32, 5., &Device::Cpu).unwrap().affine(0.1, shift).unwrap();
             samples.reshape((5, 1, 1, 1, 1)).unwrap().broadcast_as((5, 2, 1, 64, 64)).unwrap()
@@ -199,7 +200,8 @@ mod tests {
 
     #[test]
     fn frames_are_laid_over_each_other_as_a_viewer_does() {
-        // A palette of black, white and gray, on a screen of three pixels; black is a hole in the last frame.
+        // A palette of black, white and gray, on a screen of three pixels; black is transparent in the last
+        // frame.
         let mut bytes = Vec::new();
         let mut encoder = Encoder::new(&mut bytes, 3, 1, &[0, 0, 0, 255, 255, 255, 51, 51, 51]).unwrap();
         let steps = [

@@ -1,4 +1,4 @@
-//! Frames in files: clips that a person gives to predict from, and predictions for a person to look at.
+//! Frames in files: clips to predict from, and predictions to look at.
 
 mod gif;
 mod npy;
@@ -14,18 +14,22 @@ use crate::error::{Error, Result};
 use crate::picture;
 use crate::whole_file::write_whole;
 
-/// Samples of a batch that a picture or an animation shows.
+/// Maximum number of samples that a picture or an animation shows.
 const SHOWN_SAMPLES: usize = 8;
 
-/// Reads clips to predict from: the first `frames_in` frames of each are the input, (N, T_in, C, H, W), f32, in `[0, 1]`.
+/// Reads clips to predict from: the first `frames_in` frames of each are the input, (N, T_in, C, H, W), f32,
+/// in `[0, 1]`.
 ///
-/// The next `frames_out` frames are the target where the file has them; where it has fewer, **the target is zeros**.
+/// The next `frames_out` frames are the target, if the file has that many; otherwise **the target is zeros**.
 ///
-/// - `.npy`: uint8 (0 to 255), float32 or float64 (0 to 1), with the axes (T, H, W), (N, T, H, W) or (N, T, C, H, W).
-/// - `.gif`: one clip, in gray for a model of one channel and in colour for one of three.
-/// - a folder of pictures (PNG, JPEG, GIF): one clip, in the order of their names, numbers in them taken as numbers.
+/// - `.npy`: uint8 (0 to 255), float32 or float64 (0 to 1), with the axes (T, H, W), (N, T, H, W) or (N, T,
+///   C, H, W).
+/// - `.gif`: one clip, in gray for a model with one channel, and in colour for one with three.
+/// - a folder of pictures (PNG, JPEG, GIF): one clip, ordered by name, with numbers in names compared as
+///   numbers.
 ///
-/// Fails, naming the file, where the frames are too few or of another size than `spec` says, or cannot be read.
+/// Fails, naming the file, if there are too few frames, if their size is not that of `spec`, or if they
+/// cannot be read.
 pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
     let frames = read_frames(path, spec)?;
     let (_, times, channels, height, width) = frames.dims5()?;
@@ -56,12 +60,12 @@ pub fn read(path: &Path, spec: &VideoSpec) -> Result<Video> {
     Ok(Video::new(input, target))
 }
 
-/// Says that of a clip which is longer than what a sample takes the first frames count, and no later ones.
+/// Logs that only the first `frames_in` frames of a longer clip are used.
 pub fn tell_of_more(path: &Path, frames_in: usize) {
     tracing::info!("{}: predicting from its first {frames_in} frames; it has more", path.display());
 }
 
-/// The clips (N, T, C, H, W) of a file or folder, f32, of no more frames than `spec` can use.
+/// The clips (N, T, C, H, W) of a file or folder, f32, with at most as many frames as `spec` uses.
 fn read_frames(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
     match extension(path).as_str() {
         _ if path.is_dir() => pictures::clip(path, spec),
@@ -71,11 +75,13 @@ fn read_frames(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
     }
 }
 
-/// Writes predicted frames (B, T_out, C, H, W) that follow `input` (B, T_in, C, H, W), whole or not at all.
+/// Writes predicted frames (B, T_out, C, H, W) that follow `input` (B, T_in, C, H, W), completely or not at
+/// all.
 ///
-/// - `.npy`: the prediction, float32, as it is.
+/// - `.npy`: the prediction, float32, unchanged.
 /// - `.png`: a row for each of the first 8 samples: input frames, a white line, predicted frames.
-/// - `.gif`: the first 8 samples side by side play their input and then, in an orange frame, their prediction.
+/// - `.gif`: the first 8 samples side by side, each playing its input and then, in an orange frame, its
+///   prediction.
 ///
 /// Pictures and animations need 1 or 3 channels.
 pub fn write(input: &Tensor, prediction: &Tensor, path: &Path) -> Result<()> {
@@ -124,7 +130,7 @@ mod tests {
         write_npy(path, array).unwrap();
     }
 
-    /// What `read` says about a file, without the file's name.
+    /// The error of `read` for a file, without the file's name.
     fn complaint(path: &Path, spec: &VideoSpec) -> String {
         let message = read(path, spec).unwrap_err().to_string();
         message.strip_prefix(&format!("{}: ", path.display())).expect(&message).to_string()
@@ -149,7 +155,7 @@ mod tests {
     fn several_clips_keep_their_samples_apart() {
         let (_folder, path) = folder();
         let value = |n, t, y, x| (n * 100 + t * 12 + y * 4 + x) as f32 / 200.;
-        // Columns first in memory: a file may have either order.
+        // Column-major: a file may have either memory layout.
         let mut clips = Array4::<f32>::zeros(ndarray::ShapeBuilder::f((2, 3, 3, 4)));
         clips.indexed_iter_mut().for_each(|((n, t, y, x), pixel)| *pixel = value(n, t, y, x));
         save(&path, &clips);
@@ -157,7 +163,7 @@ mod tests {
         let expected: Vec<f32> =
             [0., 100.].into_iter().flat_map(|n| (0..24).map(move |i| (n + i as f32) / 200.)).collect();
         assert_eq!(flat(&input), expected);
-        // Three frames hold the two of the input, and one of the two of the target.
+        // Three frames hold both input frames, but only one of the two target frames.
         assert_eq!(target.dims(), [2, 2, 1, 3, 4]);
         assert_eq!(flat(&target), [0.; 48]);
     }

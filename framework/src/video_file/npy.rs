@@ -11,11 +11,11 @@ use ndarray_npy::{ReadNpyError, ReadNpyExt, ReadableElement, WriteNpyExt};
 use crate::batch::VideoSpec;
 use crate::error::{Error, Result};
 
-/// How far outside `[0, 1]` float frames may be: what a model without a final sigmoid predicted is, a little; frames
-/// whose white is 255 are, by much, and a prediction from them would be nonsense without a word.
+/// How far outside `[0, 1]` float frames may be. Predictions of a model without a final sigmoid are slightly
+/// outside. Frames whose white is 255 are far outside, and would silently give nonsense predictions.
 const OVERSHOOT: f32 = 0.5;
 
-/// The clips (N, T, C, H, W) of a file, f32, of no more frames than `spec` can use.
+/// The clips (N, T, C, H, W) of a file, f32, with at most as many frames as `spec` uses.
 pub(super) fn read(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
     let bytes = || array::<u8>(path).map(|array| clips(path, array, spec, |byte| f32::from(byte) / 255.));
     let floats = || array::<f32>(path).map(|array| clips(path, array, spec, |value| value));
@@ -46,8 +46,8 @@ fn clips<A: Copy>(path: &Path, array: ArrayD<A>, spec: &VideoSpec, scale: fn(A) 
     let shape = array.shape().to_vec();
     let clips = match *shape.as_slice() {
         [_, _, _] => array.insert_axis(Axis(0)).insert_axis(Axis(2)),
-        // The test file of Moving MNIST is (20, 10000, 64, 64), time first. Read as 20 clips it would give a prediction
-        // from 10 unrelated frames, so what can hardly be meant is refused.
+        // The test file of Moving MNIST is (20, 10000, 64, 64), time first. Read as 20 clips, it would give a
+        // prediction from 10 unrelated frames, so shapes that are hardly intended are refused.
         [times, clips, _, _] if times == frames && clips > 100 * frames => {
             return refused(format!(
                 "its axes are {shape:?}, which looks like {clips} clips with time first; expected (N, T, H, W), \
@@ -84,7 +84,7 @@ fn unreadable(path: &Path, error: ReadNpyError) -> Error {
     }
 }
 
-/// The tensor as the bytes of a file of float32.
+/// Encodes the tensor as the bytes of a float32 file.
 pub(super) fn bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let values = tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
     let failed =

@@ -11,23 +11,23 @@ use super::{extension, gif};
 use crate::batch::VideoSpec;
 use crate::error::{Error, Result};
 
-/// The frames of a picture, which has one, or of an animation, as a viewer shows them: 8 bits, over black.
+/// The frames of a picture (one) or an animation, as a viewer shows them: 8 bits, over black.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pictures {
     /// Rows.
     pub height: usize,
     /// Columns.
     pub width: usize,
-    /// Red, green, blue, row after row, of each frame.
+    /// Red, green, blue, row by row, of each frame.
     pub frames: Vec<Vec<u8>>,
 }
 
-/// Whether the name is that of a picture or an animation.
+/// Whether the file name is that of a picture or an animation.
 pub fn is_picture(path: &Path) -> bool {
     matches!(extension(path).as_str(), "png" | "jpg" | "jpeg" | "gif")
 }
 
-/// Reads a picture or an animation. Fails, naming the file, where it is broken or cut short.
+/// Reads a picture or an animation. Fails, naming the file, if it is damaged or truncated.
 pub fn pictures(path: &Path) -> Result<Pictures> {
     at_most(path, usize::MAX)
 }
@@ -39,13 +39,13 @@ fn at_most(path: &Path, limit: usize) -> Result<Pictures> {
     check_end(path)?;
     let image = reader(path)?.decode().map_err(unreadable(path))?.to_rgba8();
     let (width, height) = image.dimensions();
-    // What is transparent lets black through.
+    // Transparent pixels let black show through.
     let over_black = |value: u8, alpha: u8| ((u32::from(value) * u32::from(alpha) + 127) / 255) as u8;
     let rgb = image.pixels().flat_map(|pixel| [0, 1, 2].map(|channel| over_black(pixel[channel], pixel[3])));
     Ok(Pictures { height: height as usize, width: width as usize, frames: vec![rgb.collect()] })
 }
 
-/// (rows, columns) of a picture or an animation, of which no more than that is read.
+/// (rows, columns) of a picture or an animation, without reading the rest of the file.
 pub fn size(path: &Path) -> Result<[usize; 2]> {
     if extension(path) == "gif" {
         return gif::size(path);
@@ -54,7 +54,7 @@ pub fn size(path: &Path) -> Result<[usize; 2]> {
     Ok([height as usize, width as usize])
 }
 
-/// How many frames a picture or an animation has.
+/// The number of frames of a picture or an animation.
 pub fn count(path: &Path) -> Result<usize> {
     if extension(path) == "gif" { gif::count(path) } else { Ok(1) }
 }
@@ -67,9 +67,9 @@ fn unreadable(path: &Path) -> impl FnOnce(image::ImageError) -> Error {
     move |error| Error::msg(format!("{}: cannot be read as a picture: {error}", path.display()))
 }
 
-/// Refuses a JPEG without an end: the decoder would make up what is missing.
+/// Refuses a truncated JPEG: the decoder would make up the missing part.
 fn check_end(path: &Path) -> Result<()> {
-    /// Programs append a little after the end.
+    /// Some programs append a little data after the end.
     const TAIL: i64 = 4096;
     if !matches!(extension(path).as_str(), "jpg" | "jpeg") {
         return Ok(());
@@ -86,11 +86,11 @@ fn check_end(path: &Path) -> Result<()> {
 }
 
 impl Pictures {
-    /// The planes of a frame, (C, H, W), in `[0, 1]`: its gray for 1 channel, its colours for 3.
+    /// The planes of a frame, (C, H, W), in `[0, 1]`: gray for 1 channel, red, green and blue for 3.
     pub fn planes(&self, frame: usize, channels: usize) -> Vec<f32> {
         let pixels = self.frames[frame].chunks_exact(3);
         if channels == 1 {
-            // The weights of ITU-R BT.601, in whole numbers: a gray pixel keeps its exact value.
+            // The weights of ITU-R BT.601 as integers, so a gray pixel keeps its exact value.
             let luma =
                 |rgb: &[u8]| 299 * u32::from(rgb[0]) + 587 * u32::from(rgb[1]) + 114 * u32::from(rgb[2]);
             return pixels.map(|rgb| luma(rgb) as f32 / 255e3).collect();
@@ -100,7 +100,8 @@ impl Pictures {
     }
 }
 
-/// One clip (1, T, C, H, W) from an animation or a folder of pictures, of no more frames than `spec` can use.
+/// One clip (1, T, C, H, W) from an animation or a folder of pictures, with at most as many frames as `spec`
+/// uses.
 pub(super) fn clip(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
     if !matches!(spec.channels, 1 | 3) {
         return Err(Error::msg(format!(
@@ -134,7 +135,7 @@ pub(super) fn clip(path: &Path, spec: &VideoSpec) -> Result<Tensor> {
     Ok(Tensor::from_vec(values, (1, times, spec.channels, height, width), &Device::Cpu)?)
 }
 
-/// The pictures of a folder, in the order of their names.
+/// The pictures in a folder, ordered by name.
 fn in_folder(path: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(path).map_err(Error::file(path))? {

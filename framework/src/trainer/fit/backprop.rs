@@ -1,4 +1,4 @@
-//! The forward and backward pass over a micro-batch, and what may follow at once.
+//! The forward and backward pass over a micro-batch, optionally followed by the update.
 
 use candle_core::{DType, Tensor};
 
@@ -11,21 +11,21 @@ use crate::grads::{self, Grads};
 use crate::module::{Metric, Module, Sketch, Step};
 use crate::optim::{Clipped, Clipping, Turn};
 
-/// What the two passes came to.
+/// The results of both passes.
 pub(super) struct Backprop {
     pub(super) loss: Tensor,
-    /// Of how many things the loss is the mean, where the module says so.
+    /// How many things the loss averages over, if the module reports it (`Step::weigh_loss`).
     pub(super) weight: Option<f64>,
     pub(super) metrics: Vec<Metric>,
     pub(super) pictures: Vec<Sketch>,
-    /// Of the parameters that the optimizer moves, in their order.
+    /// Gradients of the parameters that the optimizer moves, in their order.
     pub(super) gradients: Vec<Option<Tensor>>,
-    /// Where the work was the update as well: what was decided of these gradients, which are then complete.
+    /// If the update was made too: how these gradients, which are then complete, were clipped.
     pub(super) clipped: Option<Clipped>,
 }
 
 impl Backprop {
-    /// Both passes over `batch`, whose loss counts `factor` times in the gradients, by what the module says that it is the mean of.
+    /// Runs both passes over `batch`. `factor` maps the loss's weight, if any, to the factor on the loss.
     pub(super) fn over<B: Batch>(
         module: &dyn Module<Batch = B>,
         turn: &Turn,
@@ -42,9 +42,9 @@ impl Backprop {
         Self::new(&loss, step, gradients)
     }
 
-    /// Moves the optimizer's parameters as well, by gradients that are complete after this one micro-batch.
+    /// Also moves the optimizer's parameters, by gradients that are complete after this one micro-batch.
     pub(super) fn then_update(self, turn: &Turn, clipping: &Clipping) -> Result<Self> {
-        // What is logged may share memory with what moves now.
+        // Logged tensors may share memory with the parameters that now move.
         let copied = self.map(&Tensor::force_contiguous, &|gradient| Ok(gradient.clone()))?;
         let mut grads = Grads::new(&turn.params);
         grads.add(&copied.gradients)?;
@@ -55,7 +55,7 @@ impl Backprop {
         Ok(Self { gradients: gradients.into_iter().map(Some).collect(), clipped: Some(clipped), ..copied })
     }
 
-    /// The same, with `logged` applied to the loss, metrics and pictures, and `gradient` to each gradient.
+    /// A copy with `logged` applied to the loss, metrics and pictures, and `gradient` to each gradient.
     pub(super) fn map(&self, logged: MapTensor, gradient: MapTensor) -> candle_core::Result<Self> {
         let metric = |metric: &Metric| Ok(Metric { value: logged(&metric.value)?, ..metric.clone() });
         let picture = |sketch: &Sketch| {
@@ -73,7 +73,7 @@ impl Backprop {
         })
     }
 
-    /// What a module returned and logged, with the gradients that were found.
+    /// Combines what a module returned and logged with its gradients.
     pub(super) fn new(loss: &Tensor, step: Step, gradients: Vec<Option<Tensor>>) -> Result<Self> {
         let weight = step.loss_weight();
         let (metrics, pictures) = step.into_logged()?;
@@ -81,10 +81,10 @@ impl Backprop {
     }
 }
 
-/// What becomes of a tensor.
+/// A function applied to a tensor.
 type MapTensor<'a> = &'a dyn Fn(&Tensor) -> candle_core::Result<Tensor>;
 
-/// The loss of a batch, in 32 bits.
+/// The loss of a batch, in f32.
 pub(super) fn forward<B: Batch>(
     module: &dyn Module<Batch = B>,
     batch: &B,
@@ -98,7 +98,7 @@ pub(super) fn forward<B: Batch>(
     Ok(loss.to_dtype(DType::F32)?)
 }
 
-/// The loss `factor` times.
+/// The loss multiplied by `factor`.
 pub(super) fn scaled(loss: &Tensor, factor: f64) -> candle_core::Result<Tensor> {
     if factor == 1. { Ok(loss.clone()) } else { loss * factor }
 }

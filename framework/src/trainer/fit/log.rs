@@ -1,4 +1,4 @@
-//! What a step logs: gathered while it is taken, read when it is due.
+//! What a step logs: gathered during the step, read when it is due.
 
 use candle_core::Tensor;
 use indexmap::IndexMap;
@@ -12,19 +12,19 @@ use crate::error::Result;
 use crate::module::Metric;
 
 impl Tally {
-    /// Adds to what is logged of the step, if that is.
+    /// Adds to the step's logged metrics, if they are gathered.
     pub(super) fn note(&mut self, name: &str, value: &Tensor, weight: f64) -> Result<()> {
         self.means.as_mut().map_or(Ok(()), |means| means.add(name, value, weight))
     }
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// A metric's name; several optimizers have one each.
+    /// A metric's name; with several optimizers, each has its own.
     pub(super) fn metric_name(&self, turn: usize, name: &str) -> String {
         if self.turns.len() == 1 { name.into() } else { format!("{name}/{}", self.turns[turn].name) }
     }
 
-    /// Hands on what a module logged in a step.
+    /// Records what a module logged in a step.
     pub(super) fn log(
         &mut self,
         backprop: Backprop,
@@ -45,7 +45,7 @@ impl<B: Batch> Fit<'_, B> {
         self.trainer.take_pictures(self.progress.step + 1, Split::Train, pictures)
     }
 
-    /// Reads what is due of a step that was taken, and tells the callbacks.
+    /// Reads the metrics that are due after a step and passes them to the callbacks.
     pub(super) fn log_step(&mut self, tally: Tally) -> Result<Flow> {
         let is_due = self.progress.step.is_multiple_of(self.trainer.config.log_every);
         let mut means = tally.means.filter(|_| is_due).unwrap_or_default();
@@ -54,14 +54,14 @@ impl<B: Batch> Fit<'_, B> {
         } else if !is_due {
             return Ok(Flow::Continue);
         }
-        // At an epoch's end all ranks exchange what they have, as none knows whether another has something.
+        // At an epoch's end all ranks exchange, because none knows whether another has something to log.
         let phase = (!means.is_empty()).then(|| phase!("logging"));
         let metrics = means.read_over(&*self.ranks)?;
         drop(phase);
         self.tell_metrics(metrics)
     }
 
-    /// What an epoch that training leaves in the middle has come to; a longer training goes on with it.
+    /// Logs the metrics so far of an epoch that training ends within. A longer training continues their sums.
     pub(super) fn log_part_of_epoch(&mut self) -> Result<()> {
         let metrics = self.epoch_means.copied().read_over(&*self.ranks)?;
         self.tell_metrics(metrics).map(drop)

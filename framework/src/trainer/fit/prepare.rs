@@ -1,4 +1,4 @@
-//! What there is to do before the first step.
+//! Preparations before the first step.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,7 +25,7 @@ use crate::trainer::ranks::{agree_on_state, same_as_rank_0};
 use crate::trainer::{Trainer, TrainerConfig};
 
 impl<'a, B: Batch> Fit<'a, B> {
-    /// Finds out where training begins, with all ranks, and gets everything ready for its first step.
+    /// Agrees with all ranks on where training begins, and prepares its first step.
     pub(in crate::trainer) fn new(
         trainer: &'a mut Trainer,
         model: &'a Model<B>,
@@ -160,7 +160,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             validation: None,
             validated_at: Instant::now(),
             before_validation: None,
-            // What a plateau has lowered counts as long as there is one.
+            // A learning rate lowered by a plateau stays lowered only while a plateau is configured.
             lr_scale: trainer.plateau.as_ref().and(state).and_then(|state| state.lr_scale).unwrap_or(1.),
             plateau: state.map(|state| plateau_of(trainer, state)).unwrap_or_default(),
             loss_scale: LossScale::of(config.precision)
@@ -182,7 +182,7 @@ impl<'a, B: Batch> Fit<'a, B> {
     }
 }
 
-/// What the plateau remembers: of a metric that it watches no more, nothing.
+/// The plateau's saved state; starts over if the plateau now watches another metric.
 fn plateau_of(trainer: &Trainer, state: &State) -> PlateauState {
     match &trainer.plateau {
         Some(plateau) if !plateau.criterion().goes_on(state.plateau_of.as_ref()) => {
@@ -193,7 +193,7 @@ fn plateau_of(trainer: &Trainer, state: &State) -> PlateauState {
     }
 }
 
-/// What this rank has summed up of its epoch's metrics; among others ranks than before, the first one has all of it.
+/// This rank's sums of the epoch's metrics so far. If the number of ranks has changed, rank 0 gets all sums.
 fn epoch_means(state: Option<&State>, share: Share) -> Result<Means> {
     let mut means = Means::default();
     let sums = state.map_or(&[][..], |state| &state.epoch_metrics);
@@ -217,7 +217,7 @@ impl<B: Batch> Tapped<B> {
     }
 }
 
-/// The order in which training takes its samples.
+/// The order in which training visits its samples.
 fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Result<Order> {
     let order = Order::new(seed, train.len().unwrap_or(usize::MAX), config.batch_size);
     if train.is_empty() {
@@ -248,7 +248,7 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
     }
 }
 
-/// Refuses to go on with a checkpoint that is beyond what an epoch of a stream is limited to.
+/// Refuses a checkpoint that is past the current limit on an epoch of a stream.
 fn check_stream_goes_on(state: &State, order: &Order) -> Result<()> {
     let Progress { step_in_epoch, samples_in_epoch: done, .. } = state.progress;
     let limit = order.limit.saturating_mul(order.batch_size) as u64;
@@ -264,7 +264,7 @@ fn check_stream_goes_on(state: &State, order: &Order) -> Result<()> {
     }
 }
 
-/// Refuses to go on with a checkpoint whose steps went over other batches: the order would silently be another.
+/// Refuses a checkpoint whose steps used other batches: the order of samples would silently change.
 fn check_same_order(state: &State, order: &Order) -> Result<()> {
     let Progress { epoch, step_in_epoch, samples, .. } = state.progress;
     let in_epoch = (step_in_epoch as usize * order.batch_size).min(order.len) as u64;

@@ -12,12 +12,13 @@ use crate::precision::LossScale;
 pub(super) enum Refusal {
     /// The gradients overflowed in fp16: the same batch is tried again with a smaller loss scale.
     Overflow,
-    /// Something is not a number: what.
+    /// Training cannot go on; the text says why, for example which loss or gradient is not finite.
     Hopeless(String),
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// Why a step, in which no optimizer has moved yet if this one `is_first`, must not be taken, where that is so: in fp16 its gradients overflow, or something is not a number.
+    /// Why this optimizer must not move its parameters, if so: in fp16 its gradients overflow, otherwise a
+    /// loss, a gradient or their norm is not finite. `is_first`: no optimizer has moved in this step yet.
     pub(super) fn refuse(
         &mut self,
         turn: usize,
@@ -33,7 +34,7 @@ impl<B: Batch> Fit<'_, B> {
             return Ok(match *overflows {
                 0 => None,
                 LossScale::HOPELESS.. => {
-                    // That was not for the scale: who mends what it was for begins with another.
+                    // The scale was not the cause: once that is fixed, start with a fresh scale.
                     *loss_scale = LossScale::default();
                     Some(Refusal::Hopeless(hopeless(self.progress.step + 1)))
                 }
@@ -51,7 +52,7 @@ impl<B: Batch> Fit<'_, B> {
             None => None,
         };
         let name = first_not_finite(&self.turns[turn].own(&*self.ranks), gradients)?.unwrap_or_default();
-        // Each rank may know of its own parameters alone.
+        // Each rank may only know about its own parameters.
         let names = self.ranks.gather_bytes(name.as_bytes())?;
         if let Some(name) = names.iter().find(|name| !name.is_empty()) {
             let name = String::from_utf8_lossy(name);
@@ -69,7 +70,7 @@ impl<B: Batch> Fit<'_, B> {
         ))))
     }
 
-    /// Number and loss of the first micro-batch, of all ranks, whose loss is not finite.
+    /// Number and loss of the first micro-batch, over all ranks, whose loss is not finite.
     fn first_loss_not_finite(&self, tally: &Tally) -> Result<Option<(usize, f64)>> {
         let mut own = [f64::INFINITY, 0.];
         for (number, loss) in tally.losses.iter().rev() {
@@ -84,7 +85,7 @@ impl<B: Batch> Fit<'_, B> {
     }
 }
 
-/// What to say of fp16 that no loss scale helps.
+/// The message for an fp16 step that no loss scale helps.
 fn hopeless(step: u64) -> String {
     format!(
         "{} tries in a row of step {step} overflowed in fp16 even with the smallest loss scale; look at that step's data and at \

@@ -1,5 +1,5 @@
-//! A device's work on a micro-batch, as it comes, or recorded once and replayed: both passes and, where a step is one
-//! micro-batch, the update.
+//! A device's work on a micro-batch, run directly or recorded once and replayed: both passes and, if a step
+//! is one micro-batch, the update.
 
 use std::sync::atomic::Ordering;
 
@@ -13,49 +13,49 @@ use crate::error::{Error, Result};
 use crate::module::Step;
 use crate::taps::refresh;
 
-/// How many kinds of work are recorded: beyond that, shapes change too often for it to be worth its memory.
+/// Maximum number of recorded kinds. With more, shapes change too often for it to be worth the memory.
 const MOST_KINDS: usize = 8;
 
-/// The work that was recorded.
+/// Recorded work.
 ///
-/// The first that is like no other before rehearses, the second is recorded, and from then on it is replayed. What goes wrong
-/// on the way, or cannot be replayed, ends all recording, with a warning.
+/// Work of a new kind is first run as a rehearsal, the second time recorded, and from then on replayed. If
+/// anything fails on the way or cannot be replayed, recording is turned off with a warning.
 pub(super) struct Replays<B> {
     device: Device,
     is_on: bool,
     known: Vec<Known<B>>,
 }
 
-/// What makes work alike, beside the shapes of its batches.
+/// What identifies a kind of work, besides the shapes of its batches.
 #[derive(Clone, PartialEq)]
 pub(super) struct Kind {
     /// Which optimizer's turn it is.
     pub(super) turn: usize,
-    /// How often the loss counts.
+    /// The factor of the loss in the gradients.
     pub(super) factor: f64,
-    /// Whether parameters move as well.
+    /// Whether parameters are updated too.
     pub(super) updates: bool,
 }
 
 type Shapes = Vec<(Shape, DType)>;
 
-/// A kind of work that was rehearsed, and perhaps recorded.
+/// A kind of work that has been rehearsed, and possibly recorded.
 struct Known<B> {
     kind: Kind,
     shapes: Shapes,
     recorded: Option<Recorded<B>>,
 }
 
-/// A recording, and where it finds its batch and leaves its results.
+/// A recording, with the tensors that hold its input batch and its results.
 struct Recorded<B> {
-    // Freed before the recording, whose memory it is.
+    // Dropped before the recording, which owns its memory.
     results: Backprop,
     batch: B,
     recording: Recording,
 }
 
 impl<B: Batch> Replays<B> {
-    /// Records on `device` where that is `wanted`.
+    /// Records on `device` if `wanted`.
     pub(super) fn new(wanted: bool, device: &Device) -> Self {
         if wanted && !device.is_cuda() {
             tracing::warn!("trainer.cuda_graph: only CUDA devices record steps");
@@ -63,12 +63,12 @@ impl<B: Batch> Replays<B> {
         Self { device: device.clone(), is_on: wanted && device.is_cuda(), known: Vec::new() }
     }
 
-    /// Whether work is recorded, as far as is known.
+    /// Whether work is being recorded, as far as is known.
     pub(super) fn is_on(&self) -> bool {
         self.is_on
     }
 
-    /// Does work of this kind on a batch.
+    /// Runs work of this kind on a batch.
     pub(super) fn run(
         &mut self,
         kind: Kind,
@@ -95,7 +95,8 @@ impl<B: Batch> Replays<B> {
         known.recorded.as_ref().map_or_else(|| work(batch, step()), |recorded| recorded.replay(batch))
     }
 
-    /// The first work of its kind. One that differs in its factor alone, as when a loss scale has changed, takes another's place.
+    /// Runs the first work of its kind. It replaces a kind that differs only in its factor, for example after
+    /// the loss scale changed.
     fn rehearse(
         &mut self,
         kind: Kind,
@@ -124,12 +125,12 @@ impl<B: Batch> Recorded<B> {
         let batch = batch.map(&mut |x| Ok(x.force_contiguous()?))?;
         let was_asked = step.watch();
         let (results, recording) = record(device, || {
-            // Without what they were computed from, which is freed here.
+            // Detached from their inputs, which are freed here.
             let detached = |x: &Tensor| Ok(x.detach());
             Ok::<_, Error>(work(&batch, step)?.map(&detached, &detached)?)
         })?;
         if was_asked.load(Ordering::Relaxed) {
-            // They have never been computed, so that there is nothing to free.
+            // The results have never been computed, so there is nothing to free.
             std::mem::forget(results);
             return Err(Error::msg(
                 "the module uses the step's number or random numbers, which differ from step to step",
@@ -146,9 +147,9 @@ impl<B: Batch> Recorded<B> {
             refresh(to, from)?;
         }
         self.recording.replay()?;
-        // Others keep these for longer than until the next replay, ...
+        // Callers keep these past the next replay, ...
         let copied = &Tensor::force_contiguous;
-        // ... but not gradients that have done what they are for.
+        // ... except gradients that have already been applied.
         let shared = &|x: &Tensor| Ok(x.clone());
         Ok(self.results.map(copied, if self.results.clipped.is_some() { shared } else { copied })?)
     }

@@ -1,4 +1,4 @@
-//! Checkpoints of the loop.
+//! Saving checkpoints of the training loop.
 
 use std::path::PathBuf;
 
@@ -15,12 +15,12 @@ use crate::schedule::Plateau;
 use crate::trainer::phase;
 
 impl<B: Batch> Fit<'_, B> {
-    /// Saves this very step, unless nobody wants it. Where that has been done, what is best is brought up to date.
+    /// Saves the current step, if checkpoints are kept. If it is saved already, only updates the best ones.
     pub(super) fn save(&mut self) -> Result<()> {
-        // Who goes on from here draws those that come after it alone.
+        // A run that resumes from here draws only later pictures.
         self.trainer.show_all_pictures()?;
         let is_wanted = self.saver.as_ref().is_some_and(|saver| !saver.has(self.progress.step));
-        // Rank 0 saves; of an optimizer's state that is shared out, and of an epoch's metrics, all have a part.
+        // Rank 0 saves. All ranks hold parts of a sharded optimizer's state and of the epoch's metrics.
         let shared = match self.ranks.decide(is_wanted)? {
             true => Some((self.optimizer_state()?, self.epoch_metrics()?)),
             false => None,
@@ -32,7 +32,7 @@ impl<B: Batch> Fit<'_, B> {
         self.tell_saved(before)
     }
 
-    /// What the optimizers of all ranks remember, by name.
+    /// The state of all ranks' optimizers, by name.
     fn optimizer_state(&self) -> Result<Vec<(String, Var)>> {
         let own: Vec<(String, Var)> = self.turns.iter().flat_map(Turn::state).collect();
         if !self.sharded {
@@ -41,7 +41,7 @@ impl<B: Batch> Fit<'_, B> {
         Whole::new(&*self.ranks, &own)?.gather(&*self.ranks)
     }
 
-    /// The sums of each rank, where there are any.
+    /// Each rank's sums of the epoch's metrics; empty if no rank has any.
     fn epoch_metrics(&self) -> Result<Vec<Sums>> {
         let sums = self.epoch_means.copied().gather(&*self.ranks)?;
         Ok(if sums.iter().all(Vec::is_empty) { Vec::new() } else { sums })
@@ -70,7 +70,7 @@ impl<B: Batch> Fit<'_, B> {
             seed: trainer.seed,
             best: saver.best().to_vec(),
             best_by: Some(saver.criterion()),
-            // Without a plateau the configuration's learning rate counts, so that it can be changed on resuming.
+            // Without a plateau, the configured learning rate applies, so it can be changed on resuming.
             lr_scale: trainer.plateau.is_some().then_some(lr_scale),
             plateau,
             plateau_of: trainer.plateau.as_ref().map(Plateau::criterion),
@@ -85,7 +85,8 @@ impl<B: Batch> Fit<'_, B> {
         Snapshot::take(&self.model.params().state_dict(), optimizer, average.map(Average::averages), state)
     }
 
-    /// After an error, which is the one to tell: saves the last step that was taken, where no rank waits for this one.
+    /// After an error, saves the last step that was taken, if no other rank would have to take part. Further
+    /// errors are only logged: the first one is the one to report.
     pub(super) fn save_after_error(&mut self) {
         let step = self.progress.step;
         let is_worth_it = self.saver.as_ref().is_some_and(|saver| step > 0 && !saver.has(step));
@@ -101,7 +102,7 @@ impl<B: Batch> Fit<'_, B> {
         }
     }
 
-    /// Tells the callbacks of a checkpoint that is complete.
+    /// Notifies the callbacks of a completed checkpoint, if there is one.
     pub(super) fn tell_saved(&mut self, checkpoint: Option<PathBuf>) -> Result<()> {
         let Some(path) = checkpoint else { return Ok(()) };
         self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))

@@ -1,4 +1,4 @@
-//! One optimizer's part in a step: the gradient of the mean loss over a batch, and the move against it.
+//! One optimizer's turn in a step: the gradient of the mean loss over a batch, and the move against it.
 
 use candle_core::Tensor;
 use candlepower_kernels::updates::sum_squares_of;
@@ -17,32 +17,32 @@ use crate::module::Step;
 use crate::optim::{Clipped, Clipping};
 use crate::reduction::{Reduced, Reduction};
 
-/// What an update came to.
+/// The result of an optimizer's turn.
 pub(super) struct Update {
-    /// Of the parameters that this rank moves, over all micro-batches of the step and over all ranks.
+    /// Gradients of the parameters that this rank moves, over all micro-batches of the step and all ranks.
     pub(super) gradients: Vec<Tensor>,
-    /// Of all of the optimizer's gradients together, before clipping.
+    /// The norm of all of the optimizer's gradients together, before clipping.
     pub(super) norm: f64,
 }
 
 /// The gradients of an optimizer's parameters.
 struct Gradients {
-    /// Of those that this rank moves.
+    /// Gradients of the parameters that this rank moves.
     own: Vec<Tensor>,
-    /// Whether somebody wants to look at those of all.
+    /// Whether a callback wants the gradients of all parameters.
     wanted: bool,
-    /// Where the update has followed them at once: what was decided of them.
+    /// If the update has already been made: how the gradients were clipped.
     clipped: Option<Clipped>,
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// Moves an optimizer's parameters, unless their gradients are such that the step is refused.
+    /// Moves an optimizer's parameters, unless their gradients cause the step to be refused.
     pub(super) fn update(&mut self, turn: usize, tally: &mut Tally) -> Result<Update> {
         let Gradients { own, wanted, clipped } = self.gradients(turn, tally)?;
         let _phase = phase!("optimizer");
         let is_over = clipped.is_some();
         let Clipped { scale, norm } = clipped.map_or_else(|| self.clip(&own), Ok)?;
-        // Decided where the gradients are, and heard of here, as what is logged, when all that follows has been asked for.
+        // The norm and logged values are on the device: start reading now, wait once the rest is queued.
         let norm = norm.read()?;
         tally.means.as_mut().map_or(Ok(()), Means::begin)?;
         if !is_over {
@@ -61,7 +61,7 @@ impl<B: Batch> Fit<'_, B> {
         Ok(Update { gradients: own, norm: norm.finish()? })
     }
 
-    /// Where somebody wants to look at gradients: those of an optimizer that sits this step out are 0.
+    /// If a callback wants gradients, adds zeros for an optimizer that sits out this step.
     pub(super) fn sit_out(&self, turn: usize, tally: &mut Tally) -> Result<()> {
         let step = self.progress.step + 1;
         if self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(step)) {
@@ -72,7 +72,8 @@ impl<B: Batch> Fit<'_, B> {
         Ok(())
     }
 
-    /// Both passes over the step's micro-batches; where one device does all of a step at once, the update as well.
+    /// Runs both passes over the step's micro-batches and, if the whole step is recorded as one piece of
+    /// work, the update.
     fn gradients(&mut self, turn: usize, tally: &mut Tally) -> Result<Gradients> {
         let done = self.progress.step;
         let mut grads = Grads::new(&self.turns[turn].params);
@@ -106,8 +107,8 @@ impl<B: Batch> Fit<'_, B> {
             if place.ends_step {
                 break;
             }
-            // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for its end, as
-            // each may be somewhere else in it.
+            // By the clock, a validation may be due inside a step that takes minutes. Several ranks wait for
+            // the end of the step, because each may be at a different micro-batch.
             if !self.is_moving && self.ranks.is_alone() && self.is_validation_due(true)? {
                 self.asked = std::mem::take(&mut self.asked).or(self.validate()?);
             }
@@ -121,13 +122,13 @@ impl<B: Batch> Fit<'_, B> {
                 Gradients { own: own.complete(&self.turns[turn].own(&*self.ranks))?, wanted: whole, clipped }
             }
         };
-        // Behind the reduction: ranks without samples have begun theirs only there, and all exchange in one order.
+        // After the reduction, where ranks without samples start theirs: all must exchange in one order.
         let said = Said::of(&weights, tally.own_samples == tally.samples);
         self.things_per_sample = self.things_per_sample(turn, said, tally.samples)?;
         Ok(gradients)
     }
 
-    /// Both passes over a micro-batch, and the update where that is the whole step.
+    /// Runs both passes over a micro-batch and, if it is the whole step and is recorded, the update.
     fn passes(&mut self, turn: usize, batch: &B, place: &Place) -> Result<Backprop> {
         let images_due = self.images_due(place);
         let (done, seed) = (self.progress.step, self.trainer.seed);
@@ -144,7 +145,7 @@ impl<B: Batch> Fit<'_, B> {
             let passes = passes.map_err(|error| precision.explain(error))?;
             if updates { passes.then_update(optimizer, &clipping) } else { Ok(passes) }
         };
-        // Steps with pictures compute what others do not.
+        // Steps with pictures compute more than others, so they are never replayed.
         if images_due {
             work(batch, step())
         } else {
@@ -152,7 +153,7 @@ impl<B: Batch> Fit<'_, B> {
         }
     }
 
-    /// Both passes of one of several ranks: its gradients go to the reduction while they become known.
+    /// Runs both passes on one of several ranks, passing gradients to the reduction as they become available.
     fn passes_among_ranks(
         &self,
         tapped: &Tapped<B>,
@@ -173,16 +174,16 @@ impl<B: Batch> Fit<'_, B> {
         passes.map_err(|error| self.trainer.config.precision.explain(error))
     }
 
-    /// What losses are multiplied with; 1 but in fp16.
+    /// The factor on the loss; 1 except in fp16.
     fn loss_scale(&self) -> f64 {
         self.loss_scale.map_or(1., |loss_scale| loss_scale.scale)
     }
 
-    /// How many things the losses of a turn are the mean of, over all ranks, for each of the step's samples: gradients are too large
-    /// by that. `own` is what the module has said here.
+    /// How many things the losses of a turn average over, over all ranks, per sample of the step. Gradients
+    /// are too large by this factor. `own` is what the module reported on this rank.
     fn things_per_sample(&mut self, turn: usize, own: Said, samples: usize) -> Result<f64> {
         let all = match self.weighs[turn] {
-            // Who had no sample cannot know, and none can know at first.
+            // A rank without samples cannot know, and at first no rank does.
             Some(true) | None => own.over(&*self.ranks)?,
             Some(false) => own,
         };
@@ -193,24 +194,24 @@ impl<B: Batch> Fit<'_, B> {
             ));
         }
         self.weighs[turn] = Some(all.weighs);
-        // What is all of a step counts whole.
+        // A micro-batch that is a whole step counts fully.
         let adds_up = all.weighs && all.things > 0. && !all.is_whole;
         Ok(if adds_up { all.things / samples as f64 } else { 1. })
     }
 
-    /// Whether the module is to log pictures: of the first micro-batch of every so many steps.
+    /// Whether the module should log pictures: in the first micro-batch of every `image_every` steps.
     fn images_due(&self, place: &Place) -> bool {
         let (number, every) = (self.progress.step + 1, self.trainer.image_every);
         place.number == 0 && every > 0 && number.is_multiple_of(every)
     }
 
-    /// What becomes of a step's gradients, by their norm.
+    /// How a step's gradients are scaled and clipped, based on their norm.
     fn clip(&self, gradients: &[Tensor]) -> Result<Clipped> {
         let clipping = self.clipping();
         if !self.sharded {
             return Ok(clipping.decide(gradients)?);
         }
-        // Each rank has a part of the gradients.
+        // Each rank has part of the gradients.
         let parts = self.ranks.gather_numbers(&[sum_squares_of(gradients)?])?;
         let norm = parts.iter().map(|part| part[0]).sum::<f64>().sqrt();
         Ok(clipping.decide_by(norm / clipping.loss_scale))
@@ -222,22 +223,22 @@ impl<B: Batch> Fit<'_, B> {
             loss_scale: self.loss_scale() * self.things_per_sample,
             max_norm: config.clip_norm,
             max_value: config.clip_value,
-            // On the same condition as in `refuse`.
+            // The same condition as in `refuse`.
             only_finite: config.nan_guard || self.loss_scale.is_some(),
         }
     }
 }
 
-/// What a module has said of a step's micro-batches.
+/// Which loss weights a module reported for a step's micro-batches.
 #[derive(Clone, Copy)]
 struct Said {
-    /// Whether it says what its losses are the mean of.
+    /// Whether it reported any weight.
     weighs: bool,
-    /// Whether it did not, of some micro-batch.
+    /// Whether it reported no weight for some micro-batch.
     is_silent: bool,
-    /// Whether one micro-batch is all of the step.
+    /// Whether one micro-batch is the whole step.
     is_whole: bool,
-    /// Of how many things all losses are the mean.
+    /// How many things all losses together average over.
     things: f64,
 }
 
@@ -251,7 +252,7 @@ impl Said {
         }
     }
 
-    /// The same of all ranks' micro-batches.
+    /// The same over the micro-batches of all ranks.
     fn over(self, ranks: &dyn Collective) -> Result<Self> {
         let flags = [self.weighs, self.is_silent, self.is_whole].map(|flag| f64::from(u8::from(flag)));
         let all = ranks.gather_numbers(&[&flags[..], &[self.things]].concat())?;
@@ -261,7 +262,8 @@ impl Said {
     }
 }
 
-/// How often the loss of so many samples, or things, counts: by their share of the step's samples. What is all of a step counts whole.
+/// The factor on the loss of so many samples, or things: their share of the step's samples. A micro-batch
+/// that is the whole step counts fully.
 fn share(things: Option<f64>, samples: usize, place: &Place) -> f64 {
     let things = things.filter(|_| samples < place.step_samples).unwrap_or(samples as f64);
     things / place.step_samples as f64

@@ -1,4 +1,4 @@
-//! Validations of the loop: when they are due, and what follows from them.
+//! Validations of the training loop: when they are due, and how the run reacts to them.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ use crate::trainer::evaluate::{Evaluated, evaluate};
 use crate::trainer::limits::{Every, Limit};
 
 impl<B: Batch> Fit<'_, B> {
-    /// Whether a validation is due after the step, or, `inside` the next one, by the clock.
+    /// Whether a validation is due after the step or, by the clock, `inside` the next one.
     pub(super) fn is_validation_due(&self, inside: bool) -> Result<bool> {
         let is_due = match self.trainer.config.val_every {
             None => !inside && self.progress.step_in_epoch == 0,
@@ -23,13 +23,13 @@ impl<B: Batch> Fit<'_, B> {
             Some(every) => every.is_due(&self.progress, self.steps_per_epoch, || self.validated_at.elapsed()),
         };
         match self.trainer.config.val_every {
-            // Clocks differ from rank to rank.
+            // Clocks differ between ranks.
             Some(Every::Time(_)) => self.ranks.decide(is_due),
             _ => Ok(is_due),
         }
     }
 
-    /// Validates, unless this very step has been validated already.
+    /// Validates, unless this step has already been validated.
     pub(super) fn validate(&mut self) -> Result<Flow> {
         let step = self.progress.step;
         self.validated_at = Instant::now();
@@ -47,7 +47,7 @@ impl<B: Batch> Fit<'_, B> {
         };
         let checked = self.check_monitors(&metrics);
         if self.ranks.decide(checked.is_err())? {
-            // What came before it is worth having.
+            // Keep the training done so far.
             self.save()?;
             checked?;
         }
@@ -56,7 +56,7 @@ impl<B: Batch> Fit<'_, B> {
         let flow = asked.or(self.trainer.ask(|callback| callback.on_validation_end(&mut record))?);
         let metric = |name: &str| record.metrics.get(name).copied();
         if let Some(plateau) = self.trainer.plateau.as_ref().filter(|_| self.turns[0].lr > 0.) {
-            // Rank 0 alone knows what callbacks have added.
+            // Only rank 0 has the metrics that callbacks added.
             let own = metric(&plateau.monitor).unwrap_or(f64::NAN);
             let (value, lr) = (self.ranks.gather_numbers(&[own])?[0][0], self.turns[0].lr);
             self.lr_scale = plateau.next(&mut self.plateau, value, lr * self.lr_scale) / lr;
@@ -80,12 +80,12 @@ impl<B: Batch> Fit<'_, B> {
     /// Refuses settings that name a metric which validations do not have.
     pub(super) fn check_monitors(&self, metrics: &IndexMap<String, f64>) -> Result<()> {
         if self.ranks.rank() > 0 {
-            // It has not all callbacks.
+            // Other ranks do not have all callbacks.
             return Ok(());
         }
         let trainer = &self.trainer;
         let mut known: Vec<String> = metrics.keys().cloned().collect();
-        // A callback sees what those before it have added.
+        // A callback sees the metrics that earlier callbacks have added.
         for callback in &trainer.callbacks {
             let section = format!("callbacks.{}", callback.section);
             callback.monitors().map_or(Ok(()), |monitor| is_known(&section, monitor, &known))?;
@@ -97,7 +97,7 @@ impl<B: Batch> Fit<'_, B> {
         ours.try_for_each(|(section, monitor)| is_known(section, monitor, &known))
     }
 
-    /// Whether a checkpoint of this moment is without the validation that its step has. By the clock none has one.
+    /// Whether a checkpoint taken now lacks the validation due at its step. Times are due at no step.
     pub(super) fn owes_validation(&self) -> bool {
         let by_clock = matches!(self.trainer.config.val_every, Some(Every::Time(_)));
         let is_done = self.validation.as_ref().is_some_and(|(at, _)| *at == self.progress.step);
@@ -105,11 +105,11 @@ impl<B: Batch> Fit<'_, B> {
         has_one && !by_clock && !is_done && self.is_validation_due(false).unwrap_or(false)
     }
 
-    /// The validation that a run ends with.
+    /// Runs the validation at the end of a run.
     pub(super) fn validate_at_the_end(&mut self) -> Result<Flow> {
         let step = self.progress.step;
         if self.ranks.decide(self.saver.as_ref().is_some_and(|saver| saver.has_ended_at(step)))? {
-            // There was nothing left to do: it is the one that the run has ended with before.
+            // There was nothing left to do: repeat the validation that the run already ended with.
             let limit = self.val.as_ref().and_then(|(.., limit)| *limit);
             return Ok(match self.evaluate(limit, false)? {
                 Some(Evaluated::Stopped(reason)) => Flow::Stop(reason),
@@ -121,13 +121,13 @@ impl<B: Batch> Fit<'_, B> {
             });
         }
         if self.validation.as_ref().is_none_or(|(at, _)| *at != step) {
-            // A longer run would not validate here: what is saved, and goes on one day, knows nothing of it.
+            // A longer run would not validate here: save what it resumes from without this validation.
             self.save()?;
         }
         self.validate()
     }
 
-    /// The metrics of the validation data with the averaged weights, where there are any.
+    /// Metrics of the validation data, if there is any, with the averaged weights if there are any.
     pub(super) fn evaluate(&mut self, limit: Option<Limit>, images_due: bool) -> Result<Option<Evaluated>> {
         let Some((source, split, _)) = &self.val else { return Ok(None) };
         let _phase = phase!("validation");
@@ -139,12 +139,12 @@ impl<B: Batch> Fit<'_, B> {
     }
 }
 
-/// Refuses a metric that is not among those that are known.
+/// Refuses a metric that is not in `known`.
 fn is_known(section: &str, monitor: &str, known: &[String]) -> Result<()> {
     if known.iter().any(|name| name == monitor) {
         return Ok(());
     }
-    // PyTorch Lightning's modules name their validation's metrics so themselves.
+    // PyTorch Lightning modules name their validation metrics this way themselves.
     let plain = monitor.strip_prefix("val_").filter(|plain| known.iter().any(|name| name == plain));
     let guess = match plain {
         Some(plain) => format!("; in validation it is called `{plain}`"),
