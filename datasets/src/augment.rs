@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     fn sample(index: usize, epoch: u64) -> Sample {
-        Sample { index, split: Split::Train, epoch, seed: 3 }
+        Sample { index, split: Split::Train, epoch, seed: 3, repeat: 0 }
     }
 
     fn all() -> Augment {

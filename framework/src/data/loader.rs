@@ -200,13 +200,13 @@ mod tests {
         }
     }
 
-    fn load(source: Source<Tensors>, order: Order, from: (u64, u64), workers: usize) -> Loader<Tensors> {
+    fn load(source: Source<Tensors>, order: &Order, from: (u64, u64), workers: usize) -> Loader<Tensors> {
         load_share(source, order, from, workers, Share::default())
     }
 
     fn load_share(
         source: Source<Tensors>,
-        order: Order,
+        order: &Order,
         from: (u64, u64),
         workers: usize,
         share: Share,
@@ -226,7 +226,7 @@ mod tests {
             let order = Order::new(3, source().len().unwrap_or(usize::MAX), 5);
             let by_step = |share: Share| {
                 let mut steps = vec![Vec::new()];
-                for loaded in load_share(source(), order, (0, 0), 2, share) {
+                for loaded in load_share(source(), &order, (0, 0), 2, share) {
                     let Loaded { batch, place } = loaded.unwrap();
                     let step = steps.last_mut().unwrap();
                     let values = batch.map(|batch| batch.0[0].to_vec1::<f32>().unwrap());
@@ -270,17 +270,17 @@ mod tests {
         let stream = || Source::Stream(Arc::new(Counter));
         for source in [indexed, stream as fn() -> _] {
             let order = Order::new(3, 20, 3);
-            let alone = read(load(source(), order, (0, 0), 0), 30);
+            let alone = read(load(source(), &order, (0, 0), 0), 30);
             assert_eq!(alone.len(), 30);
-            assert_eq!(alone, read(load(source(), order, (0, 0), 1), 30));
-            assert_eq!(alone, read(load(source(), order, (0, 0), 4), 30));
+            assert_eq!(alone, read(load(source(), &order, (0, 0), 1), 30));
+            assert_eq!(alone, read(load(source(), &order, (0, 0), 4), 30));
         }
     }
 
     #[test]
     fn a_stream_is_cut_into_steps_and_micro_batches_and_resumed() {
         let order = Order::new(0, usize::MAX, 3);
-        let all = read(load(Source::Stream(Arc::new(Counter)), order, (0, 0), 2), 9);
+        let all = read(load(Source::Stream(Arc::new(Counter)), &order, (0, 0), 2), 9);
         let expected: [(&[f32], usize, bool); 9] = [
             (&[0., 1.], 3, false),
             (&[2.], 3, false),
@@ -294,10 +294,10 @@ mod tests {
         ];
         assert_eq!(all, expected.map(|(values, samples, end)| (values.to_vec(), samples, end)));
         // Step 1 of epoch 0 begins at the third micro-batch, step 1 of epoch 1 at the eighth.
-        assert_eq!(all[2..], read(load(Source::Stream(Arc::new(Counter)), order, (0, 1), 1), 7));
-        assert_eq!(all[7..], read(load(Source::Stream(Arc::new(Counter)), order, (1, 1), 1), 2));
+        assert_eq!(all[2..], read(load(Source::Stream(Arc::new(Counter)), &order, (0, 1), 1), 7));
+        assert_eq!(all[7..], read(load(Source::Stream(Arc::new(Counter)), &order, (1, 1), 1), 2));
         // A limit ends the epoch early.
-        let short = read(load(Source::Stream(Arc::new(Counter)), order.limited(1), (0, 0), 1), 3);
+        let short = read(load(Source::Stream(Arc::new(Counter)), &order.clone().limited(1), (0, 0), 1), 3);
         assert_eq!(short[1..], [(vec![2.], 3, true), (vec![100., 101.], 3, true)]);
     }
 
@@ -307,7 +307,7 @@ mod tests {
         let turn = order.from(0, 0).position(|(s, _)| s[0].index == 13).unwrap();
         for workers in [0, 3] {
             let numbers = Numbers { broken: true, ..Default::default() };
-            let loader = load(Source::Indexed(Arc::new(numbers)), order, (0, 0), workers);
+            let loader = load(Source::Indexed(Arc::new(numbers)), &order, (0, 0), workers);
             let results: Vec<_> = loader.take(20).collect();
             assert_eq!(results.iter().position(Result::is_err), Some(turn));
             let message = results[turn].as_ref().err().unwrap().to_string();
@@ -319,7 +319,7 @@ mod tests {
     fn no_more_batches_are_made_than_may_be_held() {
         let made = Arc::new(AtomicUsize::new(0));
         let numbers = Numbers { made: made.clone(), ..Default::default() };
-        let mut loader = load(Source::Indexed(Arc::new(numbers)), Order::new(0, 20, 2), (0, 0), 2);
+        let mut loader = load(Source::Indexed(Arc::new(numbers)), &Order::new(0, 20, 2), (0, 0), 2);
         loader.next().unwrap().unwrap();
         // All that may be made ahead is made before the loader is gone: dropping it waits for the workers.
         drop(loader);

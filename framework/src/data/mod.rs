@@ -5,6 +5,7 @@ mod loader;
 mod order;
 mod source;
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -54,13 +55,18 @@ pub struct Sample {
     pub epoch: u64,
     /// The run's seed.
     pub seed: u64,
+    /// How often the epoch has drawn this sample before; 0 unless sampling is [weighted](Dataset::weights).
+    pub repeat: u32,
 }
 
 impl Sample {
-    /// The sample's own generator, a function of (seed, split, epoch, index): which thread draws from it, and when,
-    /// changes nothing. Generated data and augmentations draw from it.
+    /// The sample's own generator, a function of (seed, split, epoch, index, repeat): which thread draws from it, and
+    /// when, changes nothing. Generated data and augmentations draw from it.
     pub fn rng(&self) -> seed::ChaCha8Rng {
-        seed::generator(self.seed, [self.split as u64, self.epoch, self.index as u64])
+        seed::generator(
+            self.seed,
+            [self.split as u64 | u64::from(self.repeat) << 8, self.epoch, self.index as u64],
+        )
     }
 }
 
@@ -78,10 +84,27 @@ pub trait Dataset: Send + Sync {
     /// The batch made of these samples, in this order, on the CPU.
     fn batch(&self, samples: &[Sample]) -> Result<Self::Batch>;
 
+    /// Sampling weights for training, one per sample. An epoch then draws [`len`](Self::len) samples with replacement, each
+    /// with a probability proportional to its weight; see [`balanced`]. Default: every sample once per epoch.
+    fn weights(&self) -> Option<Vec<f64>> {
+        None
+    }
+
     /// Whether there is nothing to read.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
+}
+
+/// Weights by which every class is drawn equally often, whatever its share of the samples: for [`Dataset::weights`].
+///
+/// ```
+/// assert_eq!(candlepower::data::balanced(&[0, 1, 1, 1]), [1., 1. / 3., 1. / 3., 1. / 3.]);
+/// ```
+pub fn balanced(classes: &[u32]) -> Vec<f64> {
+    let mut counts = HashMap::new();
+    classes.iter().for_each(|class| *counts.entry(class).or_insert(0) += 1);
+    classes.iter().map(|class| 1. / f64::from(counts[class])).collect()
 }
 
 /// A dataset that is opened from its own section of the configuration file, one split at a time.

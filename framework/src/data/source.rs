@@ -119,6 +119,14 @@ impl<B: Batch> Source<B> {
         }
     }
 
+    /// The sampling weights of a dataset that has some.
+    pub(crate) fn weights(&self) -> Option<Vec<f64>> {
+        match self {
+            Self::Indexed(dataset) => dataset.weights(),
+            Self::Stream(_) => None,
+        }
+    }
+
     /// Whether it is known that there is nothing to read.
     pub fn is_empty(&self) -> bool {
         self.len() == Some(0)
@@ -126,7 +134,7 @@ impl<B: Batch> Source<B> {
 
     /// All micro-batches of training from `start` on, epoch after epoch, without end. `order` is a dataset's; of a
     /// stream only its seed, batch size and limit count.
-    pub(crate) fn training(&self, order: Order, start: Start) -> Jobs<B> {
+    pub(crate) fn training(&self, order: &Order, start: Start) -> Jobs<B> {
         let (micro, share) = (start.micro_batch_size, start.share);
         match self {
             Self::Indexed(dataset) => {
@@ -138,15 +146,11 @@ impl<B: Batch> Source<B> {
             }
             Self::Stream(stream) => {
                 let (stream, mut skip) = (stream.clone(), start.samples_in_epoch as usize);
+                let (seed, step) = (order.seed, order.batch_size);
+                let items = order.limit.saturating_mul(step);
                 Box::new((start.epoch..).flat_map(move |epoch| -> Jobs<B> {
-                    let pass = Pass { split: Split::Train, epoch, seed: order.seed };
-                    let portions = Portions {
-                        skip: std::mem::take(&mut skip),
-                        step: order.batch_size,
-                        micro,
-                        items: order.limit.saturating_mul(order.batch_size),
-                        share,
-                    };
+                    let pass = Pass { split: Split::Train, epoch, seed };
+                    let portions = Portions { skip: std::mem::take(&mut skip), step, micro, items, share };
                     stream
                         .clone()
                         .jobs(pass, portions)
@@ -288,6 +292,7 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
                                 split: pass.split,
                                 epoch: pass.epoch,
                                 seed: pass.seed,
+                                repeat: 0,
                             };
                             let samples: Vec<Sample> = (index..index + items.len()).map(sample).collect();
                             index += items.len();

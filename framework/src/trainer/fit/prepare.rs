@@ -115,9 +115,9 @@ impl<'a, B: Batch> Fit<'a, B> {
             share,
         };
         let workers = data.workers.div_ceil(ranks.ranks_here());
-        let jobs = data.train.training(order, start);
-        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
         let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
+        let jobs = data.train.training(&order, start);
+        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
         if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
             && epochs.fract() != 0.
         {
@@ -223,9 +223,13 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
     if train.is_empty() {
         return Err(Error::msg("the training data is empty"));
     }
+    let order = match train.weights() {
+        Some(weights) => order.weighted(&weights)?,
+        None => order,
+    };
     let order = match train.len() {
         _ if !config.drop_last => order,
-        None => return Err(Error::setting("drop_last", "a stream has no batches that are too short")),
+        None => return Err(Error::setting("drop_last", "a stream's length is not known: expected false")),
         Some(samples) if samples < config.batch_size => {
             let message = format!("it would leave nothing: there are {samples} samples, fewer than a batch");
             return Err(Error::setting("drop_last", message));
@@ -241,8 +245,9 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
             Err(Error::setting(key, "a stream's length is not known: expected a number of batches"))
         }
         (Some(limit), _) => {
-            let in_turn = config.overfit_batches.is_some();
-            Ok(Order { in_turn, ..order.limited(limit.of(order.batches())) })
+            let batches = limit.of(order.batches());
+            let limited = order.limited(batches);
+            Ok(if config.overfit_batches.is_some() { limited.in_turn() } else { limited })
         }
         (None, _) => Ok(order),
     }
