@@ -178,7 +178,7 @@ fn several_optimizers_keep_their_proportions_also_on_a_stream() {
         schedule: Some(Schedule::Exponential { gamma: 0.1 }),
         ..TurnConfig::only(SgdConfig { lr, ..Default::default() }.into(), groups)
     };
-    let group = GroupConfig { params: "two.*".into(), lr: Some(0.06), weight_decay: None, frozen: false };
+    let group = GroupConfig { params: "two.*".into(), lr: Some(0.06), ..Default::default() };
     let turns = vec![turn("first", "one.*", 0.01, vec![]), turn("second", "two.*", 0.02, vec![group])];
     let trainer = Trainer::new(TrainerConfig { micro_batch_size: Some(2), ..config(1) }).optimizers(turns);
     let test = LrFinderConfig { steps: 2, min_lr: 0.1, max_lr: 0.2, ..Default::default() };

@@ -81,8 +81,8 @@ fn train(
 ) -> Vec<f32> {
     let model = Dropped::in_precision(1, precision);
     let groups = vec![
-        GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay: Some(0.), frozen: false },
-        GroupConfig { params: "second.weight".into(), lr: None, weight_decay: None, frozen: true },
+        GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay: Some(0.), ..Default::default() },
+        GroupConfig { params: "second.weight".into(), frozen: true, ..Default::default() },
     ];
     let config = TrainerConfig {
         batch_size: 4,
@@ -154,7 +154,7 @@ fn what_it_could_not_find_again_or_does_not_know_is_refused() {
     let config = HeavyBallConfig { lr: 0.05, weight_decay: 0., momentum: 0.9 };
     let counts = OptimizerConfig::own::<Counts>("counts", config).unwrap();
     let error = |weight_decay| {
-        let bias = GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay, frozen: false };
+        let bias = GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay, ..Default::default() };
         let config = TrainerConfig { max_steps: Some(1), ..Default::default() };
         let mut trainer = Trainer::new(config).optimizer_with_groups(counts.clone(), vec![bias]);
         trainer.fit(&Dropped::model(1), &Data::new(Points { samples: 10 })).unwrap_err().to_string()

@@ -616,8 +616,7 @@ fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
         let group = |params: &str, lr| candlepower::optim::GroupConfig {
             params: params.into(),
             lr,
-            weight_decay: None,
-            frozen: false,
+            ..Default::default()
         };
         vec![group("first.*", Some(0.02))]
     };

@@ -8,11 +8,12 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AdadeltaConfig, AdagradConfig, MomentsConfig, RmspropConfig};
+use candlepower::optim::{AdadeltaConfig, AdagradConfig, GroupConfig, MomentsConfig, RmspropConfig};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
 use candlepower::schedule::Schedule;
+use candlepower::trainer::Every;
 use candlepower_models::ConvLstm;
 use candlepower_models::conv_lstm::ConvLstmConfig;
 use candlepower_tests::blobs::Blobs;
@@ -58,14 +59,14 @@ struct Trained {
 
 fn train<B: Batch>(
     config: &TrainerConfig,
-    optimizer: &OptimizerConfig,
+    optimizer: &(OptimizerConfig, Vec<GroupConfig>),
     model: &Model<B>,
     data: &Data<B>,
 ) -> (Trained, String) {
     let (dir, recorder, words) = (tempfile::tempdir().unwrap(), Recorder::default(), Words::default());
     let mut trainer = Trainer::new(config.clone())
         .seed(5)
-        .optimizer(optimizer.clone())
+        .optimizer_with_groups(optimizer.0.clone(), optimizer.1.clone())
         .schedule(Schedule::Exponential { gamma: 0.9 })
         .callback(recorder.clone())
         .checkpoints(dir.path(), CheckpointConfig::default());
@@ -85,15 +86,15 @@ fn train<B: Batch>(
 }
 
 /// Adam with a rate that changes in each step.
-fn adam() -> OptimizerConfig {
-    AdamConfig { lr: 0.01, ..Default::default() }.into()
+fn adam() -> (OptimizerConfig, Vec<GroupConfig>) {
+    (AdamConfig { lr: 0.01, ..Default::default() }.into(), Vec::new())
 }
 
 /// Trains with and without recording; returns the log messages with it, and the loss scale at the end.
 fn compare<B: Batch>(
     case: &str,
     config: TrainerConfig,
-    optimizer: &OptimizerConfig,
+    optimizer: &(OptimizerConfig, Vec<GroupConfig>),
     model: impl Fn() -> Model<B>,
     data: &Data<B>,
 ) -> (String, Option<f64>) {
@@ -188,10 +189,27 @@ fn the_update_of_every_optimizer_is_part_of_the_recording() {
     ];
     for optimizer in optimizers {
         let model = habit(Precision::Full, |loss, _| Ok(loss.clone()));
-        let (said, _) = compare(&format!("{optimizer:?}"), config(4), &optimizer, model, &data());
+        let case = format!("{optimizer:?}");
+        let (said, _) = compare(&case, config(4), &(optimizer, Vec::new()), model, &data());
         assert_eq!(said.matches("a training step: recorded as a CUDA graph").count(), 2, "{said}");
         assert_eq!(said.matches("recorded as").count(), 2, "{said}");
     }
+}
+
+#[test]
+fn what_is_unfrozen_is_recorded_anew() {
+    let Some(_turn) = turn() else { return };
+    let build = |vb: VarBuilder| {
+        let config = ConvLstmConfig { hidden: 4, ..Default::default() };
+        ConvLstm::build(&config, &Blobs { samples: 1 }.spec(), vb)
+    };
+    let (params, unfreeze) = ("encoder_*".into(), Some(Every::Steps(6)));
+    let optimizer = (adam().0, vec![GroupConfig { params, unfreeze, ..Default::default() }]);
+    let model = || Model::new(build, 1, &device()).unwrap();
+    let config = TrainerConfig { max_steps: Some(14), ..config(4) };
+    let (said, _) = compare("unfrozen", config, &optimizer, model, &data());
+    // Two sizes of batches, before and after.
+    assert_eq!(said.matches("a training step: recorded as a CUDA graph").count(), 4, "{said}");
 }
 
 #[test]
@@ -242,7 +260,7 @@ fn what_cannot_be_recorded_runs_as_it_comes_and_a_warning_says_why() {
     let random = |loss: &Tensor, step: &Step| Ok((loss * step.rng("noise").random_range(0.5f64..1.5))?);
     let numbered = |loss: &Tensor, step: &Step| Ok((loss * (1. + step.index() as f64))?);
     let reading = |loss: &Tensor, _: &Step| Ok((loss * f64::from(loss.to_scalar::<f32>()?))?);
-    let asks = "the module asks for the step's number or for random numbers";
+    let asks = "the module uses the step's number or random numbers";
     type Ways = [(fn(&Tensor, &Step) -> Result<Tensor>, &'static str); 3];
     let ways: Ways = [(random, asks), (numbered, asks), (reading, "not permitted while capturing")];
     for (habit, why) in ways {

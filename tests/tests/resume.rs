@@ -91,8 +91,7 @@ fn cases() -> Vec<Case> {
                 params: format!("{name}.*"),
                 ..TurnConfig::only(optimizer, groups)
             };
-            let bias =
-                GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay: None, frozen: false };
+            let bias = GroupConfig { params: "*.bias".into(), lr: Some(0.1), ..Default::default() };
             let sgd = SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() };
             let turns = vec![
                 turn("first", sgd.into(), vec![bias]),
@@ -102,6 +101,15 @@ fn cases() -> Vec<Case> {
                 },
             ];
             Trainer::new(TrainerConfig { micro_batch_size: Some(3), ..config }).optimizers(turns)
+        }),
+        case("groups that are frozen at first", |config| {
+            let group = |params: &str, unfreeze| GroupConfig {
+                params: params.into(),
+                unfreeze: Some(unfreeze),
+                ..Default::default()
+            };
+            let groups = vec![group("first.weight", Every::Steps(2)), group("first.bias", Every::Epochs(1.))];
+            Trainer::new(config).optimizer_with_groups(AdamConfig { lr: 0.01, ..Default::default() }, groups)
         }),
         case("limited epochs", |config| {
             Trainer::new(TrainerConfig { limit_train_batches: Some(Limit::Batches(2)), ..config })

@@ -1,7 +1,10 @@
 //! Several optimizers that take turns, groups, averages and plateaus in a real training.
 #![allow(clippy::unwrap_used)]
 
+use std::time::Duration;
+
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
+use candlepower::collective::{DistributedConfig, Shard};
 use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, TurnConfig};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
@@ -138,11 +141,70 @@ fn optimizers_take_turns_and_move_their_own_parameters_alone() {
 fn frozen_parameters_stay_and_the_others_learn() {
     let model = Dropped::model(1);
     let before = weights(&model);
-    let frozen = GroupConfig { params: "first.*".into(), lr: None, weight_decay: None, frozen: true };
+    let frozen = GroupConfig { params: "first.*".into(), frozen: true, ..Default::default() };
     Trainer::new(config(4)).optimizer_with_groups(sgd(0.1), vec![frozen]).fit(&model, &data()).unwrap();
     for ((name, before), (_, after)) in before.iter().zip(weights(&model)) {
         assert_eq!(*before == after, name.starts_with("first."), "{name}");
     }
+}
+
+#[test]
+fn a_group_is_frozen_until_its_time_and_then_begins() {
+    let rate = 0.01;
+    let adam = || OptimizerConfig::from(AdamConfig { lr: 0.02, eps: 1e-12, ..Default::default() });
+    let first = || GroupConfig { params: "first.*".into(), lr: Some(rate), ..Default::default() };
+    // An epoch is 3 steps.
+    let run = |config: TrainerConfig, group: GroupConfig, shard| {
+        let (model, recorder) = (Dropped::model(1), Recorder::default());
+        Trainer::new(config)
+            .distributed(DistributedConfig { shard, ..Default::default() })
+            .optimizer_with_groups(adam(), vec![group])
+            .callback(recorder.clone())
+            .fit(&model, &data())
+            .unwrap();
+        (weights(&model), recorder.train("grad_norm"))
+    };
+    let clipped = |max_steps| TrainerConfig { clip_norm: Some(0.1), ..config(max_steps) };
+    let until = |unfreeze| GroupConfig { unfreeze: Some(unfreeze), ..first() };
+    let alone = |max_steps, unfreeze| run(clipped(max_steps), until(unfreeze), Shard::None);
+    // Until then it is as if it were frozen for ever, for the norm that clips as well.
+    let for_ever = run(clipped(3), GroupConfig { frozen: true, lr: None, ..first() }, Shard::None);
+    assert_eq!(alone(3, Every::Steps(3)), for_ever);
+    // Then it begins: in its first step Adam moves what has a gradient by the rate, no matter how large that is.
+    let (after, _) = alone(4, Every::Steps(3));
+    for ((name, before), (_, after)) in for_ever.0.iter().zip(&after) {
+        let moved = before.iter().zip(after).map(|(a, b)| f64::from((a - b).abs())).fold(0., f64::max);
+        assert_eq!((moved - rate).abs() < 1e-5, name.starts_with("first."), "{name} moved by {moved}");
+    }
+    let (whole, norms) = alone(9, Every::Steps(3));
+    assert_eq!(alone(9, Every::Epochs(1.)), (whole.clone(), norms));
+    for shard in [Shard::None, Shard::Optimizer] {
+        let config = TrainerConfig { devices: 2, micro_batch_size: Some(1), ..clipped(9) };
+        let alone = TrainerConfig { devices: 1, ..config.clone() };
+        let [one, two] = [alone, config].map(|config| run(config, until(Every::Steps(3)), shard).0);
+        for ((name, one), (_, two)) in one.iter().zip(&two) {
+            assert!(one.iter().zip(two).all(|(a, b)| (a - b).abs() < 1e-4), "{name}, {shard:?}");
+        }
+    }
+}
+
+#[test]
+fn a_wrong_time_to_unfreeze_is_refused() {
+    let error = |group: GroupConfig| {
+        let group = GroupConfig { params: "*".into(), ..group };
+        let mut trainer = Trainer::new(config(1)).optimizer_with_groups(sgd(0.1), vec![group]);
+        trainer.fit(&Dropped::model(1), &data()).unwrap_err().to_string()
+    };
+    let until = |unfreeze| GroupConfig { unfreeze: Some(unfreeze), ..Default::default() };
+    let expected = "`groups`: group `*`: expected `unfreeze` in steps or whole epochs, found";
+    assert_eq!(error(until(Every::Epochs(0.5))), format!("{expected} \"0.5 epochs\""));
+    assert_eq!(error(until(Every::Time(Duration::from_secs(60)))), format!("{expected} \"1m\""));
+    let both = GroupConfig { frozen: true, ..until(Every::Steps(2)) };
+    assert_eq!(error(both), "`groups`: group `*`: `frozen` is for ever, so `unfreeze` has no effect");
+    assert_eq!(
+        error(until(Every::Steps(2))),
+        "`groups`: nothing is left to train at first: all parameters are frozen"
+    );
 }
 
 #[test]

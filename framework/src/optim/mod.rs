@@ -9,6 +9,7 @@ mod rmsprop;
 mod ruled;
 mod sgd;
 mod turn;
+mod turn_config;
 
 pub use adam::{AdamConfig, AdamWConfig};
 pub use adaptive::{AdadeltaConfig, AdagradConfig};
@@ -25,7 +26,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use sgd::SgdConfig;
 pub(crate) use turn::Turn;
-pub use turn::{GroupConfig, TurnConfig};
+pub use turn_config::{GroupConfig, TurnConfig};
 
 use crate::error::{Error, Result};
 use crate::schedule::{Rates, Schedule};

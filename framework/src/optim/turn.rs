@@ -5,10 +5,10 @@ use std::collections::HashSet;
 use candle_core::{Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::updates::publish;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use indexmap::IndexMap;
 use wildmatch::WildMatch;
 
+use super::turn_config::{GroupConfig, TurnConfig};
 use super::{Optimizer, OptimizerConfig, Param};
 use crate::callback::Progress;
 use crate::collective::Collective;
@@ -16,110 +16,12 @@ use crate::collective::shard::{self, Shares};
 use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::schedule::{Interval, Rates, Schedule};
-
-/// Parameters with their own settings: an entry of `groups` in an optimizer's section.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct GroupConfig {
-    /// Parameters by name: `*` matches any text, `?` any character, as in `encoder.*`. A parameter belongs to
-    /// the first group whose pattern matches.
-    pub params: String,
-    /// Learning rate; its ratio to the optimizer's stays the same on any schedule. Default: the optimizer's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub lr: Option<f64>,
-    /// Weight decay. Default: the optimizer's.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub weight_decay: Option<f64>,
-    /// Never move these parameters. They need no gradient.
-    #[serde(default)]
-    pub frozen: bool,
-}
-
-/// One of several optimizers, each with its own parameters: a section `[optimizers.NAME]`.
-///
-/// In each step they take turns in the order in which they are written. For each, `training_step` is called
-/// with [`Step::optimizer`](crate::module::Step::optimizer) returning whose turn it is, and the gradient of
-/// the returned loss moves only that optimizer's parameters.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TurnConfig {
-    /// Its name, for the module and the logs.
-    pub name: String,
-    /// The parameters it moves, by name, as in [`GroupConfig::params`].
-    pub params: String,
-    /// Its rule.
-    pub optimizer: OptimizerConfig,
-    /// Parameters with their own settings.
-    pub groups: Vec<GroupConfig>,
-    /// Its schedule. Default: the run's.
-    pub schedule: Option<Schedule>,
-    /// Number of steps per turn; 1 means every step. In other steps its parameters stay, and its rule counts
-    /// no step.
-    pub every: u64,
-}
-
-impl TurnConfig {
-    /// A single optimizer for all parameters.
-    pub fn only(optimizer: OptimizerConfig, groups: Vec<GroupConfig>) -> Self {
-        Self { name: "optimizer".into(), params: "*".into(), optimizer, groups, schedule: None, every: 1 }
-    }
-
-    /// Refuses settings that are invalid for any parameters.
-    pub fn check(&self) -> Result<()> {
-        self.optimizer.check()?;
-        if self.every == 0 {
-            return Err(Error::setting("every", "expected at least 1, found 0"));
-        }
-        for GroupConfig { params, lr, weight_decay, frozen } in &self.groups {
-            if *frozen && (lr.is_some() || weight_decay.is_some()) {
-                let message =
-                    format!("group `{params}`: it is frozen, so `lr` and `weight_decay` have no effect");
-                return Err(Error::setting("groups", message));
-            }
-            let negative = |value: &Option<f64>| value.is_some_and(|x| !(x.is_finite() && x >= 0.));
-            if negative(lr) || negative(weight_decay) {
-                let message = format!("group `{params}`: expected `lr` and `weight_decay` of at least 0");
-                return Err(Error::setting("groups", message));
-            }
-            if weight_decay.is_some() && matches!(&self.optimizer, OptimizerConfig::Own(own) if !own.decays) {
-                let message = format!("group `{params}`: the optimizer has no `weight_decay`");
-                return Err(Error::setting("groups", message));
-            }
-            if lr.is_some() && self.optimizer.lr() == 0. {
-                let message =
-                    format!("group `{params}`: its `lr` is relative to the optimizer's, which is 0");
-                return Err(Error::setting("groups", message));
-            }
-        }
-        self.schedule.as_ref().map_or(Ok(()), Schedule::check)
-    }
-
-    /// Refuses optimizers if none of them takes its turn in every step.
-    pub fn check_together(all: &[Self]) -> Result<()> {
-        match all.iter().any(|config| config.every == 1) {
-            true => Ok(()),
-            false => Err(Error::setting(
-                "every",
-                "at least one optimizer must be active in every step: leave out its `every`",
-            )),
-        }
-    }
-
-    /// A copy with every learning rate multiplied by `factor`, using the run's schedule.
-    pub(crate) fn scaled(&self, factor: f64) -> Self {
-        let scale = |group: &GroupConfig| GroupConfig { lr: group.lr.map(|lr| lr * factor), ..group.clone() };
-        Self {
-            optimizer: self.optimizer.with(Some(self.optimizer.lr() * factor), None),
-            groups: self.groups.iter().map(scale).collect(),
-            schedule: None,
-            ..self.clone()
-        }
-    }
-}
+use crate::trainer::Every;
 
 /// An optimizer with the parameters that it moves.
 pub(crate) struct Turn {
     pub(crate) name: String,
-    /// The parameters that are neither frozen nor unused, group by group.
+    /// The parameters that move now, neither frozen nor unused, group by group.
     pub(crate) params: Vec<(String, Var)>,
     /// The variables that gradients are computed for, in the same order.
     pub(crate) working: Vec<Var>,
@@ -130,19 +32,30 @@ pub(crate) struct Turn {
     /// The optimizer's own learning rate, before any schedule.
     pub(crate) lr: f64,
     /// Steps taken, without those that it sat out because its gradients overflowed.
-    pub(crate) steps: u64,
+    steps: u64,
     schedule: Schedule,
     every: u64,
     groups: Vec<Group>,
 }
 
+/// Parameters that share their settings; the last group of a turn is the rest.
 struct Group {
-    /// How many of the parameters that this rank moves, in order, belong to this group.
-    len: usize,
+    params: Vec<(String, Var)>,
+    working: Vec<Var>,
+    /// The rank that moves each parameter.
+    owners: Vec<usize>,
+    /// How many of the parameters this rank moves.
+    own: usize,
     /// The optimizer of those parameters.
     optimizer: Box<dyn Optimizer>,
-    /// Its learning rate divided by the optimizer's.
+    /// Its learning rate divided by the turn's.
     ratio: f64,
+    /// If it starts frozen: the pattern of its parameters, and how long.
+    frozen: Option<(String, Every)>,
+    /// Whether it moves now.
+    moves: bool,
+    /// Steps taken; its rule counts from when it began to move.
+    steps: u64,
 }
 
 impl Turn {
@@ -199,20 +112,23 @@ impl Turn {
             return Err(no_parameter("params", &config.params, params));
         }
         let lr = config.optimizer.lr();
-        let (mut moved, mut groups, mut idle) = (Vec::new(), Vec::new(), Vec::new());
-        let mut all_owners = Vec::new();
+        let (mut groups, mut idle) = (Vec::new(), Vec::new());
         let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
-        let mut add = |mut params: Vec<(String, Var)>, optimizer: OptimizerConfig| -> Result<()> {
+        let mut add = |mut params: Vec<(String, Var)>,
+                       optimizer: OptimizerConfig,
+                       unfreeze: Option<&GroupConfig>| {
             unused.iter().for_each(|pattern| idle.extend(take(pattern, &mut params)));
             let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
             let (rank, world_size) = shard.map_or((0, 1), |ranks| (ranks.rank(), ranks.world_size()));
             let owners = shard::owners(&params, world_size);
             let own = params.iter().zip(&owners).filter(|(_, owner)| **owner == rank);
             let own: Vec<Param> = own.map(|((name, master), _)| store.param(name, master)).collect();
-            groups.push(Group { len: own.len(), optimizer: optimizer.build(&own, &schedule)?, ratio });
-            moved.extend(params);
-            all_owners.extend(owners);
-            Ok(())
+            let working = params.iter().filter_map(|(name, _)| store.working(name)).collect();
+            let frozen = unfreeze.and_then(|group| Some((group.params.clone(), group.unfreeze?)));
+            let optimizer = optimizer.build(&own, &schedule)?;
+            let (own, moves) = (own.len(), frozen.is_none());
+            groups.push(Group { params, working, owners, own, optimizer, ratio, frozen, moves, steps: 0 });
+            Ok::<_, Error>(())
         };
         for group in &config.groups {
             let members = take(&group.params, &mut rest);
@@ -227,21 +143,32 @@ impl Turn {
                 return Err(no_parameter("groups", &group.params, params));
             }
             if !group.frozen {
-                add(members, config.optimizer.with(group.lr, group.weight_decay))?;
+                add(members, config.optimizer.with(group.lr, group.weight_decay), Some(group))?;
             }
         }
-        add(rest, config.optimizer.clone())?;
-        if moved.is_empty() && idle.is_empty() && !params.is_empty() {
-            return Err(Error::setting("groups", "nothing is left to train: all parameters are frozen"));
-        }
-        let working = moved.iter().filter_map(|(name, _)| store.working(name)).collect();
-        let owners = shard.map(|_| all_owners);
+        add(rest, config.optimizer.clone(), None)?;
         let idle = idle.into_iter().filter_map(|(name, _)| Some((store.working(&name)?, name)));
-        let unused = idle.map(|(var, name)| (name, var)).collect();
-        let name = config.name.clone();
-        let every = config.every;
-        let turn =
-            Self { name, params: moved, working, owners, unused, lr, steps: 0, schedule, every, groups };
+        let unused: Vec<_> = idle.map(|(var, name)| (name, var)).collect();
+        let mut turn = Self {
+            name: config.name.clone(),
+            params: Vec::new(),
+            working: Vec::new(),
+            owners: shard.map(|_| Vec::new()),
+            unused,
+            lr,
+            steps: 0,
+            schedule,
+            every: config.every,
+            groups,
+        };
+        turn.gather();
+        if turn.params.is_empty() && turn.unused.is_empty() && !params.is_empty() {
+            let message = match turn.all_params().is_empty() {
+                true => "nothing is left to train: all parameters are frozen",
+                false => "nothing is left to train at first: all parameters are frozen",
+            };
+            return Err(Error::setting("groups", message));
+        }
         let mut names = HashSet::new();
         match turn.state().into_iter().find(|(name, _)| !names.insert(name.clone())) {
             // A checkpoint would keep only one of them.
@@ -251,6 +178,59 @@ impl Turn {
             ))),
             None => Ok(turn),
         }
+    }
+
+    /// Lists what moves now.
+    fn gather(&mut self) {
+        let moving = || self.groups.iter().filter(|group| group.moves);
+        self.params = moving().flat_map(|group| group.params.clone()).collect();
+        self.working = moving().flat_map(|group| group.working.clone()).collect();
+        self.owners = self.owners.as_ref().map(|_| moving().flat_map(|group| group.owners.clone()).collect());
+    }
+
+    /// Unfreezes the groups that are due after this progress. Returns whether there are any.
+    pub(crate) fn unfreeze(&mut self, progress: &Progress) -> bool {
+        let is_due = |frozen: &(String, Every)| match frozen.1 {
+            Every::Steps(n) => progress.step >= n,
+            Every::Epochs(n) => progress.epoch as f64 >= n,
+            Every::Time(_) => false,
+        };
+        let mut any = false;
+        for group in self.groups.iter_mut().filter(|group| !group.moves) {
+            group.moves = group.frozen.as_ref().is_none_or(is_due);
+            any |= group.moves;
+        }
+        if any {
+            self.gather();
+        }
+        any
+    }
+
+    /// The parameters that it moves, or will once they are unfrozen.
+    pub(crate) fn all_params(&self) -> Vec<(String, Var)> {
+        self.groups.iter().flat_map(|group| group.params.clone()).collect()
+    }
+
+    /// How many steps it has taken, and each of the groups that were frozen at first, by name.
+    pub(crate) fn steps(&self) -> Vec<(String, u64)> {
+        let own = (self.name.clone(), self.steps);
+        let of_group = |group: &Group| Some((self.key(group)?, group.steps));
+        std::iter::once(own).chain(self.groups.iter().filter_map(of_group)).collect()
+    }
+
+    /// Takes over these steps; those that are not known are `otherwise`.
+    pub(crate) fn resume(&mut self, steps: &IndexMap<String, u64>, otherwise: u64) {
+        self.steps = steps.get(&self.name).copied().unwrap_or(otherwise);
+        let of_groups =
+            self.groups.iter().map(|group| self.key(group).and_then(|key| steps.get(&key).copied()));
+        let of_groups: Vec<Option<u64>> = of_groups.collect();
+        for (group, steps) in self.groups.iter_mut().zip(of_groups) {
+            group.steps = steps.unwrap_or(self.steps);
+        }
+    }
+
+    fn key(&self, group: &Group) -> Option<String> {
+        group.frozen.as_ref().map(|(pattern, _)| format!("{}: {pattern}", self.name))
     }
 
     /// Whether it takes its turn in step number `step`, counted from 1.
@@ -288,9 +268,9 @@ impl Turn {
 
     /// Sets the numbers of its next step.
     pub(crate) fn prepare(&mut self, rates: Rates) -> Result<()> {
-        let t = self.steps + 1;
-        let mut groups = self.groups.iter_mut();
-        groups.try_for_each(|it| it.optimizer.prepare(t, Rates { lr: rates.lr * it.ratio, ..rates }))
+        let mut moving = self.groups.iter_mut().filter(|group| group.moves);
+        moving
+            .try_for_each(|it| it.optimizer.prepare(it.steps + 1, Rates { lr: rates.lr * it.ratio, ..rates }))
     }
 
     /// Moves the parameters of this rank by `gradients`, unless `scale` refuses the step, and updates the
@@ -298,8 +278,8 @@ impl Turn {
     /// values.
     pub(crate) fn step(&self, gradients: &[Tensor], scale: &GradScale, ranks: &dyn Collective) -> Result<()> {
         let mut rest = gradients;
-        for group in &self.groups {
-            let (own, others) = rest.split_at(group.len);
+        for group in self.groups.iter().filter(|group| group.moves) {
+            let (own, others) = rest.split_at(group.own);
             group.optimizer.step(own, scale)?;
             rest = others;
         }
@@ -314,7 +294,11 @@ impl Turn {
     /// Counts the prepared step as taken.
     pub(crate) fn commit(&mut self) -> Result<()> {
         self.steps += 1;
-        self.groups.iter_mut().try_for_each(|group| group.optimizer.commit())
+        for group in self.groups.iter_mut().filter(|group| group.moves) {
+            group.steps += 1;
+            group.optimizer.commit()?;
+        }
+        Ok(())
     }
 
     /// The optimizer's state on this rank, by name.
@@ -367,7 +351,7 @@ mod tests {
     }
 
     fn group(params: &str) -> GroupConfig {
-        GroupConfig { params: params.into(), lr: None, weight_decay: None, frozen: false }
+        GroupConfig { params: params.into(), ..Default::default() }
     }
 
     fn sgd(lr: f64) -> OptimizerConfig {

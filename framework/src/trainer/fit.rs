@@ -58,7 +58,7 @@ pub(super) struct Fit<'a, B: Batch> {
     val: Option<(Source<B>, Split, Option<Limit>)>,
     /// The optimizers, in the order of their turns.
     turns: Vec<Turn>,
-    /// The parameters of all turns, in the same order.
+    /// The parameters of all turns that move now, in the same order.
     trained: Vec<(String, Var)>,
     average: Option<Average>,
     micro_batches: Loader<B>,
@@ -239,6 +239,7 @@ impl<B: Batch> Fit<'_, B> {
     /// One optimizer step: each optimizer moves its parameters against the gradient of a batch's mean loss.
     fn step(&mut self) -> Result<Stepped> {
         let done = self.progress.step;
+        self.unfreeze();
         let mut tally = Tally::default();
         // Other steps' metrics are not read. The first step's show early whether they can be read.
         if done == 0 || (done + 1).is_multiple_of(self.trainer.config.log_every) {
@@ -312,6 +313,15 @@ impl<B: Batch> Fit<'_, B> {
         Ok(flow)
     }
 
+    /// Lets the groups move that are due to be unfrozen.
+    fn unfreeze(&mut self) {
+        let progress = self.progress;
+        if self.turns.iter_mut().fold(false, |any, turn| turn.unfreeze(&progress) || any) {
+            self.trained = trained(&self.turns);
+            self.replays.forget();
+        }
+    }
+
     /// Micro-batch number `index` of this step: the kept one if a second optimizer or another attempt needs
     /// it again, otherwise the loader's next.
     fn micro_batch(&mut self, index: usize) -> Result<Arc<Loaded<B>>> {
@@ -345,6 +355,11 @@ impl<B: Batch> Fit<'_, B> {
     fn seconds(&self) -> f64 {
         self.seconds_before + self.started.elapsed().as_secs_f64()
     }
+}
+
+/// The parameters that move now, in the order of the optimizers' turns.
+fn trained(turns: &[Turn]) -> Vec<(String, Var)> {
+    turns.iter().flat_map(|turn| turn.params.clone()).collect()
 }
 
 fn bytes(var: &Var) -> usize {

@@ -6,7 +6,7 @@ use std::time::Instant;
 use candle_core::Var;
 
 use super::replays::Replays;
-use super::{Fit, Tapped};
+use super::{Fit, Tapped, trained};
 use crate::batch::Batch;
 use crate::callback::{Flow, Progress};
 use crate::checkpoint::{Checkpoint, Saver, State};
@@ -56,18 +56,18 @@ impl<'a, B: Batch> Fit<'a, B> {
             sharded.then_some(&*ranks as &dyn Collective),
         )?;
         for turn in &mut turns {
-            let known = state.and_then(|state| state.optimizer_steps.get(&turn.name));
-            if known.is_none() && state.is_some_and(|state| !state.optimizer_steps.is_empty()) {
+            let Some(state) = state else { continue };
+            let known = &state.optimizer_steps;
+            if !known.is_empty() && !known.contains_key(&turn.name) {
                 tracing::warn!(
                     "the checkpoint has no optimizer `{}`: all steps so far count as its own",
                     turn.name
                 );
             }
-            turn.steps = known.copied().unwrap_or(progress.step);
+            turn.resume(known, progress.step);
         }
-        let trained: Vec<(String, Var)> = turns.iter().flat_map(|turn| turn.params.clone()).collect();
-        let mut average =
-            trainer.average.as_ref().map(|config| Average::new(config, &trained)).transpose()?;
+        let all: Vec<(String, Var)> = turns.iter().flat_map(Turn::all_params).collect();
+        let mut average = trainer.average.as_ref().map(|config| Average::new(config, &all)).transpose()?;
 
         let order = order(config, trainer.seed, &data.train)?;
         if let Some(state) = state
@@ -149,8 +149,8 @@ impl<'a, B: Batch> Fit<'a, B> {
             replays,
             workers,
             val,
+            trained: trained(&turns),
             turns,
-            trained,
             average,
             micro_batches,
             kept: Vec::new(),

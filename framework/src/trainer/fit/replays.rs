@@ -63,6 +63,11 @@ impl<B: Batch> Replays<B> {
         Self { device: device.clone(), is_on: wanted && device.is_cuda(), known: Vec::new() }
     }
 
+    /// Drops all recordings, because other parameters move from now on.
+    pub(super) fn forget(&mut self) {
+        self.known.clear();
+    }
+
     /// Whether work is being recorded, as far as is known.
     pub(super) fn is_on(&self) -> bool {
         self.is_on

@@ -75,7 +75,7 @@ impl<B: Batch> Fit<'_, B> {
             plateau,
             plateau_of: trainer.plateau.as_ref().map(Plateau::criterion),
             loss_scale: self.loss_scale,
-            optimizer_steps: self.turns.iter().map(|turn| (turn.name.clone(), turn.steps)).collect(),
+            optimizer_steps: self.turns.iter().flat_map(Turn::steps).collect(),
             average_updates: average.map_or(0, |average| average.updates),
             seconds: trainer.config.max_time.map(|_| self.seconds()),
             epoch_metrics,
