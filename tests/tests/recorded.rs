@@ -261,8 +261,17 @@ fn what_cannot_be_recorded_runs_as_it_comes_and_a_warning_says_why() {
     let numbered = |loss: &Tensor, step: &Step| Ok((loss * (1. + step.index() as f64))?);
     let reading = |loss: &Tensor, _: &Step| Ok((loss * f64::from(loss.to_scalar::<f32>()?))?);
     let asks = "the module uses the step's number or random numbers";
-    type Ways = [(fn(&Tensor, &Step) -> Result<Tensor>, &'static str); 3];
-    let ways: Ways = [(random, asks), (numbered, asks), (reading, "not permitted while capturing")];
+    let waiting = |loss: &Tensor, _: &Step| {
+        loss.device().synchronize()?;
+        Ok(loss.clone())
+    };
+    type Ways = [(fn(&Tensor, &Step) -> Result<Tensor>, &'static str); 4];
+    let ways: Ways = [
+        (random, asks),
+        (numbered, asks),
+        (reading, "not permitted while capturing"),
+        (waiting, "STREAM_CAPTURE_UNSUPPORTED"),
+    ];
     for (habit, why) in ways {
         let (said, _) = compare(why, config(3), &adam(), self::habit(Precision::Full, habit), &data());
         assert_eq!(said.matches("trainer.cuda_graph: steps are not recorded: ").count(), 1, "{said}");

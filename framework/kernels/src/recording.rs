@@ -27,7 +27,8 @@ pub fn rehearse<T>(device: &Device, work: impl FnOnce() -> T) -> T {
 }
 
 /// Records work without running it. Results that outlive it must not belong to a gradient graph, which they
-/// would keep alive.
+/// would keep alive. Their memory is allocated by the first replay: results of a recording that is never
+/// replayed must be forgotten ([`std::mem::forget`]) instead of dropped.
 ///
 /// # Errors
 /// If the work fails, or does something that cannot be recorded, above all reading a value from the device.

@@ -3,6 +3,8 @@
 #![cfg(feature = "cuda")]
 #![allow(clippy::unwrap_used)]
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
 use candlepower_kernels::updates::{
@@ -745,6 +747,31 @@ fn a_recording_keeps_the_memory_that_its_convolutions_work_in() {
     for (i, other) in others.iter().enumerate() {
         assert!(values(other).iter().all(|x| *x == i as f64), "{i}");
     }
+}
+
+#[test]
+fn a_device_is_usable_after_a_recording_that_failed() {
+    let Some((device, _turn)) = device() else { return };
+    let x = Tensor::ones((8, 8), DType::F32, &device).unwrap();
+    let work = |disturb: &dyn Fn() -> candle_core::Result<()>| {
+        let y = ((&x + 1.)? * 2.)?;
+        disturb()?;
+        y + 1.
+    };
+    let well = || Ok(());
+    let expected = values(&rehearse(&device, || work(&well)).unwrap());
+    // The driver gives up the recording, so that the work cannot free its tensors; or the work panics.
+    let waits = || device.synchronize();
+    let panics = || panic!("a panic in a recording");
+    assert!(record(&device, || work(&waits)).is_err());
+    assert_eq!(values(&work(&well).unwrap()), expected);
+    let panicked = catch_unwind(AssertUnwindSafe(|| record(&device, || work(&panics)).is_err()));
+    assert!(panicked.is_err());
+    assert_eq!(values(&work(&well).unwrap()), expected);
+    let (y, recording) = record(&device, || work(&well)).unwrap();
+    recording.replay().unwrap();
+    assert_eq!(values(&y), expected);
+    drop(y); // its memory belongs to the recording
 }
 
 #[test]

@@ -177,19 +177,21 @@ impl<S: Stack> Recurrent<S> {
     /// The loss of a training step; the step's own generator draws the mask.
     fn scheduled(&self, batch: &Video, step: &mut Step) -> Result<Tensor> {
         let VideoSpec { frames_in, frames_out, .. } = self.spec;
-        let mut rng = step.rng("scheduled sampling");
-        let mut draw =
-            |probabilities: Vec<f64>| Mask::new(batch.len(), &probabilities, |p| rng.random::<f64>() < p);
-        let probabilities = self.sampling.probabilities(step.index(), frames_in, frames_out);
+        // A step that draws nothing does not ask for a generator, so it can be recorded.
+        let draw = || {
+            let mut rng = step.rng("scheduled sampling");
+            let probabilities = self.sampling.probabilities(step.index(), frames_in, frames_out);
+            Mask::new(batch.len(), &probabilities, |p| rng.random::<f64>() < p)
+        };
         let mask;
         let feed = match &self.sampling {
             Sampling::None => Feed::FreeRunning,
             Sampling::Linear(_) => {
-                mask = draw(probabilities);
+                mask = draw();
                 Feed::Teacher(&mask)
             }
             Sampling::Reverse(_) => {
-                mask = draw(probabilities);
+                mask = draw();
                 Feed::Reverse(&mask)
             }
         };

@@ -163,6 +163,19 @@ library! {
                 // SAFETY: the caller passes a valid pointer.
                 unsafe { give(count, 1) }
             }
+            (kind::ENGINE, 1301, 3) => {
+                let index: i64 = match descriptor.engine.ok_or(NOT_INITIALIZED)? {
+                    Engine::Plain => 0,
+                    Engine::Loose => 1,
+                    Engine::Narrowing => 2,
+                    Engine::Failing => 3,
+                    Engine::TensorCore => 4,
+                };
+                // SAFETY: the caller's buffer has room for a value.
+                unsafe { to.cast::<i64>().write(index) };
+                // SAFETY: the caller passes a valid pointer.
+                unsafe { give(count, 1) }
+            }
             (kind::ENGINE, 1303, 11) => {
                 let notes: &[u32] = match descriptor.engine.ok_or(NOT_INITIALIZED)? {
                     Engine::Loose => &[0, 4],

@@ -4,7 +4,7 @@ use super::{convolution, failed};
 use candle_core::cuda_backend::cudarc::driver::sys::{
     CUgraphInstantiate_flags, CUgraphNodeType, CUmemorytype, CUstreamCaptureMode,
 };
-use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaStream, DriverError, sys};
 use candle_core::{CudaDevice, CudaStorage, Error, Result, bail};
 use std::cell::Cell;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
@@ -18,19 +18,44 @@ thread_local! {
     static RECORDS: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Marks this thread as recording while it lives.
-struct Mark;
+/// A stream that records instead of working, until this ends or is dropped.
+struct Capture {
+    stream: Arc<CudaStream>,
+}
 
-impl Mark {
-    fn set() -> Self {
+impl Capture {
+    fn begin(stream: Arc<CudaStream>) -> Result<Self> {
+        // Other threads may keep working on their own devices.
+        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        stream.begin_capture(mode).map_err(failed("recording a CUDA graph"))?;
         RECORDS.set(true);
-        Mark
+        Ok(Self { stream })
+    }
+
+    /// The recorded work, if all of it can be recorded.
+    fn end(self) -> Result<Option<CudaGraph>> {
+        self.stop().map_err(failed("recording a CUDA graph"))
+    }
+
+    fn stop(&self) -> std::result::Result<Option<CudaGraph>, DriverError> {
+        RECORDS.set(false);
+        // Tensors dropped during a failed recording leave errors that cudarc returns from its next call, whatever it is:
+        // they must not keep the capture from ending, nor concern later work.
+        let _ = self.stream.context().check_err();
+        // Memory held by the results is allocated by each replay, and stays until the next one.
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let ended = self.stream.end_capture(flags);
+        let _ = self.stream.context().check_err();
+        ended
     }
 }
 
-impl Drop for Mark {
+impl Drop for Capture {
     fn drop(&mut self) {
-        RECORDS.set(false);
+        if is_recording() {
+            // The work has panicked. A graph of half of it is of no use.
+            std::mem::forget(self.stop());
+        }
     }
 }
 
@@ -74,18 +99,9 @@ impl Graph {
         let _alone = UNRECORDED.write().unwrap_or_else(PoisonError::into_inner);
         let _uploaded = device.enable_cuda_graph_htod_cache();
         give_back_memory(&stream)?;
-        // Other threads may keep working on their own devices.
-        let mode = CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        stream.begin_capture(mode).map_err(failed("recording a CUDA graph"))?;
-        let results = {
-            let _mark = Mark::set();
-            work()
-        };
-        // Memory held by the results is allocated by each replay, and stays until the next one.
-        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let ended = stream.end_capture(flags);
-        // Clears errors from drops during a failed recording; they do not concern later work.
-        let _ = stream.context().check_err();
+        let capture = Capture::begin(stream)?;
+        let results = work();
+        let ended = capture.end();
         let results = results?;
         match finished(ended, convolution::workspace(device)) {
             Ok(graph) => Ok((results, graph)),
@@ -106,12 +122,8 @@ impl Graph {
     }
 }
 
-fn finished(
-    ended: std::result::Result<Option<CudaGraph>, impl std::fmt::Debug>,
-    workspace: Option<Arc<CudaStorage>>,
-) -> Result<Graph> {
-    let graph = ended.map_err(failed("recording a CUDA graph"))?;
-    let Some(graph) = graph else { bail!("recording a CUDA graph: nothing was asked for") };
+fn finished(ended: Result<Option<CudaGraph>>, workspace: Option<Arc<CudaStorage>>) -> Result<Graph> {
+    let Some(graph) = ended? else { bail!("recording a CUDA graph: nothing was asked for") };
     let nodes = nodes(&graph)?;
     for node in &nodes {
         if reads_from_host(*node)? {
@@ -144,7 +156,10 @@ fn reads_from_host(node: sys::CUgraphNode) -> Result<bool> {
     }
     let mut copy = std::mem::MaybeUninit::<sys::CUDA_MEMCPY3D>::zeroed();
     // SAFETY: this is a copy node, and a place for its parameters.
-    unsafe { sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()) }.result().map_err(&failed)?;
+    if unsafe { sys::cuGraphMemcpyNodeGetParams(node, copy.as_mut_ptr()) }.result().is_err() {
+        // A kind of copy that this call cannot describe is a library's own, within the device.
+        return Ok(false);
+    }
     // SAFETY: the driver has initialised all of it.
     let copy = unsafe { copy.assume_init() };
     Ok(copy.srcMemoryType == CUmemorytype::CU_MEMORYTYPE_HOST)

@@ -75,40 +75,26 @@ impl Key {
 }
 
 impl Plan {
-    /// A plan with the first engine, in the order of cuDNN's heuristics (expected fastest first), that `key`
-    /// allows, that can be planned, and that needs at most [`MOST_WORKSPACE`]; if all need more, the one that
-    /// needs least. The first `skipped` allowed engines are skipped.
+    /// A plan with the first [allowed](Target::allowed) engine that can be planned and needs at most
+    /// [`MOST_WORKSPACE`]; if all need more, the one that needs least. The first `skipped` allowed engines are
+    /// skipped.
     pub(crate) fn new(target: &Target, key: &Key, skipped: usize) -> Result<Plan> {
         let parts = operation(key)?;
         let graph = target.graph(&parts[0])?;
-        let (mut best, mut number): (Option<Plan>, usize) = (None, 0);
+        let mut best: Option<Plan> = None;
         let mut why = Error::Msg("it proposes none".into());
-        // The engines of the second mode support cases that those of the first do not.
-        'found: for mode in [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK] {
-            let listed = target.engines(&graph, mode).unwrap_or_else(|error| {
-                why = error;
-                Vec::new()
-            });
-            for config in listed {
-                if !notes(&config).is_ok_and(|notes| key.allows(&notes)) {
-                    continue;
-                }
-                number += 1;
-                if number <= skipped {
-                    continue;
-                }
-                match target.execution(&config) {
-                    Ok((execution, workspace)) => {
-                        if best.as_ref().is_none_or(|best| workspace < best.workspace) {
-                            best = Some(Plan { execution, workspace, number, _parts: vec![config] });
-                        }
-                        if workspace <= MOST_WORKSPACE {
-                            break 'found;
-                        }
+        for (config, number) in target.allowed(&graph, key)?.into_iter().zip(1..).skip(skipped) {
+            match target.execution(&config) {
+                Ok((execution, workspace)) => {
+                    if best.as_ref().is_none_or(|best| workspace < best.workspace) {
+                        best = Some(Plan { execution, workspace, number, _parts: vec![config] });
                     }
-                    // Listed engines are not always available.
-                    Err(error) => why = error,
+                    if workspace <= MOST_WORKSPACE {
+                        break;
+                    }
                 }
+                // Listed engines are not always available.
+                Err(error) => why = error,
             }
         }
         let mut best = best.ok_or(why)?;
@@ -129,6 +115,32 @@ impl Target {
             Self::Described(_) => graph,
         }
         .finish()
+    }
+
+    /// The engines that `key` allows, in the order of cuDNN's heuristics, which is that of the expected speed.
+    ///
+    /// Except for the plainest: if the heuristics propose others first, which are not allowed, it comes last.
+    /// What they rank below engines that they recommend is not ordered by speed.
+    fn allowed(&self, graph: &Descriptor, key: &Key) -> Result<Vec<Descriptor>> {
+        const PLAINEST: i64 = 0;
+        // The engines of the second mode support cases that those of the first do not.
+        let modes = [Mode::CUDNN_HEUR_MODE_A, Mode::CUDNN_HEUR_MODE_FALLBACK];
+        let (mut listed, mut why) = (Vec::new(), None);
+        for mode in modes {
+            match self.engines(graph, mode) {
+                Ok(configs) => listed.extend(configs),
+                Err(error) => why = Some(error),
+            }
+        }
+        if let (true, Some(error)) = (listed.is_empty(), why) {
+            return Err(error);
+        }
+        let is_allowed = |config: &Descriptor| notes(config).is_ok_and(|notes| key.allows(&notes));
+        let ranked = listed.into_iter().enumerate().filter(|(_, config)| is_allowed(config));
+        let (mut first, last): (Vec<_>, Vec<_>) =
+            ranked.partition(|(rank, config)| *rank == 0 || index(config).is_ok_and(|i| i != PLAINEST));
+        first.extend(last);
+        Ok(first.into_iter().map(|(_, config)| config).collect())
     }
 
     /// The engines that cuDNN proposes, the one that it expects to be fastest first.
@@ -178,9 +190,17 @@ pub(crate) fn variant_pack(places: [u64; 3], workspace: u64) -> Result<Descripto
 fn notes(config: &Descriptor) -> Result<Vec<Note>> {
     /// More than exist.
     const MOST: usize = 32;
-    config
-        .get_part(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)?
-        .get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)
+    engine(config)?.get(Name::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE, MOST)
+}
+
+/// The number of an engine among all of an operation's.
+fn index(config: &Descriptor) -> Result<i64> {
+    let index: Vec<i64> = engine(config)?.get(Name::CUDNN_ATTR_ENGINE_GLOBAL_INDEX, 1)?;
+    index.first().copied().ok_or_else(|| Error::Msg("cuDNN: an engine without a number".into()))
+}
+
+fn engine(config: &Descriptor) -> Result<Descriptor> {
+    config.get_part(Name::CUDNN_ATTR_ENGINECFG_ENGINE, Kind::CUDNN_BACKEND_ENGINE_DESCRIPTOR)
 }
 
 /// A pass as a cuDNN operation, followed by the descriptors that it is made of.

@@ -87,17 +87,20 @@ impl<B: Batch> Replays<B> {
         let shapes = shapes(batch)?;
         let found = self.known.iter_mut().find(|known| known.kind == kind && known.shapes == shapes);
         let Some(known) = found else { return self.rehearse(kind, shapes, || work(batch, step())) };
-        if known.recorded.is_none() {
-            match Recorded::new(&self.device, batch, step(), &work) {
-                Ok(recorded) => known.recorded = Some(recorded),
-                Err(why) => {
-                    tracing::warn!("trainer.cuda_graph: steps are not recorded: {why}");
-                    (self.is_on, self.known) = (false, Vec::new());
-                    return work(batch, step());
-                }
+        if let Some(recorded) = &known.recorded {
+            return recorded.replay(batch);
+        }
+        match Recorded::new(&self.device, batch, step(), &work) {
+            Ok((recorded, results)) => {
+                known.recorded = Some(recorded);
+                Ok(results)
+            }
+            Err(why) => {
+                tracing::warn!("trainer.cuda_graph: steps are not recorded: {why}");
+                (self.is_on, self.known) = (false, Vec::new());
+                work(batch, step())
             }
         }
-        known.recorded.as_ref().map_or_else(|| work(batch, step()), |recorded| recorded.replay(batch))
     }
 
     /// Runs the first work of its kind. It replaces a kind that differs only in its factor, for example after
@@ -120,12 +123,13 @@ impl<B: Batch> Replays<B> {
 }
 
 impl<B: Batch> Recorded<B> {
+    /// Records the work on a batch and replays it for the first time.
     fn new(
         device: &Device,
         batch: &B,
         step: Step,
         work: impl Fn(&B, Step) -> Result<Backprop>,
-    ) -> Result<Self> {
+    ) -> Result<(Self, Backprop)> {
         let _phase = phase!("recording");
         let batch = batch.map(&mut |x| Ok(x.force_contiguous()?))?;
         let was_asked = step.watch();
@@ -134,16 +138,22 @@ impl<B: Batch> Recorded<B> {
             let detached = |x: &Tensor| Ok(x.detach());
             Ok::<_, Error>(work(&batch, step)?.map(&detached, &detached)?)
         })?;
-        if was_asked.load(Ordering::Relaxed) {
+        let why = match was_asked.load(Ordering::Relaxed) {
+            true => Some(Error::msg(
+                "the module uses the step's number or random numbers, which differ from step to step",
+            )),
+            false => recording.replay().err().map(Error::from),
+        };
+        if let Some(why) = why {
             // The results have never been computed, so there is nothing to free.
             std::mem::forget(results);
-            return Err(Error::msg(
-                "the module uses the step's number or random numbers, which differ from step to step",
-            ));
+            return Err(why);
         }
         let what = if results.clipped.is_some() { "a training step" } else { "passes over a micro-batch" };
         tracing::info!("{what}: recorded as a CUDA graph of {} operations", recording.operations());
-        Ok(Self { results, batch, recording })
+        let recorded = Self { results, batch, recording };
+        let results = recorded.results()?;
+        Ok((recorded, results))
     }
 
     fn replay(&self, batch: &B) -> Result<Backprop> {
@@ -152,6 +162,11 @@ impl<B: Batch> Recorded<B> {
             refresh(to, from)?;
         }
         self.recording.replay()?;
+        self.results()
+    }
+
+    /// The results of the last replay.
+    fn results(&self) -> Result<Backprop> {
         // Callers keep these past the next replay, ...
         let copied = &Tensor::force_contiguous;
         // ... except gradients that have already been applied.

@@ -163,6 +163,29 @@ fn engines_that_are_not_allowed_are_passed_over() {
 }
 
 #[test]
+fn the_plainest_engine_comes_last_unless_cudnn_puts_it_first() {
+    if !is_here() {
+        return;
+    }
+    let target = H200.target();
+    let indices = |key: &Key| -> Vec<i64> {
+        let config = Name::CUDNN_ATTR_EXECUTION_PLAN_ENGINE_CONFIG;
+        let kind = Kind::CUDNN_BACKEND_ENGINECFG_DESCRIPTOR;
+        let of = |plan: &Plan| index(&plan.execution.get_part(config, kind).unwrap()).unwrap();
+        all(&target, key).iter().map(of).collect()
+    };
+    // The weight gradient of the tutorial's last layer sums over all pixels of 160 frames.
+    let narrow = Geometry { outputs: 1, ..Geometry::of_3x3(160, 64, 64, 64) };
+    let [first, .., last] = indices(&key(narrow, Pass::BackwardFilter, DType::F32))[..] else {
+        panic!("there is no choice")
+    };
+    assert!(first != 0 && last == 0, "{first}, {last}");
+    let depthwise = Geometry { groups: 512, ..Geometry::of_3x3(16, 16, 512, 512) };
+    let [first, ..] = indices(&key(depthwise, Pass::Forward, DType::F32))[..] else { panic!("none") };
+    assert_eq!(first, 0);
+}
+
+#[test]
 fn a_step_that_is_as_large_as_a_call_may_be_is_planned() {
     if !is_here() {
         return;
