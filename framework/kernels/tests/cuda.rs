@@ -162,7 +162,15 @@ fn convolutions() {
         [1, 9, 9, 8, 8, 3, 1, 2, 2, 1],
         [2, 6, 6, 8, 12, 1, 1, 0, 1, 1],
         [2, 8, 8, 16, 16, 3, 1, 1, 1, 4],
+        // Depthwise: with four channels per thread and with one, larger, dilated, and without or with more padding than
+        // needed; the last one, with a stride, by cuDNN.
         [2, 8, 8, 16, 16, 3, 1, 1, 1, 16],
+        [3, 9, 7, 20, 20, 5, 1, 2, 1, 20],
+        [1, 9, 9, 6, 6, 3, 1, 2, 2, 6],
+        [2, 7, 8, 8, 8, 7, 1, 9, 3, 8],
+        [1, 7, 6, 8, 8, 3, 1, 0, 1, 8],
+        [1, 4, 5, 8, 8, 1, 1, 1, 1, 8],
+        [2, 8, 8, 16, 16, 3, 2, 1, 1, 16],
         // Enough channels for Winograd, which does not support these convolutions.
         [1, 7, 6, 48, 48, 3, 2, 1, 1, 1],
         [1, 7, 6, 48, 48, 3, 1, 2, 2, 1],

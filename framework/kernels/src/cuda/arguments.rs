@@ -103,6 +103,69 @@ pub(crate) struct Narrow {
     pub(crate) count: u32,
 }
 
+/// The values that an output pixel of a depthwise convolution sums over.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Window {
+    pub(crate) height: u32,
+    pub(crate) width: u32,
+    pub(crate) to_height: u32,
+    pub(crate) to_width: u32,
+    pub(crate) channels: u32,
+    pub(crate) kernel_height: u32,
+    pub(crate) kernel_width: u32,
+    pub(crate) dilation: u32,
+    pub(crate) above: i32,
+    pub(crate) left: i32,
+}
+
+/// Arguments of `pack_taps`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PackTaps {
+    pub(crate) weight: u64,
+    pub(crate) taps: u64,
+    pub(crate) channels: u32,
+    pub(crate) count: u32,
+    pub(crate) rotated: u32,
+}
+
+/// Arguments of `depthwise`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Depthwise {
+    pub(crate) from: u64,
+    pub(crate) taps: u64,
+    pub(crate) to: u64,
+    pub(crate) window: Window,
+    pub(crate) rows: u32,
+}
+
+/// Arguments of `tap_sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TapSums {
+    pub(crate) x: u64,
+    pub(crate) dy: u64,
+    pub(crate) sums: u64,
+    pub(crate) window: Window,
+    pub(crate) rows: u32,
+    pub(crate) stretch: u32,
+    pub(crate) parts: u32,
+}
+
+/// Arguments of `add_taps`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AddTaps {
+    pub(crate) sums: u64,
+    pub(crate) gradient: u64,
+    pub(crate) channels: u32,
+    pub(crate) count: u32,
+    pub(crate) parts: u32,
+    pub(crate) add: u32,
+}
+
 /// Arguments of `silu`, `gelu` and `leaky_relu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -478,6 +541,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients ValueGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow PackTaps Depthwise TapSums AddTaps Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients ValueGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt>);
 }

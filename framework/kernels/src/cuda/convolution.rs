@@ -1,7 +1,8 @@
 //! Convolutions: with cuDNN, with one plan per shape and pass and a reused workspace, or with this crate's
-//! [`Winograd`] kernels.
+//! [`Winograd`] and [`Depthwise`] kernels.
 
 use super::backend::Descriptor;
+use super::depthwise::Depthwise;
 use super::device::tf32_allowed;
 use super::failed;
 use super::memory::{ALIGNMENT, address, allocate};
@@ -25,7 +26,7 @@ struct Cudnn {
     plans: Vec<Plan>,
     /// The index of the plan in use, or cuDNN's last error if there is no plan.
     in_use: HashMap<Key, std::result::Result<usize, String>>,
-    /// Keys whose engines have been timed, and whether Winograd was faster than all of them.
+    /// Keys whose engines have been timed, and whether our kernels were faster than all of them.
     timed: HashMap<Key, bool>,
     workspace: Option<Arc<CudaStorage>>,
 }
@@ -129,11 +130,11 @@ unsafe fn compute(
         // SAFETY: the key has this geometry; the caller guarantees that the addresses fit it.
         unsafe { cudnn.time(key, places) };
     }
-    if let Some(winograd) = Winograd::new(&key, places)
-        && cudnn.timed.get(&key).copied().unwrap_or(winograd.is_worth_it())
+    if let Some(ours) = Ours::new(&key, places)
+        && cudnn.timed.get(&key).copied().unwrap_or(ours.is_worth_it())
     {
         // SAFETY: as above.
-        return unsafe { winograd.compute(device) };
+        return unsafe { ours.compute(device) };
     }
     loop {
         let plan = cudnn.plan(key)?;
@@ -145,6 +146,41 @@ unsafe fn compute(
         // An engine that could be planned may still refuse to run where another one does not.
         if super::is_recording() || !cudnn.plan_another(key, plan) {
             return Err(error);
+        }
+    }
+}
+
+/// This crate's kernels for a pass that they can compute.
+enum Ours {
+    Winograd(Winograd),
+    Depthwise(Depthwise),
+}
+
+impl Ours {
+    fn new(key: &Key, places: [u64; 3]) -> Option<Ours> {
+        let depthwise = || Depthwise::new(key, places).map(Ours::Depthwise);
+        Winograd::new(key, places).map(Ours::Winograd).or_else(depthwise)
+    }
+
+    /// Whether they are likely to be faster than cuDNN.
+    fn is_worth_it(&self) -> bool {
+        match self {
+            Ours::Winograd(winograd) => winograd.is_worth_it(),
+            Ours::Depthwise(_) => true,
+        }
+    }
+
+    /// Computes the pass.
+    ///
+    /// # Safety
+    /// The addresses point to memory of this device, as large as the key's geometry says.
+    unsafe fn compute(&self, device: &CudaDevice) -> Result<()> {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            match self {
+                Ours::Winograd(winograd) => winograd.compute(device),
+                Ours::Depthwise(depthwise) => depthwise.compute(device),
+            }
         }
     }
 }
@@ -212,7 +248,7 @@ impl Cudnn {
         self.plans.push(plan);
     }
 
-    /// Takes the fastest of Winograd and the first engines that cuDNN proposes; runs once for each key.
+    /// Takes the fastest of our kernels and the first engines that cuDNN proposes; runs once for each key.
     ///
     /// # Safety
     /// The addresses of x, w and y point to memory as large as the key says.
@@ -236,26 +272,34 @@ impl Cudnn {
             }
         }
         // SAFETY: as above.
-        let winograd = Winograd::new(&key, places)
-            .and_then(|winograd| self.time_of(|| unsafe { winograd.compute(&self.device) }).ok());
+        let ours = Ours::new(&key, places)
+            .and_then(|ours| self.time_of(|| unsafe { ours.compute(&self.device) }).ok());
         let least = quickest.as_ref().map(|(least, _)| *least);
-        self.timed.insert(key, winograd.is_some_and(|time| least.is_none_or(|least| time < least)));
+        self.timed.insert(key, ours.is_some_and(|time| least.is_none_or(|least| time < least)));
         if let Some((_, plan)) = quickest {
             self.take(key, plan);
         }
     }
 
-    /// The time of several runs, after one warm-up run.
+    /// The time of a run, after one warm-up run: the mean of so many that they last [`LONG`].
     fn time_of(&self, run: impl Fn() -> Result<()>) -> Result<Duration> {
-        const RUNS: usize = 3;
+        /// A device needs some time to reach its clock rate, and a launch takes some microseconds.
+        const LONG: Duration = Duration::from_millis(5);
         let stream = self.device.cuda_stream();
         let wait = || stream.synchronize().map_err(failed("cuDNN, timing"));
         run()?;
         wait()?;
-        let start = Instant::now();
-        (0..RUNS).try_for_each(|_| run())?;
-        wait()?;
-        Ok(start.elapsed())
+        let mut runs = 3;
+        loop {
+            let start = Instant::now();
+            (0..runs).try_for_each(|_| run())?;
+            wait()?;
+            let elapsed = start.elapsed();
+            if elapsed >= LONG {
+                return Ok(elapsed / runs);
+            }
+            runs *= 4;
+        }
     }
 
     /// A plan's execution arguments: the addresses of x, w and y, and a workspace of `workspace` bytes.

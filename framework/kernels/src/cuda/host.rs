@@ -2,7 +2,7 @@
 
 use super::arguments::{ColumnSums, CopyColumns, GatesBackward, GatesForward};
 use super::roll_out::Operations;
-use super::sources::{CELLS, COLUMNS, GATES, NORMALIZE, OPTIMIZER, POINTWISE, Source, WINOGRAD};
+use super::sources::{CELLS, COLUMNS, DEPTHWISE, GATES, NORMALIZE, OPTIMIZER, POINTWISE, Source, WINOGRAD};
 use crate::direct::Geometry;
 use candle_core::Result;
 use std::ffi::{CString, c_void};
@@ -35,7 +35,7 @@ impl Host {
             }
             let dir = std::env::temp_dir().join(format!("candlepower-kernels-{}", std::process::id()));
             std::fs::create_dir_all(&dir).unwrap();
-            let libraries = [GATES, COLUMNS, OPTIMIZER, POINTWISE, CELLS, NORMALIZE, WINOGRAD]
+            let libraries = [GATES, COLUMNS, OPTIMIZER, POINTWISE, CELLS, NORMALIZE, DEPTHWISE, WINOGRAD]
                 .iter()
                 .map(|source| (source.name, compile(source, &dir)));
             let host = Host { libraries: libraries.collect() };

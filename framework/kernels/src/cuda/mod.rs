@@ -18,6 +18,8 @@ mod conv_lstm;
 #[cfg(feature = "cuda")]
 pub(crate) mod convolution;
 #[cfg(feature = "cuda")]
+mod depthwise;
+#[cfg(feature = "cuda")]
 pub(crate) mod device;
 #[cfg(feature = "cuda")]
 mod graph;

@@ -23,5 +23,7 @@ pub(crate) const NORMALIZE: Source = Source {
 };
 pub(crate) const CELLS: Source =
     Source { name: "cells", text: concat!(include_str!("prelude.cuh"), include_str!("cells.cu")) };
+pub(crate) const DEPTHWISE: Source =
+    Source { name: "depthwise", text: concat!(include_str!("prelude.cuh"), include_str!("depthwise.cu")) };
 pub(crate) const WINOGRAD: Source =
     Source { name: "winograd", text: concat!(include_str!("prelude.cuh"), include_str!("winograd.cu")) };

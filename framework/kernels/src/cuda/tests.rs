@@ -1,6 +1,7 @@
 //! Tests of the kernel sources, run on the processor, against expected results.
 
 mod cells;
+mod depthwise;
 mod normalize;
 
 use super::arguments::{
