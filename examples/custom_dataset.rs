@@ -1,4 +1,5 @@
-//! Your own frames for the tutorial's model: implement `Dataset` and `Open`, register them, name them in TOML.
+//! Custom frames for the tutorial's model: implement `Dataset` and `Open`, register the dataset, and use it
+//! in TOML.
 //!
 //!     cargo run --release --example custom_dataset
 
@@ -7,17 +8,17 @@ use candlepower::prelude::*;
 use candlepower::schemars::{self, JsonSchema};
 use candlepower::serde::{Deserialize, Serialize};
 
-/// The fields of `[data]`, besides `name` and `workers`.
+/// The fields of `[data]`, apart from `name` and `workers`.
 #[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(crate = "candlepower::serde", deny_unknown_fields)]
 struct WavesConfig {
-    /// Videos in the training split.
+    /// Number of videos in the training split.
     samples: usize,
-    /// Pixels from crest to crest.
+    /// Distance between wave crests, in pixels.
     wavelength: f32,
 }
 
-/// Plane waves that run across a 32x32 frame: each sample has its own direction, speed and phase.
+/// Plane waves that move across a 32x32 frame. Each sample has its own direction, speed and phase.
 struct Waves {
     samples: usize,
     wavelength: f32,
@@ -30,7 +31,7 @@ impl Open for Waves {
 
     fn open(config: &WavesConfig, split: Split) -> Result<Self> {
         if config.wavelength <= 0. {
-            // The key becomes file, line and column in what the person sees.
+            // The key is reported with file, line and column.
             return Err(Error::setting("wavelength", "expected a length above 0"));
         }
         let samples = if split == Split::Train { config.samples } else { 64 };
@@ -95,7 +96,8 @@ lr = 3e-3
 
 fn main() -> Result<()> {
     let registry = candlepower_launcher::registry().dataset::<Waves>("waves");
-    // A program of your own would be `candlepower_launcher::run(registry)`: the whole command line, with your names.
+    // A real program would call `candlepower_launcher::run(registry)`: the whole command line, with your
+    // names.
     let document = Document::parse("waves.toml", CONFIG.into(), &[])?;
     let report = Experiment::new(&registry, document)?.train(&Resume::No, Vec::new())?;
     println!("{:?}", report.outcome.validation);

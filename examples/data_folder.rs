@@ -1,5 +1,5 @@
-//! A dataset of your own over a folder of files: pictures whose names begin with what they show. A file is read when its
-//! sample is asked for, by whichever worker is free, so the folder may be larger than memory.
+//! A custom dataset over a folder of files: pictures whose names begin with their class. Files are read on
+//! demand by the data workers, so the folder may be larger than memory.
 //!
 //!     cargo run --release --example data_folder
 
@@ -37,7 +37,7 @@ impl Pictures {
         let entries = std::fs::read_dir(folder).map_err(Error::file(folder))?;
         let files = entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>();
         let mut files = files.map_err(Error::file(folder))?;
-        // Folders have no order, and a run that is resumed needs the same one.
+        // Folders are unordered, but a resumed run needs the same order.
         files.sort();
         Ok(Self(files))
     }
@@ -55,7 +55,7 @@ impl Module for Brightness {
 }
 
 fn main() -> Result<()> {
-    // Sixty pictures, so that there is something to learn from; your folder is there already.
+    // Creates sixty pictures as training data. In practice the folder exists already.
     let folder = std::env::temp_dir().join(format!("candlepower-pictures-{}", std::process::id()));
     std::fs::create_dir_all(&folder).map_err(Error::file(&folder))?;
     for i in 0..60 {

@@ -1,4 +1,4 @@
-//! A dataset of your own that comes in turn: lines of text, read one after the other, whose number nobody knows before.
+//! A custom dataset read in sequence: lines of text, whose number is not known in advance.
 //!
 //!     cargo run --release --example data_stream
 
@@ -8,10 +8,10 @@ use candlepower::candle_nn::{Linear, linear, loss::mse};
 use candlepower::data::{Items, Pass};
 use candlepower::prelude::*;
 
-/// Lines with three numbers: two to learn from, and what follows from them.
+/// Lines with three numbers: two inputs and a target.
 struct Lines;
 
-/// Stands for a file, a pipe, a service: what each pass reads from its beginning.
+/// Stands for a file, a pipe or a service, which each pass reads from the beginning.
 fn reader() -> impl BufRead + Send {
     let line = |i: u32| (i % 7, i % 5);
     let text: String = (0..300).map(line).map(|(a, b)| format!("{a} {b} {}\n", 2 * a + b)).collect();
@@ -25,7 +25,7 @@ impl Stream for Lines {
     fn items(&self, _: Pass) -> Result<Items<String>> {
         Ok(Box::new(reader().lines().map(|line| line.map_err(Error::file("lines")))))
     }
-    // Several workers parse at once, while one at a time reads.
+    // Several workers parse at once, but only one reads at a time.
     fn batch(&self, lines: Vec<String>, _: &[Sample]) -> Result<Tensors> {
         let numbers =
             lines.iter().flat_map(|line| line.split(' ')).map(str::parse).collect::<Result<Vec<f32>, _>>();

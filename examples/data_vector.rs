@@ -1,4 +1,4 @@
-//! A dataset of your own over a vector, the shortest there is: length, spec, batch.
+//! The shortest custom dataset, over a vector: length, spec, batch.
 //!
 //!     cargo run --release --example data_vector
 

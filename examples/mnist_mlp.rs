@@ -1,4 +1,4 @@
-//! Something that is not video, with the same trainer: a small network that reads handwritten digits.
+//! A non-video task with the same trainer: a small network that reads handwritten digits.
 //!
 //!     cargo run --release --example mnist_mlp [FOLDER WITH MNIST'S IDX FILES]
 
@@ -8,14 +8,14 @@ use candlepower::schemars::{self, JsonSchema};
 use candlepower::serde::{Deserialize, Serialize};
 use candlepower_datasets::digits::{Config, Digits};
 
-/// The sizes of the network; from a TOML file they would be the fields of `[module]`.
+/// The sizes of the network. In a TOML file they would be the fields of `[module]`.
 #[derive(Clone, Serialize, Deserialize, JsonSchema)]
 #[serde(crate = "candlepower::serde", deny_unknown_fields)]
 struct MlpConfig {
     hidden: usize,
 }
 
-/// One hidden layer.
+/// A network with one hidden layer.
 struct Mlp {
     hidden: Linear,
     class: Linear,

@@ -1,4 +1,5 @@
-//! Sequences of different lengths: a kind of batch of your own, a loss over tokens, a metric over all samples, a callback.
+//! Sequences of different lengths: a custom batch type, a loss over tokens, a metric over all samples, a
+//! callback.
 //!
 //!     cargo run --release --example sequences
 
@@ -7,15 +8,15 @@ use candlepower::metrics::{Collected, classification::auroc};
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
 
-/// Sequences side by side, with zeros behind those that are shorter than the longest.
+/// Sequences padded with zeros to the length of the longest.
 struct Sequences {
     /// (B, T).
     tokens: Tensor,
-    /// (B, T): 1 where there is a token.
+    /// (B, T): 1 for tokens, 0 for padding.
     is_token: Tensor,
     /// (B, 1): 0 or 1.
     label: Tensor,
-    /// How many tokens there are.
+    /// Number of tokens.
     count: usize,
 }
 
@@ -32,7 +33,7 @@ impl Batch for Sequences {
     }
 }
 
-/// Noise around 1 or around -1: the label says which.
+/// Noise around 1 or -1, according to the label.
 struct Noise {
     samples: usize,
 }
@@ -69,7 +70,7 @@ impl Dataset for Noise {
     }
 }
 
-/// Guesses the label from each token alone; of a sequence it is the mean guess.
+/// Predicts the label from each token separately; a sequence's score is the mean over its tokens.
 struct Guess(Linear);
 
 impl Module for Guess {
@@ -82,7 +83,7 @@ impl Module for Guess {
         let of_tokens = (&logits * &batch.is_token)?;
         step.collect("score", &(of_tokens.sum(1)? / batch.is_token.sum(1)?)?);
         step.collect("label", &batch.label);
-        // The cross entropy of each token, and its mean over tokens: batches with more of them count more.
+        // The cross entropy of each token, averaged over tokens: batches with more tokens count more.
         let losses = ((logits.relu()? - logits.broadcast_mul(&batch.label)?)?
             + (logits.abs()?.neg()?.exp()? + 1.)?.log()?)?;
         step.weigh_loss(batch.count as f64);
@@ -94,7 +95,7 @@ impl Module for Guess {
     }
 }
 
-/// Ends the run as soon as the metric is good enough.
+/// Ends the run once the metric is good enough.
 struct GoodEnough(f64);
 
 impl Callback for GoodEnough {
@@ -107,7 +108,7 @@ impl Callback for GoodEnough {
         })
     }
 
-    // Asked for before the first step: a run without it does not begin.
+    // Checked before the first step: a run without this metric does not start.
     fn monitors(&self) -> Option<&str> {
         Some("auroc")
     }

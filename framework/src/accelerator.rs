@@ -1,4 +1,4 @@
-//! What the computation runs on.
+//! The devices that computations run on.
 
 use candle_core::Device;
 use candlepower_kernels as kernels;
@@ -9,30 +9,31 @@ use serde::{Deserialize, Serialize};
 use crate::collective::Environment;
 use crate::error::{Error, Result};
 
-/// Which kind of device models are trained on, by Lightning's words.
+/// The kind of device to train on, named as in Lightning.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Accelerator {
-    /// CUDA where this program is built with it and the machine has a device, else the CPU.
+    /// CUDA if this program is built with it and the machine has a device, otherwise the CPU.
     Auto,
     /// The CPU.
     Cpu,
-    /// NVIDIA's devices. Needs the feature `cuda`.
+    /// An NVIDIA device. Needs the feature `cuda`.
     Cuda,
 }
 
-/// How exactly products and convolutions of 32-bit numbers are computed on CUDA devices, by PyTorch's words.
+/// The precision of 32-bit matrix products and convolutions on CUDA devices, named as in PyTorch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum MatmulPrecision {
-    /// In 32 bits throughout.
+    /// Full 32-bit precision.
     Highest,
-    /// Factors are rounded to TF32's 10 bits: several times faster, to three decimal digits.
+    /// Factors are rounded to TF32's 10 bits: several times faster, accurate to three decimal digits.
     High,
 }
 
 impl Accelerator {
-    /// The device of the first rank of this process, of which there are to be `devices`, each on a device of its own.
+    /// Opens the device of this process's first rank. The process will have `devices` ranks, each on its own
+    /// device.
     pub fn open(self, devices: usize) -> Result<Device> {
         if self == Self::Cuda && !kernels::BUILT_WITH_CUDA {
             let message =
@@ -50,7 +51,7 @@ impl Accelerator {
                 return Err(Error::setting("accelerator", message));
             }
         };
-        // A process that was started for one of several devices takes the one that is its own.
+        // A process started for one of several devices takes the one assigned to it.
         let first = Environment::read()?.map_or(0, |own| own.local_rank.unwrap_or(own.rank % found));
         if first + devices > found {
             return Err(Error::setting("devices", too_many(first + devices, found)));
@@ -66,7 +67,7 @@ fn too_many(asked: usize, found: usize) -> String {
     format!("expected at most {found}, the number of CUDA devices found; found {asked}")
 }
 
-/// The device of another rank of this process: the CPU is everybody's, of others each rank has its own.
+/// The device of another rank of this process. The CPU is shared by all ranks; a CUDA device is not.
 pub(crate) fn of_rank(rank: usize, first: &Device) -> Result<Device> {
     if !first.is_cuda() {
         return Ok(first.clone());
@@ -78,17 +79,17 @@ pub(crate) fn of_rank(rank: usize, first: &Device) -> Result<Device> {
     Ok(kernels::open_cuda(rank)?)
 }
 
-/// Lets products and convolutions of 32-bit numbers be as exact as this from now on.
+/// Sets the precision of 32-bit matrix products and convolutions from now on.
 pub(crate) fn set_matmul_precision(precision: MatmulPrecision) {
     kernels::allow_tf32(precision == MatmulPrecision::High);
 }
 
-/// Has the engines of convolutions timed from now on, or not.
+/// Sets whether convolution engines are timed from now on.
 pub(crate) fn set_benchmark(wanted: bool) {
     kernels::time_convolutions(wanted);
 }
 
-/// A line for each kind of device that this program can use, or cannot, and why.
+/// One line per kind of device: what this program can use, or why it cannot.
 pub fn describe_devices() -> Vec<String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let mut lines = vec![format!("cpu       {threads} threads")];
@@ -122,7 +123,7 @@ mod tests {
         if kernels::cuda_devices().is_ok() {
             return;
         }
-        // The computation goes to the CPU where that is allowed.
+        // `Auto` falls back to the CPU.
         assert!(Accelerator::Auto.open(2).unwrap().is_cpu());
         let error = Accelerator::Cuda.open(1).unwrap_err().to_string();
         let expected = if kernels::BUILT_WITH_CUDA {

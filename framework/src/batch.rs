@@ -1,4 +1,4 @@
-//! Batches: where a module and a dataset meet. Neither knows the other; both know the batch.
+//! Batches: the common type of a module and a dataset, which do not know each other.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -15,33 +15,33 @@ use crate::{nn, video_file};
 
 /// A kind of batch: samples collated into tensors.
 pub trait Batch: Send + Sync + Sized + 'static {
-    /// What every batch of a dataset has in common: the sizes that a module is built from. A checkpoint holds it, so that the module
-    /// can be built where the data is not.
+    /// What all batches of a dataset have in common: the sizes that a module is built from. Checkpoints store
+    /// it, so the module can be built without the data.
     type Spec: Clone + std::fmt::Debug + Serialize + DeserializeOwned + Send + Sync;
 
-    /// How many samples it holds.
+    /// Number of samples.
     fn len(&self) -> usize;
 
-    /// The same batch with `f` of each tensor in that tensor's place: always all of them, in the same order.
+    /// Returns this batch with `f` applied to each tensor: always to all of them, in the same order.
     fn map(&self, f: &mut dyn FnMut(&Tensor) -> Result<Tensor>) -> Result<Self>;
 
-    /// The same batch on another device. Data workers call it ahead of time, for the device that trains.
+    /// Copies the batch to another device. Data workers call this ahead of time for the training device.
     fn to_device(&self, device: &Device) -> Result<Self> {
         self.map(&mut |tensor| Ok(to_device(tensor, device)?))
     }
 
-    /// The same batch with its floating-point inputs in the type that the module computes in. Targets keep theirs, so that
-    /// losses lose nothing.
+    /// Casts the floating-point inputs to the type that the module computes in. Targets keep their type, so
+    /// losses keep their precision.
     fn cast(self, _dtype: DType) -> Result<Self> {
         Ok(self)
     }
 
-    /// Whether it holds no sample.
+    /// Whether it holds no samples.
     fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A batch to predict from, read from a file that a person gave.
+    /// Reads a batch to predict from, from a user-supplied file.
     fn read(path: &Path, _spec: &Self::Spec) -> Result<Self> {
         Err(Error::msg(format!(
             "{}: this kind of data cannot be read from a file for prediction: implement `Batch::read`, or the dataset's `Open::read`",
@@ -49,7 +49,7 @@ pub trait Batch: Send + Sync + Sized + 'static {
         )))
     }
 
-    /// Writes what a module predicted from this batch, for a person to look at.
+    /// Writes the prediction for this batch to a file, for people to look at.
     fn write(&self, _prediction: &Tensor, path: &Path) -> Result<()> {
         Err(Error::msg(format!(
             "{}: predictions of this kind cannot be written to a file: implement `Batch::write`",
@@ -57,8 +57,8 @@ pub trait Batch: Send + Sync + Sized + 'static {
         )))
     }
 
-    /// How what a module predicts from `held_out` compares with predictors that learn nothing, some of which look at
-    /// `train`. `predict` is the module; it takes `batch_size` samples at once.
+    /// Compares a module's predictions for `held_out` with predictors that learn nothing, some of which read
+    /// `train`. `predict` runs the module on `batch_size` samples at a time.
     fn compare(
         _predict: &mut dyn FnMut(&Self) -> Result<Tensor>,
         _train: &dyn Dataset<Batch = Self>,
@@ -70,54 +70,57 @@ pub trait Batch: Send + Sync + Sized + 'static {
     }
 }
 
-/// Frames to predict from and the frames that follow them. Values are in `[0, 1]`.
+/// Video frames to predict from, and the frames that follow them. Values are in `[0, 1]`.
 ///
-/// Nearly all data knows every pixel, and [`Video::new`] is all that it needs. A module whose loss is [`Video::mse`] or
-/// [`Video::mae`] also learns from data that does not.
+/// If every pixel is known, as in most data, [`Video::new`] is enough. For data with unknown pixels, set
+/// [`mask`](Self::mask) and use [`Video::mse`] or [`Video::mae`] as the loss.
 #[derive(Debug, Clone)]
 pub struct Video {
     /// (B, T_in, C, H, W), f32.
     pub input: Tensor,
     /// (B, T_out, C, H, W), f32.
     pub target: Tensor,
-    /// (B, T_in + T_out, 1, H, W), f32: 1 where a pixel of the input or the target is known and 0 where it is not; not set
-    /// where all are known. What is not known has some value within range, and no error.
+    /// (B, T_in + T_out, 1, H, W), f32: 1 where a pixel of the input or the target is known, 0 where it is
+    /// not; `None` if all are known. Unknown pixels hold an arbitrary value within range and do not count in
+    /// the error.
     pub mask: Option<Tensor>,
-    /// What the values stand for, where they are more than brightness.
+    /// The quantity that the values represent, if they are more than brightness.
     pub quantity: Option<Arc<Quantity>>,
 }
 
-/// A measured quantity that frames show.
+/// A measured quantity shown by frames.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Quantity {
     /// The unit of the thresholds, for example `mm/h`.
     pub unit: &'static str,
-    /// From where on there is an event that should have been predicted; any number of such.
+    /// Values from which on a pixel counts as an event to predict; any number of them.
     pub thresholds: Vec<Threshold>,
     /// Minutes from one frame to the next.
     pub minutes: f64,
 }
 
-/// A value that a quantity reaches or does not.
+/// A threshold of a quantity.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Threshold {
     /// The value in the quantity's unit.
     pub value: f64,
-    /// The value in `[0, 1]` that stands for it in frames.
+    /// The value in `[0, 1]` that represents it in frames.
     pub level: f32,
 }
 
 impl Video {
-    /// Frames whose every pixel is known: `input` (B, T_in, C, H, W) and `target` (B, T_out, C, H, W), f32.
+    /// A batch in which every pixel is known: `input` (B, T_in, C, H, W) and `target` (B, T_out, C, H, W),
+    /// f32.
     pub fn new(input: Tensor, target: Tensor) -> Self {
         Self { input, target, mask: None, quantity: None }
     }
 
-    /// The mean squared error of frames (B, T, C, H, W) that were predicted for the last T of input and target: the target,
-    /// or more, for a module that also learns from what it predicts for the frames that it was given.
+    /// The mean squared error of frames (B, T, C, H, W) predicted for the last T frames of input and target.
+    /// T is usually the length of the target; it is larger for modules that also learn to predict their input
+    /// frames.
     ///
-    /// Each sample's error is the mean over its known pixels, and the loss is the mean over the samples, so that a batch
-    /// counts as its micro-batches do.
+    /// Each sample's error is the mean over its known pixels, and the loss is the mean over the samples, so
+    /// splitting a batch into micro-batches does not change it.
     pub fn mse(&self, prediction: &Tensor) -> Result<Tensor> {
         let (came, mask) = self.last(prediction.dim(1)?)?;
         match mask {
@@ -126,14 +129,14 @@ impl Video {
         }
     }
 
-    /// The mean absolute error, otherwise as [`Video::mse`].
+    /// The mean absolute error, otherwise like [`Video::mse`].
     pub fn mae(&self, prediction: &Tensor) -> Result<Tensor> {
         let (came, mask) = self.last(prediction.dim(1)?)?;
         let error = difference(prediction, &came)?.abs()?;
         mask.map_or_else(|| nn::mean_all(&error), |mask| known_mean(&error, &mask))
     }
 
-    /// The last `times` frames of input and target, and which of their pixels are known, (B, times, 1, H, W).
+    /// The last `times` frames of input and target, and the mask of their known pixels, (B, times, 1, H, W).
     pub fn last(&self, times: usize) -> Result<(Tensor, Option<Tensor>)> {
         let (inputs, targets) = (self.input.dim(1)?, self.target.dim(1)?);
         let Some(first) = (inputs + targets).checked_sub(times) else {
@@ -156,8 +159,8 @@ fn difference(prediction: &Tensor, came: &Tensor) -> Result<Tensor> {
     Ok((wide(prediction)? - wide(came)?)?)
 }
 
-/// The mean over samples of each one's mean over its known pixels: `error` (B, T, C, H, W), `mask` (B, T, 1, H, W). A
-/// sample of which nothing is known has no error.
+/// The mean over samples of each sample's mean over its known pixels: `error` (B, T, C, H, W), `mask`
+/// (B, T, 1, H, W). A sample without known pixels has error 0.
 fn known_mean(error: &Tensor, mask: &Tensor) -> Result<Tensor> {
     let mask = mask.to_dtype(error.dtype())?;
     let known = (nn::sum_from(&mask, 1)? * error.dim(2)? as f64)?.maximum(1.)?;
@@ -215,12 +218,12 @@ impl Batch for Video {
     }
 }
 
-/// Inputs with a class each.
+/// Inputs with one class each.
 #[derive(Debug, Clone)]
 pub struct Labelled {
     /// (B, ...), f32.
     pub input: Tensor,
-    /// (B), u32: the class, below [`LabelledSpec::classes`].
+    /// (B), u32: the class, less than [`LabelledSpec::classes`].
     pub label: Tensor,
 }
 
@@ -229,7 +232,7 @@ pub struct Labelled {
 pub struct LabelledSpec {
     /// The shape of one input, without the batch axis.
     pub shape: Vec<usize>,
-    /// How many classes there are.
+    /// Number of classes.
     pub classes: usize,
 }
 
@@ -249,8 +252,8 @@ impl Batch for Labelled {
     }
 }
 
-/// Any tensors that share their first axis, for data that needs no type of its own. The last of several is the target: it keeps its
-/// type where a module computes in half precision.
+/// Any tensors that share their first axis, for data that needs no custom type. If there are several, the
+/// last is the target and keeps its type when the module computes in half precision.
 #[derive(Debug, Clone)]
 pub struct Tensors(
     /// Each (B, ...).
@@ -287,7 +290,7 @@ mod tests {
         Tensor::from_slice(values, (samples, times, 1, 1, 2), &Device::Cpu).unwrap()
     }
 
-    /// Two samples, one frame in and one out, two pixels a frame.
+    /// Two samples with one input and one target frame of two pixels each.
     fn video(mask: Option<&[f32]>) -> Video {
         let video = Video::new(frames(&[0.5; 4], 1), frames(&[0., 0., 1., 1.], 1));
         Video { mask: mask.map(|mask| frames(mask, 2)), ..video }
@@ -302,7 +305,7 @@ mod tests {
         let prediction = frames(&[0.5, 1., 0., 0.], 1);
         assert_eq!(number(video(None).mse(&prediction).unwrap()), (0.25 + 1. + 1. + 1.) / 4.);
         assert_eq!(number(video(None).mae(&prediction).unwrap()), (0.5 + 1. + 1. + 1.) / 4.);
-        // Of the first sample's target one pixel is known, of the second's both.
+        // One pixel of the first sample's target is known, both of the second's.
         let masked = video(Some(&[1., 1., 1., 0., 1., 1., 1., 1.]));
         assert_eq!(number(masked.mse(&prediction).unwrap()), (0.25 + 1.) / 2.);
         assert_eq!(number(masked.mae(&prediction).unwrap()), (0.5 + 1.) / 2.);

@@ -1,4 +1,4 @@
-//! How fast a configuration runs: the trainer's own steps, timed.
+//! Benchmarks: times the trainer's own steps.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, channel};
@@ -16,37 +16,38 @@ use crate::memory;
 use crate::module::Model;
 use crate::trainer::{Limit, Precision, Trainer};
 
-/// Steps before the first that is timed: they fill caches and allocate what later steps use again.
+/// Untimed steps before the first timed one. They fill caches and allocate memory that later steps reuse.
 pub const WARM_UP: u64 = 2;
 
-/// What is timed.
+/// What to time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pass {
     /// Training steps: forward, backward, optimizer.
     Training,
-    /// Forward passes alone, as in validation.
+    /// Forward passes only, as in validation.
     Forward,
 }
 
-/// What a benchmark found. One step is one batch.
+/// The result of a benchmark. One step is one batch.
 #[derive(Debug, Clone, Serialize)]
 pub struct Benchmark {
     /// Median time from the end of one step to the end of the next, in milliseconds.
     pub ms_per_step: f64,
-    /// At that median.
+    /// Samples per second at that median.
     pub samples_per_second: f64,
-    /// The most memory that this process has held so far, in 10^6 bytes; known on Linux.
+    /// Peak memory of this process so far, in 10^6 bytes; only known on Linux.
     pub peak_rss_mb: Option<f64>,
-    /// The most memory that tensors have held on a CUDA device in the steps that were timed, in 10^6 bytes.
+    /// Peak memory of tensors on a CUDA device during the timed steps, in 10^6 bytes.
     pub peak_device_mb: Option<f64>,
-    /// Floating-point operations of one sample's step by [`Module::flops`](crate::module::Module::flops): one forward
-    /// pass, or three times that where steps train. Faster algorithms do fewer; the number stays, so that speeds compare.
+    /// Floating-point operations of one sample's step, by [`Module::flops`](crate::module::Module::flops):
+    /// one forward pass, or three times that for training steps. Does not depend on the algorithms, some of
+    /// which need fewer, so speeds are comparable.
     pub flops_per_sample: Option<f64>,
-    /// 10^12 such operations a second.
+    /// 10^12 of these operations per second.
     pub tflops: Option<f64>,
     /// `cpu`, `cuda` or `metal`.
     pub device: &'static str,
-    /// CPU threads of the computation.
+    /// CPU threads used.
     pub threads: usize,
     /// Number format of the computation.
     pub precision: Precision,
@@ -74,7 +75,7 @@ pub(crate) fn measure<B: Batch>(
     let samples = match pass {
         Pass::Training => {
             let batch = trainer.config.batch_size;
-            // The last batch of an epoch may be a smaller one: it is left out where there are others.
+            // The last batch of an epoch may be smaller: skip it unless it is the only one.
             trainer.config.limit_train_batches =
                 data.train.len().map(|len| Limit::Batches((len / batch).max(1)));
             trainer.fit(model, data)?;
@@ -115,23 +116,24 @@ pub(crate) fn measure<B: Batch>(
     })
 }
 
-/// Notes when each step ends. The time between two ends is all that a step costs, waiting for data included.
+/// Records when each step ends. The time between two ends is the full cost of a step, including waiting for
+/// data.
 struct Stopwatch {
     device: Device,
-    /// Steps before those that are timed.
+    /// Untimed steps left.
     warm_up: u64,
     ends: Sender<Instant>,
 }
 
 impl Stopwatch {
     fn note(&mut self) -> Result<Flow> {
-        // A step has ended when its device is idle, not when its last operation has been asked for.
+        // A step ends when its device is idle, not when its last operation has been queued.
         self.device.synchronize()?;
         if self.warm_up == 1 {
             kernels::reset_peak_memory(&self.device);
         }
         self.warm_up = self.warm_up.saturating_sub(1);
-        // Nobody listens only after the benchmark has failed.
+        // The receiver is gone only after the benchmark has failed.
         let _ = self.ends.send(Instant::now());
         Ok(Flow::Continue)
     }
@@ -151,7 +153,7 @@ impl Callback for Stopwatch {
     }
 }
 
-/// The middle value; the mean of the middle two of an even number. Not a number where there is none.
+/// The median; NaN if there are no values.
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     let (low, high) = (values.len().saturating_sub(1) / 2, values.len() / 2);
@@ -214,7 +216,7 @@ mod tests {
     #[test]
     fn a_training_step_counts_three_forward_passes() {
         for (pass, flops) in [(Pass::Training, 30.), (Pass::Forward, 10.)] {
-            // The steps of several epochs of a small dataset.
+            // The steps span several epochs of a small dataset.
             let result = bench(6, 9, pass).unwrap();
             assert_eq!(result.flops_per_sample, Some(flops));
             assert_eq!((result.device, result.threads), ("cpu", 1));

@@ -1,4 +1,4 @@
-//! Callbacks: they watch a run and can end it; they never change it.
+//! Callbacks: they watch a run and can end it, but never change it.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use crate::data::{Settings, Split};
 use crate::error::Result;
 use crate::picture::png_bytes;
 
-/// How far training has come. Everything that counts, counts optimizer steps.
+/// How far training has come. Steps are optimizer steps.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
     /// Optimizer steps done.
@@ -27,7 +27,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Counts one optimizer step over `samples` samples, which may have been the last of its epoch.
+    /// Counts one optimizer step over `samples` samples; `ends_epoch` if it was the last of its epoch.
     pub(crate) fn advance(&mut self, samples: usize, ends_epoch: bool) {
         self.step += 1;
         self.samples += samples as u64;
@@ -45,71 +45,71 @@ impl Progress {
     }
 }
 
-/// What a run sets out to do.
+/// What a run is going to do.
 #[derive(Debug, Clone, Copy)]
 pub struct Plan {
-    /// Where it starts; not at zero when it is resumed.
+    /// Where it starts; not zero if the run is resumed.
     pub start: Progress,
-    /// The step at which it ends, where that is known: a stream has no length before its first end.
+    /// The step at which it ends, if known: the length of a stream is unknown before its first end.
     pub last_step: Option<u64>,
-    /// Steps in an epoch, where that is known.
+    /// Steps per epoch, if known.
     pub steps_per_epoch: Option<u64>,
-    /// Numbers in all parameters together.
+    /// Total number of values in all parameters.
     pub parameters: usize,
-    /// Bytes of what the optimizers remember, on this rank.
+    /// Bytes of optimizer state on this rank.
     pub optimizer_bytes: usize,
-    /// Floating-point operations of one sample's training step, where the module says
+    /// Floating-point operations of one sample's training step, if the module reports them
     /// ([`Module::flops`](crate::module::Module::flops)).
     pub flops_per_sample: Option<f64>,
 }
 
-/// What a step leaves to look at, before the next one begins.
+/// The state after a step, before the next one begins.
 #[derive(Debug, Clone, Copy)]
 pub struct StepEnd<'a> {
-    /// How far training has come, this step included.
+    /// Progress, including this step.
     pub progress: Progress,
     /// The parameters that are trained, after the step.
     pub params: &'a [(String, Var)],
-    /// The gradient of each of them in this step, after clipping; none unless a callback
-    /// [wants them](Callback::wants_gradients). Where one of several optimizers sat the step out, its gradients are those that
-    /// overflowed, or, where its turn was not due, 0.
+    /// The gradient of each parameter in this step, after clipping; empty unless a callback
+    /// [wants them](Callback::wants_gradients). If one of several optimizers skipped the step, its gradients
+    /// are the overflowed ones, or 0 if its turn was not due.
     pub gradients: &'a [Tensor],
 }
 
-/// Metrics at one moment.
+/// Metrics at one point of a run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Record {
-    /// Steps done.
+    /// Steps completed.
     pub step: u64,
-    /// The epoch they belong to.
+    /// The epoch that the last step belongs to.
     pub epoch: u64,
-    /// The data that the metrics are of.
+    /// The split that the metrics were computed on.
     pub split: Split,
     /// Metrics by name.
     #[serde(flatten)]
     pub metrics: IndexMap<String, f64>,
 }
 
-/// A picture at one moment.
+/// A picture at one point of a run.
 #[derive(Debug, Clone)]
 pub struct Picture {
-    /// Steps done.
+    /// Steps completed.
     pub step: u64,
-    /// The data that the picture is of.
+    /// The split that the picture belongs to.
     pub split: Split,
     /// What it shows, for example `prediction`.
     pub name: String,
     /// (C, H, W), C = 1 or 3, values in `[0, 1]`, f32 on the CPU.
     pub pixels: Tensor,
-    /// The same as a PNG file.
+    /// The same picture as a PNG file.
     pub png: Vec<u8>,
 }
 
 impl Picture {
-    /// A picture of these pixels, (C, H, W) with C = 1 or 3 and values in `[0, 1]`.
+    /// Creates a picture from pixels, (C, H, W) with C = 1 or 3 and values in `[0, 1]`.
     ///
     /// # Errors
-    /// Where the pixels have another shape.
+    /// If the pixels have another shape.
     pub fn new(step: u64, split: Split, name: &str, pixels: &Tensor) -> Result<Self> {
         let pixels = pixels.to_device(&Device::Cpu)?.to_dtype(DType::F32)?;
         let png = png_bytes(&pixels)?;
@@ -117,20 +117,20 @@ impl Picture {
     }
 }
 
-/// Whether training goes on.
+/// Whether training continues.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Flow {
-    /// It goes on.
+    /// Continue.
     #[default]
     Continue,
-    /// A checkpoint is saved, and it goes on.
+    /// Save a checkpoint and continue.
     Save,
-    /// It ends here: a checkpoint is saved, and the run says why.
+    /// Stop: save a checkpoint and report the reason.
     Stop(StopReason),
 }
 
 impl Flow {
-    /// What two answers come to: stopping counts more than saving, the first stop more than the second.
+    /// Combines two answers: stopping takes precedence over saving, the first stop over the second.
     pub fn or(self, other: Flow) -> Flow {
         match (&self, &other) {
             (Flow::Stop(_), _) | (_, Flow::Continue) => self,
@@ -142,112 +142,114 @@ impl Flow {
 /// Why a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StopReason {
-    /// It did what it set out to do.
+    /// The run reached its configured end.
     Finished,
-    /// A callback had seen enough; the text says of what.
+    /// A callback stopped it; the text is the reason.
     Callback(String),
-    /// It was no use to go on: the text says why. What came before is saved.
+    /// Continuing would be useless; the text is the reason. Earlier progress is saved.
     Failed(String),
-    /// The process was told to end, by this signal.
+    /// The process received this signal.
     Signal(i32),
 }
 
-/// Watches a run. No method is required.
+/// Watches a run. All methods have defaults.
 pub trait Callback: Send {
-    /// Before the first step.
+    /// Called before the first step.
     fn on_fit_start(&mut self, _plan: &Plan) -> Result<()> {
         Ok(())
     }
 
-    /// After every optimizer step.
+    /// Called after every optimizer step.
     fn on_step_end(&mut self, _step: &StepEnd) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
-    /// When training metrics have been read; those that a callback adds reach the callbacks after it, loggers among them. Mostly they
-    /// are those of a step, and where it ends an epoch those of the epoch ([`Step::log_epoch`]) too. The latter come alone where the
-    /// step is not logged, and where training ends within an epoch: without `loss`, `lr` and `grad_norm`.
+    /// Called when training metrics have been read. Metrics that a callback adds are visible to the callbacks
+    /// after it, including loggers. The record usually holds a step's metrics, plus the epoch's
+    /// ([`Step::log_epoch`]) if the step ends an epoch. It holds only the epoch's, without `loss`, `lr` and
+    /// `grad_norm`, if the step is not logged or training ends within an epoch.
     ///
     /// [`Step::log_epoch`]: crate::module::Step::log_epoch
     fn on_train_metrics(&mut self, _record: &mut Record) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
-    /// After `done` of `total` batches of an evaluation; a stream's total is not known. What it asks for happens
-    /// when the evaluation is complete. A signal alone ends it here, where one rank is alone; a run that is resumed makes up for it.
+    /// Called after `done` of `total` batches of an evaluation; `total` is `None` for a stream. The returned
+    /// request takes effect when the evaluation is complete. Only a signal ends the evaluation early, and
+    /// only with a single rank; a resumed run then repeats the validation.
     fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
-    /// When an evaluation is complete: of the validation data, or, outside training, of any split.
+    /// Called when an evaluation is complete: of the validation data or, outside training, of any split.
     fn on_validation_end(&mut self, _record: &mut Record) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
-    /// What was predicted from batch number `batch` of a dataset, (B, ...).
+    /// Called with the prediction for batch number `batch` of a dataset, (B, ...).
     fn on_prediction(&mut self, _batch: usize, _prediction: &Tensor) -> Result<()> {
         Ok(())
     }
 
-    /// When a picture that a module logged is drawn: perhaps some steps after the one that it is of, but before the next
-    /// checkpoint.
+    /// Called when a logged picture has been drawn, possibly some steps after the step that logged it, but
+    /// before the next checkpoint.
     fn on_picture(&mut self, _picture: &Picture) -> Result<()> {
         Ok(())
     }
 
-    /// When a checkpoint is complete on disk: some steps after the one that it is of.
+    /// Called when a checkpoint is complete on disk, some steps after the step that it holds.
     fn on_checkpoint(&mut self, _checkpoint: &Path) -> Result<()> {
         Ok(())
     }
 
-    /// After the last step, the last validation and the last checkpoint; `reason` says why it was the last.
+    /// Called after the last step, validation and checkpoint; `reason` is why training ended.
     fn on_fit_end(&mut self, _progress: &Progress, _reason: &StopReason) -> Result<()> {
         Ok(())
     }
 
-    /// Whether it looks at the gradients of this step, which are otherwise clipped within the optimizer's own pass, and not
-    /// exchanged by ranks that share out its state.
+    /// Whether it reads the gradients of this step. If no callback does, gradients are clipped inside the
+    /// optimizer's update, and ranks with sharded optimizer state do not exchange them.
     fn wants_gradients(&self, _step: u64) -> bool {
         true
     }
 
-    /// Whether, in a training of several processes, each of them asks it, and not that of rank 0 alone.
+    /// Whether every process of a multi-process training calls it, instead of only rank 0.
     fn on_every_rank(&self) -> bool {
         false
     }
 
-    /// The validation metric that it cannot do without. Whether there is one of that name is known before the first step.
+    /// The validation metric that it requires, if any. Its existence is checked before the first step.
     fn monitors(&self) -> Option<&str> {
         None
     }
 
-    /// The names of the validation metrics that it adds to records, for others to monitor.
+    /// The names of validation metrics that it adds to records, for others to monitor.
     fn adds(&self) -> Vec<String> {
         Vec::new()
     }
 
-    /// The name under which checkpoints keep its state. Of a callback that a configuration asks for it is its section's, whatever this
-    /// says.
+    /// The name under which checkpoints store its state. For a callback made from a configuration it is the
+    /// name of its section, regardless of this method.
     fn name(&self) -> &'static str {
         std::any::type_name::<Self>()
     }
 
-    /// What it must remember when the run is interrupted; a checkpoint keeps it.
+    /// State to store in checkpoints, so an interrupted run can restore it.
     fn state(&self) -> Option<serde_json::Value> {
         None
     }
 
-    /// Takes up the state that a checkpoint kept, before [`Callback::on_fit_start`].
+    /// Restores the state from a checkpoint. Called before [`Callback::on_fit_start`].
     fn restore(&mut self, _state: serde_json::Value) -> Result<()> {
         Ok(())
     }
 }
 
-/// A callback that is made from its own section of the configuration file, `[callbacks.NAME]`.
+/// A callback built from its own section of the configuration file, `[callbacks.NAME]`.
 pub trait Watch: Callback + Sized + 'static {
     /// The fields of its section.
     type Config: Settings;
 
-    /// Makes the callback. Values that do not fit are an [`Error::Setting`](crate::Error::Setting).
+    /// Builds the callback. Returns [`Error::Setting`](crate::Error::Setting) for invalid values.
     fn watch(config: &Self::Config) -> Result<Self>;
 }

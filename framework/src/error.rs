@@ -1,23 +1,23 @@
-//! The one error type of the library.
+//! The library's error type.
 
 use std::path::{Path, PathBuf};
 
 use crate::config::ConfigError;
 
-/// What a fallible call of this library returns.
+/// The result type of this library.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything that can go wrong, in words for the person who runs the training.
+/// Everything that can go wrong, with messages written for the person who runs the training.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The configuration file, or a `--set`, asks for something that cannot be.
+    /// The configuration file or a `--set` override is invalid.
     #[error(transparent)]
     Config(Box<ConfigError>),
-    /// A setting has a value that does not fit. The configuration layer finds the place in the file and turns this
-    /// into [`Error::Config`]; code without a file shows it as it is.
+    /// A setting has an invalid value. The configuration layer finds its place in the file and turns this
+    /// into [`Error::Config`]; without a file it is shown as is.
     #[error("`{key}`: {message}")]
     Setting {
-        /// The key inside the section that the failing code was built from, for example `patch`.
+        /// The key within the section that the failing code was built from, for example `patch`.
         key: String,
         /// What is wrong, and what was expected.
         message: String,
@@ -27,50 +27,50 @@ pub enum Error {
     File {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The operating system's error.
         source: std::io::Error,
     },
     /// A tensor operation failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
-    /// Anything else, said in plain words.
+    /// Any other error, as a message.
     #[error("{0}")]
     Message(String),
 }
 
 impl From<ConfigError> for Error {
     fn from(error: ConfigError) -> Self {
-        // Boxed: it is rare and large, and every `Result` of the library has its size.
+        // Boxed: it is rare and large, and would increase the size of every `Result`.
         Error::Config(Box::new(error))
     }
 }
 
 impl Error {
-    /// A plain message.
+    /// Creates an error from a message.
     pub fn msg(message: impl Into<String>) -> Self {
         Error::Message(message.into())
     }
 
-    /// The same error, with where it happened in front.
+    /// Prefixes the error with the place where it happened.
     pub(crate) fn within(self, place: &str) -> Self {
         match self {
-            // These have places of their own.
+            // These already name their place.
             error @ (Error::Config(_) | Error::Setting { .. }) => error,
             error => Error::Message(format!("{place}: {error}")),
         }
     }
 
-    /// A value of the setting `key` that does not fit; `message` says what was expected.
+    /// An invalid value of the setting `key`; `message` states what was expected.
     pub fn setting(key: impl Into<String>, message: impl Into<String>) -> Self {
         Error::Setting { key: key.into(), message: message.into() }
     }
 
-    /// For `map_err`: names the file that could not be read or written.
+    /// For `map_err`: adds the path of the file that could not be read or written.
     pub fn file<E: Into<std::io::Error>>(path: impl AsRef<Path>) -> impl FnOnce(E) -> Self {
         move |source| Error::File { path: path.as_ref().to_path_buf(), source: source.into() }
     }
 
-    /// For `map_err`: names the file whose content is not what it should be.
+    /// For `map_err`: adds the path of the file with invalid content.
     pub fn content<E: std::fmt::Display>(path: impl AsRef<Path>) -> impl FnOnce(E) -> Self {
         move |source| Error::Message(format!("{}: {source}", path.as_ref().display()))
     }

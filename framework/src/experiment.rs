@@ -1,4 +1,4 @@
-//! An experiment: one configuration file, made ready to train, validate or predict.
+//! Experiments: a configuration file, ready to train, validate or predict.
 
 mod job;
 mod schema;
@@ -49,7 +49,7 @@ const SECTIONS: [&str; 13] = [
     "callbacks",
 ];
 
-/// A configuration file whose every section has been read and checked; no data has been read yet.
+/// A configuration file with all sections read and checked. No data has been read yet.
 pub struct Experiment {
     document: Document,
     run: RunConfig,
@@ -75,25 +75,25 @@ pub struct Experiment {
 pub enum Resume {
     /// At the first step, in a new folder.
     No,
-    /// At the last good checkpoint of the newest run of this name; at the first step where there is none.
+    /// At the last good checkpoint of the newest run of this name, or at the first step if there is none.
     Auto,
-    /// At this checkpoint, or at the last good one of this run's folder.
+    /// At this checkpoint, or at the last good one in this run's folder.
     From(PathBuf),
 }
 
-/// What a training came to.
+/// The result of a training.
 #[derive(Debug)]
 pub struct Report {
-    /// The run's folder; a try-out (`trainer.fast_dev_run`) has none, and none but rank 0 knows it.
+    /// The run's folder; `None` for a trial run (`trainer.fast_dev_run`) and on ranks other than 0.
     pub dir: Option<PathBuf>,
     /// How training ended.
     pub outcome: Outcome,
-    /// How the module does on the validation data by lead time, beside predictors that learn nothing; of data and runs
-    /// that have no such thing, none.
+    /// The module's scores on the validation data by lead time, alongside predictors that learn nothing;
+    /// `None` if the data or the run does not have them.
     pub lead_times: Option<LeadTimes>,
 }
 
-/// The most workers, and the most batches that each of them may be ahead.
+/// The maximum number of workers, and of batches that each may prefetch.
 const MOST_AHEAD: usize = 1024;
 
 impl Experiment {
@@ -102,7 +102,7 @@ impl Experiment {
         Self::new(registry, Document::read(path, sets)?)
     }
 
-    /// The same for a document that has been read.
+    /// Like [`read`](Self::read), for a document that has been read already.
     pub fn new(registry: &Registry, document: Document) -> Result<Self> {
         document.check_sections(&SECTIONS)?;
         let place = |section| {
@@ -221,24 +221,25 @@ impl Experiment {
         toml::to_string_pretty(&all).map_err(|error| Error::msg(error.to_string()))
     }
 
-    /// Makes the module, with the weights that it is to start from and without reading a sample, so that a configuration can be tried
-    /// cheaply; returns how many numbers its parameters hold.
+    /// Builds the module with its starting weights, without reading a sample: a cheap check of a
+    /// configuration. Returns the total number of values in its parameters.
     pub fn build(&self) -> Result<usize> {
         self.job.build(self)
     }
 
-    /// How ranks work together.
+    /// The settings for training on several ranks.
     pub fn distributed(&self) -> &DistributedConfig {
         &self.distributed
     }
 
-    /// On how many devices it trains.
+    /// The number of devices that it trains on.
     pub fn devices(&self) -> usize {
         self.trainer.devices
     }
 
-    /// Trains, or times steps, as one of several processes, of which the first alone writes. Where each is a rank,
-    /// `trainer.devices` is their number, all told or on a machine, or 1, the default.
+    /// Makes this process one of several that train, or time steps, together; only the first writes files. If
+    /// each process is one rank, `trainer.devices` must be their number, in total or per machine, or 1, the
+    /// default.
     pub fn ranks(self, ranks: Arc<dyn Collective>) -> Result<Self> {
         let (devices, processes) = (self.trainer.devices, ranks.world_size());
         let expected = [1, processes, processes / self.distributed.nodes];
@@ -251,32 +252,32 @@ impl Experiment {
         Ok(Self { ranks, ..self })
     }
 
-    /// Trains; `callbacks` come after the ones that the configuration asks for.
+    /// Trains. `callbacks` come after those of the configuration.
     pub fn train(&self, resume: &Resume, callbacks: Vec<Box<dyn Callback>>) -> Result<Report> {
         let report = self.job.train(self, resume, callbacks);
-        // The others would wait for a rank that could not even begin.
+        // The other ranks would wait for one that could not even begin.
         report.inspect_err(|error| self.ranks.abort(&error.to_string()))
     }
 
-    /// The metrics of a checkpoint on a split of the data.
+    /// Computes the metrics of a checkpoint on a split of the data.
     pub fn validate(&self, checkpoint: &Path, split: Split) -> Result<IndexMap<String, f64>> {
         self.job.validate(self, checkpoint, split)
     }
 
-    /// How a checkpoint does on a split of the data by lead time, beside predictors that learn nothing; none for data that
-    /// has no such thing.
+    /// Compares a checkpoint with predictors that learn nothing, on a split of the data, by lead time. `None`
+    /// for data without lead times.
     pub fn compare(&self, checkpoint: &Path, split: Split) -> Result<Option<LeadTimes>> {
         self.job.compare(self, checkpoint, split)
     }
 
-    /// Predicts from the file `input` with a checkpoint's weights, and writes the prediction to `output`. The data that was learned
-    /// from need not be there, where `[data]` is what the checkpoint was trained with.
+    /// Predicts from the file `input` with a checkpoint's weights, and writes the prediction to `output`. The
+    /// training data need not be present if `[data]` is what the checkpoint was trained with.
     pub fn predict(&self, checkpoint: &Path, input: &Path, output: &Path) -> Result<()> {
         self.job.predict(self, checkpoint, input, output)
     }
 
-    /// Predicts from every sample of a split with a checkpoint's weights, and hands the predictions to the callbacks;
-    /// returns how many batches there were.
+    /// Predicts from every sample of a split with a checkpoint's weights and passes the predictions to the
+    /// callbacks. Returns the number of batches.
     pub fn predict_split(
         &self,
         checkpoint: &Path,
@@ -286,18 +287,19 @@ impl Experiment {
         self.job.predict_split(self, checkpoint, split, callbacks)
     }
 
-    /// Times `steps` steps after a warm-up; writes nothing. What it leaves out of training is what is not a step:
-    /// validation, checkpoints, pictures, logs.
+    /// Times `steps` steps after a warm-up; writes nothing. Validation, checkpoints, pictures and logs are
+    /// left out.
     pub fn bench(&self, steps: u64, pass: Pass) -> Result<Benchmark> {
         self.job.bench(self, steps, pass)
     }
 
-    /// Looks for a learning rate ([`Trainer::find_lr`]) from the weights that training starts from; writes nothing.
+    /// Searches for a learning rate ([`Trainer::find_lr`]), starting from the weights that training starts
+    /// from. Writes nothing.
     pub fn find_lr(&self, config: &LrFinderConfig) -> Result<LrFinding> {
         self.job.find_lr(self, config)
     }
 
-    /// Looks for a batch size ([`Trainer::find_batch_size`]); writes nothing.
+    /// Searches for a batch size ([`Trainer::find_batch_size`]). Writes nothing.
     pub fn find_batch_size(&self, config: &BatchFinderConfig) -> Result<BatchFinding> {
         self.job.find_batch_size(self, config)
     }
@@ -336,7 +338,7 @@ impl Experiment {
         model.map_err(|error| self.document.place("module", error))
     }
 
-    /// Gives a model the weights that it is to start from, where there are some.
+    /// Loads the starting weights into a model, if any are configured.
     fn init<B: Batch>(&self, model: &Model<B>) -> Result<()> {
         let Some(init) = &self.init else { return Ok(()) };
         init.apply(model.params()).map_err(|error| self.document.place("init", error))
@@ -354,7 +356,7 @@ impl Experiment {
             .image_every(self.logging.image_every)
     }
 
-    /// The same with the callbacks that the configuration asks for.
+    /// The trainer with the callbacks of the configuration.
     fn watched(&self) -> Result<Trainer> {
         let make = |trainer: Trainer, (name, callback): &(String, Box<dyn CallbackRecipe>)| {
             Ok(trainer.named_callback(name, callback.make()?))
@@ -362,10 +364,10 @@ impl Experiment {
         self.callbacks.iter().try_fold(self.trainer(), make)
     }
 
-    /// Gives a setting that only training could find wrong its place in the file.
+    /// Adds the place in the file to a setting error that was only found in training.
     fn place_training_error(&self, error: Error) -> Error {
         let error = match error {
-            // It says itself where it belongs.
+            // The error names its section.
             Error::Setting { key, message } if key.contains('.') => {
                 let (section, key) = key.rsplit_once('.').unwrap_or(("", &key));
                 return self.document.place(section, Error::setting(key, message));

@@ -7,24 +7,24 @@ use candlepower_kernels::updates::sum_squares_of;
 use crate::error::{Error, Result};
 use crate::optim::Turn;
 
-/// One slot for each parameter, in the parameters' order.
+/// One slot per parameter, in parameter order.
 pub(crate) struct Grads {
     sums: Vec<Option<Tensor>>,
 }
 
 impl Grads {
-    /// No gradient yet for any of these parameters.
+    /// Creates empty slots for these parameters.
     pub(crate) fn new(params: &[(String, Var)]) -> Self {
         Self { sums: vec![None; params.len()] }
     }
 
-    /// These, in the parameters' order.
+    /// Wraps these gradients, in parameter order.
     pub(crate) fn found(sums: Vec<Option<Tensor>>) -> Self {
         Self { sums }
     }
 
-    /// Adds what one backward pass found. A micro-batch's loss carries its share of the step's samples as a factor,
-    /// so the plain sum is the gradient of the mean over all samples.
+    /// Adds the gradients of one backward pass. A micro-batch's loss is scaled by its share of the step's
+    /// samples, so the plain sum is the gradient of the mean over all samples.
     pub(crate) fn add(&mut self, found: &[Option<Tensor>]) -> Result<()> {
         for (sum, gradient) in self.sums.iter_mut().zip(found) {
             gradient.iter().try_for_each(|gradient| accumulate(sum, gradient))?;
@@ -32,8 +32,8 @@ impl Grads {
         Ok(())
     }
 
-    /// All gradients; an error names the parameters that got none. Candle has operations that cut the graph without
-    /// a word, and a parameter that is never trained is a bug that no loss curve shows.
+    /// Returns all gradients, or an error that names the parameters without one. Some candle operations
+    /// silently cut the graph, and a loss curve does not reveal a parameter that is never trained.
     pub(crate) fn complete(self, params: &[(String, Var)]) -> Result<Vec<Tensor>> {
         let pairs = self.sums.iter().zip(params);
         let missing: Vec<&str> =
@@ -59,7 +59,7 @@ impl Grads {
     }
 }
 
-/// What a backward pass found for each of the parameters that an optimizer moves, in their order.
+/// The gradients found by a backward pass for the optimizer's parameters, in order.
 pub(crate) fn of_turn(turn: &Turn, mut found: GradStore) -> Result<Vec<Option<Tensor>>> {
     if let Some((name, _)) = turn.unused.iter().find(|(_, var)| found.get(var).is_some()) {
         return Err(is_used(name));
@@ -67,7 +67,7 @@ pub(crate) fn of_turn(turn: &Turn, mut found: GradStore) -> Result<Vec<Option<Te
     Ok(turn.working.iter().map(|var| found.remove(var)).collect())
 }
 
-/// Adds a gradient to what there is of it, in 32 bits.
+/// Adds a gradient to its sum, in 32 bits.
 pub(crate) fn accumulate(sum: &mut Option<Tensor>, gradient: &Tensor) -> Result<()> {
     let gradient = gradient.to_dtype(DType::F32)?;
     *sum = Some(match sum.take() {
@@ -77,7 +77,7 @@ pub(crate) fn accumulate(sum: &mut Option<Tensor>, gradient: &Tensor) -> Result<
     Ok(())
 }
 
-/// Refuses a gradient of a parameter that the module says it does not use.
+/// Fails if a parameter with a gradient is declared unused by the module.
 pub(crate) fn is_not_unused(name: &str, unused: &[String]) -> Result<()> {
     if unused.iter().any(|unused| unused == name) { Err(is_used(name)) } else { Ok(()) }
 }
@@ -88,7 +88,7 @@ fn is_used(name: &str) -> Error {
     ))
 }
 
-/// The first parameter whose gradient is not finite.
+/// The first parameter with a non-finite gradient.
 pub(crate) fn first_not_finite(params: &[(String, Var)], gradients: &[Tensor]) -> Result<Option<String>> {
     for ((name, _), gradient) in params.iter().zip(gradients) {
         if !sum_squares_of(std::slice::from_ref(gradient))?.is_finite() {

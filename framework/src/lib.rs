@@ -1,14 +1,14 @@
-//! Lightning-style training for candle: you write a model and a dataset; this crate owns the loop, the precision, the
-//! checkpoints and the logs.
+//! Lightning-style training for candle. You write a model and a dataset; this crate provides the training
+//! loop, precision, checkpoints and logging.
 //!
-//! | you write | here |
+//! | you write | trait |
 //! |---|---|
 //! | something that turns a batch into a loss | [`Module`](module::Module) |
 //! | something that reads samples by index | [`Dataset`](data::Dataset) |
 //! | something that watches a run | [`Callback`](callback::Callback) |
 //!
-//! [`Trainer`](trainer::Trainer) trains a module on a dataset; [`Experiment`](experiment::Experiment) does the same
-//! from a TOML file, with a [`Registry`](config::Registry) that gives the names in it a meaning.
+//! [`Trainer`](trainer::Trainer) trains a module on a dataset. [`Experiment`](experiment::Experiment) does
+//! the same from a TOML file, with a [`Registry`](config::Registry) that resolves the names in it.
 #![warn(clippy::print_stdout)]
 
 pub mod accelerator;
@@ -46,14 +46,14 @@ pub mod video_file;
 pub mod weights;
 pub mod whole_file;
 
-// The crates whose types stand in our interfaces, in the versions that fit.
+// Crates whose types appear in the public API, re-exported in the matching versions.
 pub use error::{Error, Result};
 pub use {candle_core, candle_nn, rand, schemars, serde, serde_json};
 
-/// What nearly every program that trains needs.
+/// Common imports for training programs.
 pub mod prelude {
     pub use candle_core::{DType, Device, Tensor};
-    // Brings `.forward()` of candle's layers into scope and leaves the name `Module` to ours.
+    // Brings `.forward()` of candle's layers into scope without shadowing our `Module`.
     pub use candle_nn::{Module as _, VarBuilder};
 
     pub use crate::batch::{Batch, Labelled, LabelledSpec, Tensors, Video, VideoSpec};

@@ -1,8 +1,8 @@
-//! How much memory this process holds, how much more it could have, and what to do where there is none left.
+//! Memory of this process: current, peak and available; and advice for out-of-memory errors.
 
 use crate::error::Error;
 
-/// What Linux says of this process, in bytes.
+/// A value of this process from Linux's `/proc/self/status`, in bytes.
 fn status(key: &str) -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix(key))?;
@@ -10,40 +10,40 @@ fn status(key: &str) -> Option<u64> {
     Some(kib * 1024)
 }
 
-/// What the process holds now; known on Linux.
+/// Current resident memory; only known on Linux.
 pub(crate) fn resident() -> Option<u64> {
     status("VmRSS:")
 }
 
-/// The most that the process has held since it began, or since [`reset_peak`]; known on Linux.
+/// Peak resident memory since the process started, or since [`reset_peak`]; only known on Linux.
 pub(crate) fn peak() -> Option<u64> {
     status("VmHWM:")
 }
 
-/// Lets the peak begin anew with what is held now (proc(5), `clear_refs`). Where the system does not allow it, the peak
-/// stays what it is and can only grow.
+/// Resets the peak to the current value (proc(5), `clear_refs`). If the system does not allow it, the peak
+/// remains and can only grow.
 pub(crate) fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// What the process could still get: of the machine's memory, and of its control group's, where it has one.
+/// Memory that the process can still allocate, limited by the machine and by its control group, if any.
 pub(crate) fn available() -> Option<u64> {
     let mut system = sysinfo::System::new();
     system.refresh_memory();
     if system.total_memory() == 0 {
         return None;
     }
-    // What the group holds of files can be dropped: only its processes' own memory counts.
+    // The group's page cache can be dropped, so only its processes' own memory counts.
     let of_group = system.cgroup_limits().map(|limits| limits.total_memory.saturating_sub(limits.rss));
     Some(of_group.map_or(system.available_memory(), |of_group| of_group.min(system.available_memory())))
 }
 
-/// Whether this is a device's memory that is full. Devices say it in words alone: `CUDA_ERROR_OUT_OF_MEMORY`, "out of memory".
+/// Whether a device's memory is full. Only the message tells: `CUDA_ERROR_OUT_OF_MEMORY`, "out of memory".
 pub(crate) fn is_full(error: &Error) -> bool {
     error.to_string().to_lowercase().replace('_', " ").contains("out of memory")
 }
 
-/// The same error; where a device's memory is full, with what to change. A device takes `at_once` samples at once.
+/// Adds advice to an error about a full device. A device currently takes `at_once` samples at once.
 pub(crate) fn explain(error: Error, at_once: usize) -> Error {
     if !is_full(&error) {
         return error;
@@ -71,7 +71,7 @@ mod tests {
     fn the_peak_sees_what_is_gone_again() {
         const SIZE: u64 = 64 << 20;
         reset_peak();
-        // Touched, so that it is resident.
+        // Written to, so it is resident.
         drop(std::hint::black_box(vec![1u8; SIZE as usize]));
         let (now, most, room) = (resident().unwrap(), peak().unwrap(), available().unwrap());
         assert!(most >= SIZE && most >= now, "{now} now, {most} at most");

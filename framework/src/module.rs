@@ -1,4 +1,5 @@
-//! What a user writes: [`Module`] and [`Build`]. What they are handed: [`Step`]. What the trainer trains: [`Model`].
+//! The traits that users implement, [`Module`] and [`Build`]; the [`Step`] passed to a module; and [`Model`],
+//! which the trainer trains.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,27 +16,28 @@ use crate::params::{Params, PutTap};
 use crate::precision::Precision;
 use crate::seed;
 
-/// Something that turns a batch into a loss.
+/// A model: turns a batch into a loss.
 pub trait Module: Send + Sync {
-    /// What it learns from.
+    /// The batch type it is trained on.
     type Batch: Batch;
 
-    /// The scalar to minimise: the mean over the batch's samples, or over what [`Step::weigh_loss`] says.
+    /// Returns the scalar loss to minimise: the mean over the batch's samples, or over the count given to
+    /// [`Step::weigh_loss`].
     fn training_step(&self, batch: &Self::Batch, step: &mut Step) -> Result<Tensor>;
 
-    /// The loss on held-out data; other metrics are logged on `step`.
+    /// Returns the loss on held-out data. Other metrics can be logged on `step`.
     fn validation_step(&self, batch: &Self::Batch, step: &mut Step) -> Result<Tensor> {
         self.training_step(batch, step)
     }
 
-    /// What the module says about this batch, (B, ...).
+    /// Returns the prediction for this batch, (B, ...).
     fn predict_step(&self, _batch: &Self::Batch, _step: &mut Step) -> Result<Tensor> {
         Err(Error::msg("this module does not implement `predict_step`, which `predict` needs"))
     }
 
-    /// Metrics of a whole evaluation that are no means over its samples, by name: areas under curves, correlations, quantiles. They are
-    /// computed of what `validation_step` has given to [`Step::collect`], after the last batch, and on every rank alike; where
-    /// nothing was collected, nobody asks.
+    /// Returns metrics of a whole evaluation that are not means over its samples, by name: areas under
+    /// curves, correlations, quantiles. Called after the last batch with the values that `validation_step`
+    /// passed to [`Step::collect`], identically on every rank. Not called if nothing was collected.
     ///
     /// ```
     /// # use candlepower::prelude::*;
@@ -54,44 +56,44 @@ pub trait Module: Send + Sync {
         Ok(Vec::new())
     }
 
-    /// Parameters that no loss of this module depends on, as patterns in which `*` stands for any text: they are in every
-    /// checkpoint and are never moved. A parameter without gradient that is not among them is an error, and so is one
-    /// among them that gets a gradient.
+    /// Parameters that no loss of this module depends on, as patterns in which `*` matches any text. They are
+    /// saved in every checkpoint and never updated. It is an error if any other parameter has no gradient, or
+    /// if one of these gets one.
     fn unused(&self) -> &[&str] {
         &[]
     }
 
-    /// Floating-point operations of one sample's forward pass, a multiply-add counted as two; none where nobody has
-    /// counted them. A training step counts as three forward passes.
+    /// Floating-point operations of one sample's forward pass, counting a multiply-add as two; `None` if
+    /// unknown. A training step counts as three forward passes.
     fn flops(&self) -> Option<f64> {
         None
     }
 }
 
-/// Something made from its own section of the configuration file.
+/// A module built from its own section of the configuration file.
 pub trait Build: Module + Sized + 'static {
     /// The fields of its `[module]` section.
     type Config: Settings;
 
-    /// Makes the module for batches of this `spec`; `vb` hands out its parameters by name.
+    /// Builds the module for batches of this `spec`; `vb` creates its parameters by name.
     fn build(config: &Self::Config, spec: &<Self::Batch as Batch>::Spec, vb: VarBuilder) -> Result<Self>;
 }
 
-/// A number that a module logged.
+/// A metric logged by a module.
 #[derive(Clone)]
 pub(crate) struct Metric {
     pub(crate) name: String,
     /// A scalar.
     pub(crate) value: Tensor,
-    /// Of how many things it is the mean, where that is not the batch's samples.
+    /// The number of items that the value is the mean of, if not the batch's samples.
     pub(crate) weight: Option<f64>,
-    /// Whether training logs its mean over an epoch, instead of that of single steps.
+    /// Whether training logs the mean over an epoch instead of values of single steps.
     pub(crate) of_epoch: bool,
 }
 
-/// What can be logged: a scalar on any device, or a number.
+/// A value that can be logged: a scalar tensor on any device, or a number.
 pub trait Loggable {
-    /// A tensor of one number.
+    /// Converts to a tensor of one number.
     fn scalar(self) -> candle_core::Result<Tensor>;
 }
 
@@ -125,13 +127,13 @@ impl Loggable for f32 {
     }
 }
 
-/// Names of what is in every record.
+/// Names that every record already contains.
 pub(crate) const TAKEN: [&str; 6] = ["loss", "lr", "grad_norm", "step", "epoch", "split"];
 
-/// Makes a picture (C, H, W) of tensors on the CPU.
+/// Draws a picture (C, H, W) from tensors on the CPU.
 pub(crate) type Draw = Arc<dyn Fn(&[Tensor]) -> Result<Tensor> + Send + Sync>;
 
-/// A picture that a module logged and that is still to be drawn.
+/// A picture logged by a module and not yet drawn.
 #[derive(Clone)]
 pub(crate) struct Sketch {
     pub(crate) name: String,
@@ -139,7 +141,7 @@ pub(crate) struct Sketch {
     pub(crate) draw: Draw,
 }
 
-/// One call of a module: what it may know about the run, and what it wants to tell.
+/// The context of one call of a module: read-only facts about the run, and what the module logs.
 pub struct Step {
     training: bool,
     index: u64,
@@ -147,15 +149,15 @@ pub struct Step {
     seed: u64,
     optimizer: String,
     images_due: bool,
-    /// Whether it was asked for what differs from step to step.
+    /// Set when the module asks for a value that differs from step to step.
     asked: Arc<AtomicBool>,
     metrics: Vec<Metric>,
     images: Vec<Sketch>,
-    /// Of each sample, for metrics of all.
+    /// Per-sample values collected for [`Module::metrics`].
     collected: Vec<(String, Tensor)>,
-    /// Of how many things the loss is the mean, where that is not the batch's samples.
+    /// The number of items that the loss is the mean of, if not the batch's samples.
     loss_weight: Option<f64>,
-    /// What could not be logged.
+    /// The first error in logging, if any.
     refused: Option<Error>,
 }
 
@@ -183,39 +185,41 @@ impl Step {
         }
     }
 
-    /// A call outside training, after `index` steps of it.
+    /// The context of a call outside training, after `index` training steps.
     pub fn evaluation(index: u64, micro_batch: u64, seed: u64, images_due: bool) -> Self {
         Self { training: false, ..Self::training(index, micro_batch, seed, "", images_due) }
     }
 
-    /// The optimizer whose turn it is, by its name in `[optimizers.NAME]`: the loss that is returned moves its parameters
-    /// alone. With one optimizer, and outside training, modules need not ask.
+    /// The name of the optimizer whose turn it is, as in `[optimizers.NAME]`: the returned loss updates only
+    /// its parameters. Not needed with a single optimizer or outside training.
     pub fn optimizer(&self) -> &str {
         &self.optimizer
     }
 
-    /// Whether this call is for training: dropout and the like act only then.
+    /// Whether this call is part of training. Dropout and similar layers are active only then.
     pub fn is_training(&self) -> bool {
         self.training
     }
 
-    /// Optimizer steps done so far in this run.
+    /// Optimizer steps completed so far in this run.
     pub fn index(&self) -> u64 {
         self.asked.store(true, Ordering::Relaxed);
         self.index
     }
 
-    /// A generator for what `name` says (dropout of a layer, noise): a function of (seed, step, micro-batch, name).
+    /// Returns a random generator for the purpose `name` (a layer's dropout, noise), determined by (seed,
+    /// step, micro-batch, name).
     pub fn rng(&self, name: &str) -> seed::ChaCha8Rng {
         self.asked.store(true, Ordering::Relaxed);
         seed::generator(self.seed, [seed::name(name), self.index, self.micro_batch])
     }
 
-    /// Says of how many things the loss is the mean, where that is not the batch's samples: of tokens that are no padding, of pixels
-    /// that are known; or the sum of their weights. So the gradients of micro-batches and of ranks add up to what one batch
-    /// of all would give, and the losses of a validation to what one batch would.
+    /// Sets the number of items that the loss is the mean of, if not the batch's samples: non-padding tokens,
+    /// known pixels, or the sum of their weights. Gradients of micro-batches and ranks then add up to the
+    /// gradient of one whole batch, and so do the losses of a validation.
     ///
-    /// A module that says so does it in each step. A loss that is the mean of nothing counts for nothing, and must be a number.
+    /// A module that calls this must call it in every step. A loss over zero items is ignored, but must be
+    /// finite.
     ///
     /// ```
     /// # use candlepower::prelude::*;
@@ -225,7 +229,7 @@ impl Step {
     /// # }
     /// ```
     pub fn weigh_loss(&mut self, things: f64) {
-        // A recorded step would count as much as the one that was recorded.
+        // A replayed step would reuse the weight of the recorded one.
         self.asked.store(true, Ordering::Relaxed);
         if !(things.is_finite() && things >= 0.) {
             let message = format!("`Step::weigh_loss` was given {things}: expected a number of at least 0");
@@ -234,21 +238,25 @@ impl Step {
         self.loss_weight = Some(things);
     }
 
-    /// What [`weigh_loss`](Self::weigh_loss) was told.
+    /// The count given to [`weigh_loss`](Self::weigh_loss).
     pub(crate) fn loss_weight(&self) -> Option<f64> {
         self.loss_weight
     }
 
-    /// Logs a metric: a scalar, or a number, that is the mean over the batch's samples. It stays on its device until it is read.
+    /// Logs a metric: a scalar or a number that is the mean over the batch's samples. It stays on its device
+    /// until it is read.
     ///
-    /// Its name is its own: it is logged once in a step, and is none of those that the trainer logs (`loss`, `lr`, `grad_norm`).
+    /// The name must be unique within a step and different from the names that the trainer logs (`loss`,
+    /// `lr`, `grad_norm`).
     pub fn log(&mut self, name: &str, value: impl Loggable) {
         self.note(name, value, None, false);
     }
 
-    /// Logs a metric of training as its mean over the epoch's samples: once, when the epoch is over, or when training ends within it,
-    /// but for a signal or a failure. Every step that is taken counts, whether it is one of those whose metrics are logged or not, and
-    /// each optimizer's turn; a resumed epoch counts as one. Its name is no other metric's. In evaluation this is [`Step::log`].
+    /// Logs a training metric as its mean over the samples of the epoch: once, at the end of the epoch, or
+    /// when training ends within it (except after a signal or a failure). All completed steps and all
+    /// optimizer turns count, whether or not the step is logged. An interrupted and resumed epoch counts as
+    /// one. The name must differ from those of other metrics. In evaluation this is the same as
+    /// [`Step::log`].
     ///
     /// ```
     /// # use candlepower::prelude::*;
@@ -260,12 +268,14 @@ impl Step {
         self.note(name, value, None, true);
     }
 
-    /// The same of a metric that is the mean over so many other things than samples.
+    /// Like [`log_epoch`](Self::log_epoch), for a metric that is the mean over `weight` items other than
+    /// samples.
     pub fn log_epoch_weighted(&mut self, name: &str, value: impl Loggable, weight: f64) {
         self.note(name, value, Some(weight), true);
     }
 
-    /// Logs a metric that is the mean over so many other things than samples: tokens, pixels that are not masked.
+    /// Logs a metric that is the mean over `weight` items other than samples, such as tokens or unmasked
+    /// pixels.
     ///
     /// ```
     /// # use candlepower::prelude::*;
@@ -278,7 +288,7 @@ impl Step {
     }
 
     fn note(&mut self, name: &str, value: impl Loggable, weight: Option<f64>, of_epoch: bool) {
-        // With several optimizers, each has its own.
+        // With several optimizers, each has its own, as `loss/NAME`.
         let (of, optimizer) = name.split_once('/').unwrap_or((name, &self.optimizer));
         let refused =
             if TAKEN.contains(&name) || (TAKEN.contains(&of) && optimizer == self.optimizer && name != of) {
@@ -298,8 +308,8 @@ impl Step {
         }
     }
 
-    /// Keeps something of each sample, (B, ...), for [`Module::metrics`] of a whole evaluation; it waits for the device. In training
-    /// nothing is kept.
+    /// Collects per-sample values, (B, ...), for [`Module::metrics`] of a whole evaluation. Waits for the
+    /// device. Does nothing in training.
     pub fn collect(&mut self, name: &str, rows: &Tensor) {
         if self.collected.iter().any(|(known, _)| known == name) {
             let message = format!("a module cannot collect `{name}` twice in one step: use two names");
@@ -310,25 +320,25 @@ impl Step {
         }
     }
 
-    /// What was kept of each sample.
+    /// Takes the collected per-sample values.
     pub(crate) fn take_collected(&mut self) -> Vec<(String, Tensor)> {
         std::mem::take(&mut self.collected)
     }
 
-    /// Whether pictures are due in this step; making them only then costs nothing in all others.
+    /// Whether pictures are due in this step. Check it first, to avoid computing pictures in other steps.
     pub fn images_due(&self) -> bool {
         self.images_due
     }
 
-    /// Logs a picture: (C, H, W), C = 1 or 3, values in `[0, 1]`.
+    /// Logs a picture, (C, H, W) with C = 1 or 3 and values in `[0, 1]`.
     pub fn log_image(&mut self, name: &str, picture: &Tensor) {
         self.draw_image(name, &[picture], |of| Ok(of[0].clone()));
     }
 
-    /// Logs a picture that takes time to draw: `draw` makes it, (C, H, W) as for [`Step::log_image`], of the values that
-    /// these tensors have at the end of the step's passes, which it is handed as f32 on the CPU. That happens in another
-    /// thread, while training goes on; an error there ends training. `draw` must hold no tensor of its own: nobody but the
-    /// thread that trains may ask a device for anything.
+    /// Logs a picture that takes time to draw. `draw` receives the values of these tensors at the end of the
+    /// step's passes, as f32 on the CPU, and returns the picture, (C, H, W) as for [`Step::log_image`]. It
+    /// runs on another thread while training continues; an error in it ends training. `draw` must not capture
+    /// tensors: only the training thread may use a device.
     ///
     /// ```
     /// # use candlepower::prelude::*;
@@ -355,44 +365,46 @@ impl Step {
         self.images.push(Sketch { name: name.to_string(), of, draw: Arc::new(draw) });
     }
 
-    /// Its own number, from 1: for messages, which do not count as asking.
+    /// The step's number, from 1. For messages; does not count as asking for it.
     pub(crate) fn number(&self) -> u64 {
         self.index + 1
     }
 
-    /// Becomes true when the module asks for what is another in each step: its number, or random numbers.
+    /// A flag that is set when the module asks for a value that differs between steps: the step's index,
+    /// random numbers or the loss weight.
     pub(crate) fn watch(&self) -> Arc<AtomicBool> {
         self.asked.clone()
     }
 
-    /// The metrics and the pictures that were logged.
+    /// Returns the logged metrics and pictures.
     ///
     /// # Errors
-    /// Where something could not be.
+    /// If something could not be logged.
     pub(crate) fn into_logged(self) -> Result<(Vec<Metric>, Vec<Sketch>)> {
         self.refused.map_or(Ok((self.metrics, self.images)), Err)
     }
 }
 
-/// What makes a module of parameters by name.
+/// Builds a module from a `VarBuilder`.
 type Builder<B> = dyn Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>> + Send + Sync;
 
 /// A module with its parameters, ready to be trained.
 ///
-/// The module exists twice over the same parameters: once on variables that record gradients, once on plain tensors
-/// that share their memory. Evaluating the second keeps no graph, so it needs little memory and no `no_grad`.
+/// The module is built twice over the same parameters: on variables that record gradients, and on plain
+/// tensors that share their memory. Evaluation uses the second, which records no graph, so it needs little
+/// memory and no `no_grad`.
 pub struct Model<B: Batch> {
     build: Arc<Builder<B>>,
     pub(crate) seed: u64,
     params: Params,
     training: Box<dyn Module<Batch = B>>,
     evaluation: Box<dyn Module<Batch = B>>,
-    /// Optimizer steps that its weights have been trained, where a checkpoint has told.
+    /// Optimizer steps that its weights have been trained for, if known from a checkpoint.
     pub(crate) steps: u64,
 }
 
 impl<B: Batch> Model<B> {
-    /// Builds `M` from its configuration.
+    /// Builds a module of type `M` from its configuration.
     pub fn build<M>(config: &M::Config, spec: &B::Spec, seed: u64, device: &Device) -> Result<Self>
     where
         M: Build + Module<Batch = B>,
@@ -402,8 +414,8 @@ impl<B: Batch> Model<B> {
         Self::new(move |vb| M::build(&config, &spec, vb), seed, device)
     }
 
-    /// Builds a module with a closure, which is called twice; where several ranks train, three times for each of them.
-    /// Initial values depend on `seed` and each parameter's name alone.
+    /// Builds a module with a closure, which is called twice, or three times per rank when several ranks
+    /// train. Initial values depend only on `seed` and the parameter's name.
     pub fn new<M>(
         build: impl Fn(VarBuilder) -> Result<M> + Send + Sync + 'static,
         seed: u64,
@@ -415,7 +427,8 @@ impl<B: Batch> Model<B> {
         Self::with_precision(build, seed, device, Precision::Full)
     }
 
-    /// The same for a module that computes in this precision; [`TrainerConfig::precision`] must be the same.
+    /// Like [`new`](Self::new), for a module that computes in this precision; [`TrainerConfig::precision`]
+    /// must match.
     ///
     /// [`TrainerConfig::precision`]: crate::trainer::TrainerConfig::precision
     pub fn with_precision<M>(
@@ -430,7 +443,7 @@ impl<B: Batch> Model<B> {
         Self::boxed(move |vb| Ok(Box::new(build(vb)?)), seed, device, precision)
     }
 
-    /// The same for a module whose type is not known.
+    /// Like [`with_precision`](Self::with_precision), for a boxed module.
     pub fn boxed(
         build: impl Fn(VarBuilder) -> Result<Box<dyn Module<Batch = B>>> + Send + Sync + 'static,
         seed: u64,
@@ -446,13 +459,13 @@ impl<B: Batch> Model<B> {
         Ok(Self { build, seed, params, training, evaluation, steps: 0 })
     }
 
-    /// The same module on this device, with parameters of its own, at their initial values: what another rank trains.
+    /// The same module on this device with separate parameters at their initial values, for another rank.
     pub(crate) fn replica(&self, device: &Device) -> Result<Self> {
         let params = Params::new(self.seed, self.params.dtype(), device);
         Self::on(self.build.clone(), self.seed, params)
     }
 
-    /// The same module over the same parameters once more, which tells of its gradients by taps.
+    /// Builds the module once more over the same parameters, with taps that report its gradients.
     pub(crate) fn tapped(&self, put: Arc<PutTap>) -> Result<Box<dyn Module<Batch = B>>> {
         (self.build)(self.params.tapped_var_builder(put))
     }
@@ -462,12 +475,12 @@ impl<B: Batch> Model<B> {
         &self.params
     }
 
-    /// The module that records gradients.
+    /// The module for training, which records gradients.
     pub fn training(&self) -> &dyn Module<Batch = B> {
         &*self.training
     }
 
-    /// The module that keeps no graph.
+    /// The module for evaluation, which records no graph.
     pub fn evaluation(&self) -> &dyn Module<Batch = B> {
         &*self.evaluation
     }

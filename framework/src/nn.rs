@@ -1,8 +1,8 @@
-//! Layer functions that modules call: our kernels where they apply, plain candle operations everywhere else.
+//! Layer functions for modules: our kernels where they apply, candle operations everywhere else.
 //!
-//! What modules get and give, frames, is (B, T, C, H, W). Between its first layer and its last a network is channels last,
-//! (B, H, W, C) or (B, T, H, W, C), the order that the kernels run on: so nothing is turned around, neither forward nor
-//! backward. [`channels_last()`] and [`channels_first()`] are the way in and out.
+//! Modules receive and return frames as (B, T, C, H, W). Inside, networks are channels last, (B, H, W, C) or
+//! (B, T, H, W, C), which is the layout of the kernels, so no layer transposes its data, forward or backward.
+//! Convert with [`channels_last()`] and [`channels_first()`].
 
 mod activation;
 pub mod channels_last;
@@ -39,28 +39,28 @@ pub fn with_kernels<T>(choice: Kernels, work: impl FnOnce() -> T) -> T {
     result
 }
 
-/// Whether our kernels are wanted, and take this tensor.
+/// Whether kernels are enabled and support this tensor.
 fn fast(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::supported(x)
 }
 
-/// The same for the parts of recurrent cells, which also run on CUDA devices.
+/// Like [`fast`], for the parts of recurrent cells, which also run on CUDA devices.
 fn in_32_bits(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::in_32_bits(x)
 }
 
-/// The same for convolutions, ConvLSTM roll-outs and activations, which also take half types, and run on CUDA devices. There
-/// normalisation does, too.
+/// Like [`fast`], for convolutions, ConvLSTM roll-outs and activations, which also support half types and run
+/// on CUDA devices. On CUDA devices this includes normalisation.
 fn convolves(x: &Tensor) -> bool {
     KERNELS.get() == Kernels::Fast && kernels::convolves(x)
 }
 
-/// Whether what no kernel takes is computed in 32 bits and narrowed afterwards: half types on the CPU.
+/// Whether operations without a kernel compute in 32 bits and narrow the result: for half types on the CPU.
 fn widened(x: &Tensor) -> bool {
     x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16)
 }
 
-/// A convolution's weight (Cout, Cin, ..) and bias (Cout), with PyTorch's initial values.
+/// A convolution's weight (Cout, Cin, ..) and bias (Cout), initialised like PyTorch's.
 #[derive(Debug, Clone)]
 pub struct Conv {
     /// (Cout, Cin, kh, kw).
@@ -70,20 +70,20 @@ pub struct Conv {
 }
 
 impl Conv {
-    /// Parameters `weight` of this shape and `bias`, both uniform within 1/sqrt(fan-in) at first (the default of
-    /// PyTorch's `nn.Conv2d`). The third of five axes, a Conv3d's depth of 1 over single frames, is kept in the
-    /// parameter and left out of `self.weight`.
+    /// Creates parameters `weight` of this shape and `bias`, initially uniform within 1/sqrt(fan-in) (the
+    /// default of PyTorch's `nn.Conv2d`). If the shape has five axes, the third is the depth 1 of a Conv3d
+    /// over single frames: the parameter keeps it, `self.weight` does not.
     pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
         let bias = Self::uniform(shape);
         Self::with_init(shape, bias, vb)
     }
 
-    /// The same with a bias that starts at one value.
+    /// Like [`new`](Self::new), with a constant initial bias.
     pub fn with_bias(shape: &[usize], bias: f64, vb: VarBuilder) -> Result<Self> {
         Self::with_init(shape, Init::Const(bias), vb)
     }
 
-    /// A weight that is drawn as `weight` says, and a bias that is zero at first.
+    /// Creates a weight initialised by `weight` and a bias of zero.
     pub fn drawn(shape: &[usize; 4], weight: Init, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints(shape, "weight", weight)?;
         Ok(Self { weight, bias: vb.get_with_hints(shape[0], "bias", Init::Const(0.))? })
@@ -100,12 +100,13 @@ impl Conv {
         Ok(Self { weight, bias: vb.get_with_hints(shape[0], "bias", bias)? })
     }
 
-    /// The same with parameters of this type.
+    /// The convolution with parameters converted to this type.
     fn to_dtype(&self, dtype: DType) -> Result<Self> {
         Ok(Self { weight: self.weight.to_dtype(dtype)?, bias: self.bias.to_dtype(dtype)? })
     }
 
-    /// 'Same' convolution of (.., H, W, Cin) to (.., H, W, Cout), stride 1; the kernel's sides are odd.
+    /// 'Same' convolution of (.., H, W, Cin) to (.., H, W, Cout) with stride 1. The kernel's sides must be
+    /// odd.
     pub fn same(&self, x: &Tensor) -> Result<Tensor> {
         self.channels_last(x, self.same_padded())
     }
@@ -115,21 +116,21 @@ impl Conv {
     }
 }
 
-/// What a stack of ConvLSTM layers is fed with.
+/// The input of a stack of ConvLSTM layers.
 pub enum Feed<'a> {
-    /// (B, T, H, W, C): one frame a step.
+    /// (B, T, H, W, C): one frame per step.
     Frames(&'a Tensor),
-    /// (B, H, W, C) as the first step's input, and the top layer's last output as each later one's.
+    /// (B, H, W, C) as the input of the first step; each later step gets the top layer's previous output.
     Feedback {
         /// The first step's input.
         first: &'a Tensor,
-        /// How many steps.
+        /// Number of steps.
         steps: usize,
     },
 }
 
 impl Feed<'_> {
-    /// The tensor in it.
+    /// The contained tensor.
     fn first(&self) -> &Tensor {
         match self {
             Self::Frames(x) | Self::Feedback { first: x, .. } => x,
@@ -137,10 +138,10 @@ impl Feed<'_> {
     }
 }
 
-/// Rolls a stack of ConvLSTM layers over time, all states starting at zero; returns the top layer's outputs: (B, T, H, W, N)
-/// where all are kept, (B, H, W, N) where only the last is.
+/// Rolls a stack of ConvLSTM layers over time, with all states starting at zero. Returns the top layer's
+/// outputs: (B, T, H, W, N) if all are kept, (B, H, W, N) if only the last is.
 ///
-/// A layer's weight is (4N, C + N, k, k) over its input and its own last output; gates i, f, o, g:
+/// A layer's weight is (4N, C + N, k, k), over its input and its own previous output; gates i, f, o, g:
 /// `c' = σ(f) c + σ(i) tanh(g)`, `h' = σ(o) tanh(c')` (Shi et al. 2015, equation 3, without peepholes).
 pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
     let x = feed.first();
@@ -153,7 +154,7 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
             layers.iter().map(|conv| ConvLstmLayer { weight: &conv.weight, bias: &conv.bias }).collect();
         return Ok(kernels::conv_lstm(input, &layers, keep)?);
     }
-    // Here candle's operations run, whose order is channels first: it is changed once for all steps.
+    // Candle's operations are channels first: convert once for all steps.
     let dtype = if widened(x) { DType::F32 } else { x.dtype() };
     let first = channels_first(&x.to_dtype(dtype)?)?;
     let feed = match feed {
@@ -164,7 +165,7 @@ pub fn conv_lstm(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
     channels_last(&conv_lstm_reference(feed, &layers, keep)?.to_dtype(x.dtype())?)
 }
 
-/// The same on tensors that are channels first, one candle operation after the other.
+/// Like [`conv_lstm`], for channels-first tensors and with candle operations only.
 fn conv_lstm_reference(feed: Feed, layers: &[Conv], keep: Keep) -> Result<Tensor> {
     let (steps, mut input) = match feed {
         Feed::Frames(frames) => (frames.dim(1)?, frames.narrow(1, 0, 1)?.squeeze(1)?),
@@ -205,7 +206,8 @@ fn conv_lstm_cell(conv: &Conv, x: &Tensor, state: Option<(Tensor, Tensor)>) -> R
     Ok(((o * c.tanh()?)?, c))
 }
 
-/// Folds patches of p x p pixels into channels: (.., C, H, W) to (.., p*p*C, H/p, W/p), channel `(y*p + x)*C + c`.
+/// Folds patches of p x p pixels into channels: (.., C, H, W) to (.., p*p*C, H/p, W/p), channel
+/// `(y*p + x)*C + c`.
 pub fn space_to_depth(x: &Tensor, patch: usize) -> Result<Tensor> {
     if patch == 1 {
         return Ok(x.clone());
@@ -220,7 +222,7 @@ pub fn space_to_depth(x: &Tensor, patch: usize) -> Result<Tensor> {
     Ok(folded.reshape([&leading[..], &[patch * patch * channels, rows, columns]].concat())?)
 }
 
-/// Undoes [`space_to_depth`].
+/// The inverse of [`space_to_depth`].
 pub fn depth_to_space(x: &Tensor, patch: usize) -> Result<Tensor> {
     if patch == 1 {
         return Ok(x.clone());
@@ -243,7 +245,7 @@ fn split_dims(x: &Tensor) -> Result<(Vec<usize>, [usize; 3])> {
     }
 }
 
-/// The mean of squared differences, in f32 at least.
+/// The mean of squared differences, computed in f32 or f64.
 pub fn mse(prediction: &Tensor, target: &Tensor) -> Result<Tensor> {
     let wide = |x: &Tensor| if x.dtype() == DType::F64 { Ok(x.clone()) } else { x.to_dtype(DType::F32) };
     mean_all(&(wide(prediction)? - wide(target)?)?.sqr()?)
@@ -254,13 +256,13 @@ pub fn mean_all(x: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() { Ok(x.mean_all()?) } else { Ok((sum_from(x, 0)? / x.elem_count() as f64)?) }
 }
 
-/// So many values, or somewhat more, are enough work for one block of threads.
+/// Enough values to occupy one block of threads.
 const RUN: usize = 2048;
 
 /// The sums over all axes from `first` on.
 ///
-/// On a CUDA device candle makes each sum in one block of threads, while the others have nothing to do. There the last axes go
-/// first, so that many blocks take part, and few values are left to the one.
+/// On a CUDA device, candle computes each sum in one block of threads while the others are idle. There, sum
+/// the last axes first, so many blocks take part and few values are left for the final sum.
 pub(crate) fn sum_from(x: &Tensor, first: usize) -> Result<Tensor> {
     if x.device().is_cpu() {
         return Ok(x.flatten_from(first)?.sum(first)?);

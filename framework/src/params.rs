@@ -13,13 +13,13 @@ use rand_distr::{Distribution, Normal, Uniform};
 use crate::error::{Error, Result};
 use crate::{optim, seed, taps};
 
-/// Named parameters in the order in which the module asked for them.
+/// Named parameters, in the order in which the module requested them.
 ///
-/// Each is a working variable in the type that the module computes in, and a 32-bit master that the optimizer moves; where
-/// the module computes in 32 bits, both are one.
+/// Each parameter is a working variable in the type that the module computes in, and a 32-bit master that the
+/// optimizer updates; if the module computes in 32 bits, both are the same variable.
 ///
-/// The first request for a name makes the parameter; a later one returns the same. Initial values are a function of
-/// (seed, name): construction order, device and other parameters change nothing.
+/// The first request for a name creates the parameter; later ones return the same. Initial values are a
+/// function of (seed, name) and do not depend on construction order, device or other parameters.
 #[derive(Clone)]
 pub struct Params(Arc<Store>);
 
@@ -35,7 +35,7 @@ struct Store {
 struct Param {
     master: Var,
     working: Var,
-    /// What a module with taps computes with instead, at the value that the working variable last had.
+    /// Used by a module with taps in place of the working variable; holds that variable's latest value.
     tap: Option<Tensor>,
 }
 
@@ -45,28 +45,29 @@ pub(crate) type PutTap = dyn Fn(&str, &Var) -> candle_core::Result<Tensor> + Sen
 /// The two values of a buffer.
 #[derive(Clone)]
 struct Kept {
-    /// That of the last step that was taken: what evaluation reads and checkpoints hold.
+    /// The value after the last completed step: read by evaluation and saved in checkpoints.
     kept: Var,
-    /// That of the step under way.
+    /// The value in the current step.
     working: Var,
 }
 
-/// Behind a name that is asked of a `VarBuilder`, this says that the name is a buffer's. No parameter's name has it.
+/// Suffix of a name requested from a `VarBuilder` that marks it as a buffer's. No parameter name contains it.
 const BUFFER: char = '\0';
 
-/// A named tensor that a module keeps from step to step and that no optimizer moves, such as the running mean of a
-/// [`BatchNorm`](crate::nn::channels_last::BatchNorm).
+/// A named tensor that a module keeps from step to step and that no optimizer updates, such as the running
+/// mean of a [`BatchNorm`](crate::nn::channels_last::BatchNorm).
 ///
-/// It is part of the model's state: saved, restored, and named as in PyTorch's `state_dict`. It has a type of its own,
-/// whatever the precision. Training steps alone change it: the build for evaluation holds it read-only, and what the
-/// forward passes of a step that is not taken made of it is forgotten. With micro-batches, and with several optimizers,
-/// every forward pass changes it, one after the other, as in PyTorch. Averages of the weights leave it alone: they are
-/// evaluated with the buffers as training has them (PyTorch's `AveragedModel` with `use_buffers=False`).
+/// It is part of the model's state: saved, restored, and named as in PyTorch's `state_dict`. Its type does
+/// not depend on the precision. Only training steps change it: the evaluation build holds it read-only, and
+/// changes made by the forward passes of a step that is not taken are discarded. With micro-batches and with
+/// several optimizers, every forward pass changes it in turn, as in PyTorch. Weight averages do not include
+/// it: averaged weights are evaluated with the buffers of training (PyTorch's `AveragedModel` with
+/// `use_buffers=False`).
 #[derive(Debug, Clone)]
 pub struct Buffer(Tensor);
 
 impl Buffer {
-    /// The buffer `name` under the path of `vb`: of this shape and type, and at first `value` everywhere.
+    /// Creates the buffer `name` under the path of `vb`, of this shape and type, filled with `value`.
     pub fn new(
         shape: impl Into<Shape>,
         name: &str,
@@ -77,17 +78,17 @@ impl Buffer {
         Ok(Self(vb.get_with_hints_dtype(shape, &format!("{name}{BUFFER}"), Init::Const(value), dtype)?))
     }
 
-    /// Its value; no gradient flows into it.
+    /// Its value. No gradient flows into it.
     pub fn value(&self) -> Tensor {
         self.0.detach()
     }
 
-    /// Whether this is the build for training, which may [`set`](Self::set) it.
+    /// Whether this belongs to the training build, which may [`set`](Self::set) it.
     pub fn is_writable(&self) -> bool {
         self.0.is_variable()
     }
 
-    /// Gives it a value of the same shape and type. Fails in the build for evaluation.
+    /// Sets a value of the same shape and type. Fails in the evaluation build.
     pub fn set(&self, value: &Tensor) -> Result<()> {
         if !self.is_writable() {
             return Err(Error::msg(
@@ -99,29 +100,31 @@ impl Buffer {
 }
 
 impl Params {
-    /// An empty store whose parameters will have this type, on this device.
+    /// Creates an empty store for parameters of this type on this device.
     pub fn new(seed: u64, dtype: DType, device: &Device) -> Self {
         let (vars, buffers) = (Mutex::default(), Mutex::default());
         Self(Arc::new(Store { seed, dtype, device: device.clone(), vars, buffers }))
     }
 
-    /// Hands out variables that record gradients.
+    /// A builder that returns variables that record gradients.
     pub fn var_builder(&self) -> VarBuilder<'static> {
         self.builder(For::Training)
     }
 
-    /// Hands out plain tensors that share the variables' memory: they follow every update and record nothing.
+    /// A builder that returns plain tensors sharing the variables' memory: they follow every update and
+    /// record nothing.
     pub fn detached_var_builder(&self) -> VarBuilder<'static> {
         self.builder(For::Evaluation)
     }
 
-    /// Hands out what `put` makes of the variables, until [`remove_taps`](Self::remove_taps).
+    /// A builder that returns the tensors that `put` makes from the variables, until
+    /// [`remove_taps`](Self::remove_taps).
     pub(crate) fn tapped_var_builder(&self, put: Arc<PutTap>) -> VarBuilder<'static> {
         self.remove_taps();
         self.builder(For::Taps(put))
     }
 
-    /// Forgets the taps: what was built on them keeps the values that they have now.
+    /// Removes the taps. Modules built on them keep the current values.
     pub(crate) fn remove_taps(&self) {
         self.lock().values_mut().for_each(|param| param.tap = None);
     }
@@ -136,44 +139,44 @@ impl Params {
         self.lock().iter().map(|(name, param)| (name.clone(), param.master.clone())).collect()
     }
 
-    /// Names and values of the buffers, in order, as they were after the last step that was taken. What several ranks make
-    /// one of is this, between [`commit_buffers`](Self::commit_buffers) and [`roll_back_buffers`](Self::roll_back_buffers).
+    /// Names and values of the buffers, in order, as of the last completed step. Several ranks average them
+    /// between [`commit_buffers`](Self::commit_buffers) and [`roll_back_buffers`](Self::roll_back_buffers).
     pub fn buffers(&self) -> Vec<(String, Var)> {
         self.lock_buffers().iter().map(|(name, buffer)| (name.clone(), buffer.kept.clone())).collect()
     }
 
-    /// Everything that a checkpoint of the model holds: parameters, then buffers.
+    /// All tensors that a checkpoint of the model holds: parameters, then buffers.
     pub fn state_dict(&self) -> Vec<(String, Var)> {
         [self.vars(), self.buffers()].concat()
     }
 
-    /// Keeps what training has made of the buffers.
+    /// Keeps the changes that training made to the buffers.
     pub fn commit_buffers(&self) -> Result<()> {
         Ok(self.lock_buffers().values().try_for_each(|buffer| buffer.kept.set(&buffer.working))?)
     }
 
-    /// Forgets what training has made of the buffers since they were last kept, or restored.
+    /// Discards changes made to the buffers since they were last committed or restored.
     pub fn roll_back_buffers(&self) -> Result<()> {
         Ok(self.lock_buffers().values().try_for_each(|buffer| buffer.working.set(&buffer.kept))?)
     }
 
-    /// The variable that the module computes with: the one that gradients are of.
+    /// The variable that the module computes with and that gradients refer to.
     pub(crate) fn working(&self, name: &str) -> Option<Var> {
         self.lock().get(name).map(|param| param.working.clone())
     }
 
-    /// All parameters, in order, as an optimizer is to know them.
+    /// All parameters, in order, in the form that optimizers take.
     pub fn for_optimizer(&self) -> Vec<optim::Param> {
         self.vars().iter().map(|(name, master)| self.param(name, master)).collect()
     }
 
-    /// One of them.
+    /// One parameter in that form.
     pub(crate) fn param(&self, name: &str, master: &Var) -> optim::Param {
         let copy = self.working(name).filter(|working| working.dtype() != master.dtype());
         optim::Param { name: name.to_string(), master: master.clone(), copy }
     }
 
-    /// Gives the working variables, and the taps on them, their masters' values.
+    /// Copies the masters' values to the working variables and their taps.
     pub fn publish(&self) -> Result<()> {
         let params = self.lock();
         let narrow = params.values().filter(|param| param.working.dtype() != param.master.dtype());
@@ -183,7 +186,7 @@ impl Params {
         self.refresh_taps()
     }
 
-    /// Gives the taps their working variables' values.
+    /// Copies the working variables' values to the taps.
     pub(crate) fn refresh_taps(&self) -> Result<()> {
         for Param { working, tap, .. } in self.lock().values() {
             tap.as_ref().map_or(Ok(()), |tap| taps::refresh(tap, working))?;
@@ -191,7 +194,7 @@ impl Params {
         Ok(())
     }
 
-    /// Runs `work` and then puts all values back, to the bit, whether it succeeded or not.
+    /// Runs `work`, then restores all values bit for bit, whether it succeeded or not.
     pub(crate) fn put_back_after<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<T> {
         let vars = self.state_dict();
         let before: Vec<Tensor> =
@@ -205,7 +208,7 @@ impl Params {
         result
     }
 
-    /// How many numbers all parameters hold together.
+    /// The total number of values in all parameters.
     pub fn count(&self) -> usize {
         self.lock().values().map(|param| param.master.elem_count()).sum()
     }
@@ -238,19 +241,19 @@ struct Backend {
 enum For {
     /// Variables that record gradients.
     Training,
-    /// The same, through taps.
+    /// Variables that record gradients, through taps.
     Taps(Arc<PutTap>),
     /// Plain tensors.
     Evaluation,
 }
 
 impl Backend {
-    /// What a module gets of a parameter.
+    /// The tensor that a module receives for a parameter.
     fn handed_out(&self, name: &str, param: &mut Param) -> candle_core::Result<Tensor> {
         Ok(match &self.purpose {
             For::Training => param.working.as_tensor().clone(),
             For::Evaluation => param.working.as_detached_tensor(),
-            // One tap, however often it is asked for: it tells of the sum over all uses.
+            // One tap per parameter, however often it is requested: it reports the sum over all uses.
             For::Taps(put) => match &param.tap {
                 Some(tap) => tap.clone(),
                 None => param.tap.insert(put(name, &param.working)?).clone(),
@@ -339,7 +342,7 @@ impl SimpleBackend for Backend {
     }
 }
 
-/// The values that `init` describes, drawn from the parameter's own generator.
+/// Draws the values that `init` describes from the parameter's own generator.
 fn initial_values(shape: &Shape, init: Init, seed: u64, name: &str) -> candle_core::Result<Vec<f32>> {
     let mut rng = seed::generator(seed, [seed::name(name), seed::name("initial value"), 0]);
     let n = shape.elem_count();
@@ -445,7 +448,7 @@ mod tests {
 
     #[test]
     fn buffers_are_kept_forgotten_and_read_only_in_evaluation() {
-        // Also in half precision they keep their own type.
+        // Buffers keep their type in half precision too.
         let params = Params::new(0, DType::F16, &Device::Cpu);
         let buffer = |vb: VarBuilder| Buffer::new(2, "m", 0.5, DType::F32, &vb.pp("norm")).unwrap();
         let (training, evaluation) = (buffer(params.var_builder()), buffer(params.detached_var_builder()));
@@ -461,7 +464,7 @@ mod tests {
         let error = evaluation.set(&training.value()).unwrap_err().to_string();
         assert_eq!(error, "a buffer can only be changed in a training step, and this is an evaluation");
         assert!(!training.value().track_op());
-        // No optimizer sees it; a checkpoint does, and a trial puts it back.
+        // No optimizer sees the buffer; a checkpoint does, and a trial restores it.
         assert_eq!(
             (params.vars().len(), params.count(), params.state_dict()[0].0.as_str()),
             (0, 0, "norm.m")

@@ -1,4 +1,5 @@
-//! Pictures of videos: tensors (C, H, W) with values in `[0, 1]`, C being 1 (gray) or 3 (red, green, blue).
+//! Pictures of videos: tensors (C, H, W) with values in `[0, 1]`, where C is 1 (gray) or 3 (red, green,
+//! blue).
 
 use std::ops::Range;
 use std::path::Path;
@@ -9,19 +10,21 @@ use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
-/// Frames are magnified to at least this many pixels on their longer side.
+/// Small frames are magnified until their longer side has at least this many pixels.
 const LEAST_SIDE: usize = 64;
 /// Pixels between two frames.
 const GAP: usize = 2;
 const GAP_SHADE: f32 = 0.25;
-/// Pixels that part input from prediction, and one sample from the next; their middle third is a white line.
+/// Pixels between input and prediction, and between samples; the middle third is a white line.
 const RULE: usize = 6;
 
-/// What was predicted beside what came, three rows a sample, for the first `max_samples` samples (at least one) of the batch:
-/// input and prediction; input and target; and, under the predicted frames, their squared errors.
+/// Draws predictions next to targets for the first `max_samples` samples (at least one) of the batch, in
+/// three rows per sample: input and prediction; input and target; and, below the predicted frames, their
+/// squared errors.
 ///
-/// `input` (B, T_in, C, H, W), `prediction` and `target` (B, T_out, C, H, W), with C 1 or 3; any float dtype, any device.
-/// Small frames are magnified by a whole factor; a white line parts input from prediction.
+/// `input` is (B, T_in, C, H, W), `prediction` and `target` are (B, T_out, C, H, W), with C 1 or 3, of any
+/// float dtype and on any device. Small frames are magnified by an integer factor; a white line separates
+/// input from prediction.
 pub fn video_grid(
     input: &Tensor,
     prediction: &Tensor,
@@ -57,8 +60,8 @@ pub fn video_grid(
     grid.canvas.into_tensor()
 }
 
-/// Input and predicted frames in a row, one row a sample, for the first `max_samples` samples of the batch. Shapes and
-/// looks are those of [`video_grid`].
+/// Draws input and predicted frames in one row per sample, for the first `max_samples` samples of the batch.
+/// Shapes and appearance are as in [`video_grid`].
 pub fn video_rows(input: &Tensor, prediction: &Tensor, max_samples: usize) -> Result<Tensor> {
     let (input, prediction) = Frames::before_and_after(input, prediction)?;
     let samples = input.samples.min(max_samples.max(1));
@@ -71,7 +74,7 @@ pub fn video_rows(input: &Tensor, prediction: &Tensor, max_samples: usize) -> Re
     grid.canvas.into_tensor()
 }
 
-/// The picture's (width, height) and its bytes, red, green, blue, row after row. Values outside `[0, 1]` are clipped.
+/// Returns the picture's width, height and RGB bytes, row by row. Values outside `[0, 1]` are clipped.
 pub fn to_rgb8(picture: &Tensor) -> Result<(u32, u32, Vec<u8>)> {
     let &[1 | 3, height, width] = picture.dims() else {
         return Err(Error::msg(format!(
@@ -87,7 +90,7 @@ pub fn to_rgb8(picture: &Tensor) -> Result<(u32, u32, Vec<u8>)> {
     Ok((size(width)?, size(height)?, bytes))
 }
 
-/// The picture as the bytes of a PNG file (8 bits, RGB).
+/// Encodes the picture as a PNG file (8 bits, RGB).
 pub fn png_bytes(picture: &Tensor) -> Result<Vec<u8>> {
     let (width, height, rgb) = to_rgb8(picture)?;
     let mut bytes = Vec::new();
@@ -97,12 +100,12 @@ pub fn png_bytes(picture: &Tensor) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes the picture to a PNG file, whole or not at all.
+/// Writes the picture to a PNG file atomically.
 pub fn save_png(picture: &Tensor, path: &Path) -> Result<()> {
     write_whole(path, &png_bytes(picture)?)
 }
 
-/// A value in `[0, 1]` as a byte; what is outside is clipped, and NaN is black.
+/// Converts a value in `[0, 1]` to a byte. Values outside are clipped; NaN becomes 0.
 pub(crate) fn to_byte(value: f32) -> u8 {
     (value.clamp(0., 1.) * 255.).round() as u8
 }
@@ -111,7 +114,7 @@ fn values(tensor: &Tensor) -> Result<Vec<f32>> {
     Ok(tensor.to_device(&Device::Cpu)?.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
 }
 
-/// The frames of a video (B, T, C, H, W), at hand as numbers.
+/// The frames of a video (B, T, C, H, W) as f32 values on the CPU.
 pub(crate) struct Frames {
     values: Vec<f32>,
     pub(crate) samples: usize,
@@ -138,7 +141,7 @@ impl Frames {
         Ok(Self { values: values(video)?, samples, times, channels, height, width })
     }
 
-    /// Frames and those that follow them: of as many samples, and of the same size.
+    /// Input frames and the frames that follow them. Both must have the same samples and frame size.
     pub(crate) fn before_and_after(input: &Tensor, prediction: &Tensor) -> Result<(Self, Self)> {
         let (before, after) = (Self::new(input)?, Self::new(prediction)?);
         if (before.samples, before.shape()) != (after.samples, after.shape()) {
@@ -151,7 +154,7 @@ impl Frames {
         Ok((before, after))
     }
 
-    /// The frame at `time`, counted from the first frame of `before` on through `after`.
+    /// The frame at `time`, counting through `before` and then `after`.
     pub(crate) fn in_turn<'a>(before: &'a Self, after: &'a Self, sample: usize, time: usize) -> &'a [f32] {
         match time.checked_sub(before.times) {
             None => before.frame(sample, time),
@@ -170,23 +173,24 @@ impl Frames {
     }
 }
 
-/// The smallest whole factor that makes `side` pixels at least `least`.
+/// The smallest integer factor that makes `side` at least `least` pixels.
 pub(crate) fn magnification(side: usize, least: usize) -> usize {
     least.div_ceil(side.max(1)).max(1)
 }
 
-/// Equally large frames in rows and columns: a thin gap between them, a white line between input and prediction and
-/// between one block of rows and the next.
+/// Frames of equal size in rows and columns, with a thin gap between them and a white line between input and
+/// prediction and between blocks of rows.
 struct Grid {
     canvas: Canvas,
     layout: Layout,
-    /// (height, width) of a frame as it is in the video.
+    /// (height, width) of a frame in the video.
     frame: (usize, usize),
     factor: usize,
 }
 
 impl Grid {
-    /// `blocks` of `block` rows each, with a column for every frame of `input` and then of `prediction`.
+    /// A grid of `blocks` blocks with `block` rows each, with a column per frame of `input` and then of
+    /// `prediction`.
     fn new(input: &Frames, prediction: &Frames, blocks: usize, block: usize) -> Self {
         let frame = (input.height, input.width);
         let factor = magnification(frame.0.max(frame.1), LEAST_SIDE);
@@ -209,7 +213,7 @@ impl Grid {
     }
 }
 
-/// Where the cells of a [`Grid`] begin.
+/// The positions of the cells of a [`Grid`].
 struct Layout {
     /// (height, width) of a cell.
     cell: (usize, usize),
@@ -243,7 +247,7 @@ impl Canvas {
         Self { values: vec![shade; channels * height * width], channels, height, width }
     }
 
-    /// Paints a rectangle. `colour` has a value for each channel, or one for all of them.
+    /// Fills a rectangle. `colour` has one value per channel, or one for all.
     pub(crate) fn fill(&mut self, rows: Range<usize>, columns: Range<usize>, colour: &[f32]) {
         for channel in 0..self.channels {
             for y in rows.clone() {
@@ -253,8 +257,8 @@ impl Canvas {
         }
     }
 
-    /// Paints a frame (C, height, width), each pixel `factor` times as large, with its corner at (y, x). A gray frame
-    /// fills all channels.
+    /// Draws a frame (C, height, width) magnified by `factor`, with its top left corner at (y, x). A gray
+    /// frame fills all channels.
     pub(crate) fn draw(
         &mut self,
         y: usize,
@@ -285,7 +289,8 @@ impl Canvas {
 mod tests {
     use super::*;
 
-    /// Frames (samples, times, channels, 32, 32) of one value each, counted on from `first`, in hundredths.
+    /// Frames (samples, times, channels, 32, 32), each filled with one value, counting up from `first` in
+    /// hundredths.
     fn flat(samples: usize, times: usize, channels: usize, first: usize) -> Tensor {
         let shades: Vec<f32> = (first..).take(samples * times).map(|i| i as f32 / 100.).collect();
         let shades = Tensor::from_vec(shades, (samples, times, 1, 1, 1), &Device::Cpu).unwrap();
@@ -300,7 +305,7 @@ mod tests {
     fn the_grid_shows_prediction_truth_and_error() {
         let (input, prediction, target) = (flat(3, 2, 1, 10), flat(3, 3, 1, 30), flat(3, 3, 1, 50));
         let grid = video_grid(&input, &prediction, &target, 2).unwrap();
-        // Frames are magnified to 64; five columns, 2 + 3, parted by 2, by 6 at the line; six rows, 3 + 3.
+        // Frames are magnified to 64. 2 + 3 columns and 3 + 3 rows, with gaps of 2, or 6 at a white line.
         assert_eq!(grid.dims(), [1, 6 * 64 + 4 * 2 + 6, 5 * 64 + 3 * 2 + 6]);
         let (rows, columns) = ([0, 66, 132, 202, 268, 334], [0, 66, 136, 202, 268]);
         let error = 0.2 * 0.2;
@@ -324,7 +329,7 @@ mod tests {
                 }
             }
         }
-        // The gaps beside a frame, and the white lines.
+        // The gaps next to a frame, and the white lines.
         assert_eq!([pixel(&grid, 0, 64), pixel(&grid, 64, 0)], [GAP_SHADE; 2]);
         assert_eq!(
             [130, 131, 132, 133, 134, 135].map(|x| pixel(&grid, 0, x)),

@@ -10,14 +10,14 @@ use plotters::prelude::*;
 use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
-/// Pixels; SVG scales.
+/// In pixels; SVG scales.
 const SIZE: (u32, u32) = (900, 520);
 const FONT: &str = "sans-serif";
-/// About how wide a letter of a mark's text is, in pixels: the viewer's font decides.
+/// Approximate width of a letter of a mark's text, in pixels; the viewer's font decides.
 const LETTER: i32 = 7;
 const TEXT: RGBColor = RGBColor(60, 60, 60);
 const GRID: RGBColor = RGBColor(225, 225, 225);
-/// Of the lines, in turn; parted well also by eyes that see no red or green (Okabe and Ito 2008).
+/// Colours of the lines, in order, chosen for red-green colour blindness (Okabe and Ito 2008).
 const COLOURS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(0, 158, 115),
@@ -28,7 +28,7 @@ const COLOURS: [RGBColor; 5] = [
 const FAINT: RGBColor = RGBColor(185, 195, 205);
 const MARK: RGBColor = RGBColor(213, 94, 0);
 
-/// Lines over an axis.
+/// A line plot.
 ///
 /// ```
 /// # use candlepower::plot::{Axis, Plot};
@@ -46,7 +46,7 @@ pub struct Plot {
     marks: Vec<(Point, String)>,
 }
 
-/// One side of a plot.
+/// An axis of a plot.
 #[derive(Debug, Clone)]
 pub struct Axis {
     name: String,
@@ -64,17 +64,17 @@ struct Line {
 }
 
 impl Axis {
-    /// Equal differences are equally far apart.
+    /// A linear axis.
     pub fn linear(name: impl Into<String>) -> Self {
         Self { name: name.into(), log: false, range: None }
     }
 
-    /// Equal ratios are equally far apart; what is not above zero is left out.
+    /// A logarithmic axis. Values that are not positive are omitted.
     pub fn log(name: impl Into<String>) -> Self {
         Self { log: true, ..Self::linear(name) }
     }
 
-    /// From where to where; what lies outside is left out. Default: all that there is.
+    /// Sets the range. Values outside it are omitted. Default: the range of all values.
     pub fn range(self, range: Range<f64>) -> Self {
         Self { range: Some(range), ..self }
     }
@@ -84,7 +84,7 @@ impl Axis {
         inside && value.is_finite() && (value > 0. || !self.log)
     }
 
-    /// What the axis spans to show `values`, with a little room on both sides.
+    /// The range of the axis for `values`, with a small margin on both sides.
     fn span(&self, values: impl Iterator<Item = f64> + Clone) -> Range<f64> {
         const ROOM: f64 = 0.04;
         if let Some(range) = &self.range {
@@ -110,12 +110,12 @@ impl Plot {
         Self { title: title.into(), x, y, lines: Vec::new(), marks: Vec::new() }
     }
 
-    /// Adds a line through these points, which the legend gives this name.
+    /// Adds a line through these points, with this name in the legend.
     pub fn line(self, name: impl Into<String>, points: impl IntoIterator<Item = Point>) -> Self {
         self.add(name.into(), points, false)
     }
 
-    /// Adds a thin gray line, for what stands behind the others.
+    /// Adds a thin gray line for the background.
     pub fn faint_line(self, name: impl Into<String>, points: impl IntoIterator<Item = Point>) -> Self {
         self.add(name.into(), points, true)
     }
@@ -127,13 +127,13 @@ impl Plot {
         self
     }
 
-    /// Marks a point in a colour of its own, with a text beside it.
+    /// Marks a point in a separate colour, with a text next to it.
     pub fn mark(mut self, point: Point, text: impl Into<String>) -> Self {
         self.marks.push((point, text.into()));
         self
     }
 
-    /// Writes an SVG file, whole or not at all.
+    /// Writes an SVG file atomically.
     pub fn save(&self, path: &Path) -> Result<()> {
         write_whole(path, self.svg()?.as_bytes())
     }
@@ -198,7 +198,7 @@ impl Plot {
                 drawn.map_err(failed)?.label(&line.name).legend(sample);
             }
             for (point, label) in &self.marks {
-                // Beside the point, where there is room, on a ground that the lines shine through.
+                // Next to the point on the side with room, on a translucent background.
                 let width = LETTER * label.chars().count() as i32;
                 let right = chart.backend_coord(point).0 + 16 + width < SIZE.0 as i32;
                 let left = if right { 12 } else { -12 - width };
@@ -229,9 +229,9 @@ fn failed(error: impl Display) -> Error {
     Error::msg(format!("cannot draw a plot: {error}"))
 }
 
-/// A number as short as an axis needs it: 0.25, 1e-8.
+/// Formats a number in its short form: 0.25, 1e-8.
 fn tick(value: f64) -> String {
-    // Axes add up steps: without rounding, 0.3 would be 0.30000000000000004.
+    // Axes accumulate steps: without rounding, 0.3 would be 0.30000000000000004.
     let value: f64 = format!("{value:.6e}").parse().unwrap_or(value);
     if value == 0. || (1e-3..1e5).contains(&value.abs()) { format!("{value}") } else { format!("{value:e}") }
 }
@@ -255,7 +255,7 @@ mod tests {
             assert_eq!(message, "there is nothing to plot in \"a < b\"");
             assert!(plot.line("one", [(2., 3.)]).svg().unwrap().contains("a &lt; b"));
         }
-        // What an axis cannot show is left out.
+        // Values that an axis cannot show are omitted.
         let log = || Plot::new("", Axis::log("x"), Axis::linear("y").range(0.0..1.));
         assert!(log().line("", [(0., 0.5), (-1., 0.5), (1., 2.), (1., f64::NAN)]).svg().is_err());
     }

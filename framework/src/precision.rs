@@ -1,4 +1,4 @@
-//! Number formats: what is computed in, and what keeps fp16 gradients within its range.
+//! Number formats of computations, and loss scaling for fp16.
 
 use candle_core::DType;
 use schemars::JsonSchema;
@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 use crate::error::Error;
 use crate::memory;
 
-/// Number format of the computation, by Lightning's names.
+/// Number format of the computation, named as in Lightning.
 ///
-/// In mixed precision every parameter exists twice: working weights in the compute type, which the module sees, and
-/// 32-bit masters, which the optimizer moves. Losses, metrics, gradients and optimizer state are 32 bits wide.
+/// In mixed precision, every parameter exists twice: as working weights in the compute type, seen by the
+/// module, and as a 32-bit master, updated by the optimizer. Losses, metrics, gradients and optimizer state
+/// are in 32 bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum Precision {
     /// 32-bit floating point throughout.
@@ -34,7 +35,7 @@ impl Precision {
         }
     }
 
-    /// Adds to a module's error, in half precision, what is probably wrong.
+    /// In half precision, adds the probable cause to a module's error.
     pub(crate) fn explain(self, error: Error) -> Error {
         match self.dtype() {
             _ if memory::is_full(&error) => error,
@@ -47,12 +48,12 @@ impl Precision {
     }
 }
 
-/// Dynamic loss scaling by the rules of PyTorch's `GradScaler`: the loss is multiplied with a scale so that small
-/// gradients do not vanish in fp16. A step whose gradients overflow is not taken and halves the scale; 2000 good steps in
-/// a row double it.
+/// Dynamic loss scaling by the rules of PyTorch's `GradScaler`. The loss is multiplied by a scale so small
+/// gradients do not vanish in fp16. A step whose gradients overflow is skipped and halves the scale; 2000
+/// good steps in a row double it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct LossScale {
-    /// What the loss is multiplied with.
+    /// Multiplier of the loss.
     pub scale: f64,
     /// Good steps since the scale last changed.
     pub good_steps: u32,
@@ -69,15 +70,15 @@ impl LossScale {
     const GROWTH: f64 = 2.;
     const BACKOFF: f64 = 0.5;
     const GROWTH_INTERVAL: u32 = 2000;
-    /// Overflows in a row after which no smaller scale will help.
+    /// Successive overflows after which no smaller scale will help.
     pub const HOPELESS: u32 = 50;
 
-    /// A precision's scale at the start; fp16 alone has one.
+    /// The initial scale of a precision; only fp16 has one.
     pub fn of(precision: Precision) -> Option<Self> {
         (precision == Precision::Fp16Mixed).then(Self::default)
     }
 
-    /// Takes note of a step whose gradients were finite, or not.
+    /// Updates the scale after a step whose gradients were `finite` or not.
     pub fn update(&mut self, finite: bool) {
         if !finite {
             self.scale *= Self::BACKOFF;
@@ -86,7 +87,7 @@ impl LossScale {
         }
         self.good_steps += 1;
         if self.good_steps == Self::GROWTH_INTERVAL {
-            // A scale beyond f32 would turn every loss into infinity; torch keeps the old one then too.
+            // A scale beyond f32 would make every loss infinite; torch keeps the old scale then too.
             let grown = self.scale * Self::GROWTH;
             self.scale = if grown <= f64::from(f32::MAX) { grown } else { self.scale };
             self.good_steps = 0;

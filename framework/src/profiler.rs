@@ -1,9 +1,10 @@
-//! Where training's time goes: the phases of the loop in a table ([`Profiler`]) and as a Chrome trace ([`Trace`]).
+//! Where training time goes: the phases of the loop as a table ([`Profiler`]) and as a Chrome trace
+//! ([`Trace`]).
 //!
-//! The loop marks its phases with `tracing` spans of the target [`TARGET`]: `data_wait`, `forward`, `backward`,
-//! `optimizer`, `logging`, `pictures` (the wait for one that is not drawn yet), `validation`, `checkpoint`, and on several
-//! ranks `all_reduce`. They cost nanoseconds while nobody listens. To listen, add a layer to the subscriber of the thread that
-//! trains:
+//! The loop marks its phases with `tracing` spans of the target [`TARGET`]: `data_wait`, `forward`,
+//! `backward`, `optimizer`, `logging`, `pictures` (waiting for a picture to be drawn), `validation`,
+//! `checkpoint`, and on several ranks `all_reduce`. Without a listener they cost nanoseconds. To listen, add
+//! a layer to the subscriber of the training thread:
 //!
 //! ```no_run
 //! # use candlepower::prelude::*;
@@ -20,7 +21,8 @@
 //! # Ok(()) }
 //! ```
 //!
-//! On a GPU a phase is the time it takes to ask for the work; the wait for it shows in the phase that reads a result.
+//! On a GPU, a phase measures the time to queue its work; waiting for the work shows in the phase that reads
+//! a result.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -45,23 +47,23 @@ use tracing_subscriber::registry::LookupSpan;
 use crate::error::Result;
 use crate::whole_file::write_whole;
 
-/// The target of the spans that mark the phases of training; their level is DEBUG.
+/// The target of the spans that mark the phases of training. Their level is DEBUG.
 pub const TARGET: &str = "candlepower::phase";
 
-/// Phases that a [`Trace`] holds at most: about 20 MB, which trace viewers still open at once.
+/// The maximum number of phases in a [`Trace`]: about 20 MB, which trace viewers can still open.
 pub const TRACED_PHASES: usize = 100_000;
 
-/// Adds up the time of each phase. A phase inside another counts for itself alone, so nothing is counted twice.
+/// Sums the time of each phase. A phase excludes the phases inside it, so nothing is counted twice.
 #[derive(Debug, Clone, Default)]
 pub struct Profiler(Arc<Mutex<Sums>>);
 
 impl Profiler {
-    /// The layer that listens; it adds to this very profiler.
+    /// A `tracing` layer that adds to this profiler.
     pub fn layer<S: Subscriber + for<'a> LookupSpan<'a>>(&self) -> impl Layer<S> + Send + Sync + use<S> {
         Listener(self.clone()).with_filter(Targets::new().with_target(TARGET, LevelFilter::DEBUG))
     }
 
-    /// What has been added up so far.
+    /// The sums so far.
     pub fn profile(&self) -> Profile {
         let sums = self.sums();
         let phase = |(&name, &(calls, time)): (&&'static str, &(u64, Duration))| Phase { name, calls, time };
@@ -83,13 +85,13 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Listener {
     }
 
     fn on_exit(&self, _: &Id, _: Context<'_, S>) {
-        // Read before the lock: waiting for it is no part of the phase.
+        // Read before locking: waiting for the lock is not part of the phase.
         let now = Instant::now();
         self.0.sums().exit(thread::current().id(), now);
     }
 }
 
-/// The phases' calls and times, and where each thread is just now.
+/// Calls and times of the phases, and the current phases of each thread.
 #[derive(Debug, Default)]
 struct Sums {
     phases: IndexMap<&'static str, (u64, Duration)>,
@@ -97,7 +99,7 @@ struct Sums {
     threads: HashMap<ThreadId, Place>,
 }
 
-/// The phases that a thread is in, the innermost last, and since when that has been so.
+/// The phases that a thread is in, innermost last, and the time of the last change.
 #[derive(Debug)]
 struct Place {
     phases: Vec<&'static str>,
@@ -114,7 +116,7 @@ impl Sums {
         self.pass(thread, now).pop();
     }
 
-    /// Gives the time up to now to the thread's innermost phase.
+    /// Adds the time up to now to the thread's innermost phase.
     fn pass(&mut self, thread: ThreadId, now: Instant) -> &mut Vec<&'static str> {
         let place = self.threads.entry(thread).or_insert(Place { phases: Vec::new(), since: now });
         let time = match place.phases.last() {
@@ -127,10 +129,10 @@ impl Sums {
     }
 }
 
-/// The time of each phase, in the order in which they first came. Displays as a table.
+/// The time of each phase, in order of first appearance. Displays as a table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Profile {
-    /// The phases that were seen.
+    /// All recorded phases.
     pub phases: Vec<Phase>,
     /// Time between the phases, from the first to the last: everything else that the loop does.
     pub rest: Duration,
@@ -143,17 +145,17 @@ pub struct Phase {
     pub name: &'static str,
     /// How often it was entered.
     pub calls: u64,
-    /// The time spent in it, phases inside it left out.
+    /// The time spent in it, excluding phases inside it.
     pub time: Duration,
 }
 
 impl Profile {
-    /// All phases and the time between them; of several training threads, the sum.
+    /// The time of all phases and between them, summed over training threads.
     pub fn total(&self) -> Duration {
         self.phases.iter().map(|phase| phase.time).sum::<Duration>() + self.rest
     }
 
-    /// The part of the total time, from 0 to 1, that was spent in this phase.
+    /// The fraction of the total time, from 0 to 1, spent in this phase.
     pub fn share(&self, phase: &str) -> f64 {
         let time = self.phases.iter().find(|found| found.name == phase).map_or(Duration::ZERO, |p| p.time);
         self.of_total(time)
@@ -181,7 +183,8 @@ impl fmt::Display for Profile {
     }
 }
 
-/// The phases as they came, for <https://ui.perfetto.dev> or `chrome://tracing`: the first [`TRACED_PHASES`] of them.
+/// The sequence of phases, for <https://ui.perfetto.dev> or `chrome://tracing`. Holds the first
+/// [`TRACED_PHASES`].
 pub struct Trace {
     json: Buffer,
     writer: FlushGuard,
@@ -189,7 +192,7 @@ pub struct Trace {
 }
 
 impl Trace {
-    /// Starts a trace: the layer that listens, and what it will be saved with.
+    /// Starts a trace. Returns the layer to install, and the trace to save.
     pub fn start<S>() -> (impl Layer<S> + Send + Sync + use<S>, Self)
     where
         S: Subscriber + for<'a> LookupSpan<'a> + Send + Sync,
@@ -207,7 +210,8 @@ impl Trace {
         let left = Arc::new(AtomicUsize::new(phases));
         let budget = left.clone();
         let is_phase = |metadata: &Metadata<'_>| metadata.target() == TARGET;
-        // Asked once for each span, before it begins: so a phase is in the trace with its begin and its end, or not.
+        // Called once per span, before it begins, so a phase is traced with both its begin and its end or not
+        // at all.
         let first = dynamic_filter_fn(move |metadata: &Metadata<'_>, _: &Context<'_, S>| {
             let take = |left: usize| left.checked_sub(1);
             is_phase(metadata) && budget.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
@@ -218,20 +222,20 @@ impl Trace {
         (layer.with_filter(first), Self { json, writer, left })
     }
 
-    /// Whether the trace holds as much as it can.
+    /// Whether the trace has reached its maximum.
     pub fn is_full(&self) -> bool {
         self.left.load(Ordering::Relaxed) == 0
     }
 
     /// Ends the trace and writes it to a file.
     pub fn save(self, path: &Path) -> Result<()> {
-        // Waits until all that was seen is in the buffer.
+        // Waits until all events are in the buffer.
         drop(self.writer);
         write_whole(path, &self.json.bytes())
     }
 }
 
-/// The text of a trace, kept in memory until training has a folder to save it in.
+/// The text of a trace, kept in memory until training has a folder for it.
 #[derive(Clone, Default)]
 struct Buffer(Arc<Mutex<Vec<u8>>>);
 
@@ -264,7 +268,7 @@ mod tests {
         };
     }
 
-    /// The events of a saved trace, thread names left out.
+    /// The events of a saved trace, without thread names.
     fn events(trace: Trace) -> Vec<(String, String)> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trace.json");

@@ -1,5 +1,5 @@
-//! The gradients of one optimizer step on one of several ranks: summed over its micro-batches and, while the last backward pass
-//! still goes on, over all ranks.
+//! The gradients of one optimizer step on one of several ranks, summed over its micro-batches and, while the
+//! last backward pass is still running, over all ranks.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -14,50 +14,52 @@ use crate::grads::{Grads, accumulate, is_not_unused};
 use crate::optim::Turn;
 use crate::taps::Listener;
 
-/// Which gradients travel together.
+/// Which gradients are sent together.
 ///
-/// A backward pass comes from the loss to the input, so buckets are filled from the last parameter to the first, and one
-/// whose gradients are complete is on its way while those before it are still computed (Li et al. 2020, section 3.2.3).
+/// A backward pass runs from the loss to the input, so buckets are filled from the last parameter to the
+/// first, and a complete bucket is sent while earlier gradients are still being computed (Li et al. 2020,
+/// section 3.2.3).
 struct Plan {
     ranks: Arc<dyn Collective>,
-    /// From the last to the first.
+    /// From last to first.
     params: Vec<(String, Var)>,
     slots: HashMap<String, usize>,
-    /// Those that the module says it does not use.
+    /// Parameters that the module declares unused.
     unused: Vec<String>,
     buckets: Vec<Range<usize>>,
-    /// Which rank moves each of them; none: every rank moves all.
+    /// The rank that updates each parameter; `None` if every rank updates all.
     owners: Option<Vec<usize>>,
 }
 
-/// What the taps of a module are listened to for.
+/// Listens to the taps of a module and reduces its gradients.
 pub(crate) struct Reduction {
     plan: Plan,
     sums: Vec<Option<Tensor>>,
-    /// Whether the gradients of this backward pass complete the sums.
+    /// Whether this backward pass completes the sums.
     is_last: bool,
-    /// How many gradients each bucket still waits for.
+    /// The number of gradients that each bucket still waits for.
     missing: Vec<usize>,
-    /// The buckets that are on their way, in their order.
+    /// The buckets already being reduced, in order.
     started: Vec<Started>,
 }
 
-/// What a step's gradients come to on one rank.
+/// The gradients of a step on one rank.
 pub(crate) struct Reduced {
-    /// Those of the parameters that this rank moves.
+    /// The gradients of the parameters that this rank updates.
     pub(crate) own: Grads,
-    /// Whether a rank asked for those of all parameters.
+    /// Whether any rank asked for the gradients of all parameters.
     pub(crate) whole: bool,
 }
 
 impl Reduction {
-    /// No gradient yet for any of the turn's parameters.
+    /// Starts without gradients for any of the turn's parameters.
     pub(crate) fn new(turn: &Turn, ranks: &Arc<dyn Collective>) -> Self {
         let params: Vec<(String, Var)> = turn.params.iter().rev().cloned().collect();
         let slots = params.iter().enumerate().map(|(slot, (name, _))| (name.clone(), slot)).collect();
         let sizes: Vec<usize> = params.iter().map(|(_, var)| var.elem_count()).collect();
         let owners = turn.owners().map(|owners| owners.iter().rev().copied().collect());
-        // Where only owners need the sums, all parts are exchanged at once: parameters of different owners lie side by side.
+        // If only owners need the sums, all parts are exchanged at once, because parameters of different
+        // owners are interleaved.
         let buckets = if owners.is_none() { buckets(&sizes) } else { Vec::new() };
         let unused = turn.unused.iter().map(|(name, _)| name.clone()).collect();
         let (missing, sums) = (buckets.iter().map(Range::len).collect(), vec![None; params.len()]);
@@ -65,14 +67,14 @@ impl Reduction {
         Self { plan, sums, is_last: false, missing, started: Vec::new() }
     }
 
-    /// Says whether the backward pass that comes is the step's last on this rank.
+    /// Sets whether the coming backward pass is the step's last on this rank.
     pub(crate) fn before_backward(mut self, is_last: bool) -> Self {
         self.is_last = is_last;
         self
     }
 
-    /// The sums over all ranks. A rank that had no part in the step adds zeros: which parameters have a gradient is summed
-    /// as well, and whether a rank wants to look at all of them.
+    /// Returns the sums over all ranks. A rank without samples in the step adds zeros, so the ranks also sum
+    /// which parameters have a gradient, and whether a rank wants all of them.
     pub(crate) fn finish(mut self, wants_whole: bool) -> Result<Reduced> {
         for bucket in self.started.len()..self.plan.buckets.len() {
             self.start(bucket)?;
@@ -99,14 +101,14 @@ impl Reduction {
         Ok(Reduced { own: Grads::found(found), whole })
     }
 
-    /// Sends a bucket on its way.
+    /// Starts reducing a bucket.
     fn start(&mut self, bucket: usize) -> Result<()> {
         let flat = pack(&self.filled(self.plan.buckets[bucket].clone())?)?;
         self.started.push(self.plan.ranks.clone().start_all_reduce(flat)?);
         Ok(())
     }
 
-    /// This rank's sums, with zeros for what has no gradient.
+    /// This rank's sums, with zeros for missing gradients.
     fn filled(&self, slots: Range<usize>) -> Result<Vec<Tensor>> {
         let filled = slots.map(|slot| match &self.sums[slot] {
             Some(sum) => Ok(sum.clone()),
@@ -122,7 +124,7 @@ impl Reduction {
 impl Listener for Reduction {
     fn hear(&mut self, name: &str, gradient: &Tensor) -> Result<()> {
         is_not_unused(name, &self.plan.unused)?;
-        // Of another optimizer's parameters.
+        // The parameter belongs to another optimizer.
         let Some(&slot) = self.plan.slots.get(name) else { return Ok(()) };
         accumulate(&mut self.sums[slot], gradient)?;
         if !self.is_last {
@@ -130,7 +132,7 @@ impl Listener for Reduction {
         }
         let bucket = self.plan.buckets.iter().position(|bucket| bucket.contains(&slot));
         bucket.into_iter().for_each(|bucket| self.missing[bucket] -= 1);
-        // All ranks send them in one order.
+        // All ranks send buckets in the same order.
         while self.missing.get(self.started.len()) == Some(&0) {
             self.start(self.started.len())?;
         }

@@ -9,15 +9,15 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint;
 use crate::error::{Error, Result};
 
-/// Fields of `[run]`.
+/// The `[run]` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct RunConfig {
     /// The run's name: a folder below `dir`.
     pub name: String,
-    /// Where the folders of runs are.
+    /// The folder that contains the folders of runs.
     pub dir: PathBuf,
-    /// Everything random depends on it: initial values, order, augmentation, noise.
+    /// The seed of everything random: initial values, order, augmentation, noise.
     pub seed: u64,
 }
 
@@ -28,7 +28,7 @@ impl Default for RunConfig {
 }
 
 impl RunConfig {
-    /// Refuses names that are not one folder, and a `dir` that only a shell understands.
+    /// Checks that the name is a single folder and that `dir` needs no shell expansion.
     pub fn check(&self) -> Result<()> {
         if self.dir.starts_with("~") {
             return Err(Error::setting(
@@ -58,13 +58,13 @@ impl RunConfig {
     }
 }
 
-/// The path that a shell makes of one below `~`.
+/// Expands `~` as a shell does.
 fn home(path: &Path) -> String {
     let below = path.strip_prefix("~").unwrap_or(path);
     std::env::home_dir().unwrap_or_else(|| "/home/me".into()).join(below).display().to_string()
 }
 
-/// Keeps other processes from training in a run's folder.
+/// Prevents other processes from training in a run's folder.
 #[derive(Debug)]
 pub struct RunLock(#[expect(dead_code, reason = "locked as long as it is open")] Option<File>);
 
@@ -73,7 +73,7 @@ pub struct RunLock(#[expect(dead_code, reason = "locked as long as it is open")]
 pub struct RunDir(PathBuf);
 
 impl RunDir {
-    /// Makes the folder of the next version.
+    /// Creates the folder of the next version.
     pub fn create(config: &RunConfig) -> Result<Self> {
         let parent = config.dir.join(&config.name);
         std::fs::create_dir_all(&parent).map_err(Error::file(&parent))?;
@@ -82,17 +82,17 @@ impl RunDir {
             let dir = parent.join(format!("version_{next}"));
             match std::fs::create_dir(&dir) {
                 Ok(()) => return Ok(Self(dir)),
-                // Another run of this name took the number at this very moment.
+                // Another run of this name has just taken the number.
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => next += 1,
                 Err(error) => return Err(Error::file(&dir)(error)),
             }
         }
     }
 
-    /// The newest version of a run that has a checkpoint, and its last good one.
+    /// The newest version of a run that has a checkpoint, and its last good checkpoint.
     ///
     /// # Errors
-    /// Where there are checkpoints of that version and none of them is good.
+    /// If that version has checkpoints but none of them is good.
     pub fn newest_with_checkpoint(config: &RunConfig) -> Result<Option<(Self, PathBuf)>> {
         let parent = config.dir.join(&config.name);
         for version in versions(&parent).into_iter().rev() {
@@ -105,9 +105,9 @@ impl RunDir {
         Ok(None)
     }
 
-    /// The run that a path belongs to, and the checkpoint that it means: the path is a checkpoint, the folder of
-    /// checkpoints, a run's folder (whose last good checkpoint is meant), or that of all its versions (the newest is meant that has
-    /// a good checkpoint).
+    /// Finds the run and the checkpoint that a path refers to. The path may be a checkpoint; the folder of
+    /// checkpoints or the run's folder, for its last good checkpoint; or the folder of all versions, for the
+    /// newest version with a good checkpoint.
     pub fn containing(path: &Path) -> Result<(Self, PathBuf)> {
         let path = path.canonicalize().map_err(Error::file(path))?;
         if path.is_file() {
@@ -137,12 +137,12 @@ impl RunDir {
         Ok((Self(run), checkpoint))
     }
 
-    /// Makes this process the only one that trains in the folder, as long as the answer is kept.
+    /// Makes this process the only one that trains in the folder, as long as the returned lock is held.
     ///
     /// # Errors
-    /// Where another one does.
+    /// If another process is training in it.
     pub fn lock(&self) -> Result<RunLock> {
-        // A file system without locks, and Windows, where a folder is no file, go without.
+        // File systems without locks, and Windows, where folders cannot be opened as files, are not locked.
         let Ok(folder) = File::open(&self.0) else { return Ok(RunLock(None)) };
         match folder.try_lock() {
             Err(TryLockError::WouldBlock) => {
@@ -152,9 +152,9 @@ impl RunDir {
         }
     }
 
-    /// Takes the folder away again, where nothing is in it.
+    /// Removes the folder if it is empty.
     pub fn discard_empty(&self) {
-        // Fails where there is something, or nothing to take away.
+        // Fails if it is not empty or does not exist.
         let _ = std::fs::remove_dir(&self.0);
     }
 

@@ -1,4 +1,4 @@
-//! Learning-rate schedules: functions of the step, equal to PyTorch's, with nothing to save and nothing to forget.
+//! Learning-rate schedules: stateless functions of the step, equal to PyTorch's.
 
 use std::f64::consts::PI;
 use std::fmt;
@@ -10,74 +10,75 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::metrics::Criterion;
 
-/// What a schedule sets for one optimizer step.
+/// The rates of one optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Rates {
     /// Learning rate.
     pub lr: f64,
-    /// Adam's first beta, or the momentum of SGD and RMSprop, where the schedule drives it.
+    /// Adam's first beta, or the momentum of SGD and RMSprop, if the schedule drives it.
     pub momentum: Option<f64>,
 }
 
-/// The `[schedule]` section: how the learning rate moves over the run. `t` is the step, from 0; `lr` the optimizer's
-/// learning rate. With `interval = "epoch"` ([`Schedule::per_epoch`]) all that is counted here in steps is counted in epochs.
+/// The `[schedule]` section: how the learning rate changes over the run. `t` is the step, from 0; `lr` is the
+/// optimizer's learning rate. With `interval = "epoch"` ([`Schedule::per_epoch`]), all step counts are epoch
+/// counts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Schedule {
-    /// `factor * lr` for the first `steps` steps, then `lr` (torch: `ConstantLR`). The default, with factor 1, is no
-    /// schedule at all.
+    /// `factor * lr` for the first `steps` steps, then `lr` (torch: `ConstantLR`). The default, with factor
+    /// 1, is a constant learning rate.
     Constant {
-        /// What `lr` is multiplied with.
+        /// Multiplier of `lr`.
         #[serde(default = "one")]
         factor: f64,
-        /// For how many steps.
+        /// Number of steps it applies to.
         #[serde(default)]
         steps: u64,
     },
-    /// From `start * lr` to `end * lr` in a straight line over `steps` (torch: `LinearLR`).
+    /// Linear from `start * lr` to `end * lr` over `steps` (torch: `LinearLR`).
     Linear {
         /// The factor at the first step.
         start: f64,
         /// The factor after `steps` steps.
         #[serde(default = "one")]
         end: f64,
-        /// The line's length.
+        /// Number of steps.
         steps: u64,
     },
-    /// Times `gamma` after every `every` steps (torch: `StepLR`).
+    /// Multiplied by `gamma` after every `every` steps (torch: `StepLR`).
     Step {
-        /// Steps between two falls.
+        /// Steps between two decays.
         every: u64,
-        /// The factor of each fall.
+        /// The factor of each decay.
         gamma: f64,
     },
-    /// Times `gamma` at each milestone (torch: `MultiStepLR`).
+    /// Multiplied by `gamma` at each milestone (torch: `MultiStepLR`).
     MultiStep {
-        /// The steps at which it falls.
+        /// The steps at which it decays.
         milestones: Vec<u64>,
-        /// The factor of each fall.
+        /// The factor of each decay.
         gamma: f64,
     },
-    /// Times `gamma` at every step (torch: `ExponentialLR`).
+    /// Multiplied by `gamma` at every step (torch: `ExponentialLR`).
     Exponential {
         /// The factor of each step.
         gamma: f64,
     },
-    /// Half a cosine from `lr` to `min_lr` over `steps`, and back up after it (torch: `CosineAnnealingLR`; Loshchilov
-    /// and Hutter 2017, equation 5).
+    /// A half cosine from `lr` to `min_lr` over `steps`, rising again after that (torch: `CosineAnnealingLR`;
+    /// Loshchilov and Hutter 2017, equation 5).
     Cosine {
-        /// The half wave's length.
+        /// Steps of the half cosine.
         steps: u64,
         /// The lowest learning rate.
         #[serde(default)]
         min_lr: f64,
     },
-    /// Half cosines one after the other, each `growth` times as long as the one before (torch:
+    /// Successive half cosines, each `growth` times as long as the previous one (torch:
     /// `CosineAnnealingWarmRestarts`).
     CosineRestarts {
-        /// The first half wave's length.
+        /// Steps of the first half cosine.
         steps: u64,
-        /// How much longer each next one is.
+        /// The length of each half cosine relative to the previous one.
         #[serde(default = "one_times")]
         growth: u64,
         /// The lowest learning rate.
@@ -86,51 +87,54 @@ pub enum Schedule {
     },
     /// `lr * (1 - t / steps)^power` (torch: `PolynomialLR`).
     Polynomial {
-        /// After how many steps it is zero.
+        /// The step from which on it is zero.
         steps: u64,
-        /// 1 is a straight line.
+        /// The exponent; 1 is linear.
         #[serde(default = "one")]
         power: f64,
     },
-    /// Up to `max_lr` and down to nearly nothing, the momentum the other way round (torch: `OneCycleLR`; Smith and Topin
-    /// 2018). The optimizer's own `lr` plays no part.
+    /// Rises to `max_lr` and falls to nearly zero, with the momentum moving the opposite way (torch:
+    /// `OneCycleLR`; Smith and Topin 2018). The optimizer's `lr` is ignored.
     OneCycle(OneCycle),
-    /// `lr * min((t + 1)^-0.5, (t + 1) * warmup^-1.5)` (Vaswani et al. 2017, section 5.3; the width belongs into `lr`).
+    /// `lr * min((t + 1)^-0.5, (t + 1) * warmup^-1.5)` (Vaswani et al. 2017, section 5.3; include the model
+    /// width in `lr`).
     Noam {
-        /// Steps until the top.
+        /// Steps until the maximum.
         warmup: u64,
     },
-    /// One schedule after the other; each starts at its own step 0 (torch: `SequentialLR`). A momentum that one of them drives
-    /// is the optimizer's own while the others run.
+    /// Schedules in sequence; each starts at its own step 0 (torch: `SequentialLR`). If only some of them
+    /// drive the momentum, the optimizer's own momentum applies during the others.
     Sequence {
-        /// The schedules, each with its `name`, as `{ name = "linear", start = 0.01, steps = 500 }`.
+        /// The schedules, each with its `name`, for example `{ name = "linear", start = 0.01, steps = 500 }`.
         #[serde(with = "by_name")]
         #[schemars(with = "Vec<serde_json::Map<String, serde_json::Value>>")]
         parts: Vec<Schedule>,
-        /// The steps at which the second and each later one begins.
+        /// The steps at which the second and each later schedule begins.
         milestones: Vec<u64>,
     },
-    /// Any function of the step and the optimizer's learning rate (torch: `LambdaLR`). In code alone.
+    /// Any function of the step and the optimizer's learning rate (torch: `LambdaLR`). Only available in
+    /// code.
     #[serde(skip)]
     Own(OwnSchedule),
-    /// One of the others that counts epochs: [`Schedule::per_epoch`]. In a section it is that one, with `interval = "epoch"`.
+    /// One of the other schedules, counting epochs: [`Schedule::per_epoch`]. In a section, it is that
+    /// schedule with `interval = "epoch"`.
     #[serde(skip)]
     PerEpoch(Box<Schedule>),
 }
 
-/// What a schedule counts, by Lightning's words: the field `interval` of its section.
+/// The unit that a schedule counts in, named as in Lightning: the field `interval` of its section.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Interval {
     /// Optimizer steps.
     #[default]
     Step,
-    /// Epochs: the learning rate stays the same from an epoch's first step to its last.
+    /// Epochs: the learning rate is constant within an epoch.
     Epoch,
 }
 
-/// A learning rate that is a function of the step, from 0, and of the optimizer's learning rate: a pure one, for a resumed run to
-/// be the same.
+/// A custom learning-rate function of the step, from 0, and the optimizer's learning rate. It must be pure,
+/// so a resumed run continues identically.
 #[derive(Clone)]
 pub struct OwnSchedule(Arc<dyn Fn(u64, f64) -> f64 + Send + Sync>);
 
@@ -146,7 +150,7 @@ impl PartialEq for OwnSchedule {
     }
 }
 
-/// Schedules in a list are written as one in a section: a table with a `name`.
+/// Schedules in a list are written like a section: a table with a `name`.
 mod by_name {
     use serde::de::Error as _;
     use serde::ser::Error as _;
@@ -178,34 +182,34 @@ mod by_name {
     }
 }
 
-/// The shape of one cycle. PyTorch's names for its fields are taken too.
+/// The shape of one cycle. PyTorch's field names are accepted too.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct OneCycle {
     /// The highest learning rate.
     pub max_lr: f64,
-    /// The whole cycle's length.
+    /// Steps of the whole cycle.
     #[serde(alias = "total_steps")]
     pub steps: u64,
-    /// The share of the steps that go up.
+    /// The fraction of the steps in which the learning rate rises.
     #[serde(default = "OneCycle::rising", alias = "pct_start")]
     pub rising: f64,
-    /// It starts at `max_lr / start_divisor`.
+    /// The first learning rate is `max_lr / start_divisor`.
     #[serde(default = "OneCycle::start_divisor", alias = "div_factor")]
     pub start_divisor: f64,
-    /// It ends at the start's learning rate divided by this.
+    /// The last learning rate is the first one divided by this.
     #[serde(default = "OneCycle::end_divisor", alias = "final_div_factor")]
     pub end_divisor: f64,
-    /// Straight lines instead of half cosines.
+    /// Linear instead of half-cosine interpolation.
     #[serde(default)]
     pub linear: bool,
-    /// Comes back to the start's learning rate first, as quickly as it rose.
+    /// Whether it first returns to the initial learning rate, as quickly as it rose.
     #[serde(default, alias = "three_phase")]
     pub three_phases: bool,
-    /// The momentum at the highest learning rate and at both ends.
+    /// The momentum at the highest learning rate, and at both ends.
     #[serde(default = "OneCycle::momentum")]
     pub momentum: [f64; 2],
-    /// Whether the momentum moves; false: it stays the optimizer's own.
+    /// Whether the momentum changes. If false, it stays the optimizer's own.
     #[serde(default = "OneCycle::cycles_momentum")]
     pub cycle_momentum: bool,
 }
@@ -225,7 +229,7 @@ impl Default for Schedule {
 }
 
 impl Schedule {
-    /// A schedule of one's own: the learning rate of step `t`, from 0, of the optimizer's.
+    /// A custom schedule: a function of the step `t`, from 0, and the optimizer's learning rate.
     ///
     /// ```
     /// # use candlepower::schedule::Schedule;
@@ -236,8 +240,8 @@ impl Schedule {
         Self::Own(OwnSchedule(Arc::new(lr)))
     }
 
-    /// The same with epochs in the place of steps: the learning rate stays the same from an epoch's first step to its last, as where
-    /// PyTorch's scheduler takes a step after each epoch.
+    /// Counts epochs instead of steps: the learning rate is constant within an epoch, like a PyTorch
+    /// scheduler that is stepped after each epoch.
     ///
     /// ```
     /// # use candlepower::schedule::Schedule;
@@ -250,7 +254,7 @@ impl Schedule {
         }
     }
 
-    /// What it counts.
+    /// The unit that it counts in.
     pub fn interval(&self) -> Interval {
         match self {
             Self::PerEpoch(_) => Interval::Epoch,
@@ -258,7 +262,7 @@ impl Schedule {
         }
     }
 
-    /// The rates of step `t`, from 0; of epoch `t` where epochs are counted.
+    /// The rates of step `t`, from 0; of epoch `t` if it counts epochs.
     pub fn at(&self, t: u64, lr: f64) -> Rates {
         let time = t as f64;
         let factor = match self {
@@ -298,13 +302,13 @@ impl Schedule {
         (lr * factor).into()
     }
 
-    /// Refuses lengths and factors that no schedule can have.
+    /// Checks lengths and factors.
     pub fn check(&self) -> Result<()> {
         let steps = |key: &str, steps: u64| match steps {
             0 => Err(Error::setting(key, "expected at least 1, found 0")),
             _ => Ok(()),
         };
-        // A learning rate below zero climbs, and one that is not a number ruins the weights.
+        // A negative learning rate would climb, and a non-finite one would ruin the weights.
         let from_zero = |key: &str, value: f64| match value.is_finite() && value >= 0. {
             true => Ok(()),
             false => Err(Error::setting(key, format!("expected a number of at least 0, found {value}"))),
@@ -345,7 +349,7 @@ impl Schedule {
         }
     }
 
-    /// Whether it does not look at the optimizer's learning rate, at any step.
+    /// Whether it ignores the optimizer's learning rate at any step.
     fn has_its_own_lr(&self) -> bool {
         match self {
             Self::OneCycle(_) => true,
@@ -355,7 +359,7 @@ impl Schedule {
         }
     }
 
-    /// Whether it drives the momentum, at any step.
+    /// Whether it drives the momentum at any step.
     pub fn drives_momentum(&self) -> bool {
         match self {
             Self::OneCycle(cycle) => cycle.cycle_momentum,
@@ -373,7 +377,7 @@ impl From<f64> for Rates {
 }
 
 impl OneCycle {
-    /// A cycle of so many steps up to this learning rate, in PyTorch's shape.
+    /// A cycle of `steps` steps with peak `max_lr`, with PyTorch's default shape.
     pub fn new(max_lr: f64, steps: u64) -> Self {
         Self {
             max_lr,
@@ -439,7 +443,7 @@ impl OneCycle {
         let last = first / self.end_divisor;
         let [low, high] = self.momentum;
         let (end, top) = (self.steps as f64 - 1., self.rising * self.steps as f64 - 1.);
-        // Each phase: its last step, and learning rate and momentum from where to where.
+        // Each phase: its last step, and the first and last learning rate and momentum.
         let up = (top, [first, self.max_lr], [high, low]);
         let phases = if self.three_phases {
             vec![up, (2. * top, [self.max_lr, first], [low, high]), (end, [first, last], [high, high])]
@@ -459,7 +463,7 @@ impl OneCycle {
     }
 }
 
-/// From `high` to `low` along half a cosine, `share` of the way.
+/// Interpolates from `high` to `low` along a half cosine; `share` is the fraction covered.
 fn half_cosine(high: f64, low: f64, share: f64) -> f64 {
     low + (high - low) * (1. + (PI * share).cos()) / 2.
 }
@@ -471,28 +475,29 @@ fn rising(milestones: &[u64]) -> Result<()> {
     Err(Error::setting("milestones", "expected steps in rising order"))
 }
 
-/// Lowers the learning rate when a metric stops getting better (torch: `ReduceLROnPlateau`).
+/// Lowers the learning rate when a metric stops improving (torch: `ReduceLROnPlateau`).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Plateau {
-    /// The validation metric that is watched.
+    /// The validation metric to watch.
     pub monitor: String,
-    /// What the learning rate is multiplied with.
+    /// Multiplier of the learning rate.
     pub factor: f64,
-    /// Validations without progress that are borne.
+    /// Validations without improvement to tolerate.
     pub patience: u64,
-    /// How much better counts as better.
+    /// The smallest change that counts as an improvement.
     pub threshold: f64,
-    /// Whether `threshold` is a difference; else it is a share of the best value, which of a value below zero is a step back
-    /// (as in PyTorch: take a difference there).
+    /// Whether `threshold` is an absolute difference. If false, it is a fraction of the best value; if that
+    /// is negative, slightly worse values then count as better (as in PyTorch), so use an absolute difference
+    /// there.
     pub absolute: bool,
     /// Whether larger is better.
     pub maximize: bool,
-    /// Validations after a fall that are not counted.
+    /// Validations to ignore after a reduction.
     pub cooldown: u64,
     /// The lowest learning rate.
     pub min_lr: f64,
-    /// Smaller changes of the learning rate are not made.
+    /// The smallest change of the learning rate to apply.
     pub eps: f64,
 }
 
@@ -512,19 +517,19 @@ impl Default for Plateau {
     }
 }
 
-/// What a [`Plateau`] remembers between validations; it belongs into the checkpoint.
+/// State of a [`Plateau`] between validations, to be saved in checkpoints.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct PlateauState {
     /// The best value so far.
     pub best: Option<f64>,
-    /// Validations since the last progress.
+    /// Validations since the last improvement.
     pub waited: u64,
-    /// Validations that are still not counted.
+    /// Validations left to ignore.
     pub cooling: u64,
 }
 
 impl Plateau {
-    /// Refuses what would never lower the learning rate that goes through this schedule.
+    /// Checks that it can lower the learning rate under this schedule.
     pub fn check(&self, schedule: &Schedule) -> Result<()> {
         if !(self.factor > 0. && self.factor < 1.) {
             let message = format!("expected a number between 0 and 1, found {}", self.factor);
@@ -537,16 +542,16 @@ impl Plateau {
         Ok(())
     }
 
-    /// What it watches.
+    /// The criterion that it watches.
     pub(crate) fn criterion(&self) -> Criterion {
         Criterion::new(&self.monitor, self.maximize)
     }
 
-    /// The learning rate after a validation that found `metric`.
+    /// Returns the learning rate after a validation with this `metric`.
     pub fn next(&self, state: &mut PlateauState, metric: f64, lr: f64) -> f64 {
         let sign = if self.maximize { 1. } else { -1. };
         let margin = |best: f64| if self.absolute { self.threshold } else { self.threshold * best };
-        // NaN is no progress.
+        // NaN is no improvement.
         if state.best.is_none_or(|best| sign * metric > sign * best + margin(best)) && !metric.is_nan() {
             state.best = Some(metric);
             state.waited = 0;

@@ -1,12 +1,12 @@
-//! Randomness as a function of what it is for, never of when or where it is drawn.
+//! Randomness as a function of its purpose, never of when or where it is drawn.
 
 use rand::SeedableRng;
 pub use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
 
-/// A generator that depends on the run's seed and on `purpose` alone.
+/// A generator that depends only on the run's seed and `purpose`.
 ///
-/// The four words are the cipher's key, so two purposes share a stream only when they are equal.
+/// The four words are the cipher's key, so only equal purposes share a stream.
 pub fn generator(seed: u64, purpose: [u64; 3]) -> ChaCha8Rng {
     let mut key = [0; 32];
     for (bytes, word) in key.chunks_exact_mut(8).zip([seed, purpose[0], purpose[1], purpose[2]]) {
@@ -15,7 +15,7 @@ pub fn generator(seed: u64, purpose: [u64; 3]) -> ChaCha8Rng {
     ChaCha8Rng::from_seed(key)
 }
 
-/// A name as a word of a generator's purpose.
+/// Hashes a name to a word of a generator's purpose.
 pub fn name(name: &str) -> u64 {
     let digest = Sha256::digest(name.as_bytes());
     digest.iter().take(8).fold(0, |word, &byte| word << 8 | u64::from(byte))

@@ -1,7 +1,9 @@
-//! Taps on parameters: they tell of each gradient as soon as it is complete, while the backward pass goes on.
+//! Taps on parameters: they report each gradient as soon as it is complete, while the backward pass is still
+//! running.
 //!
-//! Candle hands gradients over when the whole backward pass is done. A tap is an operation between a parameter and all that
-//! the module does with it, which changes nothing; its own backward pass is called once, with the sum over all uses.
+//! Candle returns gradients only after the whole backward pass. A tap is an identity operation between a
+//! parameter and all its uses in the module; its own backward pass is called once, with the sum over all
+//! uses.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -10,13 +12,13 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Shape, Tensor, Var};
 
 use crate::error::Result;
 
-/// Who is told of gradients.
+/// Receives gradients.
 pub(crate) trait Listener: Send {
-    /// The gradient of the parameter of this name, over this backward pass.
+    /// Called with the gradient of the parameter `name` from this backward pass.
     fn hear(&mut self, name: &str, gradient: &Tensor) -> Result<()>;
 }
 
-/// What the taps of one module tell, and to whom.
+/// The taps of one module and their current listener.
 pub(crate) struct Taps<L>(Arc<Mutex<Option<L>>>);
 
 impl<L> Clone for Taps<L> {
@@ -26,17 +28,17 @@ impl<L> Clone for Taps<L> {
 }
 
 impl<L: Listener + 'static> Taps<L> {
-    /// Taps that nobody listens to yet.
+    /// Creates taps without a listener.
     pub(crate) fn new() -> Self {
         Self(Arc::default())
     }
 
-    /// A tensor with the value that `parameter` has now, whose gradients are told under this name.
+    /// Returns a tensor with the current value of `parameter`, whose gradients are reported under this name.
     pub(crate) fn tap(&self, name: &str, parameter: &Var) -> candle_core::Result<Tensor> {
         parameter.as_tensor().apply_op1(Tap { name: name.into(), listener: self.clone() })
     }
 
-    /// Tells `listener` of the gradients of one backward pass; returns it.
+    /// Reports the gradients of one backward pass to `listener`, and returns it.
     pub(crate) fn during<T>(
         &self,
         listener: L,
@@ -81,7 +83,7 @@ impl<L: Listener + 'static> CustomOp1 for Tap<L> {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> candle_core::Result<Option<Tensor>> {
-        // Whoever looks for the gradient of the parameter itself finds none: it has been told.
+        // The parameter itself gets no gradient: it has been reported.
         if let Some(listener) = &mut *self.listener.lock() {
             let told = listener.hear(&self.name, gradient);
             told.map_err(|error| candle_core::Error::Msg(error.to_string()))?;
@@ -90,7 +92,7 @@ impl<L: Listener + 'static> CustomOp1 for Tap<L> {
     }
 }
 
-/// Gives a tensor that others hold the values that another of its shape has now.
+/// Copies the values of `from` into `to`, a tensor of the same shape that may be shared.
 pub(crate) fn refresh(to: &Tensor, from: &Tensor) -> candle_core::Result<()> {
     to.flatten_all()?.slice_set(&from.flatten_all()?, 0, 0)
 }
@@ -101,7 +103,7 @@ mod tests {
 
     use super::*;
 
-    /// Keeps what it hears.
+    /// Stores what it receives.
     #[derive(Default)]
     struct Heard(Vec<(String, Vec<f32>)>);
 
@@ -134,7 +136,7 @@ mod tests {
         assert_eq!(b.to_vec1::<f32>().unwrap(), [3., 4.]);
         refresh(&b, &second).unwrap();
         assert_eq!(b.to_vec1::<f32>().unwrap(), [5., 6.]);
-        // Where nobody listens the backward pass is none the worse.
+        // Without a listener, the backward pass still works.
         let gradients = loss().unwrap().backward().unwrap();
         assert!(gradients.get(&first).is_none());
         let heard = taps.during(Heard::default(), || loss()?.backward()).unwrap();

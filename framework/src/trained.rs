@@ -1,4 +1,4 @@
-//! Weights that were trained, and the models that they make.
+//! Trained weights, and loading a model with them.
 
 use std::path::Path;
 
@@ -29,7 +29,7 @@ impl Trained {
         }
     }
 
-    /// What was trained, and on what, where that is known.
+    /// The configuration and data sizes of the training, if known.
     pub(crate) fn origin(&self) -> Option<&Origin> {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.state().origin.as_ref(),
@@ -37,7 +37,7 @@ impl Trained {
         }
     }
 
-    /// The run's seed, where that is known.
+    /// The run's seed, or 0 if unknown.
     pub(crate) fn seed(&self) -> u64 {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.state().seed,
@@ -45,8 +45,8 @@ impl Trained {
         }
     }
 
-    /// Gives the weights to a model, their averages where the run kept some; returns how far they have been trained, where that
-    /// is known.
+    /// Loads the weights into a model: their averages, if the run kept any. Returns how far they have been
+    /// trained, or the default if unknown.
     pub(crate) fn give<B: Batch>(&self, model: &Model<B>) -> Result<Progress> {
         match self {
             Self::Checkpoint(checkpoint) => {
@@ -63,8 +63,9 @@ impl Trained {
 }
 
 impl<B: Batch> Model<B> {
-    /// The model of a checkpoint, with its weights, or their averages where the run kept some: to predict with, in any program, where
-    /// neither the configuration nor the data is. `path` is a checkpoint, the folder of a run, or that of its versions.
+    /// Loads the model of a checkpoint with its weights, or their averages if the run kept any, to predict
+    /// with it in any program. Needs neither the configuration file nor the data. `path` is a checkpoint, a
+    /// run's folder, or the folder of its versions.
     ///
     /// ```no_run
     /// # use candlepower::prelude::*;
@@ -75,7 +76,8 @@ impl<B: Batch> Model<B> {
     /// ```
     ///
     /// # Errors
-    /// Also where the run had no configuration: build the model, and see [`Checkpoint::restore_for_evaluation`].
+    /// Also if the run had no configuration. Then build the model and use
+    /// [`Checkpoint::restore_for_evaluation`].
     pub fn load<M: Build<Batch = B>>(path: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let path = path.as_ref();
         let trained = Trained::read(path)?;
@@ -93,7 +95,8 @@ impl<B: Batch> Model<B> {
         Ok(model)
     }
 
-    /// What the module predicts from a batch, (B, ...), on the CPU: of its number type and device it takes care itself.
+    /// Predicts from a batch; returns (B, ...) on the CPU. Converts the batch to the model's type and device
+    /// itself.
     pub fn predict(&self, batch: &B) -> Result<Tensor> {
         trainer::predicted(self, batch, &mut Step::evaluation(self.steps, 0, self.seed, false))
     }

@@ -1,4 +1,4 @@
-//! Weights from elsewhere: of another run, or of PyTorch's, to start a training from, or to be evaluated.
+//! Weights from other runs or from PyTorch files, to start training from or to evaluate.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
@@ -19,35 +19,37 @@ use crate::error::{Error, Result};
 use crate::params::Params;
 use crate::run_dir::RunDir;
 
-/// Fields of `[init]`: weights to start from instead of initial values. A run that is resumed has its own.
+/// The `[init]` section: weights to start from instead of initial values. A resumed run ignores it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InitConfig {
-    /// A run's folder, a checkpoint, a `.safetensors` file, or what PyTorch saves: `.pth`, `.pt`, `.ckpt`, `.bin`.
+    /// A run's folder, a checkpoint, a `.safetensors` file, or a PyTorch file: `.pth`, `.pt`, `.ckpt`,
+    /// `.bin`.
     pub weights: PathBuf,
-    /// Which parameters and buffers get them, by a pattern of names, as `"encoder.*"`; the others keep their initial values.
+    /// The parameters and buffers to load, as a name pattern such as `"encoder.*"`; the others keep their
+    /// initial values.
     #[serde(default = "InitConfig::all")]
     pub params: String,
-    /// What the names in the file begin with and the model's do not, as PyTorch Lightning's `"model."`. Default: what most of the
-    /// model's names have before them there, where that is clear.
+    /// A prefix of the names in the file that the model's names do not have, such as PyTorch Lightning's
+    /// `"model."`. Default: the prefix that most of the model's names have in the file, if it is unambiguous.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix: Option<String>,
-    /// Whether all of these must be there, with their shapes, and nothing else whose name fits; false: what fits is taken, and the
-    /// rest is told of.
+    /// Whether all selected tensors must be present with their shapes, and no other tensor may match
+    /// `params`. If false, tensors that fit are loaded and the rest is reported in a warning.
     #[serde(default = "InitConfig::strict")]
     pub strict: bool,
 }
 
 impl InitConfig {
-    /// All of a model's weights.
+    /// Loads all of a model's weights from `weights`.
     pub fn new(weights: impl Into<PathBuf>) -> Self {
         Self { weights: weights.into(), params: Self::all(), prefix: None, strict: Self::strict() }
     }
 
-    /// Gives a model's parameters and buffers these weights.
+    /// Loads these weights into a model's parameters and buffers.
     ///
     /// # Errors
-    /// Where there are none, they cannot be read, or they do not fit; then nothing has changed.
+    /// If `params` matches nothing, or the weights cannot be read or do not fit. The model is then unchanged.
     pub fn apply(&self, params: &Params) -> Result<()> {
         let pattern = WildMatch::new(&self.params);
         let all = params.state_dict();
@@ -94,24 +96,24 @@ impl InitConfig {
     }
 }
 
-/// Tensors by name, as a file or a checkpoint has them.
+/// Tensors by name, as stored in a file or a checkpoint.
 #[derive(Debug)]
 pub struct Weights {
     path: PathBuf,
     tensors: HashMap<String, Tensor>,
 }
 
-/// Tensors by the names that a model has for them.
+/// Tensors by their names in a model.
 struct Found {
     tensors: HashMap<String, Tensor>,
-    /// For people: what was left out of the names.
+    /// For messages: the prefix removed from the names.
     without: String,
 }
 
 impl Weights {
-    /// Reads weights from what [`InitConfig::weights`] may name. Of a run they are those that it is evaluated with: their
-    /// averages, where it keeps some. Of PyTorch's files, those that are a `state_dict`, or have one as `state_dict` (as PyTorch
-    /// Lightning's have), `model_state_dict` or `model`.
+    /// Reads weights from any source that [`InitConfig::weights`] allows. From a run, reads the weights that
+    /// it is evaluated with: the averages, if it keeps any. A PyTorch file must be a `state_dict`, or contain
+    /// one as `state_dict` (like PyTorch Lightning's), `model_state_dict` or `model`.
     pub fn read(path: &Path) -> Result<Self> {
         if !path.exists() {
             return Err(Error::msg(format!("{}: no such file or folder", path.display())));
@@ -130,10 +132,10 @@ impl Weights {
         Ok(Self { path: path.to_path_buf(), tensors })
     }
 
-    /// Gives all of a model's parameters and buffers their values.
+    /// Loads the weights into all of a model's parameters and buffers.
     ///
     /// # Errors
-    /// Where one is missing, of another shape, or too many; then nothing has changed.
+    /// If a tensor is missing, superfluous or of another shape. The model is then unchanged.
     pub fn give(&self, params: &Params) -> Result<()> {
         let wanted = params.state_dict();
         let found = self.named_as(&wanted, None);
@@ -151,8 +153,9 @@ impl Weights {
         params.roll_back_buffers()
     }
 
-    /// The tensors whose names begin with `prefix`, without it; where none is given, with what most of the wanted names have before
-    /// them here, as PyTorch Lightning's `model.` or `DistributedDataParallel`'s `module.`.
+    /// The tensors whose names begin with `prefix`, with the prefix removed. Without `prefix`, uses the one
+    /// that most of the wanted names have here, such as PyTorch Lightning's `model.` or
+    /// `DistributedDataParallel`'s `module.`.
     fn named_as(&self, wanted: &[(String, Var)], prefix: Option<&str>) -> Result<Found> {
         let prefix = prefix.map_or_else(|| self.prefix(wanted), Ok)?;
         let named = self.tensors.iter().filter_map(|(name, x)| Some((name.strip_prefix(prefix)?, x)));
@@ -161,7 +164,8 @@ impl Weights {
         Ok(Found { tensors, without })
     }
 
-    /// What stands before most of these names here; nothing, where that is as good. Refuses to choose between two.
+    /// The prefix that most of these names have here; the empty prefix if it fits equally well. Fails if
+    /// ambiguous.
     fn prefix(&self, wanted: &[(String, Var)]) -> Result<&str> {
         let mut found: BTreeMap<&str, usize> = BTreeMap::from([("", 0)]);
         for name in self.tensors.keys() {
@@ -198,18 +202,18 @@ fn read_safetensors(path: &Path) -> Result<HashMap<String, Tensor>> {
     })
 }
 
-/// What candle says, without the trace that it may have.
+/// The first line of candle's error, without a backtrace.
 fn first_line(error: &candle_core::Error) -> String {
     error.to_string().lines().next().unwrap_or_default().to_string()
 }
 
-/// What a file is by its first bytes, where that is nothing of what its name says.
+/// Describes a file by its first bytes, if they contradict its extension.
 fn what_else(path: &Path) -> Option<String> {
     const ARCHIVE: &[u8] = b"PK";
     let mut bytes = Vec::new();
     File::open(path).ok()?.take(64).read_to_end(&mut bytes).ok()?;
     let is_pytorch = path.extension().is_none_or(|ending| ending != "safetensors");
-    // Eight bytes of a length, which may be anything, and then JSON.
+    // Eight bytes of length, which may have any value, then JSON.
     let is_safetensors = bytes.get(8) == Some(&b'{');
     Some(match &bytes[..] {
         [] => "the file is empty".into(),
@@ -228,7 +232,7 @@ fn what_else(path: &Path) -> Option<String> {
     })
 }
 
-/// The tensors of a `state_dict` that PyTorch saved, by itself or within something else.
+/// The tensors of a `state_dict` saved by PyTorch, on its own or inside another object.
 fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
     let fail = |what: String| Error::msg(format!("{}: {what}", path.display()));
     if let Some(what) = what_else(path) {
@@ -241,7 +245,7 @@ fn read_pytorch(path: &Path) -> Result<HashMap<String, Tensor>> {
             first_line(&error)
         ))
     };
-    // Candle takes for granted that the archive is what PyTorch writes.
+    // Candle may panic on archives that PyTorch did not write.
     let tensors = catch_unwind(AssertUnwindSafe(|| read_archive(path)));
     tensors
         .unwrap_or_else(|_| Err(candle_core::Error::Msg("it is not in PyTorch's format".into())))
@@ -258,7 +262,8 @@ fn read_archive(path: &Path) -> candle_core::Result<HashMap<String, Tensor>> {
                 break;
             }
             Ok(_) => {}
-            // Of something else, as that it is cut off; where only the key is missing, the next one may be there.
+            // Errors such as a truncated file are reported by the last attempt, without a key; after a
+            // missing key, the next one is tried.
             Err(error) if key.is_none() => all = Err(error),
             Err(_) => {}
         }
@@ -273,7 +278,8 @@ fn read_archive(path: &Path) -> candle_core::Result<HashMap<String, Tensor>> {
     all?.tensor_infos().iter().map(tensor).collect()
 }
 
-/// A tensor of an archive, in whatever order its values lie: those of a network that is channels last lie so.
+/// Reads a tensor of an archive in any memory layout; channels-last networks are not stored in row-major
+/// order.
 fn read_tensor(archive: &mut ZipArchive<BufReader<File>>, info: &TensorInfo) -> candle_core::Result<Tensor> {
     let mut storage = Vec::new();
     archive.by_name(&info.path).map_err(candle_core::Error::wrap)?.read_to_end(&mut storage)?;
@@ -328,7 +334,8 @@ mod tests {
         params.vars().iter().flat_map(|(_, var)| var.to_vec1::<f32>().unwrap()).collect()
     }
 
-    /// Saves these and starts a model from them by the settings of `init`; its values then, or why not.
+    /// Saves these tensors and starts a model from them with the settings of `init`. Returns its values, or
+    /// the error.
     fn start(
         tensors: &[(&str, &[f32])],
         init: impl Fn(InitConfig) -> InitConfig,
@@ -357,7 +364,7 @@ mod tests {
         assert_eq!(start(&WHOLE, "*", true).unwrap(), [2., 3., 4., 5., 6.]);
         assert_eq!(start(&WHOLE, "encoder.*", true).unwrap(), [2., 3., 4., 1., 1.]);
         let other = [WHOLE[0], WHOLE[1], ("head.w", &[5., 6., 7.][..]), ("head.b", &[8.])];
-        // What the pattern leaves out may differ.
+        // Tensors that the pattern excludes may differ.
         assert_eq!(start(&other, "encoder.*", true).unwrap(), [2., 3., 4., 1., 1.]);
         assert_eq!(start(&other, "*", false).unwrap(), [2., 3., 4., 1., 1.]);
         let error = start(&other, "*", true).unwrap_err();
@@ -366,7 +373,7 @@ mod tests {
         assert!(error.contains(expected), "{error}");
         assert!(start(&WHOLE[..2], "*", true).unwrap_err().contains("`head.w` is missing"));
         assert!(start(&WHOLE, "decoder.*", true).unwrap_err().contains("`decoder.*` matches no parameter"));
-        // Nothing at all fits: that is no start, strict or not.
+        // If nothing fits, it is an error even when not strict.
         assert!(start(&[("w", &[1.])], "*", false).unwrap_err().contains("does not fit"));
     }
 
@@ -380,7 +387,7 @@ mod tests {
             let tensors: Vec<(&str, &[f32])> = tensors.iter().map(|(name, x)| (&name[..], &x[..])).collect();
             start(&tensors, |init| InitConfig { prefix: prefix.map(String::from), ..init })
         };
-        // Beside another thing that the file holds.
+        // Next to other contents of the file.
         let lightning = [named("model.net.", 1.), vec![("criterion.weight".into(), vec![9.])]].concat();
         assert_eq!(start(&lightning, None).unwrap(), [2., 3., 4., 5., 6.]);
         let twice = [named("net.", 1.), named("ema.", 2.)].concat();
@@ -392,7 +399,7 @@ mod tests {
         assert_eq!(start(&twice, Some("net.")).unwrap(), [2., 3., 4., 5., 6.]);
         assert_eq!(start(&twice, Some("ema.")).unwrap(), [4., 6., 8., 10., 12.]);
         assert!(start(&twice, Some("other.")).unwrap_err().contains("`encoder.w` is missing"));
-        // One name alone could stand after several things; all names together stand after one.
+        // A single name could have several prefixes; all names together have only one.
         let more = [named("model.", 1.), vec![("model.layer.head.w".into(), vec![9., 9.])]].concat();
         let tensors: Vec<(&str, &[f32])> = more.iter().map(|(name, x)| (&name[..], &x[..])).collect();
         let part = super::tests::start(&tensors, |init| InitConfig { params: "head.*".into(), ..init });

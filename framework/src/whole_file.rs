@@ -1,4 +1,4 @@
-//! Files that are there whole or not at all.
+//! Atomic file writes.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// How the names of such files end.
+/// The suffix of partially written files.
 pub(crate) const PARTIAL: &str = ".partial";
 
-/// Writes a file beside and renames it, so that nobody ever finds half of it, not even after the power has failed.
+/// Writes a file atomically: to a temporary file next to it, which is then renamed. Readers never see a
+/// partial file, even after a power failure.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = partial(path);
     let write = || {
@@ -21,13 +22,14 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     };
     let written = write();
     if written.is_err() {
-        // What could not be written may not be there to remove: the first error is the one to tell.
+        // The temporary file may not exist; report the first error.
         let _ = std::fs::remove_file(&partial);
     }
     written.map_err(Error::file(path))
 }
 
-/// A hidden file beside this one that nobody else writes: on machines that share a folder, processes may share a number too.
+/// A unique hidden file name next to this one. Random, because processes on machines that share a folder may
+/// have the same id.
 pub fn partial(path: &Path) -> PathBuf {
     let mut name = OsString::from(".");
     name.push(path.file_name().unwrap_or_default());

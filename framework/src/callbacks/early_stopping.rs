@@ -1,4 +1,4 @@
-//! Ends a run that does not get better any more.
+//! Ends a run that no longer improves.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -7,22 +7,22 @@ use crate::callback::{Callback, Flow, Record, StopReason, Watch};
 use crate::error::{Error, Result};
 use crate::metrics::Criterion;
 
-/// Fields of `[callbacks.early_stopping]`.
+/// The `[callbacks.early_stopping]` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct EarlyStoppingConfig {
-    /// The validation metric that is watched.
+    /// The validation metric to watch.
     pub monitor: String,
     /// Whether larger is better.
     pub maximize: bool,
-    /// How many validations in a row may bring nothing better.
+    /// Validations in a row without improvement after which the run ends.
     pub patience: u64,
-    /// By how much a value must be better than the best to count.
+    /// The minimum difference to the best value that counts as an improvement.
     pub min_delta: f64,
-    /// Ends the run at once when the metric is at least this good.
+    /// Ends the run at once if the metric is at least this good.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_at: Option<f64>,
-    /// Ends the run at once when the metric is worse than this.
+    /// Ends the run at once if the metric is worse than this.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub diverged_at: Option<f64>,
 }
@@ -40,19 +40,19 @@ impl Default for EarlyStoppingConfig {
     }
 }
 
-/// Ends a run when a validation metric has stopped getting better, is good enough, has diverged, or is not a number.
+/// Ends a run when a validation metric has stopped improving, is good enough, has diverged, or is not finite.
 pub struct EarlyStopping {
     config: EarlyStoppingConfig,
     state: Waiting,
 }
 
-/// What it remembers between validations.
+/// State kept between validations.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 struct Waiting {
     best: Option<f64>,
     /// Validations since the best.
     waited: u64,
-    /// By what it is the best.
+    /// The criterion that `best` was compared by.
     by: Option<Criterion>,
 }
 
@@ -142,7 +142,7 @@ mod tests {
     use super::*;
     use crate::data::Split;
 
-    /// After which of these losses it stops, and why; interrupted and restored after each.
+    /// The index of the loss after which it stops, and why. It is interrupted and restored after each loss.
     fn stops(config: EarlyStoppingConfig, losses: &[f64]) -> Option<(usize, String)> {
         let mut state = None;
         for (i, loss) in losses.iter().enumerate() {
@@ -161,7 +161,8 @@ mod tests {
     #[test]
     fn by_hand() {
         let config = EarlyStoppingConfig { patience: 2, min_delta: 0.1, ..Default::default() };
-        // 0.95 is not enough better than 1; 0.8 is; then nothing is better than 0.7 for two validations.
+        // 0.95 is not sufficiently better than 1, but 0.8 is; then no value is sufficiently better for two
+        // validations.
         let (at, why) = stops(config.clone(), &[1., 0.95, 0.8, 0.9, 0.75, 0.1]).unwrap();
         assert_eq!((at, why.as_str()), (4, "`loss` has not improved on 0.800000 for 2 validations"));
         assert_eq!(stops(config.clone(), &[1., 0.8, 0.6, 0.4, 0.2]), None);

@@ -1,4 +1,4 @@
-//! Callbacks that come with the library, one file each.
+//! Callbacks included in the library, one file each.
 
 mod early_stopping;
 mod on_signal;

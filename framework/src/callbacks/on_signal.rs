@@ -1,4 +1,4 @@
-//! Ends a run, or saves it, when the process is told to.
+//! Ends or saves a run when the process receives a signal.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
@@ -6,20 +6,20 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use crate::callback::{Callback, Flow, Plan, StepEnd, StopReason};
 use crate::error::Result;
 
-/// Stops after the step, or the batch of a validation, during which a signal came, or saves and goes on. Whoever receives signals
-/// sets these flags.
+/// Ends the run after the step or validation batch in which a signal arrived, or saves a checkpoint and
+/// continues. The signal handler sets these flags.
 #[derive(Debug, Clone, Default)]
 pub struct OnSignal {
-    /// The signal that ends the run; 0: none came.
+    /// The signal that ends the run; 0 if none has arrived.
     pub stop: Arc<AtomicI32>,
-    /// Whether a checkpoint is asked for.
+    /// Whether a checkpoint is requested.
     pub save: Arc<AtomicBool>,
-    /// Whether training has begun: before it, whoever receives a signal may end the process.
+    /// Whether training has begun. Before that, the signal handler may end the process directly.
     pub has_begun: Arc<AtomicBool>,
 }
 
 impl OnSignal {
-    /// Whether training goes on.
+    /// The request to the training loop.
     fn flow(&self) -> Flow {
         match self.stop.load(Ordering::Relaxed) {
             0 => Flow::Continue,

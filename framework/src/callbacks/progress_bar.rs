@@ -1,4 +1,4 @@
-//! The progress of a run on the terminal.
+//! Shows the progress of a run on the terminal.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -9,10 +9,11 @@ use std::io::{IsTerminal, Write};
 use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd, StopReason};
 use crate::error::Result;
 
-/// Time between two lines where standard error is a file and no bar can move.
+/// Time between two lines if standard error is not a terminal.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Shows steps, loss, samples per second and the time left: a bar on a terminal, a line now and then in a log file.
+/// Shows steps, loss, samples per second and the time left: as a bar on a terminal, otherwise as occasional
+/// lines.
 #[derive(Default)]
 pub struct ProgressBar {
     run: Option<Run>,
@@ -25,7 +26,7 @@ struct Run {
     last_line: Instant,
     progress: Progress,
     loss: Option<f64>,
-    /// Time spent in validation: not training's speed.
+    /// Time spent in validation, which is excluded from the training speed.
     paused: Duration,
     pause: Option<Instant>,
 }
@@ -49,12 +50,12 @@ impl Run {
     }
 
     fn say(&self, line: &str) {
-        // `println` of a hidden bar says nothing.
+        // `println` of a hidden bar prints nothing.
         if self.bar.is_hidden() { tell(line) } else { self.bar.println(line) }
     }
 }
 
-/// A line on standard error. Whoever reads it may have gone: that is no reason to end a training.
+/// Prints a line to standard error. Ignores errors: a closed pipe must not end training.
 fn tell(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");
 }

@@ -1,4 +1,4 @@
-//! How fast a run trains.
+//! Training speed as a metric.
 
 use std::time::Instant;
 
@@ -8,23 +8,23 @@ use serde::{Deserialize, Serialize};
 use crate::callback::{Callback, Flow, Plan, Record, StepEnd, Watch};
 use crate::error::{Error, Result};
 
-/// Fields of `[callbacks.throughput]`.
+/// The `[callbacks.throughput]` section.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct ThroughputConfig {
-    /// What the device can do at most, in 10^12 floating-point operations a second: adds `utilisation`, the share of it
-    /// that the model's arithmetic reaches.
+    /// Peak performance of the device in 10^12 floating-point operations per second. If set, `utilisation` is
+    /// logged: the fraction of it that the model's arithmetic reaches.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub peak_tflops: Option<f64>,
 }
 
-/// Adds to the training metrics the speed since the last ones: `samples_per_second`, `steps_per_second`, and, where the
-/// module knows its arithmetic, `tflops`. A step counts from the end of the one before, so waiting for data is part of it;
-/// the first step, and one with a validation before it, do not count.
+/// Adds the speed since the last training metrics to them: `samples_per_second`, `steps_per_second` and, if
+/// the module reports its arithmetic, `tflops`. A step is measured from the end of the previous one, so it
+/// includes waiting for data. The first step and steps that follow a validation are excluded.
 pub struct Throughput {
     config: ThroughputConfig,
     flops_per_sample: Option<f64>,
-    /// The end of the step before, and the samples done by then.
+    /// The end of the previous step, and the samples processed by then.
     before: Option<(Instant, u64)>,
     /// Steps, samples and seconds since the last metrics.
     sums: (u64, u64, f64),
@@ -59,7 +59,7 @@ impl Callback for Throughput {
 
     fn on_train_metrics(&mut self, record: &mut Record) -> Result<Flow> {
         if !record.metrics.keys().any(|name| name == "lr" || name.starts_with("lr/")) {
-            // An epoch's metrics alone: the rates are those between steps that are logged.
+            // Only an epoch's metrics: the speed is measured between logged steps.
             return Ok(Flow::Continue);
         }
         let (steps, samples, seconds) = std::mem::take(&mut self.sums);

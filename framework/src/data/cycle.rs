@@ -1,4 +1,4 @@
-//! A dataset of another length.
+//! A dataset with a different length.
 
 use std::sync::Arc;
 
@@ -6,7 +6,7 @@ use super::{Dataset, Sample};
 use crate::batch::Batch;
 use crate::error::Result;
 
-/// A dataset cut, or repeated, to a length: for who passes over the whole of what it is given.
+/// A dataset truncated or repeated to a length, for callers that read the whole of a dataset.
 pub(crate) struct Cycle<B> {
     pub(crate) dataset: Arc<dyn Dataset<Batch = B>>,
     pub(crate) len: usize,

@@ -1,4 +1,4 @@
-//! Batches made ahead by worker threads, in an order that does not depend on how many there are.
+//! Batches prefetched by worker threads, in an order that does not depend on the number of threads.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,22 +12,22 @@ use super::source::Jobs;
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
-/// How long who no longer needs workers waits for them.
+/// How long dropping a loader waits for its workers.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// A micro-batch to be made, by whichever thread is free.
+/// A micro-batch to make, on any free thread.
 pub(crate) struct Job<B> {
-    /// None for a rank that has no part in a step.
+    /// `None` for a rank without samples in the step.
     pub(crate) make: Option<Box<dyn FnOnce() -> Result<B> + Send>>,
     pub(crate) place: Place,
 }
 
-/// Where a micro-batch belongs.
+/// The position of a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
     /// Its number in the step, over all ranks.
     pub(crate) number: usize,
-    /// Whether it is this rank's last one of the step.
+    /// Whether it is this rank's last one in the step.
     pub(crate) ends_step: bool,
     /// Samples in the step, over all ranks.
     pub(crate) step_samples: usize,
@@ -35,32 +35,32 @@ pub(crate) struct Place {
     pub(crate) ends_epoch: bool,
 }
 
-/// A micro-batch that has been made; none for a rank that has no part in a step.
+/// A loaded micro-batch; `batch` is `None` for a rank without samples in the step.
 pub(crate) struct Loaded<B> {
     pub(crate) batch: Option<B>,
     pub(crate) place: Place,
 }
 
-/// Iterates over micro-batches that worker threads make ahead of time.
+/// Iterates over micro-batches prefetched by worker threads.
 ///
-/// A worker that takes a job puts, before anyone can take the next, the channel on which its batch will come into the
-/// loader's queue: so batches come in the order of the jobs whatever the number of workers. The queue is short, which
-/// bounds how many batches are held.
+/// A worker that takes a job queues the channel that will deliver its batch before any other worker can take
+/// a job, so batches arrive in job order for any number of workers. The bounded queue limits how many batches
+/// are held.
 pub(crate) struct Loader<B: Batch> {
     device: Device,
-    /// Without workers: made when asked for.
+    /// Without workers: batches are made on request.
     inline: Option<Jobs<B>>,
     answers: Receiver<Answer<B>>,
     workers: Vec<JoinHandle<()>>,
 }
 
 type Answer<B> = Receiver<Result<Loaded<B>>>;
-/// A job, and where its batch goes.
+/// A job, and the channel for its batch.
 type Request<B> = (Result<Job<B>>, Sender<Result<Loaded<B>>>);
 
 impl<B: Batch> Loader<B> {
-    /// Starts `workers` threads (0: batches are made when they are asked for), which together are at most `ahead`
-    /// micro-batches ahead. They hand them over on this device.
+    /// Starts `workers` threads that together prefetch at most `ahead` micro-batches and copy them to
+    /// `device`. With 0 workers, batches are made on request.
     pub(crate) fn new(jobs: Jobs<B>, workers: usize, ahead: usize, device: &Device) -> Self {
         let device = device.clone();
         if workers == 0 {
@@ -77,7 +77,7 @@ impl<B: Batch> Loader<B> {
             let (jobs, to_loader, device) = (jobs.clone(), to_loader.clone(), device.clone());
             std::thread::spawn(move || {
                 while let Some((job, answer)) = take(&jobs, &to_loader) {
-                    // Nobody is waiting any more when the loader was dropped: not an error.
+                    // Sending fails if the loader was dropped, which is not an error.
                     let _ = answer.send(job.and_then(|job| made(job, &device)));
                 }
             })
@@ -87,12 +87,12 @@ impl<B: Batch> Loader<B> {
     }
 }
 
-/// Takes the next job and announces its answer; none where there is no more, or the loader is gone.
+/// Takes the next job and queues its answer; `None` if there are no more jobs or the loader is gone.
 fn take<B: Batch>(jobs: &Mutex<Jobs<B>>, to_loader: &Sender<Answer<B>>) -> Option<Request<B>> {
     let mut jobs = jobs.lock().unwrap_or_else(PoisonError::into_inner);
     let next = catch_unwind(AssertUnwindSafe(|| jobs.next()));
     let job = next.unwrap_or_else(|_| {
-        // What came after it is not what was to come.
+        // The rest of the iterator cannot be trusted after a panic.
         *jobs = Box::new(std::iter::empty());
         Some(Err(Error::msg("the data stream panicked; its message is above")))
     })?;
@@ -122,7 +122,7 @@ impl<B: Batch> Iterator for Loader<B> {
 
 impl<B: Batch> Drop for Loader<B> {
     fn drop(&mut self) {
-        // With nobody to receive, the workers end; one that waits for data may never.
+        // Without a receiver, the workers end; but one that is waiting for data may never do so.
         self.answers = crossbeam_channel::never();
         let since = Instant::now();
         for worker in self.workers.drain(..) {
@@ -130,7 +130,7 @@ impl<B: Batch> Drop for Loader<B> {
                 std::thread::sleep(Duration::from_millis(1));
             }
             if worker.is_finished() {
-                // One that panicked has been reported by `next`.
+                // `next` has already reported a panic.
                 let _ = worker.join();
             }
         }
@@ -153,7 +153,7 @@ mod tests {
         Ok(Tensors(vec![Tensor::new(values, &Device::Cpu)?]))
     }
 
-    /// Sample i is the number i plus a random number of its own; sample 13 is broken where asked for.
+    /// Sample i is i plus its own random number; sample 13 fails if `broken`.
     #[derive(Default)]
     struct Numbers {
         broken: bool,
@@ -172,7 +172,7 @@ mod tests {
         fn batch(&self, samples: &[Sample]) -> Result<Tensors> {
             use rand::Rng;
             self.made.fetch_add(1, Ordering::SeqCst);
-            // Workers that raced would come in the wrong order.
+            // Provoke races between workers, which would change the order.
             std::thread::yield_now();
             tensors(samples, |s| match s.index {
                 13 if self.broken => Err(Error::msg("no such number")),
@@ -181,7 +181,7 @@ mod tests {
         }
     }
 
-    /// The numbers from 100 * epoch on, seven or eight of them, by turns.
+    /// The numbers from 100 * epoch on: seven in even epochs, eight in odd ones.
     struct Counter;
 
     impl Stream for Counter {
@@ -222,7 +222,7 @@ mod tests {
         let stream: fn() -> Source<Tensors> = || Source::Stream(Arc::new(Counter));
         let indexed: fn() -> Source<Tensors> = || Source::Indexed(Arc::new(Numbers::default()));
         for source in [stream, indexed] {
-            // Steps of 5, 5, ... samples: micro-batches of 2, 2 and 1; the end of an epoch has fewer.
+            // Steps of 5 samples each: micro-batches of 2, 2 and 1; the last step of an epoch has fewer.
             let order = Order::new(3, source().len().unwrap_or(usize::MAX), 5);
             let by_step = |share: Share| {
                 let mut steps = vec![Vec::new()];
@@ -244,7 +244,7 @@ mod tests {
             for of in [2, 3, 4] {
                 let parts: Vec<_> = (0..of).map(|rank| by_step(Share { rank, of })).collect();
                 for (step, expected) in whole.iter().enumerate() {
-                    // Every rank hears of every step, and of how large it is, also where it has nothing to do in it.
+                    // Every rank receives every step and its size, even without a share of it.
                     let sizes = parts.iter().flat_map(|part| &part[step]).map(|micro| (micro.2, micro.3));
                     assert!(sizes.into_iter().all(|size| size == (expected[0].2, expected[0].3)));
                     let mut all: Vec<_> = parts.iter().flat_map(|part| part[step].clone()).collect();
@@ -256,7 +256,7 @@ mod tests {
         }
     }
 
-    /// The values of so many micro-batches, and what is said of their steps.
+    /// The values, step size and end-of-epoch flag of the first `batches` micro-batches.
     fn read(loader: Loader<Tensors>, batches: usize) -> Vec<(Vec<f32>, usize, bool)> {
         let values = |Loaded { batch, place }: Loaded<Tensors>| {
             (batch.unwrap().0[0].to_vec1().unwrap(), place.step_samples, place.ends_epoch)
@@ -321,9 +321,9 @@ mod tests {
         let numbers = Numbers { made: made.clone(), ..Default::default() };
         let mut loader = load(Source::Indexed(Arc::new(numbers)), &Order::new(0, 20, 2), (0, 0), 2);
         loader.next().unwrap().unwrap();
-        // All that may be made ahead is made before the loader is gone: dropping it waits for the workers.
+        // Dropping the loader waits for the workers, so all prefetched batches have been made by then.
         drop(loader);
-        // One that was read, four ahead, and one that each of the two workers may hold.
+        // One read, four prefetched, and one held by each of the two workers.
         assert!(made.load(Ordering::SeqCst) <= 1 + 4 + 2, "{made:?}");
     }
 

@@ -1,4 +1,5 @@
-//! Data: samples by index ([`Dataset`]) or in turn ([`Stream`]), their order in an epoch ([`Order`]), and reading ahead.
+//! Data: samples by index ([`Dataset`]) or in sequence ([`Stream`]), their order in an epoch ([`Order`]), and
+//! prefetching.
 
 mod cycle;
 mod loader;
@@ -21,15 +22,15 @@ use crate::batch::Batch;
 use crate::error::{Error, Result};
 use crate::seed;
 
-/// Which part of the data: what is learned from, what is watched during training, what is reported at the end.
+/// A part of the data: for training, for validation during training, or for testing at the end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Split {
-    /// Learned from.
+    /// Training data.
     Train,
-    /// Watched during training.
+    /// Validation data, evaluated during training.
     Val,
-    /// Reported at the end.
+    /// Test data, evaluated at the end.
     Test,
 }
 
@@ -44,14 +45,14 @@ impl Split {
     }
 }
 
-/// One sample to be read: where it is, and its own source of randomness.
+/// A sample to read: its position and its source of randomness.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Sample {
-    /// Position in the dataset, below its length.
+    /// Position in the dataset, less than its length.
     pub index: usize,
     /// The split that the sample belongs to.
     pub split: Split,
-    /// The epoch it is read for; 0 in evaluation, so that every evaluation sees the same samples.
+    /// The epoch it is read for; 0 in evaluation, so every evaluation sees the same samples.
     pub epoch: u64,
     /// The run's seed.
     pub seed: u64,
@@ -60,8 +61,8 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// The sample's own generator, a function of (seed, split, epoch, index, repeat): which thread draws from it, and
-    /// when, changes nothing. Generated data and augmentations draw from it.
+    /// The sample's random generator, a function of (seed, split, epoch, index, repeat) and thus independent of
+    /// threads and timing. Use it for generated data and augmentations.
     pub fn rng(&self) -> seed::ChaCha8Rng {
         seed::generator(
             self.seed,
@@ -70,18 +71,18 @@ impl Sample {
     }
 }
 
-/// Samples that can be read by index, several at once, from any thread.
+/// Samples that can be read by index, several at once and from any thread.
 pub trait Dataset: Send + Sync {
-    /// What the samples are collated into; it must be the batch of the module that they train.
+    /// The batch type that samples are collated into; must match the module's.
     type Batch: Batch;
 
-    /// How many samples an epoch has.
+    /// Number of samples in an epoch.
     fn len(&self) -> usize;
 
-    /// What every batch of this dataset looks like: sizes that a module needs to be built.
+    /// The sizes common to all batches, which a module needs to be built.
     fn spec(&self) -> <Self::Batch as Batch>::Spec;
 
-    /// The batch made of these samples, in this order, on the CPU.
+    /// Collates these samples, in this order, into a batch on the CPU.
     fn batch(&self, samples: &[Sample]) -> Result<Self::Batch>;
 
     /// Sampling weights for training, one per sample. An epoch then draws [`len`](Self::len) samples with replacement, each
@@ -112,11 +113,12 @@ pub trait Open: Dataset + Sized + 'static {
     /// The fields of its `[data]` section.
     type Config: Settings;
 
-    /// Opens one split. Everything that can be wrong with the files should be found here, not in mid-training.
+    /// Opens one split. Invalid files should be detected here rather than during training.
     fn open(config: &Self::Config, split: Split) -> Result<Self>;
 
-    /// A batch to predict from, of a file or a folder that a person gave, made as the dataset's samples are. `spec` is the
-    /// dataset's; nothing of the dataset itself needs to be there. Default: what [`Batch::read`] reads, as it is.
+    /// Reads a batch to predict from, from a user-supplied file or folder, with the same processing as the
+    /// dataset's samples. `spec` is the dataset's; the dataset itself need not be present. By default, reads
+    /// it with [`Batch::read`].
     fn read(
         _config: &Self::Config,
         spec: &<Self::Batch as Batch>::Spec,
@@ -126,15 +128,15 @@ pub trait Open: Dataset + Sized + 'static {
     }
 }
 
-/// A stream that is opened from its own section of the configuration file, one split at a time.
+/// A stream opened from its own section of the configuration file, one split at a time.
 pub trait OpenStream: Stream + Sized + 'static {
     /// The fields of its `[data]` section.
     type Config: Settings;
 
-    /// Opens one split. Everything that can be wrong with the files should be found here, not in mid-training.
+    /// Opens one split. Invalid files should be detected here rather than during training.
     fn open(config: &Self::Config, split: Split) -> Result<Self>;
 
-    /// A batch to predict from, as [`Open::read`].
+    /// Reads a batch to predict from, like [`Open::read`].
     fn read(
         _config: &Self::Config,
         spec: &<Self::Batch as Batch>::Spec,
@@ -144,67 +146,68 @@ pub trait OpenStream: Stream + Sized + 'static {
     }
 }
 
-/// What the fields of a section can do: be read from TOML, be printed with their defaults, describe themselves.
+/// Settings of a section: can be read from TOML, written with their defaults, and described by a JSON Schema.
 ///
 /// Implemented by every type that derives `Serialize`, `Deserialize` and `JsonSchema`.
 pub trait Settings: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static {}
 impl<T: Serialize + DeserializeOwned + JsonSchema + Send + Sync + 'static> Settings for T {}
 
-/// The data of one run: what is learned from, what it is watched on, what is reported at the end.
+/// The data of a run: for training, validation and testing.
 pub struct Data<B: Batch> {
     /// The training split.
     pub train: Source<B>,
-    /// The validation split, where there is one.
+    /// The validation split, if any.
     pub val: Option<Source<B>>,
-    /// The test split, where there is one.
+    /// The test split, if any.
     pub test: Option<Source<B>>,
-    /// Threads that make batches ahead; 0 makes them in the training thread. The batches do not depend on it.
+    /// Threads that prefetch batches; with 0, the training thread makes them. The batches do not depend on
+    /// it.
     pub workers: usize,
-    /// Micro-batches that each worker may be ahead of training.
+    /// Micro-batches that each worker may prefetch.
     pub prefetch: usize,
 }
 
 impl<B: Batch> Data<B> {
-    /// Training data alone, made by two workers.
+    /// Training data only, read by two workers.
     pub fn new(train: impl Dataset<Batch = B> + 'static) -> Self {
         Self::from_source(Source::Indexed(Arc::new(train)))
     }
 
-    /// The same for a stream.
+    /// Like [`new`](Self::new), for a stream.
     pub fn stream(train: impl Stream<Batch = B> + 'static) -> Self {
         Self::from_source(Source::Stream(Arc::new(train)))
     }
 
-    /// The same for a source whose type is not known.
+    /// Like [`new`](Self::new), for a [`Source`].
     pub fn from_source(train: Source<B>) -> Self {
         Self { train, val: None, test: None, workers: 2, prefetch: 2 }
     }
 
-    /// Adds data to validate on.
+    /// Adds validation data.
     pub fn val(mut self, val: impl Dataset<Batch = B> + 'static) -> Self {
         self.val = Some(Source::Indexed(Arc::new(val)));
         self
     }
 
-    /// Adds data to test on.
+    /// Adds test data.
     pub fn test(mut self, test: impl Dataset<Batch = B> + 'static) -> Self {
         self.test = Some(Source::Indexed(Arc::new(test)));
         self
     }
 
-    /// The same for streams: adds one to validate on.
+    /// Adds a validation stream.
     pub fn val_stream(mut self, val: impl Stream<Batch = B> + 'static) -> Self {
         self.val = Some(Source::Stream(Arc::new(val)));
         self
     }
 
-    /// Adds a stream to test on.
+    /// Adds a test stream.
     pub fn test_stream(mut self, test: impl Stream<Batch = B> + 'static) -> Self {
         self.test = Some(Source::Stream(Arc::new(test)));
         self
     }
 
-    /// Sets how many threads make batches ahead.
+    /// Sets the number of threads that prefetch batches.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
         self

@@ -1,4 +1,4 @@
-//! The order of samples: a pure function, so that resuming is skipping.
+//! The order of samples: a pure function, so resuming is skipping.
 
 use std::sync::Arc;
 
@@ -15,11 +15,11 @@ use crate::seed;
 pub struct Order {
     /// The run's seed.
     pub seed: u64,
-    /// Samples that there are.
+    /// Number of samples.
     pub len: usize,
-    /// Samples in a batch; the last batch of an epoch holds what is left.
+    /// Samples per batch; the last batch of an epoch holds the rest.
     pub batch_size: usize,
-    /// Batches in an epoch, at most.
+    /// Maximum number of batches per epoch.
     pub limit: usize,
     /// Whether every epoch is the first samples in turn, each time the same, instead of a permutation.
     in_turn: bool,
@@ -28,7 +28,7 @@ pub struct Order {
 }
 
 impl Order {
-    /// Every epoch a permutation of all samples.
+    /// A permutation of all samples in every epoch.
     pub fn new(seed: u64, len: usize, batch_size: usize) -> Self {
         Self { seed, len, batch_size, limit: usize::MAX, in_turn: false, weights: None }
     }
@@ -58,22 +58,22 @@ impl Order {
         Self { in_turn: true, ..self }
     }
 
-    /// The same with at most `limit` batches an epoch.
+    /// The same order with at most `limit` batches per epoch.
     pub fn limited(self, limit: usize) -> Self {
         Self { limit, ..self }
     }
 
-    /// Batches in an epoch.
+    /// Batches per epoch.
     pub fn batches(&self) -> usize {
         self.len.div_ceil(self.batch_size).min(self.limit)
     }
 
-    /// Samples in an epoch.
+    /// Samples per epoch.
     pub fn samples(&self) -> usize {
         self.batches().saturating_mul(self.batch_size).min(self.len)
     }
 
-    /// The batches of one epoch, in order; with each, whether it is the last.
+    /// The batches of one epoch, in order, each with whether it is the last.
     pub fn epoch(&self, epoch: u64) -> impl Iterator<Item = (Vec<Sample>, bool)> + Send + use<> {
         let (seed, batch_size, batches) = (self.seed, self.batch_size, self.batches());
         // The same samples every time are also made the same way every time.
@@ -112,7 +112,7 @@ impl Order {
     }
 }
 
-/// Evaluation's order: every sample exactly once, first to last.
+/// The order of evaluation: every sample exactly once, first to last.
 pub fn samples_in_turn(
     split: Split,
     seed: u64,

@@ -1,4 +1,4 @@
-//! Where samples come from: [`Dataset`]s read by index, [`Stream`]s read in turn; and the passes over them.
+//! Sources of samples, [`Dataset`]s read by index and [`Stream`]s read in sequence, and passes over them.
 
 use std::sync::Arc;
 
@@ -7,33 +7,34 @@ use super::{Dataset, Order, Sample, Split, samples_in_turn};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
-/// Samples that come one after the other, in a number that nobody knows before: an archive, a queue, a generator.
+/// Samples that arrive one after the other, in an unknown number: an archive, a queue, a generator.
 ///
-/// Where samples can be read by index, a [`Dataset`] shuffles them and resumes at once; a stream is read in the order in
-/// which it comes, and a resumed run reads and drops what it has had.
+/// If samples can be read by index, prefer a [`Dataset`], which is shuffled and resumes at once. A stream is
+/// read in its own order, and a resumed run reads and drops the samples it has already used.
 pub trait Stream: Send + Sync {
-    /// What the samples are collated into.
+    /// The batch type that samples are collated into.
     type Batch: Batch;
-    /// What is read in turn, as small as can be: a line, a file's name, compressed bytes.
+    /// The smallest unit read in sequence: a line, a file name, compressed bytes.
     type Item: Send;
 
-    /// What every batch of this stream looks like: sizes that a module needs to be built.
+    /// The sizes common to all batches, which a module needs to be built.
     fn spec(&self) -> <Self::Batch as Batch>::Spec;
 
-    /// The items of one pass. The same pass must give the same items, for a run to be resumed and repeated.
+    /// The items of one pass. The same pass must yield the same items, so runs can be resumed and repeated.
     fn items(&self, pass: Pass) -> Result<Items<Self::Item>>;
 
-    /// The batch made of these items, on the CPU. Called by several workers at once: the costly part belongs here.
+    /// Collates these items into a batch on the CPU. Called from several workers at once: do the expensive
+    /// work here.
     fn batch(&self, items: Vec<Self::Item>, samples: &[Sample]) -> Result<Self::Batch>;
 }
 
-/// What a [`Stream`] reads.
+/// The items that a [`Stream`] yields.
 pub type Items<T> = Box<dyn Iterator<Item = Result<T>> + Send>;
 
 /// One pass over data.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Pass {
-    /// The split that is read.
+    /// The split to read.
     pub split: Split,
     /// The epoch; 0 in evaluation.
     pub epoch: u64,
@@ -43,9 +44,9 @@ pub struct Pass {
 
 /// A dataset or a stream.
 pub enum Source<B: Batch> {
-    /// Samples by index.
+    /// Samples read by index.
     Indexed(Arc<dyn Dataset<Batch = B>>),
-    /// Samples in turn.
+    /// Samples read in sequence.
     Stream(Arc<dyn AnyStream<B>>),
 }
 
@@ -58,19 +59,19 @@ impl<B: Batch> Clone for Source<B> {
     }
 }
 
-/// Where training goes on in its data, and in what portions.
+/// Where training starts in its data, and its batch sizes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Start {
     pub(crate) epoch: u64,
     pub(crate) step_in_epoch: u64,
     pub(crate) samples_in_epoch: u64,
-    /// Samples that one device takes at once.
+    /// Samples that one device processes at once.
     pub(crate) micro_batch_size: usize,
     pub(crate) share: Share,
 }
 
-/// Which micro-batches are a rank's: of each step, and of an evaluation, every `of`-th one from number `rank` on. So the
-/// micro-batches are the same for any number of ranks.
+/// The micro-batches of a rank: every `of`-th one of each step or evaluation, starting with number `rank`.
+/// The micro-batches are therefore the same for any number of ranks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Share {
     pub(crate) rank: usize,
@@ -84,8 +85,8 @@ impl Default for Share {
 }
 
 impl Share {
-    /// This rank's of a step's micro-batches. Where there is none for it, one without samples: every rank hears of every
-    /// step.
+    /// This rank's share of a step's micro-batches. If it has none, one without samples, because every rank
+    /// takes part in every step.
     fn of_step<B>(self, step: Vec<Job<B>>) -> Vec<Job<B>> {
         let Some(place) = step.first().map(|job| job.place) else { return step };
         let mut own: Vec<Job<B>> = step.into_iter().skip(self.rank).step_by(self.of).collect();
@@ -103,7 +104,7 @@ impl Share {
 pub(crate) type Jobs<B> = Box<dyn Iterator<Item = Result<Job<B>>> + Send>;
 
 impl<B: Batch> Source<B> {
-    /// What every batch looks like.
+    /// The sizes common to all batches.
     pub fn spec(&self) -> B::Spec {
         match self {
             Self::Indexed(dataset) => dataset.spec(),
@@ -111,7 +112,7 @@ impl<B: Batch> Source<B> {
         }
     }
 
-    /// How many samples there are, where that is known.
+    /// Number of samples, if known.
     pub fn len(&self) -> Option<usize> {
         match self {
             Self::Indexed(dataset) => Some(dataset.len()),
@@ -160,7 +161,7 @@ impl<B: Batch> Source<B> {
         }
     }
 
-    /// One pass over the first `samples` of the data, in batches of which `share` is made.
+    /// One pass over the first `samples` of the data; only the batches of `share` are made.
     pub(crate) fn evaluation(
         &self,
         pass: Pass,
@@ -200,7 +201,7 @@ fn jobs<B: Batch>(
         let dataset = dataset.clone();
         let make = move || {
             whole(dataset.batch(&samples), samples.len()).map_err(|why| {
-                // Perhaps it is one of them.
+                // Try each sample separately, to name the one that fails.
                 let alone =
                     |sample: &&Sample| whole(dataset.batch(&[**sample]), 1).is_err_and(|its| its == why);
                 match samples.iter().find(alone) {
@@ -216,7 +217,8 @@ fn jobs<B: Batch>(
     })
 }
 
-/// A batch of so many samples: of all that were asked for, as each counts as much in the loss. Else why it is none.
+/// Checks that a batch has the requested number of samples, because each counts equally in the loss. Returns
+/// the reason if it does not.
 fn whole<B: Batch>(batch: Result<B>, samples: usize) -> Result<B, String> {
     match batch {
         Ok(batch) if batch.len() == samples => Ok(batch),
@@ -231,23 +233,23 @@ fn unreadable(samples: &[Sample], why: &str) -> Error {
     Error::msg(format!("cannot read sample{plural} {}: {why}", indices.join(", ")))
 }
 
-/// How a stream is cut.
+/// How a stream is divided.
 #[derive(Debug, Clone, Copy)]
 pub struct Portions {
-    /// Items that are read and dropped first.
+    /// Items to read and drop first.
     skip: usize,
-    /// Items of one step.
+    /// Items per step.
     step: usize,
-    /// Items of one micro-batch.
+    /// Items per micro-batch.
     micro: usize,
-    /// Items of a pass, at most, the skipped ones included.
+    /// Maximum number of items in a pass, including skipped ones.
     items: usize,
     share: Share,
 }
 
-/// A [`Stream`] whose items nobody needs to name.
+/// A [`Stream`] without its item type.
 pub trait AnyStream<B: Batch>: Send + Sync {
-    /// What every batch of this stream looks like.
+    /// The sizes common to all batches.
     fn spec(&self) -> B::Spec;
     #[doc(hidden)]
     #[expect(private_interfaces, reason = "implemented here alone, for every stream")]

@@ -25,7 +25,7 @@ use crate::trained::Trained;
 use crate::trainer::Trainer;
 use crate::whole_file::write_whole;
 
-/// What an experiment does once the batch that its module and its data meet in is known.
+/// The operations of an experiment, independent of its batch type.
 pub(crate) trait Job: Send + Sync {
     fn settings(&self) -> Result<[toml::Table; 2]>;
     fn build(&self, experiment: &Experiment) -> Result<usize>;
@@ -55,7 +55,7 @@ pub(crate) trait Job: Send + Sync {
     fn find_batch_size(&self, experiment: &Experiment, config: &BatchFinderConfig) -> Result<BatchFinding>;
 }
 
-/// A module and a dataset of one batch.
+/// A module and a dataset with the same batch type.
 pub(crate) struct Pair<B: Batch> {
     pub(crate) module: Arc<dyn ModuleRecipe<B>>,
     pub(crate) data: Box<dyn DataRecipe<B>>,
@@ -63,21 +63,21 @@ pub(crate) struct Pair<B: Batch> {
 
 impl<B: Batch> Pair<B> {
     fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
-        // Before anything is read: what cannot be trained on is known at once.
+        // Opened first, to report an unusable device before data is read.
         let device = experiment.device()?;
         let data = experiment.data(&*self.data)?;
         Ok((experiment.model(&self.module, data.train.spec(), &device)?, data))
     }
 
-    /// The same with the weights that training starts from.
+    /// The model and data, with the weights that training starts from.
     fn initial(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
         let (model, data) = self.model_and_data(experiment)?;
         experiment.init(&model)?;
         Ok((model, data))
     }
 
-    /// The same with the weights of a checkpoint, or of a file, and with the data of this split; and how far they have been
-    /// trained, where that is known.
+    /// The model and data, with the weights of a checkpoint or file and with the data of this split; also how
+    /// far the weights have been trained, if known.
     fn trained_on(
         &self,
         experiment: &Experiment,
@@ -92,14 +92,14 @@ impl<B: Batch> Pair<B> {
         Ok((model, data, progress))
     }
 
-    /// What is learned from, for checkpoints.
+    /// The training's configuration and data sizes, for checkpoints.
     fn origin(&self, experiment: &Experiment, spec: &B::Spec) -> Result<Origin> {
         let as_json = |error: serde_json::Error| Error::msg(format!("the sizes of the data: {error}"));
         Ok(Origin { config: experiment.resolved()?, spec: serde_json::to_value(spec).map_err(as_json)? })
     }
 
-    /// What batches look like to weights that learned from `origin`. Where [data] is the same, that is known; else it is looked up
-    /// in the data.
+    /// The batch spec for weights trained from `origin`: taken from it if `[data]` is unchanged, otherwise
+    /// read from the data.
     fn spec(&self, experiment: &Experiment, origin: Option<&Origin>) -> Result<B::Spec> {
         let data = data_section(&experiment.resolved()?);
         let before = origin.map(|origin| data_section(&origin.config));
@@ -116,7 +116,7 @@ impl<B: Batch> Pair<B> {
     }
 }
 
-/// What a configuration says of the data, but for how it is read ahead.
+/// The `[data]` section of a configuration, without the prefetch settings.
 fn data_section(config: &str) -> toml::Table {
     let mut config: toml::Table = config.parse().unwrap_or_default();
     let Some(toml::Value::Table(mut data)) = config.remove("data") else { return toml::Table::new() };
@@ -124,7 +124,7 @@ fn data_section(config: &str) -> toml::Table {
     data
 }
 
-/// Why the data is wanted, though what is predicted from is given.
+/// Explains why the data is opened although the input to predict from is given.
 fn why_opened(trained_on: &toml::Table, now: &toml::Table) -> String {
     let changes = differences(trained_on, now, "data").join("\n  ");
     format!(
@@ -133,7 +133,7 @@ fn why_opened(trained_on: &toml::Table, now: &toml::Table) -> String {
     )
 }
 
-/// Writes the resolved configuration into the run's folder; of a resumed run, says what has changed in it.
+/// Writes the resolved configuration into the run's folder. For a resumed run, warns about changes.
 fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
     let path = run.join("config.toml");
     let parse = |text: &str| text.parse::<toml::Table>().map_err(Error::content(&path));
@@ -179,7 +179,7 @@ impl<B: Batch> Job for Pair<B> {
         }
         let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
         if checkpoint.is_none() && experiment.ranks.rank() == 0 {
-            // Before a folder is made. Other ranks hear of them.
+            // Before the folder is created. Other ranks receive the weights from rank 0.
             experiment.init(&model)?;
         }
         if writes {
@@ -195,11 +195,11 @@ impl<B: Batch> Job for Pair<B> {
             }
             dir = Some(run.path().to_path_buf());
             let (resolved, logging) = (experiment.resolved()?, experiment.logging.clone());
-            // A run that cannot go on keeps its files as they are.
+            // A run that cannot continue keeps its files unchanged.
             trainer = trainer.when_ready(move |trainer| {
                 write_config(run.path(), &resolved, resumed_at.is_some())?;
                 let loggers = Loggers::in_folder(run.path(), &logging, resumed_at.unwrap_or(0))?;
-                // Last, so that they log what the callbacks before them add.
+                // Last, so they log metrics added by the callbacks before them.
                 trainer.add(loggers.configuration(resolved));
                 Ok(())
             });
@@ -266,7 +266,7 @@ impl<B: Batch> Job for Pair<B> {
     }
 
     fn find_lr(&self, experiment: &Experiment, config: &LrFinderConfig) -> Result<LrFinding> {
-        // Before the configuration's own values are looked at, whose errors have a place in the file.
+        // Checked first: only errors in the values of the configuration file have a place in it.
         config.check()?;
         let (model, data) = self.initial(experiment)?;
         let finding = experiment.trainer().find_lr(&model, &data, config);
@@ -279,7 +279,7 @@ impl<B: Batch> Job for Pair<B> {
     }
 }
 
-/// The parameters of a model as a table: name, shape, how many.
+/// A table of the model's parameters: name, size, shape.
 fn summary<B: Batch>(model: &Model<B>) -> String {
     let vars = model.params().vars();
     let width = vars.iter().map(|(name, _)| name.len()).max().unwrap_or(0);
@@ -292,7 +292,7 @@ fn summary<B: Batch>(model: &Model<B>) -> String {
     format!("{} parameters in {} tensors ({megabytes:.1} MB)\n{rows}", thousands(total), vars.len())
 }
 
-/// 1036097 as 1,036,097.
+/// Groups digits: 1036097 becomes 1,036,097.
 fn thousands(n: usize) -> String {
     let digits = n.to_string();
     let group = |(i, digit): (usize, char)| {

@@ -1,4 +1,4 @@
-//! What editors are told of configuration files.
+//! The JSON Schema of configuration files.
 
 use serde_json::{Value, json};
 
@@ -13,7 +13,7 @@ use crate::schedule::{Interval, Plateau, Schedule};
 use crate::trainer::TrainerConfig;
 use crate::weights::InitConfig;
 
-/// A JSON Schema of configuration files, for editors.
+/// Returns a JSON Schema of configuration files, for editors.
 pub fn schema(registry: &Registry) -> Value {
     let [module, data] = registry.schemas();
     let data = with_fields(data, &[("workers", schema_of::<usize>()), ("prefetch", schema_of::<usize>())]);
@@ -49,7 +49,7 @@ pub fn schema(registry: &Registry) -> Value {
     })
 }
 
-/// A section with these fields besides, whatever it names.
+/// Adds fields to every variant of a section.
 fn with_fields(mut section: Value, fields: &[(&str, Value)]) -> Value {
     for variant in section["anyOf"].as_array_mut().into_iter().flatten() {
         for (name, schema) in fields {

@@ -1,4 +1,4 @@
-//! Sections that say how to train, read from a document and written back to tables.
+//! The sections that configure training, read from a document and written back to tables.
 
 use indexmap::IndexSet;
 
@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
 use crate::schedule::{Interval, Plateau, Schedule};
 
-/// The name of the only optimizer, which modules and logs do not see.
+/// The name of the only optimizer, which is not shown to modules or in logs.
 pub(super) const ONLY: &str = "optimizer";
 
 /// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
@@ -72,7 +72,7 @@ fn turn(
     Ok(turn)
 }
 
-/// A section that describes a schedule, with the plateau that it may hold.
+/// Reads a schedule's section, with its plateau if it has one.
 pub(super) fn schedule(document: &Document, section: &str) -> Result<(Schedule, Option<Plateau>)> {
     let mut named = document.named(section, Some("constant"))?;
     let plateau: Option<Plateau> = document.take_field(&mut named, "plateau")?;
@@ -121,11 +121,11 @@ pub(super) fn table(section: &impl serde::Serialize) -> Result<toml::Table> {
     toml::Table::try_from(section).map_err(|error| Error::msg(error.to_string()))
 }
 
-/// What is set otherwise in `new` than in `old`, a line each: `trainer.batch_size: 8, was 16`.
+/// The settings that differ between `old` and `new`, one per line: `trainer.batch_size: 8, was 16`.
 pub(super) fn differences(old: &toml::Table, new: &toml::Table, path: &str) -> Vec<String> {
     let mut lines = Vec::new();
     let order = |table: &toml::Table| table.keys().cloned().collect::<Vec<_>>();
-    // What takes turns does so in its order.
+    // Optimizers and callbacks run in the order of their sections.
     if ["optimizers", "callbacks"].contains(&path)
         && old.len() == new.len()
         && old.keys().all(|key| new.contains_key(key))

@@ -1,4 +1,4 @@
-//! `metrics.csv`: one row a record, one column a metric.
+//! `metrics.csv`: one row per record, one column per metric.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -9,7 +9,7 @@ use crate::callback::Record;
 use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
-/// Appends each record as one row; a metric that is new adds a column to all rows.
+/// Appends each record as a row. A new metric adds a column to all rows.
 pub struct Csv {
     path: PathBuf,
     file: File,
@@ -52,7 +52,7 @@ impl Logger for Csv {
     }
 }
 
-/// The header and the rows of a file; a last line that was cut off is left out.
+/// Reads the header and rows of a file, without a truncated last line.
 fn read(path: &Path) -> Result<(Vec<String>, Vec<Vec<String>>)> {
     let cells = |row: &::csv::StringRecord| row.iter().map(str::to_string).collect();
     let mut reader = ::csv::Reader::from_path(path).map_err(Error::content(path))?;
@@ -60,13 +60,13 @@ fn read(path: &Path) -> Result<(Vec<String>, Vec<Vec<String>>)> {
     Ok((header, reader.records().map_while(|row| row.ok()).map(|row| cells(&row)).collect()))
 }
 
-/// Writes the whole file anew, and opens it for more.
+/// Rewrites the whole file and opens it for appending.
 fn rewrite(path: &Path, header: &Vec<String>, rows: &[Vec<String>]) -> Result<File> {
     write_whole(path, &lines(path, std::iter::once(header).chain(rows), header.len())?)?;
     OpenOptions::new().append(true).open(path).map_err(Error::file(path))
 }
 
-/// Rows as text, each of so many cells: the last ones of a shorter row are empty.
+/// Formats rows with `cells` cells each; shorter rows are padded with empty cells.
 fn lines<'r>(path: &Path, rows: impl IntoIterator<Item = &'r Vec<String>>, cells: usize) -> Result<Vec<u8>> {
     let mut writer = ::csv::Writer::from_writer(Vec::new());
     for row in rows {

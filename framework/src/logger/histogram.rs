@@ -1,13 +1,14 @@
-//! Histograms in TensorFlow's buckets.
+//! Histograms with TensorFlow's buckets.
 
 use candle_core::{DType, Tensor};
 use tfrecord::protobuf::HistogramProto;
 
 use crate::error::{Error, Result};
 
-/// The finite values of a tensor in buckets that grow by a tenth, away from zero; none where no value is finite.
+/// Counts a tensor's finite values in buckets that grow by a tenth away from zero; `None` if no value is
+/// finite.
 pub(super) fn histogram(values: &Tensor) -> Result<Option<HistogramProto>> {
-    // TensorFlow's own limits end at 1e20; an exploding gradient does not.
+    // TensorFlow's limits end at 1e20; exploding gradients do not.
     let mut limits = HistogramProto::tf_default().bucket_limit;
     limits.push(f64::MAX);
     let mut histogram = HistogramProto::new(limits).map_err(message)?;
@@ -18,8 +19,8 @@ pub(super) fn histogram(values: &Tensor) -> Result<Option<HistogramProto>> {
     Ok((histogram.num > 0.).then(|| compact(histogram)))
 }
 
-/// Leaves out empty buckets, but for the one between two filled ones: its limit is where the second begins. The first
-/// begins at the least value; an empty one before it would run backwards.
+/// Removes empty buckets, except directly before a filled one, where the limit marks the start of the filled
+/// bucket. The first bucket starts at the minimum; an empty one before it would have a negative width.
 fn compact(mut histogram: HistogramProto) -> HistogramProto {
     let (limits, counts) = (&histogram.bucket_limit, &histogram.bucket);
     let needed = |&i: &usize| counts[i] > 0. || counts.get(i + 1).is_some_and(|next| *next > 0.);
@@ -57,7 +58,7 @@ mod tests {
             assert_eq!(count, inside as f64, "({low}, {limit}]");
             low = limit;
         }
-        // What is nearer to zero than 1e-12 counts as zero from its side; 0.5 and 0.51 are within a tenth.
+        // Values closer to zero than 1e-12 count as zero on their side; 0.5 and 0.51 share a bucket.
         assert_eq!(histogram.bucket.iter().filter(|count| **count > 0.).count(), 7);
         assert!(histogram.bucket.first() > Some(&0.) && histogram.bucket.last() > Some(&0.), "{histogram:?}");
         assert!(histogram.bucket.windows(2).all(|pair| pair != [0., 0.]), "{histogram:?}");

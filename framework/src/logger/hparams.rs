@@ -1,4 +1,5 @@
-//! The messages of TensorBoard's HPARAMS tab: what of `tensorboard/plugins/hparams/plugin_data.proto` is written.
+//! The messages of TensorBoard's HPARAMS tab: the part of `tensorboard/plugins/hparams/plugin_data.proto` in
+//! use.
 
 use std::collections::HashMap;
 
@@ -11,7 +12,7 @@ pub(super) const SESSION_START: &str = "_hparams_/session_start_info";
 /// The tag of [`SessionEnd`].
 pub(super) const SESSION_END: &str = "_hparams_/session_end_info";
 
-/// `HParamsPluginData`: stands in the metadata of a summary that has no value.
+/// `HParamsPluginData`: stored in the metadata of a summary without a value.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct PluginData {
     #[prost(int32, tag = "1")]
@@ -55,8 +56,8 @@ pub(super) enum Status {
     Running = 3,
 }
 
-/// A setting as HPARAMS knows it: text, number or truth value. TensorBoard leaves out numbers that are not finite, and
-/// knows no lists; both are shown as text.
+/// Converts a setting to a type that HPARAMS supports: text, number or boolean. TensorBoard drops non-finite
+/// numbers and does not support lists; both become text.
 pub(super) fn value(setting: &toml::Value) -> Value {
     let kind = match setting {
         toml::Value::Boolean(value) => Kind::BoolValue(*value),
@@ -74,7 +75,7 @@ mod tests {
 
     use super::*;
 
-    /// The bytes are those of the Python package tensorboard 2.21 for the same messages.
+    /// The expected bytes were produced by the Python package tensorboard 2.21 for the same messages.
     #[test]
     fn messages_have_the_bytes_of_the_python_package() {
         let start = |name: &str, setting: toml::Value| {

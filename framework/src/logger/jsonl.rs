@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one JSON object a line.
+//! `metrics.jsonl`: one JSON object per line.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write;
@@ -9,8 +9,8 @@ use crate::callback::Record;
 use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
-/// Appends each record as one line of JSON, written at once, so that `tail -f` follows the run. A metric that is
-/// infinite or no number is `null`: JSON has no other word for it. `metrics.csv` tells them apart.
+/// Appends each record as a line of JSON, immediately, so `tail -f` can follow the run. NaN and infinite
+/// values become `null`, because JSON cannot represent them; `metrics.csv` distinguishes them.
 pub struct Jsonl {
     path: PathBuf,
     file: File,

@@ -1,6 +1,6 @@
-//! Loggers: where metrics, pictures, histograms and settings are written.
+//! Loggers: write metrics, pictures, histograms and settings.
 //!
-//! A logger of one's own has one method to write. [`Loggers`] makes a callback of any number of them:
+//! A custom logger needs only one method. [`Loggers`] combines any number of loggers into a callback:
 //!
 //! ```
 //! use candlepower::logger::{Logger, Loggers};
@@ -43,22 +43,22 @@ use crate::error::{Error, Result};
 /// The settings of a run by their full names, for example `optimizer.lr`.
 pub type HyperParameters = IndexMap<String, toml::Value>;
 
-/// Writes metrics somewhere.
+/// Writes metrics and other records of a run.
 pub trait Logger: Send {
     /// Writes one record.
     fn log(&mut self, record: &Record) -> Result<()>;
 
-    /// Writes a picture, where this logger can.
+    /// Writes a picture, if supported.
     fn picture(&mut self, _picture: &Picture) -> Result<()> {
         Ok(())
     }
 
-    /// Writes how the values of a tensor, of any shape, are distributed after `step` steps.
+    /// Writes the distribution of a tensor's values after `step` steps. The tensor may have any shape.
     fn histogram(&mut self, _step: u64, _name: &str, _values: &Tensor) -> Result<()> {
         Ok(())
     }
 
-    /// Writes a text, to be shown as it is, line by line.
+    /// Writes a text, to be shown verbatim, line by line.
     fn text(&mut self, _step: u64, _name: &str, _text: &str) -> Result<()> {
         Ok(())
     }
@@ -68,23 +68,23 @@ pub trait Logger: Send {
         Ok(())
     }
 
-    /// Writes how the run ended; nothing comes after it.
+    /// Writes how the run ended. Called last.
     fn close(&mut self, _reason: &StopReason) -> Result<()> {
         Ok(())
     }
 }
 
-/// Fields of `[logging]`.
+/// The `[logging]` section.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct LoggingConfig {
-    /// Draws pictures of predictions every so many steps, and at each validation; 0: never.
+    /// Steps between pictures of predictions, which are also drawn at each validation; 0 for none.
     pub image_every: u64,
-    /// Writes TensorBoard histograms of all parameters and gradients every so many steps; 0: never.
+    /// Steps between TensorBoard histograms of all parameters and gradients; 0 for none.
     pub histogram_every: u64,
-    /// Writes TensorBoard events.
+    /// Whether to write TensorBoard events.
     pub tensorboard: bool,
-    /// Shows the progress of the run on the terminal.
+    /// Whether to show the run's progress on the terminal.
     pub progress: bool,
 }
 
@@ -95,7 +95,7 @@ impl Default for LoggingConfig {
 }
 
 impl LoggingConfig {
-    /// Refuses histograms that nobody would write.
+    /// Checks that histograms, if requested, are written.
     pub fn check(&self) -> Result<()> {
         match self.histogram_every > 0 && !self.tensorboard {
             true => Err(Error::setting("histogram_every", "histograms need `tensorboard = true`")),
@@ -114,8 +114,8 @@ pub struct Loggers {
 }
 
 impl Loggers {
-    /// Writes `metrics.jsonl`, `metrics.csv`, `images/` and TensorBoard events into a run's folder. What an earlier
-    /// attempt logged after `step` is dropped: those steps will be done, and logged, again.
+    /// Writes `metrics.jsonl`, `metrics.csv`, `images/` and TensorBoard events into a run's folder. Records
+    /// of an earlier attempt after `step` are dropped, because those steps will be repeated and logged again.
     pub fn in_folder(dir: &Path, config: &LoggingConfig, step: u64) -> Result<Self> {
         let files = Self::default()
             .with(Jsonl::open(&dir.join("metrics.jsonl"), step)?)
@@ -131,13 +131,14 @@ impl Loggers {
         self
     }
 
-    /// Hands histograms of all parameters and gradients to the loggers every so many steps; 0: never.
+    /// Passes histograms of all parameters and gradients to the loggers every `steps` steps; 0 for never.
     pub fn histogram_every(mut self, steps: u64) -> Self {
         self.histogram_every = steps;
         self
     }
 
-    /// The run's resolved configuration, in TOML: the loggers get its text, and its values as hyper-parameters.
+    /// Sets the run's resolved configuration, in TOML. Loggers receive its text, and its values as
+    /// hyper-parameters.
     pub fn configuration(mut self, toml: impl Into<String>) -> Self {
         self.configuration = Some(toml.into());
         self
@@ -205,7 +206,7 @@ impl Callback for Loggers {
     }
 }
 
-/// An error ends training without [`Callback::on_fit_end`].
+/// Closes the loggers after an error, which ends training without [`Callback::on_fit_end`].
 impl Drop for Loggers {
     fn drop(&mut self) {
         if let Err(error) = self.close(&StopReason::Failed("an error ended training".into())) {
@@ -214,7 +215,7 @@ impl Drop for Loggers {
     }
 }
 
-/// The values of a configuration, those of `[a.b]` named `a.b.<key>`.
+/// Flattens a configuration; the values of `[a.b]` are named `a.b.<key>`.
 fn flatten(table: toml::Table) -> HyperParameters {
     let under = |(key, value): (String, toml::Value)| match value {
         toml::Value::Table(inner) => flatten(inner)
@@ -297,7 +298,7 @@ mod tests {
         assert_eq!(said, "`histogram_every`: histograms need `tensorboard = true`");
     }
 
-    /// Notes what it is told.
+    /// Records its calls.
     struct Notes(std::sync::Arc<std::sync::Mutex<Vec<String>>>);
 
     impl Notes {

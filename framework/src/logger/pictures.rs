@@ -1,4 +1,4 @@
-//! `images/`: every picture as a PNG file.
+//! `images/`: all pictures as PNG files.
 
 use std::path::{Path, PathBuf};
 
@@ -7,13 +7,13 @@ use crate::callback::{Picture, Record};
 use crate::error::{Error, Result};
 use crate::whole_file::write_whole;
 
-/// Writes `<split>_<name>_<step>.png` into a folder, with `_` for each `/` of the name.
+/// Writes `<split>_<name>_<step>.png` into a folder. Each `/` in the name becomes `_`.
 pub struct Pictures {
     dir: PathBuf,
 }
 
 impl Pictures {
-    /// Pictures go into `dir`, which is made when the first one comes.
+    /// Writes pictures into `dir`, which is created with the first one.
     pub fn new(dir: &Path) -> Self {
         Self { dir: dir.to_path_buf() }
     }

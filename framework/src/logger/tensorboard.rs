@@ -22,11 +22,12 @@ use super::{HyperParameters, Logger, histogram::histogram};
 use crate::callback::{Picture, Record, StopReason};
 use crate::error::{Error, Result};
 
-/// Writes scalars as `<split>/<metric>`, pictures as `<split>/<name>`, histograms, texts, and the session of the
-/// HPARAMS tab.
+/// Writes scalars as `<split>/<metric>`, pictures as `<split>/<name>`, histograms, texts, and the session for
+/// the HPARAMS tab.
 ///
-/// No experiment is declared for that tab: TensorBoard then finds the columns itself, the settings and scalars of all
-/// runs that it shows. Of declared experiments it takes any one, and hides what the other runs have beyond it.
+/// No experiment is declared for that tab, so TensorBoard collects its columns from the settings and scalars
+/// of all runs shown. If experiments were declared, it would use an arbitrary one and hide columns that only
+/// other runs have.
 pub struct TensorBoard {
     events: Events,
     session_path: PathBuf,
@@ -34,15 +35,16 @@ pub struct TensorBoard {
 }
 
 impl TensorBoard {
-    /// Starts a new event file in `dir`. TensorBoard joins the files of one folder, so a resumed run goes on; what an
-    /// earlier attempt wrote after `step` is replaced.
+    /// Starts a new event file in `dir`. TensorBoard merges the files of a folder, so a resumed run
+    /// continues; events of an earlier attempt after `step` are replaced.
     pub fn create(dir: &Path, step: u64) -> Result<Self> {
         let name = format!("events.out.tfevents.{:.6}.candlepower.{}", now(), std::process::id());
         let mut events = Events::create(dir.join(name))?;
         let start = SessionLog { status: SessionStatus::Start.into(), ..Default::default() };
         events.write(step + 1, What::SessionLog(start))?;
-        // TensorBoard keeps the first session that it finds in a folder. So it has a file of its own, and the next
-        // attempt can put another in its place. It sorts before the others: a live reader leaves one file for the next.
+        // TensorBoard keeps the first session that it finds in a folder. It therefore has its own file, which
+        // the next attempt can replace. That file sorts first, because a live reader moves from one file to
+        // the next.
         let session_path = dir.join("events.out.tfevents.0.candlepower.hparams");
         Ok(Self { events, session_path, session: None })
     }
@@ -78,7 +80,7 @@ impl Logger for TensorBoard {
     }
 
     fn text(&mut self, step: u64, name: &str, text: &str) -> Result<()> {
-        // The TEXT tab reads Markdown, in which indented lines are code, whatever stands in them.
+        // The TEXT tab renders Markdown. Indented lines are code, whatever they contain.
         let code: String = text.lines().map(|line| format!("    {line}\n")).collect();
         let tensor = TensorProto {
             dtype: DataType::DtString.into(),
@@ -112,7 +114,7 @@ impl Logger for TensorBoard {
     }
 }
 
-/// A message to the HPARAMS tab. It stands in the metadata; the value is an empty tensor.
+/// A message to the HPARAMS tab: it is stored in the metadata, and the value is an empty tensor.
 fn session_value(tag: &str, data: Data) -> Value {
     let content = hparams::PluginData { version: 0, data: Some(data) }.encode_to_vec();
     let shape = TensorShapeProto { dim: vec![Dim::default()], unknown_rank: false };
@@ -155,7 +157,7 @@ impl Events {
     }
 }
 
-/// Seconds since 1970, as event files count time.
+/// Seconds since 1970, the time unit of event files.
 fn now() -> f64 {
     std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0., |time| time.as_secs_f64())
 }
@@ -170,7 +172,7 @@ mod tests {
     use super::*;
     use crate::data::Split;
 
-    /// Every value in the folder's event files, file after file as TensorBoard reads them, with its step.
+    /// All values in the folder's event files with their steps, file after file as TensorBoard reads them.
     fn values(dir: &Path) -> Vec<(i64, Value)> {
         let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();

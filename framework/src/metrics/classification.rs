@@ -1,12 +1,12 @@
-//! How good scores and predicted classes are, over all samples at once.
+//! Metrics of scores and predicted classes, computed over all samples at once.
 
 use candle_core::{DType, Tensor};
 
 use crate::error::{Error, Result};
 
-/// The area under the receiver operating characteristic: the chance that a positive sample has a higher score than a negative
-/// one, where equal scores count half. `scores` (N), any float; `labels` (N), 1 for positive and 0 for negative. Not a number
-/// where one of the two is missing.
+/// The area under the receiver operating characteristic: the probability that a positive sample has a higher
+/// score than a negative one, where equal scores count half. `scores` (N), any float type; `labels` (N), 1
+/// for positive and 0 for negative. NaN if either class is missing.
 ///
 /// ```
 /// # use candlepower::prelude::*;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 pub fn auroc(scores: &Tensor, labels: &Tensor) -> Result<f64> {
     let ranked = ranked(scores, labels)?;
     let (mut above, mut positives, mut negatives) = (0., 0., 0.);
-    // From the highest score down, ties together.
+    // From the highest score down, grouping ties.
     for tied in ranked.chunk_by(|a, b| a.0 == b.0) {
         let here = tied.iter().filter(|(_, is_positive)| *is_positive).count() as f64;
         let others = tied.len() as f64 - here;
@@ -29,8 +29,8 @@ pub fn auroc(scores: &Tensor, labels: &Tensor) -> Result<f64> {
     Ok(above / (positives * negatives))
 }
 
-/// The mean precision over the positive samples, each at its own score (the area under the precision-recall curve as a sum of
-/// steps). Arguments as of [`auroc`]; not a number where there is no positive sample.
+/// The mean precision over the positive samples, each at its own score (the area under the precision-recall
+/// curve as a sum of steps). Arguments as for [`auroc`]. NaN if there is no positive sample.
 pub fn average_precision(scores: &Tensor, labels: &Tensor) -> Result<f64> {
     let (mut sum, mut positives, mut seen) = (0., 0., 0.);
     for tied in ranked(scores, labels)?.chunk_by(|a, b| a.0 == b.0) {
@@ -41,7 +41,7 @@ pub fn average_precision(scores: &Tensor, labels: &Tensor) -> Result<f64> {
     Ok(sum / positives)
 }
 
-/// Scores, the highest first, each with whether its sample is positive.
+/// The scores in descending order, each with whether its sample is positive.
 fn ranked(scores: &Tensor, labels: &Tensor) -> Result<Vec<(f64, bool)>> {
     let (scores, labels) = (numbers(scores)?, numbers(labels)?);
     if scores.len() != labels.len() {
@@ -62,7 +62,7 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
     Ok(tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?)
 }
 
-/// How often which class was predicted for which.
+/// A confusion matrix.
 ///
 /// ```
 /// # use candlepower::prelude::*;
@@ -79,7 +79,7 @@ pub struct Confusion {
 }
 
 impl Confusion {
-    /// Counts `predicted` (N) against `labels` (N), both below `classes`.
+    /// Counts `predicted` (N) against `labels` (N), both less than `classes`.
     pub fn new(predicted: &Tensor, labels: &Tensor, classes: usize) -> Result<Self> {
         let (predicted, labels) = (numbers(predicted)?, numbers(labels)?);
         if predicted.len() != labels.len() {
@@ -101,33 +101,33 @@ impl Confusion {
         Ok(Self { counts })
     }
 
-    /// The share of samples whose class was predicted.
+    /// The fraction of samples whose class was predicted correctly.
     pub fn accuracy(&self) -> f64 {
         let hits: u64 = (0..self.counts.len()).map(|class| self.counts[class][class]).sum();
         let all: u64 = self.counts.iter().flatten().sum();
         hits as f64 / all as f64
     }
 
-    /// Of the samples that were predicted to be of a class, the share that is; 0 where there are none.
+    /// The fraction of samples predicted as a class that belong to it; 0 if there are none.
     pub fn precision(&self, class: usize) -> f64 {
         let predicted: u64 = self.counts.iter().map(|row| row[class]).sum();
         self.counts[class][class] as f64 / predicted.max(1) as f64
     }
 
-    /// Of the samples of a class, the share that was predicted to be; 0 where there are none.
+    /// The fraction of samples of a class that were predicted as it; 0 if there are none.
     pub fn recall(&self, class: usize) -> f64 {
         let all: u64 = self.counts[class].iter().sum();
         self.counts[class][class] as f64 / all.max(1) as f64
     }
 
-    /// The harmonic mean of a class's precision and recall; 0 where both are.
+    /// The harmonic mean of a class's precision and recall; 0 if both are 0.
     pub fn f1(&self, class: usize) -> f64 {
         let (precision, recall) = (self.precision(class), self.recall(class));
         let sum = precision + recall;
         if sum == 0. { 0. } else { 2. * precision * recall / sum }
     }
 
-    /// The mean of all classes' [`f1`](Self::f1).
+    /// The mean of [`f1`](Self::f1) over all classes.
     pub fn macro_f1(&self) -> f64 {
         let classes = self.counts.len();
         (0..classes).map(|class| self.f1(class)).sum::<f64>() / classes as f64
@@ -195,7 +195,7 @@ mod tests {
         let confusion = Confusion::new(&tensor(&[0, 0, 1, 1, 1]), &tensor(&[0, 1, 1, 1, 0]), 3).unwrap();
         assert_eq!(confusion.counts, [[1, 1, 0], [1, 2, 0], [0, 0, 0]]);
         assert_eq!(confusion.accuracy(), 0.6);
-        // Of the third class there is nothing.
+        // The third class has no samples.
         assert_eq!([0, 1, 2].map(|class| confusion.f1(class)), [0.5, 2. / 3., 0.]);
         assert!((confusion.macro_f1() - (0.5 + 2. / 3.) / 3.).abs() < 1e-12);
     }

@@ -1,4 +1,4 @@
-//! What an evaluation collects of every sample, for metrics that are no means.
+//! Per-sample values collected during an evaluation, for metrics that are not means.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -7,19 +7,19 @@ use candle_core::{Device, Tensor};
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 
-/// What a module has collected of all samples of an evaluation ([`Step::collect`](crate::module::Step::collect)), on the CPU, in
-/// the order of the samples, whichever rank they were evaluated on.
+/// The values that a module collected for all samples of an evaluation
+/// ([`Step::collect`](crate::module::Step::collect)), on the CPU, in sample order, independent of the ranks.
 #[derive(Default)]
 pub struct Collected {
-    /// By name, then by the number of the batch.
+    /// By name, then by batch number.
     parts: HashMap<String, BTreeMap<usize, Tensor>>,
 }
 
 impl Collected {
-    /// What was collected under this name, (N, ...) for N samples.
+    /// The values collected under this name, (N, ...) for N samples.
     ///
     /// # Errors
-    /// Where nothing was, or what batches have collected does not fit together.
+    /// If nothing was collected under this name, or the values of the batches cannot be concatenated.
     pub fn get(&self, name: &str) -> Result<Tensor> {
         let Some(parts) = self.parts.get(name) else {
             let mut names: Vec<&str> = self.parts.keys().map(String::as_str).collect();
@@ -35,7 +35,7 @@ impl Collected {
         self.parts.is_empty()
     }
 
-    /// Adds what was collected of batch number `batch`, which has so many samples.
+    /// Adds the values collected for batch number `batch`, which has `samples` samples.
     pub(crate) fn add(&mut self, batch: usize, samples: usize, name: &str, rows: &Tensor) -> Result<()> {
         if rows.dims().first() != Some(&samples) {
             let shape = rows.dims();
@@ -49,7 +49,7 @@ impl Collected {
         Ok(())
     }
 
-    /// What all ranks have collected.
+    /// Combines the values of all ranks.
     pub(crate) fn over(self, ranks: &dyn Collective) -> Result<Self> {
         if ranks.is_alone() {
             return Ok(self);

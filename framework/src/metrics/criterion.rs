@@ -1,4 +1,4 @@
-//! By what validations are compared.
+//! The criterion that validations are compared by.
 
 use serde::{Deserialize, Serialize};
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 pub struct Criterion {
     /// The metric.
     pub monitor: String,
-    /// Whether its largest value is the best; else its smallest.
+    /// Whether the largest value is best; otherwise the smallest is.
     pub maximize: bool,
 }
 
@@ -16,7 +16,7 @@ impl Criterion {
         Self { monitor: monitor.to_string(), maximize }
     }
 
-    /// Whether what was compared by `before`, where that is known, can be compared by this.
+    /// Whether values compared by `before`, if known, can also be compared by this criterion.
     pub(crate) fn goes_on(&self, before: Option<&Self>) -> bool {
         before.is_none_or(|before| before == self)
     }

@@ -1,4 +1,4 @@
-//! Means over samples that stay on the device until someone reads them.
+//! Means over samples that stay on the device until they are read.
 
 use candle_core::{DType, Device, Tensor};
 use candlepower_kernels::Download;
@@ -7,19 +7,20 @@ use indexmap::IndexMap;
 use crate::collective::Collective;
 use crate::error::{Error, Result};
 
-/// The sums of a rank by name, and their weights, as their bits: as decimals they could be rounded, and not all are numbers.
+/// A rank's sums by name, with their weights, both as the bits of an f64: decimals could be rounded, and
+/// cannot represent NaN or infinity.
 pub type Sums = Vec<(String, u64, u64)>;
 
-/// Weighted means of scalars by name, in the order in which the names first came.
+/// Weighted means of scalars by name, in order of first appearance.
 #[derive(Default)]
 pub struct Means {
     sums: IndexMap<String, (Tensor, f64)>,
-    /// The sums of a device on their way to the host, in their order.
+    /// The download of the device's sums, if started, in order.
     coming: Option<Box<Download>>,
 }
 
 impl Means {
-    /// Adds a scalar that counts `weight` times: that is itself the mean over so many samples.
+    /// Adds a scalar with this weight: the number of samples that it is the mean of.
     pub fn add(&mut self, name: &str, value: &Tensor, weight: f64) -> Result<()> {
         if value.elem_count() != 1 {
             let shape = value.dims();
@@ -33,7 +34,7 @@ impl Means {
             return Err(Error::msg(message));
         }
         if weight == 0. {
-            // The mean over nothing, which may be no number, counts for nothing.
+            // The mean over nothing may be NaN, and does not count.
             return self.add_sum(name, Tensor::zeros(1, DType::F64, &Device::Cpu)?, 0.);
         }
         if !value.device().is_cpu() {
@@ -45,7 +46,7 @@ impl Means {
     fn add_sum(&mut self, name: &str, weighted: Tensor, weight: f64) -> Result<()> {
         match self.sums.get_mut(name) {
             Some((sum, weights)) => {
-                // A plain number may be one of them: it goes to where the others are.
+                // Earlier values may have been plain numbers on the CPU: move their sum to the device.
                 if sum.device().is_cpu() {
                     *sum = sum.to_device(weighted.device())?;
                 }
@@ -59,13 +60,13 @@ impl Means {
         Ok(())
     }
 
-    /// Adds what others have summed up.
+    /// Adds the sums of another accumulator.
     pub(crate) fn merge(&mut self, others: Means) -> Result<()> {
         self.coming = None;
         others.sums.into_iter().try_for_each(|(name, (sum, weight))| self.add_sum(&name, sum, weight))
     }
 
-    /// Takes the sums of others, instead of its own of the same names.
+    /// Takes over the sums of another accumulator, replacing sums of the same names.
     pub(crate) fn replace(&mut self, others: Means) {
         if !others.is_empty() {
             self.coming = None;
@@ -85,12 +86,12 @@ impl Means {
         })
     }
 
-    /// The same sums once more, to be read while others are added here.
+    /// A copy of the sums, to read while more values are added here.
     pub(crate) fn copied(&self) -> Means {
         Means { sums: self.sums.clone(), coming: None }
     }
 
-    /// Begins to read: what a device is asked for afterwards does not delay that.
+    /// Starts reading. Work queued on the device afterwards does not delay it.
     pub(crate) fn begin(&mut self) -> Result<()> {
         let on_device = self.sums_on(false);
         if !on_device.is_empty() {
@@ -99,17 +100,17 @@ impl Means {
         Ok(())
     }
 
-    /// The sums that are on the CPU, or on a device.
+    /// The sums on the CPU, or those on a device.
     fn sums_on(&self, cpu: bool) -> Vec<&Tensor> {
         self.sums.values().map(|(sum, _)| sum).filter(|sum| sum.device().is_cpu() == cpu).collect()
     }
 
-    /// Reads every mean: the one place that waits for the device.
+    /// Reads every mean. The only place that waits for the device.
     pub fn read(self) -> Result<IndexMap<String, f64>> {
         Ok(self.read_sums()?.into_iter().map(|(name, sum, weight)| (name, sum / weight)).collect())
     }
 
-    /// Reads every mean over what all ranks have added: one exchange for all metrics, whichever of them a rank has.
+    /// Reads every mean over the values of all ranks, in one exchange. Ranks may have different metrics.
     pub(crate) fn read_over(self, ranks: &dyn Collective) -> Result<IndexMap<String, f64>> {
         if ranks.is_alone() {
             return self.read();
@@ -123,7 +124,7 @@ impl Means {
         Ok(sums.into_iter().map(|(name, (sum, weight))| (name, sum / weight)).collect())
     }
 
-    /// What each rank has added, on all of them.
+    /// Gathers the sums of each rank on all ranks.
     pub(crate) fn gather(self, ranks: &dyn Collective) -> Result<Vec<Sums>> {
         let own = self.read_sums()?.into_iter();
         let own: Sums = own.map(|(name, sum, weight)| (name, sum.to_bits(), weight.to_bits())).collect();
@@ -135,7 +136,7 @@ impl Means {
         parts.iter().map(|part| serde_json::from_slice(part).map_err(Error::content("metrics"))).collect()
     }
 
-    /// Name, weighted sum and weights' sum of every metric. Waits for the device once, not once a metric.
+    /// Name, weighted sum and total weight of every metric. Waits for the device only once.
     fn read_sums(mut self) -> Result<Vec<(String, f64, f64)>> {
         if self.coming.is_none() {
             self.begin()?;

@@ -1,4 +1,4 @@
-//! Numbers that say how good a module is.
+//! Metrics of a module's quality.
 
 pub mod classification;
 mod collected;

@@ -1,5 +1,5 @@
-//! Activations of tensors of any shape and float type. Candle computes them on one thread, by many kernels, or with a gradient
-//! that is not PyTorch's.
+//! Activations of tensors of any shape and float type. Candle's versions run on one thread, use several
+//! kernels, or have gradients that differ from PyTorch's.
 
 use candle_core::{D, Tensor};
 use candlepower_kernels::{self as kernels, Activation, activate};
@@ -17,7 +17,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
     Ok(if convolves(x) { activate(x, Activation::Silu)? } else { x.silu()? })
 }
 
-/// `x` where it is above zero, else `slope * x`.
+/// `x` if it is positive, otherwise `slope * x`.
 pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     if convolves(x) {
         return Ok(activate(x, Activation::LeakyRelu(slope as f32))?);
@@ -25,12 +25,12 @@ pub fn leaky_relu(x: &Tensor, slope: f64) -> Result<Tensor> {
     Ok(candle_nn::ops::leaky_relu(x, slope)?)
 }
 
-/// e^x over its sum along the last axis, (.., N) to the same.
+/// e^x divided by its sum along the last axis, (.., N) to (.., N).
 pub fn softmax(x: &Tensor) -> Result<Tensor> {
     Ok(if fast(x) { kernels::softmax(x)? } else { candle_nn::ops::softmax(x, D::Minus1)? })
 }
 
-/// One of these, or x itself.
+/// Applies the activation, if any.
 pub(super) fn activated(x: &Tensor, activation: Option<Activation>) -> Result<Tensor> {
     match activation {
         None => Ok(x.clone()),
@@ -81,7 +81,7 @@ mod tests {
             let ((y, dx), (wide_y, wide_dx)) = (run(&x), run(&wide));
             let error = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0., f64::max);
             assert!(error(&y, &wide_y) < 2e-6, "{name}: {:e}", error(&y, &wide_y));
-            // Candle's own slope of GELU has its constant to six digits.
+            // Candle's GELU gradient uses a constant with only six digits.
             assert!(error(&dx, &wide_dx) < 3e-6, "{name}: {:e}", error(&dx, &wide_dx));
         }
     }

@@ -1,5 +1,5 @@
-//! Layers over (B, H, W, C), the order that the kernels run on: a network that stays in it from its first layer to its
-//! last turns nothing around, neither forward nor backward. Weights keep PyTorch's shapes.
+//! Layers over (B, H, W, C), the layout of the kernels: a network that uses it throughout transposes nothing,
+//! forward or backward. Weights keep PyTorch's shapes.
 
 use candle_core::{DType, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -34,14 +34,14 @@ pub fn channels_first(x: &Tensor) -> Result<Tensor> {
     reordered(x, [2, 0, 1])
 }
 
-/// With the last three axes in another order.
+/// Permutes the last three axes.
 fn reordered(x: &Tensor, order: [usize; 3]) -> Result<Tensor> {
     let leading = split_dims(x)?.0.len();
     let axes: Vec<usize> = (0..leading).chain(order.map(|axis| leading + axis)).collect();
     Ok(x.permute(axes)?.contiguous()?)
 }
 
-/// x (.., N) times a factor for each of N channels: (N), or (B, N), one for each of a batch's samples.
+/// Multiplies x (.., N) by a factor per channel: (N), or (B, N) for one per sample and channel.
 pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     if x.device().is_cpu() && convolves(x) {
         return Ok(kernels::scale_channels(x, factors)?);
@@ -69,7 +69,7 @@ impl Conv {
         channels_last(&self.channels_first(&channels_first(x)?, options)?)
     }
 
-    /// The same by candle, of (.., Cin, H, W) to (.., Cout, H', W').
+    /// The same convolution with candle operations, of (.., Cin, H, W) to (.., Cout, H', W').
     pub(super) fn channels_first(&self, x: &Tensor, options: Conv2dOptions) -> Result<Tensor> {
         let Conv2dOptions { stride, padding, dilation, groups } = options;
         let (leading, [channels, height, width]) = split_dims(x)?;
@@ -80,7 +80,7 @@ impl Conv {
     }
 }
 
-/// A transposed convolution's weight and bias, with PyTorch's initial values.
+/// A transposed convolution's weight and bias.
 #[derive(Debug, Clone)]
 pub struct ConvTranspose {
     /// (Cin, Cout, kh, kw).
@@ -90,7 +90,7 @@ pub struct ConvTranspose {
 }
 
 impl ConvTranspose {
-    /// Parameters `weight` of this shape, drawn as `init` says, and `bias`, zero at first.
+    /// Creates `weight` of this shape, initialised by `init`, and a zero `bias`.
     pub fn new(shape: [usize; 4], init: Init, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints(&shape, "weight", init)?;
         Ok(Self { weight, bias: vb.get_with_hints(shape[1], "bias", Init::Const(0.))? })
@@ -165,7 +165,7 @@ mod tests {
             assert_eq!(y.dims(), [6, 4, 5]);
             let difference = (y - &batch).unwrap().abs().unwrap().max_all().unwrap();
             assert!(difference.to_scalar::<f32>().unwrap() < 1e-5);
-            // What is no image is an error.
+            // Anything but an image is an error.
             assert!(with_kernels(kernels, || conv.same(&image.get(0).unwrap())).is_err());
         }
     }

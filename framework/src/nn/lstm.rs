@@ -7,8 +7,8 @@ use super::recurrent::{MemoryUpdate, OutputGate, open_output, update_memory};
 use super::widened;
 use crate::error::Result;
 
-/// Products of (B, Cin) with a weight (Cout, Cin) and a bias (Cout), with PyTorch's names and, where they are not given,
-/// its initial values.
+/// A linear layer with weight (Cout, Cin) and optional bias (Cout), with PyTorch's names and default initial
+/// values.
 #[derive(Debug, Clone)]
 pub struct Linear {
     weight: Tensor,
@@ -16,14 +16,14 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// Both uniform within 1/sqrt(Cin) at first.
+    /// Creates a layer with weight and bias initially uniform within 1/sqrt(Cin).
     pub fn new(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Self> {
         let bound = 1. / (inputs as f64).sqrt();
         let init = Init::Uniform { lo: -bound, up: bound };
         Self::with_init(inputs, outputs, init, Some(init), vb)
     }
 
-    /// Drawn as is said; without a bias where there is none.
+    /// Creates a layer with these initial values, without a bias if `bias` is `None`.
     pub fn with_init(
         inputs: usize,
         outputs: usize,
@@ -51,8 +51,8 @@ impl Linear {
     }
 }
 
-/// An LSTM cell (Hochreiter and Schmidhuber 1997) with the names, gates (i, f, g, o) and two biases of PyTorch's
-/// `nn.LSTMCell`. Its state is 32 bits wide whatever the precision.
+/// An LSTM cell (Hochreiter and Schmidhuber 1997) with the names, gates (i, f, g, o) and two biases of
+/// PyTorch's `nn.LSTMCell`. Its state has at least 32 bits, whatever the precision.
 #[derive(Debug, Clone)]
 pub struct LstmCell {
     weight_ih: Tensor,
@@ -62,7 +62,7 @@ pub struct LstmCell {
     hidden: usize,
 }
 
-/// What an [`LstmCell`] remembers: output h and cell c, each (B, hidden).
+/// The state of an [`LstmCell`]: output h and cell c, each (B, hidden).
 #[derive(Debug, Clone)]
 pub struct LstmState {
     /// The output.
@@ -72,7 +72,8 @@ pub struct LstmState {
 }
 
 impl LstmCell {
-    /// Parameters `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, uniform within 1/sqrt(hidden) at first.
+    /// Creates parameters `weight_ih`, `weight_hh`, `bias_ih`, `bias_hh`, initially uniform within
+    /// 1/sqrt(hidden).
     pub fn new(inputs: usize, hidden: usize, vb: VarBuilder) -> Result<Self> {
         let bound = 1. / (hidden as f64).sqrt();
         let init = Init::Uniform { lo: -bound, up: bound };
@@ -85,7 +86,7 @@ impl LstmCell {
         })
     }
 
-    /// One step from `state` (absent: zeros) with the input (B, inputs).
+    /// One step with input (B, inputs), from `state` or from zeros.
     pub fn step(&self, x: &Tensor, state: Option<&LstmState>) -> Result<LstmState> {
         let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         let of = |parameter: &Tensor| parameter.to_dtype(wide);

@@ -1,4 +1,4 @@
-//! Randomness inside modules, drawn from a generator of [`Step::rng`](crate::module::Step::rng).
+//! Random operations for modules, drawn from the generators of [`Step::rng`](crate::module::Step::rng).
 
 use candle_core::{Device, Shape, Tensor};
 use rand::Rng;
@@ -7,18 +7,19 @@ use rand_distr::StandardNormal;
 use crate::error::{Error, Result};
 use crate::module::Step;
 
-/// Independent normal numbers of mean 0 and variance 1, f32.
+/// Independent standard normal values, f32.
 pub fn normal(shape: impl Into<Shape>, rng: &mut impl Rng, device: &Device) -> Result<Tensor> {
     let shape = shape.into();
     let values: Vec<f32> = (0..shape.elem_count()).map(|_| rng.sample(StandardNormal)).collect();
     Ok(Tensor::from_vec(values, shape, device)?)
 }
 
-/// Dropout (Srivastava et al. 2014): in training each value is zero with this probability, and the others are scaled up, so
-/// that the mean stays; outside training nothing happens. `name` tells it from other dropouts of the step.
+/// Dropout (Srivastava et al. 2014): in training, sets each value to zero with this probability and scales
+/// the others up to keep the mean; outside training, does nothing. `name` distinguishes it from other
+/// dropouts in the step.
 ///
-/// What is dropped depends on the seed, the step and the name alone, so that a resumed run drops the same; `candle_nn::Dropout`
-/// drops other values in every run.
+/// The dropped values depend only on seed, step and name, so a resumed run drops the same ones, unlike
+/// `candle_nn::Dropout`, which drops different values in every run.
 ///
 /// ```
 /// # use candlepower::{nn, prelude::*};
@@ -35,7 +36,7 @@ pub fn dropout(x: &Tensor, probability: f64, step: &Step, name: &str) -> Result<
     Ok((x * factors.to_dtype(x.dtype())?)?)
 }
 
-/// Zero with this probability, else what keeps the mean.
+/// Zero with this probability, otherwise the factor that keeps the mean.
 fn factors(count: usize, probability: f64, rng: &mut impl Rng) -> Result<Vec<f32>> {
     if !(0. ..1.).contains(&probability) {
         let message = format!("a drop probability is in [0, 1); this one is {probability}");
@@ -45,8 +46,8 @@ fn factors(count: usize, probability: f64, rng: &mut impl Rng) -> Result<Vec<f32
     Ok((0..count).map(|_| if rng.random_bool(kept) { 1. / kept as f32 } else { 0. }).collect())
 }
 
-/// Stochastic depth (Huang et al. 2016): the whole branch `x` (B, ..) of a sample is zero with this probability; the others
-/// are scaled up, so that the mean stays. For training alone.
+/// Stochastic depth (Huang et al. 2016): sets the whole branch `x` (B, ..) of a sample to zero with this
+/// probability and scales the others up to keep the mean. Only for training.
 pub fn drop_path(x: &Tensor, probability: f64, rng: &mut impl Rng) -> Result<Tensor> {
     if probability == 0. {
         return Ok(x.clone());
@@ -99,7 +100,7 @@ mod tests {
     fn normal_numbers_have_mean_0_and_variance_1() {
         let noise = normal((100, 400), &mut ChaCha8Rng::seed_from_u64(1), &Device::Cpu).unwrap();
         let mean = |x: &Tensor| x.mean_all().unwrap().to_scalar::<f32>().unwrap();
-        // Four standard deviations: 4 / sqrt(40000), and sqrt(2) as many.
+        // Four standard deviations: 4 / sqrt(40000) for the mean, and sqrt(2) times that for the variance.
         assert!(mean(&noise).abs() < 0.02 && (mean(&noise.sqr().unwrap()) - 1.).abs() < 0.03);
     }
 }

@@ -1,8 +1,8 @@
-//! Normalisation over channels-last tensors, in 32 bits whatever the precision.
+//! Normalisation over channels-last tensors, in at least 32 bits whatever the precision.
 //!
-//! By kernels, one operation of the graph with the activation behind it; where they are not wanted, or do not apply, composed of
-//! candle's operations. Everything stays on the device, the running statistics too: who reads a value of a device waits for all that
-//! was asked of it before.
+//! Runs as kernels, in one graph operation with the following activation; if kernels are disabled or do not
+//! apply, it is composed of candle operations. Everything, including the running statistics, stays on the
+//! device, because reading a value from a device waits for all work queued before.
 
 use candle_core::{D, DType, Tensor};
 use candle_nn::{Init, VarBuilder};
@@ -15,7 +15,7 @@ use crate::params::Buffer;
 
 /// Normalises each channel over the batch and its pixels, by PyTorch's rules (Ioffe and Szegedy 2015).
 ///
-/// Buffers `running_mean`, `running_var` and `num_batches_tracked` follow the batches of training.
+/// The buffers `running_mean`, `running_var` and `num_batches_tracked` are updated in training.
 #[derive(Debug, Clone)]
 pub struct BatchNorm {
     /// (C).
@@ -24,21 +24,22 @@ pub struct BatchNorm {
     bias: Tensor,
     /// (C), f32.
     running_mean: Buffer,
-    /// (C), f32: of the unbiased variance.
+    /// (C), f32: the unbiased variance.
     running_var: Buffer,
     /// A scalar, i64.
     num_batches_tracked: Buffer,
     then: Option<Activation>,
 }
 
-/// The share of a batch in the running statistics.
+/// The weight of a batch in the running statistics.
 const MOMENTUM: f64 = 0.1;
 const EPS: f64 = 1e-5;
 
 impl BatchNorm {
-    /// Over so many channels, momentum 0.1, eps 1e-5; the weight is drawn as `weight` says, the bias is zero at first.
+    /// Creates a layer with momentum 0.1 and eps 1e-5. `weight` initialises the weight; the bias starts at
+    /// zero.
     pub fn new(channels: usize, weight: Init, vb: VarBuilder) -> Result<Self> {
-        // The statistics of f64 parameters, which are there for tests, lose nothing either.
+        // Statistics of f64 parameters, used in tests, keep full precision.
         let dtype = if vb.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
         Ok(Self {
             weight: vb.get_with_hints(channels, "weight", weight)?,
@@ -50,12 +51,12 @@ impl BatchNorm {
         })
     }
 
-    /// The same with an activation behind it: in training both are one operation.
+    /// Adds an activation after it; in training both are one operation.
     pub fn then(self, activation: Activation) -> Self {
         Self { then: Some(activation), ..self }
     }
 
-    /// Normalises (B, .., C) by the running statistics: what evaluation does.
+    /// Normalises (B, .., C) by the running statistics, as in evaluation.
     pub fn by_running(&self, x: &Tensor) -> Result<Tensor> {
         let dtype = self.running_mean.value().dtype();
         let deviation = (self.running_var.value() + EPS)?.sqrt()?;
@@ -65,9 +66,9 @@ impl BatchNorm {
         Ok(activated(&y, self.then)?.to_dtype(x.dtype())?)
     }
 
-    /// Normalises (B, .., C) by the statistics of the batch: what training does. The build for training also takes them
-    /// into the running statistics, as if it had seen this batch `times` times in a row. Fails where a channel has one
-    /// value alone.
+    /// Normalises (B, .., C) by the statistics of the batch, as in training. The training build also updates
+    /// the running statistics, as if it had seen this batch `times` times in a row. Fails if a channel has
+    /// only one value.
     pub fn by_batch(&self, x: &Tensor, times: usize) -> Result<Tensor> {
         let (y, statistics) = normalize(x, Over::Batch, &self.weight, &self.bias, self.then)?;
         if statistics.count < 2 {
@@ -87,7 +88,7 @@ impl BatchNorm {
         Ok(y)
     }
 
-    /// [`by_batch`](Self::by_batch) in training, else [`by_running`](Self::by_running).
+    /// [`by_batch`](Self::by_batch) in training, otherwise [`by_running`](Self::by_running).
     pub fn forward(&self, x: &Tensor, training: bool) -> Result<Tensor> {
         if training { self.by_batch(x, 1) } else { self.by_running(x) }
     }
@@ -112,7 +113,8 @@ pub struct GroupNorm {
 }
 
 impl GroupNorm {
-    /// So many channels in so many equal groups; the weight is one and the bias zero at first.
+    /// Creates a layer for `channels` channels in `groups` equal groups. The weight starts at one, the bias
+    /// at zero.
     pub fn new(groups: usize, channels: usize, vb: VarBuilder) -> Result<Self> {
         if groups == 0 || !channels.is_multiple_of(groups) {
             return Err(Error::msg(format!("{channels} channels do not make {groups} equal groups")));
@@ -122,7 +124,7 @@ impl GroupNorm {
         Ok(Self { weight, bias, groups, then: None })
     }
 
-    /// The same with an activation behind it: both are one operation.
+    /// Adds an activation after it; both are one operation.
     pub fn then(self, activation: Activation) -> Self {
         Self { then: Some(activation), ..self }
     }
@@ -133,9 +135,10 @@ impl GroupNorm {
     }
 }
 
-/// Normalises the last dimension of (.., C), each row by itself (Ba, Kiros and Hinton 2016), eps 1e-5; with PyTorch's names.
+/// Normalises the last dimension of (.., C), each row separately (Ba, Kiros and Hinton 2016), eps 1e-5, with
+/// PyTorch's names.
 ///
-/// `candle_nn`'s has a fast path without a backward pass, on which a model does not learn.
+/// The layer norm of `candle_nn` has a fast path without a backward pass, so models using it do not learn.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
     /// (C).
@@ -145,7 +148,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Over so many features; the weight is one and the bias zero at first.
+    /// Creates a layer for this many features. The weight starts at one, the bias at zero.
     pub fn new(features: usize, vb: VarBuilder) -> Result<Self> {
         let weight = vb.get_with_hints(features, "weight", Init::Const(1.))?;
         let bias = vb.get_with_hints(features, "bias", Init::Const(0.))?;
@@ -154,14 +157,15 @@ impl LayerNorm {
 
     /// (.., C) to (.., C).
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        // A row is a sample of one group.
+        // Each row is treated as a sample with one group.
         let rows = x.reshape(((), x.dim(D::Minus1)?))?;
         let y = normalize(&rows, Over::Groups(1), &self.weight, &self.bias, None)?.0;
         Ok(y.reshape(x.shape())?)
     }
 }
 
-/// Mean and (biased) variance of each group, f64, on the device of the values, and of how many values.
+/// Mean and (biased) variance of each group, f64, on the device of the values, and the number of values per
+/// group.
 struct Statistics {
     means: Tensor,
     variances: Tensor,
@@ -169,16 +173,17 @@ struct Statistics {
 }
 
 impl Statistics {
-    /// The variances as estimates of those that the values were drawn with.
+    /// The unbiased variances.
     fn unbiased(&self) -> Result<Tensor> {
         let n = self.count as f64;
-        // A tensor to divide by, since candle multiplies by the inverse of a number, which rounds once more.
+        // Divide by a tensor, because candle multiplies by a scalar's inverse, which rounds once more.
         let freedom = Tensor::full(n - 1., self.variances.shape(), self.variances.device())?;
         Ok(((&self.variances * n)? / freedom)?)
     }
 }
 
-/// `(x - mean) / sqrt(variance + eps) * weight + bias`, and then an activation, for (B, .., C), with weight and bias (C).
+/// `(x - mean) / sqrt(variance + eps) * weight + bias`, then the activation, for (B, .., C) with weight and
+/// bias (C).
 fn normalize(
     x: &Tensor,
     over: Over,
@@ -195,7 +200,7 @@ fn normalize(
     }
     let wide = if x.dtype() == DType::F64 { DType::F64 } else { DType::F32 };
     let on_device = convolves(x) && x.device().is_cuda();
-    // The kernels of a device read and write half types.
+    // CUDA kernels read and write half types directly.
     let y = if on_device { x.clone() } else { x.to_dtype(wide)? };
     let (weight, bias) = (weight.to_dtype(wide)?, bias.to_dtype(wide)?);
     let pixels = x.elem_count() / (batch * channels);
@@ -211,7 +216,7 @@ fn normalize(
     Ok((y.reshape(dims)?.to_dtype(x.dtype())?, statistics))
 }
 
-/// The same for (B, P, C), one candle operation after the other.
+/// Like [`normalize`], for (B, P, C) and with candle operations only.
 fn composed(x: &Tensor, over: Over, weight: &Tensor, bias: &Tensor) -> Result<(Tensor, Statistics)> {
     let (batch, pixels, channels) = x.dims3()?;
     let (grouped, axes, count) = match over {
@@ -219,10 +224,10 @@ fn composed(x: &Tensor, over: Over, weight: &Tensor, bias: &Tensor) -> Result<(T
         Over::Groups(n) => (x.reshape((batch, pixels, n, channels / n))?, vec![1, 3], pixels * channels / n),
     };
     let mean_of = |x: &Tensor| {
-        // Candle adds one value after the other.
+        // Candle sums sequentially, so sum in f64.
         let wide = x.to_dtype(DType::F64)?;
         let mean = match over {
-            // On a device the sum of a channel over all samples would be one block's work.
+            // On a CUDA device, summing a channel over all samples at once would use only one block.
             Over::Batch if !x.device().is_cpu() => wide.mean_keepdim(1)?.mean_keepdim(0),
             _ => wide.mean_keepdim(&axes[..]),
         };
@@ -252,7 +257,7 @@ mod tests {
         x.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// The largest difference, relative to the largest value expected.
+    /// The largest difference, relative to the largest expected value.
     fn error(actual: &Tensor, expected: &Tensor) -> f32 {
         assert_eq!(actual.dims(), expected.dims());
         let (actual, expected) = (flat(actual), flat(expected));
@@ -263,7 +268,8 @@ mod tests {
     #[test]
     fn the_fused_operation_is_the_composed_one_in_f64() {
         let leaky = Some(Activation::LeakyRelu(0.2));
-        // More pixels than a thread takes at once, channels that fill vectors and do not, and a plain (B, C).
+        // More pixels than a thread's portion, channel counts that do and do not fill vectors, and a plain
+        // (B, C).
         for (shape, over, then) in [
             (vec![3, 40, 50, 12], Over::Batch, None),
             (vec![3, 40, 50, 12], Over::Groups(3), Some(Activation::Silu)),
@@ -346,12 +352,12 @@ mod tests {
         assert_eq!(state(&evaluation), (vec![0.; 2], vec![1.; 2]), "before the step is taken");
         params.commit_buffers().unwrap();
         assert_eq!(state(&evaluation), after);
-        // By the batch's statistics, and by the running ones: neither changes them.
+        // In the evaluation build, neither mode changes the statistics.
         assert_eq!(flat(&evaluation.forward(&x, true).unwrap()), y);
         let z = flat(&evaluation.forward(&x, false).unwrap());
         assert!((z[0] - 0.8 / (1.1f32 + 1e-5).sqrt()).abs() < 1e-6, "{z:?}");
         assert_eq!(state(&evaluation), after);
-        // Twice the same batch is two batches.
+        // The same batch twice counts as two batches.
         let other = Params::new(0, DType::F32, &Device::Cpu);
         let twice = norm(other.var_builder());
         twice.by_batch(&x, 2).unwrap();

@@ -1,8 +1,8 @@
-//! What recurrent models are made of: convolutions that every step of a roll-out uses, gates, memories.
+//! Building blocks of recurrent models: convolutions shared by all steps of a roll-out, gates, memories.
 //!
-//! Tensors are channels last, (B, H, W, C), or (B, H, W, D, C) where a state has a depth D, because that is what the
-//! kernels run on; parameters keep PyTorch's shapes. `prepare` does what a roll-out needs once, not once a step: call it at
-//! the start of each.
+//! Tensors are channels last, (B, H, W, C), or (B, H, W, D, C) for states with a depth D, the layout of the
+//! kernels; parameters keep PyTorch's shapes. `prepare` does the work that is needed once per roll-out: call
+//! it at the start of each.
 
 use candle_core::{D, DType, Tensor};
 use candle_nn::ops::{sigmoid, softmax};
@@ -15,7 +15,7 @@ pub use candlepower_kernels::{Gate, MemoryUpdate, OutputGate};
 use crate::error::{Error, Result};
 use crate::nn::{convolves, fast, in_32_bits, widened};
 
-/// A 'same' convolution whose weight all steps of a roll-out share.
+/// A 'same' convolution whose weight is shared by all steps of a roll-out.
 #[derive(Debug, Clone)]
 pub struct StepConv {
     /// (Cout, Cin, k, k), or a Conv3d's (Cout, Cin, D, k, k).
@@ -23,29 +23,29 @@ pub struct StepConv {
     /// (Cout).
     bias: Option<Tensor>,
     stride: usize,
-    /// For one roll-out.
+    /// Prepared for one roll-out.
     shared: Option<SharedConv>,
 }
 
 impl StepConv {
-    /// A parameter `weight` of this shape with the initial values of PyTorch's convolutions: (Cout, Cin, k, k), or
-    /// (Cout, Cin, D, k, k) for a Conv3d that sees all of a state's depth D at once.
+    /// Creates a parameter `weight` with the initial values of PyTorch's convolutions. Its shape is
+    /// (Cout, Cin, k, k), or (Cout, Cin, D, k, k) for a Conv3d over a state's whole depth D.
     pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
         Self::with_init(shape, uniform(shape), vb)
     }
 
-    /// The same with other initial values.
+    /// Like [`Self::new`], with custom initial values.
     pub fn with_init(shape: &[usize], init: Init, vb: VarBuilder) -> Result<Self> {
         Ok(Self { weight: vb.get_with_hints(shape, "weight", init)?, bias: None, stride: 1, shared: None })
     }
 
-    /// The same as [`Self::new`] with a parameter `bias`.
+    /// Like [`Self::new`], with a parameter `bias`.
     pub fn with_bias(shape: &[usize], vb: VarBuilder) -> Result<Self> {
         let bias = vb.get_with_hints(shape[0], "bias", uniform(shape))?;
         Ok(Self { bias: Some(bias), ..Self::new(shape, vb)? })
     }
 
-    /// The same that looks at every `stride`th pixel of a row and of a column.
+    /// Sets the stride, for rows and columns.
     pub fn strided(self, stride: usize) -> Self {
         Self { stride, ..self }
     }
@@ -55,15 +55,15 @@ impl StepConv {
         self.weight.dims()[0]
     }
 
-    /// How many weights it has: multiply-adds a pixel.
+    /// Number of weights, which is the number of multiply-adds per output pixel.
     pub fn weights(&self) -> usize {
         self.weight.elem_count()
     }
 
-    /// The same for one roll-out.
+    /// Prepares it for one roll-out.
     pub fn prepare(&self) -> Result<Self> {
         let weight = match self.weight.dims() {
-            // The channels of all depths side by side, as they lie in a state (.., D, C).
+            // Concatenate the channels of all depths, as they lie in a state (.., D, C).
             &[outputs, inputs, depth, rows, columns] => {
                 self.weight.transpose(1, 2)?.reshape((outputs, depth * inputs, rows, columns))?
             }
@@ -85,7 +85,7 @@ impl StepConv {
         if let Some(shared) = &self.shared
             && convolves(x)
         {
-            // States may be wider than what is computed in.
+            // States may have a wider type than the computation.
             return Ok(shared.forward(&x.to_dtype(self.weight.dtype())?)?.to_dtype(x.dtype())?);
         }
         let padding = self.weight.dims()[2] / 2;
@@ -121,12 +121,12 @@ impl DoublingConv {
         Ok(Self { weight, bias: vb.get_with_hints(outputs, "bias", uniform(&shape))? })
     }
 
-    /// How many weights it has: multiply-adds a pixel of its input.
+    /// Number of weights, which is the number of multiply-adds per input pixel.
     pub fn weights(&self) -> usize {
         self.weight.elem_count()
     }
 
-    /// The same for one roll-out.
+    /// Prepares it for one roll-out.
     pub fn prepare(&self) -> Result<Self> {
         Ok(Self { weight: wide(&self.weight)?, bias: wide(&self.bias)? })
     }
@@ -150,12 +150,12 @@ impl DoublingConv {
     }
 }
 
-/// (.., H, W, C) as (B, C, H, W) of this type.
+/// Converts (.., H, W, C) to (B, C, H, W) of this type.
 fn planes(x: &Tensor, dtype: DType) -> Result<Tensor> {
     Ok(x.flatten_to(x.rank() - 4)?.permute((0, 3, 1, 2))?.to_dtype(dtype)?.contiguous()?)
 }
 
-/// Undoes [`planes`] after a bias was added: with the leading axes and the type of `like`.
+/// The inverse of [`planes`], after adding a bias: with the leading axes and the type of `like`.
 fn pixels(y: Tensor, bias: Option<&Tensor>, like: &Tensor) -> Result<Tensor> {
     let y = match bias {
         Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
@@ -166,30 +166,31 @@ fn pixels(y: Tensor, bias: Option<&Tensor>, like: &Tensor) -> Result<Tensor> {
     Ok(y.reshape(shape)?.to_dtype(like.dtype())?)
 }
 
-/// Within 1/sqrt(fan-in), the initial values of PyTorch's convolutions.
+/// Uniform within 1/sqrt(fan-in), like PyTorch's convolutions.
 fn uniform(shape: &[usize]) -> Init {
     let bound = 1. / (shape[1..].iter().product::<usize>() as f64).sqrt();
     Init::Uniform { lo: -bound, up: bound }
 }
 
-/// A parameter in the type that is computed in: 32 bits for half types on the CPU.
+/// A parameter in the type of the computation: 32 bits for half types on the CPU.
 fn wide(x: &Tensor) -> Result<Tensor> {
     Ok(if widened(x) { x.to_dtype(DType::F32)? } else { x.clone() })
 }
 
-/// Layer normalisation over everything but the batch, with a weight and a bias for each value.
+/// Layer normalisation over all axes but the batch, with a weight and a bias for each value.
 #[derive(Debug, Clone)]
 pub struct StateNorm {
     weight: Tensor,
     bias: Tensor,
-    /// For one roll-out.
+    /// Prepared for one roll-out.
     shared: Option<SharedNorm>,
 }
 
 impl StateNorm {
     const EPSILON: f64 = 1e-5;
 
-    /// Parameters `weight`, one at first, and `bias`, zero at first, of PyTorch's shape (C, H, W) or (C, D, H, W).
+    /// Creates `weight`, initially one, and `bias`, initially zero, of PyTorch's shape (C, H, W) or
+    /// (C, D, H, W).
     pub fn new(shape: &[usize], vb: VarBuilder) -> Result<Self> {
         let parameter = |name: &str, value: f64| -> Result<Tensor> {
             let parameter = vb.get_with_hints(shape, name, Init::Const(value))?;
@@ -202,9 +203,9 @@ impl StateNorm {
         Ok(Self { weight: parameter("weight", 1.)?, bias: parameter("bias", 0.)?, shared: None })
     }
 
-    /// The same for one roll-out.
+    /// Prepares it for one roll-out.
     pub fn prepare(&self) -> Result<Self> {
-        // What is normalised is in 32 bits, or in 64.
+        // Normalisation runs in 32 or 64 bits.
         let of = |x: &Tensor| match x.dtype() {
             DType::F64 => x.contiguous(),
             _ => x.to_dtype(DType::F32)?.contiguous(),
@@ -215,10 +216,10 @@ impl StateNorm {
         Ok(Self { weight, bias, shared })
     }
 
-    /// (B, H, W, C) or (B, H, W, D, C) to the same. Candle's own layer norm has no gradient.
+    /// (B, H, W, C) or (B, H, W, D, C) to the same shape. Candle's own layer norm has no gradient.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if matches!(x.dtype(), DType::BF16 | DType::F16) {
-            // Sums of half types lose what they add up.
+            // Sums in half precision lose too much accuracy.
             return Ok(self.forward(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype())?);
         }
         if let Some(shared) = &self.shared
@@ -235,10 +236,10 @@ impl StateNorm {
     }
 }
 
-/// The pre-activations of gates: what several convolutions say, added up gate by gate.
+/// The pre-activations of gates: the results of several convolutions, summed gate by gate.
 ///
-/// Each term is (.., k N), k gates of N channels side by side, and the place of each among the `gates` of the result,
-/// (.., gates N). Terms need not have all gates; together they must.
+/// Each term is (.., k N), k gates of N channels side by side, with the position of each gate among the
+/// `gates` of the result, (.., gates N). A single term need not have all gates; together they must.
 pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> {
     if terms.iter().all(|(values, _)| in_32_bits(values)) {
         return Ok(kernels::sum_gates(gates, terms)?);
@@ -259,7 +260,7 @@ pub fn sum_gates(gates: usize, terms: &[(&Tensor, &[usize])]) -> Result<Tensor> 
     Ok(Tensor::cat(&sums, D::Minus1)?)
 }
 
-/// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the memory before it:
+/// The memory (.., N) after a step, from the gates' pre-activations (.., gates N) and the previous memory:
 /// m' = σ(f + bias) m + σ(i) tanh(g).
 pub fn update_memory(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> Result<Tensor> {
     if in_32_bits(gates) && in_32_bits(memory) {
@@ -275,7 +276,8 @@ pub fn update_memory(gates: &Tensor, memory: &Tensor, update: MemoryUpdate) -> R
     Ok((kept + taken_in)?)
 }
 
-/// An output gate times tanh(y), (.., N): of the sum of the gate at `place` of `gates`, (.., gates N), and of `more`, (.., N).
+/// An output gate times tanh(y), (.., N). The gate is the sum of gate `place` of `gates`, (.., gates N), and
+/// `more`, (.., N).
 pub fn open_output(
     output: OutputGate,
     gates: &Tensor,
@@ -299,7 +301,7 @@ pub fn open_output(
     Ok((open * y.tanh()?)?)
 }
 
-/// σ(gate) a + (1 - σ(gate)) b, (.., N), of gates of N channels: of one tensor, or of several.
+/// σ(gate) a + (1 - σ(gate)) b, (.., N), for gates of N channels from the same or from different tensors.
 pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
     if [gate, a, b].iter().all(|(values, _)| in_32_bits(values)) {
         return Ok(kernels::blend(width, gate, a, b)?);
@@ -309,7 +311,8 @@ pub fn blend(width: usize, gate: Gate, a: Gate, b: Gate) -> Result<Tensor> {
     Ok((&b + (sigmoid(&part(gate)?)? * (a - &b)?)?)?)
 }
 
-/// softmax(q k') k for what is asked, q (B, Q, N), and the tokens k (B, K, N), without the usual scale: (B, Q, N).
+/// Attention without the usual scale: softmax(q k') k for queries q (B, Q, N) and tokens k (B, K, N), giving
+/// (B, Q, N).
 pub fn attend(asked: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     if fast(asked) && fast(tokens) {
         return Ok(kernels::attend(asked, tokens)?);
@@ -317,14 +320,14 @@ pub fn attend(asked: &Tensor, tokens: &Tensor) -> Result<Tensor> {
     Ok(softmax(&asked.matmul(&tokens.t()?)?, 2)?.matmul(tokens)?)
 }
 
-/// The states of a number of last steps, to be looked back at.
+/// The states of the last steps, for attention over time.
 #[derive(Debug, Clone)]
 pub struct Window(Vec<Moment>);
 
 #[derive(Debug, Clone)]
 struct Moment {
     state: Tensor,
-    /// For the kernel.
+    /// Prepared for the kernel.
     kept: Option<Kept>,
 }
 
@@ -336,12 +339,12 @@ impl Moment {
 }
 
 impl Window {
-    /// As if every step so far had had this state, (B, ..).
+    /// A window of `steps` steps that all have this state, (B, ..).
     pub fn new(steps: usize, state: &Tensor) -> Result<Self> {
         Ok(Self(vec![Moment::new(state)?; steps]))
     }
 
-    /// Forgets the oldest state for this one.
+    /// Replaces the oldest state with this one.
     pub fn push(&mut self, state: &Tensor) -> Result<()> {
         self.0.rotate_left(1);
         if let Some(last) = self.0.last_mut() {
@@ -350,8 +353,8 @@ impl Window {
         Ok(())
     }
 
-    /// The sum of these states, each with its weight: the softmax over the steps of `scale` times the product of what is
-    /// `asked`, (B, ..), with that step's key. Each sample has weights of its own.
+    /// The weighted sum of these states. The weights, separate for each sample, are the softmax over the
+    /// steps of `scale` times the product of the query `asked`, (B, ..), and the step's key.
     pub fn recall(&self, asked: &Tensor, keys: &Window, scale: f64) -> Result<Tensor> {
         let kept = |window: &Window| -> Option<Vec<Kept>> {
             window.0.iter().map(|moment| moment.kept.clone()).collect()
@@ -370,7 +373,7 @@ impl Window {
     }
 }
 
-/// One gate of as many channels as `like` has.
+/// One gate, with as many channels as `like`.
 fn gate(gates: &Tensor, place: usize, like: &Tensor) -> Result<Tensor> {
     let width = like.dim(D::Minus1)?;
     Ok(gates.narrow(D::Minus1, place * width, width)?)

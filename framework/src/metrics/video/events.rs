@@ -1,5 +1,5 @@
-//! Forecasts of events: whether a value reaches a threshold, counted pixel by pixel (Wilks, "Statistical Methods in the
-//! Atmospheric Sciences", the chapter on forecast verification).
+//! Event forecasts: whether a value reaches a threshold, counted per pixel (Wilks, "Statistical Methods in
+//! the Atmospheric Sciences", the chapter on forecast verification).
 
 use std::ops::AddAssign;
 
@@ -8,38 +8,38 @@ use candle_core::Tensor;
 use super::Pair;
 use crate::error::Result;
 
-/// How often an event was predicted and how often it came. Counts add up; scores are taken of the sums.
+/// Counts of predicted and observed events. Counts can be added; scores are computed from the sums.
 ///
-/// A score is none where nothing of what it asks about ever was.
+/// A score is `None` if its denominator is zero.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Contingency {
-    /// Predicted, and came.
+    /// Predicted and observed.
     pub hits: u64,
-    /// Not predicted, and came.
+    /// Observed but not predicted.
     pub misses: u64,
-    /// Predicted, and did not come.
+    /// Predicted but not observed.
     pub false_alarms: u64,
-    /// Neither predicted, nor came.
+    /// Neither predicted nor observed.
     pub correct_negatives: u64,
 }
 
 impl Contingency {
-    /// The critical success index: hits among all that was predicted or came, 0 to 1.
+    /// The critical success index: hits among all predicted or observed events, 0 to 1.
     pub fn csi(&self) -> Option<f64> {
         ratio(self.hits, self.hits + self.misses + self.false_alarms)
     }
 
-    /// The probability of detection: hits among all that came, 0 to 1.
+    /// The probability of detection: hits among all observed events, 0 to 1.
     pub fn pod(&self) -> Option<f64> {
         ratio(self.hits, self.hits + self.misses)
     }
 
-    /// The false alarm ratio: false alarms among all that was predicted, 0 to 1; less is better.
+    /// The false alarm ratio: false alarms among all predicted events, 0 to 1; lower is better.
     pub fn far(&self) -> Option<f64> {
         ratio(self.false_alarms, self.hits + self.false_alarms)
     }
 
-    /// The Heidke skill score: the share of right answers beyond those that chance gives, at most 1; 0 is chance.
+    /// The Heidke skill score: the fraction of correct answers beyond chance, at most 1; 0 is chance.
     pub fn hss(&self) -> Option<f64> {
         let [a, b, c, d] =
             [self.hits, self.false_alarms, self.misses, self.correct_negatives].map(|count| count as f64);
@@ -70,9 +70,9 @@ impl AddAssign for Contingency {
     }
 }
 
-/// Counts where a value of at least `level` was predicted and where it came, in each frame: of a prediction and a target
-/// (B, T, C, H, W), all frames of a sample and then the next sample's. Where `mask` (B, T, 1, H, W) is 0, nobody knows what
-/// came, and nothing is counted.
+/// Counts for each frame where a value of at least `level` was predicted and where it was observed.
+/// `prediction` and `target` are (B, T, C, H, W); the result has all frames of a sample, then the next
+/// sample's. Pixels where `mask` (B, T, 1, H, W) is 0 are unknown and not counted.
 pub fn contingency(
     prediction: &Tensor,
     target: &Tensor,
@@ -107,7 +107,7 @@ mod tests {
 
     use super::*;
 
-    /// Finley's tornado forecasts of 1884, on which these scores are usually explained.
+    /// Finley's tornado forecasts of 1884, the usual example for these scores.
     const TORNADOES: Contingency =
         Contingency { hits: 28, misses: 23, false_alarms: 72, correct_negatives: 2680 };
 

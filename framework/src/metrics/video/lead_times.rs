@@ -1,4 +1,4 @@
-//! Scores by lead time: a module's predictions beside those of predictors that learn nothing.
+//! Scores by lead time, of a module and of predictors that learn nothing.
 
 use std::fmt;
 use std::path::Path;
@@ -16,54 +16,55 @@ use crate::error::{Error, Result};
 use crate::plot::{Axis, Plot};
 use crate::whole_file::write_whole;
 
-/// Training samples that the per-pixel mean is taken over; a mean needs no more.
+/// Number of training samples for the per-pixel mean; more are not needed.
 const MEAN_SAMPLES: usize = 256;
 const MEAN_BATCH: usize = 32;
 
-/// How a predictor does on held-out videos.
+/// A predictor's scores on held-out videos.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Predictor {
-    /// What it is, for example `copy last frame`.
+    /// Its name, for example `copy last frame`.
     pub name: &'static str,
-    /// Its mean squared error, as [`Video::mse`] has it.
+    /// Its mean squared error, as in [`Video::mse`].
     pub mse: f64,
-    /// Its scores for each predicted frame, the first one first, by the names that [`LeadTimes`] lists.
+    /// Its scores for each predicted frame, in order, by the names listed in [`LeadTimes`].
     pub frames: Vec<IndexMap<String, f64>>,
 }
 
 /// Scores by lead time of a module and of predictors that learn nothing, on the same videos.
 ///
-/// | score | what |
+/// | score | meaning |
 /// |---|---|
 /// | `mse`, `mae` | mean over pixels |
 /// | `mse_sum`, `mae_sum` | sum over the pixels of a frame, as the published Moving MNIST tables print |
 /// | `psnr` | in dB, for a peak of 1 |
 /// | `ssim_range_1`, `ssim_range_2` | structural similarity with that data range; papers after OpenSTL print range 2 |
-/// | `csi_X`, `pod_X`, `far_X`, `hss_X` | of the event that the quantity reaches X, from [`Contingency`] counts of all frames |
+/// | `csi_X`, `pod_X`, `far_X`, `hss_X` | for the event that the quantity reaches X, from [`Contingency`] counts of all frames |
 ///
-/// All but the last are means over frames. A score that has no meaning (similarity of frames smaller than its window, an
-/// event that never was) is left out.
+/// All but the last are means over frames. Undefined scores (similarity of frames smaller than its window, an
+/// event that never occurred) are omitted.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LeadTimes {
-    /// What the frames show, where the data says.
+    /// The quantity that the frames show, if known.
     pub quantity: Option<Arc<Quantity>>,
-    /// The module; none where it does not predict.
+    /// The module; `None` if it does not predict.
     pub module: Option<Predictor>,
-    /// `zeros`, `copy last frame` (the last input frame, for ever: persistence) and `per-pixel mean`, in this order.
+    /// `zeros`, `copy last frame` (persistence: the last input frame, repeated) and `per-pixel mean`, in this
+    /// order.
     pub baselines: Vec<Predictor>,
 }
 
-/// The name under which the module itself stands.
+/// The name of the module itself.
 const MODULE: &str = "this model";
 const PERSISTENCE: &str = "copy last frame";
 const BASELINES: [&str; 3] = ["zeros", PERSISTENCE, "per-pixel mean"];
 
-/// Scores what `predict` makes of every sample of `held_out`, `batch_size` samples at once, and what predictors make of it
-/// that learn nothing. None where one of the two datasets is empty.
+/// Scores the predictions of `predict` for every sample of `held_out`, `batch_size` samples at a time, and
+/// those of predictors that learn nothing. `None` if either dataset is empty.
 ///
-/// The per-pixel mean is one image (C, H, W) for all times: the mean of the target frames of the first 256 samples of
-/// epoch 0 in the training order of `seed`. A `predict` that fails is warned about and left out: at the end of a training
-/// that must not hide what was learned.
+/// The per-pixel mean is one image (C, H, W) for all times: the mean of the target frames of the first 256
+/// samples of epoch 0 in the training order of `seed`. If `predict` fails, a warning is logged and its scores
+/// are omitted, because at the end of a training this must not hide the other results.
 pub fn compare(
     predict: &mut dyn FnMut(&Video) -> Result<Tensor>,
     train: &dyn Dataset<Batch = Video>,
@@ -103,7 +104,7 @@ pub fn compare(
     }))
 }
 
-/// The mean of what is known of the target frames, (C, H, W); 0 where nothing ever is.
+/// The mean of the known pixels of the target frames, (C, H, W); 0 for pixels that are never known.
 fn mean_frame(train: &dyn Dataset<Batch = Video>, seed: u64) -> Result<Tensor> {
     let order = Order::new(seed, train.len(), MEAN_BATCH);
     let mut sums: Option<(Tensor, Tensor)> = None;
@@ -124,14 +125,14 @@ fn mean_frame(train: &dyn Dataset<Batch = Video>, seed: u64) -> Result<Tensor> {
     Ok((sum / count.maximum(1.)?)?)
 }
 
-/// Sums over what has been scored so far.
+/// Running sums of scores.
 #[derive(Default)]
 struct Sums {
-    /// Of [`Video::mse`], over samples.
+    /// [`Video::mse`], over samples.
     mse: Mean,
-    /// For each lead time, scores by name.
+    /// Scores by name, for each lead time.
     frames: Vec<IndexMap<String, Mean>>,
-    /// For each lead time, counts for each threshold.
+    /// Counts per threshold, for each lead time.
     events: Vec<Vec<Contingency>>,
 }
 
@@ -165,7 +166,7 @@ impl Sums {
             [("mse", pair.error(Pixels::Mean, |e| e * e)), ("mae", pair.error(Pixels::Mean, f64::abs))];
         for (name, frames) in errors {
             self.note(name, &frames, 1.);
-            // Where not all is known, as much as it would be if all of the frame were alike.
+            // With unknown pixels, extrapolates the mean over the known ones to the whole frame.
             self.note(&format!("{name}_sum"), &frames, pixels);
         }
         let levels = batch.quantity.iter().flat_map(|quantity| &quantity.thresholds);
@@ -185,7 +186,7 @@ impl Sums {
         Ok(())
     }
 
-    /// Adds a score of every frame that has it, times a factor.
+    /// Adds a score of each frame that has one, multiplied by `factor`.
     fn note(&mut self, name: &str, scores: &PerFrame, factor: f64) {
         let times = self.frames.len();
         for (i, value) in scores.values.iter().enumerate().filter(|(_, value)| !value.is_nan()) {
@@ -218,7 +219,7 @@ impl Sums {
 }
 
 impl LeadTimes {
-    /// The module, where it predicts, and then the baselines.
+    /// The module, if it predicts, followed by the baselines.
     pub fn predictors(&self) -> impl Iterator<Item = &Predictor> {
         self.module.iter().chain(&self.baselines)
     }
@@ -229,8 +230,8 @@ impl LeadTimes {
         names.map(String::as_str).collect::<IndexSet<_>>().into_iter().collect()
     }
 
-    /// How far ahead predicted frame `i` is, counted from 0: in minutes where the data says how long a frame is, else in
-    /// frames.
+    /// The lead time of predicted frame `i`, from 0: in minutes if the data specifies the frame interval,
+    /// otherwise in frames.
     fn ahead(&self, i: usize) -> f64 {
         (i + 1) as f64 * self.quantity.as_ref().map_or(1., |quantity| quantity.minutes)
     }
@@ -239,7 +240,7 @@ impl LeadTimes {
         if self.quantity.is_some() { "minutes" } else { "frames" }
     }
 
-    /// A score against the lead time, a line each predictor.
+    /// Plots a score against the lead time, with one line per predictor.
     pub fn plot(&self, score: &str) -> Plot {
         let what = match (&self.quantity, score.split_once('_')) {
             (Some(quantity), Some((name @ ("csi" | "pod" | "far" | "hss"), threshold))) => {
@@ -256,11 +257,12 @@ impl LeadTimes {
         })
     }
 
-    /// Writes into a folder, which is made, a plot of each score, `mse.svg` and so on, and all numbers, `scores.json`.
+    /// Creates a folder and writes into it a plot of each score (`mse.svg` and so on) and all numbers
+    /// (`scores.json`).
     pub fn save(&self, dir: &Path) -> Result<()> {
         std::fs::create_dir_all(dir).map_err(Error::file(dir))?;
         for score in self.scores() {
-            // Infinite for all predictors, it can be written and not drawn.
+            // A score that is infinite for all predictors can be written but not drawn.
             let drawable = self
                 .predictors()
                 .flat_map(|p| &p.frames)
@@ -285,7 +287,7 @@ impl LeadTimes {
     }
 }
 
-/// A row for each lead time: the module beside persistence.
+/// One row per lead time, comparing the module with persistence.
 impl fmt::Display for LeadTimes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let persistence = self.baselines.iter().find(|predictor| predictor.name == PERSISTENCE);
@@ -357,7 +359,7 @@ mod tests {
         }
     }
 
-    /// Predicts what comes, a little too bright.
+    /// Predicts the target, slightly too bright.
     fn nearly(batch: &Video) -> Result<Tensor> {
         Ok((&batch.target + 0.25)?)
     }
@@ -368,7 +370,7 @@ mod tests {
 
     #[test]
     fn every_held_out_sample_counts_once() {
-        // 41 samples: a whole batch and a short one, in training and in validation.
+        // 41 samples: one full batch and a short one, in training and in validation.
         let found = compared(&Ramp { len: 41, last: 0.9 }, &Ramp { len: 41, last: 1. });
         let values: Vec<f64> = (0..41).map(|i| f64::from(i) / 40.).collect();
         let expect = |left: f64, right: f64| {
@@ -379,7 +381,7 @@ mod tests {
         let expected = [0.25 * 0.25, expect(0., 0.), expect(1., 1.), expect(0., 0.5)];
         for (predictor, expected) in found.predictors().zip(expected) {
             assert!((predictor.mse - expected).abs() < 1e-7, "{predictor:?}, expected {expected}");
-            // All times are alike here. The frames are too small for a similarity, and show no quantity.
+            // All times are equal here. The frames are too small for SSIM and have no quantity.
             assert_eq!(predictor.frames.len(), 3);
             for scores in &predictor.frames {
                 assert!(
@@ -409,8 +411,8 @@ mod tests {
         assert_eq!(found.to_string(), "");
     }
 
-    /// One 8x8 frame in, two out, in mm/h. It rains everywhere in the first half of the second frame; of its rows nobody
-    /// knows the last.
+    /// One 8x8 input frame and two target frames, in mm/h. It rains in the first half of the second target
+    /// frame, whose last row is unknown.
     struct Rain;
 
     impl Dataset for Rain {
@@ -442,7 +444,7 @@ mod tests {
     fn events_are_scored_by_lead_time_where_something_is_known() {
         let found = compare(&mut |batch| Ok(batch.target.clone()), &Rain, &Rain, 1, 0).unwrap().unwrap();
         let persistence = &found.baselines[1].frames;
-        // 32 of the 56 pixels that are known are hits; in the first frame there is nothing to hit.
+        // 32 of the 56 known pixels are hits; in the first frame there are no events.
         let scores =
             |i: usize| ["csi_2", "pod_2", "far_2", "hss_2"].map(|name| persistence[i].get(name).copied());
         assert_eq!(scores(0), [Some(0.), None, Some(1.), Some(0.)]);
@@ -482,7 +484,7 @@ mod tests {
             sums.read("", None)
         };
         assert_eq!(scores(0.), scores(0.9));
-        // The similarity is the one of the columns that are known.
+        // The similarity is that of the known columns.
         let right = |scale| tensor((0..100).map(|i| value(i, scale)).collect(), 1).narrow(4, 2, 8).unwrap();
         let expected = ssim(&right(7), &right(5), 1.).unwrap().mean();
         assert!((scores(0.).frames[0]["ssim_range_1"] - expected).abs() < 1e-12);

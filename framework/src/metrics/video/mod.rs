@@ -1,10 +1,10 @@
-//! Metrics of predicted frames: how far a prediction (B, T, C, H, W) is from the frames that came.
+//! Metrics of predicted frames: compare a prediction (B, T, C, H, W) with the observed frames.
 //!
-//! Every metric takes the prediction, then the target, of the same shape, any float dtype, on any device, values in
-//! `[0, 1]`. It computes in f64 on the CPU and gives one number a frame; [`PerFrame::mean`] is the number that papers
-//! print. [`psnr`], [`snr`] and the SSIMs clip the prediction to `[0, 1]` first; the errors take it as it is. These are
-//! the conventions of OpenSTL. [`Contingency`] has the scores of forecasts of events, such as rain. [`compare`] gathers all
-//! of them by lead time.
+//! Every metric takes the prediction, then the target, of the same shape and any float dtype, on any device,
+//! with values in `[0, 1]`. It is computed in f64 on the CPU and gives one number per frame;
+//! [`PerFrame::mean`] is the number that papers report. [`psnr`], [`snr`] and the SSIMs clip the prediction
+//! to `[0, 1]` first; the errors do not. These are the conventions of OpenSTL. [`Contingency`] has scores for
+//! forecasts of events, such as rain. [`compare`] computes all of them by lead time.
 
 mod events;
 mod lead_times;
@@ -19,7 +19,7 @@ pub use ssim::{gaussian_ssim, ssim};
 
 use crate::error::{Error, Result};
 
-/// A metric of each predicted frame.
+/// A metric for each predicted frame.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PerFrame {
     /// The B * T values, in the order of the tensor's first two axes: all frames of a sample, then the next sample.
@@ -33,12 +33,12 @@ impl PerFrame {
     }
 }
 
-/// What an error does with the C * H * W values of a frame.
+/// How an error combines the C * H * W values of a frame.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pixels {
-    /// Adds them up, as the published Moving MNIST tables do: a 64x64 frame's error is 4096 times the mean.
+    /// Their sum, as in the published Moving MNIST tables: for a 64x64 frame, 4096 times the mean.
     Sum,
-    /// Averages them, as a loss does.
+    /// Their mean, as in a loss.
     Mean,
 }
 
@@ -52,12 +52,12 @@ pub fn mae(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<PerFr
     Ok(Pair::new(prediction, target)?.error(pixels, f64::abs))
 }
 
-/// The root of the mean [`mse`], which is not the mean of each frame's root.
+/// The square root of the mean [`mse`], which differs from the mean of the frames' roots.
 pub fn rmse(prediction: &Tensor, target: &Tensor, pixels: Pixels) -> Result<f64> {
     Ok(mse(prediction, target, pixels)?.mean().sqrt())
 }
 
-/// The peak signal-to-noise ratio of each frame, in dB for a peak of 1; infinite where nothing differs.
+/// The peak signal-to-noise ratio of each frame, in dB for a peak of 1; infinite for equal frames.
 pub fn psnr(prediction: &Tensor, target: &Tensor) -> Result<PerFrame> {
     Ok(Pair::new(prediction, target)?.clipped().psnr())
 }
@@ -80,18 +80,18 @@ fn mean_square(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     values.map(|value| value * value).sum::<f64>() / count
 }
 
-/// Two videos of one shape, at hand as numbers.
+/// Two videos of the same shape, as f64 values.
 struct Pair {
     prediction: Vec<f64>,
     target: Vec<f64>,
-    /// Which pixels are known, (B, T, H, W); not set where all are.
+    /// Which pixels are known, (B, T, H, W); `None` if all are.
     known: Option<Vec<bool>>,
     channels: usize,
     height: usize,
     width: usize,
 }
 
-/// One frame of a [`Pair`], (C, H, W) row after row, and which of its pixels are known, (H, W).
+/// One frame of a [`Pair`], (C, H, W) in row-major order, and which of its pixels are known, (H, W).
 struct FramePair<'a> {
     prediction: &'a [f64],
     target: &'a [f64],
@@ -111,8 +111,8 @@ impl Pair {
         Ok(Self { prediction, target, known: None, channels, height, width })
     }
 
-    /// With the mask (B, T, 1, H, W) of what is known: what is not plays no part, and a frame of which nothing is known has
-    /// no score, which is NaN.
+    /// Sets the mask (B, T, 1, H, W) of known pixels. Other pixels are ignored; the score of a frame without
+    /// known pixels is NaN.
     fn masked(mut self, mask: Option<&Tensor>) -> Result<Self> {
         let Some(mask) = mask else { return Ok(self) };
         let known: Vec<bool> = numbers(mask)?.into_iter().map(|known| known > 0.5).collect();
@@ -138,12 +138,12 @@ impl Pair {
         })
     }
 
-    /// Of clipped frames.
+    /// The PSNR of clipped frames.
     fn psnr(&self) -> PerFrame {
         self.per_frame(|prediction, target| -10. * mean_square(differences(prediction, target)).log10())
     }
 
-    /// Calls `metric` with the predicted and the true values of each frame's known pixels.
+    /// Calls `metric` with the predicted and target values of each frame's known pixels.
     fn per_frame(&self, metric: impl Fn(&[f64], &[f64]) -> f64 + Sync) -> PerFrame {
         self.per_whole_frame(|frame| {
             let Some(known) = frame.known else { return metric(frame.prediction, frame.target) };
@@ -208,7 +208,7 @@ mod tests {
 
     #[test]
     fn ratios_clip_the_prediction() {
-        // Clipped, the first frame is off by 1 in one of two pixels, and the second one is right.
+        // After clipping, the first frame is off by 1 in one of two pixels, and the second is correct.
         let (prediction, target) = (video([2., 1., 5., 1.]), video([0., 1., 1., 1.]));
         let psnr = psnr(&prediction, &target).unwrap().values;
         assert!((psnr[0] - 10. * 2f64.log10()).abs() < 1e-12, "{psnr:?}");

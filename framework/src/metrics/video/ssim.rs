@@ -1,21 +1,25 @@
-//! Structural similarity (Wang, Bovik, Sheikh and Simoncelli, 2004), with the two windows that video papers use.
+//! Structural similarity (Wang, Bovik, Sheikh and Simoncelli, 2004), with the two windows used in video
+//! papers.
 
 use candle_core::Tensor;
 
 use super::{FramePair, Pair, PerFrame};
 use crate::error::{Error, Result};
 
-/// The structural similarity of each frame: a uniform 7x7 window, sample covariance, windows that lie inside the frame.
+/// The structural similarity of each frame, with a uniform 7x7 window, sample covariance, and only windows
+/// inside the frame.
 ///
-/// `data_range` is the distance between the smallest and the largest value there can be: 1 for frames in `[0, 1]`.
-/// The tables of OpenSTL and its relatives were made with 2, which gives larger numbers: say which one you print.
-/// It is scikit-image's default `structural_similarity`, per channel, averaged. Fails on frames smaller than a window.
+/// `data_range` is the difference between the largest and smallest possible values: 1 for frames in `[0, 1]`.
+/// The tables of OpenSTL and related projects use 2, which gives larger numbers, so state which one you
+/// report. Equals scikit-image's default `structural_similarity`, per channel, averaged. Fails for frames
+/// smaller than a window.
 pub fn ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> Result<PerFrame> {
     Pair::new(prediction, target)?.clipped().ssim(data_range)
 }
 
-/// The structural similarity of each frame under a Gaussian 11x11 window of sigma 1.5, the one of the original paper
-/// and of SVG: population covariance, windows that lie inside the frame. `data_range` as for [`ssim()`].
+/// The structural similarity of each frame, with a Gaussian 11x11 window of sigma 1.5 as in the original
+/// paper and in SVG, population covariance, and only windows inside the frame. `data_range` as for
+/// [`ssim()`].
 pub fn gaussian_ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> Result<PerFrame> {
     const SIDE: usize = 11;
     const SIGMA: f64 = 1.5;
@@ -25,17 +29,17 @@ pub fn gaussian_ssim(prediction: &Tensor, target: &Tensor, data_range: f64) -> R
     Pair::new(prediction, target)?.clipped().similarity(&window, 1., data_range)
 }
 
-/// The side of the uniform window.
+/// The side length of the uniform window.
 pub(super) const SIDE: usize = 7;
 
 impl Pair {
-    /// [`ssim()`] of clipped frames. Only windows whose pixels are all known count.
+    /// [`ssim()`] for clipped frames. Only windows whose pixels are all known count.
     pub(super) fn ssim(&self, data_range: f64) -> Result<PerFrame> {
         let samples = (SIDE * SIDE) as f64;
         self.similarity(&[1. / SIDE as f64; SIDE], samples / (samples - 1.), data_range)
     }
 
-    /// `window` holds the weights along one axis; a window over the frame is their product along both.
+    /// `window` holds the weights along one axis; the weights in two dimensions are their products.
     fn similarity(&self, window: &[f64], covariance_scale: f64, data_range: f64) -> Result<PerFrame> {
         let (height, width, side) = (self.height, self.width, window.len());
         if height.min(width) < side {
@@ -64,7 +68,7 @@ impl Pair {
             let Some(known) = known else {
                 return (0..mean_x.len()).map(index).sum::<f64>() / mean_x.len() as f64;
             };
-            // Where a pixel is missing, the window's mean of what is known is clearly below 1.
+            // If a window has an unknown pixel, its mean of `known` is clearly below 1.
             let whole: Vec<f64> = (0..mean_x.len()).filter(|&i| known[i] > 1. - 1e-9).map(index).collect();
             whole.iter().sum::<f64>() / whole.len() as f64
         };
@@ -77,7 +81,7 @@ impl Pair {
     }
 }
 
-/// The weighted mean in every window that lies inside the plane: one pass along the rows, one along the columns.
+/// The weighted mean in every window inside the plane, computed along the rows and then along the columns.
 fn windowed_means(plane: &[f64], width: usize, window: &[f64]) -> Vec<f64> {
     let columns = width + 1 - window.len();
     let mut along_rows = vec![0.; plane.len() / width * columns];
