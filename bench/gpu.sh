@@ -47,6 +47,8 @@ python=${CANDLEPOWER_BENCH_PYTHON:-python3}
 # CUDA's libraries, if pip installed them along with torch.
 libraries=$("$python" -c 'import glob, nvidia; print(":".join(at for root in nvidia.__path__ for at in glob.glob(root + "/*/lib")))' \
     2>/dev/null) && export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$libraries
+# All of NCCL's processes are on this machine, which may have no other network.
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
 # With a cache, the driver compiles kernels for its device only once.
 export CUDA_CACHE_PATH=${CUDA_CACHE_PATH:-${TMPDIR:-/tmp}/candlepower-cuda-cache} CUDA_CACHE_MAXSIZE=4294967296
 out=${out:-$(mktemp -d)}
@@ -81,6 +83,9 @@ check() { # WHAT COMMAND...: runs it, with its output in a log
 devices=$("$candlepower" devices)
 note "$devices"
 grep -q '^cuda:0' <<<"$devices" || { echo "there is no CUDA device" >&2; exit 1; }
+# Compiles most kernels into the cache, so that no later process needs the time for it.
+warm() { within 300 "$candlepower" bench bench/tutorial.toml --accelerator cuda --batch-size 1 --steps 1 "$@" >"$out/warm.log" 2>&1; }
+warm --precision bf16-mixed || note "FAILED  a first step: $(why "$out/warm.log")"
 
 echo "== checks"
 for test in ${tests[@]+"${tests[@]}"}; do

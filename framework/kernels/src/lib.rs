@@ -1,8 +1,7 @@
 //! Fast differentiable operations for [candle](https://docs.rs/candle-core): convolutions, ConvLSTM
 //! roll-outs, building blocks for other recurrent cells, normalisation and activations, as well as in-place
 //! parameter updates. They run on the CPU and, with the feature `cuda`, on NVIDIA GPUs, except [`attend()`],
-//! [`recall()`], [`softmax()`], [`scale_channels`], [`conv_lstm_cell()`] and [`conv2d_backward`], which run
-//! only on the CPU.
+//! [`recall()`], [`softmax()`], [`conv_lstm_cell()`] and [`conv2d_backward`], which run only on the CPU.
 #![expect(clippy::needless_range_loop, reason = "in kernels, an index names a row, a tap or a lane")]
 
 mod activations;

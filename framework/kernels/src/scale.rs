@@ -4,7 +4,9 @@ use crate::buffer::{Buffer, filled};
 use crate::float::Float;
 use crate::parallel::{self, GRAIN, Shared, for_each, on_pool};
 use crate::simd::{Kernel, LANES, Level, Simd};
-use crate::tensors::{check_convolves, check_like, packed, tracked, with_values};
+use crate::tensors::{check_convolves, check_like, for_kernels, packed, tracked, with_values};
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, DType, Device, Layout, Result, Shape, Tensor, bail};
 use half::{bf16, f16};
 use std::marker::PhantomData;
@@ -14,15 +16,12 @@ use std::ops::Range;
 /// per sample of x (B, .., N). Differentiable in both.
 ///
 /// # Errors
-/// If the shapes are incompatible, or the two do not share one dtype that [`convolves`](crate::convolves)
-/// accepts, on the CPU.
+/// If the shapes are incompatible, or the two do not share one device and dtype that
+/// [`convolves`](crate::convolves) accepts.
 pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
     let op = "scale_channels";
     check_convolves(op, "x", x)?;
     check_like(op, "factors", factors, x)?;
-    if !x.device().is_cpu() {
-        bail!("{op}: x must be on the CPU, got {:?}", x.device().location());
-    }
     let &[ref leading @ .., channels] = x.dims() else { bail!("{op}: a number has no channels") };
     let rows: usize = leading.iter().product();
     let samples = match *factors.dims() {
@@ -30,6 +29,7 @@ pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
         [samples, own] if own == channels && leading.first() == Some(&samples) => samples,
         _ => bail!("{op}: factors {:?} do not fit to {:?}", factors.dims(), x.dims()),
     };
+    let (x, factors) = (&for_kernels(x)?, &for_kernels(factors)?);
     match x.dtype() {
         DType::BF16 => apply::<bf16>(x, factors, rows / samples),
         DType::F16 => apply::<f16>(x, factors, rows / samples),
@@ -176,6 +176,19 @@ impl<T: Float> CustomOp2 for Scale<T> {
         Ok((T::to_cpu_storage_owned(y), lx.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &CudaStorage,
+        lx: &Layout,
+        factors: &CudaStorage,
+        lf: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let channels = lx.dims()[lx.dims().len() - 1];
+        let y = crate::cuda::scale::forward((x, lx), (factors, lf), channels)?;
+        Ok((y, lx.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -185,6 +198,13 @@ impl<T: Float> CustomOp2 for Scale<T> {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let channels = x.dims()[x.rank() - 1];
         let samples = factors.elem_count() / channels;
+        #[cfg(feature = "cuda")]
+        if x.device().is_cuda() {
+            use crate::cuda::scale::{gradient_of_factors, gradient_of_x};
+            let dx = x.track_op().then(|| gradient_of_x(factors, d, channels)).transpose()?;
+            let of_factors = factors.track_op().then(|| gradient_of_factors(x, factors, d)).transpose()?;
+            return Ok((dx, of_factors));
+        }
         let of_x = || {
             let dx = with_values(d, |d: &[T]| with_values(factors, |f| Ok(self.run(d, f, channels))))?;
             Tensor::from_vec(dx, x.shape(), &Device::Cpu)

@@ -14,7 +14,8 @@ use candlepower_kernels::{
     Activation, Communicator, Conv2dOptions, ConvLstmInput, ConvLstmLayer, ConvTranspose2dOptions, Download,
     Exchange, Keep, MemoryUpdate, OutputGate, Over, SharedConv, SharedNorm, activate, allow_tf32, blend,
     conv_lstm, conv_transpose2d, conv2d, cuda_devices, memory_update, normalize, open_cuda, open_output,
-    peak_memory, record, rehearse, reset_peak_memory, sum_gates, time_convolutions, to_device,
+    peak_memory, record, rehearse, reset_peak_memory, scale_channels, sum_gates, time_convolutions,
+    to_device,
 };
 use rand::{Rng, SeedableRng};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
@@ -204,6 +205,24 @@ fn activations() {
     // A view whose first value is not aligned for reading four at once.
     let inputs = [random(9, 1)];
     compare("SiLU of a view", &inputs, |x| activate(&x[0].narrow(0, 1, 8)?, Activation::Silu));
+}
+
+#[test]
+fn scaled_channels() {
+    // Factors that all samples share, and factors per sample; in fours and one by one, few rows and many.
+    for (shape, factors) in [
+        (&[2usize, 5, 6, 8][..], &[8usize][..]),
+        (&[2, 5, 6, 8], &[2, 8]),
+        (&[3, 7, 5], &[5]),
+        (&[3, 7, 5], &[3, 5]),
+        (&[1, 20, 20, 3], &[1, 3]),
+        (&[4, 16, 16, 4], &[4]),
+    ] {
+        let inputs = [random(shape, 1), random(factors, 2)];
+        compare(&format!("scale_channels of {shape:?} by {factors:?}"), &inputs, |x| {
+            scale_channels(&x[0], &x[1])
+        });
+    }
 }
 
 #[test]

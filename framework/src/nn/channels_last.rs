@@ -43,7 +43,7 @@ fn reordered(x: &Tensor, order: [usize; 3]) -> Result<Tensor> {
 
 /// Multiplies x (.., N) by a factor per channel: (N), or (B, N) for one per sample and channel.
 pub fn scale_channels(x: &Tensor, factors: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() && convolves(x) {
+    if convolves(x) {
         return Ok(kernels::scale_channels(x, factors)?);
     }
     let factors = match (factors.dims(), x.rank()) {

@@ -69,6 +69,31 @@ pub(crate) struct ColumnSums {
     pub(crate) parts: u32,
 }
 
+/// Arguments of `scale_columns`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ScaleColumns {
+    pub(crate) x: u64,
+    pub(crate) factors: u64,
+    pub(crate) y: u64,
+    pub(crate) count: u32,
+    pub(crate) sample: u32,
+    pub(crate) columns: u32,
+}
+
+/// Arguments of `product_sums`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProductSums {
+    pub(crate) x: u64,
+    pub(crate) d: u64,
+    pub(crate) sums: u64,
+    pub(crate) rows: u32,
+    pub(crate) columns: u32,
+    pub(crate) stretch: u32,
+    pub(crate) parts: u32,
+}
+
 /// Arguments of `copy_columns`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -541,6 +566,6 @@ mod device {
             unsafe impl DeviceRepr for $name {}
         )* };
     }
-    device_repr!(GatesForward GatesBackward AddBias ColumnSums CopyColumns PackWeight Narrow PackTaps Depthwise TapSums AddTaps Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients ValueGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
+    device_repr!(GatesForward GatesBackward AddBias ColumnSums ScaleColumns ProductSums CopyColumns PackWeight Narrow PackTaps Depthwise TapSums AddTaps Pointwise SumGates MemoryUpdate OpenOutput Blend ChannelSums AddParts Statistics GroupGradients ChannelGradients ValueGradients Normalize Tiles Filters Update Counted Approach SquareSums Sums Decide);
     device_repr!(Many<PublishAt>);
 }

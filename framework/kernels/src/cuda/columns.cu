@@ -1,4 +1,4 @@
-// Matrices (rows, columns) whose rows are pixels: adding a bias, its gradient, copies of some columns. Also
+// Matrices (rows, columns) whose rows are pixels: adding a bias, scaling, gradients of both, copies of some columns. Also
 // packing of weights.
 
 // Adds a bias (columns) to every row of y.
@@ -12,6 +12,50 @@ template <typename T> DEVICE void add_bias(const AddBias<T>& a) {
     unsigned at = thread_index();
     if (at >= a.count) return;
     from_float(to_float(a.y[at]) + to_float(a.bias[at % a.columns]), a.y[at]);
+}
+
+// Multiplies x by a factor per column, the same for all rows or another one for each sample's rows. A thread handles V
+// values.
+template <typename T> struct ScaleColumns {
+    const T* x;
+    const T* factors; // (samples, columns)
+    T* y;
+    unsigned count;  // of all values of x
+    unsigned sample; // values per sample
+    unsigned columns;
+};
+template <typename T, int V> DEVICE void scale_columns(const ScaleColumns<T>& a) {
+    unsigned at = thread_index() * V;
+    if (at >= a.count) return;
+    float x[V], factors[V];
+    load<T, V>(a.x + at, x);
+    load<T, V>(a.factors + (index_t)(at / a.sample) * a.columns + at % a.columns, factors);
+    for (int v = 0; v < V; v++) x[v] *= factors[v];
+    store<T, V>(a.y + at, x);
+}
+
+// Sums of each column of the product of x and d (rows, columns), as `column_sums` adds up those of one tensor.
+template <typename T> struct ProductSums {
+    const T* x;
+    const T* d;
+    float* sums;
+    unsigned rows, columns;
+    unsigned stretch;
+    unsigned parts;
+};
+template <typename T, int V> DEVICE void product_sums(const ProductSums<T>& a) {
+    unsigned groups = a.columns / V, at = thread_index();
+    if (at >= a.parts * groups) return;
+    unsigned part = at / groups, column = at % groups * V, end = (part + 1) * a.stretch;
+    if (end > a.rows) end = a.rows;
+    float sums[V], x[V], d[V];
+    for (int v = 0; v < V; v++) sums[v] = 0.f;
+    for (unsigned row = part * a.stretch; row < end; row++) {
+        load<T, V>(a.x + (index_t)row * a.columns + column, x);
+        load<T, V>(a.d + (index_t)row * a.columns + column, d);
+        for (int v = 0; v < V; v++) sums[v] += x[v] * d[v];
+    }
+    store<float, V>(a.sums + (index_t)part * a.columns + column, sums);
 }
 
 // Sums of each column of x (rows, columns) over stretches of rows: (parts, columns), in 32 bits and always in
@@ -95,6 +139,10 @@ template <typename T> DEVICE void narrow(const Narrow<T>& a) {
 
 #define KERNELS(T)                                                                                                             \
     extern "C" __global__ void add_bias_##T(AddBias<T> a) { add_bias<T>(a); }                                                  \
+    extern "C" __global__ void scale_columns_##T##_1(ScaleColumns<T> a) { scale_columns<T, 1>(a); }                            \
+    extern "C" __global__ void scale_columns_##T##_4(ScaleColumns<T> a) { scale_columns<T, 4>(a); }                            \
+    extern "C" __global__ void product_sums_##T##_1(ProductSums<T> a) { product_sums<T, 1>(a); }                               \
+    extern "C" __global__ void product_sums_##T##_4(ProductSums<T> a) { product_sums<T, 4>(a); }                               \
     extern "C" __global__ void column_sums_##T##_1(ColumnSums<T> a) { column_sums<T, 1>(a); }                                  \
     extern "C" __global__ void column_sums_##T##_4(ColumnSums<T> a) { column_sums<T, 4>(a); }                                  \
     extern "C" __global__ void copy_columns_##T(CopyColumns<T> a) { copy_columns<T>(a); }                                      \

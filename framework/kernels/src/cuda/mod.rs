@@ -42,6 +42,8 @@ mod plan;
 #[cfg(feature = "cuda")]
 pub(crate) mod pointwise;
 pub(crate) mod roll_out;
+#[cfg(feature = "cuda")]
+pub(crate) mod scale;
 pub(crate) mod sources;
 #[cfg(test)]
 mod tests;
