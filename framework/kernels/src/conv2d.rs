@@ -33,8 +33,8 @@ impl Default for Conv2dOptions {
 /// Two-dimensional convolution, channels last.
 ///
 /// `x` is (.., H, W, Cin), with any number of leading axes; `weight` is (Cout, Cin / groups, kh, kw), as in
-/// PyTorch; `bias` is (Cout). The result is (.., H', W', Cout) with H' = (H + 2 padding - dilation (kh - 1) -
-/// 1) / stride + 1. All tensors share one dtype that [`convolves`](crate::convolves) accepts, with any
+/// PyTorch; `bias` is (Cout). The result is (.., H', W', Cout) with
+/// H' = (H + 2 padding - dilation (kh - 1) - 1) / stride + 1. All tensors share one dtype that [`convolves`](crate::convolves) accepts, with any
 /// strides; sums are always f32. Differentiable in all three tensors; gradients of untracked tensors are not
 /// computed.
 ///

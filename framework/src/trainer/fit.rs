@@ -316,7 +316,9 @@ impl<B: Batch> Fit<'_, B> {
     /// Lets the groups move that are due to be unfrozen.
     fn unfreeze(&mut self) {
         let progress = self.progress;
-        if self.turns.iter_mut().fold(false, |any, turn| turn.unfreeze(&progress) || any) {
+        // Each turn is asked, also after one that has unfrozen a group.
+        let unfrozen: Vec<bool> = self.turns.iter_mut().map(|turn| turn.unfreeze(&progress)).collect();
+        if unfrozen.contains(&true) {
             self.trained = trained(&self.turns);
             self.replays.forget();
         }

@@ -3,6 +3,7 @@
 mod cells;
 mod depthwise;
 mod normalize;
+mod scale;
 
 use super::arguments::{
     AddBias, Approach, ApproachAt, ColumnSums, CopyColumns, Counted, CountedAt, Decide, Filters,
