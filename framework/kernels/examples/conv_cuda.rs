@@ -2,7 +2,7 @@
 //! weight. bench/conv_gpu.py compares them with PyTorch's.
 //!
 //!     cargo build --release -p candlepower-kernels --features cuda --example conv_cuda
-//!     target/release/examples/conv_cuda batch size inputs outputs kernel [bf16 | f32] [timed]
+//!     target/release/examples/conv_cuda batch size inputs outputs kernel groups [bf16 | f32] [timed]
 #![allow(clippy::print_stdout)]
 
 use candle_core::{DType, Device, Result, Tensor, Var, bail};
@@ -28,8 +28,8 @@ fn median(device: &Device, mut f: impl FnMut() -> Result<()>) -> Result<f64> {
 
 fn main() -> Result<()> {
     let args: Vec<usize> = std::env::args().skip(1).filter_map(|a| a.parse().ok()).collect();
-    let &[batch, size, inputs, outputs, kernel] = &args[..] else {
-        bail!("expected batch, size, inputs, outputs and kernel");
+    let &[batch, size, inputs, outputs, kernel, groups] = &args[..] else {
+        bail!("expected batch, size, inputs, outputs, kernel and groups");
     };
     let asked = |word: &str| std::env::args().any(|arg| arg == word);
     time_convolutions(asked("timed"));
@@ -37,9 +37,9 @@ fn main() -> Result<()> {
     let dtype = if asked("f32") { DType::F32 } else { DType::BF16 };
     let random = |shape: &[usize]| Tensor::rand(-1f32, 1., shape, &device).and_then(|x| x.to_dtype(dtype));
     let x = random(&[batch, size, size, inputs])?;
-    let w = random(&[outputs, inputs, kernel, kernel])?;
+    let w = random(&[outputs, inputs / groups, kernel, kernel])?;
     let dy = random(&[batch, size, size, outputs])?;
-    let options = Conv2dOptions { padding: kernel / 2, ..Default::default() };
+    let options = Conv2dOptions { padding: kernel / 2, groups, ..Default::default() };
     let forward = |x: &Tensor, w: &Tensor| conv2d(x, w, None, options);
     // candle's backward pass starts with ones, so the gradient of y is dy; the time for that is measured
     // separately and subtracted.
