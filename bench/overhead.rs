@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use candlepower::candle_core::Var;
 use candlepower::candle_nn::{self, Linear, Optimizer as _, VarMap, linear, loss::cross_entropy};
 use candlepower::logger::{Loggers, LoggingConfig};
-use candlepower::optim::{GradScale, Optimizer, OptimizerConfig, Param};
+use candlepower::optim::{FusedOptimizer, GradScale, OptimizerConfig, Param};
 use candlepower::prelude::*;
 use candlepower::rand::{Rng, SeedableRng};
 use candlepower::schedule::{Rates, Schedule};
@@ -102,7 +102,7 @@ impl Dataset for Ready {
 /// The Adam implementation of a hand-written loop.
 enum Rule {
     Candles(candle_nn::AdamW),
-    Ours(Box<dyn Optimizer>, Vec<Var>),
+    Ours(Box<dyn FusedOptimizer>, Vec<Var>),
 }
 
 /// A training loop without a framework.

@@ -109,7 +109,7 @@ impl Callback for GoodEnough {
     }
 
     // Checked before the first step: a run without this metric does not start.
-    fn monitors(&self) -> Option<&str> {
+    fn monitored_metric(&self) -> Option<&str> {
         Some("auroc")
     }
 }

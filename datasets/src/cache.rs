@@ -6,8 +6,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use candlepower::atomic_file::partial;
 use candlepower::error::{Error, Result};
-use candlepower::whole_file::partial;
 use sha2::{Digest, Sha256};
 
 use crate::bytes::Bytes;

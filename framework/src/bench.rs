@@ -144,7 +144,7 @@ impl Callback for Stopwatch {
         self.note()
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.note()
     }
 

@@ -177,7 +177,7 @@ pub trait Callback: Send {
     /// Called after `done` of `total` batches of an evaluation; `total` is `None` for a stream. The returned
     /// request takes effect when the evaluation is complete. Only a signal ends the evaluation early, and
     /// only with a single rank; a resumed run then repeats the validation.
-    fn on_validation_batch(&mut self, _done: usize, _total: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _done: usize, _total: Option<usize>) -> Result<Flow> {
         Ok(Flow::Continue)
     }
 
@@ -219,12 +219,12 @@ pub trait Callback: Send {
     }
 
     /// The validation metric that it requires, if any. Its existence is checked before the first step.
-    fn monitors(&self) -> Option<&str> {
+    fn monitored_metric(&self) -> Option<&str> {
         None
     }
 
     /// The names of validation metrics that it adds to records, for others to monitor.
-    fn adds(&self) -> Vec<String> {
+    fn added_metrics(&self) -> Vec<String> {
         Vec::new()
     }
 
@@ -246,7 +246,7 @@ pub trait Callback: Send {
 }
 
 /// A callback built from its own section of the configuration file, `[callbacks.NAME]`.
-pub trait Watch: Callback + Sized + 'static {
+pub trait BuildCallback: Callback + Sized + 'static {
     /// The fields of its section.
     type Config: Settings;
 

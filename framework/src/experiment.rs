@@ -23,7 +23,7 @@ use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
 use crate::logger::LoggingConfig;
 use crate::metrics::video::LeadTimes;
 use crate::module::Model;
-use crate::optim::{AverageConfig, TurnConfig};
+use crate::optim::{AverageConfig, NamedOptimizer};
 use crate::run_dir::{RunConfig, RunDir};
 use crate::schedule::{Plateau, Schedule};
 use crate::trainer::{Outcome, Trainer, TrainerConfig};
@@ -55,7 +55,7 @@ pub struct Experiment {
     run: RunConfig,
     init: Option<InitConfig>,
     trainer: TrainerConfig,
-    turns: Vec<TurnConfig>,
+    turns: Vec<NamedOptimizer>,
     schedule: Schedule,
     plateau: Option<Plateau>,
     average: Option<AverageConfig>,

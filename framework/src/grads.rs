@@ -49,7 +49,7 @@ impl Grads {
                  the loss does not depend on them, or an operation on the way has no backward pass \
                  (in candle: `softmax_last_dim`, `rms_norm`, `detach`, and LayerNorm: use `candlepower::nn::LayerNorm`)\n\
                  if that is intended, say so: `groups = [{{ params = \"NAME\", frozen = true }}]` in [optimizer], or \
-                 `Module::unused` in code",
+                 `Module::unused_parameters` in code",
                 missing.len(),
                 params.len(),
                 missing.join(", "),
@@ -84,7 +84,7 @@ pub(crate) fn is_not_unused(name: &str, unused: &[String]) -> Result<()> {
 
 fn is_used(name: &str) -> Error {
     Error::msg(format!(
-        "the module declares `{name}` unused, but a gradient reaches it: correct `Module::unused`"
+        "the module declares `{name}` unused, but a gradient reaches it: correct `Module::unused_parameters`"
     ))
 }
 

@@ -12,6 +12,7 @@
 #![warn(clippy::print_stdout)]
 
 pub mod accelerator;
+pub mod atomic_file;
 pub mod batch;
 pub mod bench;
 pub mod callback;
@@ -44,7 +45,6 @@ mod trained;
 pub mod trainer;
 pub mod video_file;
 pub mod weights;
-pub mod whole_file;
 
 // Crates whose types appear in the public API, re-exported in the matching versions.
 pub use error::{Error, Result};
@@ -57,7 +57,7 @@ pub mod prelude {
     pub use candle_nn::{Module as _, VarBuilder};
 
     pub use crate::batch::{Batch, Labelled, LabelledSpec, Tensors, Video, VideoSpec};
-    pub use crate::callback::{Callback, Flow, Plan, Progress, Record, StepEnd, StopReason, Watch};
+    pub use crate::callback::{BuildCallback, Callback, Flow, Plan, Progress, Record, StepEnd, StopReason};
     pub use crate::callbacks::ProgressBar;
     pub use crate::config::Registry;
     pub use crate::data::{Data, Dataset, Open, OpenStream, Sample, Source, Split, Stream};

@@ -59,7 +59,7 @@ pub trait Module: Send + Sync {
     /// Parameters that no loss of this module depends on, as patterns in which `*` matches any text. They are
     /// saved in every checkpoint and never updated. It is an error if any other parameter has no gradient, or
     /// if one of these gets one.
-    fn unused(&self) -> &[&str] {
+    fn unused_parameters(&self) -> &[&str] {
         &[]
     }
 
@@ -202,7 +202,7 @@ impl Step {
     }
 
     /// Optimizer steps completed so far in this run.
-    pub fn index(&self) -> u64 {
+    pub fn global_step(&self) -> u64 {
         self.asked.store(true, Ordering::Relaxed);
         self.index
     }

@@ -7,8 +7,8 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use image::{ExtendedColorType, ImageEncoder, codecs::png::PngEncoder};
 
+use crate::atomic_file::write_atomic;
 use crate::error::{Error, Result};
-use crate::whole_file::write_whole;
 
 /// Small frames are magnified until their longer side has at least this many pixels.
 const LEAST_SIDE: usize = 64;
@@ -102,7 +102,7 @@ pub fn png_bytes(picture: &Tensor) -> Result<Vec<u8>> {
 
 /// Writes the picture to a PNG file atomically.
 pub fn save_png(picture: &Tensor, path: &Path) -> Result<()> {
-    write_whole(path, &png_bytes(picture)?)
+    write_atomic(path, &png_bytes(picture)?)
 }
 
 /// Converts a value in `[0, 1]` to a byte. Values outside are clipped; NaN becomes 0.

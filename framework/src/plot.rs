@@ -7,8 +7,8 @@ use std::path::Path;
 use plotters::coord::ranged1d::{AsRangedCoord, ValueFormatter};
 use plotters::prelude::*;
 
+use crate::atomic_file::write_atomic;
 use crate::error::{Error, Result};
-use crate::whole_file::write_whole;
 
 /// In pixels; SVG scales.
 const SIZE: (u32, u32) = (900, 520);
@@ -135,7 +135,7 @@ impl Plot {
 
     /// Writes an SVG file atomically.
     pub fn save(&self, path: &Path) -> Result<()> {
-        write_whole(path, self.svg()?.as_bytes())
+        write_atomic(path, self.svg()?.as_bytes())
     }
 
     /// The plot as SVG.

@@ -44,8 +44,8 @@ use tracing_subscriber::filter::{Targets, dynamic_filter_fn};
 use tracing_subscriber::layer::Context;
 use tracing_subscriber::registry::LookupSpan;
 
+use crate::atomic_file::write_atomic;
 use crate::error::Result;
-use crate::whole_file::write_whole;
 
 /// The target of the spans that mark the phases of training. Their level is DEBUG.
 pub const TARGET: &str = "candlepower::phase";
@@ -231,7 +231,7 @@ impl Trace {
     pub fn save(self, path: &Path) -> Result<()> {
         // Waits until all events are in the buffer.
         drop(self.writer);
-        write_whole(path, &self.json.bytes())
+        write_atomic(path, &self.json.bytes())
     }
 }
 

@@ -115,7 +115,7 @@ pub enum Schedule {
     /// Any function of the step and the optimizer's learning rate (torch: `LambdaLR`). Only available in
     /// code.
     #[serde(skip)]
-    Own(OwnSchedule),
+    Custom(CustomSchedule),
     /// One of the other schedules, counting epochs: [`Schedule::per_epoch`]. In a section, it is that
     /// schedule with `interval = "epoch"`.
     #[serde(skip)]
@@ -136,15 +136,15 @@ pub enum Interval {
 /// A custom learning-rate function of the step, from 0, and the optimizer's learning rate. It must be pure,
 /// so a resumed run continues identically.
 #[derive(Clone)]
-pub struct OwnSchedule(Arc<dyn Fn(u64, f64) -> f64 + Send + Sync>);
+pub struct CustomSchedule(Arc<dyn Fn(u64, f64) -> f64 + Send + Sync>);
 
-impl fmt::Debug for OwnSchedule {
+impl fmt::Debug for CustomSchedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a function")
     }
 }
 
-impl PartialEq for OwnSchedule {
+impl PartialEq for CustomSchedule {
     fn eq(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
@@ -233,11 +233,11 @@ impl Schedule {
     ///
     /// ```
     /// # use candlepower::schedule::Schedule;
-    /// let warm_up = Schedule::own(|t, lr| lr * ((t + 1) as f64 / 500.).min(1.));
+    /// let warm_up = Schedule::custom(|t, lr| lr * ((t + 1) as f64 / 500.).min(1.));
     /// assert_eq!(warm_up.at(249, 0.1).lr, 0.05);
     /// ```
-    pub fn own(lr: impl Fn(u64, f64) -> f64 + Send + Sync + 'static) -> Self {
-        Self::Own(OwnSchedule(Arc::new(lr)))
+    pub fn custom(lr: impl Fn(u64, f64) -> f64 + Send + Sync + 'static) -> Self {
+        Self::Custom(CustomSchedule(Arc::new(lr)))
     }
 
     /// Counts epochs instead of steps: the learning rate is constant within an epoch, like a PyTorch
@@ -275,7 +275,7 @@ impl Schedule {
             }
             Self::Linear { start, end, steps } => start + (end - start) * (time / *steps as f64).min(1.),
             Self::Step { every, gamma } => gamma.powf((t / every) as f64),
-            Self::Own(OwnSchedule(own)) => return own(t, lr).into(),
+            Self::Custom(CustomSchedule(own)) => return own(t, lr).into(),
             Self::PerEpoch(of) => return of.at(t, lr),
             Self::MultiStep { milestones, gamma } => {
                 gamma.powf(milestones.iter().filter(|milestone| **milestone <= t).count() as f64)
@@ -326,7 +326,7 @@ impl Schedule {
             }
             Self::Step { every, gamma } => from_zero("gamma", *gamma).and(steps("every", *every)),
             Self::Noam { warmup } => steps("warmup", *warmup),
-            Self::Own(_) => Ok(()),
+            Self::Custom(_) => Ok(()),
             Self::PerEpoch(of) => of.check(),
             Self::MultiStep { milestones, gamma } => from_zero("gamma", *gamma).and(rising(milestones)),
             Self::OneCycle(cycle) => cycle.check().and(steps("steps", cycle.steps)),

@@ -60,7 +60,7 @@ impl Callback for Pulse {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.beat()?;
         Ok(Flow::Continue)
     }
@@ -121,7 +121,7 @@ mod tests {
         let open = File::options().append(true).open(file.path()).unwrap();
         let mut pulse = Pulse { path: file.path().into(), file: open, supervisor: getppid(), opening: None };
         let age = || file.path().metadata().unwrap().modified().unwrap().elapsed();
-        pulse.on_validation_batch(1, None).unwrap();
+        pulse.on_validation_batch_end(1, None).unwrap();
         assert!(age().is_ok_and(|age| age < Duration::from_secs(60)));
         pulse.on_fit_end(&Progress::default(), &StopReason::Finished).unwrap();
         // The modification time is in the future.

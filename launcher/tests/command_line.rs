@@ -242,7 +242,7 @@ fn the_resolved_configuration_is_one() {
 fn callbacks_optimizers_and_averages_from_the_file() {
     let sections = r#"
 [callbacks.early_stopping]
-stop_at = 1.0
+stopping_threshold = 1.0
 
 [callbacks.throughput]
 peak_tflops = 0.1

@@ -111,8 +111,8 @@ impl Module for Troubled {
         let TroubledConfig { trouble, until, pause, .. } = &self.config;
         std::thread::sleep(Duration::from_millis(*pause));
         // Identifies micro-batch 1 of the step: modules do not know their rank.
-        let second = step.rng("place") == Step::evaluation(step.index(), 1, 0, false).rng("place");
-        if step.is_training() && step.index() == self.config.step && second && !until.is_file() {
+        let second = step.rng("place") == Step::evaluation(step.global_step(), 1, 0, false).rng("place");
+        if step.is_training() && step.global_step() == self.config.step && second && !until.is_file() {
             if !until.as_os_str().is_empty() {
                 std::fs::write(until, "").unwrap();
             }

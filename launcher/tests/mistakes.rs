@@ -340,7 +340,7 @@ fn a_metric_that_nobody_gives_is_refused_before_the_first_step() {
         let error = place.fail(2, &["train", "tiny.toml"]);
         let expected = format!(
             "error: tiny.toml:{line}:11: `{section}.monitor`: there is no validation metric `msee`, expected one of `loss`, \
-             `mse`; did you mean `mse`? (a callback that adds one must come before those that monitor it, and declare it in `Callback::adds`)"
+             `mse`; did you mean `mse`? (a callback that adds one must come before those that monitor it, and declare it in `Callback::added_metrics`)"
         );
         assert!(error.contains(&expected), "{error}\n{expected}");
         let steps = records(&place, "runs/tiny/version_0", "train");

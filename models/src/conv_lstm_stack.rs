@@ -106,7 +106,7 @@ impl Stack for ConvLstmLayers {
         self.pixels * (weights + self.to_frame.weights())
     }
 
-    fn unused(&self) -> &'static [&'static str] {
+    fn unused_parameters(&self) -> &'static [&'static str] {
         &["cell_list.*.conv_o.*", "cell_list.*.conv_last.*"]
     }
 }

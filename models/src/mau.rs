@@ -237,7 +237,7 @@ impl Stack for MauLayers {
         encoder + halved(self.encoder.len() - 1) * units + decoder + pixels * self.to_frame.weights()
     }
 
-    fn unused(&self) -> &'static [&'static str] {
+    fn unused_parameters(&self) -> &'static [&'static str] {
         &["merge.*", "conv_last_sr.*"]
     }
 }

@@ -240,7 +240,7 @@ impl Stack for MimLayers {
         self.pixels * (self.lowest.weights() + blocks + changes + self.to_frame.weights())
     }
 
-    fn unused(&self) -> &'static [&'static str] {
+    fn unused_parameters(&self) -> &'static [&'static str] {
         &["stlstm_layer_diff.*.conv_last.*"]
     }
 }

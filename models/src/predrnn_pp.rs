@@ -197,7 +197,7 @@ impl Stack for CausalLayers {
         self.pixels * (weights + self.highway.gates.weights() + self.to_frame.weights())
     }
 
-    fn unused(&self) -> &'static [&'static str] {
+    fn unused_parameters(&self) -> &'static [&'static str] {
         &["cell_list.*.conv_o.*"]
     }
 }

@@ -12,13 +12,13 @@ pub struct Recorder {
     lines: Arc<Mutex<Vec<String>>>,
     checkpoints: Arc<Mutex<Vec<u64>>>,
     records: Arc<Mutex<Vec<Record>>>,
-    stop_at: Option<u64>,
+    stopping_threshold: Option<u64>,
 }
 
 impl Recorder {
     /// A recorder that asks to stop after this step.
     pub fn stopping_at(step: u64) -> Self {
-        Self { stop_at: Some(step), ..Default::default() }
+        Self { stopping_threshold: Some(step), ..Default::default() }
     }
 
     /// The recorded calls, except checkpoints, whose timing depends on the disk.
@@ -61,7 +61,7 @@ impl Callback for Recorder {
     fn on_step_end(&mut self, step: &StepEnd) -> Result<Flow> {
         assert_eq!(step.params.len(), step.gradients.len());
         self.note(format!("step {}", step.progress.step));
-        Ok(match self.stop_at {
+        Ok(match self.stopping_threshold {
             Some(at) if step.progress.step >= at => Flow::Stop(StopReason::Callback("seen enough".into())),
             _ => Flow::Continue,
         })
@@ -73,7 +73,7 @@ impl Callback for Recorder {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, done: usize, total: Option<usize>) -> Result<Flow> {
         self.note(format!("batch {done}/{}", total.map_or("?".to_string(), |total| total.to_string())));
         Ok(Flow::Continue)
     }

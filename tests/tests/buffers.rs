@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AverageConfig, EmaConfig, TurnConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, NamedOptimizer};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::trainer::Every;
@@ -174,10 +174,10 @@ fn a_step_that_cannot_be_taken_leaves_them() {
 
 #[test]
 fn every_turn_of_an_optimizer_is_a_forward_pass_that_they_follow() {
-    let turn = |name: &str, params: &str| TurnConfig {
+    let turn = |name: &str, params: &str| NamedOptimizer {
         name: name.into(),
         params: params.into(),
-        ..TurnConfig::only(SgdConfig { lr: 0.01, ..Default::default() }.into(), Vec::new())
+        ..NamedOptimizer::single(SgdConfig { lr: 0.01, ..Default::default() }.into(), Vec::new())
     };
     let model = Normed::model(1, Precision::Full, CALM);
     let turns = vec![turn("below", "*r*t.*"), turn("above", "*e*o*nd.*"), turn("norm", "norm.*")];

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use candlepower::callbacks::OnSignal;
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig, latest};
-use candlepower::optim::TurnConfig;
+use candlepower::optim::NamedOptimizer;
 use candlepower::prelude::*;
 use candlepower::schedule::Plateau;
 use candlepower::trainer::{Every, Outcome};
@@ -120,7 +120,7 @@ impl Callback for StopsInside {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         if self.now == self.step {
             self.signal.stop.store(15, Ordering::Relaxed);
         }
@@ -191,7 +191,7 @@ impl Module for FailsInTurn {
     type Batch = Tensors;
 
     fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
-        if step.index() == 2 && step.optimizer() == "second" {
+        if step.global_step() == 2 && step.optimizer() == "second" {
             return Err(Error::msg("not in this turn"));
         }
         self.0.training_step(batch, step)
@@ -201,10 +201,10 @@ impl Module for FailsInTurn {
 #[test]
 fn a_step_that_has_moved_some_parameters_is_not_saved() {
     let dir = tempfile::tempdir().unwrap();
-    let turn = |name: &str| TurnConfig {
+    let turn = |name: &str| NamedOptimizer {
         name: name.into(),
         params: format!("{name}.*"),
-        ..TurnConfig::only(OptimizerConfig::default(), Vec::new())
+        ..NamedOptimizer::single(OptimizerConfig::default(), Vec::new())
     };
     let model = Model::new(
         |vb: VarBuilder| Ok(FailsInTurn(Box::new(Dropped::build(vb)?))),
@@ -295,7 +295,7 @@ fn a_loss_is_one_number() {
 fn what_counts_for_nothing_may_be_no_number() {
     let logged = train_with(|loss, step| {
         // In the first step there is nothing to average.
-        let is_empty = step.is_training() && step.index() == 0;
+        let is_empty = step.is_training() && step.global_step() == 0;
         let (value, weight) = if is_empty { (f64::NAN, 0.) } else { (0.5, 3.) };
         step.log_epoch_weighted("tokens", value, weight);
         Ok(loss)
@@ -351,8 +351,10 @@ fn settings_are_checked_where_there_is_no_file_too() {
     assert_eq!(error, "`batch_size`: expected at least 1, found 0");
     // A plateau has no effect if every optimizer has its own one-cycle schedule.
     let cycle = candlepower::schedule::Schedule::OneCycle(candlepower::schedule::OneCycle::new(0.1, 9));
-    let turn =
-        TurnConfig { schedule: Some(cycle), ..TurnConfig::only(OptimizerConfig::default(), Vec::new()) };
+    let turn = NamedOptimizer {
+        schedule: Some(cycle),
+        ..NamedOptimizer::single(OptimizerConfig::default(), Vec::new())
+    };
     let plateau = Some(Plateau::default());
     let error = Trainer::new(config).optimizers(vec![turn]).plateau(plateau).fit(&Dropped::model(1), &data);
     let error = error.unwrap_err().to_string();
@@ -540,7 +542,7 @@ fn what_is_asked_for_in_a_validation_happens_after_it() {
             Ok(Flow::Continue)
         }
 
-        fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+        fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
             Ok(match self.0 {
                 4 => Flow::Stop(StopReason::Callback("seen enough".into())),
                 _ => Flow::Continue,

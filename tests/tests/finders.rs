@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use candlepower::checkpoint::CheckpointConfig;
 use candlepower::data::{Items, Pass};
 use candlepower::finder::{BatchFinderConfig, LrFinderConfig};
-use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, TurnConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, NamedOptimizer, ParamGroup};
 use candlepower::prelude::*;
 use candlepower::schedule::Schedule;
 use candlepower_models::ConvLstm;
@@ -46,7 +46,7 @@ impl Callback for Calls {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.0.fetch_add(1, Ordering::Relaxed);
         Ok(Flow::Continue)
     }
@@ -172,13 +172,13 @@ fn several_optimizers_keep_their_proportions_also_on_a_stream() {
         Ok(Two(vb.get_with_hints(1, "one.w", zero)?, vb.get_with_hints(1, "two.w", zero)?))
     };
     let model = Model::new(build, 0, &Device::Cpu).unwrap();
-    let turn = |name: &str, params: &str, lr: f64, groups| TurnConfig {
+    let turn = |name: &str, params: &str, lr: f64, groups| NamedOptimizer {
         name: name.into(),
         params: params.into(),
         schedule: Some(Schedule::Exponential { gamma: 0.1 }),
-        ..TurnConfig::only(SgdConfig { lr, ..Default::default() }.into(), groups)
+        ..NamedOptimizer::single(SgdConfig { lr, ..Default::default() }.into(), groups)
     };
-    let group = GroupConfig { params: "two.*".into(), lr: Some(0.06), ..Default::default() };
+    let group = ParamGroup { params: "two.*".into(), lr: Some(0.06), ..Default::default() };
     let turns = vec![turn("first", "one.*", 0.01, vec![]), turn("second", "two.*", 0.02, vec![group])];
     let trainer = Trainer::new(TrainerConfig { micro_batch_size: Some(2), ..config(1) }).optimizers(turns);
     let test = LrFinderConfig { steps: 2, min_lr: 0.1, max_lr: 0.2, ..Default::default() };

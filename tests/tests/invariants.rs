@@ -161,7 +161,7 @@ impl Module for Says {
         self.0.training_step(batch, step)
     }
 
-    fn unused(&self) -> &[&str] {
+    fn unused_parameters(&self) -> &[&str] {
         self.1
     }
 }

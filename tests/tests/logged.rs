@@ -153,8 +153,8 @@ fn each_epoch_begins_anew_and_steps_that_are_refused_do_not_count() {
     for precision in [Precision::Full, Precision::Fp16Mixed] {
         let model = told(precision, |w, batch, step| {
             CALLS.fetch_add(usize::from(step.is_training()), Ordering::Relaxed);
-            step.log_epoch("at", step.index() as f64);
-            step.log_epoch_weighted("of_steps", step.index() as f64, 1.);
+            step.log_epoch("at", step.global_step() as f64);
+            step.log_epoch_weighted("of_steps", step.global_step() as f64, 1.);
             // Gradients that overflow in fp16 until the loss scale is smaller.
             Ok((loss(w, batch)? * 10.)?)
         });
@@ -196,7 +196,7 @@ fn an_error_says_where_it_happened_and_in_half_precision_what_is_probable() {
         trainer.fit(&told(precision, what), &data()).unwrap_err().to_string()
     };
     let in_training =
-        fails(Precision::Full, |w, batch, step| match step.is_training() && step.index() == 1 {
+        fails(Precision::Full, |w, batch, step| match step.is_training() && step.global_step() == 1 {
             true => Err(Error::msg("no more paper")),
             false => loss(w, batch),
         });
@@ -216,7 +216,7 @@ fn an_error_says_where_it_happened_and_in_half_precision_what_is_probable() {
 fn evaluation_knows_how_far_the_weights_are_trained() {
     let what = |w: &Tensor, batch: &Tensors, step: &mut Step| {
         if !step.is_training() {
-            step.log("believed", step.index() as f64);
+            step.log("believed", step.global_step() as f64);
         }
         loss(w, batch)
     };
@@ -242,7 +242,7 @@ impl Callback for Adds {
         Ok(Flow::Continue)
     }
 
-    fn adds(&self) -> Vec<String> {
+    fn added_metrics(&self) -> Vec<String> {
         if self.0 { vec!["f1".into()] } else { Vec::new() }
     }
 }

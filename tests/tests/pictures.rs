@@ -58,7 +58,7 @@ impl Module for Painter {
                 Ok(of[0].clone())
             });
         }
-        if step.is_training() && step.index() + 1 == self.fails_at {
+        if step.is_training() && step.global_step() + 1 == self.fails_at {
             return Err(candlepower::Error::msg("this step fails"));
         }
         Ok((self.layer.forward(&batch.0[0])? - &batch.0[1])?.sqr()?.mean_all()?)

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AverageConfig, EmaConfig, TurnConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, NamedOptimizer};
 use candlepower::precision::{LossScale, Precision};
 use candlepower::prelude::*;
 use candlepower::trainer::Every;
@@ -164,10 +164,10 @@ fn an_optimizer_whose_gradients_overflow_sits_the_step_out_alone() {
     };
     // With this momentum, only an optimizer's first gradient makes a difference: it enters whole.
     let sgd = |lr| SgdConfig { lr, momentum: 0.5, dampening: 0.5, ..Default::default() };
-    let turn = |name: &str, lr| TurnConfig {
+    let turn = |name: &str, lr| NamedOptimizer {
         name: name.into(),
         params: name.into(),
-        ..TurnConfig::only(sgd(lr).into(), Vec::new())
+        ..NamedOptimizer::single(sgd(lr).into(), Vec::new())
     };
     let dir = tempfile::tempdir().unwrap();
     let run = |steps| {
@@ -226,10 +226,10 @@ fn a_second_optimizer_that_always_overflows_ends_the_run() {
         let one = |name| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(1.));
         Ok(Two([one("a")?, one("b")?], [0.5, f64::INFINITY]))
     };
-    let turn = |name: &str| TurnConfig {
+    let turn = |name: &str| NamedOptimizer {
         name: name.into(),
         params: name.into(),
-        ..TurnConfig::only(SgdConfig::default().into(), Vec::new())
+        ..NamedOptimizer::single(SgdConfig::default().into(), Vec::new())
     };
     let model = Model::with_precision(build, 0, &device(), Precision::Fp16Mixed).unwrap();
     let mut trainer = Trainer::new(config(Precision::Fp16Mixed, 60)).optimizers(vec![turn("a"), turn("b")]);

@@ -13,8 +13,8 @@ use candlepower::collective::{
 use candlepower::config::Registry;
 use candlepower::experiment::{Experiment, Resume};
 use candlepower::optim::{
-    AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, RadamConfig, RmspropConfig,
-    TurnConfig,
+    AdadeltaConfig, AdagradConfig, AverageConfig, EmaConfig, MomentsConfig, NamedOptimizer, RadamConfig,
+    RmspropConfig,
 };
 use candlepower::params::Buffer;
 use candlepower::precision::Precision;
@@ -552,10 +552,10 @@ fn an_overflow_on_one_rank_is_one_for_all() {
 fn optimizers_take_turns_on_several_ranks_too() {
     let train = |devices| {
         let model = Dropped::model(3);
-        let turn = |name: &str| TurnConfig {
+        let turn = |name: &str| NamedOptimizer {
             name: name.into(),
             params: format!("{name}.*"),
-            ..TurnConfig::only(sgd().into(), Vec::new())
+            ..NamedOptimizer::single(sgd().into(), Vec::new())
         };
         Trainer::new(config(devices, 5))
             .optimizers(vec![turn("first"), turn("second")])
@@ -613,7 +613,7 @@ fn a_sharded_optimizer_gives_the_same_bits_and_needs_its_share_of_memory() {
         }
     }
     let groups = || {
-        let group = |params: &str, lr| candlepower::optim::GroupConfig {
+        let group = |params: &str, lr| candlepower::optim::ParamGroup {
             params: params.into(),
             lr,
             ..Default::default()

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AdadeltaConfig, AdagradConfig, GroupConfig, MomentsConfig, RmspropConfig};
+use candlepower::optim::{AdadeltaConfig, AdagradConfig, MomentsConfig, ParamGroup, RmspropConfig};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::rand::Rng;
@@ -59,7 +59,7 @@ struct Trained {
 
 fn train<B: Batch>(
     config: &TrainerConfig,
-    optimizer: &(OptimizerConfig, Vec<GroupConfig>),
+    optimizer: &(OptimizerConfig, Vec<ParamGroup>),
     model: &Model<B>,
     data: &Data<B>,
 ) -> (Trained, String) {
@@ -86,7 +86,7 @@ fn train<B: Batch>(
 }
 
 /// Adam with a rate that changes in each step.
-fn adam() -> (OptimizerConfig, Vec<GroupConfig>) {
+fn adam() -> (OptimizerConfig, Vec<ParamGroup>) {
     (AdamConfig { lr: 0.01, ..Default::default() }.into(), Vec::new())
 }
 
@@ -94,7 +94,7 @@ fn adam() -> (OptimizerConfig, Vec<GroupConfig>) {
 fn compare<B: Batch>(
     case: &str,
     config: TrainerConfig,
-    optimizer: &(OptimizerConfig, Vec<GroupConfig>),
+    optimizer: &(OptimizerConfig, Vec<ParamGroup>),
     model: impl Fn() -> Model<B>,
     data: &Data<B>,
 ) -> (String, Option<f64>) {
@@ -204,7 +204,7 @@ fn what_is_unfrozen_is_recorded_anew() {
         ConvLstm::build(&config, &Blobs { samples: 1 }.spec(), vb)
     };
     let (params, unfreeze) = ("encoder_*".into(), Some(Every::Steps(6)));
-    let optimizer = (adam().0, vec![GroupConfig { params, unfreeze, ..Default::default() }]);
+    let optimizer = (adam().0, vec![ParamGroup { params, unfreeze, ..Default::default() }]);
     let model = || Model::new(build, 1, &device()).unwrap();
     let config = TrainerConfig { max_steps: Some(14), ..config(4) };
     let (said, _) = compare("unfrozen", config, &optimizer, model, &data());
@@ -258,7 +258,7 @@ impl Module for Habit {
 fn what_cannot_be_recorded_runs_as_it_comes_and_a_warning_says_why() {
     let Some(_turn) = turn() else { return };
     let random = |loss: &Tensor, step: &Step| Ok((loss * step.rng("noise").random_range(0.5f64..1.5))?);
-    let numbered = |loss: &Tensor, step: &Step| Ok((loss * (1. + step.index() as f64))?);
+    let numbered = |loss: &Tensor, step: &Step| Ok((loss * (1. + step.global_step() as f64))?);
     let reading = |loss: &Tensor, _: &Step| Ok((loss * f64::from(loss.to_scalar::<f32>()?))?);
     let asks = "the module uses the step's number or random numbers";
     let waiting = |loss: &Tensor, _: &Step| {

@@ -137,10 +137,11 @@ fn next_frames(golden: &Golden) -> Tensor {
     candlepower::nn::depth_to_space(&folded, golden.size("patch_size")).unwrap()
 }
 
-/// Asserts that the patterns of [`Module::unused`] match exactly these parameters.
+/// Asserts that the patterns of [`Module::unused_parameters`] match exactly these parameters.
 fn says_what_is_unused<S: Stack>(model: &Recurrent<S>, params: &Params, expected: &[String]) {
-    let fits =
-        |name: &String| model.unused().iter().any(|pattern| wildmatch::WildMatch::new(pattern).matches(name));
+    let fits = |name: &String| {
+        model.unused_parameters().iter().any(|pattern| wildmatch::WildMatch::new(pattern).matches(name))
+    };
     let mut said: Vec<String> = params.vars().into_iter().map(|(name, _)| name).filter(fits).collect();
     let mut expected = expected.to_vec();
     said.sort();

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use candlepower::callbacks::{EarlyStopping, EarlyStoppingConfig};
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, RmspropConfig, SwaConfig, TurnConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, NamedOptimizer, ParamGroup, RmspropConfig, SwaConfig};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::{OneCycle, Plateau, Schedule};
@@ -86,16 +86,16 @@ fn cases() -> Vec<Case> {
             Trainer::new(config).average(Some(AverageConfig::Swa(swa)))
         }),
         case("groups and two optimizers", |config| {
-            let turn = |name: &str, optimizer: OptimizerConfig, groups| TurnConfig {
+            let turn = |name: &str, optimizer: OptimizerConfig, groups| NamedOptimizer {
                 name: name.into(),
                 params: format!("{name}.*"),
-                ..TurnConfig::only(optimizer, groups)
+                ..NamedOptimizer::single(optimizer, groups)
             };
-            let bias = GroupConfig { params: "*.bias".into(), lr: Some(0.1), ..Default::default() };
+            let bias = ParamGroup { params: "*.bias".into(), lr: Some(0.1), ..Default::default() };
             let sgd = SgdConfig { lr: 0.05, momentum: 0.9, ..Default::default() };
             let turns = vec![
                 turn("first", sgd.into(), vec![bias]),
-                TurnConfig {
+                NamedOptimizer {
                     every: 3,
                     ..turn("second", AdamWConfig { lr: 0.01, ..Default::default() }.into(), Vec::new())
                 },
@@ -103,7 +103,7 @@ fn cases() -> Vec<Case> {
             Trainer::new(TrainerConfig { micro_batch_size: Some(3), ..config }).optimizers(turns)
         }),
         case("groups that are frozen at first", |config| {
-            let group = |params: &str, unfreeze| GroupConfig {
+            let group = |params: &str, unfreeze| ParamGroup {
                 params: params.into(),
                 unfreeze: Some(unfreeze),
                 ..Default::default()

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
 use candlepower::collective::{DistributedConfig, Shard};
-use candlepower::optim::{AverageConfig, EmaConfig, GroupConfig, TurnConfig};
+use candlepower::optim::{AverageConfig, EmaConfig, NamedOptimizer, ParamGroup};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::Plateau;
@@ -57,11 +57,11 @@ fn an_optimizer_may_take_its_turn_in_every_other_step() {
             let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
             Ok(Duel { a: start("a", 0.)?, b: start("b", 1.)? })
         };
-        let turn = |name: &str, every| TurnConfig {
+        let turn = |name: &str, every| NamedOptimizer {
             name: name.into(),
             params: name.into(),
             every,
-            ..TurnConfig::only(sgd(0.5), Vec::new())
+            ..NamedOptimizer::single(sgd(0.5), Vec::new())
         };
         let (model, heard, dir) =
             (Model::new(build, 0, &device()).unwrap(), Recorder::default(), tempfile::tempdir().unwrap());
@@ -88,18 +88,18 @@ fn an_optimizer_may_take_its_turn_in_every_other_step() {
         let start = |name, value| vb.get_with_hints(1, name, candlepower::candle_nn::Init::Const(value));
         Ok(Duel { a: start("a", 0.)?, b: start("b", f64::INFINITY)? })
     };
-    let turn = |name: &str, every| TurnConfig {
+    let turn = |name: &str, every| NamedOptimizer {
         name: name.into(),
         params: name.into(),
         every,
-        ..TurnConfig::only(sgd(0.5), Vec::new())
+        ..NamedOptimizer::single(sgd(0.5), Vec::new())
     };
     let error = Trainer::new(config(3))
         .optimizers(vec![turn("a", 2), turn("b", 1)])
         .fit(&Model::new(build, 0, &device()).unwrap(), &Data::new(Points { samples: 6 }));
     let error = error.unwrap_err().to_string();
     assert!(error.contains("; the weights are still those of step 0"), "{error}");
-    let rare = TurnConfig { every: 2, ..TurnConfig::only(sgd(0.5), Vec::new()) };
+    let rare = NamedOptimizer { every: 2, ..NamedOptimizer::single(sgd(0.5), Vec::new()) };
     let error = Trainer::new(config(3)).optimizers(vec![rare]).fit(&Dropped::model(1), &data());
     let error = error.unwrap_err().to_string();
     assert_eq!(error, "`every`: at least one optimizer must be active in every step: leave out its `every`");
@@ -116,10 +116,10 @@ fn optimizers_take_turns_and_move_their_own_parameters_alone() {
             Ok(Duel { a: start("a", 0.)?, b: start("b", 1.)? })
         };
         let model = Model::with_precision(build, 0, &device(), precision).unwrap();
-        let turn = |name: &str, lr| TurnConfig {
+        let turn = |name: &str, lr| NamedOptimizer {
             name: name.into(),
             params: name.into(),
-            ..TurnConfig::only(sgd(lr), Vec::new())
+            ..NamedOptimizer::single(sgd(lr), Vec::new())
         };
         let recorder = Recorder::default();
         Trainer::new(TrainerConfig { micro_batch_size, precision, ..config(2) })
@@ -141,7 +141,7 @@ fn optimizers_take_turns_and_move_their_own_parameters_alone() {
 fn frozen_parameters_stay_and_the_others_learn() {
     let model = Dropped::model(1);
     let before = weights(&model);
-    let frozen = GroupConfig { params: "first.*".into(), frozen: true, ..Default::default() };
+    let frozen = ParamGroup { params: "first.*".into(), frozen: true, ..Default::default() };
     Trainer::new(config(4)).optimizer_with_groups(sgd(0.1), vec![frozen]).fit(&model, &data()).unwrap();
     for ((name, before), (_, after)) in before.iter().zip(weights(&model)) {
         assert_eq!(*before == after, name.starts_with("first."), "{name}");
@@ -152,9 +152,9 @@ fn frozen_parameters_stay_and_the_others_learn() {
 fn a_group_is_frozen_until_its_time_and_then_begins() {
     let rate = 0.01;
     let adam = || OptimizerConfig::from(AdamConfig { lr: 0.02, eps: 1e-12, ..Default::default() });
-    let first = || GroupConfig { params: "first.*".into(), lr: Some(rate), ..Default::default() };
+    let first = || ParamGroup { params: "first.*".into(), lr: Some(rate), ..Default::default() };
     // An epoch is 3 steps.
-    let run = |config: TrainerConfig, group: GroupConfig, shard| {
+    let run = |config: TrainerConfig, group: ParamGroup, shard| {
         let (model, recorder) = (Dropped::model(1), Recorder::default());
         Trainer::new(config)
             .distributed(DistributedConfig { shard, ..Default::default() })
@@ -165,10 +165,10 @@ fn a_group_is_frozen_until_its_time_and_then_begins() {
         (weights(&model), recorder.train("grad_norm"))
     };
     let clipped = |max_steps| TrainerConfig { clip_norm: Some(0.1), ..config(max_steps) };
-    let until = |unfreeze| GroupConfig { unfreeze: Some(unfreeze), ..first() };
+    let until = |unfreeze| ParamGroup { unfreeze: Some(unfreeze), ..first() };
     let alone = |max_steps, unfreeze| run(clipped(max_steps), until(unfreeze), Shard::None);
     // Until then it is as if it were frozen for ever, for the norm that clips as well.
-    let for_ever = run(clipped(3), GroupConfig { frozen: true, lr: None, ..first() }, Shard::None);
+    let for_ever = run(clipped(3), ParamGroup { frozen: true, lr: None, ..first() }, Shard::None);
     assert_eq!(alone(3, Every::Steps(3)), for_ever);
     // Then it begins: in its first step Adam moves what has a gradient by the rate, no matter how large that is.
     let (after, _) = alone(4, Every::Steps(3));
@@ -190,16 +190,16 @@ fn a_group_is_frozen_until_its_time_and_then_begins() {
 
 #[test]
 fn a_wrong_time_to_unfreeze_is_refused() {
-    let error = |group: GroupConfig| {
-        let group = GroupConfig { params: "*".into(), ..group };
+    let error = |group: ParamGroup| {
+        let group = ParamGroup { params: "*".into(), ..group };
         let mut trainer = Trainer::new(config(1)).optimizer_with_groups(sgd(0.1), vec![group]);
         trainer.fit(&Dropped::model(1), &data()).unwrap_err().to_string()
     };
-    let until = |unfreeze| GroupConfig { unfreeze: Some(unfreeze), ..Default::default() };
+    let until = |unfreeze| ParamGroup { unfreeze: Some(unfreeze), ..Default::default() };
     let expected = "`groups`: group `*`: expected `unfreeze` in steps or whole epochs, found";
     assert_eq!(error(until(Every::Epochs(0.5))), format!("{expected} \"0.5 epochs\""));
     assert_eq!(error(until(Every::Time(Duration::from_secs(60)))), format!("{expected} \"1m\""));
-    let both = GroupConfig { frozen: true, ..until(Every::Steps(2)) };
+    let both = ParamGroup { frozen: true, ..until(Every::Steps(2)) };
     assert_eq!(error(both), "`groups`: group `*`: `frozen` is for ever, so `unfreeze` has no effect");
     assert_eq!(
         error(until(Every::Steps(2))),
@@ -248,10 +248,10 @@ fn an_average_that_forgets_everything_is_the_weights_of_its_last_update() {
 
 #[test]
 fn a_plateau_lowers_the_learning_rate_of_every_optimizer_by_hand() {
-    let turn = |name: &str, lr| TurnConfig {
+    let turn = |name: &str, lr| NamedOptimizer {
         name: name.into(),
         params: format!("{name}.*"),
-        ..TurnConfig::only(sgd(lr), Vec::new())
+        ..NamedOptimizer::single(sgd(lr), Vec::new())
     };
     // No loss is ever this much better: every validation after the first counts as no progress.
     let plateau = Plateau { factor: 0.5, patience: 1, threshold: 1e9, absolute: true, ..Default::default() };

@@ -25,7 +25,7 @@ impl Module for Things {
         let things: Vec<f32> = index.to_vec1::<f32>()?.iter().map(|i| i % 4.).collect();
         let total: f32 = things.iter().sum();
         let errors = (self.linear.forward(x)? - y)?.sqr()?.squeeze(D::Minus1)?;
-        if !step.is_training() || (self.says_so)(step.index()) {
+        if !step.is_training() || (self.says_so)(step.global_step()) {
             step.weigh_loss(f64::from(total));
         }
         let of = Tensor::new(things, index.device())?;

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
-use candlepower::data::balanced;
+use candlepower::data::balanced_weights;
 use candlepower::prelude::*;
 use candlepower_tests::points::{Dropped, Points};
 
@@ -63,7 +63,7 @@ fn train(
 }
 
 fn balance() -> Vec<f64> {
-    balanced(&(0..SAMPLES).map(class).collect::<Vec<_>>())
+    balanced_weights(&(0..SAMPLES).map(class).collect::<Vec<_>>())
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::callback::{Callback, Flow, Record, StopReason, Watch};
+use crate::callback::{BuildCallback, Callback, Flow, Record, StopReason};
 use crate::error::{Error, Result};
 use crate::metrics::Criterion;
 
@@ -21,10 +21,10 @@ pub struct EarlyStoppingConfig {
     pub min_delta: f64,
     /// Ends the run at once if the metric is at least this good.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub stop_at: Option<f64>,
+    pub stopping_threshold: Option<f64>,
     /// Ends the run at once if the metric is worse than this.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub diverged_at: Option<f64>,
+    pub divergence_threshold: Option<f64>,
 }
 
 impl Default for EarlyStoppingConfig {
@@ -34,8 +34,8 @@ impl Default for EarlyStoppingConfig {
             maximize: false,
             patience: 3,
             min_delta: 0.,
-            stop_at: None,
-            diverged_at: None,
+            stopping_threshold: None,
+            divergence_threshold: None,
         }
     }
 }
@@ -56,7 +56,7 @@ struct Waiting {
     by: Option<Criterion>,
 }
 
-impl Watch for EarlyStopping {
+impl BuildCallback for EarlyStopping {
     type Config = EarlyStoppingConfig;
 
     fn watch(config: &EarlyStoppingConfig) -> Result<Self> {
@@ -65,8 +65,8 @@ impl Watch for EarlyStopping {
         }
         let numbers = [
             ("min_delta", Some(config.min_delta)),
-            ("stop_at", config.stop_at),
-            ("diverged_at", config.diverged_at),
+            ("stopping_threshold", config.stopping_threshold),
+            ("divergence_threshold", config.divergence_threshold),
         ];
         if let Some((key, _)) =
             numbers.iter().find(|(_, value)| value.is_some_and(|value| !value.is_finite()))
@@ -91,10 +91,10 @@ impl Callback for EarlyStopping {
         if !value.is_finite() {
             return stop(format!("`{monitor}` is {value}"));
         }
-        if self.config.stop_at.is_some_and(|goal| better(goal) || value == goal) {
+        if self.config.stopping_threshold.is_some_and(|goal| better(goal) || value == goal) {
             return stop(format!("`{monitor}` is {value:.6}: the goal is reached"));
         }
-        if self.config.diverged_at.is_some_and(|limit| !better(limit) && value != limit) {
+        if self.config.divergence_threshold.is_some_and(|limit| !better(limit) && value != limit) {
             return stop(format!("`{monitor}` is {value:.6}: it has diverged"));
         }
         if self.state.best.is_none_or(|best| better(best + margin)) {
@@ -110,7 +110,7 @@ impl Callback for EarlyStopping {
         stop(format!("`{monitor}` has not improved on {best:.6} for {patience} validations"))
     }
 
-    fn monitors(&self) -> Option<&str> {
+    fn monitored_metric(&self) -> Option<&str> {
         Some(&self.config.monitor)
     }
 
@@ -169,9 +169,9 @@ mod tests {
         assert_eq!(stops(config.clone(), &[1., f64::NAN]).unwrap().0, 1);
         let maximize = EarlyStoppingConfig { maximize: true, ..config.clone() };
         assert_eq!(stops(maximize, &[0.5, 0.7, 0.75, 0.6]).unwrap().0, 3);
-        let goal = EarlyStoppingConfig { stop_at: Some(0.5), ..config.clone() };
+        let goal = EarlyStoppingConfig { stopping_threshold: Some(0.5), ..config.clone() };
         assert_eq!(stops(goal, &[1., 0.5]).unwrap().1, "`loss` is 0.500000: the goal is reached");
-        let diverged = EarlyStoppingConfig { diverged_at: Some(2.), ..config };
+        let diverged = EarlyStoppingConfig { divergence_threshold: Some(2.), ..config };
         assert_eq!(stops(diverged, &[2., 2.5]).unwrap().1, "`loss` is 2.500000: it has diverged");
     }
 }

@@ -45,7 +45,7 @@ impl Callback for OnSignal {
         })
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         Ok(self.flow())
     }
 

@@ -109,7 +109,7 @@ impl Callback for ProgressBar {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, done: usize, total: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, done: usize, total: Option<usize>) -> Result<Flow> {
         if let Some(run) = &mut self.run {
             run.pause.get_or_insert_with(Instant::now);
             let of = total.map(|total| format!("/{total}")).unwrap_or_default();

@@ -5,7 +5,7 @@ use std::time::Instant;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::callback::{Callback, Flow, Plan, Record, StepEnd, Watch};
+use crate::callback::{BuildCallback, Callback, Flow, Plan, Record, StepEnd};
 use crate::error::{Error, Result};
 
 /// The `[callbacks.throughput]` section.
@@ -30,7 +30,7 @@ pub struct Throughput {
     sums: (u64, u64, f64),
 }
 
-impl Watch for Throughput {
+impl BuildCallback for Throughput {
     type Config = ThroughputConfig;
 
     fn watch(config: &ThroughputConfig) -> Result<Self> {
@@ -79,7 +79,7 @@ impl Callback for Throughput {
         Ok(Flow::Continue)
     }
 
-    fn on_validation_batch(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
         self.before = None;
         Ok(Flow::Continue)
     }

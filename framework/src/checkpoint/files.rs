@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Best;
+use crate::atomic_file::{PARTIAL, write_atomic};
 use crate::error::{Error, Result};
 use crate::metrics::Criterion;
-use crate::whole_file::{PARTIAL, write_whole};
 
 const MANIFEST: &str = "manifest.json";
 const VALIDATIONS: &str = "validations.json";
@@ -132,7 +132,7 @@ impl Validations {
     pub(super) fn write(&self, dir: &Path) -> Result<()> {
         let path = dir.join(VALIDATIONS);
         fs::create_dir_all(dir).map_err(Error::file(dir))?;
-        write_whole(&path, &serde_json::to_vec(self).map_err(Error::content(&path))?)
+        write_atomic(&path, &serde_json::to_vec(self).map_err(Error::content(&path))?)
     }
 }
 

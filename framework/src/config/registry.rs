@@ -13,12 +13,12 @@ use serde_json::json;
 use super::document::{Document, Named, did_you_mean, quoted_list};
 use super::schema::{named, schema_of, variants_of};
 use crate::batch::Batch;
-use crate::callback::{Callback, Watch};
+use crate::callback::{BuildCallback, Callback};
 use crate::data::{Open, OpenStream, Settings, Source, Split};
 use crate::error::{Error, Result};
 use crate::experiment::{Job, Pair};
 use crate::module::{Build, Module};
-use crate::optim::{Descend, OptimizerConfig};
+use crate::optim::{Optimizer, OptimizerConfig};
 
 /// The modules, datasets, callbacks and optimizers that configurations can name.
 ///
@@ -75,7 +75,7 @@ impl Registry {
     }
 
     /// Adds a callback under this name: a section `[callbacks.NAME]` attaches it to a run.
-    pub fn callback<C: Watch>(mut self, name: &'static str) -> Self {
+    pub fn callback<C: BuildCallback>(mut self, name: &'static str) -> Self {
         let parse = |document: &Document, named: &Named| -> Result<Box<dyn CallbackRecipe>> {
             Ok(Box::new(FromConfig::<C, C::Config> { config: document.fields(named)?, makes: PhantomData }))
         };
@@ -84,9 +84,9 @@ impl Registry {
     }
 
     /// Adds an optimizer under this name, for `[optimizer]` and `[optimizers.*]`.
-    pub fn optimizer<O: Descend>(mut self, name: &'static str) -> Self {
+    pub fn optimizer<O: Optimizer>(mut self, name: &'static str) -> Self {
         let parse = |document: &Document, named: &Named| {
-            let own = OptimizerConfig::own::<O>(&named.name, document.fields(named)?);
+            let own = OptimizerConfig::custom::<O>(&named.name, document.fields(named)?);
             own.map_err(|error| document.place(named.section(), error))
         };
         self.optimizers.insert(name, OwnEntry { parse, schema: schema_of::<O::Config> });
@@ -243,7 +243,7 @@ impl<B: Batch, C: Settings> DataRecipe<B> for DataFromConfig<B, C> {
     }
 }
 
-impl<C: Watch> CallbackRecipe for FromConfig<C, C::Config> {
+impl<C: BuildCallback> CallbackRecipe for FromConfig<C, C::Config> {
     fn make(&self) -> Result<Box<dyn Callback>> {
         Ok(Box::new(C::watch(&self.config)?))
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 pub(crate) use cycle::Cycle;
 pub(crate) use loader::{Loaded, Loader, Place};
-pub use order::{Order, samples_in_turn};
+pub use order::{Order, sequential_batches};
 use schemars::JsonSchema;
 use serde::{Serialize, de::DeserializeOwned};
 pub use source::{AnyStream, Items, Pass, Source, Stream};
@@ -86,7 +86,7 @@ pub trait Dataset: Send + Sync {
     fn batch(&self, samples: &[Sample]) -> Result<Self::Batch>;
 
     /// Sampling weights for training, one per sample. An epoch then draws [`len`](Self::len) samples with replacement, each
-    /// with a probability proportional to its weight; see [`balanced`]. Default: every sample once per epoch.
+    /// with a probability proportional to its weight; see [`balanced_weights`]. Default: every sample once per epoch.
     fn weights(&self) -> Option<Vec<f64>> {
         None
     }
@@ -100,9 +100,9 @@ pub trait Dataset: Send + Sync {
 /// Weights by which every class is drawn equally often, whatever its share of the samples: for [`Dataset::weights`].
 ///
 /// ```
-/// assert_eq!(candlepower::data::balanced(&[0, 1, 1, 1]), [1., 1. / 3., 1. / 3., 1. / 3.]);
+/// assert_eq!(candlepower::data::balanced_weights(&[0, 1, 1, 1]), [1., 1. / 3., 1. / 3., 1. / 3.]);
 /// ```
-pub fn balanced(classes: &[u32]) -> Vec<f64> {
+pub fn balanced_weights(classes: &[u32]) -> Vec<f64> {
     let mut counts = HashMap::new();
     classes.iter().for_each(|class| *counts.entry(class).or_insert(0) += 1);
     classes.iter().map(|class| 1. / f64::from(counts[class])).collect()

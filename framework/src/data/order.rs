@@ -22,7 +22,7 @@ pub struct Order {
     /// Maximum number of batches per epoch.
     pub limit: usize,
     /// Whether every epoch is the first samples in turn, each time the same, instead of a permutation.
-    in_turn: bool,
+    sequential: bool,
     /// Draws samples with replacement instead.
     weights: Option<Arc<WeightedIndex<f64>>>,
 }
@@ -30,7 +30,7 @@ pub struct Order {
 impl Order {
     /// A permutation of all samples in every epoch.
     pub fn new(seed: u64, len: usize, batch_size: usize) -> Self {
-        Self { seed, len, batch_size, limit: usize::MAX, in_turn: false, weights: None }
+        Self { seed, len, batch_size, limit: usize::MAX, sequential: false, weights: None }
     }
 
     /// The same with samples drawn with replacement, in proportion to these weights.
@@ -54,8 +54,8 @@ impl Order {
     }
 
     /// The same with the first samples in turn, in every epoch alike.
-    pub fn in_turn(self) -> Self {
-        Self { in_turn: true, ..self }
+    pub fn sequential(self) -> Self {
+        Self { sequential: true, ..self }
     }
 
     /// The same order with at most `limit` batches per epoch.
@@ -77,7 +77,7 @@ impl Order {
     pub fn epoch(&self, epoch: u64) -> impl Iterator<Item = (Vec<Sample>, bool)> + Send + use<> {
         let (seed, batch_size, batches) = (self.seed, self.batch_size, self.batches());
         // The same samples every time are also made the same way every time.
-        let epoch = if self.in_turn { 0 } else { epoch };
+        let epoch = if self.sequential { 0 } else { epoch };
         let (indices, samples) = (self.indices(epoch), self.samples());
         let sample = move |(index, repeat)| Sample { index, split: Split::Train, epoch, seed, repeat };
         (0..batches).map(move |batch| {
@@ -91,7 +91,7 @@ impl Order {
         let mut generator = seed::generator(self.seed, [seed::name("order"), epoch, 0]);
         let mut indices: Vec<(usize, u32)> = (0..self.len).map(|index| (index, 0)).collect();
         match &self.weights {
-            _ if self.in_turn => {}
+            _ if self.sequential => {}
             None => indices.shuffle(&mut generator),
             Some(weights) => {
                 let mut counts = vec![0; self.len];
@@ -113,7 +113,7 @@ impl Order {
 }
 
 /// The order of evaluation: every sample exactly once, first to last.
-pub fn samples_in_turn(
+pub fn sequential_batches(
     split: Split,
     seed: u64,
     len: usize,
@@ -162,7 +162,7 @@ mod tests {
 
     #[test]
     fn in_turn_every_epoch_is_the_same() {
-        let order = Order::new(7, 10, 4).in_turn();
+        let order = Order::new(7, 10, 4).sequential();
         assert_eq!(indices(order.epoch(3)), [vec![0, 1, 2, 3], vec![4, 5, 6, 7], vec![8, 9]]);
         assert!(order.epoch(3).eq(order.epoch(5)));
     }
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn evaluation_counts_every_sample_once() {
-        let batches = samples_in_turn(Split::Val, 0, 7, 3);
+        let batches = sequential_batches(Split::Val, 0, 7, 3);
         let turns: Vec<Vec<usize>> = batches.map(|batch| batch.iter().map(|s| s.index).collect()).collect();
         assert_eq!(turns, [vec![0, 1, 2], vec![3, 4, 5], vec![6]]);
     }

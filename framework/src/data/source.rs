@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::loader::{Job, Place};
-use super::{Dataset, Order, Sample, Split, samples_in_turn};
+use super::{Dataset, Order, Sample, Split, sequential_batches};
 use crate::batch::Batch;
 use crate::error::{Error, Result};
 
@@ -172,7 +172,7 @@ impl<B: Batch> Source<B> {
         let all: Jobs<B> = match self {
             Self::Indexed(dataset) => {
                 let (dataset, len) = (dataset.clone(), dataset.len().min(samples));
-                let batches = samples_in_turn(pass.split, pass.seed, len, batch_size);
+                let batches = sequential_batches(pass.split, pass.seed, len, batch_size);
                 Box::new(batches.flat_map(move |samples| {
                     jobs(&dataset, samples, batch_size, false).map(Ok).collect::<Vec<_>>()
                 }))

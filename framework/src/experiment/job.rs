@@ -8,6 +8,7 @@ use indexmap::IndexMap;
 
 use super::sections::differences;
 use super::{Experiment, Report, Resume};
+use crate::atomic_file::write_atomic;
 use crate::batch::Batch;
 use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, Progress, StopReason};
@@ -23,7 +24,6 @@ use crate::module::Model;
 use crate::run_dir::RunDir;
 use crate::trained::Trained;
 use crate::trainer::Trainer;
-use crate::whole_file::write_whole;
 
 /// The operations of an experiment, independent of its batch type.
 pub(crate) trait Job: Send + Sync {
@@ -146,7 +146,7 @@ fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
             tracing::warn!("the configuration differs from the checkpoint's:\n  {}", changes.join("\n  "));
         }
     }
-    write_whole(&path, resolved.as_bytes())
+    write_atomic(&path, resolved.as_bytes())
 }
 
 impl<B: Batch> Job for Pair<B> {

@@ -7,7 +7,7 @@ use crate::collective::DistributedConfig;
 use crate::config::Registry;
 use crate::config::schema::{named, require, schema_of, variants_of};
 use crate::logger::LoggingConfig;
-use crate::optim::{AverageConfig, GroupConfig};
+use crate::optim::{AverageConfig, ParamGroup};
 use crate::run_dir::RunConfig;
 use crate::schedule::{Interval, Plateau, Schedule};
 use crate::trainer::TrainerConfig;
@@ -17,7 +17,7 @@ use crate::weights::InitConfig;
 pub fn schema(registry: &Registry) -> Value {
     let [module, data] = registry.schemas();
     let data = with_fields(data, &[("workers", schema_of::<usize>()), ("prefetch", schema_of::<usize>())]);
-    let groups = [("groups", schema_of::<Vec<GroupConfig>>())];
+    let groups = [("groups", schema_of::<Vec<ParamGroup>>())];
     let optimizer = |default| with_fields(named(registry.optimizer_schemas(), default), &groups);
     let interval = ("interval", schema_of::<Interval>());
     let schedule = with_fields(named(variants_of::<Schedule>(), Some("constant")), &[interval]);

@@ -4,18 +4,18 @@ use indexmap::IndexSet;
 
 use crate::config::{Document, Registry, untag};
 use crate::error::{Error, Result};
-use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
+use crate::optim::{AverageConfig, NamedOptimizer, OptimizerConfig, ParamGroup};
 use crate::schedule::{Interval, Plateau, Schedule};
 
 /// The name of the only optimizer, which is not shown to modules or in logs.
 pub(super) const ONLY: &str = "optimizer";
 
 /// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
-pub(super) fn turns(document: &Document, registry: &Registry) -> Result<Vec<TurnConfig>> {
+pub(super) fn turns(document: &Document, registry: &Registry) -> Result<Vec<NamedOptimizer>> {
     let several = document.sections_in("optimizers")?;
     let Some((_, span)) = several.first() else {
         let only = turn(document, registry, ONLY.into(), "optimizer", Some("adam"))?;
-        return Ok(vec![TurnConfig { params: "*".into(), schedule: None, ..only }]);
+        return Ok(vec![NamedOptimizer { params: "*".into(), schedule: None, ..only }]);
     };
     if document.has("optimizer")? {
         let message = "either [optimizer] or [optimizers.*]: a run has one optimizer, or several with names";
@@ -25,9 +25,9 @@ pub(super) fn turns(document: &Document, registry: &Registry) -> Result<Vec<Turn
         let section = format!("optimizers.{name}");
         turn(document, registry, name, &section, None)
     };
-    let turns: Vec<TurnConfig> = several.into_iter().map(turn).collect::<Result<_>>()?;
+    let turns: Vec<NamedOptimizer> = several.into_iter().map(turn).collect::<Result<_>>()?;
     let section = format!("optimizers.{}", turns[0].name);
-    TurnConfig::check_together(&turns).map_err(|error| document.place(&section, error))?;
+    NamedOptimizer::check_together(&turns).map_err(|error| document.place(&section, error))?;
     Ok(turns)
 }
 
@@ -37,9 +37,9 @@ fn turn(
     name: String,
     section: &str,
     default: Option<&str>,
-) -> Result<TurnConfig> {
+) -> Result<NamedOptimizer> {
     let mut named = document.named(section, default)?;
-    let groups: Option<Vec<GroupConfig>> = document.take_field(&mut named, "groups")?;
+    let groups: Option<Vec<ParamGroup>> = document.take_field(&mut named, "groups")?;
     let (params, every, schedule_table): (Option<String>, Option<u64>, Option<toml::Table>) = match default {
         Some(_) => (None, None, None),
         None => (
@@ -67,7 +67,7 @@ fn turn(
     };
     let optimizer = registry.read_optimizer(document, &named)?;
     let (groups, every) = (groups.unwrap_or_default(), every.unwrap_or(1));
-    let turn = TurnConfig { name, params, optimizer, groups, schedule, every };
+    let turn = NamedOptimizer { name, params, optimizer, groups, schedule, every };
     turn.check().map_err(|error| document.place(section, error))?;
     Ok(turn)
 }
@@ -105,9 +105,9 @@ pub(super) fn average(document: &Document) -> Result<Option<AverageConfig>> {
     Ok(Some(average))
 }
 
-pub(super) fn optimizer_table(turn: &TurnConfig) -> Result<toml::Table> {
+pub(super) fn optimizer_table(turn: &NamedOptimizer) -> Result<toml::Table> {
     let mut fields = match &turn.optimizer {
-        OptimizerConfig::Own(own) => own.table()?,
+        OptimizerConfig::Custom(own) => own.table()?,
         ours => untag(ours)?,
     };
     if !turn.groups.is_empty() {

@@ -10,7 +10,7 @@ use crate::callback::{Callback, Flow, Record, StopReason};
 use crate::data::Data;
 use crate::error::{Error, Result};
 use crate::module::Model;
-use crate::optim::TurnConfig;
+use crate::optim::NamedOptimizer;
 use crate::plot::{Axis, Plot};
 use crate::schedule::Schedule;
 use crate::trainer::Trainer;
@@ -168,11 +168,11 @@ impl Callback for Recorder {
     }
 }
 
-fn proportions(turns: &[TurnConfig], first: f64) -> IndexMap<String, f64> {
+fn proportions(turns: &[NamedOptimizer], first: f64) -> IndexMap<String, f64> {
     let rates = turns.iter().flat_map(|turn| {
         let own = (turn.name.clone(), turn.optimizer.lr());
         let of_group =
-            |group: &crate::optim::GroupConfig| Some((format!("{}: {}", turn.name, group.params), group.lr?));
+            |group: &crate::optim::ParamGroup| Some((format!("{}: {}", turn.name, group.params), group.lr?));
         [own].into_iter().chain(turn.groups.iter().filter_map(of_group))
     });
     rates.map(|(name, lr)| (name, lr / first)).collect()

@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::Logger;
+use crate::atomic_file::write_atomic;
 use crate::callback::Record;
 use crate::error::{Error, Result};
-use crate::whole_file::write_whole;
 
 /// Appends each record as a row. A new metric adds a column to all rows.
 pub struct Csv {
@@ -62,7 +62,7 @@ fn read(path: &Path) -> Result<(Vec<String>, Vec<Vec<String>>)> {
 
 /// Rewrites the whole file and opens it for appending.
 fn rewrite(path: &Path, header: &Vec<String>, rows: &[Vec<String>]) -> Result<File> {
-    write_whole(path, &lines(path, std::iter::once(header).chain(rows), header.len())?)?;
+    write_atomic(path, &lines(path, std::iter::once(header).chain(rows), header.len())?)?;
     OpenOptions::new().append(true).open(path).map_err(Error::file(path))
 }
 

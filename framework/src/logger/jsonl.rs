@@ -5,9 +5,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use super::Logger;
+use crate::atomic_file::write_atomic;
 use crate::callback::Record;
 use crate::error::{Error, Result};
-use crate::whole_file::write_whole;
 
 /// Appends each record as a line of JSON, immediately, so `tail -f` can follow the run. NaN and infinite
 /// values become `null`, because JSON cannot represent them; `metrics.csv` distinguishes them.
@@ -25,7 +25,7 @@ impl Jsonl {
                 record.and_then(|record| record["step"].as_u64()).is_some_and(|at| at <= step)
             };
             let kept: String = text.lines().filter(before).flat_map(|line| [line, "\n"]).collect();
-            write_whole(path, kept.as_bytes())?;
+            write_atomic(path, kept.as_bytes())?;
         }
         let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::file(path))?;
         Ok(Self { path: path.to_path_buf(), file })

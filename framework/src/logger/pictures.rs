@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::Logger;
+use crate::atomic_file::write_atomic;
 use crate::callback::{Picture, Record};
 use crate::error::{Error, Result};
-use crate::whole_file::write_whole;
 
 /// Writes `<split>_<name>_<step>.png` into a folder. Each `/` in the name becomes `_`.
 pub struct Pictures {
@@ -28,6 +28,6 @@ impl Logger for Pictures {
         std::fs::create_dir_all(&self.dir).map_err(Error::file(&self.dir))?;
         let Picture { step, split, name, png, .. } = picture;
         let name = name.replace('/', "_");
-        write_whole(&self.dir.join(format!("{}_{name}_{step:06}.png", split.name())), png)
+        write_atomic(&self.dir.join(format!("{}_{name}_{step:06}.png", split.name())), png)
     }
 }

@@ -66,19 +66,19 @@ fn numbers(tensor: &Tensor) -> Result<Vec<f64>> {
 ///
 /// ```
 /// # use candlepower::prelude::*;
-/// # use candlepower::metrics::classification::Confusion;
+/// # use candlepower::metrics::classification::ConfusionMatrix;
 /// let classes = |classes: &[u32]| Tensor::new(classes, &Device::Cpu);
-/// let confusion = Confusion::new(&classes(&[0, 1, 1, 2])?, &classes(&[0, 1, 2, 2])?, 3)?;
+/// let confusion = ConfusionMatrix::new(&classes(&[0, 1, 1, 2])?, &classes(&[0, 1, 2, 2])?, 3)?;
 /// assert_eq!((confusion.accuracy(), confusion.recall(2), confusion.precision(1)), (0.75, 0.5, 0.5));
 /// # Ok::<(), Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Confusion {
+pub struct ConfusionMatrix {
     /// `counts[label][predicted]`.
     pub counts: Vec<Vec<u64>>,
 }
 
-impl Confusion {
+impl ConfusionMatrix {
     /// Counts `predicted` (N) against `labels` (N), both less than `classes`.
     pub fn new(predicted: &Tensor, labels: &Tensor, classes: usize) -> Result<Self> {
         let (predicted, labels) = (numbers(predicted)?, numbers(labels)?);
@@ -185,14 +185,15 @@ mod tests {
         assert_eq!(error(&[1., 2.], &[1.]), "there are 2 scores for 1 labels");
         assert_eq!(error(&[1.], &[2.]), "expected labels of 0 and 1, found 2");
         assert_eq!(error(&[f32::NAN], &[1.]), "a score is NaN");
-        let error = Confusion::new(&tensor(&[3.]), &tensor(&[1.]), 3).unwrap_err().to_string();
+        let error = ConfusionMatrix::new(&tensor(&[3.]), &tensor(&[1.]), 3).unwrap_err().to_string();
         assert_eq!(error, "expected classes below 3, found 3 for 1");
     }
 
     #[test]
     fn classes_are_told_apart() {
         let tensor = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap();
-        let confusion = Confusion::new(&tensor(&[0, 0, 1, 1, 1]), &tensor(&[0, 1, 1, 1, 0]), 3).unwrap();
+        let confusion =
+            ConfusionMatrix::new(&tensor(&[0, 0, 1, 1, 1]), &tensor(&[0, 1, 1, 1, 0]), 3).unwrap();
         assert_eq!(confusion.counts, [[1, 1, 0], [1, 2, 0], [0, 0, 0]]);
         assert_eq!(confusion.accuracy(), 0.6);
         // The third class has no samples.

@@ -3,8 +3,8 @@
 mod adam;
 mod adaptive;
 mod average;
+mod custom;
 mod moments;
-mod own;
 mod rmsprop;
 mod ruled;
 mod sgd;
@@ -17,22 +17,22 @@ pub(crate) use average::Average;
 pub use average::{AverageConfig, EmaConfig, SwaConfig};
 use candle_core::{Tensor, Var};
 pub use candlepower_kernels::clipping::{Clipped, Clipping, GradScale};
+pub use custom::{CustomOptimizer, Optimizer};
 use moments::{Adamax, Nadam};
 pub use moments::{MomentsConfig, RadamConfig};
-pub use own::{Descend, OwnOptimizer};
 pub use rmsprop::RmspropConfig;
 use ruled::Ruled;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 pub use sgd::SgdConfig;
 pub(crate) use turn::Turn;
-pub use turn_config::{GroupConfig, TurnConfig};
+pub use turn_config::{NamedOptimizer, ParamGroup};
 
 use crate::error::{Error, Result};
 use crate::schedule::{Rates, Schedule};
 
 /// A rule that moves parameters against their gradients.
-pub trait Optimizer: Send {
+pub trait FusedOptimizer: Send {
     /// Sets the numbers of step `t`: `rates` come from the schedule. `t` counts the steps that this optimizer
     /// has taken, from 1, so the number of a refused step comes again.
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()>;
@@ -92,10 +92,10 @@ pub enum OptimizerConfig {
     Nadam(MomentsConfig),
     /// RAdam (Liu et al. 2020).
     Radam(RadamConfig),
-    /// A custom optimizer ([`Descend`]). Configurations can name it if it is in a
+    /// A custom optimizer ([`Optimizer`]). Configurations can name it if it is in a
     /// [`Registry`](crate::config::Registry).
     #[serde(skip)]
-    Own(OwnOptimizer),
+    Custom(CustomOptimizer),
 }
 
 impl OptimizerConfig {
@@ -103,8 +103,8 @@ impl OptimizerConfig {
     ///
     /// # Errors
     /// If the optimizer refuses its settings.
-    pub fn own<O: Descend>(name: &str, config: O::Config) -> Result<Self> {
-        OwnOptimizer::new::<O>(name, config).map(Self::Own)
+    pub fn custom<O: Optimizer>(name: &str, config: O::Config) -> Result<Self> {
+        CustomOptimizer::new::<O>(name, config).map(Self::Custom)
     }
 
     /// The learning rate that the schedule scales.
@@ -124,7 +124,7 @@ impl OptimizerConfig {
             | Self::Adamax(MomentsConfig { lr, weight_decay, .. })
             | Self::Nadam(MomentsConfig { lr, weight_decay, .. })
             | Self::Radam(RadamConfig { lr, weight_decay, .. })
-            | Self::Own(OwnOptimizer { lr, weight_decay, .. }) => (lr, weight_decay),
+            | Self::Custom(CustomOptimizer { lr, weight_decay, .. }) => (lr, weight_decay),
         }
     }
 
@@ -175,13 +175,13 @@ impl OptimizerConfig {
                 }
             }
             // Checked when it was created.
-            Self::Own(_) => {}
+            Self::Custom(_) => {}
         }
         Ok(())
     }
 
     /// Builds the optimizer of these parameters. Its rates will come from `schedule`.
-    pub fn build(&self, params: &[Param], schedule: &Schedule) -> Result<Box<dyn Optimizer>> {
+    pub fn build(&self, params: &[Param], schedule: &Schedule) -> Result<Box<dyn FusedOptimizer>> {
         Ok(match self {
             Self::Adam(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
             Self::AdamW(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
@@ -192,7 +192,7 @@ impl OptimizerConfig {
             Self::Adamax(config) => Box::new(Ruled::new(params, Adamax(config.clone()), schedule)?),
             Self::Nadam(config) => Box::new(Nadam::new(params, config, schedule)?),
             Self::Radam(config) => Box::new(Ruled::new(params, config.clone(), schedule)?),
-            Self::Own(own) => own.build(params)?,
+            Self::Custom(own) => own.build(params)?,
         })
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::adam::correction;
 use super::ruled::{Recipe, Ruled};
-use super::{Optimizer, Param};
+use super::{FusedOptimizer, Param};
 use crate::error::Result;
 use crate::schedule::{Rates, Schedule};
 
@@ -171,7 +171,7 @@ impl Nadam {
     }
 }
 
-impl Optimizer for Nadam {
+impl FusedOptimizer for Nadam {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         let product = self.product.to_vec1::<f32>()?[0] * self.ruled.recipe.momentum(t, rates) as f32;
         self.ruled.recipe.product = f64::from(product);

@@ -4,7 +4,7 @@ use candle_core::{DType, Device, Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::updates::{MOST_STATES, Placed, Rule, UpdateParam};
 
-use super::{Optimizer, Param};
+use super::{FusedOptimizer, Param};
 use crate::error::Result;
 use crate::schedule::{Rates, Schedule};
 
@@ -47,7 +47,7 @@ impl<C: Recipe> Ruled<C> {
     }
 }
 
-impl<C: Recipe> Optimizer for Ruled<C> {
+impl<C: Recipe> FusedOptimizer for Ruled<C> {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         Ok(self.numbers.set(self.recipe.step(t, rates))?)
     }

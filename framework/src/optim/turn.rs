@@ -8,8 +8,8 @@ use candlepower_kernels::updates::publish;
 use indexmap::IndexMap;
 use wildmatch::WildMatch;
 
-use super::turn_config::{GroupConfig, TurnConfig};
-use super::{Optimizer, OptimizerConfig, Param};
+use super::turn_config::{NamedOptimizer, ParamGroup};
+use super::{FusedOptimizer, OptimizerConfig, Param};
 use crate::callback::Progress;
 use crate::collective::Collective;
 use crate::collective::shard::{self, Shares};
@@ -47,7 +47,7 @@ struct Group {
     /// How many of the parameters this rank moves.
     own: usize,
     /// The optimizer of those parameters.
-    optimizer: Box<dyn Optimizer>,
+    optimizer: Box<dyn FusedOptimizer>,
     /// Its learning rate divided by the turn's.
     ratio: f64,
     /// If it starts frozen: the pattern of its parameters, and how long.
@@ -61,16 +61,16 @@ struct Group {
 impl Turn {
     /// Distributes parameters among optimizers and their groups. Every parameter needs exactly one optimizer,
     /// and every pattern must match a parameter. `unused` parameters are not moved: see
-    /// [`Module::unused`](crate::module::Module::unused). If the ranks `shard` the optimizer state, each
+    /// [`Module::unused_parameters`](crate::module::Module::unused_parameters). If the ranks `shard` the optimizer state, each
     /// moves a part of the parameters.
     pub(crate) fn share(
-        configs: &[TurnConfig],
+        configs: &[NamedOptimizer],
         schedule: &Schedule,
         params: &Params,
         unused: &[&str],
         shard: Option<&dyn Collective>,
     ) -> Result<Vec<Self>> {
-        TurnConfig::check_together(configs)?;
+        NamedOptimizer::check_together(configs)?;
         let names: Vec<String> = params.vars().into_iter().map(|(name, _)| name).collect();
         if let Some(pattern) = unused.iter().find(|pattern| !names.iter().any(|name| fits(pattern, name))) {
             return Err(Error::msg(format!(
@@ -78,7 +78,7 @@ impl Turn {
             )));
         }
         for (name, _) in params.vars() {
-            let takes = |config: &&TurnConfig| fits(&config.params, &name);
+            let takes = |config: &&NamedOptimizer| fits(&config.params, &name);
             let takers: Vec<&str> = configs.iter().filter(takes).map(|config| config.name.as_str()).collect();
             match takers[..] {
                 [_] => {}
@@ -100,7 +100,7 @@ impl Turn {
     }
 
     fn new(
-        config: &TurnConfig,
+        config: &NamedOptimizer,
         schedule: &Schedule,
         store: &Params,
         unused: &[&str],
@@ -116,7 +116,7 @@ impl Turn {
         let schedule = config.schedule.as_ref().unwrap_or(schedule).clone();
         let mut add = |mut params: Vec<(String, Var)>,
                        optimizer: OptimizerConfig,
-                       unfreeze: Option<&GroupConfig>| {
+                       unfreeze: Option<&ParamGroup>| {
             unused.iter().for_each(|pattern| idle.extend(take(pattern, &mut params)));
             let ratio = if optimizer.lr() == lr { 1. } else { optimizer.lr() / lr };
             let (rank, world_size) = shard.map_or((0, 1), |ranks| (ranks.rank(), ranks.world_size()));
@@ -318,7 +318,7 @@ fn take(pattern: &str, from: &mut Vec<(String, Var)>) -> Vec<(String, Var)> {
     taken
 }
 
-fn patterns(configs: &[TurnConfig]) -> String {
+fn patterns(configs: &[NamedOptimizer]) -> String {
     let all: Vec<String> = configs.iter().map(|c| format!("`{}` updates `{}`", c.name, c.params)).collect();
     all.join(", ")
 }
@@ -350,8 +350,8 @@ mod tests {
         params
     }
 
-    fn group(params: &str) -> GroupConfig {
-        GroupConfig { params: params.into(), ..Default::default() }
+    fn group(params: &str) -> ParamGroup {
+        ParamGroup { params: params.into(), ..Default::default() }
     }
 
     fn sgd(lr: f64) -> OptimizerConfig {
@@ -362,13 +362,13 @@ mod tests {
     fn groups_have_their_own_rates_and_frozen_parameters_stay() {
         let all = params(&["encoder.w", "encoder.b", "decoder.w", "dead.w"]);
         let groups = vec![
-            GroupConfig { frozen: true, ..group("dead.*") },
-            GroupConfig { weight_decay: Some(0.5), ..group("encoder.w") },
-            GroupConfig { lr: Some(0.01), ..group("encoder.*") },
+            ParamGroup { frozen: true, ..group("dead.*") },
+            ParamGroup { weight_decay: Some(0.5), ..group("encoder.w") },
+            ParamGroup { lr: Some(0.01), ..group("encoder.*") },
         ];
         let schedule = Schedule::Exponential { gamma: 0.5 };
         let mut turns =
-            Turn::share(&[TurnConfig::only(sgd(0.1), groups)], &schedule, &all, &[], None).unwrap();
+            Turn::share(&[NamedOptimizer::single(sgd(0.1), groups)], &schedule, &all, &[], None).unwrap();
         let turn = &mut turns[0];
         let names: Vec<&str> = turn.params.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["encoder.w", "encoder.b", "decoder.w"]);
@@ -387,7 +387,7 @@ mod tests {
             let moved = |schedule: Schedule| {
                 let all = params(&["w"]);
                 let turns = Turn::share(
-                    &[TurnConfig::only(optimizer.clone(), Vec::new())],
+                    &[NamedOptimizer::single(optimizer.clone(), Vec::new())],
                     &schedule,
                     &all,
                     &[],
@@ -423,12 +423,12 @@ mod tests {
     #[test]
     fn patterns_that_fit_nothing_and_parameters_of_nobody_are_refused() {
         let all = params(&["a.w", "b.w"]);
-        let turn = |name: &str, params: &str| TurnConfig {
+        let turn = |name: &str, params: &str| NamedOptimizer {
             name: name.into(),
             params: params.into(),
-            ..TurnConfig::only(sgd(0.1), Vec::new())
+            ..NamedOptimizer::single(sgd(0.1), Vec::new())
         };
-        let error = |configs: &[TurnConfig]| {
+        let error = |configs: &[NamedOptimizer]| {
             Turn::share(configs, &Schedule::default(), &all, &[], None).err().unwrap().to_string()
         };
         assert_eq!(error(&[turn("x", "a.*")]), "no optimizer updates parameter `b.w`: `x` updates `a.*`");
@@ -436,7 +436,7 @@ mod tests {
             error(&[turn("x", "*"), turn("y", "b.*")]),
             "parameter `b.w` is assigned to `x` and `y`: assign it to one"
         );
-        let lost = TurnConfig { groups: vec![group("c.*")], ..turn("x", "*") };
+        let lost = NamedOptimizer { groups: vec![group("c.*")], ..turn("x", "*") };
         assert_eq!(error(&[lost]), "`groups`: `c.*` matches no parameter; the parameters are a.w, b.w");
     }
 }

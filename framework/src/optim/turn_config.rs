@@ -11,7 +11,7 @@ use crate::trainer::Every;
 /// Parameters with their own settings: an entry of `groups` in an optimizer's section.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
-pub struct GroupConfig {
+pub struct ParamGroup {
     /// Parameters by name: `*` matches any text, `?` any character, as in `encoder.*`. A parameter belongs to
     /// the first group whose pattern matches.
     pub params: String,
@@ -35,15 +35,15 @@ pub struct GroupConfig {
 /// with [`Step::optimizer`](crate::module::Step::optimizer) returning whose turn it is, and the gradient of
 /// the returned loss moves only that optimizer's parameters.
 #[derive(Debug, Clone, PartialEq)]
-pub struct TurnConfig {
+pub struct NamedOptimizer {
     /// Its name, for the module and the logs.
     pub name: String,
-    /// The parameters it moves, by name, as in [`GroupConfig::params`].
+    /// The parameters it moves, by name, as in [`ParamGroup::params`].
     pub params: String,
     /// Its rule.
     pub optimizer: OptimizerConfig,
     /// Parameters with their own settings.
-    pub groups: Vec<GroupConfig>,
+    pub groups: Vec<ParamGroup>,
     /// Its schedule. Default: the run's.
     pub schedule: Option<Schedule>,
     /// Number of steps per turn; 1 means every step. In other steps its parameters stay, and its rule counts
@@ -51,9 +51,9 @@ pub struct TurnConfig {
     pub every: u64,
 }
 
-impl TurnConfig {
+impl NamedOptimizer {
     /// A single optimizer for all parameters.
-    pub fn only(optimizer: OptimizerConfig, groups: Vec<GroupConfig>) -> Self {
+    pub fn single(optimizer: OptimizerConfig, groups: Vec<ParamGroup>) -> Self {
         Self { name: "optimizer".into(), params: "*".into(), optimizer, groups, schedule: None, every: 1 }
     }
 
@@ -63,7 +63,7 @@ impl TurnConfig {
         if self.every == 0 {
             return Err(Error::setting("every", "expected at least 1, found 0"));
         }
-        for GroupConfig { params, lr, weight_decay, frozen, unfreeze } in &self.groups {
+        for ParamGroup { params, lr, weight_decay, frozen, unfreeze } in &self.groups {
             if *frozen && unfreeze.is_some() {
                 let message = format!("group `{params}`: `frozen` is for ever, so `unfreeze` has no effect");
                 return Err(Error::setting("groups", message));
@@ -89,7 +89,9 @@ impl TurnConfig {
                 let message = format!("group `{params}`: expected `lr` and `weight_decay` of at least 0");
                 return Err(Error::setting("groups", message));
             }
-            if weight_decay.is_some() && matches!(&self.optimizer, OptimizerConfig::Own(own) if !own.decays) {
+            if weight_decay.is_some()
+                && matches!(&self.optimizer, OptimizerConfig::Custom(own) if !own.decays)
+            {
                 let message = format!("group `{params}`: the optimizer has no `weight_decay`");
                 return Err(Error::setting("groups", message));
             }
@@ -115,7 +117,7 @@ impl TurnConfig {
 
     /// A copy with every learning rate multiplied by `factor`, using the run's schedule.
     pub(crate) fn scaled(&self, factor: f64) -> Self {
-        let scale = |group: &GroupConfig| GroupConfig { lr: group.lr.map(|lr| lr * factor), ..group.clone() };
+        let scale = |group: &ParamGroup| ParamGroup { lr: group.lr.map(|lr| lr * factor), ..group.clone() };
         Self {
             optimizer: self.optimizer.with(Some(self.optimizer.lr() * factor), None),
             groups: self.groups.iter().map(scale).collect(),

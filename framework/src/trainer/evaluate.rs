@@ -78,7 +78,7 @@ pub(super) fn evaluate<B: Batch>(
         trainer.show_ready_pictures()?;
         // The other ranks are assumed to be about as far.
         let done = (i + share.of).min(total.unwrap_or(usize::MAX));
-        flow = flow.or(trainer.ask(|callback| callback.on_validation_batch(done, total))?);
+        flow = flow.or(trainer.ask(|callback| callback.on_validation_batch_end(done, total))?);
         if let Flow::Stop(signal @ StopReason::Signal(_)) = &flow
             && ranks.is_alone()
         {

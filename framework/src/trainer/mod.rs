@@ -32,7 +32,7 @@ use crate::error::{Error, Result};
 use crate::metrics::video::LeadTimes;
 use crate::module::{Model, Sketch, Step};
 use crate::nn;
-use crate::optim::{AverageConfig, GroupConfig, OptimizerConfig, TurnConfig};
+use crate::optim::{AverageConfig, NamedOptimizer, OptimizerConfig, ParamGroup};
 pub use crate::precision::Precision;
 use crate::schedule::{Plateau, Schedule};
 
@@ -56,7 +56,7 @@ pub(crate) use phase;
 /// ```
 pub struct Trainer {
     pub(crate) config: TrainerConfig,
-    pub(crate) turns: Vec<TurnConfig>,
+    pub(crate) turns: Vec<NamedOptimizer>,
     schedule: Schedule,
     average: Option<AverageConfig>,
     plateau: Option<Plateau>,
@@ -125,7 +125,7 @@ impl Trainer {
     pub fn new(config: TrainerConfig) -> Self {
         Self {
             config,
-            turns: vec![TurnConfig::only(OptimizerConfig::default(), Vec::new())],
+            turns: vec![NamedOptimizer::single(OptimizerConfig::default(), Vec::new())],
             schedule: Schedule::default(),
             average: None,
             plateau: None,
@@ -152,12 +152,12 @@ impl Trainer {
     }
 
     /// Sets the optimizer, and groups of parameters with their own settings.
-    pub fn optimizer_with_groups(self, config: impl Into<OptimizerConfig>, groups: Vec<GroupConfig>) -> Self {
-        self.optimizers(vec![TurnConfig::only(config.into(), groups)])
+    pub fn optimizer_with_groups(self, config: impl Into<OptimizerConfig>, groups: Vec<ParamGroup>) -> Self {
+        self.optimizers(vec![NamedOptimizer::single(config.into(), groups)])
     }
 
     /// Sets several optimizers, which take turns in each step.
-    pub fn optimizers(mut self, turns: Vec<TurnConfig>) -> Self {
+    pub fn optimizers(mut self, turns: Vec<NamedOptimizer>) -> Self {
         self.turns = turns;
         self
     }
@@ -230,7 +230,7 @@ impl Trainer {
     }
 
     /// Sets how far the weights used for validation and prediction have been trained, for modules that use
-    /// [`Step::index`]. [`fit`](Self::fit) sets this by itself.
+    /// [`Step::global_step`]. [`fit`](Self::fit) sets this by itself.
     pub fn trained(mut self, progress: Progress) -> Self {
         self.progress = progress;
         self
@@ -353,7 +353,7 @@ impl Trainer {
         data: &Data<B>,
     ) -> Result<Outcome> {
         self.config.check()?;
-        self.turns.iter().try_for_each(TurnConfig::check)?;
+        self.turns.iter().try_for_each(NamedOptimizer::check)?;
         self.schedule.check()?;
         if let Some(plateau) = &self.plateau {
             let own = self.turns.iter().filter_map(|turn| turn.schedule.as_ref());

@@ -9,10 +9,10 @@ use std::path::Path;
 use candle_core::Tensor;
 pub use pictures::{Pictures, count, is_picture, pictures, size};
 
+use crate::atomic_file::write_atomic;
 use crate::batch::{Video, VideoSpec};
 use crate::error::{Error, Result};
 use crate::picture;
-use crate::whole_file::write_whole;
 
 /// Maximum number of samples that a picture or an animation shows.
 const SHOWN_SAMPLES: usize = 8;
@@ -91,7 +91,7 @@ pub fn write(input: &Tensor, prediction: &Tensor, path: &Path) -> Result<()> {
         "gif" => gif::bytes(input, prediction)?,
         _ => return Err(unknown(path, "predictions are written to .npy, .png and .gif files")),
     };
-    write_whole(path, &bytes)
+    write_atomic(path, &bytes)
 }
 
 fn extension(path: &Path) -> String {

@@ -47,8 +47,8 @@ pub trait Stack: Sized + Send + Sync + 'static {
     /// Multiply-adds of one step of one sample.
     fn multiply_adds(&self) -> usize;
 
-    /// Parameters that the reference has and never uses, as patterns; see [`Module::unused`].
-    fn unused(&self) -> &'static [&'static str] {
+    /// Parameters that the reference has and never uses, as patterns; see [`Module::unused_parameters`].
+    fn unused_parameters(&self) -> &'static [&'static str] {
         &[]
     }
 }
@@ -180,7 +180,7 @@ impl<S: Stack> Recurrent<S> {
         // A step that draws nothing does not ask for a generator, so it can be recorded.
         let draw = || {
             let mut rng = step.rng("scheduled sampling");
-            let probabilities = self.sampling.probabilities(step.index(), frames_in, frames_out);
+            let probabilities = self.sampling.probabilities(step.global_step(), frames_in, frames_out);
             Mask::new(batch.len(), &probabilities, |p| rng.random::<f64>() < p)
         };
         let mask;
@@ -250,8 +250,8 @@ impl<S: Stack> Module for Recurrent<S> {
         Some(2. * (steps * self.stack.multiply_adds()) as f64)
     }
 
-    fn unused(&self) -> &[&str] {
-        self.stack.unused()
+    fn unused_parameters(&self) -> &[&str] {
+        self.stack.unused_parameters()
     }
 }
 

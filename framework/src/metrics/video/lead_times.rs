@@ -10,11 +10,11 @@ use serde_json::json;
 
 use super::ssim::SIDE;
 use super::{Contingency, Pair, PerFrame, Pixels};
+use crate::atomic_file::write_atomic;
 use crate::batch::{Quantity, Threshold, Video};
-use crate::data::{Dataset, Order, Split, samples_in_turn};
+use crate::data::{Dataset, Order, Split, sequential_batches};
 use crate::error::{Error, Result};
 use crate::plot::{Axis, Plot};
-use crate::whole_file::write_whole;
 
 /// Number of training samples for the per-pixel mean; more are not needed.
 const MEAN_SAMPLES: usize = 256;
@@ -79,7 +79,7 @@ pub fn compare(
     let mut module = Some(Sums::default());
     let mut baselines: [Sums; 3] = Default::default();
     let mut quantity = None;
-    for samples in samples_in_turn(Split::Val, seed, held_out.len(), batch_size.max(1)) {
+    for samples in sequential_batches(Split::Val, seed, held_out.len(), batch_size.max(1)) {
         let batch = held_out.batch(&samples)?;
         if let Some(sums) = &mut module {
             let added = predict(&batch).and_then(|prediction| sums.add(&batch, &prediction));
@@ -283,7 +283,7 @@ impl LeadTimes {
             "lead_times": self.baselines.first().map(lead_times),
             "predictors": predictors.collect::<serde_json::Map<_, _>>(),
         });
-        write_whole(&dir.join("scores.json"), format!("{all:#}\n").as_bytes())
+        write_atomic(&dir.join("scores.json"), format!("{all:#}\n").as_bytes())
     }
 }
 

@@ -52,7 +52,7 @@ impl<'a, B: Batch> Fit<'a, B> {
             &trainer.turns,
             &trainer.schedule,
             model.params(),
-            model.training().unused(),
+            model.training().unused_parameters(),
             sharded.then_some(&*ranks as &dyn Collective),
         )?;
         for turn in &mut turns {
@@ -134,7 +134,7 @@ impl<'a, B: Batch> Fit<'a, B> {
                 "the validation data is empty; to train without validation, set `trainer.limit_val_batches = 0`",
             ));
         }
-        let watching = trainer.callbacks.iter().find(|callback| callback.monitors().is_some());
+        let watching = trainer.callbacks.iter().find(|callback| callback.monitored_metric().is_some());
         let plateau = trainer.plateau.as_ref().map(|_| "plateau");
         if let (Some(name), None) = (watching.map(|callback| callback.section.as_str()).or(plateau), &val) {
             return Err(Error::msg(format!("{name} monitors the validation, and there is none")));
@@ -247,7 +247,7 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
         (Some(limit), _) => {
             let batches = limit.of(order.batches());
             let limited = order.limited(batches);
-            Ok(if config.overfit_batches.is_some() { limited.in_turn() } else { limited })
+            Ok(if config.overfit_batches.is_some() { limited.sequential() } else { limited })
         }
         (None, _) => Ok(order),
     }

@@ -88,8 +88,8 @@ impl<B: Batch> Fit<'_, B> {
         // A callback sees the metrics that earlier callbacks have added.
         for callback in &trainer.callbacks {
             let section = format!("callbacks.{}", callback.section);
-            callback.monitors().map_or(Ok(()), |monitor| is_known(&section, monitor, &known))?;
-            known.extend(callback.adds());
+            callback.monitored_metric().map_or(Ok(()), |monitor| is_known(&section, monitor, &known))?;
+            known.extend(callback.added_metrics());
         }
         let checkpoint = self.saver.as_ref().map(|_| ("checkpoint", trainer.checkpoint.monitor.as_str()));
         let plateau = trainer.plateau.as_ref().map(|plateau| ("schedule.plateau", plateau.monitor.as_str()));
@@ -151,7 +151,7 @@ fn is_known(section: &str, monitor: &str, known: &[String]) -> Result<()> {
         None => did_you_mean(monitor, known).map_or(String::new(), |guess| format!("; {guess}")),
     };
     let message = format!(
-        "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one must come before those that monitor it, and declare it in `Callback::adds`)",
+        "there is no validation metric `{monitor}`, expected one of {}{guess} (a callback that adds one must come before those that monitor it, and declare it in `Callback::added_metrics`)",
         quoted_list(known)
     );
     Err(Error::setting(format!("{section}.monitor"), message))

@@ -5,7 +5,7 @@ use candlepower::candle_core::Var;
 use candlepower::checkpoint::{Checkpoint, CheckpointConfig};
 use candlepower::config::Document;
 use candlepower::experiment::Experiment;
-use candlepower::optim::{Descend, GroupConfig};
+use candlepower::optim::{Optimizer, ParamGroup};
 use candlepower::precision::Precision;
 use candlepower::prelude::*;
 use candlepower::schedule::{Rates, Schedule};
@@ -29,7 +29,7 @@ struct HeavyBall {
     velocities: Vec<(String, Var)>,
 }
 
-impl Descend for HeavyBall {
+impl Optimizer for HeavyBall {
     type Config = HeavyBallConfig;
 
     fn rates(config: &mut HeavyBallConfig) -> (&mut f64, Option<&mut f64>) {
@@ -66,7 +66,7 @@ impl Descend for HeavyBall {
 
 fn own() -> OptimizerConfig {
     let config = HeavyBallConfig { lr: 0.05, weight_decay: 0.01, momentum: 0.9 };
-    OptimizerConfig::own::<HeavyBall>("heavy_ball", config).unwrap()
+    OptimizerConfig::custom::<HeavyBall>("heavy_ball", config).unwrap()
 }
 
 fn ours() -> OptimizerConfig {
@@ -81,8 +81,8 @@ fn train(
 ) -> Vec<f32> {
     let model = Dropped::in_precision(1, precision);
     let groups = vec![
-        GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay: Some(0.), ..Default::default() },
-        GroupConfig { params: "second.weight".into(), frozen: true, ..Default::default() },
+        ParamGroup { params: "*.bias".into(), lr: Some(0.1), weight_decay: Some(0.), ..Default::default() },
+        ParamGroup { params: "second.weight".into(), frozen: true, ..Default::default() },
     ];
     let config = TrainerConfig {
         batch_size: 4,
@@ -129,7 +129,7 @@ fn it_goes_on_from_a_checkpoint_to_the_same_bits() {
 /// Keeps a number whose name contains no parameter's name.
 struct Counts(Var);
 
-impl Descend for Counts {
+impl Optimizer for Counts {
     type Config = HeavyBallConfig;
 
     fn rates(config: &mut HeavyBallConfig) -> (&mut f64, Option<&mut f64>) {
@@ -152,9 +152,9 @@ impl Descend for Counts {
 #[test]
 fn what_it_could_not_find_again_or_does_not_know_is_refused() {
     let config = HeavyBallConfig { lr: 0.05, weight_decay: 0., momentum: 0.9 };
-    let counts = OptimizerConfig::own::<Counts>("counts", config).unwrap();
+    let counts = OptimizerConfig::custom::<Counts>("counts", config).unwrap();
     let error = |weight_decay| {
-        let bias = GroupConfig { params: "*.bias".into(), lr: Some(0.1), weight_decay, ..Default::default() };
+        let bias = ParamGroup { params: "*.bias".into(), lr: Some(0.1), weight_decay, ..Default::default() };
         let config = TrainerConfig { max_steps: Some(1), ..Default::default() };
         let mut trainer = Trainer::new(config).optimizer_with_groups(counts.clone(), vec![bias]);
         trainer.fit(&Dropped::model(1), &Data::new(Points { samples: 10 })).unwrap_err().to_string()
@@ -166,7 +166,7 @@ fn what_it_could_not_find_again_or_does_not_know_is_refused() {
 #[test]
 fn a_schedule_of_ones_own_is_any_function_of_the_step() {
     let lrs = |schedule: Schedule| (0..12).map(|t| schedule.at(t, 0.4).lr.to_bits()).collect::<Vec<_>>();
-    let halves = Schedule::own(|t, lr| lr * 0.5f64.powf((t / 5) as f64));
+    let halves = Schedule::custom(|t, lr| lr * 0.5f64.powf((t / 5) as f64));
     assert_eq!(lrs(halves), lrs(Schedule::Step { every: 5, gamma: 0.5 }));
 }
 

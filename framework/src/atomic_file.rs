@@ -12,7 +12,7 @@ pub(crate) const PARTIAL: &str = ".partial";
 
 /// Writes a file atomically: to a temporary file next to it, which is then renamed. Readers never see a
 /// partial file, even after a power failure.
-pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+pub fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
     let partial = partial(path);
     let write = || {
         let mut file = File::create_new(&partial)?;
@@ -46,7 +46,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let taken = folder.path().join("taken.png");
         std::fs::create_dir(&taken).unwrap();
-        let message = write_whole(&taken, b"bytes").unwrap_err().to_string();
+        let message = write_atomic(&taken, b"bytes").unwrap_err().to_string();
         assert!(message.starts_with(&format!("{}: ", taken.display())), "{message}");
         assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
     }

@@ -8,13 +8,13 @@ use candle_core::{Tensor, Var};
 use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::updates::publish;
 
-use super::{Optimizer, Param};
+use super::{FusedOptimizer, Param};
 use crate::data::Settings;
 use crate::error::{Error, Result};
 use crate::schedule::Rates;
 
 /// A custom optimizer, created from its own section of the configuration file. [`Registry::optimizer`] gives
-/// it a name; in code, use [`OptimizerConfig::own`].
+/// it a name; in code, use [`OptimizerConfig::custom`].
 ///
 /// Gradients arrive clipped, without a loss scale, and in f32 like the parameters. Refused steps do not
 /// arrive at all. A step may use any candle operations: on a device, it waits only for the decision whether
@@ -24,7 +24,7 @@ use crate::schedule::Rates;
 ///
 /// ```
 /// use candlepower::candle_core::Var;
-/// use candlepower::optim::Descend;
+/// use candlepower::optim::Optimizer;
 /// use candlepower::prelude::*;
 /// use candlepower::schedule::Rates;
 /// use candlepower::schemars::{self, JsonSchema};
@@ -44,7 +44,7 @@ use crate::schedule::Rates;
 ///     averages: Vec<(String, Var)>,
 /// }
 ///
-/// impl Descend for Lion {
+/// impl Optimizer for Lion {
 ///     type Config = LionConfig;
 ///
 ///     fn rates(config: &mut LionConfig) -> (&mut f64, Option<&mut f64>) {
@@ -77,15 +77,15 @@ use crate::schedule::Rates;
 ///
 /// # fn main() -> Result<()> {
 /// let lion = LionConfig { lr: 3e-4, weight_decay: 0., betas: [0.9, 0.99] };
-/// let trainer = Trainer::new(TrainerConfig::default()).optimizer(OptimizerConfig::own::<Lion>("lion", lion)?);
+/// let trainer = Trainer::new(TrainerConfig::default()).optimizer(OptimizerConfig::custom::<Lion>("lion", lion)?);
 /// // Or from TOML, as `name = "lion"` in [optimizer].
 /// let registry = Registry::default().optimizer::<Lion>("lion");
 /// # Ok(()) }
 /// ```
 ///
 /// [`Registry::optimizer`]: crate::config::Registry::optimizer
-/// [`OptimizerConfig::own`]: super::OptimizerConfig::own
-pub trait Descend: Send + Sized + 'static {
+/// [`OptimizerConfig::custom`]: super::OptimizerConfig::custom
+pub trait Optimizer: Send + Sized + 'static {
     /// The fields of its configuration section.
     type Config: Settings + Clone;
 
@@ -106,14 +106,14 @@ pub trait Descend: Send + Sized + 'static {
 }
 
 /// The part shared by all custom optimizers: refused steps, and copies in half precision.
-struct Descending<O> {
+struct Custom<O> {
     /// In a mutex because steps are taken through `&self`.
     optimizer: Mutex<O>,
     params: Vec<Param>,
     step: (u64, Rates),
 }
 
-impl<O: Descend> Optimizer for Descending<O> {
+impl<O: Optimizer> FusedOptimizer for Custom<O> {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         self.step = (t, rates);
         Ok(())
@@ -141,7 +141,7 @@ impl<O: Descend> Optimizer for Descending<O> {
 
 /// The configuration of a custom optimizer of any type.
 #[derive(Clone)]
-pub struct OwnOptimizer {
+pub struct CustomOptimizer {
     name: String,
     pub(super) lr: f64,
     pub(super) weight_decay: f64,
@@ -152,13 +152,13 @@ pub struct OwnOptimizer {
 
 /// Operations on a custom optimizer's configuration. `rates` are its learning rate and weight decay.
 trait Recipe: Send + Sync {
-    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn Optimizer>>;
+    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn FusedOptimizer>>;
     fn table(&self, rates: [f64; 2]) -> Result<toml::Table>;
 }
 
-struct Of<O: Descend>(O::Config, PhantomData<fn() -> O>);
+struct Of<O: Optimizer>(O::Config, PhantomData<fn() -> O>);
 
-impl<O: Descend> Of<O> {
+impl<O: Optimizer> Of<O> {
     fn config(&self, rates: [f64; 2]) -> O::Config {
         let mut config = self.0.clone();
         let (lr, weight_decay) = O::rates(&mut config);
@@ -170,11 +170,11 @@ impl<O: Descend> Of<O> {
     }
 }
 
-impl<O: Descend> Recipe for Of<O> {
-    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn Optimizer>> {
+impl<O: Optimizer> Recipe for Of<O> {
+    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn FusedOptimizer>> {
         let masters: Vec<_> = params.iter().map(|it| (it.name.clone(), it.master.clone())).collect();
         let optimizer = Mutex::new(O::of(&self.config(rates), &masters)?);
-        Ok(Box::new(Descending { optimizer, params: params.to_vec(), step: (0, Rates::from(0.)) }))
+        Ok(Box::new(Custom { optimizer, params: params.to_vec(), step: (0, Rates::from(0.)) }))
     }
 
     fn table(&self, rates: [f64; 2]) -> Result<toml::Table> {
@@ -182,9 +182,9 @@ impl<O: Descend> Recipe for Of<O> {
     }
 }
 
-impl OwnOptimizer {
+impl CustomOptimizer {
     /// An `O` with these settings. Settings that it refuses are refused here.
-    pub(super) fn new<O: Descend>(name: &str, mut config: O::Config) -> Result<Self> {
+    pub(super) fn new<O: Optimizer>(name: &str, mut config: O::Config) -> Result<Self> {
         O::of(&config, &[])?;
         let (lr, weight_decay) = O::rates(&mut config);
         let (lr, decays, weight_decay) = (*lr, weight_decay.is_some(), weight_decay.map_or(0., |rate| *rate));
@@ -192,7 +192,7 @@ impl OwnOptimizer {
         Ok(Self { name: name.into(), lr, weight_decay, decays, recipe })
     }
 
-    pub(super) fn build(&self, params: &[Param]) -> Result<Box<dyn Optimizer>> {
+    pub(super) fn build(&self, params: &[Param]) -> Result<Box<dyn FusedOptimizer>> {
         self.recipe.build([self.lr, self.weight_decay], params)
     }
 
@@ -204,13 +204,13 @@ impl OwnOptimizer {
     }
 }
 
-impl fmt::Debug for OwnOptimizer {
+impl fmt::Debug for CustomOptimizer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#?}", self.table())
     }
 }
 
-impl PartialEq for OwnOptimizer {
+impl PartialEq for CustomOptimizer {
     fn eq(&self, other: &Self) -> bool {
         matches!((self.table(), other.table()), (Ok(a), Ok(b)) if a == b)
     }
