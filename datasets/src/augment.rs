@@ -1,6 +1,6 @@
 //! Random changes of whole samples, the same for all frames of a sample, that keep the content plausible.
 
-use candlepower::data::{Sample, Split};
+use candlepower::data::Sample;
 use candlepower::error::{Error, Result};
 use rand::Rng;
 use schemars::JsonSchema;
@@ -42,7 +42,7 @@ impl Augment {
 
     /// Draws the change of this sample.
     pub(crate) fn draw(&self, sample: &Sample) -> Change {
-        if sample.split != Split::Train {
+        if !sample.augment {
             return Change::none();
         }
         // Draw everything, even what is not used, so one setting does not change the draws of another.
@@ -125,9 +125,10 @@ impl Change {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candlepower::data::Split;
 
     fn sample(index: usize, epoch: u64) -> Sample {
-        Sample { index, split: Split::Train, epoch, seed: 3, repeat: 0 }
+        Sample { index, split: Split::Train, epoch, seed: 3, repeat: 0, augment: true }
     }
 
     fn all() -> Augment {
@@ -168,7 +169,7 @@ mod tests {
         let alone = Augment { rotate: true, ..Augment::default() };
         assert!((0..64).all(|i| alone.draw(&sample(i, 1)).quarters == changes[i].quarters));
         let still = Change { at: [0.5; 2], ..Change::default() };
-        assert!((0..64).all(|i| all().draw(&Sample { split: Split::Val, ..sample(i, 0) }) == still));
+        assert!((0..64).all(|i| all().draw(&Sample { augment: false, ..sample(i, 0) }) == still));
         assert_eq!(Augment::default().draw(&sample(0, 0)), still);
     }
 

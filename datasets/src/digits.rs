@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     fn sample(index: usize) -> Sample {
-        Sample { index, split: Split::Train, epoch: 0, seed: 0, repeat: 0 }
+        Sample { index, split: Split::Train, epoch: 0, seed: 0, repeat: 0, augment: true }
     }
 
     #[test]

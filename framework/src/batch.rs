@@ -8,7 +8,7 @@ use candlepower_kernels::to_device;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::data::Dataset;
+use crate::data::{Dataset, Pass};
 use crate::error::{Error, Result};
 use crate::metrics::video::{self, LeadTimes};
 use crate::{nn, video_file};
@@ -58,13 +58,13 @@ pub trait Batch: Send + Sync + Sized + 'static {
     }
 
     /// Compares a module's predictions for `held_out` with predictors that learn nothing, some of which read
-    /// `train`. `predict` runs the module on `batch_size` samples at a time.
+    /// `train`. `predict` runs the module on `batch_size` samples of `pass` at a time.
     fn compare(
         _predict: &mut dyn FnMut(&Self) -> Result<Tensor>,
         _train: &dyn Dataset<Batch = Self>,
         _held_out: &dyn Dataset<Batch = Self>,
+        _pass: Pass,
         _batch_size: usize,
-        _seed: u64,
     ) -> Result<Option<LeadTimes>> {
         Ok(None)
     }
@@ -134,6 +134,15 @@ impl Video {
         let (came, mask) = self.last(prediction.dim(1)?)?;
         let error = difference(prediction, &came)?.abs()?;
         mask.map_or_else(|| nn::mean_all(&error), |mask| known_mean(&error, &mask))
+    }
+
+    /// A prediction and the frames that it predicts, both (B, T, C, H, W), with zeros in unknown pixels: for measures
+    /// that take no mask, which then see no error there and pass no gradient to them.
+    pub fn known(&self, prediction: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (target, mask) = self.last(prediction.dim(1)?)?;
+        let Some(mask) = mask else { return Ok((prediction.clone(), target)) };
+        let known = |frames: &Tensor| frames.broadcast_mul(&mask.to_dtype(frames.dtype())?);
+        Ok((known(prediction)?, known(&target)?))
     }
 
     /// The last `times` frames of input and target, and the mask of their known pixels, (B, times, 1, H, W).
@@ -211,10 +220,10 @@ impl Batch for Video {
         predict: &mut dyn FnMut(&Self) -> Result<Tensor>,
         train: &dyn Dataset<Batch = Self>,
         held_out: &dyn Dataset<Batch = Self>,
+        pass: Pass,
         batch_size: usize,
-        seed: u64,
     ) -> Result<Option<LeadTimes>> {
-        video::compare(predict, train, held_out, batch_size, seed)
+        video::compare(predict, train, held_out, pass, batch_size)
     }
 }
 
@@ -330,5 +339,13 @@ mod tests {
         let gradient: Vec<f32> =
             gradients.get(&prediction).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert_eq!(gradient, [0.5, 0., -0.5, -0.5]);
+        let (known, target) = masked.known(&prediction).unwrap();
+        let gradients = known.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let values = |x: &Tensor| x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let unknown: Vec<bool> =
+            values(&target).iter().zip(values(&known)).map(|(t, p)| (*t, p) == (0., 0.)).collect();
+        let gradient = values(gradients.get(&prediction).unwrap());
+        assert_eq!(unknown, [false, true, false, false], "{gradient:?}");
+        assert!(unknown.iter().zip(&gradient).all(|(unknown, g)| !unknown || *g == 0.), "{gradient:?}");
     }
 }

@@ -1,5 +1,6 @@
 //! Callbacks: they watch a run and can end it, but never change it.
 
+use std::fmt;
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -150,6 +151,16 @@ pub enum StopReason {
     Failed(String),
     /// The process received this signal.
     Signal(i32),
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Finished => f.write_str("finished"),
+            Self::Callback(why) | Self::Failed(why) => f.write_str(why),
+            Self::Signal(number) => write!(f, "signal {number}"),
+        }
+    }
 }
 
 /// Watches a run. All methods have defaults.

@@ -387,7 +387,17 @@ impl Experiment {
     fn start(&self, resume: &Resume) -> Result<(Option<RunDir>, Option<Checkpoint>)> {
         let (run, checkpoint) = match resume {
             Resume::No => return Ok((None, None)),
-            Resume::From(path) => RunDir::containing(path)?,
+            Resume::From(path) => {
+                let (run, checkpoint) = RunDir::containing(path)?;
+                if checkpoint.parent() != Some(&run.checkpoints()) {
+                    return Err(Error::msg(format!(
+                        "{}: expected a checkpoint in the `checkpoints` folder of its run, where training goes on; to start \
+                         a new run from these weights, set `weights` in [init]",
+                        checkpoint.display()
+                    )));
+                }
+                (run, checkpoint)
+            }
             Resume::Auto => match RunDir::newest_with_checkpoint(&self.run)
                 .map_err(|error| Error::msg(format!("{error}\nomit `--resume` to start a new run")))?
             {
@@ -395,7 +405,7 @@ impl Experiment {
                 None => return Ok((None, None)),
             },
         };
-        tracing::info!("going on from {}", checkpoint.display());
+        tracing::info!("resuming from {}", checkpoint.display());
         Ok((Some(run), Some(Checkpoint::load(&checkpoint)?)))
     }
 }

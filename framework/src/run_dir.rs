@@ -94,20 +94,12 @@ impl RunDir {
     /// # Errors
     /// If that version has checkpoints but none of them is good.
     pub fn newest_with_checkpoint(config: &RunConfig) -> Result<Option<(Self, PathBuf)>> {
-        let parent = config.dir.join(&config.name);
-        for version in versions(&parent).into_iter().rev() {
-            let run = Self(parent.join(format!("version_{version}")));
-            if let Some(checkpoint) = checkpoint::latest(&run.checkpoints())? {
-                return Ok(Some((run, checkpoint)));
-            }
-            tracing::warn!("{}: it has no checkpoint to resume from", run.path().display());
-        }
-        Ok(None)
+        newest_with_checkpoint(&config.dir.join(&config.name))
     }
 
     /// Finds the run and the checkpoint that a path refers to. The path may be a checkpoint; the folder of
     /// checkpoints or the run's folder, for its last good checkpoint; or the folder of all versions, for the
-    /// newest version with a good checkpoint.
+    /// newest version with a checkpoint.
     pub fn containing(path: &Path) -> Result<(Self, PathBuf)> {
         let path = path.canonicalize().map_err(Error::file(path))?;
         if path.is_file() {
@@ -116,9 +108,7 @@ impl RunDir {
                 path.display()
             )));
         }
-        let mut versions = versions(&path).into_iter().rev();
-        if let Some(found) = versions.find_map(|n| Self::containing(&path.join(format!("version_{n}"))).ok())
-        {
+        if let Some(found) = newest_with_checkpoint(&path)? {
             return Ok(found);
         }
         let nothing = || Error::msg(format!("{}: there is no good checkpoint here", path.display()));
@@ -167,6 +157,19 @@ impl RunDir {
     pub fn checkpoints(&self) -> PathBuf {
         self.0.join("checkpoints")
     }
+}
+
+/// The newest version in a folder of versions that has a checkpoint, and its last good checkpoint. An error if that
+/// version has checkpoints but none of them is good: an older version must not silently take its place.
+fn newest_with_checkpoint(parent: &Path) -> Result<Option<(RunDir, PathBuf)>> {
+    for version in versions(parent).into_iter().rev() {
+        let run = RunDir(parent.join(format!("version_{version}")));
+        if let Some(checkpoint) = checkpoint::latest(&run.checkpoints())? {
+            return Ok(Some((run, checkpoint)));
+        }
+        tracing::warn!("{}: it has no checkpoint", run.path().display());
+    }
+    Ok(None)
 }
 
 /// The version numbers in a run's folder, oldest first.

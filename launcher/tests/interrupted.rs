@@ -277,7 +277,7 @@ fn damaged_checkpoints_are_told_of_and_a_run_without_a_good_one_does_not_begin_a
     assert!(output.status.success(), "{said}");
     for expected in [
         "skipping a checkpoint: runs/tiny/version_0/checkpoints/4/model.safetensors: the file is damaged",
-        "going on from runs/tiny/version_0/checkpoints/3",
+        "resuming from runs/tiny/version_0/checkpoints/3",
         "kept as runs/tiny/version_0/checkpoints/4.old",
     ] {
         assert!(said.contains(expected), "`{expected}` is not in:\n{said}");
@@ -327,7 +327,7 @@ fn a_run_goes_on_past_versions_that_have_no_checkpoint() {
     let output = place.run(&longer);
     let said = String::from_utf8(output.stderr).unwrap();
     assert!(output.status.success(), "{said}");
-    assert!(said.contains("runs/tiny/version_1: it has no checkpoint to resume from"), "{said}");
+    assert!(said.contains("runs/tiny/version_1: it has no checkpoint"), "{said}");
     assert!(place.path("runs/tiny/version_0/checkpoints/6").exists());
     assert!(!place.path("runs/tiny/version_2").exists());
 }

@@ -539,16 +539,18 @@ impl Module for SvgLp {
         if step.images_due() {
             log_futures("futures", batch, &futures[..drawn], step)?;
         }
-        let futures = &futures[..self.config.futures];
-        let by_sample = |metric: &dyn Fn(&Tensor) -> Result<video::PerFrame>| -> Result<Vec<Vec<f64>>> {
-            let frames = self.spec.frames_out;
-            let means = |values: Vec<f64>| {
-                values.chunks(frames).map(|c| c.iter().sum::<f64>() / frames as f64).collect()
+        let futures = futures[..self.config.futures].iter().map(|future| batch.known(future));
+        let futures = futures.collect::<Result<Vec<_>>>()?;
+        let by_sample =
+            |metric: &dyn Fn(&Tensor, &Tensor) -> Result<video::PerFrame>| -> Result<Vec<Vec<f64>>> {
+                let frames = self.spec.frames_out;
+                let means = |values: Vec<f64>| {
+                    values.chunks(frames).map(|c| c.iter().sum::<f64>() / frames as f64).collect()
+                };
+                futures.iter().map(|(future, target)| Ok(means(metric(future, target)?.values))).collect()
             };
-            futures.iter().map(|future| Ok(means(metric(future)?.values))).collect()
-        };
-        let mse = by_sample(&|future| video::mse(future, &batch.target, Pixels::Mean))?;
-        let ssim = by_sample(&|future| video::ssim(future, &batch.target, 1.))?;
+        let mse = by_sample(&|future, target| video::mse(future, target, Pixels::Mean))?;
+        let ssim = by_sample(&|future, target| video::ssim(future, target, 1.))?;
         let mean = |values: &[Vec<f64>]| {
             values.iter().flatten().sum::<f64>() / values.iter().flatten().count() as f64
         };
@@ -559,7 +561,7 @@ impl Module for SvgLp {
         log("mse", mean(&mse))?;
         log("ssim", mean(&ssim))?;
         if futures.len() > 1 {
-            let psnr = by_sample(&|future| video::psnr(future, &batch.target))?;
+            let psnr = by_sample(&|future, target| video::psnr(future, target))?;
             log("best_mse", best(&mse, f64::min))?;
             log("best_ssim", best(&ssim, f64::max))?;
             log("best_psnr", best(&psnr, f64::max))?;

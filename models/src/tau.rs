@@ -134,7 +134,8 @@ impl Tau {
     /// The mean squared error plus alpha times the [`divergence`] of changes.
     fn loss(&self, batch: &Video, prediction: &Tensor, step: &mut Step) -> Result<Tensor> {
         let mse = compare(batch, prediction, step)?;
-        let divergence = divergence(prediction, &batch.target)?;
+        let (prediction, target) = batch.known(prediction)?;
+        let divergence = divergence(&prediction, &target)?;
         step.log("divergence", &divergence);
         Ok((mse + (divergence * self.alpha)?)?)
     }

@@ -159,7 +159,7 @@ fn every_kind_of_stop_counts_right() {
     assert_eq!(stopped(2, TrainerConfig { min_epochs: 1, ..config() }), ([3, 1, 0, 7], callback()));
     let no_time = TrainerConfig { max_time: Some(Duration::ZERO), min_steps: 2, ..config() };
     let (progress, reason) = stopped(99, no_time);
-    assert_eq!((progress, reason), ([2, 0, 2, 6], StopReason::Callback("max_time, 0s, is over".into())));
+    assert_eq!((progress, reason), ([2, 0, 2, 6], StopReason::Callback("`max_time` of 0s is over".into())));
 }
 
 #[test]

@@ -131,7 +131,7 @@ fn real_handwriting_is_divided_between_the_splits() {
 fn real_handwriting_moves_and_has_labels() {
     let Some(folder) = outside("CANDLEPOWER_DATA", "data", "mnist") else { return };
     let folder = folder.to_str().unwrap().to_string();
-    let sample = |index| Sample { index, split: Split::Val, epoch: 0, seed: 1, repeat: 0 };
+    let sample = |index| Sample { index, split: Split::Val, epoch: 0, seed: 1, repeat: 0, augment: false };
 
     let labelled = Digits::open(&digits::Config { digits: folder.clone() }, Split::Train).unwrap();
     let batch = labelled.batch(&[0, 1, 2, 3, 4, 5].map(sample)).unwrap();

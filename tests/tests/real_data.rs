@@ -25,7 +25,9 @@ fn config(path: &std::path::Path) -> radar::Config {
 }
 
 fn samples(len: usize, split: Split) -> Vec<Sample> {
-    (0..len).map(|index| Sample { index, split, epoch: 0, seed: 1, repeat: 0 }).collect()
+    (0..len)
+        .map(|index| Sample { index, split, epoch: 0, seed: 1, repeat: 0, augment: split == Split::Train })
+        .collect()
 }
 
 /// Indices as another program (Pillow) reads them, and the rain that the law gives for them, computed

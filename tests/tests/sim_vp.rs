@@ -154,7 +154,7 @@ impl Dataset for One {
     fn batch(&self, samples: &[Sample]) -> Result<Video> {
         let index = samples.iter().map(|sample| sample.index as u32);
         let index = Tensor::from_iter(index, &device())?;
-        Ok(Video::new(self.0.input.index_select(&index, 0)?, self.0.target.index_select(&index, 0)?))
+        self.0.map(&mut |x| Ok(x.index_select(&index, 0)?))
     }
 }
 
@@ -178,4 +178,32 @@ fn more_frames_than_came_in_are_made_of_the_models_own() {
     let again = model.forward(&once, None).unwrap();
     assert_close("the others", &more.narrow(1, n, n - 1).unwrap(), &again.narrow(1, 0, n - 1).unwrap(), 0.);
     assert_close("fewer", &frames(1).0, &once.narrow(1, 0, 1).unwrap(), 0.);
+}
+
+#[test]
+fn unknown_pixels_change_neither_loss_nor_scores() {
+    let golden = golden("openstl_tau");
+    let spec = spec(&golden);
+    let model = Model::build::<Tau>(&tau_config(&golden), &spec, 1, &device()).unwrap();
+    let VideoSpec { frames_in, frames_out, channels, height, width } = spec;
+    let frames = |times| Tensor::rand(0f32, 1., (2, times, channels, height, width), &device()).unwrap();
+    let (input, target, other) = (frames(frames_in), frames(frames_out), frames(frames_out));
+    // The left half of each frame is unknown.
+    let column = Tensor::arange(0u32, width as u32, &device()).unwrap();
+    let mask = column.ge(width as f64 / 2.).unwrap().to_dtype(DType::F32).unwrap();
+    let mask =
+        mask.broadcast_as((2, frames_in + frames_out, 1, height, width)).unwrap().contiguous().unwrap();
+    let known = mask.narrow(1, 0, frames_out).unwrap();
+    let mixed = (target.broadcast_mul(&known).unwrap()
+        + other.broadcast_mul(&(1. - &known).unwrap()).unwrap())
+    .unwrap();
+    let scores = |target: &Tensor| {
+        let batch = Video { mask: Some(mask.clone()), ..Video::new(input.clone(), target.clone()) };
+        let data = Data::new(One(batch.clone(), spec)).val(One(batch, spec));
+        Trainer::new(TrainerConfig::default()).validate(&model, &data, Split::Val)
+    };
+    let (ours, theirs) = (scores(&target).unwrap(), scores(&mixed).unwrap());
+    for name in ["loss", "mse", "ssim", "divergence"] {
+        assert_eq!(ours[name], theirs[name], "{name}");
+    }
 }

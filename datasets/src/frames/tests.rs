@@ -41,7 +41,7 @@ fn timed(path: &Path) -> Config {
 }
 
 fn sample(index: usize, split: Split) -> Sample {
-    Sample { index, split, epoch: 0, seed: 1, repeat: 0 }
+    Sample { index, split, epoch: 0, seed: 1, repeat: 0, augment: split == Split::Train }
 }
 
 fn flat(tensor: &Tensor) -> Vec<f32> {

@@ -217,7 +217,7 @@ mod tests {
     }
 
     fn sample(split: Split, epoch: u64, index: usize) -> Sample {
-        Sample { index, split, epoch, seed: 11, repeat: 0 }
+        Sample { index, split, epoch, seed: 11, repeat: 0, augment: split == Split::Train }
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {

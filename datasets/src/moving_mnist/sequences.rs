@@ -167,7 +167,14 @@ mod tests {
             for (split, first, len) in [(Split::Train, 0, 18), (Split::Val, 18, 2), (Split::Test, 18, 2)] {
                 let data = MovingMnist::open(&config, split).unwrap();
                 assert_eq!(data.len(), len);
-                let sample = |index| Sample { index, split, epoch: 0, seed: 0, repeat: 0 };
+                let sample = |index| Sample {
+                    index,
+                    split,
+                    epoch: 0,
+                    seed: 0,
+                    repeat: 0,
+                    augment: split == Split::Train,
+                };
                 let batch = data.batch(&[sample(1), sample(0)]).unwrap();
                 assert_eq!(batch.input.dims(), [2, 2, 1, SIZE, SIZE]);
                 let pixel = |tensor: &candle_core::Tensor, i: usize, time: usize| {

@@ -54,7 +54,9 @@ fn place() -> (TempDir, Config) {
 }
 
 fn samples(data: &Radar, split: Split) -> Vec<Sample> {
-    (0..data.len()).map(|index| Sample { index, split, epoch: 0, seed: 1, repeat: 0 }).collect()
+    (0..data.len())
+        .map(|index| Sample { index, split, epoch: 0, seed: 1, repeat: 0, augment: split == Split::Train })
+        .collect()
 }
 
 fn flat(tensor: &Tensor) -> Vec<f32> {
@@ -278,7 +280,9 @@ fn an_event_is_predicted_from_where_it_rains_most() {
     assert_eq!((given.input.dims(), given.target.dims()), (&[1, 2, 1, 4, 4][..], &[1, 2, 1, 4, 4][..]));
     let place = Place { event: 1, start: 0, corner: [0, 0] };
     let index = data.places.iter().position(|other| *other == place).unwrap();
-    let expected = data.batch(&[Sample { index, split: Split::Val, epoch: 0, seed: 1, repeat: 0 }]).unwrap();
+    let expected = data
+        .batch(&[Sample { index, split: Split::Val, epoch: 0, seed: 1, repeat: 0, augment: false }])
+        .unwrap();
     assert_eq!((flat(&given.input), flat(&given.target)), (flat(&expected.input), flat(&expected.target)));
     assert_eq!(flat(given.mask.as_ref().unwrap()), flat(expected.mask.as_ref().unwrap()));
     // Future frames are zero and masked.

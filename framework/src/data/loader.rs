@@ -329,7 +329,7 @@ mod tests {
 
     #[test]
     fn evaluation_takes_every_sample_once_or_a_limit() {
-        let pass = Pass { split: Split::Val, epoch: 0, seed: 3 };
+        let pass = Pass::evaluation(Split::Val, 3);
         for source in
             [Source::<Tensors>::Indexed(Arc::new(Numbers::default())), Source::Stream(Arc::new(Counter))]
         {

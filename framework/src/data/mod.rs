@@ -58,6 +58,8 @@ pub struct Sample {
     pub seed: u64,
     /// How often the epoch has drawn this sample before; 0 unless sampling is [weighted](Dataset::weights).
     pub repeat: u32,
+    /// Whether augmentations apply: in training, but not if the training split is evaluated.
+    pub augment: bool,
 }
 
 impl Sample {

@@ -6,7 +6,7 @@ use rand::distr::Distribution;
 use rand::distr::weighted::WeightedIndex;
 use rand::seq::SliceRandom;
 
-use super::{Sample, Split};
+use super::{Pass, Sample, Split};
 use crate::error::{Error, Result};
 use crate::seed;
 
@@ -79,7 +79,8 @@ impl Order {
         // The same samples every time are also made the same way every time.
         let epoch = if self.sequential { 0 } else { epoch };
         let (indices, samples) = (self.indices(epoch), self.samples());
-        let sample = move |(index, repeat)| Sample { index, split: Split::Train, epoch, seed, repeat };
+        let sample =
+            move |(index, repeat)| Sample { index, split: Split::Train, epoch, seed, repeat, augment: true };
         (0..batches).map(move |batch| {
             let range = batch * batch_size..samples.min((batch + 1) * batch_size);
             (indices[range].iter().copied().map(sample).collect(), batch + 1 == batches)
@@ -114,12 +115,12 @@ impl Order {
 
 /// The order of evaluation: every sample exactly once, first to last.
 pub fn sequential_batches(
-    split: Split,
-    seed: u64,
+    pass: Pass,
     len: usize,
     batch_size: usize,
 ) -> impl Iterator<Item = Vec<Sample>> + Send {
-    let sample = move |index| Sample { index, split, epoch: 0, seed, repeat: 0 };
+    let Pass { split, epoch, seed, augment } = pass;
+    let sample = move |index| Sample { index, split, epoch, seed, repeat: 0, augment };
     (0..len).step_by(batch_size).map(move |from| (from..len.min(from + batch_size)).map(sample).collect())
 }
 
@@ -197,7 +198,7 @@ mod tests {
 
     #[test]
     fn evaluation_counts_every_sample_once() {
-        let batches = sequential_batches(Split::Val, 0, 7, 3);
+        let batches = sequential_batches(Pass::evaluation(Split::Val, 0), 7, 3);
         let turns: Vec<Vec<usize>> = batches.map(|batch| batch.iter().map(|s| s.index).collect()).collect();
         assert_eq!(turns, [vec![0, 1, 2], vec![3, 4, 5], vec![6]]);
     }

@@ -40,6 +40,15 @@ pub struct Pass {
     pub epoch: u64,
     /// The run's seed.
     pub seed: u64,
+    /// Whether augmentations apply, as in training.
+    pub augment: bool,
+}
+
+impl Pass {
+    /// A pass that evaluates a split.
+    pub fn evaluation(split: Split, seed: u64) -> Self {
+        Self { split, epoch: 0, seed, augment: false }
+    }
 }
 
 /// A dataset or a stream.
@@ -150,7 +159,7 @@ impl<B: Batch> Source<B> {
                 let (seed, step) = (order.seed, order.batch_size);
                 let items = order.limit.saturating_mul(step);
                 Box::new((start.epoch..).flat_map(move |epoch| -> Jobs<B> {
-                    let pass = Pass { split: Split::Train, epoch, seed };
+                    let pass = Pass { split: Split::Train, epoch, seed, augment: true };
                     let portions = Portions { skip: std::mem::take(&mut skip), step, micro, items, share };
                     stream
                         .clone()
@@ -172,7 +181,7 @@ impl<B: Batch> Source<B> {
         let all: Jobs<B> = match self {
             Self::Indexed(dataset) => {
                 let (dataset, len) = (dataset.clone(), dataset.len().min(samples));
-                let batches = sequential_batches(pass.split, pass.seed, len, batch_size);
+                let batches = sequential_batches(pass, len, batch_size);
                 Box::new(batches.flat_map(move |samples| {
                     jobs(&dataset, samples, batch_size, false).map(Ok).collect::<Vec<_>>()
                 }))
@@ -295,6 +304,7 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
                                 epoch: pass.epoch,
                                 seed: pass.seed,
                                 repeat: 0,
+                                augment: pass.augment,
                             };
                             let samples: Vec<Sample> = (index..index + items.len()).map(sample).collect();
                             index += items.len();

@@ -142,9 +142,9 @@ impl<B: Batch> Fit<'_, B> {
 
     /// Takes steps until the last one or a stop, then validates and saves that step.
     fn train(&mut self) -> Result<Outcome> {
-        self.start()?;
+        let flow = self.start()?;
         let begun_at = self.progress.step;
-        let mut flow = self.catch_up()?;
+        let mut flow = self.catch_up(flow)?;
         let mut reason = loop {
             if let Flow::Stop(why) = flow
                 && self.may_stop(&why)
@@ -189,7 +189,7 @@ impl<B: Batch> Fit<'_, B> {
     }
 
     /// Runs the deferred work, reports the plan to the callbacks, and validates a few batches.
-    fn start(&mut self) -> Result<()> {
+    fn start(&mut self) -> Result<Flow> {
         if let Some(work) = self.trainer.when_ready.take() {
             work(self.trainer)?;
         }
@@ -208,20 +208,25 @@ impl<B: Batch> Fit<'_, B> {
             && self.progress.step == 0
             && let Some(evaluated) = self.evaluate(Some(Limit::Batches(few)), false)?
         {
-            self.asked = match evaluated {
+            let flow = match evaluated {
                 Evaluated::Stopped(reason) => Flow::Stop(reason),
                 Evaluated::Complete(metrics, flow) => {
                     self.check_monitors(&metrics)?;
                     flow
                 }
             };
+            if let Flow::Stop(_) = flow {
+                return Ok(flow);
+            }
+            self.asked = flow;
         }
-        Ok(())
+        Ok(Flow::Continue)
     }
 
-    /// Runs the validation that the resumed run still owed.
-    fn catch_up(&mut self) -> Result<Flow> {
-        let flow = if std::mem::take(&mut self.owed) { self.validate()? } else { Flow::Continue };
+    /// Runs the validation that the resumed run still owed, unless the run is to stop; all ranks then agree on
+    /// whether to begin.
+    fn catch_up(&mut self, asked: Flow) -> Result<Flow> {
+        let flow = if std::mem::take(&mut self.owed) { asked.or(self.validate()?) } else { asked };
         Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds_before)), false)?.0)
     }
 
@@ -229,7 +234,7 @@ impl<B: Batch> Fit<'_, B> {
     fn time_is_over(&self, seconds: f64) -> Flow {
         match self.trainer.config.max_time {
             Some(limit) if seconds >= limit.as_secs_f64() => {
-                let why = format!("max_time, {}, is over", humantime::format_duration(limit));
+                let why = format!("`max_time` of {} is over", humantime::format_duration(limit));
                 Flow::Stop(StopReason::Callback(why))
             }
             _ => Flow::Continue,

@@ -123,7 +123,7 @@ impl std::str::FromStr for Every {
         match unit.trim() {
             "step" | "steps" => number.parse().ok().filter(|n| *n > 0).map(Self::Steps),
             "epoch" | "epochs" => number.parse().ok().filter(|n| *n > 0.).map(Self::Epochs),
-            _ => humantime::parse_duration(text).ok().map(Self::Time),
+            _ => humantime::parse_duration(text).ok().filter(|time| !time.is_zero()).map(Self::Time),
         }
         .ok_or_else(wrong)
     }
@@ -197,11 +197,12 @@ pub(crate) mod duration {
         deserializer: D,
     ) -> Result<Option<Duration>, D::Error> {
         let text = String::deserialize(deserializer)?;
-        let wrong = |_| {
+        let wrong = || {
             let expected = "a duration such as \"2h 30m\" or \"45 min\"";
             de::Error::invalid_value(de::Unexpected::Str(&text), &expected)
         };
-        humantime::parse_duration(&text).map(Some).map_err(wrong)
+        let parsed = humantime::parse_duration(&text).ok().filter(|time| !time.is_zero());
+        parsed.map(Some).ok_or_else(wrong)
     }
 }
 
@@ -244,7 +245,7 @@ mod tests {
         assert_eq!(read("500 steps"), Ok(Every::Steps(500)));
         assert_eq!(read("0.5 epochs"), Ok(Every::Epochs(0.5)));
         assert_eq!(read("1h 30min"), Ok(Every::Time(Duration::from_secs(5400))));
-        for wrong in ["often", "0 steps", "-1 epochs", "3 eons"] {
+        for wrong in ["often", "0 steps", "-1 epochs", "3 eons", "0s"] {
             let error = read(wrong).unwrap_err();
             assert!(
                 error.starts_with(&format!("invalid value: \"{wrong}\", expected a number of steps")),

@@ -377,7 +377,7 @@ impl Trainer {
         split: Split,
     ) -> Result<IndexMap<String, f64>> {
         let source = data.split(split)?.clone();
-        let pass = Pass { split, epoch: 0, seed: self.seed };
+        let pass = Pass::evaluation(split, self.seed);
         let limit = self.config.evaluation_limit(split);
         self.in_pool(|trainer| {
             trainer.gallery = Gallery::default();
@@ -387,7 +387,7 @@ impl Trainer {
             let metrics = match evaluated {
                 Evaluated::Complete(metrics, _) => metrics,
                 Evaluated::Stopped(reason) => {
-                    return Err(Error::msg(format!("the evaluation was ended: {reason:?}")));
+                    return Err(Error::msg(format!("the evaluation was stopped: {reason}")));
                 }
             };
             trainer.show_all_pictures()?;
@@ -409,7 +409,7 @@ impl Trainer {
         split: Split,
     ) -> Result<usize> {
         let source = data.split(split)?.clone();
-        let pass = Pass { split, epoch: 0, seed: self.seed };
+        let pass = Pass::evaluation(split, self.seed);
         self.in_pool(|trainer| evaluate::predict(trainer, model, &source, pass, data.workers))
     }
 
@@ -431,7 +431,7 @@ impl Trainer {
             return Ok(None);
         };
         self.in_pool(|trainer| {
-            let (config, seed) = (&trainer.config, trainer.seed);
+            let config = &trainer.config;
             let at_once = config.micro_batch_size.unwrap_or(config.batch_size);
             let samples = config.samples_of(config.evaluation_limit(split), Some(held_out.len()))?;
             let held_out = Cycle { dataset: held_out.clone(), len: samples };
@@ -439,7 +439,8 @@ impl Trainer {
                 return Ok(None);
             }
             let mut predict = |batch: &B| trainer.predicted(model, batch);
-            B::compare(&mut predict, &**train, &held_out, at_once, seed)
+            let pass = Pass::evaluation(split, trainer.seed);
+            B::compare(&mut predict, &**train, &held_out, pass, at_once)
         })
     }
 

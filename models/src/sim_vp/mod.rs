@@ -258,7 +258,8 @@ pub(crate) fn compare(batch: &Video, prediction: &Tensor, step: &mut Step) -> Re
     let mse = batch.mse(prediction)?;
     if !step.is_training() {
         step.log("mse", &mse);
-        let ssim = candlepower::metrics::video::ssim(prediction, &batch.target, 1.)?.mean();
+        let (prediction, target) = batch.known(prediction)?;
+        let ssim = candlepower::metrics::video::ssim(&prediction, &target, 1.)?.mean();
         step.log("ssim", &Tensor::new(ssim as f32, &Device::Cpu)?);
     }
     Ok(mse)

@@ -12,7 +12,7 @@ use super::ssim::SIDE;
 use super::{Contingency, Pair, PerFrame, Pixels};
 use crate::atomic_file::write_atomic;
 use crate::batch::{Quantity, Threshold, Video};
-use crate::data::{Dataset, Order, Split, sequential_batches};
+use crate::data::{Dataset, Order, Pass, sequential_batches};
 use crate::error::{Error, Result};
 use crate::plot::{Axis, Plot};
 
@@ -63,23 +63,23 @@ const BASELINES: [&str; 3] = ["zeros", PERSISTENCE, "per-pixel mean"];
 /// those of predictors that learn nothing. `None` if either dataset is empty.
 ///
 /// The per-pixel mean is one image (C, H, W) for all times: the mean of the target frames of the first 256
-/// samples of epoch 0 in the training order of `seed`. If `predict` fails, a warning is logged and its scores
+/// samples of epoch 0 in the training order of the pass's seed. If `predict` fails, a warning is logged and its scores
 /// are omitted, because at the end of a training this must not hide the other results.
 pub fn compare(
     predict: &mut dyn FnMut(&Video) -> Result<Tensor>,
     train: &dyn Dataset<Batch = Video>,
     held_out: &dyn Dataset<Batch = Video>,
+    pass: Pass,
     batch_size: usize,
-    seed: u64,
 ) -> Result<Option<LeadTimes>> {
     if train.is_empty() || held_out.is_empty() {
         return Ok(None);
     }
-    let mean = mean_frame(train, seed)?;
+    let mean = mean_frame(train, pass.seed)?;
     let mut module = Some(Sums::default());
     let mut baselines: [Sums; 3] = Default::default();
     let mut quantity = None;
-    for samples in sequential_batches(Split::Val, seed, held_out.len(), batch_size.max(1)) {
+    for samples in sequential_batches(pass, held_out.len(), batch_size.max(1)) {
         let batch = held_out.batch(&samples)?;
         if let Some(sums) = &mut module {
             let added = predict(&batch).and_then(|prediction| sums.add(&batch, &prediction));
@@ -329,6 +329,7 @@ mod tests {
     use super::*;
     use crate::batch::VideoSpec;
     use crate::data::Sample;
+    use crate::data::Split;
 
     const SPEC: VideoSpec = VideoSpec { frames_in: 2, frames_out: 3, channels: 1, height: 1, width: 2 };
 
@@ -364,8 +365,12 @@ mod tests {
         Ok((&batch.target + 0.25)?)
     }
 
+    fn pass(seed: u64) -> Pass {
+        Pass::evaluation(Split::Val, seed)
+    }
+
     fn compared(train: &Ramp, val: &Ramp) -> LeadTimes {
-        compare(&mut |batch| nearly(batch), train, val, 32, 5).unwrap().unwrap()
+        compare(&mut |batch| nearly(batch), train, val, pass(5), 32).unwrap().unwrap()
     }
 
     #[test]
@@ -399,14 +404,14 @@ mod tests {
     fn nothing_to_compare_with_gives_nothing() {
         let (some, none) = (Ramp { len: 1, last: 0. }, Ramp { len: 0, last: 0. });
         for (train, val) in [(&some, &none), (&none, &some)] {
-            assert_eq!(compare(&mut |batch| nearly(batch), train, val, 32, 0).unwrap(), None);
+            assert_eq!(compare(&mut |batch| nearly(batch), train, val, pass(0), 32).unwrap(), None);
         }
     }
 
     #[test]
     fn a_module_that_does_not_predict_is_left_out() {
         let ramp = Ramp { len: 3, last: 0. };
-        let found = compare(&mut |_| Err(Error::msg("no")), &ramp, &ramp, 2, 0).unwrap().unwrap();
+        let found = compare(&mut |_| Err(Error::msg("no")), &ramp, &ramp, pass(0), 2).unwrap().unwrap();
         assert_eq!((found.module.is_none(), found.baselines.len()), (true, 3));
         assert_eq!(found.to_string(), "");
     }
@@ -442,7 +447,8 @@ mod tests {
 
     #[test]
     fn events_are_scored_by_lead_time_where_something_is_known() {
-        let found = compare(&mut |batch| Ok(batch.target.clone()), &Rain, &Rain, 1, 0).unwrap().unwrap();
+        let found =
+            compare(&mut |batch| Ok(batch.target.clone()), &Rain, &Rain, pass(0), 1).unwrap().unwrap();
         let persistence = &found.baselines[1].frames;
         // 32 of the 56 known pixels are hits; in the first frame there are no events.
         let scores =

@@ -133,7 +133,9 @@ impl<B: Batch> Fit<'_, B> {
         let _phase = phase!("validation");
         let (trainer, model, progress, workers) =
             (&mut *self.trainer, self.model, self.progress, self.workers);
-        let pass = Pass { split: *split, epoch: 0, seed: trainer.seed };
+        // With `overfit_batches`, the batches are the very ones that training sees.
+        let augment = *split == Split::Train;
+        let pass = Pass { augment, ..Pass::evaluation(*split, trainer.seed) };
         let evaluate = || evaluate(trainer, model, source, pass, limit, workers, &progress, images_due);
         Average::in_place(self.average.as_ref(), || model.params().publish(), evaluate).map(Some)
     }

@@ -1,0 +1,94 @@
+//! What a dataset is told about the samples that it reads: their split, and whether augmentations apply.
+#![allow(clippy::unwrap_used)]
+
+use std::sync::{Arc, Mutex};
+
+use candlepower::prelude::*;
+use candlepower::trainer::Limit;
+use candlepower_models::ConvLstm;
+use candlepower_models::conv_lstm::ConvLstmConfig;
+use candlepower_tests::blobs::Blobs;
+
+/// Blobs that record the samples read from them.
+struct Recorded {
+    blobs: Blobs,
+    read: Arc<Mutex<Vec<Sample>>>,
+}
+
+impl Dataset for Recorded {
+    type Batch = Video;
+
+    fn len(&self) -> usize {
+        self.blobs.len()
+    }
+
+    fn spec(&self) -> VideoSpec {
+        self.blobs.spec()
+    }
+
+    fn batch(&self, samples: &[Sample]) -> Result<Video> {
+        self.read.lock().unwrap().extend(samples);
+        self.blobs.batch(samples)
+    }
+}
+
+/// The samples of the training, validation and test data that `work` reads.
+fn read(work: impl FnOnce(&mut Trainer, &Model<Video>, &Data<Video>)) -> [Vec<Sample>; 3] {
+    let read: [Arc<Mutex<Vec<Sample>>>; 3] = Default::default();
+    let [train, val, test] =
+        [0, 1, 2].map(|i| Recorded { blobs: Blobs { samples: 4 }, read: read[i].clone() });
+    let data = Data::new(train).val(val).test(test).workers(0);
+    let config = ConvLstmConfig { hidden: 2, ..Default::default() };
+    let spec = data.train.spec();
+    let build = move |vb: VarBuilder| ConvLstm::build(&config, &spec, vb);
+    let model = Model::new(build, 1, &Device::Cpu).unwrap();
+    let config = TrainerConfig { batch_size: 2, max_steps: Some(2), ..Default::default() };
+    work(&mut Trainer::new(config), &model, &data);
+    read.map(|samples| samples.lock().unwrap().clone())
+}
+
+fn is(split: Split, augment: bool) -> impl Fn(&Sample) -> bool {
+    move |sample| sample.split == split && sample.augment == augment
+}
+
+#[test]
+fn augmentations_apply_in_training_only() {
+    let [train, val, _] = read(|trainer, model, data| drop(trainer.fit(model, data).unwrap()));
+    assert!(!train.is_empty() && train.iter().all(is(Split::Train, true)), "{train:?}");
+    assert!(!val.is_empty() && val.iter().all(is(Split::Val, false)), "{val:?}");
+    for predicts in [false, true] {
+        let [train, ..] = read(|trainer, model, data| match predicts {
+            true => drop(trainer.predict_split(model, data, Split::Train).unwrap()),
+            false => drop(trainer.validate(model, data, Split::Train).unwrap()),
+        });
+        assert!(train.len() == 4 && train.iter().all(is(Split::Train, false)), "{train:?}");
+    }
+}
+
+#[test]
+fn batches_to_overfit_are_the_same_in_training_and_validation() {
+    let overfit = |model: &Model<Video>, data: &Data<Video>| {
+        let overfit_batches = Some(Limit::Batches(1));
+        let config = TrainerConfig {
+            batch_size: 2,
+            max_steps: Some(2),
+            overfit_batches,
+            sanity_val_batches: 0,
+            ..Default::default()
+        };
+        Trainer::new(config).fit(model, data).unwrap();
+    };
+    let [train, val, _] = read(|_, model, data| overfit(model, data));
+    assert!(val.is_empty() && train.len() > 4);
+    assert!(train.chunks(2).all(|batch| batch == &train[..2]), "{train:?}");
+}
+
+#[test]
+fn scores_by_lead_time_are_of_the_split_that_is_asked_for() {
+    for split in [Split::Val, Split::Test] {
+        let [_, val, test] = read(|trainer, model, data| drop(trainer.compare(model, data, split).unwrap()));
+        let (asked, other) = if split == Split::Val { (val, test) } else { (test, val) };
+        assert!(asked.len() == 4 && asked.iter().all(is(split, false)), "{asked:?}");
+        assert!(other.is_empty());
+    }
+}
