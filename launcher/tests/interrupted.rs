@@ -317,6 +317,36 @@ fn another_order_of_optimizers_is_a_change() {
 }
 
 #[test]
+fn an_older_version_does_not_stand_in_for_a_damaged_one() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    place.succeed(&["train", "tiny.toml"]);
+    let checkpoints = std::fs::read_dir(place.path("runs/tiny/version_1/checkpoints")).unwrap();
+    for folder in checkpoints.map(|entry| entry.unwrap().path()).filter(|path| !path.is_symlink()) {
+        std::fs::write(folder.join("model.safetensors"), "").ok();
+    }
+    for command in [
+        &["validate", "tiny.toml", "--checkpoint", "runs/tiny"][..],
+        &["train", "tiny.toml", "--resume", "runs/tiny"],
+    ] {
+        let error = place.fail(1, command);
+        assert!(error.contains("runs/tiny/version_1/checkpoints is good"), "{error}");
+    }
+}
+
+#[test]
+fn a_checkpoint_that_was_moved_away_is_loaded_but_not_trained_from() {
+    let place = Place::new();
+    place.succeed(&["train", "tiny.toml"]);
+    std::fs::create_dir(place.path("elsewhere")).unwrap();
+    std::fs::rename(place.path("runs/tiny/version_0/checkpoints/4"), place.path("elsewhere/4")).unwrap();
+    place.succeed(&["validate", "tiny.toml", "--checkpoint", "elsewhere/4"]);
+    let error = place.fail(1, &["train", "tiny.toml", "--resume", "elsewhere/4"]);
+    assert!(error.contains("expected a checkpoint in the `checkpoints` folder of its run"), "{error}");
+    assert!(!place.path("config.toml").exists() && !place.path("checkpoints").exists());
+}
+
+#[test]
 fn a_run_goes_on_past_versions_that_have_no_checkpoint() {
     let place = Place::new();
     place.succeed(&["train", "tiny.toml"]);
