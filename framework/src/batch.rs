@@ -49,10 +49,13 @@ pub trait Batch: Send + Sync + Sized + 'static {
         )))
     }
 
-    /// Writes the prediction for this batch to a file, for people to look at.
-    fn write(&self, _prediction: &Tensor, path: &Path) -> Result<()> {
+    /// Writes the prediction for this batch to a file, for people to look at. Default: its numbers, as `.npy`.
+    fn write(&self, prediction: &Tensor, path: &Path) -> Result<()> {
+        if path.extension().is_some_and(|ending| ending == "npy") {
+            return video_file::write_numbers(prediction, path);
+        }
         Err(Error::msg(format!(
-            "{}: predictions of this kind cannot be written to a file: implement `Batch::write`",
+            "{}: predictions of this kind are written as .npy; for other files, implement `Batch::write`",
             path.display()
         )))
     }

@@ -1,5 +1,6 @@
 //! The library's error type.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 
 use crate::config::ConfigError;
@@ -8,7 +9,7 @@ use crate::config::ConfigError;
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Everything that can go wrong, with messages written for the person who runs the training.
-#[derive(Debug, thiserror::Error)]
+#[derive(thiserror::Error)]
 pub enum Error {
     /// The configuration file or a `--set` override is invalid.
     #[error(transparent)]
@@ -36,6 +37,13 @@ pub enum Error {
     /// Any other error, as a message.
     #[error("{0}")]
     Message(String),
+}
+
+/// The message itself, because a `main` that returns an error prints it with `Debug`.
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 impl From<ConfigError> for Error {

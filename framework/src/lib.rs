@@ -9,6 +9,10 @@
 //!
 //! [`Trainer`](trainer::Trainer) trains a module on a dataset. [`Experiment`](experiment::Experiment) does
 //! the same from a TOML file, with a [`Registry`](config::Registry) that resolves the names in it.
+//!
+//! Warnings, such as a checkpoint that is skipped, are [`tracing`](https://docs.rs/tracing) events: a program of its own
+//! shows them with a subscriber, for example `tracing_subscriber::fmt::init()`. To save when the process is told to end,
+//! attach [`OnSignal`](callbacks::OnSignal), and set its flags in a signal handler.
 #![warn(clippy::print_stdout)]
 
 pub mod accelerator;

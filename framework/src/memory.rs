@@ -49,7 +49,7 @@ pub(crate) fn explain(error: Error, at_once: usize) -> Error {
         return error;
     }
     Error::msg(format!(
-        "{error}\nthe device is out of memory: set `trainer.micro_batch_size` below {at_once}, the current number of samples at a time; the training stays the same, because a step adds up its micro-batches. `precision = \"bf16-mixed\"` halves the memory of activations"
+        "{error}\nthe device is out of memory: set `trainer.micro_batch_size` below {at_once}, the current number of samples at a time; results do not change, because gradients are accumulated. `precision = \"bf16-mixed\"` halves the memory of activations"
     ))
 }
 

@@ -339,8 +339,7 @@ impl Schedule {
                 rising(milestones)?;
                 parts.iter().enumerate().try_for_each(|(i, part)| {
                     if part.interval() == Interval::Epoch {
-                        let message =
-                            "a part counts what its sequence counts: set `interval` on the sequence";
+                        let message = "`interval` belongs to the sequence, not to a part";
                         return Err(Error::setting("parts", message));
                     }
                     part.check().map_err(|error| Error::setting("parts", format!("part {}: {error}", i + 1)))

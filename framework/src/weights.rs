@@ -183,7 +183,7 @@ impl Weights {
         match best[..] {
             [prefix] | [prefix @ "", ..] => Ok(prefix),
             _ => Err(Error::msg(format!(
-                "{} may have the model's weights after `{}`",
+                "{}: several prefixes match the model: `{}`",
                 self.path.display(),
                 best.join("` and `")
             ))),
@@ -392,10 +392,7 @@ mod tests {
         assert_eq!(start(&lightning, None).unwrap(), [2., 3., 4., 5., 6.]);
         let twice = [named("net.", 1.), named("ema.", 2.)].concat();
         let error = start(&twice, None).unwrap_err();
-        assert!(
-            error.contains("may have the model's weights after `ema.` and `net.`: choose one"),
-            "{error}"
-        );
+        assert!(error.contains("several prefixes match the model: `ema.` and `net.`: choose one"), "{error}");
         assert_eq!(start(&twice, Some("net.")).unwrap(), [2., 3., 4., 5., 6.]);
         assert_eq!(start(&twice, Some("ema.")).unwrap(), [4., 6., 8., 10., 12.]);
         assert!(start(&twice, Some("other.")).unwrap_err().contains("`encoder.w` is missing"));

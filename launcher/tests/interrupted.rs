@@ -288,7 +288,7 @@ fn damaged_checkpoints_are_told_of_and_a_run_without_a_good_one_does_not_begin_a
         }
     }
     let error = place.fail(1, &resume);
-    assert!(error.contains("no checkpoint in runs/tiny/version_0/checkpoints is good"), "{error}");
+    assert!(error.contains("all checkpoints in runs/tiny/version_0/checkpoints are damaged"), "{error}");
     assert!(error.ends_with("omit `--resume` to start a new run\n"), "{error}");
     assert!(!place.path("runs/tiny/version_1").exists());
 }
@@ -330,7 +330,7 @@ fn an_older_version_does_not_stand_in_for_a_damaged_one() {
         &["train", "tiny.toml", "--resume", "runs/tiny"],
     ] {
         let error = place.fail(1, command);
-        assert!(error.contains("runs/tiny/version_1/checkpoints is good"), "{error}");
+        assert!(error.contains("runs/tiny/version_1/checkpoints are damaged"), "{error}");
     }
 }
 

@@ -144,7 +144,7 @@ fn data_of_another_kind() {
     assert_text(
         &error_with("moving_mnist", "digits"),
         r#"
-error: tiny.toml:15:8: data `digits` makes other batches than module `conv_lstm` takes, expected one of `moving_mnist`, `frames`, `radar`
+error: tiny.toml:15:8: data `digits` has another batch type than module `conv_lstm`, expected one of `moving_mnist`, `frames`, `radar`
    |
 15 | name = "digits"
    |        ^^^^^^^^"#,

@@ -102,7 +102,7 @@ impl SvgLpConfig {
             ));
         }
         if spec.frames_in < 2 && !self.last_frame_skip {
-            let message = "with one input frame the decoder has no fine features to go on: expected true";
+            let message = "with one input frame there are no skip connections otherwise: expected true";
             return Err(Error::setting("last_frame_skip", message));
         }
         if (spec.height, spec.width) != (SIDE, SIDE) {

@@ -778,7 +778,7 @@ fn processes_that_only_devices_connect_are_refused_on_the_cpu_before_anything_is
     let experiment = Experiment::read(&registry, config.as_ref(), &sets).unwrap();
     let experiment = experiment.ranks(Arc::new(Processes::new(&environment))).unwrap();
     let error = experiment.train(&Resume::No, Vec::new()).err().unwrap().to_string();
-    let expected = "error: --set:1:21: `trainer.accelerator`: NCCL alone connects these processes";
+    let expected = "error: --set:1:21: `trainer.accelerator`: these processes communicate through NCCL";
     assert!(format!("error: {error}").starts_with(expected), "{error}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
 }

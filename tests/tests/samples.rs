@@ -66,6 +66,20 @@ fn augmentations_apply_in_training_only() {
 }
 
 #[test]
+fn predictions_of_any_batch_are_written_as_numbers() {
+    let place = tempfile::tempdir().unwrap();
+    let (batch, prediction) = (Tensors(Vec::new()), Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap());
+    batch.write(&prediction, &place.path().join("a.npy")).unwrap();
+    let bytes = std::fs::read(place.path().join("a.npy")).unwrap();
+    assert!(
+        bytes.starts_with(b"\x93NUMPY")
+            && bytes.ends_with(&[1f32.to_le_bytes(), 2f32.to_le_bytes()].concat())
+    );
+    let error = batch.write(&prediction, &place.path().join("a.csv")).unwrap_err().to_string();
+    assert!(error.contains("are written as .npy; for other files, implement `Batch::write`"), "{error}");
+}
+
+#[test]
 fn batches_to_overfit_are_the_same_in_training_and_validation() {
     let overfit = |model: &Model<Video>, data: &Data<Video>| {
         let overfit_batches = Some(Limit::Batches(1));

@@ -159,5 +159,5 @@ fn epochs_are_counted_where_they_are_asked_for() {
     assert_eq!(heard.train("lr"), [0.4, 0.4, 0.4, 0.2, 0.2, 0.2, 0.1, 0.1]);
     let parts = vec![Schedule::default(), Schedule::default().per_epoch()];
     let error = Schedule::Sequence { parts, milestones: vec![1] }.check().unwrap_err().to_string();
-    assert_eq!(error, "`parts`: a part counts what its sequence counts: set `interval` on the sequence");
+    assert_eq!(error, "`parts`: `interval` belongs to the sequence, not to a part");
 }

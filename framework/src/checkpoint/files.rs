@@ -103,7 +103,9 @@ pub fn latest(dir: &Path) -> Result<Option<PathBuf>> {
     }
     match newest {
         None => Ok(None),
-        Some(damage) => Err(Error::msg(format!("no checkpoint in {} is good: {damage}", dir.display()))),
+        Some(damage) => {
+            Err(Error::msg(format!("all checkpoints in {} are damaged; the newest: {damage}", dir.display())))
+        }
     }
 }
 

@@ -89,7 +89,7 @@ impl CheckpointConfig {
 pub struct State {
     /// How far training had come.
     pub progress: Progress,
-    /// Whether the run still owes the validation that is due after this step: it was interrupted, or failed.
+    /// Whether the validation due at this step is pending, because it was interrupted or failed.
     pub owes_validation: bool,
     /// The run's seed for the order of samples, augmentation and noise.
     pub seed: u64,
@@ -111,7 +111,7 @@ pub struct State {
     pub average_updates: u64,
     /// Seconds of training, if `max_time` limits the run.
     pub seconds: Option<f64>,
-    /// Each rank's sums of the metrics of an unfinished epoch: name, sum and weight, as their bits.
+    /// Each rank's sums of the metrics of an unfinished epoch: name, and the bits of the f64 sum and weight.
     pub epoch_metrics: Vec<Sums>,
     /// The state of each callback, by name.
     pub callbacks: IndexMap<String, serde_json::Value>,

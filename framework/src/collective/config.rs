@@ -24,8 +24,8 @@ pub struct DistributedConfig {
     pub master: Option<String>,
     /// What to divide among ranks, besides the samples.
     pub shard: Shard,
-    /// Time, for example `"10 min"`, after which a rank that the others wait for counts as failed, as does a
-    /// launched run that makes no step.
+    /// Timeout, for example `"10 min"`: a rank that keeps the others waiting for longer, or a launched run without
+    /// a step for longer, has failed.
     #[serde(with = "duration", skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub hang_timeout: Option<Duration>,
@@ -127,9 +127,8 @@ impl DistributedConfig {
         self.hang_timeout.unwrap_or(Self::HANG_TIMEOUT)
     }
 
-    /// The value that `NCCL_COMM_ID` must have when this process joins the others, if it is not set. Restart
-    /// the process with it: NCCL reads from the environment where its ranks meet. `None` if another backend
-    /// is used.
+    /// The value to set `NCCL_COMM_ID` to before this process restarts, if it is not set: NCCL reads the address
+    /// only from the environment. `None` if another backend is used.
     pub fn meeting_place(&self) -> Result<Option<String>> {
         let Some(environment) = Environment::read()? else { return Ok(None) };
         if std::env::var_os(MEETING_PLACE).is_some() || self.carrier(&environment) != Backend::Nccl {

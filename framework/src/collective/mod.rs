@@ -132,7 +132,7 @@ impl Collective for Solo {
 }
 
 impl dyn Collective + '_ {
-    /// On how many of a machine's devices this process trains, with one rank on each.
+    /// The number of a machine's devices that this process uses, with one rank on each.
     pub(crate) fn devices_here(&self, of_machine: usize) -> usize {
         match self.processes() {
             Some(processes) => processes.devices(of_machine),

@@ -46,8 +46,7 @@ impl Processes {
 }
 
 /// The error message if such processes have no CUDA devices for NCCL to connect.
-pub(crate) const NCCL_ALONE: &str = "NCCL alone connects these processes, and it connects CUDA devices: expected \"cuda\" and a device \
-    for each rank, or for the CPU `distributed.backend = \"mpi\"`";
+pub(crate) const NCCL_ALONE: &str = "these processes communicate through NCCL, which needs a CUDA device for each rank: expected \"cuda\", or for the CPU `distributed.backend = \"mpi\"`";
 
 fn not_yet<T>() -> Result<T> {
     Err(Error::setting("accelerator", NCCL_ALONE))
@@ -142,7 +141,7 @@ mod tests {
         let process = process(0, None);
         let said = [process.all_reduce(&zeros), process.broadcast(&zeros), process.all_gather(&zeros)];
         for error in said.map(|result| result.unwrap_err().to_string()) {
-            assert!(error.starts_with("`accelerator`: NCCL alone connects these processes"), "{error}");
+            assert!(error.starts_with("`accelerator`: these processes communicate through NCCL"), "{error}");
         }
         assert!(process.barrier().is_err() && process.check_ranks().is_ok());
     }

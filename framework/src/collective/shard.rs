@@ -90,8 +90,8 @@ impl<'a> Shares<'a> {
     }
 }
 
-/// The optimizer state of all ranks, by name, of which each rank keeps a part. For saving and resuming, all
-/// of it is on rank 0, in CPU memory, because a device may have no room for it.
+/// Sharded optimizer state, by name. To save or resume, all of it is gathered in the CPU memory of rank 0,
+/// because a device may not have enough.
 pub(crate) struct Whole {
     /// Name, shape and owner of every tensor, in the order of ranks.
     parts: Vec<(String, Vec<usize>, usize)>,
@@ -113,7 +113,7 @@ impl Whole {
         Ok(Self { parts, own: own.iter().map(|(_, var)| var.clone()).collect() })
     }
 
-    /// Zeros in the shapes of the whole state on rank 0; nothing on the other ranks.
+    /// Allocates the whole state, zeroed, on rank 0; nothing on the other ranks.
     pub(crate) fn room(&self, ranks: &dyn Collective) -> Result<Vec<(String, Var)>> {
         let zeros = |(name, shape, _): &(String, Vec<usize>, usize)| {
             Ok((name.clone(), Var::zeros(shape.as_slice(), DType::F32, &Device::Cpu)?))

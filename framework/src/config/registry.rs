@@ -128,7 +128,7 @@ impl Registry {
         let Some(family) = family else { return Err(unknown_name(document, module, "module", &modules)) };
         if !family.datasets().contains(&data.name.as_str()) {
             let message = format!(
-                "data `{}` makes other batches than module `{}` takes, expected one of {}",
+                "data `{}` has another batch type than module `{}`, expected one of {}",
                 data.name,
                 module.name,
                 quoted_list(&family.datasets())

@@ -99,7 +99,7 @@ pub trait Dataset: Send + Sync {
     }
 }
 
-/// Weights by which every class is drawn equally often, whatever its share of the samples: for [`Dataset::weights`].
+/// Inverse class frequencies, for [`Dataset::weights`]: every class is drawn equally often.
 ///
 /// ```
 /// assert_eq!(candlepower::data::balanced_weights(&[0, 1, 1, 1]), [1., 1. / 3., 1. / 3., 1. / 3.]);

@@ -21,9 +21,9 @@ pub struct Order {
     pub batch_size: usize,
     /// Maximum number of batches per epoch.
     pub limit: usize,
-    /// Whether every epoch is the first samples in turn, each time the same, instead of a permutation.
+    /// Whether epochs are not shuffled.
     sequential: bool,
-    /// Draws samples with replacement instead.
+    /// Draws samples with replacement instead of shuffling them.
     weights: Option<Arc<WeightedIndex<f64>>>,
 }
 
@@ -33,7 +33,7 @@ impl Order {
         Self { seed, len, batch_size, limit: usize::MAX, sequential: false, weights: None }
     }
 
-    /// The same with samples drawn with replacement, in proportion to these weights.
+    /// The same order with samples drawn with replacement, in proportion to these weights.
     ///
     /// # Errors
     /// Unless there is a weight of at least 0 for each sample, and one above 0.
@@ -53,7 +53,7 @@ impl Order {
         Ok(Self { weights: Some(Arc::new(usable)), ..self })
     }
 
-    /// The same with the first samples in turn, in every epoch alike.
+    /// The same order without shuffling: every epoch has the same samples.
     pub fn sequential(self) -> Self {
         Self { sequential: true, ..self }
     }
@@ -76,7 +76,7 @@ impl Order {
     /// The batches of one epoch, in order, each with whether it is the last.
     pub fn epoch(&self, epoch: u64) -> impl Iterator<Item = (Vec<Sample>, bool)> + Send + use<> {
         let (seed, batch_size, batches) = (self.seed, self.batch_size, self.batches());
-        // The same samples every time are also made the same way every time.
+        // The random numbers of epoch 0, so that augmentations repeat too.
         let epoch = if self.sequential { 0 } else { epoch };
         let (indices, samples) = (self.indices(epoch), self.samples());
         let sample =

@@ -31,16 +31,16 @@ pub use turn_config::{NamedOptimizer, ParamGroup};
 use crate::error::{Error, Result};
 use crate::schedule::{Rates, Schedule};
 
-/// A rule that moves parameters against their gradients.
+/// A built-in optimizer, which updates many parameters at once. Custom ones implement [`Optimizer`].
 pub trait FusedOptimizer: Send {
-    /// Sets the numbers of step `t`: `rates` come from the schedule. `t` counts the steps that this optimizer
-    /// has taken, from 1, so the number of a refused step comes again.
+    /// Sets the hyper-parameters of step `t`; `rates` come from the schedule. `t` counts the steps that this
+    /// optimizer has taken, from 1, so a refused step is prepared again with the same `t`.
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()>;
 
-    /// Moves every parameter and its copy by its gradient, clipped as `scale` decides, or none if it refuses
-    /// the step. `gradients` are in the order of the parameters. With parameters on a device, it needs
-    /// nothing from the host: it can be recorded, and replayed after [`prepare`](Self::prepare) with other
-    /// numbers.
+    /// Updates the parameters and their half-precision copies with gradients scaled and clipped by `scale`, or
+    /// changes nothing if `scale` refuses the step. `gradients` are in the order of the parameters. On a device
+    /// it needs nothing from the host: it can be recorded, and replayed after [`prepare`](Self::prepare) with
+    /// other hyper-parameters.
     fn step(&self, gradients: &[Tensor], scale: &GradScale) -> Result<()>;
 
     /// Called after the prepared step has been taken.

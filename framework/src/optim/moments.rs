@@ -103,7 +103,7 @@ impl Recipe for RadamConfig {
 
 const BOTH_MOMENTS: [Option<&str>; MOST_STATES] = [Some("exp_avg"), Some("exp_avg_sq"), None];
 
-/// A step that moves nothing yet, without bias correction.
+/// Coefficients with step size zero and no bias correction, to be completed for each step.
 fn plain_step([beta1, beta2]: [f64; 2], eps: f64, weight_decay: f64) -> AdamStep {
     AdamStep {
         one_minus_beta1: (1. - beta1) as f32,

@@ -1,4 +1,4 @@
-//! Optimizers that use an update rule of the kernels: their parameters, state, and the numbers of each step.
+//! Optimizers whose update rule is a kernel: their parameters, state, and each step's coefficients.
 
 use candle_core::{DType, Device, Tensor, Var};
 use candlepower_kernels::clipping::GradScale;

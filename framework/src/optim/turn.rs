@@ -161,7 +161,7 @@ impl Turn {
             every: config.every,
             groups,
         };
-        turn.gather();
+        turn.refresh();
         if turn.params.is_empty() && turn.unused.is_empty() && !params.is_empty() {
             let message = match turn.all_params().is_empty() {
                 true => "nothing is left to train: all parameters are frozen",
@@ -180,8 +180,8 @@ impl Turn {
         }
     }
 
-    /// Lists what moves now.
-    fn gather(&mut self) {
+    /// Rebuilds the lists of the parameters that move now.
+    fn refresh(&mut self) {
         let moving = || self.groups.iter().filter(|group| group.moves);
         self.params = moving().flat_map(|group| group.params.clone()).collect();
         self.working = moving().flat_map(|group| group.working.clone()).collect();
@@ -201,7 +201,7 @@ impl Turn {
             any |= group.moves;
         }
         if any {
-            self.gather();
+            self.refresh();
         }
         any
     }
@@ -218,7 +218,7 @@ impl Turn {
         std::iter::once(own).chain(self.groups.iter().filter_map(of_group)).collect()
     }
 
-    /// Takes over these steps; those that are not known are `otherwise`.
+    /// Restores step counts by name; an optimizer without one has taken `otherwise` steps.
     pub(crate) fn resume(&mut self, steps: &IndexMap<String, u64>, otherwise: u64) {
         self.steps = steps.get(&self.name).copied().unwrap_or(otherwise);
         let of_groups =

@@ -21,7 +21,8 @@ pub struct ParamGroup {
     /// Weight decay. Default: the optimizer's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub weight_decay: Option<f64>,
-    /// Never move these parameters. They need no gradient.
+    /// Never move these parameters. They need no gradient. As in PyTorch, running statistics of a batch
+    /// normalisation are no parameters: they follow the training batches all the same.
     #[serde(default)]
     pub frozen: bool,
     /// Freeze these parameters until then: `500` steps or `"2 epochs"` of the run. Default: move them from the start.

@@ -94,6 +94,11 @@ pub fn write(input: &Tensor, prediction: &Tensor, path: &Path) -> Result<()> {
     write_atomic(path, &bytes)
 }
 
+/// Writes a tensor's values as `.npy`, completely or not at all.
+pub(crate) fn write_numbers(tensor: &Tensor, path: &Path) -> Result<()> {
+    write_atomic(path, &npy::bytes(tensor)?)
+}
+
 fn extension(path: &Path) -> String {
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }

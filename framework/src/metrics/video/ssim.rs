@@ -44,7 +44,7 @@ impl Pair {
         let (height, width, side) = (self.height, self.width, window.len());
         if height.min(width) < side {
             return Err(Error::msg(format!(
-                "this SSIM looks through windows of {side}x{side} pixels, and the frames have {height}x{width}"
+                "frames of {height}x{width} pixels are smaller than the SSIM's window of {side}x{side}"
             )));
         }
         if !(data_range > 0. && data_range.is_finite()) {
@@ -124,7 +124,7 @@ mod tests {
         assert!(similar.len() == 6 && similar.iter().all(|value| (value - 1.).abs() < 1e-12), "{similar:?}");
 
         let message = gaussian_ssim(&frames, &frames, 1.).unwrap_err().to_string();
-        assert_eq!(message, "this SSIM looks through windows of 11x11 pixels, and the frames have 7x9");
+        assert_eq!(message, "frames of 7x9 pixels are smaller than the SSIM's window of 11x11");
         let message = ssim(&frames, &frames, 0.).unwrap_err().to_string();
         assert_eq!(message, "the data range of an SSIM is above 0, for example 1; it is 0");
     }
