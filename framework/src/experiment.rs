@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Device;
-use candle_nn::VarBuilder;
 use indexmap::IndexMap;
 
 use crate::batch::Batch;
@@ -16,7 +15,7 @@ use crate::bench::{Benchmark, Pass};
 use crate::callback::Callback;
 use crate::checkpoint::{Checkpoint, CheckpointConfig};
 use crate::collective::{Collective, DistributedConfig, NCCL_ALONE, Solo};
-use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, untag};
+use crate::config::{CallbackRecipe, DataRecipe, Document, ModuleRecipe, Registry, table, untag};
 use crate::data::{Data, Source, Split};
 use crate::error::{Error, Result};
 use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
@@ -30,24 +29,9 @@ use crate::trainer::{Outcome, Trainer, TrainerConfig};
 use crate::weights::InitConfig;
 
 pub(crate) use job::{Job, Pair};
+use schema::SECTIONS;
 pub use schema::schema;
-use sections::{ONLY, average, optimizer_table, schedule, schedule_table, table, turns};
-
-const SECTIONS: [&str; 13] = [
-    "run",
-    "init",
-    "trainer",
-    "module",
-    "data",
-    "optimizer",
-    "optimizers",
-    "schedule",
-    "average",
-    "checkpoint",
-    "logging",
-    "distributed",
-    "callbacks",
-];
+use sections::{average, checked, optimizers_table, schedule, schedule_table, turns};
 
 /// A configuration file with all sections read and checked. No data has been read yet.
 pub struct Experiment {
@@ -63,8 +47,7 @@ pub struct Experiment {
     logging: LoggingConfig,
     distributed: DistributedConfig,
     ranks: Arc<dyn Collective>,
-    callbacks: Vec<(String, Box<dyn CallbackRecipe>)>,
-    names: [String; 2],
+    callbacks: Vec<(String, CallbackRecipe)>,
     workers: usize,
     prefetch: usize,
     job: Box<dyn Job>,
@@ -104,22 +87,17 @@ impl Experiment {
 
     /// Like [`read`](Self::read), for a document that has been read already.
     pub fn new(registry: &Registry, document: Document) -> Result<Self> {
-        document.check_sections(&SECTIONS)?;
+        document.check_sections(&SECTIONS.map(|(name, _)| name))?;
         let place = |section| {
             let document = &document;
             move |error| document.place(section, error)
         };
-        let run: RunConfig = document.section("run")?;
-        run.check().map_err(place("run"))?;
+        let run = checked(&document, "run", RunConfig::check)?;
         let init = document.has("init")?.then(|| document.section::<InitConfig>("init")).transpose()?;
-        let trainer: TrainerConfig = document.section("trainer")?;
-        trainer.check().map_err(place("trainer"))?;
-        let checkpoint: CheckpointConfig = document.section("checkpoint")?;
-        checkpoint.check().map_err(place("checkpoint"))?;
-        let logging: LoggingConfig = document.section("logging")?;
-        logging.check().map_err(place("logging"))?;
-        let distributed: DistributedConfig = document.section("distributed")?;
-        distributed.check().map_err(place("distributed"))?;
+        let trainer = checked(&document, "trainer", TrainerConfig::check)?;
+        let checkpoint = checked(&document, "checkpoint", CheckpointConfig::check)?;
+        let logging = checked(&document, "logging", LoggingConfig::check)?;
+        let distributed = checked(&document, "distributed", DistributedConfig::check)?;
         if distributed.min_devices.is_some_and(|fewest| fewest > trainer.devices) {
             let message = format!("expected at most `trainer.devices`, which is {}", trainer.devices);
             return Err(place("distributed")(Error::setting("min_devices", message)));
@@ -133,7 +111,7 @@ impl Experiment {
         let average = average(&document)?;
         let callbacks = registry.callbacks(&document)?;
         for (name, callback) in &callbacks {
-            callback.make().map_err(|error| document.place(&format!("callbacks.{name}"), error))?;
+            (callback.make)().map_err(|error| document.place(&format!("callbacks.{name}"), error))?;
         }
         let (module, mut data) = (document.named("module", None)?, document.named("data", None)?);
         let workers = document.take_field(&mut data, "workers")?.unwrap_or(2);
@@ -145,7 +123,6 @@ impl Experiment {
             }
         }
         let job = registry.job(&document, &module, &data)?;
-        let names = [module.name, data.name];
         Ok(Self {
             document,
             run,
@@ -160,7 +137,6 @@ impl Experiment {
             distributed,
             ranks: Arc::new(Solo),
             callbacks,
-            names,
             workers,
             prefetch,
             job,
@@ -169,55 +145,33 @@ impl Experiment {
 
     /// The configuration with every default written out.
     pub fn resolved(&self) -> Result<String> {
-        let [mut module, mut data] = self.job.settings()?;
-        module.insert("name".into(), self.names[0].clone().into());
-        data.insert("name".into(), self.names[1].clone().into());
+        let [module, mut data] = self.job.settings();
         data.insert("workers".into(), toml::Value::Integer(self.workers as i64));
         data.insert("prefetch".into(), toml::Value::Integer(self.prefetch as i64));
-        let mut all = toml::Table::new();
-        all.insert("run".into(), table(&self.run)?.into());
-        if let Some(init) = &self.init {
-            all.insert("init".into(), table(init)?.into());
-        }
-        all.insert("trainer".into(), table(&self.trainer)?.into());
-        all.insert("module".into(), module.into());
-        all.insert("data".into(), data.into());
-        match &self.turns[..] {
-            [only] if only.name == ONLY => {
-                all.insert("optimizer".into(), optimizer_table(only)?.into());
-            }
-            turns => {
-                let mut optimizers = toml::Table::new();
-                for turn in turns {
-                    let mut fields = optimizer_table(turn)?;
-                    fields.insert("params".into(), turn.params.clone().into());
-                    if turn.every > 1 {
-                        fields.insert("every".into(), toml::Value::Integer(turn.every as i64));
-                    }
-                    if let Some(schedule) = &turn.schedule {
-                        fields.insert("schedule".into(), schedule_table(schedule)?.into());
-                    }
-                    optimizers.insert(turn.name.clone(), fields.into());
-                }
-                all.insert("optimizers".into(), optimizers.into());
-            }
-        }
         let mut schedule = schedule_table(&self.schedule)?;
         if let Some(plateau) = &self.plateau {
             schedule.insert("plateau".into(), table(plateau)?.into());
         }
-        all.insert("schedule".into(), schedule.into());
-        if let Some(average) = &self.average {
-            all.insert("average".into(), untag(average)?.into());
-        }
-        all.insert("checkpoint".into(), table(&self.checkpoint)?.into());
-        all.insert("logging".into(), table(&self.logging)?.into());
-        all.insert("distributed".into(), table(&self.distributed)?.into());
-        if !self.callbacks.is_empty() {
-            let callbacks = self.callbacks.iter();
-            let callbacks = callbacks.map(|(name, c)| Ok((name.clone(), c.settings()?.into())));
-            all.insert("callbacks".into(), callbacks.collect::<Result<toml::Table>>()?.into());
-        }
+        let (one_or_several, optimizers) = optimizers_table(&self.turns)?;
+        let callbacks = self.callbacks.iter();
+        let callbacks: toml::Table =
+            callbacks.map(|(name, callback)| (name.clone(), callback.settings.clone().into())).collect();
+        let sections = [
+            ("run", Some(table(&self.run)?)),
+            ("init", self.init.as_ref().map(table).transpose()?),
+            ("trainer", Some(table(&self.trainer)?)),
+            ("module", Some(module)),
+            ("data", Some(data)),
+            (one_or_several, Some(optimizers)),
+            ("schedule", Some(schedule)),
+            ("average", self.average.as_ref().map(untag).transpose()?),
+            ("checkpoint", Some(table(&self.checkpoint)?)),
+            ("logging", Some(table(&self.logging)?)),
+            ("distributed", Some(table(&self.distributed)?)),
+            ("callbacks", Some(callbacks).filter(|callbacks| !callbacks.is_empty())),
+        ];
+        let present = sections.into_iter().filter_map(|(name, section)| Some((name.into(), section?.into())));
+        let all: toml::Table = present.collect();
         toml::to_string_pretty(&all).map_err(|error| Error::msg(error.to_string()))
     }
 
@@ -304,15 +258,15 @@ impl Experiment {
         self.job.find_batch_size(self, config)
     }
 
-    fn data<B: Batch>(&self, recipe: &dyn DataRecipe<B>) -> Result<Data<B>> {
+    fn data<B: Batch>(&self, recipe: &DataRecipe<B>) -> Result<Data<B>> {
         let mut data = Data::from_source(self.open(recipe, Split::Train)?);
         data.val = Some(self.open(recipe, Split::Val)?);
         (data.workers, data.prefetch) = (self.workers, self.prefetch);
         Ok(data)
     }
 
-    fn open<B: Batch>(&self, recipe: &dyn DataRecipe<B>, split: Split) -> Result<Source<B>> {
-        recipe.open(split).map_err(|error| self.document.place("data", error))
+    fn open<B: Batch>(&self, recipe: &DataRecipe<B>, split: Split) -> Result<Source<B>> {
+        (recipe.open)(split).map_err(|error| self.document.place("data", error))
     }
 
     /// The device of this process's first rank.
@@ -326,15 +280,9 @@ impl Experiment {
         device.map_err(|error| self.document.place("trainer", error))
     }
 
-    fn model<B: Batch>(
-        &self,
-        recipe: &Arc<dyn ModuleRecipe<B>>,
-        spec: B::Spec,
-        device: &Device,
-    ) -> Result<Model<B>> {
-        let recipe = recipe.clone();
-        let build = move |vb: VarBuilder| recipe.build(&spec, vb);
-        let model = Model::boxed(build, self.run.seed, device, self.trainer.precision);
+    fn model<B: Batch>(&self, recipe: &ModuleRecipe<B>, spec: B::Spec, device: &Device) -> Result<Model<B>> {
+        let build = recipe.build.clone();
+        let model = Model::boxed(move |vb| build(&spec, vb), self.run.seed, device, self.trainer.precision);
         model.map_err(|error| self.document.place("module", error))
     }
 
@@ -358,8 +306,8 @@ impl Experiment {
 
     /// The trainer with the callbacks of the configuration.
     fn watched(&self) -> Result<Trainer> {
-        let make = |trainer: Trainer, (name, callback): &(String, Box<dyn CallbackRecipe>)| {
-            Ok(trainer.named_callback(name, callback.make()?))
+        let make = |trainer: Trainer, (name, callback): &(String, CallbackRecipe)| {
+            Ok(trainer.named_callback(name, (callback.make)()?))
         };
         self.callbacks.iter().try_fold(self.trainer(), make)
     }

@@ -12,6 +12,7 @@ mod command_line;
 mod commands;
 mod profile;
 mod pulse;
+mod report;
 mod say;
 mod signals;
 mod supervisor;

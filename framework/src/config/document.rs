@@ -269,6 +269,11 @@ impl Document {
     }
 }
 
+/// The table of a section's fields.
+pub(crate) fn table(fields: &impl serde::Serialize) -> Result<toml::Table> {
+    toml::Table::try_from(fields).map_err(|error| Error::msg(error.to_string()))
+}
+
 /// Reverses [`Document::variant`]: the table of the variant's fields and its name.
 pub(crate) fn untag<T: serde::Serialize>(variant: &T) -> Result<toml::Table> {
     let tagged = toml::Value::try_from(variant).map_err(|error| Error::msg(error.to_string()))?;

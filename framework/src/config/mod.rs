@@ -8,7 +8,7 @@ pub(crate) mod schema;
 mod wording;
 
 pub use document::{Document, Named};
-pub(crate) use document::{did_you_mean, quoted_list, untag};
+pub(crate) use document::{did_you_mean, quoted_list, table, untag};
 pub use error::ConfigError;
 pub use registry::Registry;
 pub(crate) use registry::{CallbackRecipe, DataRecipe, ModuleRecipe};

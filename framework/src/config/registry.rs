@@ -1,16 +1,16 @@
 //! The registry: which module, dataset, callback or optimizer a name in a configuration stands for.
 
 use std::any::Any;
-use std::marker::PhantomData;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use candle_nn::VarBuilder;
 use indexmap::IndexMap;
+use serde::Serialize;
 use serde_json::json;
 
-use super::document::{Document, Named, did_you_mean, quoted_list};
+use super::document::{Document, Named, did_you_mean, quoted_list, table};
 use super::schema::{named, schema_of, variants_of};
 use crate::batch::Batch;
 use crate::callback::{BuildCallback, Callback};
@@ -31,21 +31,20 @@ use crate::optim::{Optimizer, OptimizerConfig};
 #[derive(Default)]
 pub struct Registry {
     families: Vec<Box<dyn AnyFamily>>,
-    callbacks: IndexMap<&'static str, Entry<dyn CallbackRecipe>>,
-    optimizers: IndexMap<&'static str, OwnEntry>,
-}
-
-/// A custom optimizer: how to read its section, and the schema of that section.
-struct OwnEntry {
-    parse: fn(&Document, &Named) -> Result<OptimizerConfig>,
-    schema: fn() -> serde_json::Value,
+    callbacks: IndexMap<&'static str, Entry<CallbackRecipe>>,
+    optimizers: IndexMap<&'static str, Entry<OptimizerConfig>>,
 }
 
 impl Registry {
     /// Adds a module under this name.
     pub fn module<M: Build>(mut self, name: &'static str) -> Self {
-        let parse = |document: &Document, named: &Named| -> Result<Box<dyn ModuleRecipe<M::Batch>>> {
-            Ok(Box::new(FromConfig::<M, M::Config> { config: document.fields(named)?, makes: PhantomData }))
+        let parse = |document: &Document, named: &Named| {
+            let config: M::Config = document.fields(named)?;
+            let settings = named_table(named, &config)?;
+            let build = Arc::new(move |spec: &<M::Batch as Batch>::Spec, vb: VarBuilder| {
+                Ok(Box::new(M::build(&config, spec, vb)?) as Box<dyn Module<Batch = M::Batch>>)
+            });
+            Ok(ModuleRecipe { build, settings })
         };
         let entry = Entry { parse, schema: schema_of::<M::Config> };
         self.family::<M::Batch>().modules.insert(name, entry);
@@ -54,9 +53,9 @@ impl Registry {
 
     /// Adds a dataset under this name.
     pub fn dataset<D: Open>(mut self, name: &'static str) -> Self {
-        let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<D::Batch>>> {
+        let parse = |document: &Document, named: &Named| {
             let open = |config: &D::Config, split| Ok(Source::Indexed(Arc::new(D::open(config, split)?)));
-            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open, read: D::read }))
+            DataRecipe::new(named, document.fields(named)?, open, D::read)
         };
         let entry = Entry { parse, schema: schema_of::<D::Config> };
         self.family::<D::Batch>().datasets.insert(name, entry);
@@ -65,9 +64,9 @@ impl Registry {
 
     /// Adds a stream under this name.
     pub fn stream<S: OpenStream>(mut self, name: &'static str) -> Self {
-        let parse = |document: &Document, named: &Named| -> Result<Box<dyn DataRecipe<S::Batch>>> {
+        let parse = |document: &Document, named: &Named| {
             let open = |config: &S::Config, split| Ok(Source::Stream(Arc::new(S::open(config, split)?)));
-            Ok(Box::new(DataFromConfig { config: document.fields(named)?, open, read: S::read }))
+            DataRecipe::new(named, document.fields(named)?, open, S::read)
         };
         let entry = Entry { parse, schema: schema_of::<S::Config> };
         self.family::<S::Batch>().datasets.insert(name, entry);
@@ -76,8 +75,11 @@ impl Registry {
 
     /// Adds a callback under this name: a section `[callbacks.NAME]` attaches it to a run.
     pub fn callback<C: BuildCallback>(mut self, name: &'static str) -> Self {
-        let parse = |document: &Document, named: &Named| -> Result<Box<dyn CallbackRecipe>> {
-            Ok(Box::new(FromConfig::<C, C::Config> { config: document.fields(named)?, makes: PhantomData }))
+        let parse = |document: &Document, named: &Named| {
+            let config: C::Config = document.fields(named)?;
+            let settings = table(&config)?;
+            let make = Box::new(move || Ok(Box::new(C::watch(&config)?) as Box<dyn Callback>));
+            Ok(CallbackRecipe { make, settings })
         };
         self.callbacks.insert(name, Entry { parse, schema: schema_of::<C::Config> });
         self
@@ -89,7 +91,7 @@ impl Registry {
             let own = OptimizerConfig::custom::<O>(&named.name, document.fields(named)?);
             own.map_err(|error| document.place(named.section(), error))
         };
-        self.optimizers.insert(name, OwnEntry { parse, schema: schema_of::<O::Config> });
+        self.optimizers.insert(name, Entry { parse, schema: schema_of::<O::Config> });
         self
     }
 
@@ -139,7 +141,7 @@ impl Registry {
     }
 
     /// The callbacks described by the sections in `[callbacks]`: names and recipes, in written order.
-    pub(crate) fn callbacks(&self, document: &Document) -> Result<Vec<(String, Box<dyn CallbackRecipe>)>> {
+    pub(crate) fn callbacks(&self, document: &Document) -> Result<Vec<(String, CallbackRecipe)>> {
         let recipe = |(name, span): (String, Range<usize>)| {
             let Some(entry) = self.callbacks.get(name.as_str()) else {
                 let known: Vec<&str> = self.callbacks.keys().copied().collect();
@@ -159,12 +161,14 @@ impl Registry {
         json!({"type": "object", "additionalProperties": false, "properties": schemas})
     }
 
-    /// JSON Schemas of the sections `[module]` and `[data]`.
-    pub(crate) fn schemas(&self) -> [serde_json::Value; 2] {
-        let all = |of: fn(&dyn AnyFamily) -> Schemas| {
-            named(self.families.iter().flat_map(|family| of(&**family)).collect(), None)
-        };
-        [all(|family| family.module_schemas()), all(|family| family.dataset_schemas())]
+    /// A JSON Schema of the section `[module]`.
+    pub(crate) fn module_schema(&self) -> serde_json::Value {
+        named(self.families.iter().flat_map(|family| family.module_schemas()).collect(), None)
+    }
+
+    /// A JSON Schema of the section `[data]`, without the fields that are not the dataset's own.
+    pub(crate) fn data_schema(&self) -> serde_json::Value {
+        named(self.families.iter().flat_map(|family| family.dataset_schemas()).collect(), None)
     }
 
     /// JSON Schemas of the optimizers, by name.
@@ -181,88 +185,66 @@ fn unknown_name(document: &Document, named: &Named, what: &str, known: &[&str]) 
     document.error_at(named.span.clone(), message).hint(did_you_mean(&named.name, known)).into()
 }
 
-/// Builds modules from parsed settings.
-pub(crate) trait ModuleRecipe<B: Batch>: Send + Sync {
-    fn build(&self, spec: &B::Spec, vb: VarBuilder) -> Result<Box<dyn Module<Batch = B>>>;
-    fn settings(&self) -> Result<toml::Table>;
+/// A module's section, read.
+pub(crate) struct ModuleRecipe<B: Batch> {
+    pub(crate) build: Arc<BuildModule<B>>,
+    pub(crate) settings: toml::Table,
 }
 
-/// Opens datasets, and reads inputs to predict from, with parsed settings.
-pub(crate) trait DataRecipe<B: Batch>: Send + Sync {
-    fn open(&self, split: Split) -> Result<Source<B>>;
-    fn read(&self, spec: &B::Spec, input: &Path) -> Result<B>;
-    fn settings(&self) -> Result<toml::Table>;
+type BuildModule<B> =
+    dyn Fn(&<B as Batch>::Spec, VarBuilder) -> Result<Box<dyn Module<Batch = B>>> + Send + Sync;
+
+/// A dataset's section, read.
+pub(crate) struct DataRecipe<B: Batch> {
+    pub(crate) open: Box<dyn Fn(Split) -> Result<Source<B>> + Send + Sync>,
+    /// Reads an input to predict from.
+    pub(crate) read: Box<ReadBatch<B>>,
+    pub(crate) settings: toml::Table,
 }
 
-/// Creates callbacks from parsed settings.
-pub(crate) trait CallbackRecipe: Send + Sync {
-    fn make(&self) -> Result<Box<dyn Callback>>;
-    fn settings(&self) -> Result<toml::Table>;
+type ReadBatch<B> = dyn Fn(&<B as Batch>::Spec, &Path) -> Result<B> + Send + Sync;
+
+/// A callback's section, read.
+pub(crate) struct CallbackRecipe {
+    pub(crate) make: Box<dyn Fn() -> Result<Box<dyn Callback>> + Send + Sync>,
+    pub(crate) settings: toml::Table,
 }
 
-struct DataFromConfig<B: Batch, C> {
-    config: C,
-    open: fn(&C, Split) -> Result<Source<B>>,
-    read: fn(&C, &B::Spec, &Path) -> Result<B>,
-}
-
-struct FromConfig<T, C> {
-    config: C,
-    makes: PhantomData<fn() -> T>,
-}
-
-fn table(config: &impl serde::Serialize) -> Result<toml::Table> {
-    toml::Table::try_from(config).map_err(|error| Error::msg(error.to_string()))
-}
-
-impl<M: Build> ModuleRecipe<M::Batch> for FromConfig<M, M::Config> {
-    fn build(
-        &self,
-        spec: &<M::Batch as Batch>::Spec,
-        vb: VarBuilder,
-    ) -> Result<Box<dyn Module<Batch = M::Batch>>> {
-        Ok(Box::new(M::build(&self.config, spec, vb)?))
-    }
-
-    fn settings(&self) -> Result<toml::Table> {
-        table(&self.config)
+impl<B: Batch> DataRecipe<B> {
+    fn new<C: Settings>(
+        named: &Named,
+        config: C,
+        open: fn(&C, Split) -> Result<Source<B>>,
+        read: fn(&C, &B::Spec, &Path) -> Result<B>,
+    ) -> Result<Self> {
+        let settings = named_table(named, &config)?;
+        let config = Arc::new(config);
+        let shared = config.clone();
+        Ok(Self {
+            open: Box::new(move |split| open(&shared, split)),
+            read: Box::new(move |spec, input| read(&config, spec, input)),
+            settings,
+        })
     }
 }
 
-impl<B: Batch, C: Settings> DataRecipe<B> for DataFromConfig<B, C> {
-    fn open(&self, split: Split) -> Result<Source<B>> {
-        (self.open)(&self.config, split)
-    }
-
-    fn read(&self, spec: &B::Spec, input: &Path) -> Result<B> {
-        (self.read)(&self.config, spec, input)
-    }
-
-    fn settings(&self) -> Result<toml::Table> {
-        table(&self.config)
-    }
+/// The table of a section that names a type.
+fn named_table(named: &Named, config: &impl Serialize) -> Result<toml::Table> {
+    let mut section = table(config)?;
+    section.insert("name".into(), named.name.clone().into());
+    Ok(section)
 }
 
-impl<C: BuildCallback> CallbackRecipe for FromConfig<C, C::Config> {
-    fn make(&self) -> Result<Box<dyn Callback>> {
-        Ok(Box::new(C::watch(&self.config)?))
-    }
-
-    fn settings(&self) -> Result<toml::Table> {
-        table(&self.config)
-    }
-}
-
-/// A registered name: how to read its section, and the schema of that section. `R` is a recipe.
-struct Entry<R: ?Sized> {
-    parse: fn(&Document, &Named) -> Result<Box<R>>,
+/// A registered name: how to read its section, and the schema of that section.
+struct Entry<T> {
+    parse: fn(&Document, &Named) -> Result<T>,
     schema: fn() -> serde_json::Value,
 }
 
 /// The modules and datasets of one batch type: any of these modules can learn from any of these datasets.
 struct Family<B: Batch> {
-    modules: IndexMap<&'static str, Entry<dyn ModuleRecipe<B>>>,
-    datasets: IndexMap<&'static str, Entry<dyn DataRecipe<B>>>,
+    modules: IndexMap<&'static str, Entry<ModuleRecipe<B>>>,
+    datasets: IndexMap<&'static str, Entry<DataRecipe<B>>>,
 }
 
 /// JSON Schemas, by the names that select them.
@@ -307,6 +289,6 @@ impl<B: Batch> AnyFamily for Family<B> {
     fn job(&self, document: &Document, module: &Named, data: &Named) -> Result<Box<dyn Job>> {
         let module = (self.modules[module.name.as_str()].parse)(document, module)?;
         let data = (self.datasets[data.name.as_str()].parse)(document, data)?;
-        Ok(Box::new(Pair { module: module.into(), data }))
+        Ok(Box::new(Pair { module, data }))
     }
 }

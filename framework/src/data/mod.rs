@@ -63,6 +63,12 @@ pub struct Sample {
 }
 
 impl Sample {
+    /// A sample of a pass, drawn for the first time.
+    pub fn new(index: usize, pass: Pass) -> Self {
+        let Pass { split, epoch, seed, augment } = pass;
+        Self { index, split, epoch, seed, repeat: 0, augment }
+    }
+
     /// The sample's random generator, a function of (seed, split, epoch, index, repeat) and thus independent of
     /// threads and timing. Use it for generated data and augmentations.
     pub fn rng(&self) -> seed::ChaCha8Rng {

@@ -119,8 +119,7 @@ pub fn sequential_batches(
     len: usize,
     batch_size: usize,
 ) -> impl Iterator<Item = Vec<Sample>> + Send {
-    let Pass { split, epoch, seed, augment } = pass;
-    let sample = move |index| Sample { index, split, epoch, seed, repeat: 0, augment };
+    let sample = move |index| Sample::new(index, pass);
     (0..len).step_by(batch_size).map(move |from| (from..len.min(from + batch_size)).map(sample).collect())
 }
 

@@ -1,5 +1,6 @@
 //! Sources of samples, [`Dataset`]s read by index and [`Stream`]s read in sequence, and passes over them.
 
+use std::iter::{Peekable, Take};
 use std::sync::Arc;
 
 use super::loader::{Job, Place};
@@ -272,56 +273,74 @@ impl<S: Stream + 'static> AnyStream<S::Batch> for S {
 
     #[expect(private_interfaces, reason = "implemented here alone, for every stream")]
     fn jobs(self: Arc<Self>, pass: Pass, portions: Portions) -> Result<Jobs<S::Batch>> {
-        let mut items = self.items(pass)?.take(portions.items).peekable();
-        for item in items.by_ref().take(portions.skip) {
+        Ok(Box::new(StreamSteps::start(self, pass, portions)?.flatten()))
+    }
+}
+
+/// The steps of a pass over a stream: of each, the micro-batches that are this rank's share.
+struct StreamSteps<S: Stream> {
+    stream: Arc<S>,
+    pass: Pass,
+    portions: Portions,
+    items: Peekable<Take<Items<S::Item>>>,
+    /// The index of the next sample.
+    index: usize,
+}
+
+impl<S: Stream + 'static> StreamSteps<S> {
+    /// Starts a pass, after the items to skip.
+    fn start(stream: Arc<S>, pass: Pass, portions: Portions) -> Result<Self> {
+        let (split, skip) = (pass.split.name(), portions.skip);
+        let mut items = stream.items(pass)?.take(portions.items).peekable();
+        for item in items.by_ref().take(skip) {
             item?;
         }
         if items.peek().is_none() {
-            let (split, skip) = (pass.split.name(), portions.skip);
-            return Err(Error::msg(match skip {
-                0 => format!("the {split} stream is empty"),
-                _ => {
-                    format!("the {split} stream has nothing after the {skip} samples already trained on")
-                }
+            return Err(Error::msg(if skip == 0 {
+                format!("the {split} stream is empty")
+            } else {
+                format!("the {split} stream has nothing after the {skip} samples already trained on")
             }));
         }
-        let mut index = portions.skip;
-        Ok(Box::new(
-            std::iter::from_fn(move || {
-                let step: Result<Vec<S::Item>> = items.by_ref().take(portions.step).collect();
-                match step {
-                    Err(error) => Some(vec![Err(Error::msg(format!("after sample {index}: {error}")))]),
-                    Ok(step) if step.is_empty() => None,
-                    Ok(step) => {
-                        let (step_samples, ends_epoch) = (step.len(), items.peek().is_none());
-                        let mut jobs = Vec::new();
-                        let mut step = step.into_iter().peekable();
-                        while step.peek().is_some() {
-                            let items: Vec<_> = step.by_ref().take(portions.micro).collect();
-                            let sample = |index| Sample {
-                                index,
-                                split: pass.split,
-                                epoch: pass.epoch,
-                                seed: pass.seed,
-                                repeat: 0,
-                                augment: pass.augment,
-                            };
-                            let samples: Vec<Sample> = (index..index + items.len()).map(sample).collect();
-                            index += items.len();
-                            let stream = self.clone();
-                            let make = move || {
-                                whole(stream.batch(items, &samples), samples.len())
-                                    .map_err(|why| unreadable(&samples, &why))
-                            };
-                            let number = jobs.len();
-                            let place = Place { number, ends_step: false, step_samples, ends_epoch };
-                            jobs.push(Job { make: Some(Box::new(make) as _), place });
-                        }
-                        Some(portions.share.of_step(jobs).into_iter().map(Ok).collect())
-                    }
-                }
-            })
-            .flatten(),
-        ))
+        Ok(Self { stream, pass, portions, items, index: skip })
+    }
+
+    /// This rank's share of a step with these items.
+    fn step(&mut self, items: Vec<S::Item>) -> Vec<Job<S::Batch>> {
+        let (step_samples, ends_epoch) = (items.len(), self.items.peek().is_none());
+        let mut items = items.into_iter().peekable();
+        let mut jobs = Vec::new();
+        while items.peek().is_some() {
+            let place = Place { number: jobs.len(), ends_step: false, step_samples, ends_epoch };
+            let items = items.by_ref().take(self.portions.micro).collect();
+            jobs.push(self.micro_batch(items, place));
+        }
+        self.portions.share.of_step(jobs)
+    }
+
+    /// The micro-batch of the next items.
+    fn micro_batch(&mut self, items: Vec<S::Item>, place: Place) -> Job<S::Batch> {
+        let pass = self.pass;
+        let indices = self.index..self.index + items.len();
+        self.index = indices.end;
+        let samples: Vec<Sample> = indices.map(|index| Sample::new(index, pass)).collect();
+        let stream = self.stream.clone();
+        let make = move || {
+            whole(stream.batch(items, &samples), samples.len()).map_err(|why| unreadable(&samples, &why))
+        };
+        Job { make: Some(Box::new(make)), place }
+    }
+}
+
+impl<S: Stream + 'static> Iterator for StreamSteps<S> {
+    type Item = Vec<Result<Job<S::Batch>>>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let items: Result<Vec<S::Item>> = self.items.by_ref().take(self.portions.step).collect();
+        match items {
+            Ok(items) if items.is_empty() => None,
+            Ok(items) => Some(self.step(items).into_iter().map(Ok).collect()),
+            Err(error) => Some(vec![Err(Error::msg(format!("after sample {}: {error}", self.index)))]),
+        }
     }
 }

@@ -1,7 +1,6 @@
 //! What an experiment does with its module and its dataset.
 
 use std::path::Path;
-use std::sync::Arc;
 
 use candle_core::DType;
 use indexmap::IndexMap;
@@ -13,7 +12,7 @@ use crate::batch::Batch;
 use crate::bench::{self, Benchmark, Pass};
 use crate::callback::{Callback, Progress, StopReason};
 use crate::callbacks::ProgressBar;
-use crate::checkpoint::Origin;
+use crate::checkpoint::{Checkpoint, Origin};
 use crate::config::{DataRecipe, ModuleRecipe};
 use crate::data::{Data, Split};
 use crate::error::{Error, Result};
@@ -21,13 +20,13 @@ use crate::finder::{BatchFinderConfig, BatchFinding, LrFinderConfig, LrFinding};
 use crate::logger::Loggers;
 use crate::metrics::video::LeadTimes;
 use crate::module::Model;
-use crate::run_dir::RunDir;
+use crate::run_dir::{RunConfig, RunDir, RunLock};
 use crate::trained::Trained;
 use crate::trainer::Trainer;
 
 /// The operations of an experiment, independent of its batch type.
 pub(crate) trait Job: Send + Sync {
-    fn settings(&self) -> Result<[toml::Table; 2]>;
+    fn settings(&self) -> [toml::Table; 2];
     fn build(&self, experiment: &Experiment) -> Result<usize>;
     fn train(
         &self,
@@ -57,15 +56,15 @@ pub(crate) trait Job: Send + Sync {
 
 /// A module and a dataset with the same batch type.
 pub(crate) struct Pair<B: Batch> {
-    pub(crate) module: Arc<dyn ModuleRecipe<B>>,
-    pub(crate) data: Box<dyn DataRecipe<B>>,
+    pub(crate) module: ModuleRecipe<B>,
+    pub(crate) data: DataRecipe<B>,
 }
 
 impl<B: Batch> Pair<B> {
     fn model_and_data(&self, experiment: &Experiment) -> Result<(Model<B>, Data<B>)> {
         // Opened first, to report an unusable device before data is read.
         let device = experiment.device()?;
-        let data = experiment.data(&*self.data)?;
+        let data = experiment.data(&self.data)?;
         Ok((experiment.model(&self.module, data.train.spec(), &device)?, data))
     }
 
@@ -87,7 +86,7 @@ impl<B: Batch> Pair<B> {
         let (model, mut data) = self.model_and_data(experiment)?;
         let progress = Trained::read(weights)?.give(&model)?;
         if split == Split::Test {
-            data.test = Some(experiment.open(&*self.data, split)?);
+            data.test = Some(experiment.open(&self.data, split)?);
         }
         Ok((model, data, progress))
     }
@@ -108,7 +107,7 @@ impl<B: Batch> Pair<B> {
         {
             return Ok(spec);
         }
-        let source = experiment.open(&*self.data, Split::Train).map_err(|error| match before {
+        let source = experiment.open(&self.data, Split::Train).map_err(|error| match before {
             Some(before) if before != data => Error::msg(format!("{error}\n{}", why_opened(&before, &data))),
             _ => error,
         });
@@ -149,9 +148,61 @@ fn write_config(run: &Path, resolved: &str, resumed: bool) -> Result<()> {
     write_atomic(&path, resolved.as_bytes())
 }
 
+/// The folder that a training writes into. No other process can use it until this is dropped.
+struct OpenRun {
+    dir: RunDir,
+    is_new: bool,
+    _lock: RunLock,
+}
+
+impl OpenRun {
+    /// Locks the folder of the run that is resumed, or a new one.
+    fn prepare(config: &RunConfig, resumed: Option<RunDir>) -> Result<Self> {
+        let is_new = resumed.is_none();
+        let dir = match resumed {
+            Some(dir) => dir,
+            None => RunDir::create(config)?,
+        };
+        let lock = dir.lock()?;
+        tracing::info!("run folder: {}", dir.path().display());
+        Ok(Self { dir, is_new, _lock: lock })
+    }
+
+    /// Has a trainer write its checkpoints, configuration and logs into the folder, and start from `checkpoint`.
+    fn attach(
+        &self,
+        trainer: Trainer,
+        experiment: &Experiment,
+        checkpoint: Option<Checkpoint>,
+    ) -> Result<Trainer> {
+        let resumed_at = checkpoint.as_ref().map(|checkpoint| checkpoint.state().progress.step);
+        let mut trainer = trainer.checkpoints(self.dir.checkpoints(), experiment.checkpoint.clone());
+        if let Some(checkpoint) = checkpoint {
+            trainer = trainer.resume(checkpoint);
+        }
+        let (dir, logging) = (self.dir.clone(), experiment.logging.clone());
+        let resolved = experiment.resolved()?;
+        // A run that cannot continue keeps its files unchanged.
+        Ok(trainer.when_ready(move |trainer| {
+            write_config(dir.path(), &resolved, resumed_at.is_some())?;
+            let loggers = Loggers::in_folder(dir.path(), &logging, resumed_at.unwrap_or(0))?;
+            // Last, so they log metrics added by the callbacks before them.
+            trainer.add(loggers.configuration(resolved));
+            Ok(())
+        }))
+    }
+
+    /// After a failure, removes the folder if this training created it and nothing is in it.
+    fn discard_if_new(&self) {
+        if self.is_new {
+            self.dir.discard_empty();
+        }
+    }
+}
+
 impl<B: Batch> Job for Pair<B> {
-    fn settings(&self) -> Result<[toml::Table; 2]> {
-        Ok([self.module.settings()?, self.data.settings()?])
+    fn settings(&self) -> [toml::Table; 2] {
+        [self.module.settings.clone(), self.data.settings.clone()]
     }
 
     fn build(&self, experiment: &Experiment) -> Result<usize> {
@@ -172,52 +223,37 @@ impl<B: Batch> Job for Pair<B> {
             trainer = trainer.callback(ProgressBar::default());
         }
         tracing::info!("{}", summary(&model));
-        let (mut dir, mut new_run, mut lock) = (None, None, None);
         let writes = experiment.trainer.fast_dev_run == 0 && experiment.ranks.rank() == 0;
         if experiment.trainer.fast_dev_run > 0 && *resume != Resume::No {
             tracing::warn!("`trainer.fast_dev_run` starts at step 0: `--resume` is ignored");
         }
-        let (run, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
+        let (resumed, checkpoint) = if writes { experiment.start(resume)? } else { (None, None) };
         if checkpoint.is_none() && experiment.ranks.rank() == 0 {
             // Before the folder is created. Other ranks receive the weights from rank 0.
             experiment.init(&model)?;
         }
-        if writes {
-            let resumed_at = checkpoint.as_ref().map(|checkpoint| checkpoint.state().progress.step);
-            let is_new = run.is_none();
-            let run = run.map_or_else(|| RunDir::create(&experiment.run), Ok)?;
-            new_run = is_new.then(|| run.clone());
-            lock = Some(run.lock()?);
-            tracing::info!("run folder: {}", run.path().display());
-            trainer = trainer.checkpoints(run.checkpoints(), experiment.checkpoint.clone());
-            if let Some(checkpoint) = checkpoint {
-                trainer = trainer.resume(checkpoint);
-            }
-            dir = Some(run.path().to_path_buf());
-            let (resolved, logging) = (experiment.resolved()?, experiment.logging.clone());
-            // A run that cannot continue keeps its files unchanged.
-            trainer = trainer.when_ready(move |trainer| {
-                write_config(run.path(), &resolved, resumed_at.is_some())?;
-                let loggers = Loggers::in_folder(run.path(), &logging, resumed_at.unwrap_or(0))?;
-                // Last, so they log metrics added by the callbacks before them.
-                trainer.add(loggers.configuration(resolved));
-                Ok(())
-            });
+        let run = if writes { Some(OpenRun::prepare(&experiment.run, resumed)?) } else { None };
+        if let Some(run) = &run {
+            trainer = run.attach(trainer, experiment, checkpoint)?;
         }
         let outcome = trainer.fit(&model, &data).map_err(|error| {
-            new_run.iter().for_each(RunDir::discard_empty);
+            if let Some(run) = &run {
+                run.discard_if_new();
+            }
             experiment.place_training_error(error)
         })?;
         let trained = matches!(outcome.reason, StopReason::Finished | StopReason::Callback(_));
-        let lead_times = match &dir {
-            Some(dir) if trained => {
+        let lead_times = match &run {
+            Some(run) if trained => {
                 let lead_times = trainer.compare(&model, &data, Split::Val)?;
-                lead_times.as_ref().map_or(Ok(()), |scores| scores.save(&dir.join("lead_times")))?;
+                if let Some(scores) = &lead_times {
+                    scores.save(&run.dir.path().join("lead_times"))?;
+                }
                 lead_times
             }
             _ => None,
         };
-        drop(lock);
+        let dir = run.map(|run| run.dir.path().to_path_buf());
         Ok(Report { dir, outcome, lead_times })
     }
 
@@ -253,7 +289,7 @@ impl<B: Batch> Job for Pair<B> {
         let device = experiment.device()?;
         let weights = Trained::read(checkpoint)?;
         let spec = self.spec(experiment, weights.origin())?;
-        let batch = self.data.read(&spec, input)?;
+        let batch = (self.data.read)(&spec, input)?;
         let model = experiment.model(&self.module, spec, &device)?;
         let progress = weights.give(&model)?;
         let prediction = experiment.trainer().trained(progress).predict(&model, &batch)?;

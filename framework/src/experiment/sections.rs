@@ -1,14 +1,26 @@
 //! The sections that configure training, read from a document and written back to tables.
 
 use indexmap::IndexSet;
+use serde::de::DeserializeOwned;
 
-use crate::config::{Document, Registry, untag};
+use crate::config::{Document, Registry, table, untag};
 use crate::error::{Error, Result};
 use crate::optim::{AverageConfig, NamedOptimizer, OptimizerConfig, ParamGroup};
 use crate::schedule::{Interval, Plateau, Schedule};
 
+/// Reads a section and checks its values.
+pub(super) fn checked<T: DeserializeOwned>(
+    document: &Document,
+    section: &str,
+    check: fn(&T) -> Result<()>,
+) -> Result<T> {
+    let config: T = document.section(section)?;
+    check(&config).map_err(|error| document.place(section, error))?;
+    Ok(config)
+}
+
 /// The name of the only optimizer, which is not shown to modules or in logs.
-pub(super) const ONLY: &str = "optimizer";
+const ONLY: &str = "optimizer";
 
 /// The optimizers: the one in `[optimizer]`, or those in `[optimizers.*]`.
 pub(super) fn turns(document: &Document, registry: &Registry) -> Result<Vec<NamedOptimizer>> {
@@ -105,7 +117,29 @@ pub(super) fn average(document: &Document) -> Result<Option<AverageConfig>> {
     Ok(Some(average))
 }
 
-pub(super) fn optimizer_table(turn: &NamedOptimizer) -> Result<toml::Table> {
+/// The section of the optimizers, and its name.
+pub(super) fn optimizers_table(turns: &[NamedOptimizer]) -> Result<(&'static str, toml::Table)> {
+    if let [only] = turns
+        && only.name == ONLY
+    {
+        return Ok(("optimizer", optimizer_table(only)?));
+    }
+    let mut optimizers = toml::Table::new();
+    for turn in turns {
+        let mut fields = optimizer_table(turn)?;
+        fields.insert("params".into(), turn.params.clone().into());
+        if turn.every > 1 {
+            fields.insert("every".into(), toml::Value::Integer(turn.every as i64));
+        }
+        if let Some(schedule) = &turn.schedule {
+            fields.insert("schedule".into(), schedule_table(schedule)?.into());
+        }
+        optimizers.insert(turn.name.clone(), fields.into());
+    }
+    Ok(("optimizers", optimizers))
+}
+
+fn optimizer_table(turn: &NamedOptimizer) -> Result<toml::Table> {
     let mut fields = match &turn.optimizer {
         OptimizerConfig::Custom(own) => own.table()?,
         ours => untag(ours)?,
@@ -115,10 +149,6 @@ pub(super) fn optimizer_table(turn: &NamedOptimizer) -> Result<toml::Table> {
         fields.insert("groups".into(), groups.collect::<Result<Vec<toml::Value>>>()?.into());
     }
     Ok(fields)
-}
-
-pub(super) fn table(section: &impl serde::Serialize) -> Result<toml::Table> {
-    toml::Table::try_from(section).map_err(|error| Error::msg(error.to_string()))
 }
 
 /// The settings that differ between `old` and `new`, one per line: `trainer.batch_size: 8, was 16`.

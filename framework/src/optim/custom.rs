@@ -1,7 +1,6 @@
 //! Custom optimizers.
 
 use std::fmt;
-use std::marker::PhantomData;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Tensor, Var};
@@ -9,8 +8,9 @@ use candlepower_kernels::clipping::GradScale;
 use candlepower_kernels::updates::publish;
 
 use super::{FusedOptimizer, Param};
+use crate::config::table;
 use crate::data::Settings;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::schedule::Rates;
 
 /// A custom optimizer, created from its own section of the configuration file. [`Registry::optimizer`] gives
@@ -113,6 +113,14 @@ struct Custom<O> {
     step: (u64, Rates),
 }
 
+impl<O: Optimizer> Custom<O> {
+    fn new(config: &O::Config, params: &[Param]) -> Result<Self> {
+        let masters: Vec<_> = params.iter().map(|it| (it.name.clone(), it.master.clone())).collect();
+        let optimizer = Mutex::new(O::of(config, &masters)?);
+        Ok(Self { optimizer, params: params.to_vec(), step: (0, Rates::from(0.)) })
+    }
+}
+
 impl<O: Optimizer> FusedOptimizer for Custom<O> {
     fn prepare(&mut self, t: u64, rates: Rates) -> Result<()> {
         self.step = (t, rates);
@@ -147,40 +155,15 @@ pub struct CustomOptimizer {
     pub(super) weight_decay: f64,
     /// Whether the rule has a weight decay.
     pub(super) decays: bool,
-    recipe: Arc<dyn Recipe>,
+    build: Arc<Build>,
+    section: Arc<Section>,
 }
 
-/// Operations on a custom optimizer's configuration. `rates` are its learning rate and weight decay.
-trait Recipe: Send + Sync {
-    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn FusedOptimizer>>;
-    fn table(&self, rates: [f64; 2]) -> Result<toml::Table>;
-}
+/// Builds the optimizer at this learning rate and weight decay.
+type Build = dyn Fn([f64; 2], &[Param]) -> Result<Box<dyn FusedOptimizer>> + Send + Sync;
 
-struct Of<O: Optimizer>(O::Config, PhantomData<fn() -> O>);
-
-impl<O: Optimizer> Of<O> {
-    fn config(&self, rates: [f64; 2]) -> O::Config {
-        let mut config = self.0.clone();
-        let (lr, weight_decay) = O::rates(&mut config);
-        *lr = rates[0];
-        if let Some(weight_decay) = weight_decay {
-            *weight_decay = rates[1];
-        }
-        config
-    }
-}
-
-impl<O: Optimizer> Recipe for Of<O> {
-    fn build(&self, rates: [f64; 2], params: &[Param]) -> Result<Box<dyn FusedOptimizer>> {
-        let masters: Vec<_> = params.iter().map(|it| (it.name.clone(), it.master.clone())).collect();
-        let optimizer = Mutex::new(O::of(&self.config(rates), &masters)?);
-        Ok(Box::new(Custom { optimizer, params: params.to_vec(), step: (0, Rates::from(0.)) }))
-    }
-
-    fn table(&self, rates: [f64; 2]) -> Result<toml::Table> {
-        toml::Table::try_from(self.config(rates)).map_err(|error| Error::msg(error.to_string()))
-    }
-}
+/// The fields of the configuration section at this learning rate and weight decay.
+type Section = dyn Fn([f64; 2]) -> Result<toml::Table> + Send + Sync;
 
 impl CustomOptimizer {
     /// An `O` with these settings. Settings that it refuses are refused here.
@@ -188,20 +171,42 @@ impl CustomOptimizer {
         O::of(&config, &[])?;
         let (lr, weight_decay) = O::rates(&mut config);
         let (lr, decays, weight_decay) = (*lr, weight_decay.is_some(), weight_decay.map_or(0., |rate| *rate));
-        let recipe = Arc::new(Of::<O>(config, PhantomData));
-        Ok(Self { name: name.into(), lr, weight_decay, decays, recipe })
+        let settings = move |rates| with_rates::<O>(config.clone(), rates);
+        let build = {
+            let settings = settings.clone();
+            move |rates, params: &[Param]| Ok(Box::new(Custom::<O>::new(&settings(rates), params)?) as _)
+        };
+        let section = move |rates| table(&settings(rates));
+        Ok(Self {
+            name: name.into(),
+            lr,
+            weight_decay,
+            decays,
+            build: Arc::new(build),
+            section: Arc::new(section),
+        })
     }
 
     pub(super) fn build(&self, params: &[Param]) -> Result<Box<dyn FusedOptimizer>> {
-        self.recipe.build([self.lr, self.weight_decay], params)
+        (self.build)([self.lr, self.weight_decay], params)
     }
 
     /// Its configuration section.
     pub(crate) fn table(&self) -> Result<toml::Table> {
-        let mut table = self.recipe.table([self.lr, self.weight_decay])?;
+        let mut table = (self.section)([self.lr, self.weight_decay])?;
         table.insert("name".into(), self.name.clone().into());
         Ok(table)
     }
+}
+
+/// The settings with a different learning rate and weight decay.
+fn with_rates<O: Optimizer>(mut config: O::Config, rates: [f64; 2]) -> O::Config {
+    let (lr, weight_decay) = O::rates(&mut config);
+    *lr = rates[0];
+    if let Some(weight_decay) = weight_decay {
+        *weight_decay = rates[1];
+    }
+    config
 }
 
 impl fmt::Debug for CustomOptimizer {
