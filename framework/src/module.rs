@@ -475,6 +475,11 @@ impl<B: Batch> Model<B> {
         &self.params
     }
 
+    /// The batch as the module takes it: on its device, with inputs of the type that it computes in.
+    pub(crate) fn prepared(&self, batch: &B) -> Result<B> {
+        batch.to_device(self.params.device())?.cast(self.params.dtype())
+    }
+
     /// The module for training, which records gradients.
     pub fn training(&self) -> &dyn Module<Batch = B> {
         &*self.training

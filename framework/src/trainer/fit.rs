@@ -1,19 +1,20 @@
 //! The training loop: see `run` and `step`.
 
 mod backprop;
+mod clock;
 mod log;
+mod loss_counts;
 mod prepare;
 mod refuse;
 mod replays;
 mod save;
+mod step_batches;
 mod update;
 mod validate;
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use candle_core::{Device, Tensor, Var};
-use indexmap::IndexMap;
 
 use super::evaluate::Evaluated;
 use super::limits::Limit;
@@ -23,7 +24,6 @@ use crate::batch::Batch;
 use crate::callback::{Flow, Plan, Progress, StepEnd, StopReason};
 use crate::checkpoint::Saver;
 use crate::collective::Collective;
-use crate::data::{Loaded, Loader, Source, Split};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::metrics::Means;
@@ -31,11 +31,13 @@ use crate::module::{Model, Module};
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
 use crate::reduction::Reduction;
-use crate::schedule::PlateauState;
 use crate::taps::Taps;
+use clock::Clock;
 use refuse::Refusal;
 use replays::Replays;
+use step_batches::StepBatches;
 use update::Update;
+use validate::{PlateauProgress, Validation};
 
 /// The module with taps on its parameters, which report gradients to the ranks during the backward pass.
 struct Tapped<B: Batch> {
@@ -53,55 +55,37 @@ pub(super) struct Fit<'a, B: Batch> {
     /// The tapped training module, if there are several ranks.
     tapped: Option<Tapped<B>>,
     replays: Replays<B>,
-    workers: usize,
-    /// The validation source, the split it counts as, and the limit on its batches.
-    val: Option<(Source<B>, Split, Option<Limit>)>,
     /// The optimizers, in the order of their turns.
     turns: Vec<Turn>,
+    /// What is remembered of each turn in earlier steps.
+    histories: Vec<TurnHistory>,
     /// The parameters of all turns that move now, in the same order.
     trained: Vec<(String, Var)>,
     average: Option<Average>,
-    micro_batches: Loader<B>,
-    /// This step's micro-batches, kept if a second optimizer or another attempt needs them again.
-    kept: Vec<Arc<Loaded<B>>>,
+    batches: StepBatches<B>,
     steps_per_epoch: Option<u64>,
     progress: Progress,
     /// Metrics that the module has logged for the end of the epoch.
     epoch_means: Means,
-    /// The last validation: its step and its metrics.
-    validation: Option<(u64, IndexMap<String, f64>)>,
-    validated_at: Instant,
-    /// State from before a validation that is not complete.
-    before_validation: Option<Before>,
-    /// The plateau's factor on the learning rate.
-    lr_scale: f64,
-    plateau: PlateauState,
-    /// For each optimizer, once known: whether the module weighs its loss (`Step::weigh_loss`).
-    weighs: Vec<Option<bool>>,
-    /// How many things the losses of this turn average over, per sample; 1 if they average over samples.
-    things_per_sample: f64,
+    validation: Validation<B>,
+    plateau: PlateauProgress,
     /// Only set for fp16.
     loss_scale: Option<LossScale>,
-    /// For each optimizer: how many times in a row its gradients have overflowed.
-    overflows: Vec<u32>,
     /// What a validation before or inside the step asked for; handled once the step is taken.
     asked: Flow,
     saver: Option<Saver>,
     /// Whether the current step has moved parameters, or may have.
     is_moving: bool,
-    /// Whether the resumed run still owes a validation that was due.
-    owed: bool,
-    /// When this attempt started, and how many seconds earlier attempts trained.
-    started: Instant,
-    seconds_before: f64,
+    clock: Clock,
 }
 
-/// State that a validation changes. A checkpoint that owes a validation stores the state from before it.
-#[derive(Clone)]
-struct Before {
-    callbacks: IndexMap<String, serde_json::Value>,
-    plateau: PlateauState,
-    lr_scale: f64,
+/// What is remembered of an optimizer's turn in earlier steps.
+#[derive(Clone, Default)]
+struct TurnHistory {
+    /// Whether the module counts the items of its loss (`Step::weigh_loss`), once known.
+    counts_items: Option<bool>,
+    /// How many times in a row the gradients have overflowed.
+    overflows: u32,
 }
 
 /// What is gathered over the micro-batches and optimizers of a step.
@@ -121,6 +105,16 @@ struct Tally {
     losses: Vec<(usize, Tensor)>,
     /// Gradients of the optimizers that have had their turn, in the order of the trained parameters.
     gradients: Vec<Tensor>,
+}
+
+/// The result of an optimizer's turn.
+enum Turned {
+    /// Its parameters have moved.
+    Moved,
+    /// They have not moved, but the step goes on.
+    SatOut,
+    /// They have not moved, nor have any others: the whole step is refused.
+    Refused(Refusal),
 }
 
 /// The result of a step.
@@ -145,7 +139,7 @@ impl<B: Batch> Fit<'_, B> {
         let flow = self.start()?;
         let begun_at = self.progress.step;
         let mut flow = self.catch_up(flow)?;
-        let mut reason = loop {
+        let reason = loop {
             if let Flow::Stop(why) = flow
                 && self.may_stop(&why)
             {
@@ -160,6 +154,11 @@ impl<B: Batch> Fit<'_, B> {
                 Stepped::Refused(Refusal::Hopeless(why)) => Flow::Stop(StopReason::Failed(why)),
             };
         };
+        self.finish(reason, begun_at)
+    }
+
+    /// Validates and saves the last step, and reports the end. `begun_at`: the step that training began at.
+    fn finish(&mut self, mut reason: StopReason, begun_at: u64) -> Result<Outcome> {
         // An interrupted or failed run saves its state without spending minutes on validation.
         if !matches!(reason, StopReason::Signal(_) | StopReason::Failed(_)) {
             if self.progress.step > begun_at {
@@ -170,20 +169,19 @@ impl<B: Batch> Fit<'_, B> {
             }
         }
         self.save()?;
-        let saved = self.saver.as_mut().map_or(Ok(None), Saver::finish)?;
-        self.tell_saved(saved)?;
+        self.finish_saving()?;
         if let Some(saver) = &mut self.saver
             && matches!(reason, StopReason::Finished | StopReason::Callback(_))
         {
             saver.end(self.progress.step)?;
         }
-        self.average
-            .as_ref()
-            .map_or(Ok(()), |average| average.take_over(|| self.model.params().publish()))?;
+        if let Some(average) = &self.average {
+            average.take_over(|| self.model.params().publish())?;
+        }
         let progress = self.progress;
         self.trainer.progress = progress;
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_end(&progress, &reason))?;
-        let validation = self.validation.take().map(|(_, metrics)| metrics);
+        self.trainer.callbacks.tell(|callback| callback.on_fit_end(&progress, &reason))?;
+        let validation = self.validation.take_metrics();
         let best = self.saver.as_ref().and_then(|saver| saver.best().first().copied());
         Ok(Outcome { progress, validation, best, reason })
     }
@@ -193,7 +191,9 @@ impl<B: Batch> Fit<'_, B> {
         if let Some(work) = self.trainer.when_ready.take() {
             work(self.trainer)?;
         }
-        self.saver.as_ref().map_or(Ok(()), Saver::begin)?;
+        if let Some(saver) = &self.saver {
+            saver.begin()?;
+        }
         let plan = Plan {
             start: self.progress,
             last_step: self.trainer.config.last_step(self.steps_per_epoch),
@@ -202,7 +202,7 @@ impl<B: Batch> Fit<'_, B> {
             optimizer_bytes: self.turns.iter().flat_map(Turn::state).map(|(_, var)| bytes(&var)).sum(),
             flops_per_sample: self.model.evaluation().flops().map(|forward| 3. * forward),
         };
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_fit_start(&plan))?;
+        self.trainer.callbacks.tell(|callback| callback.on_fit_start(&plan))?;
         let few = self.trainer.config.sanity_val_batches;
         if few > 0
             && self.progress.step == 0
@@ -226,8 +226,8 @@ impl<B: Batch> Fit<'_, B> {
     /// Runs the validation that the resumed run still owed, unless the run is to stop; all ranks then agree on
     /// whether to begin.
     fn catch_up(&mut self, asked: Flow) -> Result<Flow> {
-        let flow = if std::mem::take(&mut self.owed) { asked.or(self.validate()?) } else { asked };
-        Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds_before)), false)?.0)
+        let flow = if self.validation.take_owed() { asked.or(self.validate()?) } else { asked };
+        Ok(agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.clock.seconds_before())), false)?.0)
     }
 
     /// A stop, if `seconds` of training have reached `max_time`.
@@ -243,64 +243,79 @@ impl<B: Batch> Fit<'_, B> {
 
     /// One optimizer step: each optimizer moves its parameters against the gradient of a batch's mean loss.
     fn step(&mut self) -> Result<Stepped> {
-        let done = self.progress.step;
         self.unfreeze();
-        let mut tally = Tally::default();
-        // Other steps' metrics are not read. The first step's show early whether they can be read.
-        if done == 0 || (done + 1).is_multiple_of(self.trainer.config.log_every) {
-            tally.means = Some(Means::default());
-        }
+        let mut tally = self.tally();
         for turn in 0..self.turns.len() {
-            if !self.turns[turn].is_due(done + 1) {
-                self.sit_out(turn, &mut tally)?;
-                continue;
-            }
-            let rates = self.turns[turn].rates(&self.progress, self.lr_scale);
-            self.turns[turn].prepare(rates)?;
-            let is_first = !self.is_moving;
-            // Non-finite gradients move nothing; `refuse` then reports why, and whether training can go on.
-            let Update { gradients, norm } = self.update(turn, &mut tally)?;
-            let refusal = self.refuse(turn, is_first, norm, &gradients, &tally)?;
-            if refusal.is_some() {
-                self.model.params().roll_back_buffers()?;
-            }
-            match refusal {
-                None => {}
-                Some(refusal) if is_first => {
+            match self.take_turn(turn, &mut tally)? {
+                Turned::Moved | Turned::SatOut => {}
+                Turned::Refused(refusal) => {
                     self.is_moving = false;
                     return Ok(Stepped::Refused(refusal));
                 }
-                // Others have moved already, which cannot be undone: this one sits out, as in PyTorch, ...
-                Some(Refusal::Overflow) => continue,
-                // ... or ends the run, whose last checkpoint is still good.
-                Some(Refusal::Hopeless(why)) => return Err(Error::msg(why)),
             }
-            self.turns[turn].commit()?;
-            for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
-                tally.note(
-                    &self.metric_name(turn, name),
-                    &Tensor::new(value, &Device::Cpu)?,
-                    tally.samples as f64,
-                )?;
-            }
-            self.model.params().refresh_taps()?;
-            self.model.params().commit_buffers()?;
-            average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
         }
-        self.kept.clear();
+        self.complete_step(&mut tally)?;
+        Ok(Stepped::Moved(Box::new(tally)))
+    }
+
+    /// An empty tally for the next step.
+    fn tally(&self) -> Tally {
+        let done = self.progress.step;
+        // Other steps' metrics are not read. The first step's show early whether they can be read.
+        let is_read = done == 0 || (done + 1).is_multiple_of(self.trainer.config.log_every);
+        Tally { means: is_read.then(Means::default), ..Tally::default() }
+    }
+
+    /// One optimizer's turn in a step.
+    fn take_turn(&mut self, turn: usize, tally: &mut Tally) -> Result<Turned> {
+        if !self.turns[turn].is_due(self.progress.step + 1) {
+            self.sit_out(turn, tally)?;
+            return Ok(Turned::SatOut);
+        }
+        let rates = self.turns[turn].rates(&self.progress, self.plateau.lr_scale);
+        self.turns[turn].prepare(rates)?;
+        let is_first = !self.is_moving;
+        // Non-finite gradients move nothing; `refuse` then reports why, and whether training can go on.
+        let Update { gradients, norm } = self.update(turn, tally)?;
+        if let Some(refusal) = self.refuse(turn, is_first, norm, &gradients, tally)? {
+            self.model.params().roll_back_buffers()?;
+            return match refusal {
+                refusal if is_first => Ok(Turned::Refused(refusal)),
+                // Others have moved already, which cannot be undone: this one sits out, as in PyTorch, ...
+                Refusal::Overflow => Ok(Turned::SatOut),
+                // ... or ends the run, whose last checkpoint is still good.
+                Refusal::Hopeless(why) => Err(Error::msg(why)),
+            };
+        }
+        self.turns[turn].commit()?;
+        for (name, value) in [("grad_norm", norm), ("lr", rates.lr)] {
+            let (name, value) = (self.metric_name(turn, name), Tensor::new(value, &Device::Cpu)?);
+            tally.note(&name, &value, tally.samples as f64)?;
+        }
+        self.model.params().refresh_taps()?;
+        self.model.params().commit_buffers()?;
+        average_buffers(&*self.ranks, self.model.params(), tally.own_samples)?;
+        Ok(Turned::Moved)
+    }
+
+    /// Counts a step that all optimizers have had their turn in.
+    fn complete_step(&mut self, tally: &mut Tally) -> Result<()> {
+        self.batches.clear();
         self.progress.advance(tally.samples, tally.ends_epoch);
         self.epoch_means.merge(std::mem::take(&mut tally.epoch_means))?;
-        self.average.as_mut().map_or(Ok(()), |average| average.update(done + 1))?;
+        if let Some(average) = &mut self.average {
+            average.update(self.progress.step)?;
+        }
         self.is_moving = false;
-        Ok(Stepped::Moved(Box::new(tally)))
+        Ok(())
     }
 
     /// Does what is due after a step: callbacks, logging, validation, saving.
     fn after_step(&mut self, tally: Tally) -> Result<Flow> {
         let progress = self.progress;
         let end = StepEnd { progress, params: &self.trained, gradients: &tally.gradients };
-        let mut flow =
-            std::mem::take(&mut self.asked).or(self.trainer.ask(|callback| callback.on_step_end(&end))?);
+        let mut flow = std::mem::take(&mut self.asked)
+            .or(self.trainer.callbacks.ask(|callback| callback.on_step_end(&end))?);
         flow = flow.or(self.log_step(tally)?);
         let is_validated = self.is_validation_due(false)?;
         if is_validated {
@@ -308,13 +323,16 @@ impl<B: Batch> Fit<'_, B> {
         }
         let is_due = |saver: &Saver| saver.is_due(progress.step, is_validated) && !saver.has(progress.step);
         let saves = self.saver.as_ref().is_some_and(is_due) || flow == Flow::Save;
-        let (flow, saves) = agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.seconds())), saves)?;
+        let (flow, saves) =
+            agree_on_flow(&*self.ranks, flow.or(self.time_is_over(self.clock.seconds())), saves)?;
         if saves {
             self.save()?;
         }
         self.trainer.show_ready_pictures()?;
-        let saved = self.saver.as_mut().map_or(Ok(None), Saver::poll)?;
-        self.tell_saved(saved)?;
+        if let Some(saver) = &mut self.saver {
+            let saved = saver.poll()?;
+            self.tell_saved(saved)?;
+        }
         Ok(flow)
     }
 
@@ -329,21 +347,6 @@ impl<B: Batch> Fit<'_, B> {
         }
     }
 
-    /// Micro-batch number `index` of this step: the kept one if a second optimizer or another attempt needs
-    /// it again, otherwise the loader's next.
-    fn micro_batch(&mut self, index: usize) -> Result<Arc<Loaded<B>>> {
-        if let Some(kept) = self.kept.get(index) {
-            return Ok(kept.clone());
-        }
-        let _phase = phase!("data_wait");
-        let loaded = self.micro_batches.next().ok_or_else(|| Error::msg("the training data ended"))?;
-        let loaded = Arc::new(loaded?);
-        if self.turns.len() > 1 || self.loss_scale.is_some() {
-            self.kept.push(loaded.clone());
-        }
-        Ok(loaded)
-    }
-
     /// Adds advice on what to change to an error about a device that is out of memory.
     fn explain_memory(&self, error: Error) -> Error {
         let config = &self.trainer.config;
@@ -356,11 +359,6 @@ impl<B: Batch> Fit<'_, B> {
         let config = &self.trainer.config;
         let early = self.progress.step < config.min_steps || self.progress.epoch < config.min_epochs;
         !(early && matches!(reason, StopReason::Callback(_)))
-    }
-
-    /// Seconds of training, including those before an interruption.
-    fn seconds(&self) -> f64 {
-        self.seconds_before + self.started.elapsed().as_secs_f64()
     }
 }
 

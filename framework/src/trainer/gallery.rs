@@ -6,7 +6,7 @@ use std::thread::{Builder, JoinHandle};
 use candle_core::Tensor;
 use candlepower_kernels::Download;
 
-use super::phase;
+use super::{Trainer, phase};
 use crate::callback::Picture;
 use crate::data::Split;
 use crate::error::{Error, Result};
@@ -73,6 +73,44 @@ impl Gallery {
             _ => it,
         };
         self.coming = std::mem::take(&mut self.coming).into_iter().map(draw).collect();
+    }
+}
+
+impl Trainer {
+    /// Adds the pictures that a module wants drawn, if there are callbacks to show them to.
+    pub(super) fn take_pictures(&mut self, step: u64, split: Split, pictures: Vec<Sketch>) -> Result<()> {
+        if self.callbacks.is_empty() {
+            return Ok(());
+        }
+        pictures.into_iter().try_for_each(|picture| self.gallery.add(step, split, picture))
+    }
+
+    /// Shows the pictures that are ready.
+    pub(super) fn show_ready_pictures(&mut self) -> Result<()> {
+        while let Some(picture) = self.gallery.next_ready() {
+            self.show(&picture?)?;
+        }
+        Ok(())
+    }
+
+    /// Shows all pictures, waiting for each.
+    pub(super) fn show_all_pictures(&mut self) -> Result<()> {
+        while let Some(picture) = self.gallery.next() {
+            self.show(&picture?)?;
+        }
+        Ok(())
+    }
+
+    /// Shows the remaining pictures after an error, because they may show its cause. Ignores further errors:
+    /// the first one is the one to report.
+    pub(super) fn show_what_is_left(&mut self) {
+        while let Some(picture) = self.gallery.next() {
+            let _ = picture.and_then(|picture| self.show(&picture));
+        }
+    }
+
+    fn show(&mut self, picture: &Picture) -> Result<()> {
+        self.callbacks.tell(|callback| callback.on_picture(picture))
     }
 }
 

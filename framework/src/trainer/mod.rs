@@ -1,37 +1,36 @@
 //! The trainer: what the user configures, and the training loop that it runs.
 
+mod callbacks;
 mod config;
 mod evaluate;
 mod fit;
 mod gallery;
 mod limits;
+mod pool;
 mod ranks;
 
-use std::ops::{Deref, DerefMut};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use indexmap::IndexMap;
 use rayon::ThreadPool;
-use tracing::{Dispatch, dispatcher};
 
+use callbacks::Callbacks;
 pub use config::{Kernels, TrainerConfig};
-use evaluate::Evaluated;
+use evaluate::{Evaluated, Evaluation};
 use gallery::Gallery;
 pub(crate) use limits::duration;
 pub use limits::{Every, Limit};
 
-use crate::accelerator;
 use crate::batch::Batch;
-use crate::callback::{Callback, Flow, Picture, Progress, Record, StopReason};
-use crate::checkpoint::{Best, Checkpoint, CheckpointConfig, Origin, State};
+use crate::callback::{Callback, Progress, Record, StopReason};
+use crate::checkpoint::{Best, Checkpoint, CheckpointConfig, Origin};
 use crate::collective::{Collective, DistributedConfig, Solo};
 use crate::data::{Cycle, Data, Dataset, Pass, Source, Split};
 use crate::error::{Error, Result};
 use crate::metrics::video::LeadTimes;
-use crate::module::{Model, Sketch, Step};
-use crate::nn;
+use crate::module::{Model, Step};
 use crate::optim::{AverageConfig, NamedOptimizer, OptimizerConfig, ParamGroup};
 pub use crate::precision::Precision;
 use crate::schedule::{Plateau, Schedule};
@@ -71,7 +70,7 @@ pub struct Trainer {
     origin: Option<Origin>,
     seed: u64,
     image_every: u64,
-    callbacks: Vec<Named>,
+    callbacks: Callbacks,
     gallery: Gallery,
     resume: Option<Checkpoint>,
     /// Progress of the training that produced the weights to evaluate.
@@ -79,29 +78,6 @@ pub struct Trainer {
     when_ready: Option<WhenReady>,
     /// The compute threads; rebuilt when their number changes.
     pool: Option<Arc<ThreadPool>>,
-}
-
-/// A callback and its names.
-struct Named {
-    /// The name of its kind, or of its section in a configuration.
-    section: String,
-    /// The name of its state in checkpoints. The second callback with a section name gets the suffix `.2`.
-    key: String,
-    callback: Box<dyn Callback>,
-}
-
-impl Deref for Named {
-    type Target = dyn Callback;
-
-    fn deref(&self) -> &Self::Target {
-        &*self.callback
-    }
-}
-
-impl DerefMut for Named {
-    fn deref_mut(&mut self) -> &mut Self::Target {
-        &mut *self.callback
-    }
 }
 
 /// Work that runs once it is certain that training can begin.
@@ -137,7 +113,7 @@ impl Trainer {
             origin: None,
             seed: 0,
             image_every: 0,
-            callbacks: Vec::new(),
+            callbacks: Callbacks::default(),
             gallery: Gallery::default(),
             resume: None,
             progress: Progress::default(),
@@ -200,13 +176,7 @@ impl Trainer {
 
     /// Like [`boxed_callback`](Self::boxed_callback), under the name of its section.
     pub(crate) fn named_callback(mut self, name: &str, callback: Box<dyn Callback>) -> Self {
-        let same = |named: &&Named| named.section == name;
-        let name = name.to_string();
-        let key = match self.callbacks.iter().filter(same).count() {
-            0 => name.clone(),
-            before => format!("{name}.{}", before + 1),
-        };
-        self.callbacks.push(Named { section: name, key, callback });
+        self.callbacks.add(name, callback);
         self
     }
 
@@ -293,8 +263,7 @@ impl Trainer {
 
     /// Adds a callback after the existing ones.
     pub(crate) fn add(&mut self, callback: impl Callback + 'static) {
-        let name = callback.name().to_string();
-        self.callbacks.push(Named { key: name.clone(), section: name, callback: Box::new(callback) });
+        self.callbacks.add_own(callback);
     }
 
     /// Sets work to run once training is certain to begin. Files that it overwrites are needed until then.
@@ -360,7 +329,9 @@ impl Trainer {
             own.chain([&self.schedule]).try_for_each(|schedule| plateau.check(schedule))?;
         }
         self.checkpoint.check()?;
-        self.average.as_ref().map_or(Ok(()), AverageConfig::check)?;
+        if let Some(average) = &self.average {
+            average.check()?;
+        }
         self.distributed.check()?;
         match self.ranks.devices_here(self.config.devices) {
             1 => ranks::fit_as_rank(self, model, data),
@@ -382,9 +353,9 @@ impl Trainer {
         self.in_pool(|trainer| {
             trainer.gallery = Gallery::default();
             let progress = trainer.progress;
-            let evaluated =
-                evaluate::evaluate(trainer, model, &source, pass, limit, data.workers, &progress, false)?;
-            let metrics = match evaluated {
+            let evaluation =
+                Evaluation { model, source: &source, pass, limit, workers: data.workers, progress };
+            let metrics = match evaluation.run(trainer, false)? {
                 Evaluated::Complete(metrics, _) => metrics,
                 Evaluated::Stopped(reason) => {
                     return Err(Error::msg(format!("the evaluation was stopped: {reason}")));
@@ -393,9 +364,7 @@ impl Trainer {
             trainer.show_all_pictures()?;
             let mut record =
                 Record { step: progress.step, epoch: progress.epoch_of_last_step(), split, metrics };
-            for callback in &mut trainer.callbacks {
-                callback.on_validation_end(&mut record)?;
-            }
+            trainer.callbacks.ask(|callback| callback.on_validation_end(&mut record))?;
             Ok(record.metrics)
         })
     }
@@ -410,7 +379,12 @@ impl Trainer {
     ) -> Result<usize> {
         let source = data.split(split)?.clone();
         let pass = Pass::evaluation(split, self.seed);
-        self.in_pool(|trainer| evaluate::predict(trainer, model, &source, pass, data.workers))
+        self.in_pool(|trainer| {
+            let (limit, progress) = (trainer.config.limit_predict_batches, trainer.progress);
+            let evaluation =
+                Evaluation { model, source: &source, pass, limit, workers: data.workers, progress };
+            evaluation.predict(trainer)
+        })
     }
 
     /// A model's prediction from one batch, on the CPU.
@@ -447,109 +421,11 @@ impl Trainer {
     fn predicted<B: Batch>(&self, model: &Model<B>, batch: &B) -> Result<Tensor> {
         predicted(model, batch, &mut Step::evaluation(self.progress.step, 0, self.seed, false))
     }
-
-    /// Adds the pictures that a module wants drawn, if there are callbacks to show them to.
-    fn take_pictures(&mut self, step: u64, split: Split, pictures: Vec<Sketch>) -> Result<()> {
-        if self.callbacks.is_empty() {
-            return Ok(());
-        }
-        pictures.into_iter().try_for_each(|picture| self.gallery.add(step, split, picture))
-    }
-
-    /// Shows the pictures that are ready.
-    fn show_ready_pictures(&mut self) -> Result<()> {
-        while let Some(picture) = self.gallery.next_ready() {
-            self.show(&picture?)?;
-        }
-        Ok(())
-    }
-
-    /// Shows all pictures, waiting for each.
-    fn show_all_pictures(&mut self) -> Result<()> {
-        while let Some(picture) = self.gallery.next() {
-            self.show(&picture?)?;
-        }
-        Ok(())
-    }
-
-    /// Shows the remaining pictures after an error, because they may show its cause. Ignores further errors:
-    /// the first one is the one to report.
-    fn show_what_is_left(&mut self) {
-        while let Some(picture) = self.gallery.next() {
-            let _ = picture.and_then(|picture| self.show(&picture));
-        }
-    }
-
-    fn show(&mut self, picture: &Picture) -> Result<()> {
-        self.callbacks.iter_mut().try_for_each(|callback| callback.on_picture(picture))
-    }
-
-    /// Asks every callback; a single one that wants to stop is enough.
-    fn ask(&mut self, mut question: impl FnMut(&mut dyn Callback) -> Result<Flow>) -> Result<Flow> {
-        let mut flow = Flow::Continue;
-        for callback in &mut self.callbacks {
-            flow = flow.or(question(&mut *callback.callback)?);
-        }
-        Ok(flow)
-    }
-
-    /// The state of each callback, by its key.
-    fn callback_states(&self) -> IndexMap<String, serde_json::Value> {
-        self.callbacks.iter().filter_map(|named| Some((named.key.clone(), named.state()?))).collect()
-    }
-
-    /// Restores the callbacks' state from a checkpoint.
-    fn restore_callbacks(&mut self, state: Option<&State>) -> Result<()> {
-        let Some(state) = state else { return Ok(()) };
-        let mut kept = state.callbacks.clone();
-        for named in &mut self.callbacks {
-            kept.shift_remove(&named.key).map_or(Ok(()), |state| named.restore(state))?;
-        }
-        if !kept.is_empty() && self.ranks.rank() == 0 {
-            let names: Vec<&str> = kept.keys().map(String::as_str).collect();
-            tracing::warn!(
-                "the checkpoint has the state of callbacks that are not attached: {}",
-                names.join(", ")
-            );
-        }
-        Ok(())
-    }
-
-    /// Runs `work` in a thread pool of the configured size. Its threads have large stacks: candle's backward
-    /// pass walks the graph recursively, and an unrolled recurrence is deeper than the usual stack allows.
-    pub(crate) fn in_pool<T: Send>(
-        &mut self,
-        work: impl FnOnce(&mut Trainer) -> Result<T> + Send,
-    ) -> Result<T> {
-        self.config.check_sizes()?;
-        candlepower_kernels::keep_freed_memory();
-        candlepower_kernels::idle_soon();
-        accelerator::set_matmul_precision(self.config.float32_matmul_precision);
-        accelerator::set_benchmark(self.config.benchmark);
-        let threads = self.config.threads.or(std::thread::available_parallelism().ok().map(usize::from));
-        // Ranks on the same machine share its cores.
-        let threads = threads.map_or(0, |threads| (threads / self.ranks.ranks_here()).max(1));
-        let kernels = self.config.kernels;
-        let before = self.pool.take().filter(|pool| pool.current_num_threads() == threads);
-        let pool = before.map_or_else(|| compute_threads(threads), Ok)?;
-        self.pool = Some(pool.clone());
-        // The pool's thread acts for this thread, so it uses this thread's tracing dispatcher.
-        let listener = dispatcher::get_default(Dispatch::clone);
-        pool.install(|| dispatcher::with_default(&listener, || nn::with_kernels(kernels, || work(self))))
-    }
-}
-
-/// A pool of this many compute threads; 0 means one per core.
-fn compute_threads(threads: usize) -> Result<Arc<ThreadPool>> {
-    const STACK: usize = 256 << 20; // Reserved, not used: pages are committed as the recursion needs them.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
-    let pool = pool.thread_name(|i| format!("compute-{i}")).build();
-    Ok(Arc::new(pool.map_err(|error| Error::msg(format!("cannot start the compute threads: {error}")))?))
 }
 
 /// A model's prediction from one batch, on the CPU.
 pub(crate) fn predicted<B: Batch>(model: &Model<B>, batch: &B, step: &mut Step) -> Result<Tensor> {
-    let batch = batch.to_device(model.params().device())?.cast(model.params().dtype())?;
+    let batch = model.prepared(batch)?;
     let prediction = model.evaluation().predict_step(&batch, step)?.to_dtype(DType::F32)?;
     Ok(prediction.to_device(&Device::Cpu)?)
 }

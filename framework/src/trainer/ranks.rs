@@ -29,7 +29,7 @@ pub(super) fn fit_as_rank<B: Batch>(
     data: &Data<B>,
 ) -> Result<Outcome> {
     if trainer.ranks.rank() > 0 {
-        trainer.callbacks.retain(|callback| callback.on_every_rank());
+        trainer.callbacks.keep_those_on_every_rank();
         (trainer.checkpoint_dir, trainer.resume) = (None, None);
     }
     let ranks = trainer.ranks.clone();

@@ -14,7 +14,7 @@ use crate::optim::{Clipped, Clipping, Turn};
 /// The results of both passes.
 pub(super) struct Backprop {
     pub(super) loss: Tensor,
-    /// How many things the loss averages over, if the module reports it (`Step::weigh_loss`).
+    /// How many items the loss averages over, if the module reports it (`Step::weigh_loss`).
     pub(super) weight: Option<f64>,
     pub(super) metrics: Vec<Metric>,
     pub(super) pictures: Vec<Sketch>,

@@ -73,6 +73,6 @@ impl<B: Batch> Fit<'_, B> {
         }
         let (step, epoch) = (self.progress.step, self.progress.epoch_of_last_step());
         let mut record = Record { step, epoch, split: Split::Train, metrics };
-        self.trainer.ask(|callback| callback.on_train_metrics(&mut record))
+        self.trainer.callbacks.ask(|callback| callback.on_train_metrics(&mut record))
     }
 }

@@ -1,24 +1,25 @@
 //! Preparations before the first step.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use candle_core::Var;
 
+use super::clock::Clock;
 use super::replays::Replays;
-use super::{Fit, Tapped, trained};
+use super::step_batches::StepBatches;
+use super::validate::{PlateauProgress, Validation};
+use super::{Fit, Tapped, TurnHistory, trained};
 use crate::batch::Batch;
 use crate::callback::{Flow, Progress};
 use crate::checkpoint::{Checkpoint, Saver, State};
 use crate::collective::shard::Whole;
 use crate::collective::{self, Collective, Identity, Shard};
-use crate::data::{Data, Loader, Order, Share, Source, Split, Start};
+use crate::data::{Data, Loader, Order, Share, Source, Start};
 use crate::error::{Error, Result};
 use crate::metrics::Means;
 use crate::module::Model;
 use crate::optim::{Average, Turn};
 use crate::precision::LossScale;
-use crate::schedule::PlateauState;
 use crate::taps::Taps;
 use crate::trainer::limits::{Every, Limit};
 use crate::trainer::ranks::{agree_on_state, same_as_rank_0};
@@ -32,71 +33,27 @@ impl<'a, B: Batch> Fit<'a, B> {
         data: &'a Data<B>,
     ) -> Result<Self> {
         trainer.config.resolve_fast_dev_run();
-        let config = &trainer.config;
-        let ranks = trainer.ranks.clone();
-        let resumed = trainer.resume.take();
+        let checkpoint = trainer.resume.take();
+        let (config, ranks) = (&trainer.config, trainer.ranks.clone());
 
-        if model.params().dtype() != config.precision.dtype() {
-            let (model, asked) = (model.params().dtype(), config.precision.dtype());
-            let message =
-                format!("the model computes in {model:?}, expected {asked:?}: see `Model::with_precision`");
-            return Err(Error::setting("precision", message));
-        }
-        let params = model.params().state_dict();
-        collective::check(&*ranks, &Identity::new(&trainer.configuration(), &params))?;
-        let state = agree_on_state(&*ranks, resumed.as_ref().map(Checkpoint::state))?;
+        check_precision(config, model)?;
+        let identity = Identity::new(&trainer.configuration(), &model.params().state_dict());
+        collective::check(&*ranks, &identity)?;
+        let state = agree_on_state(&*ranks, checkpoint.as_ref().map(Checkpoint::state))?;
         let state = state.as_ref();
         let progress = state.map(|state| state.progress).unwrap_or_default();
+
         let sharded = trainer.distributed.shard == Shard::Optimizer && !ranks.is_alone();
-        let mut turns = Turn::share(
-            &trainer.turns,
-            &trainer.schedule,
-            model.params(),
-            model.training().unused_parameters(),
-            sharded.then_some(&*ranks as &dyn Collective),
-        )?;
-        for turn in &mut turns {
-            let Some(state) = state else { continue };
-            let known = &state.optimizer_steps;
-            if !known.is_empty() && !known.contains_key(&turn.name) {
-                tracing::warn!(
-                    "the checkpoint has no optimizer `{}`: all steps so far count as its own",
-                    turn.name
-                );
-            }
-            turn.resume(known, progress.step);
-        }
+        let turns = turns(trainer, model, sharded, state)?;
         let all: Vec<(String, Var)> = turns.iter().flat_map(Turn::all_params).collect();
         let mut average = trainer.average.as_ref().map(|config| Average::new(config, &all)).transpose()?;
-
         let order = order(config, trainer.seed, &data.train)?;
-        if let Some(state) = state
-            && data.train.len().is_some()
-        {
-            check_same_order(state, &order)?;
-        } else if let Some(state) = state {
-            check_stream_goes_on(state, &order)?;
+        if let Some(state) = state {
+            check_order_goes_on(state, &order, &data.train)?;
         }
-        let own: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
-        let whole = (sharded && state.is_some()).then(|| Whole::new(&*ranks, &own)).transpose()?;
-        let optimizer = whole.as_ref().map_or(Ok(own), |whole| whole.room(&*ranks))?;
-        if let Some(checkpoint) = &resumed {
-            checkpoint.restore_params(&params)?;
-            checkpoint.restore_optimizer(&optimizer)?;
-            average.as_mut().map_or(Ok(()), |average| checkpoint.restore_average(average))?;
-        }
-        same_as_rank_0(&*ranks, &params)?;
-        model.params().publish()?;
-        model.params().roll_back_buffers()?;
-        match &whole {
-            Some(whole) => whole.scatter(&*ranks, &optimizer)?,
-            None if state.is_some() => same_as_rank_0(&*ranks, &optimizer)?,
-            None => {}
-        }
-        if let Some(average) = &mut average {
-            same_as_rank_0(&*ranks, average.averages())?;
-            average.updates = state.map_or(0, |state| state.average_updates);
-        }
+        let start_from = StartFrom { checkpoint: checkpoint.as_ref(), state, ranks: &*ranks };
+        start_from.restore_all(model, &turns, sharded, average.as_mut())?;
+
         let tapped = if ranks.is_alone() { None } else { Some(Tapped::new(model)?) };
         let replays = Replays::new(config.cuda_graph && ranks.is_alone(), model.params().device());
         if config.cuda_graph && !ranks.is_alone() {
@@ -104,8 +61,9 @@ impl<'a, B: Batch> Fit<'a, B> {
                 "trainer.cuda_graph: steps of several ranks are not recorded, because gradients are exchanged during them"
             );
         }
-        let overflows = vec![0; turns.len()];
-        let weighs = vec![None; turns.len()];
+        let loss_scale = LossScale::of(config.precision)
+            .map(|fresh| state.and_then(|state| state.loss_scale).unwrap_or(fresh));
+
         let share = Share { rank: ranks.rank(), of: ranks.world_size() };
         let start = Start {
             epoch: progress.epoch,
@@ -115,82 +73,161 @@ impl<'a, B: Batch> Fit<'a, B> {
             share,
         };
         let workers = data.workers.div_ceil(ranks.ranks_here());
-        let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
         let jobs = data.train.training(&order, start);
-        let micro_batches = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
+        let loader = Loader::new(jobs, workers, workers * data.prefetch, model.params().device());
+        // A second optimizer needs a batch again, and so does another attempt after an overflow.
+        let batches = StepBatches::new(loader, turns.len() > 1 || loss_scale.is_some());
+        let steps_per_epoch = data.train.len().map(|_| order.batches() as u64);
+
         if let (Some(Every::Epochs(epochs)), None) = (config.val_every, steps_per_epoch)
             && epochs.fract() != 0.
         {
             return Err(Error::setting("val_every", "a stream's length is not known: expected whole epochs"));
         }
-
-        let val = match config.overfit_batches {
-            Some(limit) => Some((data.train.clone(), Split::Train, Some(limit))),
-            None => data.val.clone().map(|val| (val, Split::Val, config.limit_val_batches)),
-        };
-        let val = val.filter(|(.., limit)| limit.is_none_or(|limit| limit.of(usize::MAX) > 0));
-        if val.as_ref().is_some_and(|(source, ..)| source.is_empty()) {
-            return Err(Error::msg(
-                "the validation data is empty; to train without validation, set `trainer.limit_val_batches = 0`",
-            ));
-        }
-        let watching = trainer.callbacks.iter().find(|callback| callback.monitored_metric().is_some());
-        let plateau = trainer.plateau.as_ref().map(|_| "plateau");
-        if let (Some(name), None) = (watching.map(|callback| callback.section.as_str()).or(plateau), &val) {
-            return Err(Error::msg(format!("{name} monitors the validation, and there is none")));
+        let validation = Validation::new(config, data, workers, state)?;
+        if !validation.has_data() {
+            check_nothing_is_monitored(trainer)?;
         }
         let saver = trainer.checkpoint_dir.as_ref().filter(|_| config.fast_dev_run == 0);
         let saver = saver.map(|dir| Saver::new(dir, &trainer.checkpoint, state));
+
+        let epoch_means = epoch_means(state, share)?;
+        let plateau = PlateauProgress::new(trainer, state);
+        restore_callbacks(trainer, state)?;
         Ok(Self {
+            trainer,
             ranks,
             sharded,
             model,
             tapped,
             replays,
-            workers,
-            val,
             trained: trained(&turns),
+            histories: vec![TurnHistory::default(); turns.len()],
             turns,
             average,
-            micro_batches,
-            kept: Vec::new(),
+            batches,
             steps_per_epoch,
             progress,
-            epoch_means: epoch_means(state, share)?,
-            validation: None,
-            validated_at: Instant::now(),
-            before_validation: None,
-            // A learning rate lowered by a plateau stays lowered only while a plateau is configured.
-            lr_scale: trainer.plateau.as_ref().and(state).and_then(|state| state.lr_scale).unwrap_or(1.),
-            plateau: state.map(|state| plateau_of(trainer, state)).unwrap_or_default(),
-            loss_scale: LossScale::of(config.precision)
-                .map(|fresh| state.and_then(|state| state.loss_scale).unwrap_or(fresh)),
-            overflows,
-            weighs,
-            things_per_sample: 1.,
+            epoch_means,
+            validation,
+            plateau,
+            loss_scale,
             asked: Flow::Continue,
-            is_moving: false,
-            owed: state.is_some_and(|state| state.owes_validation),
             saver,
-            started: Instant::now(),
-            seconds_before: state.and_then(|state| state.seconds).unwrap_or(0.),
-            trainer: {
-                trainer.restore_callbacks(state)?;
-                trainer
-            },
+            is_moving: false,
+            clock: Clock::start(state.and_then(|state| state.seconds).unwrap_or(0.)),
         })
     }
 }
 
-/// The plateau's saved state; starts over if the plateau now watches another metric.
-fn plateau_of(trainer: &Trainer, state: &State) -> PlateauState {
-    match &trainer.plateau {
-        Some(plateau) if !plateau.criterion().goes_on(state.plateau_of.as_ref()) => {
-            tracing::warn!("`schedule.plateau.monitor` has changed: the plateau starts over");
-            PlateauState::default()
-        }
-        _ => state.plateau,
+/// Refuses a model that computes in another precision than the configured one.
+fn check_precision(config: &TrainerConfig, model: &Model<impl Batch>) -> Result<()> {
+    let (found, expected) = (model.params().dtype(), config.precision.dtype());
+    if found != expected {
+        let message =
+            format!("the model computes in {found:?}, expected {expected:?}: see `Model::with_precision`");
+        return Err(Error::setting("precision", message));
     }
+    Ok(())
+}
+
+/// The optimizers with their parameters, at the steps of the checkpoint if there is one.
+fn turns(
+    trainer: &Trainer,
+    model: &Model<impl Batch>,
+    sharded: bool,
+    state: Option<&State>,
+) -> Result<Vec<Turn>> {
+    let mut turns = Turn::share(
+        &trainer.turns,
+        &trainer.schedule,
+        model.params(),
+        model.training().unused_parameters(),
+        sharded.then_some(&*trainer.ranks),
+    )?;
+    let Some(state) = state else { return Ok(turns) };
+    let known = &state.optimizer_steps;
+    for turn in &mut turns {
+        if !known.is_empty() && !known.contains_key(&turn.name) {
+            tracing::warn!(
+                "the checkpoint has no optimizer `{}`: all steps so far count as its own",
+                turn.name
+            );
+        }
+        turn.resume(known, state.progress.step);
+    }
+    Ok(turns)
+}
+
+/// What training starts from: a checkpoint, or the model as it is.
+struct StartFrom<'a> {
+    /// The checkpoint, which only rank 0 has.
+    checkpoint: Option<&'a Checkpoint>,
+    /// Its state, which all ranks have.
+    state: Option<&'a State>,
+    ranks: &'a dyn Collective,
+}
+
+impl StartFrom<'_> {
+    /// Sets the parameters, the optimizers' state and the averages to those of the checkpoint, if there is
+    /// one, and to the same values on all ranks.
+    fn restore_all(
+        &self,
+        model: &Model<impl Batch>,
+        turns: &[Turn],
+        sharded: bool,
+        mut average: Option<&mut Average>,
+    ) -> Result<()> {
+        let ranks = self.ranks;
+        let params = model.params().state_dict();
+        let own: Vec<(String, Var)> = turns.iter().flat_map(Turn::state).collect();
+        let whole = (sharded && self.state.is_some()).then(|| Whole::new(ranks, &own)).transpose()?;
+        let optimizer = whole.as_ref().map_or(Ok(own), |whole| whole.room(ranks))?;
+        if let Some(checkpoint) = self.checkpoint {
+            checkpoint.restore_params(&params)?;
+            checkpoint.restore_optimizer(&optimizer)?;
+            if let Some(average) = average.as_deref_mut() {
+                checkpoint.restore_average(average)?;
+            }
+        }
+        same_as_rank_0(ranks, &params)?;
+        model.params().publish()?;
+        model.params().roll_back_buffers()?;
+        match &whole {
+            Some(whole) => whole.scatter(ranks, &optimizer)?,
+            None if self.state.is_some() => same_as_rank_0(ranks, &optimizer)?,
+            None => {}
+        }
+        if let Some(average) = average {
+            same_as_rank_0(ranks, average.averages())?;
+            average.updates = self.state.map_or(0, |state| state.average_updates);
+        }
+        Ok(())
+    }
+}
+
+/// Refuses settings that monitor the validation of a run that has none.
+fn check_nothing_is_monitored(trainer: &Trainer) -> Result<()> {
+    let watching = trainer.callbacks.iter().find(|callback| callback.monitored_metric().is_some());
+    let plateau = trainer.plateau.as_ref().map(|_| "plateau");
+    if let Some(name) = watching.map(|callback| callback.section.as_str()).or(plateau) {
+        return Err(Error::msg(format!("{name} monitors the validation, and there is none")));
+    }
+    Ok(())
+}
+
+/// Restores the callbacks' state from the checkpoint, if there is one.
+fn restore_callbacks(trainer: &mut Trainer, state: Option<&State>) -> Result<()> {
+    let Some(state) = state else { return Ok(()) };
+    let unknown = trainer.callbacks.restore(state)?;
+    // Other ranks do not have all callbacks.
+    if !unknown.is_empty() && trainer.ranks.rank() == 0 {
+        tracing::warn!(
+            "the checkpoint has the state of callbacks that are not attached: {}",
+            unknown.join(", ")
+        );
+    }
+    Ok(())
 }
 
 /// This rank's sums of the epoch's metrics so far. If the number of ranks has changed, rank 0 gets all sums.
@@ -251,6 +288,11 @@ fn order(config: &TrainerConfig, seed: u64, train: &Source<impl Batch>) -> Resul
         }
         (None, _) => Ok(order),
     }
+}
+
+/// Refuses a checkpoint whose order of samples this run cannot continue.
+fn check_order_goes_on(state: &State, order: &Order, train: &Source<impl Batch>) -> Result<()> {
+    if train.len().is_some() { check_same_order(state, order) } else { check_stream_goes_on(state, order) }
 }
 
 /// Refuses a checkpoint that is past the current limit on an epoch of a stream.

@@ -29,7 +29,7 @@ impl<B: Batch> Fit<'_, B> {
     ) -> Result<Option<Refusal>> {
         if let Some(loss_scale) = &mut self.loss_scale {
             loss_scale.update(norm.is_finite());
-            let overflows = &mut self.overflows[turn];
+            let overflows = &mut self.histories[turn].overflows;
             *overflows = if norm.is_finite() { 0 } else { *overflows + 1 };
             return Ok(match *overflows {
                 0 => None,

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use candle_core::Var;
 
-use super::{Before, Fit};
+use super::Fit;
+use super::validate::Before;
 use crate::batch::Batch;
 use crate::checkpoint::{Saver, Snapshot, State};
 use crate::collective::shard::Whole;
@@ -57,13 +58,8 @@ impl<B: Batch> Fit<'_, B> {
         let trainer = &*self.trainer;
         let average = self.average.as_ref();
         let owes_validation = self.owes_validation();
-        let now = || Before {
-            callbacks: trainer.callback_states(),
-            plateau: self.plateau,
-            lr_scale: self.lr_scale,
-        };
-        let before = self.before_validation.as_ref().filter(|_| owes_validation).cloned();
-        let Before { callbacks, plateau, lr_scale } = before.unwrap_or_else(now);
+        let before = self.validation.before().filter(|_| owes_validation).cloned();
+        let Before { callbacks, plateau } = before.unwrap_or_else(|| self.before_validation());
         let state = State {
             progress: self.progress,
             owes_validation,
@@ -71,13 +67,13 @@ impl<B: Batch> Fit<'_, B> {
             best: saver.best().to_vec(),
             best_by: Some(saver.criterion()),
             // Without a plateau, the configured learning rate applies, so it can be changed on resuming.
-            lr_scale: trainer.plateau.is_some().then_some(lr_scale),
-            plateau,
+            lr_scale: trainer.plateau.is_some().then_some(plateau.lr_scale),
+            plateau: plateau.state,
             plateau_of: trainer.plateau.as_ref().map(Plateau::criterion),
             loss_scale: self.loss_scale,
             optimizer_steps: self.turns.iter().flat_map(Turn::steps).collect(),
             average_updates: average.map_or(0, |average| average.updates),
-            seconds: trainer.config.max_time.map(|_| self.seconds()),
+            seconds: trainer.config.max_time.map(|_| self.clock.seconds()),
             epoch_metrics,
             callbacks,
             origin: trainer.origin.clone(),
@@ -94,17 +90,25 @@ impl<B: Batch> Fit<'_, B> {
             return;
         }
         self.trainer.show_what_is_left();
-        let saved = self.model.params().roll_back_buffers().and_then(|()| self.save());
-        let saved = saved.and_then(|()| self.saver.as_mut().map_or(Ok(None), Saver::finish));
-        match saved.and_then(|path| self.tell_saved(path)) {
+        let rolled_back = self.model.params().roll_back_buffers();
+        match rolled_back.and_then(|()| self.save()).and_then(|()| self.finish_saving()) {
             Ok(()) => tracing::info!("saved step {step}, the last completed one"),
             Err(error) => tracing::warn!("cannot save step {step}, the last completed one: {error}"),
         }
     }
 
+    /// Waits for the checkpoint that is being written.
+    pub(super) fn finish_saving(&mut self) -> Result<()> {
+        if let Some(saver) = &mut self.saver {
+            let saved = saver.finish()?;
+            self.tell_saved(saved)?;
+        }
+        Ok(())
+    }
+
     /// Notifies the callbacks of a completed checkpoint, if there is one.
     pub(super) fn tell_saved(&mut self, checkpoint: Option<PathBuf>) -> Result<()> {
         let Some(path) = checkpoint else { return Ok(()) };
-        self.trainer.callbacks.iter_mut().try_for_each(|callback| callback.on_checkpoint(&path))
+        self.trainer.callbacks.tell(|callback| callback.on_checkpoint(&path))
     }
 }

@@ -4,13 +4,13 @@ use candle_core::Tensor;
 use candlepower_kernels::updates::sum_squares_of;
 
 use super::backprop::{Backprop, forward, scaled};
+use super::loss_counts::{LossCounts, share_of_step};
 use super::replays::Kind;
 use super::{Fit, Tally, Tapped, phase};
 use crate::batch::Batch;
-use crate::collective::Collective;
 use crate::collective::shard::Shares;
 use crate::data::Place;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::grads::Grads;
 use crate::metrics::Means;
 use crate::module::Step;
@@ -33,15 +33,17 @@ struct Gradients {
     wanted: bool,
     /// If the update has already been made: how the gradients were clipped.
     clipped: Option<Clipped>,
+    /// By how much the gradients are too large: see [`LossCounts::items_per_sample`].
+    items_per_sample: f64,
 }
 
 impl<B: Batch> Fit<'_, B> {
     /// Moves an optimizer's parameters, unless their gradients cause the step to be refused.
     pub(super) fn update(&mut self, turn: usize, tally: &mut Tally) -> Result<Update> {
-        let Gradients { own, wanted, clipped } = self.gradients(turn, tally)?;
+        let Gradients { own, wanted, clipped, items_per_sample } = self.gradients(turn, tally)?;
         let _phase = phase!("optimizer");
         let is_over = clipped.is_some();
-        let Clipped { scale, norm } = clipped.map_or_else(|| self.clip(&own), Ok)?;
+        let Clipped { scale, norm } = clipped.map_or_else(|| self.clip(&own, items_per_sample), Ok)?;
         // The norm and logged values are on the device: start reading now, wait once the rest is queued.
         let norm = norm.read()?;
         tally.means.as_mut().map_or(Ok(()), Means::begin)?;
@@ -64,7 +66,7 @@ impl<B: Batch> Fit<'_, B> {
     /// If a callback wants gradients, adds zeros for an optimizer that sits out this step.
     pub(super) fn sit_out(&self, turn: usize, tally: &mut Tally) -> Result<()> {
         let step = self.progress.step + 1;
-        if self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(step)) {
+        if self.trainer.callbacks.want_gradients(step) {
             for (_, var) in &self.turns[turn].params {
                 tally.gradients.push(var.zeros_like()?);
             }
@@ -81,15 +83,13 @@ impl<B: Batch> Fit<'_, B> {
         let mut clipped = None;
         tally.losses.clear();
         tally.own_samples = 0;
-        self.things_per_sample = 1.;
-        let mut weights = Vec::new();
+        let mut counts = Vec::new();
         for index in 0.. {
-            let loaded = self.micro_batch(index)?;
+            let loaded = self.batches.get(index)?;
             let place = loaded.place;
             (tally.samples, tally.ends_epoch) = (place.step_samples, place.ends_epoch);
             let Some(batch) = &loaded.batch else { break };
-            let batch = batch.to_device(self.model.params().device())?;
-            let batch = batch.cast(self.model.params().dtype())?;
+            let batch = self.model.prepared(batch)?;
             let backprop = match (&self.tapped, reduction.take()) {
                 (Some(tapped), Some(before)) => {
                     let (backprop, after) = self.passes_among_ranks(tapped, turn, &batch, &place, before)?;
@@ -102,7 +102,7 @@ impl<B: Batch> Fit<'_, B> {
             clipped = backprop.clipped.clone();
             tally.losses.push((place.number, backprop.loss.clone()));
             tally.own_samples += batch.len();
-            weights.push(backprop.weight);
+            counts.push(backprop.weight);
             self.log(backprop, turn, batch.len(), tally)?;
             if place.ends_step {
                 break;
@@ -113,19 +113,20 @@ impl<B: Batch> Fit<'_, B> {
                 self.asked = std::mem::take(&mut self.asked).or(self.validate()?);
             }
         }
-        let wanted = self.trainer.callbacks.iter().any(|callback| callback.wants_gradients(done + 1));
-        let gradients = match reduction {
-            None => Gradients { own: grads.complete(&self.turns[turn].params)?, wanted, clipped },
+        let wanted = self.trainer.callbacks.want_gradients(done + 1);
+        let (own, wanted) = match reduction {
+            None => (grads.complete(&self.turns[turn].params)?, wanted),
             Some(reduction) => {
                 let _phase = phase!("all_reduce");
                 let Reduced { own, whole } = reduction.finish(wanted)?;
-                Gradients { own: own.complete(&self.turns[turn].own(&*self.ranks))?, wanted: whole, clipped }
+                (own.complete(&self.turns[turn].own(&*self.ranks))?, whole)
             }
         };
         // After the reduction, where ranks without samples start theirs: all must exchange in one order.
-        let said = Said::of(&weights, tally.own_samples == tally.samples);
-        self.things_per_sample = self.things_per_sample(turn, said, tally.samples)?;
-        Ok(gradients)
+        let counts = LossCounts::new(&counts, tally.own_samples == tally.samples);
+        let items_per_sample =
+            counts.items_per_sample(&mut self.histories[turn].counts_items, &*self.ranks, tally.samples)?;
+        Ok(Gradients { own, wanted, clipped, items_per_sample })
     }
 
     /// Runs both passes over a micro-batch and, if it is the whole step and is recorded, the update.
@@ -135,10 +136,12 @@ impl<B: Batch> Fit<'_, B> {
         let is_whole = place.number == 0 && place.ends_step;
         let updates = is_whole && self.replays.is_on();
         self.is_moving |= updates;
-        let (module, optimizer, clipping) = (self.model.training(), &self.turns[turn], self.clipping());
+        // Only a step that is one micro-batch is updated here, and that counts fully.
+        let clipping = self.clipping(1.);
+        let (module, optimizer) = (self.model.training(), &self.turns[turn]);
         let step = || Step::training(done, place.number as u64, seed, &optimizer.name, images_due);
         let (samples, scale) = (batch.len(), self.loss_scale());
-        let factor = |things| scale * share(things, samples, place);
+        let factor = |items| scale * share_of_step(items, samples, place);
         let precision = self.trainer.config.precision;
         let work = |batch: &B, step| {
             let passes = Backprop::over(module, optimizer, batch, step, factor);
@@ -166,7 +169,7 @@ impl<B: Batch> Fit<'_, B> {
         let mut step = Step::training(done, place.number as u64, seed, name, self.images_due(place));
         let passes = forward(&*tapped.module, batch, &mut step).and_then(|loss| {
             let _phase = phase!("backward");
-            let factor = self.loss_scale() * share(step.loss_weight(), batch.len(), place);
+            let factor = self.loss_scale() * share_of_step(step.loss_weight(), batch.len(), place);
             let before = reduction.before_backward(place.ends_step);
             let after = tapped.taps.during(before, || scaled(&loss, factor)?.backward())?;
             Ok((Backprop::new(&loss, step, Vec::new())?, after))
@@ -179,26 +182,6 @@ impl<B: Batch> Fit<'_, B> {
         self.loss_scale.map_or(1., |loss_scale| loss_scale.scale)
     }
 
-    /// How many things the losses of a turn average over, over all ranks, per sample of the step. Gradients
-    /// are too large by this factor. `own` is what the module reported on this rank.
-    fn things_per_sample(&mut self, turn: usize, own: Said, samples: usize) -> Result<f64> {
-        let all = match self.weighs[turn] {
-            // A rank without samples cannot know, and at first no rank does.
-            Some(true) | None => own.over(&*self.ranks)?,
-            Some(false) => own,
-        };
-        let is_new = self.weighs[turn].is_some_and(|before| before != all.weighs);
-        if is_new || (all.weighs && own.is_silent) {
-            return Err(Error::msg(
-                "training_step: a module that calls `Step::weigh_loss` must do so in every step",
-            ));
-        }
-        self.weighs[turn] = Some(all.weighs);
-        // A micro-batch that is a whole step counts fully.
-        let adds_up = all.weighs && all.things > 0. && !all.is_whole;
-        Ok(if adds_up { all.things / samples as f64 } else { 1. })
-    }
-
     /// Whether the module should log pictures: in the first micro-batch of every `image_every` steps.
     fn images_due(&self, place: &Place) -> bool {
         let (number, every) = (self.progress.step + 1, self.trainer.image_every);
@@ -206,8 +189,8 @@ impl<B: Batch> Fit<'_, B> {
     }
 
     /// How a step's gradients are scaled and clipped, based on their norm.
-    fn clip(&self, gradients: &[Tensor]) -> Result<Clipped> {
-        let clipping = self.clipping();
+    fn clip(&self, gradients: &[Tensor], items_per_sample: f64) -> Result<Clipped> {
+        let clipping = self.clipping(items_per_sample);
         if !self.sharded {
             return Ok(clipping.decide(gradients)?);
         }
@@ -217,54 +200,14 @@ impl<B: Batch> Fit<'_, B> {
         Ok(clipping.decide_by(norm / clipping.loss_scale))
     }
 
-    fn clipping(&self) -> Clipping {
+    fn clipping(&self, items_per_sample: f64) -> Clipping {
         let config = &self.trainer.config;
         Clipping {
-            loss_scale: self.loss_scale() * self.things_per_sample,
+            loss_scale: self.loss_scale() * items_per_sample,
             max_norm: config.clip_norm,
             max_value: config.clip_value,
             // The same condition as in `refuse`.
             only_finite: config.nan_guard || self.loss_scale.is_some(),
         }
     }
-}
-
-/// Which loss weights a module reported for a step's micro-batches.
-#[derive(Clone, Copy)]
-struct Said {
-    /// Whether it reported any weight.
-    weighs: bool,
-    /// Whether it reported no weight for some micro-batch.
-    is_silent: bool,
-    /// Whether one micro-batch is the whole step.
-    is_whole: bool,
-    /// How many things all losses together average over.
-    things: f64,
-}
-
-impl Said {
-    fn of(weights: &[Option<f64>], has_all: bool) -> Self {
-        Self {
-            weighs: weights.iter().any(Option::is_some),
-            is_silent: weights.iter().any(Option::is_none),
-            is_whole: has_all && weights.len() == 1,
-            things: weights.iter().flatten().sum(),
-        }
-    }
-
-    /// The same over the micro-batches of all ranks.
-    fn over(self, ranks: &dyn Collective) -> Result<Self> {
-        let flags = [self.weighs, self.is_silent, self.is_whole].map(|flag| f64::from(u8::from(flag)));
-        let all = ranks.gather_numbers(&[&flags[..], &[self.things]].concat())?;
-        let any = |i: usize| all.iter().any(|rank| rank[i] > 0.);
-        let things = all.iter().map(|rank| rank[3]).sum();
-        Ok(Self { weighs: any(0), is_silent: any(1), is_whole: any(2), things })
-    }
-}
-
-/// The factor on the loss of so many samples, or things: their share of the step's samples. A micro-batch
-/// that is the whole step counts fully.
-fn share(things: Option<f64>, samples: usize, place: &Place) -> f64 {
-    let things = things.filter(|_| samples < place.step_samples).unwrap_or(samples as f64);
-    things / place.step_samples as f64
 }
