@@ -228,14 +228,14 @@ impl Step {
     /// Ok(((losses * is_known)?.sum_all()? / tokens.max(1) as f64)?)
     /// # }
     /// ```
-    pub fn weigh_loss(&mut self, things: f64) {
+    pub fn weigh_loss(&mut self, items: f64) {
         // A replayed step would reuse the weight of the recorded one.
         self.asked.store(true, Ordering::Relaxed);
-        if !(things.is_finite() && things >= 0.) {
-            let message = format!("`Step::weigh_loss` was given {things}: expected a number of at least 0");
+        if !(items.is_finite() && items >= 0.) {
+            let message = format!("`Step::weigh_loss` was given {items}: expected a number of at least 0");
             self.refused = self.refused.take().or(Some(Error::msg(message)));
         }
-        self.loss_weight = Some(things);
+        self.loss_weight = Some(items);
     }
 
     /// The count given to [`weigh_loss`](Self::weigh_loss).

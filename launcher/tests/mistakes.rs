@@ -205,7 +205,7 @@ fn several_devices_and_processes() {
     assert_text(
         &train(&["--set", "distributed.hang_timeout=\"0s\""]),
         r#"
-error: --set:1:26: `distributed.hang_timeout`: expected a time above 0
+error: --set:1:26: expected a duration above 0 such as "2h 30m" or "45 min", found "0s"
   |
 1 | distributed.hang_timeout="0s"
   |                          ^^^^"#,

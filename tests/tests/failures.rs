@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -105,6 +106,57 @@ fn a_validation_that_fails_is_made_up_for() {
     assert_eq!(left, 2);
     // With the learning rate that the plateau leaves after four validations.
     assert!(end == whole());
+}
+
+/// The points' module, which panics in the step with this number, while it is told to.
+struct Panics {
+    inner: Dropped,
+    step: u64,
+    now: Arc<AtomicBool>,
+}
+
+impl Module for Panics {
+    type Batch = Tensors;
+
+    fn training_step(&self, batch: &Tensors, step: &mut Step) -> Result<Tensor> {
+        assert!(step.global_step() != self.step || !self.now.load(Ordering::Relaxed), "out of bounds");
+        self.inner.training_step(batch, step)
+    }
+}
+
+#[test]
+fn a_panic_costs_no_step_that_was_taken() {
+    let (dir, now) = (tempfile::tempdir().unwrap(), Arc::new(AtomicBool::new(true)));
+    let model = || {
+        let now = now.clone();
+        let build =
+            move |vb: VarBuilder| Ok(Panics { inner: Dropped::build(vb)?, step: 5, now: now.clone() });
+        Model::new(build, 1, &candlepower_tests::device()).unwrap()
+    };
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    let panicked = catch_unwind(AssertUnwindSafe(|| trainer(dir.path(), false).fit(&model(), &data).is_ok()));
+    assert!(panicked.is_err());
+    assert!(latest(dir.path()).unwrap().unwrap().ends_with("5"));
+    now.store(false, Ordering::Relaxed);
+    trainer(dir.path(), true).fit(&model(), &data).unwrap();
+    assert!(end(dir.path()) == whole());
+}
+
+/// Stops the run in the first batch that it sees validated.
+struct StopsAtOnce;
+
+impl Callback for StopsAtOnce {
+    fn on_validation_batch_end(&mut self, _: usize, _: Option<usize>) -> Result<Flow> {
+        Ok(Flow::Stop(StopReason::Signal(15)))
+    }
+}
+
+#[test]
+fn a_signal_before_the_first_step_is_not_followed_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let data = Data::new(Points { samples: 10 }).val(Points { samples: 13 }).workers(0);
+    let outcome = trainer(dir.path(), false).callback(StopsAtOnce).fit(&Dropped::model(1), &data).unwrap();
+    assert_eq!((outcome.progress.step, outcome.reason), (0, StopReason::Signal(15)));
 }
 
 /// Asks to stop, like a signal, in the first batch of the validation after this step.

@@ -66,6 +66,41 @@ fn augmentations_apply_in_training_only() {
 }
 
 #[test]
+fn data_to_evaluate_that_is_empty_or_of_other_sizes_is_refused() {
+    /// Data with no samples, or with frames of another size.
+    struct Other {
+        samples: usize,
+        size: usize,
+    }
+    impl Dataset for Other {
+        type Batch = Video;
+        fn len(&self) -> usize {
+            self.samples
+        }
+        fn spec(&self) -> VideoSpec {
+            VideoSpec { height: self.size, ..Blobs { samples: 1 }.spec() }
+        }
+        fn batch(&self, samples: &[Sample]) -> Result<Video> {
+            Blobs { samples: 1 }.batch(samples)
+        }
+    }
+    let config = ConvLstmConfig { hidden: 2, ..Default::default() };
+    let build = move |vb: VarBuilder| ConvLstm::build(&config, &Blobs { samples: 1 }.spec(), vb);
+    let model = Model::new(build, 1, &Device::Cpu).unwrap();
+    let trainer = || Trainer::new(TrainerConfig { max_steps: Some(1), ..Default::default() });
+    for (samples, size, expected) in [
+        (0, 8, "the val data is empty"),
+        (2, 9, "the val data differs from the training data: expected VideoSpec"),
+    ] {
+        let data = Data::new(Blobs { samples: 2 }).val(Other { samples, size });
+        let evaluated = trainer().validate(&model, &data, Split::Val).unwrap_err().to_string();
+        let predicted = trainer().predict_split(&model, &data, Split::Val).unwrap_err().to_string();
+        assert!(evaluated.contains(expected) && predicted.contains(expected), "{evaluated}, {predicted}");
+        assert!(trainer().fit(&model, &data).is_err());
+    }
+}
+
+#[test]
 fn predictions_of_any_batch_are_written_as_numbers() {
     let place = tempfile::tempdir().unwrap();
     let (batch, prediction) = (Tensors(Vec::new()), Tensor::new(&[[1f32, 2.]], &Device::Cpu).unwrap());

@@ -105,6 +105,10 @@ pub trait Dataset: Send + Sync {
     }
 }
 
+fn json(spec: &impl Serialize) -> Result<serde_json::Value> {
+    serde_json::to_value(spec).map_err(|error| Error::msg(format!("the sizes of the data: {error}")))
+}
+
 /// Inverse class frequencies, for [`Dataset::weights`]: every class is drawn equally often.
 ///
 /// ```
@@ -229,5 +233,23 @@ impl<B: Batch> Data<B> {
             Split::Test => self.test.as_ref(),
         };
         source.ok_or_else(|| Error::msg(format!("there is no {} data", split.name())))
+    }
+
+    /// The source of a split to evaluate.
+    ///
+    /// # Errors
+    /// If there is nothing to read, or its batches differ from the training data's, for which the module is built.
+    pub(crate) fn evaluated(&self, split: Split) -> Result<&Source<B>> {
+        let (source, name) = (self.split(split)?, split.name());
+        if source.is_empty() {
+            return Err(Error::msg(format!("the {name} data is empty")));
+        }
+        let (found, expected) = (source.spec(), self.train.spec());
+        if json(&found)? != json(&expected)? {
+            return Err(Error::msg(format!(
+                "the {name} data differs from the training data: expected {expected:?}, found {found:?}"
+            )));
+        }
+        Ok(source)
     }
 }

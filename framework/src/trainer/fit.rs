@@ -12,6 +12,7 @@ mod step_batches;
 mod update;
 mod validate;
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
@@ -126,12 +127,19 @@ enum Stepped {
 }
 
 impl<B: Batch> Fit<'_, B> {
-    /// Trains. After an error, saves the progress made before it.
+    /// Trains. After an error or a panic, saves the progress made before it.
     pub(super) fn run(&mut self) -> Result<Outcome> {
-        self.train().map_err(|error| {
-            self.save_after_error();
-            self.explain_memory(error)
-        })
+        match catch_unwind(AssertUnwindSafe(|| self.train())) {
+            Ok(trained) => trained.map_err(|error| {
+                self.save_after_error();
+                self.explain_memory(error)
+            }),
+            Err(panic) => {
+                // Only the first panic says what is wrong.
+                let _ = catch_unwind(AssertUnwindSafe(|| self.save_after_error()));
+                resume_unwind(panic)
+            }
+        }
     }
 
     /// Takes steps until the last one or a stop, then validates and saves that step.

@@ -198,7 +198,7 @@ pub(crate) mod duration {
     ) -> Result<Option<Duration>, D::Error> {
         let text = String::deserialize(deserializer)?;
         let wrong = || {
-            let expected = "a duration such as \"2h 30m\" or \"45 min\"";
+            let expected = "a duration above 0 such as \"2h 30m\" or \"45 min\"";
             de::Error::invalid_value(de::Unexpected::Str(&text), &expected)
         };
         let parsed = humantime::parse_duration(&text).ok().filter(|time| !time.is_zero());

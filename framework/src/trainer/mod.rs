@@ -347,7 +347,7 @@ impl Trainer {
         data: &Data<B>,
         split: Split,
     ) -> Result<IndexMap<String, f64>> {
-        let source = data.split(split)?.clone();
+        let source = data.evaluated(split)?.clone();
         let pass = Pass::evaluation(split, self.seed);
         let limit = self.config.evaluation_limit(split);
         self.in_pool(|trainer| {
@@ -377,7 +377,7 @@ impl Trainer {
         data: &Data<B>,
         split: Split,
     ) -> Result<usize> {
-        let source = data.split(split)?.clone();
+        let source = data.evaluated(split)?.clone();
         let pass = Pass::evaluation(split, self.seed);
         self.in_pool(|trainer| {
             let (limit, progress) = (trainer.config.limit_predict_batches, trainer.progress);

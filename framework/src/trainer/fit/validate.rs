@@ -75,6 +75,9 @@ impl<B: Batch> Validation<B> {
                 "the validation data is empty; to train without validation, set `trainer.limit_val_batches = 0`",
             ));
         }
+        if source.is_some() {
+            data.evaluated(split)?;
+        }
         Ok(Self {
             data: source.map(|source| ValidationData { source, split, limit }),
             workers,
