@@ -360,7 +360,10 @@ mod tests {
         assert_eq!(latest(dir.path()).unwrap(), Some(dir.path().join("5")));
         std::fs::remove_file(dir.path().join("5").join(STATE)).unwrap();
         let error = latest(dir.path()).unwrap_err().to_string();
-        assert!(error.starts_with("all checkpoints in ") && error.contains("10/model.safetensors"), "{error}");
+        assert!(
+            error.starts_with("all checkpoints in ") && error.contains("10/model.safetensors"),
+            "{error}"
+        );
         assert_eq!(latest(&dir.path().join("elsewhere")).unwrap(), None);
     }
 }
